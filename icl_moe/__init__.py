@@ -1,0 +1,17 @@
+"""Multimodal in-context learning with a sparse decoder."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icl_moe.inference.model import InContextModel
+
+__all__ = ["InContextModel"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line's --help must not wait for torch.
+    if name == "InContextModel":
+        from icl_moe.inference.model import InContextModel
+
+        return InContextModel
+    raise AttributeError(f"module 'icl_moe' has no attribute '{name}'")

@@ -1,0 +1,294 @@
+"""Recipes: YAML files read strictly into typed, frozen dataclasses.
+
+`load_recipe` serves every stage; `TrainingRecipe` is what `icl-moe train` reads. An unknown key, a value of the wrong type
+or settings that cannot work together are an `InputError` that names the key and the nearest right one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from icl_moe.errors import InputError
+from icl_moe.vocabulary import Vocabulary
+
+Recipe = TypeVar("Recipe")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to train on. `shards` and `validation` are folders that `icl-moe shards build` wrote."""
+
+    shards: str
+    validation: str | None = None
+    layout: Literal["packed", "padded"] = "packed"
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The decoder. `layers_with_experts` counts from 0; the paper's "even-numbered layers" are read as 2, 4, .. counted from 1."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    positions: int = 2060
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layer_norm_epsilon: float = 1e-12
+    feed_forward: Literal["dense", "token", "attributes"] = "attributes"
+    layers_with_experts: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
+    experts: int = 8
+    experts_per_token: int = 2
+    gate_noise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise InputError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads}).")
+        if self.experts_per_token not in (1, 2) or self.experts < self.experts_per_token:
+            raise InputError(f"model.experts_per_token must be 1 or 2 and at most model.experts, not {self.experts_per_token}.")
+        outside = [layer for layer in self.layers_with_experts if not 0 <= layer < self.layers]
+        if outside:
+            raise InputError(f"model.layers_with_experts names layer {outside[0]}, but the layers are 0..{self.layers - 1}.")
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers whose feed-forward is experts; none in a dense model."""
+        return () if self.feed_forward == "dense" else tuple(sorted(set(self.layers_with_experts)))
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning rate. `clip`: the largest global gradient norm, or null for no clipping."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, ...] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 1000
+    clip: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas must be two numbers in [0, 1), not {list(self.betas)}.")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long, how much a step, what is kept.
+
+    stop_after: save and stop at that step, as an interruption would; schedules still aim at `steps`.
+    input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's caption-only model).
+    """
+
+    steps: int
+    output: str
+    stop_after: int | None = None
+    global_batch: int = 512
+    micro_batch: int = 8
+    seed: int = 0
+    sampling: Literal["unmixed", "mixed"] = "unmixed"
+    input_loss_weight: float = 0.0
+    auxiliary_loss_weight: float = 0.02
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "save_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"training.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.global_batch % self.micro_batch:
+            raise InputError(
+                f"training.global_batch ({self.global_batch}) must be a multiple of training.micro_batch ({self.micro_batch})."
+            )
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """ep_size: over how many ranks the experts of a layer are spread. tp_size: over how many a layer's matrices are split."""
+
+    ep_size: int = 1
+    tp_size: int = 1
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """What `icl-moe train` reads. `engine` is a file of ds_configs (a name without .json, or a path)."""
+
+    data: DataSettings
+    training: TrainingSettings
+    vocabulary: Vocabulary = Vocabulary()
+    model: ModelSettings = ModelSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    engine: str = "zero1_fp32"
+
+
+def load_recipe(kind: type[Recipe], source: str, overrides: typing.Sequence[str] = (), package: str = "icl_moe") -> Recipe:
+    """Read the recipe `source`, a path or the name of one shipped in `package`, with `key.path=value` overrides.
+
+    Raises InputError for a file that is not there or not YAML, a key that `kind` lacks, and a value of another type.
+    """
+    path = find_recipe(source, package)
+    values = _read_yaml(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"'{override}' is not a setting: write key=value, such as training.steps=20.")
+        _assign(values, key.split("."), _parse_scalar(override, text))
+    return _build(kind, values, origin=path.name, prefix="")
+
+
+def find_recipe(source: str, package: str) -> Path:
+    """The file that `source` (a path, or a shipped recipe's name) stands for."""
+    if source.endswith((".yaml", ".yml")) or "/" in source:
+        path = Path(source)
+        if not path.is_file():
+            raise InputError(f"The recipe {path} does not exist.")
+        return path
+    folder = Path(str(resources.files(package))) / "recipes"
+    path = folder / f"{source}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise InputError(f"There is no recipe named '{source}'{_nearest(source, names)}; shipped are {', '.join(names)}.")
+    return path
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """A recipe as plain values, as `load_recipe` would read them back from YAML."""
+    return {f.name: _plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
+
+
+def from_dict(kind: type[Recipe], values: dict[str, Any], origin: str) -> Recipe:
+    """The inverse of `to_dict`, as strict as `load_recipe`; `origin` names the file in error messages."""
+    return _build(kind, values, origin=origin, prefix="")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as safe_load reads it, but a key that stands twice is an error: plain YAML takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None)
+        raise InputError(f"{path}{where} is not valid YAML{f': {what}' if what else ''}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold keys and values, not a {type(values).__name__}.")
+    return values
+
+
+def _parse_scalar(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise InputError(f"The value in '{override}' is not valid YAML.") from error
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            inner = values[key] = {}
+        values = inner
+    values[keys[-1]] = value
+
+
+def _build(kind: Any, values: Any, origin: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{origin}: '{prefix.rstrip('.')}' must hold keys and values, not {values!r}.")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            known = ", ".join(prefix + name for name in fields)
+            raise InputError(f"{origin}: unknown key '{prefix}{key}'{_nearest(str(key), list(fields), prefix)}; known here are {known}.")
+    arguments = {key: _convert(hints[key], value, origin, prefix + key) for key, value in values.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in arguments:
+            raise InputError(f"{origin}: the key '{prefix}{name}' is missing.")
+    try:
+        return kind(**arguments)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value if value is not None else {}, origin, key + ".")
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        inner = [option for option in options if option is not type(None)]
+        for option in inner[:-1]:
+            try:
+                return _convert(option, value, origin, key)
+            except InputError:
+                continue
+        return _convert(inner[-1], value, origin, key)
+    if typing.get_origin(kind) is Literal:
+        # YAML reads a bare `none` as text but `no`, `off` and `null` as values: take null to mean the choice "none".
+        value = "none" if value is None and "none" in options else value
+        if value not in options:
+            names = " | ".join(str(option) for option in options)
+            raise InputError(f"{origin}: '{key}' must be one of {names}, not {value!r}{_nearest(str(value), [str(o) for o in options])}.")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{origin}: '{key}' must be a list, not {value!r}.")
+        return tuple(_convert(options[0], item, origin, key) for item in value)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{origin}: '{key}' must hold keys and values, not {value!r}.")
+        return {_convert(options[0], k, origin, key): _convert(options[1], v, origin, f"{key}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4, without a point, as text.
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if kind is Any or (isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))):
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+    raise InputError(f"{origin}: '{key}' must be {names.get(kind, kind.__name__)}, not {value!r}.")
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""

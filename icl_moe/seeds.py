@@ -1,0 +1,8 @@
+"""Seeds from names: what is drawn for a purpose depends on that purpose alone, on no other draw and on no process."""
+
+import hashlib
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from any values whose repr is stable, equal in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

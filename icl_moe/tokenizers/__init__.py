@@ -1,0 +1,1 @@
+"""What turns pixels, text and boxes into ids and back."""

@@ -1,0 +1,137 @@
+"""The one vocabulary of text, image codes, specials, tags and bins: the only place that knows token-id ranges."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from icl_moe.errors import InputError
+
+GPT2_MERGES = 50_000
+GPT2_SIZE = 50_257
+BIN_COUNT = 1_001
+
+# The paper names [BOI], [BOT] and [EOC]; its count of 51290 leaves room for nine specials. Padding is ours, five stay reserved.
+SPECIALS = ("[BOI]", "[BOT]", "[EOC]", "[PAD]", "[RESERVED_0]", "[RESERVED_1]", "[RESERVED_2]", "[RESERVED_3]", "[RESERVED_4]")
+TAGS = ("<c_st>", "<c_ed>", "<b_st>", "<b_ed>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Sizes of the parts; the ids follow from their order: text, image codes, nine specials, four tags, 1001 bins.
+
+    `text_merges`: the first N merges of GPT-2's BPE, at most 50,000. Its ids are in merge order, so a smaller text
+    vocabulary (256 bytes + N) keeps the ids of the larger one; the full one also holds <|endoftext|>, 50257 in all.
+    `tags`: whether the four tags and the 1001 box bins are there (52295 ids with them, 51290 without, at full size).
+    """
+
+    text_merges: int = GPT2_MERGES
+    image_codes: int = 1024
+    tags: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_merges <= GPT2_MERGES:
+            raise InputError(f"vocabulary.text_merges must lie in 0..{GPT2_MERGES}, not {self.text_merges}.")
+        if self.image_codes < 2:
+            raise InputError(f"vocabulary.image_codes must be at least 2, not {self.image_codes}.")
+
+    @property
+    def text_size(self) -> int:
+        return GPT2_SIZE if self.text_merges == GPT2_MERGES else 256 + self.text_merges
+
+    @property
+    def size(self) -> int:
+        return self._tag_start + (len(TAGS) + BIN_COUNT if self.tags else 0)
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """What token ids are stored as: uint16 up to 65,536 ids, uint32 above."""
+        return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+
+    @property
+    def boi(self) -> int:
+        return self._special("[BOI]")
+
+    @property
+    def bot(self) -> int:
+        return self._special("[BOT]")
+
+    @property
+    def eoc(self) -> int:
+        return self._special("[EOC]")
+
+    @property
+    def pad(self) -> int:
+        return self._special("[PAD]")
+
+    @property
+    def category_start(self) -> int:
+        return self._tag("<c_st>")
+
+    @property
+    def category_end(self) -> int:
+        return self._tag("<c_ed>")
+
+    @property
+    def box_start(self) -> int:
+        return self._tag("<b_st>")
+
+    @property
+    def box_end(self) -> int:
+        return self._tag("<b_ed>")
+
+    @property
+    def image_range(self) -> range:
+        return range(self.text_size, self.text_size + self.image_codes)
+
+    @property
+    def text_range(self) -> range:
+        return range(self.text_size)
+
+    @property
+    def bin_range(self) -> range:
+        start = self._tag_start + len(TAGS)
+        return range(start, start + (BIN_COUNT if self.tags else 0))
+
+    def from_codes(self, codes: np.ndarray) -> np.ndarray:
+        """Image codes (any shape, 0..image_codes-1) as token ids (int64)."""
+        codes = np.asarray(codes, dtype=np.int64)
+        if codes.size and not (0 <= codes.min() and codes.max() < self.image_codes):
+            raise InputError(f"Image codes must lie in 0..{self.image_codes - 1}, but {codes.min()}..{codes.max()} came.")
+        return codes + self.text_size
+
+    def to_codes(self, tokens: np.ndarray) -> np.ndarray:
+        """Token ids of image codes (any shape) as codes (int64); raises InputError where an id is no image code."""
+        codes = np.asarray(tokens, dtype=np.int64) - self.text_size
+        if codes.size and not (0 <= codes.min() and codes.max() < self.image_codes):
+            raise InputError("A token where an image code belongs is of another range.")
+        return codes
+
+    def name(self, token: int) -> str:
+        """A readable name of one id, for previews and error messages; a text id is named by its number."""
+        if token in self.text_range:
+            return f"text_{token}"
+        if token in self.image_range:
+            return f"<image_{token - self.text_size}>"
+        if token in self.bin_range:
+            return f"<bin_{token - self.bin_range.start}>"
+        named = (*SPECIALS, *(TAGS if self.tags else ()))
+        index = token - self._special_start
+        if 0 <= index < len(named):
+            return named[index]
+        raise InputError(f"The token id {token} is outside this vocabulary of {self.size}.")
+
+    @property
+    def _special_start(self) -> int:
+        return self.text_size + self.image_codes
+
+    @property
+    def _tag_start(self) -> int:
+        return self._special_start + len(SPECIALS)
+
+    def _special(self, name: str) -> int:
+        return self._special_start + SPECIALS.index(name)
+
+    def _tag(self, name: str) -> int:
+        if not self.tags:
+            raise InputError("Category tags and box bins need vocabulary.tags=true.")
+        return self._tag_start + TAGS.index(name)
