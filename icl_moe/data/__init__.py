@@ -1,0 +1,1 @@
+"""From shards to batches: random access, the order of samples, and the loader."""

@@ -1,0 +1,69 @@
+"""Micro-batches of one rank, in the schedule's order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from icl_moe.data.batch import Layout, TokenBatch, collate
+from icl_moe.data.schedule import Schedule
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """Which part of each global batch this rank reads: `micro_batch` samples in each of `micro_steps` micro-steps.
+
+    Micro-step m of rank r takes the samples from (m * ranks + r) * micro_batch on. Tensor-parallel ranks share a slice.
+    """
+
+    rank: int
+    ranks: int
+    micro_batch: int
+    micro_steps: int
+
+    @classmethod
+    def of(cls, rank: int, ranks: int, global_batch: int, micro_batch: int) -> "RankSlice":
+        """Raises InputError where the global batch is not a whole number of micro-steps."""
+        if global_batch % (micro_batch * ranks):
+            raise InputError(
+                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch x ranks ({micro_batch} x {ranks})."
+            )
+        return cls(rank, ranks, micro_batch, global_batch // (micro_batch * ranks))
+
+
+class MicroBatches(Dataset[TokenBatch]):
+    """Item i is micro-step i % micro_steps of step i // micro_steps."""
+
+    def __init__(self, shards: ShardSet, schedule: Schedule, part: RankSlice, layout: Layout, input_weight: float) -> None:
+        self._shards = shards
+        self._schedule = schedule
+        self._part = part
+        self._layout = layout
+        self._input_weight = input_weight
+
+    def __getitem__(self, index: int) -> TokenBatch:
+        step, micro_step = divmod(index, self._part.micro_steps)
+        samples = self._schedule.samples(step)
+        first = (micro_step * self._part.ranks + self._part.rank) * self._part.micro_batch
+        sequences = [self._shards.sample(task, i).sequence for task, i in samples[first : first + self._part.micro_batch]]
+        # The engine averages over ranks and micro-steps; this makes that the mean over all targets of the global batch.
+        scale = self._part.ranks * self._part.micro_steps / max(self._total_weight(samples), 1.0)
+        vocabulary = self._shards.manifest.format.vocabulary
+        return collate(sequences, vocabulary, self._schedule.task(step), self._layout, self._input_weight, scale)
+
+    def _total_weight(self, samples: list[tuple[str, int]]) -> float:
+        """Sum of the loss weights over the global batch, read from the index: no rank needs to ask another."""
+        total = 0.0
+        for task in {task for task, _ in samples}:
+            inputs, outputs = self._shards.target_counts(task)[np.array([i for t, i in samples if t == task])].sum(axis=0)
+            total += self._input_weight * float(inputs) + float(outputs)
+        return total
+
+
+def micro_batches(dataset: MicroBatches, micro_steps: int, start: int, stop: int, workers: int) -> Iterator[TokenBatch]:
+    """The micro-batches of steps start..stop-1 in order; `workers` processes read ahead, 0 reads in this one."""
+    order = range(start * micro_steps, stop * micro_steps)
+    return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=4 if workers else None))

@@ -1,0 +1,84 @@
+"""Which task and which samples make the global batch of step t: a pure function of (seed, t, sample counts, global batch size).
+
+No rank waits for another to choose, any number of ranks reads the same batches, and resuming needs the step number alone.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from icl_moe.errors import InputError
+from icl_moe.seeds import stable_seed
+
+MIXED = "mixed"
+
+_BLOCK = 4096  # Steps whose tasks are drawn together.
+
+
+class Schedule:
+    """The order of training.
+
+    counts: samples of each task. sampling: `unmixed` draws one task for the whole global batch, with probability proportional to the
+    square root of its count (the paper); `mixed` shuffles the samples of all tasks together (the baseline of its Table 3).
+    Each task is shuffled anew every epoch, and its place in the shuffle is the number of its earlier draws times the batch, so every
+    sample comes once an epoch.
+
+    Raises InputError where a task has fewer samples than a global batch.
+    """
+
+    def __init__(self, counts: Mapping[str, int], global_batch: int, seed: int, sampling: Literal["unmixed", "mixed"] = "unmixed") -> None:
+        self.counts = {task: counts[task] for task in sorted(counts) if counts[task]}
+        if not self.counts:
+            raise InputError("data.shards holds no samples.")
+        self.global_batch = global_batch
+        self.seed = seed
+        self.sampling = sampling
+        self._pools = {MIXED: sum(self.counts.values())} if sampling == "mixed" else self.counts
+        for task, count in self._pools.items():
+            if count < global_batch:
+                raise InputError(f"data.shards has {count} {task} samples, fewer than training.global_batch ({global_batch}).")
+        sizes = np.sqrt(np.array(list(self._pools.values()), dtype=np.float64))
+        self.probabilities = dict(zip(self._pools, (sizes / sizes.sum()).tolist(), strict=True))
+        # Caches belong to this object; a decorated method would keep every Schedule alive.
+        self._draws = lru_cache(maxsize=8)(self._draw_block)
+        self._shuffle = lru_cache(maxsize=4)(self._draw_shuffle)
+        self._draws_before: list[np.ndarray] = [np.zeros(len(self._pools), dtype=np.int64)]
+
+    def task(self, step: int) -> str:
+        """The task of step t (counted from 0); "mixed" where tasks are mixed."""
+        return list(self._pools)[self._draws(step // _BLOCK)[step % _BLOCK]]
+
+    def samples(self, step: int) -> list[tuple[str, int]]:
+        """(task, index within the task) of each sample of the global batch of step t, in order."""
+        task = self.task(step)
+        first = self._earlier_draws(task, step) * self.global_batch
+        return [self._sample(task, place) for place in range(first, first + self.global_batch)]
+
+    def _sample(self, pool: str, place: int) -> tuple[str, int]:
+        epoch, offset = divmod(place, self._pools[pool])
+        index = int(self._shuffle(pool, epoch)[offset])
+        if pool != MIXED:
+            return pool, index
+        for task, count in self.counts.items():
+            if index < count:
+                return task, index
+            index -= count
+        raise AssertionError("the pool is the sum of the tasks")
+
+    def _earlier_draws(self, task: str, step: int) -> int:
+        block, offset = divmod(step, _BLOCK)
+        number = list(self._pools).index(task)
+        while len(self._draws_before) <= block:
+            counts = np.bincount(self._draws(len(self._draws_before) - 1), minlength=len(self._pools))
+            self._draws_before.append(self._draws_before[-1] + counts)
+        return int(self._draws_before[block][number] + np.count_nonzero(self._draws(block)[:offset] == number))
+
+    def _draw_block(self, block: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.Philox(stable_seed("task of a step", self.seed, block)))
+        return generator.choice(len(self._pools), size=_BLOCK, p=list(self.probabilities.values()))
+
+    def _draw_shuffle(self, pool: str, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.Philox(stable_seed("shuffle", self.seed, pool, epoch)))
+        return generator.permutation(self._pools[pool])

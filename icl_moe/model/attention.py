@@ -1,0 +1,107 @@
+"""Causal self-attention that stays inside an episode, over a flat stream of tokens.
+
+The decoder works on tokens_T, the concatenation of a batch's episodes, in every layout. What differs between training, the padded
+layout and decoding with a cache is only how keys are reached, which an `AttentionPlan` knows.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icl_moe.recipe import ModelSettings
+
+
+class AttentionPlan(Protocol):
+    """Attends for one layer: queries, keys and values (T, H, D) in, values (T, H, D) out."""
+
+    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor: ...
+
+
+class Cache(Protocol):
+    """What decoding needs of a key-value cache; see icl_moe.inference.cache."""
+
+    @property
+    def length(self) -> int: ...
+
+    def append_attributes(self, attributes_BL: Tensor) -> Tensor: ...
+
+    def update(self, layer: int, keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class EpisodeAttention:
+    """Whole episodes, one after the other.
+
+    lengths: tokens of each episode, padding included; they add up to T.
+    real_T: False at padding, which is never attended to; None where there is none. Only equal lengths can be padded.
+    """
+
+    lengths: tuple[int, ...]
+    real_T: Tensor | None = None
+
+    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor:
+        if len(set(self.lengths)) == 1:
+            q, k, v = (x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) for x in (queries_THD, keys_THD, values_THD))
+            causal = self._mask_B1LL is None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, is_causal=causal, dropout_p=dropout)
+            return out.transpose(1, 2).flatten(0, 1)
+        # An explicit mask over the whole stream would cost T x T; an episode at a time needs none.
+        pieces = [x.transpose(0, 1).split(list(self.lengths), dim=1) for x in (queries_THD, keys_THD, values_THD)]
+        out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) for q, k, v in zip(*pieces, strict=True)]
+        return torch.cat(out, dim=1).transpose(0, 1)
+
+    @cached_property
+    def _mask_B1LL(self) -> Tensor | None:
+        if self.real_T is None:
+            return None
+        real_BL = self.real_T.unflatten(0, (len(self.lengths), -1))
+        return _causal_mask(real_BL, queries=real_BL.shape[1])
+
+
+class CachedAttention:
+    """The newest tokens of B rows, attending to all before them through a cache.
+
+    attributes_BL: attribute classes of the new tokens; where they are 0 (padding, on the left) a token is never attended to.
+    """
+
+    def __init__(self, cache: Cache, attributes_BL: Tensor) -> None:
+        self._cache = cache
+        self._rows, self._new = attributes_BL.shape
+        real_BL = cache.append_attributes(attributes_BL) != 0
+        self._mask_B1LL = _causal_mask(real_BL, queries=self._new)
+
+    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor:
+        q, k, v = (x.unflatten(0, (self._rows, self._new)).transpose(1, 2) for x in (queries_THD, keys_THD, values_THD))
+        k, v = self._cache.update(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+class SelfAttention(nn.Module):
+    """GPT-2's multi-head attention: one fused projection in, one out."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = settings.heads
+        self.dropout = settings.attention_dropout
+        self.qkv = nn.Linear(settings.width, 3 * settings.width)
+        self.out = nn.Linear(settings.width, settings.width)
+
+    def forward(self, x_TM: Tensor, plan: AttentionPlan) -> Tensor:
+        q, k, v = self.qkv(x_TM).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        attended_THD = plan.attend(self.layer, q, k, v, self.dropout if self.training else 0.0)
+        return self.out(attended_THD.flatten(1))
+
+
+def _causal_mask(real_BL: Tensor, queries: int) -> Tensor:
+    """Who may see whom, (B, 1, queries, L): the past, but no padding; padding sees itself, lest its softmax be empty."""
+    length = real_BL.shape[1]
+    positions = torch.arange(length, device=real_BL.device)
+    rows = positions[length - queries :, None]
+    causal = positions <= rows
+    return ((causal & real_BL[:, None, :]) | (positions == rows))[:, None]

@@ -1,0 +1,47 @@
+"""The decoder's configuration, as transformers saves and loads it."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from icl_moe.recipe import ModelSettings, TrainingRecipe, from_dict, to_dict
+from icl_moe.sequence import SequenceFormat
+from icl_moe.vocabulary import Vocabulary
+
+
+class DecoderConfig(PretrainedConfig):
+    """Everything that an exported model needs to know of itself.
+
+    model, vocabulary: the recipe's sections of those names. format, image_size, examples, image_tokenizer: what its training
+    shards say (SequenceFormat, pixels a side, examples an episode, the VQ-GAN's fingerprint); None before training.
+    All are plain values, so that config.json can be read without this package.
+    """
+
+    model_type = "icl_moe_decoder"
+
+    model: dict[str, Any] | None = None
+    vocabulary: dict[str, Any] | None = None
+    format: dict[str, Any] | None = None
+    image_size: int | None = None
+    examples: int | None = None
+    image_tokenizer: str | None = None
+    tie_word_embeddings: bool = True
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainingRecipe, **data: Any) -> "DecoderConfig":
+        return cls(model=to_dict(recipe.model), vocabulary=to_dict(recipe.vocabulary), **data)
+
+    @property
+    def settings(self) -> ModelSettings:
+        return from_dict(ModelSettings, self.model or {}, origin="config.json")
+
+    @property
+    def vocabulary_size(self) -> int:
+        return from_dict(Vocabulary, self.vocabulary or {}, origin="config.json").size
+
+    @property
+    def sequence_format(self) -> SequenceFormat:
+        """How the model's sequences are written; raises InputError where the configuration does not say."""
+        return from_dict(SequenceFormat, self.format or {}, origin="config.json")
+
+

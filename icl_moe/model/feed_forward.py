@@ -1,0 +1,70 @@
+"""The feed-forward of a layer, dense or sparse, without DeepSpeed: what inference runs, and the experts that training shares.
+
+Apart from moe.py because inference must not import DeepSpeed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icl_moe.model.router import AttributeDecision, AttributeGate, RoutingPlan, TokenGate
+from icl_moe.recipe import ModelSettings
+
+
+class FeedForward(nn.Module):
+    """GPT-2's MLP, M -> 4M -> M with the tanh GELU. It is the dense layer, and each expert of a sparse one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x_TM: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_TM), approximate="tanh"))
+
+
+class SparseFeedForward(nn.Module):
+    """Experts and their gate: x_out = sum over i in S of w_i FFN_i(x). The training form is icl_moe.model.moe; both give equal values."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.gate = attribute_gate(settings, layer) if settings.feed_forward == "attributes" else _token_gate(settings)
+        self.experts = nn.ModuleList(FeedForward(settings.width) for _ in range(settings.experts))
+
+    def forward(self, x_TM: Tensor, plan: RoutingPlan) -> Tensor:
+        if isinstance(self.gate, AttributeGate):
+            return mix_by_segments(x_TM, plan, self.gate(plan), self.experts)
+        experts_TK, weights_TK = self.gate(x_TM)
+        out_TM = torch.zeros_like(x_TM)
+        for index, expert in enumerate(self.experts):
+            token, choice = (experts_TK == index).nonzero(as_tuple=True)
+            out_TM.index_add_(0, token, expert(x_TM[token]) * weights_TK[token, choice, None].to(x_TM.dtype))
+        return out_TM
+
+
+def attribute_gate(settings: ModelSettings, layer: int) -> AttributeGate:
+    return AttributeGate(settings.width, settings.experts, settings.experts_per_token, layer, settings.gate_noise)
+
+
+def mix_by_segments(x_TM: Tensor, plan: RoutingPlan, decision: AttributeDecision, experts: Sequence[nn.Module]) -> Tensor:
+    """Each class's tokens through its own experts, found by slices of the stream: no sort, no one-hot, no capacity.
+
+    Padding is computed by no expert and comes out as zero.
+    """
+    lengths = [length for _, length in plan.segments]
+    pieces = x_TM.split(lengths)
+    out: list[Tensor | None] = [None] * len(pieces)
+    for c in range(len(plan.classes)):
+        mine = [i for i, (index, _) in enumerate(plan.segments) if index == c]
+        rows = torch.cat([pieces[i] for i in mine]) if len(mine) > 1 else pieces[mine[0]]
+        weights_K = decision.weights_CK[c].to(x_TM.dtype)
+        mixed = sum(experts[e](rows) * weight for e, weight in zip(decision.experts[c], weights_K.unbind(), strict=True))
+        for i, piece in zip(mine, mixed.split([lengths[i] for i in mine]), strict=True):
+            out[i] = piece
+    return torch.cat([torch.zeros_like(pieces[i]) if piece is None else piece for i, piece in enumerate(out)])
+
+
+def _token_gate(settings: ModelSettings) -> TokenGate:
+    return TokenGate(settings.width, settings.experts, settings.experts_per_token)

@@ -1,0 +1,48 @@
+"""The training loss: cross-entropy at target positions only."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DecoderLoss(NamedTuple):
+    """The loss of a micro-batch and its parts, each a scalar tensor.
+
+    total: what is differentiated. auxiliary: the mean of the layers' auxiliary losses, before its weight. image_sum, text_sum:
+    weighted sums of the cross-entropy (nats) over targets of that modality; image_weight, text_weight: the sums of their weights.
+    """
+
+    total: Tensor
+    auxiliary: Tensor
+    image_sum: Tensor
+    image_weight: Tensor
+    text_sum: Tensor
+    text_weight: Tensor
+
+
+def target_losses(hidden_PM: Tensor, embedding_VM: Tensor, labels_P: Tensor) -> Tensor:
+    """Cross-entropy of each target in nats, float32 (P,). Logits exist at these P positions only."""
+    return F.cross_entropy(F.linear(hidden_PM, embedding_VM).float(), labels_P, reduction="none")
+
+
+def combine(
+    losses_P: Tensor, weights_P: Tensor, visual_P: Tensor, scale: float, auxiliary_losses: list[Tensor], auxiliary_weight: float
+) -> DecoderLoss:
+    """total = scale * sum(weights * losses) + auxiliary_weight * mean over layers of the auxiliary loss.
+
+    scale: 1 / (sum of weights) of one batch alone; under the engine, which averages over ranks and micro-steps,
+    (ranks x micro-steps) / (sum of weights over the global batch).
+    """
+    weighted_P = losses_P * weights_P
+    auxiliary = torch.stack(auxiliary_losses).mean() if auxiliary_losses else losses_P.new_zeros(())
+    image, text = visual_P.to(weights_P.dtype), (~visual_P).to(weights_P.dtype)
+    return DecoderLoss(
+        total=weighted_P.sum() * scale + auxiliary_weight * auxiliary,
+        auxiliary=auxiliary.detach(),
+        image_sum=(weighted_P * image).sum().detach(),
+        image_weight=(weights_P * image).sum(),
+        text_sum=(weighted_P * text).sum().detach(),
+        text_weight=(weights_P * text).sum(),
+    )

@@ -1,0 +1,225 @@
+"""The decoder against independent references: Hugging Face's GPT-2, and a mixture of experts computed token by token."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.feed_forward import SparseFeedForward
+from icl_moe.model.moe import exported_name, sparse_layer_factory
+from icl_moe.model.router import RoutingPlan, TokenGate
+from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe
+from icl_moe.tasks import attribute_bits
+
+
+def build(config, **options: object) -> InContextDecoder:
+    model = InContextDecoder(config, **options)
+    initialise(model, seed=0, exported_name=exported_name)
+    return model
+
+
+def loss_and_gradients(model, batch, **options: object) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(batch, **options).total
+    loss.backward()
+    gradients = {exported_name(name): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients
+
+
+def gpt2_like(model: InContextDecoder) -> GPT2LMHeadModel:
+    """Hugging Face's GPT-2 with the same weights; its Conv1D stores matrices transposed."""
+    s = model.settings
+    config = GPT2Config(
+        vocab_size=model.config.vocabulary_size, n_positions=s.positions, n_embd=s.width, n_layer=s.layers, n_head=s.heads,
+        layer_norm_epsilon=s.layer_norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    peer = GPT2LMHeadModel(config).eval()
+    names = {
+        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
+        "feed_forward_norm": "ln_2", "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj",
+    }  # fmt: skip
+    state = {"transformer.wte.weight": model.token_embedding.weight, "transformer.wpe.weight": model.position_embedding.weight}
+    state |= {f"transformer.ln_f.{kind}": getattr(model.norm, kind) for kind in ("weight", "bias")}
+    for i, layer in enumerate(model.layers):
+        for ours, theirs in names.items():
+            module = layer.get_submodule(ours)
+            weight = module.weight if "norm" in ours else module.weight.T
+            state |= {f"transformer.h.{i}.{theirs}.weight": weight, f"transformer.h.{i}.{theirs}.bias": module.bias}
+    missing, surplus = peer.load_state_dict(state, strict=False)
+    assert not surplus and set(missing) <= {"lm_head.weight"}
+    return peer
+
+
+def test_dense_equals_hugging_face_gpt2_in_logits_and_gradients(make_config):
+    model = build(make_config(feed_forward="dense"))
+    peer = gpt2_like(model)
+    tokens_BL = torch.randint(0, model.config.vocabulary_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    positions_BL = torch.arange(40).expand(2, -1)
+    ours = model.forward_logits(tokens_BL, positions_BL, torch.full_like(tokens_BL, 5))
+    theirs = peer(tokens_BL).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+    for logits in (ours, theirs):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()).backward()
+    torch.testing.assert_close(model.token_embedding.weight.grad, peer.transformer.wte.weight.grad, atol=1e-6, rtol=1e-4)
+    for layer, block in zip(model.layers, peer.transformer.h, strict=True):
+        torch.testing.assert_close(layer.attention.qkv.weight.grad, block.attn.c_attn.weight.grad.T, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(layer.feed_forward.up.weight.grad, block.mlp.c_fc.weight.grad.T, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("feed_forward", "tags", "parameters"),
+    [("attributes", False, 324_458_496), ("attributes", True, 325_230_336), ("token", False, 324_407_808)],
+)
+@pytest.mark.parametrize("sparse_layer", [SparseFeedForward, sparse_layer_factory()], ids=["inference", "training"])
+def test_paper_256_has_the_papers_parameters(feed_forward, tags, parameters, sparse_layer):
+    from icl_moe.model.config import DecoderConfig
+
+    recipe = load_recipe(TrainingRecipe, "paper_256", [f"model.feed_forward={feed_forward}", f"vocabulary.tags={tags}"])
+    with torch.device("meta"):
+        model = InContextDecoder(DecoderConfig.from_recipe(recipe), sparse_layer)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list[int]) -> Tensor:
+    """x_out = sum over the top-k of G(x)_i FFN_i(x), one token after the other, straight from the formula."""
+    gate, rows = layer.gate, []
+    k = gate.experts_per_token
+    for x_M, attributes in zip(x_TM, attributes_T, strict=True):
+        if isinstance(gate, TokenGate):
+            h_M = x_M
+        elif attributes == 0:
+            rows.append(torch.zeros_like(x_M))
+            continue
+        else:
+            bits = torch.tensor(attribute_bits(attributes), dtype=torch.float32)
+            h_M = gate.norm(gate.embed.weight @ bits + gate.embed.bias)
+        p_E = (gate.wg.weight @ h_M).softmax(dim=0)
+        best = sorted(range(len(p_E)), key=lambda i: -p_E[i].item())[:k]
+        total = sum(p_E[i] for i in best) if k > 1 else torch.tensor(1.0)
+        rows.append(sum(p_E[i] / total * layer.experts[i](x_M) for i in best))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("feed_forward", ["token", "attributes"])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("attributes_T", [[7] * 9 + [0] * 2 + [3] * 2 + [7, 0, 9], [5] * 6], ids=["uneven", "one class"])
+def test_sparse_layer_equals_the_formula_token_by_token(feed_forward, k, attributes_T):
+    torch.manual_seed(0)
+    settings = ModelSettings(
+        layers=2, layers_with_experts=(1,), width=16, heads=2, experts=8, feed_forward=feed_forward, experts_per_token=k
+    )
+    layer = SparseFeedForward(settings, 1)
+    x_TM = torch.randn(len(attributes_T), 16, requires_grad=True)
+    plan = RoutingPlan.from_attributes(attributes_T, (len(attributes_T),))
+    out = layer(x_TM, plan)
+    reference = reference_mixture(layer, x_TM, attributes_T)
+    torch.testing.assert_close(out, reference, atol=1e-6, rtol=1e-5)
+
+    def gradients(value: Tensor) -> list[Tensor]:
+        wanted = [x_TM, *layer.parameters()]
+        found = torch.autograd.grad(value.square().sum(), wanted, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+
+    for ours, theirs in zip(gradients(out), gradients(reference), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("feed_forward", ["token", "attributes"])
+@pytest.mark.parametrize("task", ["segmentation", "captioning"])
+def test_deepspeed_layers_equal_the_plain_ones(make_config, make_batch, feed_forward, task, one_rank):
+    config = make_config(feed_forward=feed_forward)
+    plain, trained = build(config), one_rank(build(config, sparse_layer=sparse_layer_factory()))
+    batch = make_batch(task, 4)
+    plain.auxiliary_weight = trained.auxiliary_weight = 0.0
+    (loss, gradients), (expected, reference) = loss_and_gradients(trained, batch), loss_and_gradients(plain, batch)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "captioning"])
+@pytest.mark.parametrize("feed_forward", ["dense", "token", "attributes"])
+def test_packed_and_padded_layouts_give_equal_losses_and_gradients(make_config, make_batch, task, feed_forward):
+    model = build(make_config(feed_forward=feed_forward))
+    packed, padded = (loss_and_gradients(model, make_batch(task, 4, layout, input_weight=0.5)) for layout in ("packed", "padded"))
+    assert packed[0] == pytest.approx(padded[0], abs=1e-6)
+    for name, gradient in packed[1].items():
+        torch.testing.assert_close(gradient, padded[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_attention_stays_inside_an_episode(make_config, make_sequences, codec):
+    from icl_moe.data.batch import collate
+
+    model = build(make_config())
+    sequences = make_sequences("captioning", 3)
+    alone = sum(model(collate([s], codec.format.vocabulary, "captioning", loss_scale=1.0)).text_sum.item() for s in sequences)
+    together = model(collate(sequences, codec.format.vocabulary, "captioning", loss_scale=1.0)).text_sum.item()
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(make_config, make_batch, one_rank):
+    model = one_rank(build(make_config(feed_forward="attributes"), sparse_layer=sparse_layer_factory(), auxiliary_weight=1.0))
+    batch = make_batch("captioning", 3)
+    loss = model(batch)
+    plan, expected = batch.routing, []
+    for layer in (1, 2):
+        probabilities_CE = model.layers[layer].feed_forward.deepspeed_moe.gate.probabilities(plan.classes)
+        for shares_C in plan.shares_BC:
+            mean_E = sum(share * p_E for share, p_E in zip(shares_C, probabilities_CE, strict=True))
+            first_E = torch.zeros(8)
+            for share, p_E in zip(shares_C, probabilities_CE, strict=True):
+                first_E[int(p_E.argmax())] += share
+            expected.append(8 * (mean_E * first_E).sum())
+    assert loss.auxiliary.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    gate = model.layers[1].feed_forward.deepspeed_moe.gate.wg.weight
+    without = torch.autograd.grad(loss.total - torch.stack(expected).mean(), gate, retain_graph=True)[0]
+    assert not torch.allclose(torch.autograd.grad(loss.total, gate)[0], without)
+
+
+def test_gate_noise_is_a_function_of_seed_step_layer_and_class_and_absent_in_evaluation(make_config, make_batch):
+    model = build(make_config(feed_forward="attributes", gate_noise=True))
+    gate = model.layers[1].feed_forward.gate
+    clean = gate.probabilities((11, 13))
+    assert torch.equal(gate.probabilities((11, 13), (0, 5)), gate.probabilities((11, 13), (0, 5)))
+    assert torch.equal(gate.probabilities((13,), (0, 5))[0], gate.probabilities((11, 13), (0, 5))[1])
+    assert not torch.equal(gate.probabilities((11, 13), (0, 5)), gate.probabilities((11, 13), (0, 6)))
+    assert not torch.equal(clean, gate.probabilities((11, 13), (0, 5)))
+    batch = make_batch("segmentation", 2)
+    model.eval()
+    assert model(batch, noise=(0, 1)).total.item() == model(batch, noise=(0, 2)).total.item()
+
+
+def test_activation_checkpointing_changes_no_gradient(make_config, make_batch):
+    model = build(make_config(feed_forward="attributes", dropout=0.1))
+    batch = make_batch("segmentation", 2)
+    results = []
+    for activation_checkpointing in (False, True):
+        model.activation_checkpointing = activation_checkpointing
+        torch.manual_seed(3)
+        results.append(loss_and_gradients(model, batch, noise=(0, 1)))
+    assert results[0][0] == results[1][0]
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name])
+
+
+def test_experts_start_different_and_weights_do_not_depend_on_the_layout(make_config):
+    plain = dict(build(make_config()).named_parameters())
+    trained = {exported_name(n): p for n, p in build(make_config(), sparse_layer=sparse_layer_factory()).named_parameters()}
+    assert plain.keys() == trained.keys()
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in plain.items())
+    name = "layers.1.feed_forward.experts.{}.up.weight"
+    assert not torch.equal(plain[name.format(0)], plain[name.format(1)])
+
+
+def test_exported_folder_loads_to_equal_logits(make_config, tmp_path):
+    model = build(make_config()).eval()
+    model.save_pretrained(tmp_path)
+    loaded = InContextDecoder.from_pretrained(tmp_path).eval()
+    tokens_BL = torch.arange(20).view(1, -1)
+    attributes_BL = torch.tensor([[5] * 10 + [9] * 10])
+    args = (tokens_BL, torch.arange(20).view(1, -1), attributes_BL)
+    assert torch.equal(model.forward_logits(*args), loaded.forward_logits(*args))
+    assert not isinstance(loaded.layers[1].feed_forward, nn.Linear)
