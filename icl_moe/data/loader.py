@@ -1,37 +1,13 @@
 """Micro-batches of one rank, in the schedule's order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from icl_moe.data.batch import Layout, TokenBatch, collate
-from icl_moe.data.schedule import Schedule
+from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
-from icl_moe.errors import InputError
-
-
-@dataclass(frozen=True)
-class RankSlice:
-    """Which part of each global batch this rank reads: `micro_batch` samples in each of `micro_steps` micro-steps.
-
-    Micro-step m of rank r takes the samples from (m * ranks + r) * micro_batch on. Tensor-parallel ranks share a slice.
-    """
-
-    rank: int
-    ranks: int
-    micro_batch: int
-    micro_steps: int
-
-    @classmethod
-    def of(cls, rank: int, ranks: int, global_batch: int, micro_batch: int) -> "RankSlice":
-        """Raises InputError where the global batch is not a whole number of micro-steps."""
-        if global_batch % (micro_batch * ranks):
-            raise InputError(
-                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch x ranks ({micro_batch} x {ranks})."
-            )
-        return cls(rank, ranks, micro_batch, global_batch // (micro_batch * ranks))
 
 
 class MicroBatches(Dataset[TokenBatch]):

@@ -4,6 +4,7 @@ No rank waits for another to choose, any number of ranks reads the same batches,
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -82,3 +83,25 @@ class Schedule:
     def _draw_shuffle(self, pool: str, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.Philox(stable_seed("shuffle", self.seed, pool, epoch)))
         return generator.permutation(self._pools[pool])
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """Which part of each global batch this rank reads: `micro_batch` samples in each of `micro_steps` micro-steps.
+
+    Micro-step m of rank r takes the samples from (m * ranks + r) * micro_batch on. Tensor-parallel ranks share a slice.
+    """
+
+    rank: int
+    ranks: int
+    micro_batch: int
+    micro_steps: int
+
+    @classmethod
+    def of(cls, rank: int, ranks: int, global_batch: int, micro_batch: int) -> "RankSlice":
+        """Raises InputError where the global batch is not a whole number of micro-steps."""
+        if global_batch % (micro_batch * ranks):
+            raise InputError(
+                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch x ranks ({micro_batch} x {ranks})."
+            )
+        return cls(rank, ranks, micro_batch, global_batch // (micro_batch * ranks))

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_model import VOCABULARY, make_batch, make_config, make_sequences
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from icl_moe.data.batch import collate
+from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.model.moe import exported_name, sparse_layer_factory
@@ -52,7 +55,7 @@ def gpt2_like(model: InContextDecoder) -> GPT2LMHeadModel:
     return peer
 
 
-def test_dense_equals_hugging_face_gpt2_in_logits_and_gradients(make_config):
+def test_dense_equals_hugging_face_gpt2_in_logits_and_gradients():
     model = build(make_config(feed_forward="dense"))
     peer = gpt2_like(model)
     tokens_BL = torch.randint(0, model.config.vocabulary_size, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -75,8 +78,6 @@ def test_dense_equals_hugging_face_gpt2_in_logits_and_gradients(make_config):
 )
 @pytest.mark.parametrize("sparse_layer", [SparseFeedForward, sparse_layer_factory()], ids=["inference", "training"])
 def test_paper_256_has_the_papers_parameters(feed_forward, tags, parameters, sparse_layer):
-    from icl_moe.model.config import DecoderConfig
-
     recipe = load_recipe(TrainingRecipe, "paper_256", [f"model.feed_forward={feed_forward}", f"vocabulary.tags={tags}"])
     with torch.device("meta"):
         model = InContextDecoder(DecoderConfig.from_recipe(recipe), sparse_layer)
@@ -129,7 +130,7 @@ def test_sparse_layer_equals_the_formula_token_by_token(feed_forward, k, attribu
 
 @pytest.mark.parametrize("feed_forward", ["token", "attributes"])
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
-def test_deepspeed_layers_equal_the_plain_ones(make_config, make_batch, feed_forward, task, one_rank):
+def test_deepspeed_layers_equal_the_plain_ones(feed_forward, task, one_rank):
     config = make_config(feed_forward=feed_forward)
     plain, trained = build(config), one_rank(build(config, sparse_layer=sparse_layer_factory()))
     batch = make_batch(task, 4)
@@ -142,7 +143,7 @@ def test_deepspeed_layers_equal_the_plain_ones(make_config, make_batch, feed_for
 
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
 @pytest.mark.parametrize("feed_forward", ["dense", "token", "attributes"])
-def test_packed_and_padded_layouts_give_equal_losses_and_gradients(make_config, make_batch, task, feed_forward):
+def test_packed_and_padded_layouts_give_equal_losses_and_gradients(task, feed_forward):
     model = build(make_config(feed_forward=feed_forward))
     packed, padded = (loss_and_gradients(model, make_batch(task, 4, layout, input_weight=0.5)) for layout in ("packed", "padded"))
     assert packed[0] == pytest.approx(padded[0], abs=1e-6)
@@ -150,17 +151,15 @@ def test_packed_and_padded_layouts_give_equal_losses_and_gradients(make_config, 
         torch.testing.assert_close(gradient, padded[1][name], atol=1e-6, rtol=1e-4)
 
 
-def test_attention_stays_inside_an_episode(make_config, make_sequences, codec):
-    from icl_moe.data.batch import collate
-
+def test_attention_stays_inside_an_episode():
     model = build(make_config())
     sequences = make_sequences("captioning", 3)
-    alone = sum(model(collate([s], codec.format.vocabulary, "captioning", loss_scale=1.0)).text_sum.item() for s in sequences)
-    together = model(collate(sequences, codec.format.vocabulary, "captioning", loss_scale=1.0)).text_sum.item()
+    alone = sum(model(collate([s], VOCABULARY, "captioning", loss_scale=1.0)).text_sum.item() for s in sequences)
+    together = model(collate(sequences, VOCABULARY, "captioning", loss_scale=1.0)).text_sum.item()
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(make_config, make_batch, one_rank):
+def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(one_rank):
     model = one_rank(build(make_config(feed_forward="attributes"), sparse_layer=sparse_layer_factory(), auxiliary_weight=1.0))
     batch = make_batch("captioning", 3)
     loss = model(batch)
@@ -179,7 +178,7 @@ def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(make_config,
     assert not torch.allclose(torch.autograd.grad(loss.total, gate)[0], without)
 
 
-def test_gate_noise_is_a_function_of_seed_step_layer_and_class_and_absent_in_evaluation(make_config, make_batch):
+def test_gate_noise_is_a_function_of_seed_step_layer_and_class_and_absent_in_evaluation():
     model = build(make_config(feed_forward="attributes", gate_noise=True))
     gate = model.layers[1].feed_forward.gate
     clean = gate.probabilities((11, 13))
@@ -192,7 +191,7 @@ def test_gate_noise_is_a_function_of_seed_step_layer_and_class_and_absent_in_eva
     assert model(batch, noise=(0, 1)).total.item() == model(batch, noise=(0, 2)).total.item()
 
 
-def test_activation_checkpointing_changes_no_gradient(make_config, make_batch):
+def test_activation_checkpointing_changes_no_gradient():
     model = build(make_config(feed_forward="attributes", dropout=0.1))
     batch = make_batch("segmentation", 2)
     results = []
@@ -205,7 +204,7 @@ def test_activation_checkpointing_changes_no_gradient(make_config, make_batch):
         torch.testing.assert_close(gradient, results[1][1][name])
 
 
-def test_experts_start_different_and_weights_do_not_depend_on_the_layout(make_config):
+def test_experts_start_different_and_weights_do_not_depend_on_the_layout():
     plain = dict(build(make_config()).named_parameters())
     trained = {exported_name(n): p for n, p in build(make_config(), sparse_layer=sparse_layer_factory()).named_parameters()}
     assert plain.keys() == trained.keys()
@@ -214,7 +213,7 @@ def test_experts_start_different_and_weights_do_not_depend_on_the_layout(make_co
     assert not torch.equal(plain[name.format(0)], plain[name.format(1)])
 
 
-def test_exported_folder_loads_to_equal_logits(make_config, tmp_path):
+def test_exported_folder_loads_to_equal_logits(tmp_path):
     model = build(make_config()).eval()
     model.save_pretrained(tmp_path)
     loaded = InContextDecoder.from_pretrained(tmp_path).eval()

@@ -1,0 +1,143 @@
+"""The command line: `icl-moe`, a verb a stage. Every verb imports what it needs when it runs, so that --help answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from icl_moe.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is wrong."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except InputError as error:
+        # Under a launcher every rank finds the same fault: one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"icl-moe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="icl-moe", description="Multimodal in-context learning with a sparse decoder.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_shards(verbs)
+    _add_tokenizer(verbs)
+    _add_train(verbs)
+    _add_export(verbs)
+    _add_evaluate(verbs)
+    _add_segment(verbs)
+    _add_caption(verbs)
+    _add_demo(verbs)
+    return parser
+
+
+def _add_shards(verbs: argparse._SubParsersAction) -> None:
+    from preprocessing import cli
+
+    cli.add_parser(verbs)
+
+
+def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
+    actions = verbs.add_parser("tokenizer", help="train, measure or convert an image tokenizer").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+
+    parser = actions.add_parser("train", help="train a VQ-GAN by a recipe")
+    parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer, its log and its training state")
+    parser.set_defaults(run=_tokenizer_train)
+
+    parser = actions.add_parser("evaluate", help="measure reconstruction, code usage and the mask ceiling")
+    parser.add_argument("tokenizer", help="a tokenizer's folder, or the name of a shipped one")
+    parser.add_argument("images", type=Path, help="folder of images")
+    parser.add_argument("--annotations", type=Path, help="COCO instances file of these images, for the mask ceiling")
+    parser.set_defaults(run=_tokenizer_evaluate)
+
+    parser = actions.add_parser("convert", help="convert a taming-transformers checkpoint")
+    parser.add_argument("checkpoint", type=Path, help="the release's last.ckpt")
+    parser.add_argument("--config", type=Path, required=True, help="the release's model.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the converted tokenizer")
+    parser.set_defaults(run=_tokenizer_convert)
+
+
+def _add_train(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("train", help="train a decoder, alone or under the deepspeed launcher")
+    parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as paper_256")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    parser.set_defaults(run=_train)
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("export", help="write a checkpoint as one folder for from_pretrained")
+    parser.add_argument("checkpoint", type=Path, help="a run's output folder (its newest checkpoint), or one step's folder in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.set_defaults(run=_export)
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("evaluate", help="measure a model on the episodes of a shard folder")
+    parser.add_argument("model", type=Path, help="an exported model")
+    parser.add_argument("shards", type=Path, help="a shard folder")
+    parser.add_argument("--shots", default="1", help="numbers of examples, such as 0,1,2,3 (default 1)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json, predictions and report.html")
+    parser.add_argument("--limit", type=int, help="at most this many episodes a task")
+    parser.add_argument("--batch", type=int, default=8, help="episodes decoded together (default 8)")
+    parser.add_argument("--control", choices=["shuffled"], help="measure also with examples of other classes")
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_segment(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("segment", help="segment an image as examples show")
+    parser.add_argument("model", type=Path, help="an exported model")
+    parser.add_argument("--example", nargs=2, type=Path, action="append", default=[], metavar=("IMAGE", "MASK"), help="may be repeated")
+    parser.add_argument("--query", type=Path, required=True, metavar="IMAGE")
+    parser.add_argument("--category", help="the class's name, for models with a class prompt")
+    parser.add_argument("--out", type=Path, required=True, metavar="MASK.png")
+    parser.set_defaults(run=_segment)
+
+
+def _add_caption(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("caption", help="caption an image as examples show")
+    parser.add_argument("model", type=Path, help="an exported model")
+    parser.add_argument(
+        "--example", nargs=2, type=Path, action="append", default=[], metavar=("IMAGE", "REGION.json"), help="may be repeated"
+    )
+    parser.add_argument("--query", type=Path, required=True, metavar="IMAGE")
+    parser.add_argument("--category", help="the class's name, for models to which it is given")
+    parser.set_defaults(run=_caption)
+
+
+def _add_demo(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("demo", help="the whole pipeline, small, on this machine")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes (default demo)")
+    parser.set_defaults(run=_demo)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from icl_moe.recipe import TrainingRecipe, load_recipe
+    from icl_moe.training.preflight import check
+
+    recipe = load_recipe(TrainingRecipe, options.recipe, options.settings)
+    check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+
+    from icl_moe.training.trainer import train
+
+    train(recipe)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from icl_moe.training.checkpoint import export
+
+    step = export(options.checkpoint, options.out)
+    print(f"{options.out}: the model after {step} steps")
+    return 0

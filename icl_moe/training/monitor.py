@@ -1,0 +1,79 @@
+"""What an operator sees: one progress line every few steps, and the same figures to DeepSpeed's monitors."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from tqdm import tqdm
+
+from icl_moe.model.loss import DecoderLoss
+
+# What is summed over micro-steps and ranks between two lines.
+_SUMS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliary")
+
+
+class ProgressMonitor:
+    """Collects losses on the device and reads them, over all ranks, only when a line is due.
+
+    Modality losses are means in nats a target over the steps since the last line. tokens/s counts real tokens, not padding.
+    write_events: the engine's monitor, called on rank 0 with [(name, value, samples seen)].
+    """
+
+    def __init__(
+        self, start: int, steps: int, every: int, global_batch: int, is_main: bool, device: torch.device, write_events: Callable[[list], None]
+    ) -> None:
+        self._steps = steps
+        self._every = every
+        self._global_batch = global_batch
+        self._is_main = is_main
+        self._write_events = write_events
+        self._sums = torch.zeros(len(_SUMS) + 2, dtype=torch.float64, device=device)
+        self._since = time.monotonic()
+        self._done = start
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+
+    def add(self, loss: DecoderLoss, tokens: int) -> None:
+        """Count one micro-step."""
+        values = [getattr(loss, name).double() for name in _SUMS]
+        self._sums += torch.stack([*values, values[0].new_tensor(1.0), values[0].new_tensor(float(tokens))])
+
+    def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
+        """Count one optimizer step, the `step`-th (from 1), and print the line where it is due."""
+        self._bar.update(1)
+        if step % self._every and step != self._steps:
+            return
+        sums = self._sums.clone()
+        dist.all_reduce(sums)
+        self._sums.zero_()
+        now = time.monotonic()
+        if self._is_main:
+            self._report(step, task, sums, norm, rate, seconds=now - self._since)
+        self._since = now
+        self._done = step
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _report(self, step: int, task: str, sums: Tensor, norm: float | None, rate: float, seconds: float) -> None:
+        image_sum, image_weight, text_sum, text_weight, auxiliary, micro_steps, tokens = sums.tolist()
+        figures = {
+            "image_loss": image_sum / image_weight if image_weight else None,
+            "text_loss": text_sum / text_weight if text_weight else None,
+            "auxiliary_loss": auxiliary / micro_steps,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": tokens / seconds,
+        }
+        remaining = (self._steps - step) * seconds / max(step - self._done, 1)
+        parts = [f"step {step}/{self._steps}", task]
+        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items() if value is not None]
+        tqdm.write("  ".join([*parts, f"ETA {_clock(remaining)}"]))
+        events = [(f"train/{name}", value, step * self._global_batch) for name, value in figures.items() if value is not None]
+        self._write_events(events)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
