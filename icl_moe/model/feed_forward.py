@@ -3,7 +3,7 @@
 Apart from moe.py because inference must not import DeepSpeed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from icl_moe.model.router import AttributeDecision, AttributeGate, RoutingPlan, TokenGate
 from icl_moe.recipe import ModelSettings
+
+ExpertRunner = Callable[[list[tuple[int, Tensor]]], list[Tensor]]
+"""Computes routes, (global expert id, rows (N, M)) each, and returns the experts' outputs (N, M) in the same order."""
 
 
 class FeedForward(nn.Module):
@@ -35,7 +38,7 @@ class SparseFeedForward(nn.Module):
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(self.gate, AttributeGate):
-            return mix_by_segments(x_TM, plan, self.gate(plan), self.experts)
+            return mix_by_segments(x_TM, plan, self.gate(plan), run_here(list(self.experts)))
         experts_TK, weights_TK = self.gate(x_TM)
         out_TM = torch.zeros_like(x_TM)
         for index, expert in enumerate(self.experts):
@@ -48,22 +51,26 @@ def attribute_gate(settings: ModelSettings, layer: int) -> AttributeGate:
     return AttributeGate(settings.width, settings.experts, settings.experts_per_token, layer, settings.gate_noise)
 
 
-def mix_by_segments(x_TM: Tensor, plan: RoutingPlan, decision: AttributeDecision, experts: Sequence[nn.Module]) -> Tensor:
+def mix_by_segments(x_TM: Tensor, plan: RoutingPlan, decision: AttributeDecision, run: ExpertRunner) -> Tensor:
     """Each class's tokens through its own experts, found by slices of the stream: no sort, no one-hot, no capacity.
 
-    Padding is computed by no expert and comes out as zero.
+    run: computes the (global expert id, rows) routes. Padding is computed by no expert and comes out as zero.
     """
     lengths = [length for _, length in plan.segments]
     pieces = x_TM.split(lengths)
-    out: list[Tensor | None] = [None] * len(pieces)
-    for c in range(len(plan.classes)):
-        mine = [i for i, (index, _) in enumerate(plan.segments) if index == c]
-        rows = torch.cat([pieces[i] for i in mine]) if len(mine) > 1 else pieces[mine[0]]
-        weights_K = decision.weights_CK[c].to(x_TM.dtype)
-        mixed = sum(experts[e](rows) * weight for e, weight in zip(decision.experts[c], weights_K.unbind(), strict=True))
-        for i, piece in zip(mine, mixed.split([lengths[i] for i in mine]), strict=True):
-            out[i] = piece
-    return torch.cat([torch.zeros_like(pieces[i]) if piece is None else piece for i, piece in enumerate(out)])
+    members = [[i for i, (index, _) in enumerate(plan.segments) if index == c] for c in range(len(plan.classes))]
+    rows = [torch.cat([pieces[i] for i in mine]) if len(mine) > 1 else pieces[mine[0]] for mine in members]
+    outputs = iter(run([(expert, rows[c]) for c, experts in enumerate(decision.experts) for expert in experts]))
+    placed: dict[int, Tensor] = {}
+    for mine, weights_K in zip(members, decision.weights_CK.to(x_TM.dtype), strict=True):
+        mixed = sum(next(outputs) * weight for weight in weights_K.unbind())
+        placed |= dict(zip(mine, mixed.split([lengths[i] for i in mine]), strict=True))
+    return torch.cat([placed[i] if i in placed else torch.zeros_like(piece) for i, piece in enumerate(pieces)])
+
+
+def run_here(experts: Sequence[nn.Module]) -> ExpertRunner:
+    """Runs every route on this process, which holds all experts."""
+    return lambda routes: [experts[expert](rows) for expert, rows in routes]
 
 
 def _token_gate(settings: ModelSettings) -> TokenGate:

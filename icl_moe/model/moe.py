@@ -5,14 +5,17 @@ Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert g
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from icl_moe.model.feed_forward import FeedForward, attribute_gate, mix_by_segments
+from icl_moe.model.feed_forward import ExpertRunner, FeedForward, attribute_gate, mix_by_segments, run_here
 from icl_moe.model.router import AttributeGate, RoutingPlan
 from icl_moe.recipe import ModelSettings
 
@@ -75,7 +78,58 @@ class AttributeMOELayer(MOELayer):
         decision = self.gate(plan)
         self.l_aux = decision.auxiliary_loss
         self.exp_counts = None  # Stock counts tokens an expert here; the plan and the gate's table say more.
-        return mix_by_segments(x_TM, plan, decision, self.experts.deepspeed_experts)
+        experts = list(self.experts.deepspeed_experts)
+        run = run_here(experts) if self.ep_size == 1 else run_exchanged(experts, self.ep_group, self.ep_size)
+        return mix_by_segments(x_TM, plan, decision, run)
+
+
+def run_exchanged(experts: Sequence[nn.Module], group: dist.ProcessGroup, ep_size: int) -> ExpertRunner:
+    """Runs every route on the rank of `group` that holds its expert: rows go there and come back by all-to-all with uneven splits.
+
+    experts: this rank's; rank r of the group holds the global ids r * len(experts) and on. All ranks of the group must call it together.
+    """
+    local = len(experts)
+
+    def run(routes: list[tuple[int, Tensor]]) -> list[Tensor]:
+        order = sorted(range(len(routes)), key=lambda i: routes[i][0])
+        rows = torch.cat([routes[i][1] for i in order])
+        counts_E = torch.zeros(ep_size * local, dtype=torch.int64, device=rows.device)
+        for expert, part in routes:
+            counts_E[expert] += len(part)
+        counts_RE = torch.empty(ep_size * ep_size * local, dtype=torch.int64, device=rows.device)
+        dist.all_gather_into_tensor(counts_RE, counts_E, group=group)
+        counts_RE = counts_RE.view(ep_size, -1)
+        mine = dist.get_rank(group)
+        sent = counts_RE[mine].view(ep_size, local).sum(dim=1).tolist()
+        # Rows that come here: from each rank in turn, ordered by this rank's experts.
+        received_RL = counts_RE[:, mine * local : (mine + 1) * local].tolist()
+        received = [sum(row) for row in received_RL]
+
+        arrived = _UnevenAllToAll.apply(rows, sent, received, group)
+        parts = arrived.split([count for row in received_RL for count in row])
+        by_expert = [torch.cat(parts[e::local]) for e in range(local)]
+        computed = [expert(x).split([row[e] for row in received_RL]) for e, (expert, x) in enumerate(zip(experts, by_expert, strict=True))]
+        returned = torch.cat([computed[e][r] for r in range(ep_size) for e in range(local)])
+        outputs = _UnevenAllToAll.apply(returned, received, sent, group).split([len(routes[i][1]) for i in order])
+        back = dict(zip(order, outputs, strict=True))
+        return [back[i] for i in range(len(routes))]
+
+    return run
+
+
+class _UnevenAllToAll(torch.autograd.Function):
+    """All-to-all of rows (N, M), `sent[r]` to rank r and `received[r]` from it; the gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.splits = received, sent, group
+        out = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _UnevenAllToAll.apply(gradients[0], *ctx.splits), None, None, None
 
 
 _EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")

@@ -69,7 +69,5 @@ def _check_layout(recipe: TrainingRecipe, world: int) -> None:
     ep_size = recipe.parallel.ep_size
     if recipe.parallel.tp_size != 1:
         raise InputError(f"parallel.tp_size must be 1, not {recipe.parallel.tp_size}: tensor parallelism is not there yet.")
-    if ep_size != 1 and recipe.model.feed_forward == "attributes":
-        raise InputError(f"parallel.ep_size must be 1 with model.feed_forward=attributes, not {ep_size}: its uneven exchange is not there yet.")
     if world % ep_size or recipe.model.experts % ep_size:
         raise InputError(f"parallel.ep_size ({ep_size}) must divide model.experts ({recipe.model.experts}) and the number of ranks ({world}).")

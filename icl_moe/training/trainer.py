@@ -16,6 +16,7 @@ from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.moe import exported_name, sparse_layer_factory
+from icl_moe.optim import gradient_norm
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import TrainingRecipe, to_dict
@@ -72,6 +73,21 @@ def build_engine(recipe: TrainingRecipe, manifest: Manifest, engine_config: dict
     return engine
 
 
+def step_engine(engine: Any, clip: float | None) -> float | None:
+    """`engine.step()` after a micro-step's backward; at the last one of a step, the global gradient norm (before clipping)."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+    norm = None
+    if engine.is_gradient_accumulation_boundary():
+        norm = gradient_norm.global_norm(engine.module)
+        if clip is not None:
+            gradient_norm.clip(engine.module, norm, clip)
+    engine.step()
+    return None if norm is None else float(norm)
+
+
 def _run_steps(
     engine: Any, recipe: TrainingRecipe, dataset: MicroBatches, schedule: Schedule, part: RankSlice, ranks: Ranks, start: int, stop: int
 ) -> None:
@@ -90,21 +106,24 @@ def _run_steps(
             torch.manual_seed(stable_seed("dropout", settings.seed, step, micro_step, ranks.rank))
             loss = engine(batch.to(ranks.device), noise=(settings.seed, step))
             engine.backward(loss.total)
-            engine.step()
+            norm = step_engine(engine, recipe.optimizer.clip)
             monitor.add(loss, tokens=len(batch.tokens_T) if batch.real_T is None else int(batch.real_T.sum()))
-        monitor.step_done(step + 1, schedule.task(step), engine.get_global_grad_norm(), rate)
+        monitor.step_done(step + 1, schedule.task(step), norm, rate)
         if (step + 1) % settings.save_every == 0 or step + 1 == stop:
             checkpoint.save(engine, Path(settings.output), step + 1, settings.keep_checkpoints)
     monitor.close()
 
 
 def _engine_config(recipe: TrainingRecipe, engine_config: dict[str, Any], part: RankSlice) -> dict[str, Any]:
+    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
+    bf16 = engine_config.get("bf16", {}).get("enabled", False)
     config = {
         **engine_config,
         "train_batch_size": recipe.training.global_batch,
         "train_micro_batch_size_per_gpu": recipe.training.micro_batch,
         "gradient_accumulation_steps": part.micro_steps,
-        "gradient_clipping": recipe.optimizer.clip or 0.0,
+        # At ZeRO stage 0 in fp32 we clip ourselves, see optim/gradient_norm.py.
+        "gradient_clipping": (recipe.optimizer.clip or 0.0) if stage or bf16 else 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
