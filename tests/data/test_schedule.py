@@ -51,7 +51,10 @@ def test_ranks_split_every_global_batch_whatever_their_number():
     for ranks in (1, 2, 4):
         parts = [RankSlice.of(rank, ranks, global_batch=16, micro_batch=2) for rank in range(ranks)]
         taken = [
-            (m * ranks + part.rank) * part.micro_batch + i for part in parts for m in range(part.micro_steps) for i in range(part.micro_batch)
+            (m * ranks + part.rank) * part.micro_batch + i
+            for part in parts
+            for m in range(part.micro_steps)
+            for i in range(part.micro_batch)
         ]
         assert sorted(taken) == list(range(16))
 

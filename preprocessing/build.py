@@ -1,0 +1,221 @@
+"""`icl-moe shards build`: from a data recipe to a shard folder, stage by stage.
+
+What is finished stays: encoded chunks and packed shards lie in the output folder, and the same command goes on from there. The
+manifest is written last, so a folder with a manifest is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from tqdm import tqdm
+
+from icl_moe.data.shards import MANIFEST_FILE, SCHEMA_VERSION, Manifest, ShardSet
+from icl_moe.errors import InputError
+from icl_moe.recipe import to_dict
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
+from icl_moe.tasks import TASKS
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.tokenizers.vqgan import VQGAN
+from preprocessing import coco, coco_captions, synthetic, visual_genome
+from preprocessing.episodes import plan_episodes
+from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, pair_of, plan_shards
+from preprocessing.pool import Pool
+from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
+from preprocessing.recipe import DataRecipe
+from preprocessing.workers import ordered_map
+
+
+def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
+    """Build the shard folder `out` on `workers` processes, and on all devices under `accelerate launch`.
+
+    Goes on where an earlier build with the same settings stopped. Raises InputError for bad input, and where `out` holds something
+    else.
+    """
+    process = PartialState()
+    tokenizer = VQGAN.from_pretrained(recipe.tokenizer)
+    codec = SequenceCodec(_format(recipe, tokenizer), TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer))
+    folder = _WorkFolder(out, recipe, tokenizer.fingerprint, codec.text.fingerprint)
+    if folder.is_complete():
+        return ShardSet(out).manifest
+    with process.main_process_first():
+        if process.is_main_process:
+            folder.open()
+            _draw_scenes(recipe, out)
+    pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, workers)
+    with process.main_process_first():
+        folder.check_pools(pools)
+
+    episodes = {pool.task: plan_episodes(pool, recipe.examples, recipe.samples, recipe.seed) for pool in pools}
+    pictures, tasks = _number_pictures(pools, episodes, codec)
+    rank, ranks = process.process_index, process.num_processes
+    quantize(pictures, tokenizer, recipe.image_size, folder.work, workers, process.device, rank, ranks)
+    process.wait_for_everyone()
+
+    packer = Packer(out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size)
+    plans = [plan for task in tasks for plan in plan_shards(task, len(tasks[task].episodes), recipe.shard_size)]
+    mine = plans[rank::ranks]
+    with tqdm(total=sum(plan.stop - plan.start for plan in mine), desc="packing samples", unit="sample", disable=rank != 0) as progress:
+        for count in ordered_map(pack_shard, packer, mine, workers):
+            progress.update(count)
+    process.wait_for_everyone()
+    if process.is_main_process:
+        shards, classes = collect(packer, plans)
+        tokenizer.cpu().save_pretrained(out / "image_tokenizer")
+        codec.text.save(out / "text_tokenizer")
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            format=codec.format,
+            examples=recipe.examples,
+            image_size=recipe.image_size,
+            image_tokenizer=tokenizer.fingerprint,
+            text_tokenizer=codec.text.fingerprint,
+            recipe=to_dict(recipe),
+            samples={task: len(episodes[task]) for task in tasks},
+            classes=classes,
+            shards=shards,
+            skipped={f"{pool.task}.{reason}": count for pool in pools for reason, count in sorted(pool.skipped.items()) if count},
+        )
+        manifest.write(out)
+        shutil.rmtree(folder.work)
+    process.wait_for_everyone()
+    return Manifest.read(out)
+
+
+class _WorkFolder:
+    """The output folder while it is being built: whether it is ours to write, and what to go on from."""
+
+    def __init__(self, out: Path, recipe: DataRecipe, image_tokenizer: str, text_tokenizer: str) -> None:
+        self.out = out
+        self.work = out / ".build"
+        self._state_file = self.work / "state.json"
+        # Through JSON, so that it compares equal to what was read back.
+        self._settings = json.loads(json.dumps({**to_dict(recipe), "image tokenizer": image_tokenizer, "text tokenizer": text_tokenizer}))
+
+    def is_complete(self) -> bool:
+        """Whether `out` already holds these shards, whole. Raises InputError where it holds others."""
+        if not (self.out / MANIFEST_FILE).is_file():
+            return False
+        manifest = Manifest.read(self.out)
+        found = {**manifest.recipe, "image tokenizer": manifest.image_tokenizer, "text tokenizer": manifest.text_tokenizer}
+        self._check_settings(found, "shards")
+        shutil.rmtree(self.work, ignore_errors=True)  # where the build was stopped between its last two steps
+        return True
+
+    def open(self) -> None:
+        """Begin, or go on with the same settings. Raises InputError where `out` holds anything else."""
+        if self._state_file.is_file():
+            self._check_settings(json.loads(self._state_file.read_bytes())["settings"], "unfinished shards")
+            return
+        if self.out.exists() and (not self.out.is_dir() or any(path.name != ".build" for path in self.out.iterdir())):
+            raise InputError(f"{self.out} exists and holds no shards; choose another --out or an empty folder.")
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._write({"settings": self._settings})
+
+    def check_pools(self, pools: list[Pool]) -> None:
+        """Raise InputError where the sources have changed since the build began."""
+        digest = hashlib.sha256(f"batch {BATCH}".encode())
+        for pool in pools:
+            for region in pool.regions:
+                digest.update(repr(region).encode())
+        state = json.loads(self._state_file.read_bytes())
+        if state.setdefault("pools", digest.hexdigest()) != digest.hexdigest():
+            raise InputError(f"The data's sources have changed since the build in {self.out} began; delete that folder to begin anew.")
+        self._write(state)
+
+    def _check_settings(self, found: dict[str, Any], what: str) -> None:
+        then, now = _flatten(found), _flatten(self._settings)
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
+                raise InputError(
+                    f"{self.out} holds {what} of another recipe ({key} is {then.get(key)!r} there, {now.get(key)!r} here); "
+                    "choose another --out, or delete it."
+                )
+
+    def _write(self, state: dict[str, Any]) -> None:
+        partial = self._state_file.with_suffix(f".partial{os.getpid()}")
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        os.replace(partial, self._state_file)
+
+
+def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
+    """The sequence format of a recipe; raises InputError where its image tokenizer does not fit."""
+    if recipe.vocabulary.image_codes != tokenizer.config.codebook_size:
+        raise InputError(
+            f"vocabulary.image_codes is {recipe.vocabulary.image_codes}, but the tokenizer {recipe.tokenizer} has "
+            f"{tokenizer.config.codebook_size} codes; set it to that."
+        )
+    if recipe.image_size % tokenizer.downsampling:
+        raise InputError(
+            f"image_size is {recipe.image_size}; the tokenizer {recipe.tokenizer} needs a multiple of {tokenizer.downsampling}."
+        )
+    return recipe.sequence_format((recipe.image_size // tokenizer.downsampling) ** 2)
+
+
+def _draw_scenes(recipe: DataRecipe, out: Path) -> None:
+    """The drawn data set, kept beside the shards; written whole or not at all."""
+    folder = out / "synthetic"
+    if recipe.draws_scenes and not folder.is_dir():
+        partial = out / "synthetic.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        synthetic.write_dataset(partial, recipe.synthetic.images, recipe.synthetic.seed, recipe.synthetic.split)
+        os.replace(partial, folder)
+
+
+def _read_pools(recipe: DataRecipe, codec: SequenceCodec, workers: int) -> list[Pool]:
+    """The pool of each task, less what no episode can be made of. Raises InputError where a task is left with nothing."""
+    pools = []
+    if recipe.segmentation is not None:
+        pools.append(coco.read_segmentation(recipe.segmentation, recipe.image_size, recipe.missing_images, workers))
+    if recipe.captioning is not None:
+        reader = visual_genome if recipe.captioning.source == "visual_genome" else coco_captions
+        pools.append(reader.read_captioning(recipe.captioning, recipe.missing_images))
+    for pool in pools:
+        _drop_texts_without_room(pool, codec)
+        pool.drop_small_classes(images=recipe.examples + 1)
+        if not pool.regions:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(pool.skipped.items()) if count)
+            raise InputError(
+                f"No class of {pool.task} is seen in the {recipe.examples + 1} images that an episode needs"
+                f"{f' (left out: {reasons})' if reasons else ''}; give more data or set examples lower."
+            )
+    return pools
+
+
+def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
+    image = np.zeros(codec.format.codes_per_image, dtype=np.int64)
+    fits = []
+    for region in tqdm(pool.regions, desc=f"measuring {pool.task}", unit="region"):
+        try:
+            codec.encode(Episode(TASKS[pool.task], region.category, (pair_of(region, codec, image, image),)))  # type: ignore[arg-type]
+            fits.append(region)
+        except TooLongError:
+            pool.skipped["texts_without_room"] += 1
+    pool.regions = fits
+
+
+def _number_pictures(
+    pools: list[Pool], episodes: dict[str, np.ndarray], codec: SequenceCodec
+) -> tuple[list[Picture], dict[str, TaskEpisodes]]:
+    """All distinct pictures that the episodes need, in the order of the pools, and each region's two by number."""
+    numbers: dict[Picture, int] = {}
+    tasks = {}
+    for pool in pools:
+        of_region = np.full((len(pool.regions), 2), -1, dtype=np.int64)
+        for region in np.unique(episodes[pool.task]).tolist():
+            for place, picture in enumerate(pictures_of(pool.regions[region], draw_box=codec.format.box == "image")):
+                of_region[region, place] = numbers.setdefault(picture, len(numbers))
+        tasks[pool.task] = TaskEpisodes(pool.regions, episodes[pool.task], of_region)
+    return list(numbers), tasks
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

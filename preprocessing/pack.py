@@ -1,0 +1,178 @@
+"""Episodes -> webdataset shards. A shard is a pure function of its number, so any number of processes makes the same bytes."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from icl_moe.data.shards import INDEX_FILE, ShardInfo, sample_key
+from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, TokenSequence
+from icl_moe.tasks import TASKS
+from preprocessing.pool import Region
+from preprocessing.quantize import CodeStore
+
+
+@dataclass(frozen=True)
+class TaskEpisodes:
+    """The episodes of one task: their regions by number (samples, examples + 1), and each region's numbers of its pictures.
+
+    pictures: int64 (regions, 2), the number in the code store of the image and of the mask or drawn box, -1 where there is none.
+    """
+
+    regions: Sequence[Region]
+    episodes: np.ndarray
+    pictures: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packer:
+    """What every shard is made of. `folder` takes the shards, `notes` a JSON file for each with its index rows."""
+
+    folder: Path
+    notes: Path
+    codec: SequenceCodec
+    codes: CodeStore
+    tasks: dict[str, TaskEpisodes]
+    image_size: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard to be: samples `start` to `stop` of `task`."""
+
+    task: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.task}-{self.number:06d}.tar"
+
+
+def plan_shards(task: str, samples: int, shard_size: int) -> list[ShardPlan]:
+    return [ShardPlan(task, n, start, min(start + shard_size, samples)) for n, start in enumerate(range(0, samples, shard_size))]
+
+
+def pack_shard(packer: Packer, plan: ShardPlan) -> int:
+    """Write one shard and its notes, unless both are there; returns its number of samples."""
+    target, notes = packer.folder / plan.file, packer.notes / f"{plan.file}.json"
+    if target.is_file() and notes.is_file():
+        return plan.stop - plan.start
+    partial = packer.folder / f"{plan.file}.partial"
+    lengths, classes = [], Counter[str]()
+    with partial.open("wb") as file, webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
+        for index in range(plan.start, plan.stop):
+            category, sequence, meta = _sample(packer, plan.task, index)
+            tokens_L = sequence.tokens_L.astype(packer.codec.format.vocabulary.token_dtype)
+            writer.write({"__key__": sample_key(plan.task, index), "tokens.npy": _npy_bytes(tokens_L), "json": _json_bytes(meta)})
+            lengths.append(_lengths(sequence))
+            classes[category] += 1
+    rows = [[*places, *counts] for places, counts in zip(_places(partial), lengths, strict=True)]
+    with partial.open("rb") as written:
+        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    info = ShardInfo(plan.file, plan.task, plan.stop - plan.start, partial.stat().st_size, sha256)
+    os.replace(partial, target)
+    _write(notes, _json_bytes({"shard": asdict(info), "classes": classes, "rows": rows}))
+    return info.samples
+
+
+def collect(packer: Packer, plans: Sequence[ShardPlan]) -> tuple[tuple[ShardInfo, ...], dict[str, dict[str, int]]]:
+    """Write the index of all shards from their notes; returns what the manifest says of them: shards and classes of each task."""
+    shards: list[ShardInfo] = []
+    classes: dict[str, Counter[str]] = {task: Counter() for task in packer.tasks}
+    rows: dict[str, list[np.ndarray]] = {task: [] for task in packer.tasks}
+    for number, plan in enumerate(plans):
+        notes = json.loads((packer.notes / f"{plan.file}.json").read_bytes())
+        shards.append(ShardInfo(**notes["shard"]))
+        classes[plan.task].update(notes["classes"])
+        of_shard = np.array(notes["rows"], dtype=np.int64)
+        rows[plan.task].append(np.column_stack([np.full(len(of_shard), number, dtype=np.int64), of_shard]))
+    arrays: dict[str, np.ndarray] = {}
+    for task, parts in rows.items():
+        table = np.concatenate(parts)
+        columns = {"shard": table[:, 0], "tokens": table[:, 1:3], "json": table[:, 3:5], "lengths": table[:, 5], "targets": table[:, 6:8]}
+        arrays |= {f"{task}.{name}": np.ascontiguousarray(array) for name, array in columns.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    _write(packer.folder / INDEX_FILE, buffer.getvalue())
+    return tuple(shards), {task: dict(sorted(counts.items())) for task, counts in classes.items()}
+
+
+def pair_of(region: Region, codec: SequenceCodec, image: np.ndarray, second: np.ndarray | None) -> SegmentationPair | CaptionPair:
+    """The pair of a region, of its image's codes and of its mask's or drawn box's."""
+    if region.mask is not None:
+        assert second is not None, "a mask has codes"
+        return SegmentationPair(image, second)
+    assert region.caption is not None, "a region has a mask or a caption"
+    category = region.category if codec.format.category != "none" else None
+    return CaptionPair(image, region.caption, category, region.box if codec.format.box == "text" else None, second)
+
+
+def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, dict[str, Any]]:
+    """Class, sequence and KEY.json of one episode; docs/shards.md says what stands in KEY.json."""
+    of_task = packer.tasks[task]
+    numbers = of_task.episodes[index]
+    regions = [of_task.regions[number] for number in numbers]
+    pairs = tuple(
+        pair_of(region, packer.codec, packer.codes[image], packer.codes[second] if second >= 0 else None)
+        for region, (image, second) in zip(regions, of_task.pictures[numbers].tolist(), strict=True)
+    )
+    query = regions[-1]
+    sequence = packer.codec.encode(Episode(TASKS[task], query.category, pairs))  # type: ignore[arg-type]
+    meta = {
+        "task": task,
+        "class": query.category,
+        "spans": [[span.start, span.length, span.attributes, span.role] for span in sequence.spans],
+        "sources": [{"image": region.image.name, "annotations": region.annotations, "crop": region.crop} for region in regions],
+        "boxes": [region.box for region in regions],
+        "scale": [round(region.scale, 6) for region in regions],
+        "captions": [region.caption for region in regions],
+        "references": [query.references] if query.references else [],
+    }
+    if task == "segmentation":
+        size = [packer.image_size, packer.image_size]
+        meta["masks"] = [{"size": size, "counts": region.mask.decode("ascii")} for region in regions if region.mask is not None]
+    return query.category, sequence, meta
+
+
+def _lengths(sequence: TokenSequence) -> tuple[int, int, int]:
+    """Tokens without padding, of role input, and of role output."""
+    by_role = Counter[str]()
+    for span in sequence.spans:
+        by_role[span.role] += span.length
+    return len(sequence) - by_role["padding"], by_role["input"], by_role["output"]
+
+
+def _places(path: Path) -> list[tuple[int, int, int, int]]:
+    """Offset and size of each sample's tokens, then of its JSON, as the tar itself has them."""
+    with tarfile.open(path, "r:") as archive:
+        members = {member.name: member for member in archive}
+    keys = [name.removesuffix(".tokens.npy") for name in members if name.endswith(".tokens.npy")]
+    pairs = [(members[f"{key}.tokens.npy"], members[f"{key}.json"]) for key in keys]
+    return [(tokens.offset_data, tokens.size, meta.offset_data, meta.size) for tokens, meta in pairs]
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _json_bytes(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

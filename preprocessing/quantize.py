@@ -1,0 +1,153 @@
+"""Pixels -> codes: every distinct picture of the episodes once, in batches of fixed make-up, on all devices.
+
+Pictures are numbered in the order in which episodes first need them and encoded in chunks; a chunk is one file, written under
+a temporary name and renamed, so a build that was interrupted goes on with the first chunk that is not there. Under
+`accelerate launch` each process takes every n-th chunk. What stands in a batch does not depend on the number of processes, so
+the codes do not either.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as rle_tools
+from tqdm import tqdm
+
+from icl_moe.errors import InputError
+from icl_moe.images import PixelBox, crop_and_resize, load_image
+from icl_moe.tokenizers.boxes import Box
+from icl_moe.tokenizers.vqgan import VQGAN
+from preprocessing.pool import ImageFile, Region
+from preprocessing.workers import ordered_map
+
+BATCH = 32
+"""Pictures encoded at once; part of the shards' definition, since another batch size may round a code otherwise."""
+CHUNK = 8 * BATCH
+
+
+@dataclass(frozen=True, slots=True)
+class CropPicture:
+    """A part of an image."""
+
+    image: ImageFile
+    crop: PixelBox
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPicture:
+    """A mask at image_size (COCO's compressed run lengths), drawn white on black."""
+
+    counts: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BoxPicture:
+    """A box drawn as the paper's binary image: 0 on the object and 1 elsewhere."""
+
+    box: Box
+
+
+Picture = CropPicture | MaskPicture | BoxPicture
+
+
+def pictures_of(region: Region, draw_box: bool) -> tuple[Picture, ...]:
+    """What must be encoded for a region: its image, then its mask, or its box where captions draw it."""
+    image = CropPicture(region.image, region.crop)
+    if region.mask is not None:
+        return image, MaskPicture(region.mask)
+    assert region.box is not None, "a region has a mask or a box"
+    return (image, BoxPicture(region.box)) if draw_box else (image,)
+
+
+def draw(picture: Picture, size: int) -> np.ndarray:
+    """A picture as the tokenizer gets it, uint8 (size, size, 3).
+
+    Raises InputError where the image cannot be read, or has another size than its record says.
+    """
+    if isinstance(picture, CropPicture):
+        return np.asarray(crop_and_resize(_load(picture.image), picture.crop, size))
+    if isinstance(picture, MaskPicture):
+        plane = rle_tools.decode({"size": [size, size], "counts": picture.counts}) * np.uint8(255)
+    else:
+        plane = np.full((size, size), 255, dtype=np.uint8)
+        left, top, right, bottom = (round(value * size) for value in picture.box)
+        plane[min(top, size - 1) : max(bottom, top + 1), min(left, size - 1) : max(right, left + 1)] = 0
+    return np.broadcast_to(plane[..., None], (size, size, 3))
+
+
+class CodeStore:
+    """Codes of all pictures, memory-mapped: `store[n]` is int64 (codes_per_image,)."""
+
+    def __init__(self, folder: Path, pictures: int) -> None:
+        self._chunks = [np.load(_chunk_file(folder, n), mmap_mode="r", allow_pickle=False) for n in range(_chunk_count(pictures))]
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        chunk, row = divmod(number, CHUNK)
+        return self._chunks[chunk][row].astype(np.int64)
+
+
+def quantize(
+    pictures: list[Picture], tokenizer: VQGAN, size: int, folder: Path, workers: int, device: torch.device, rank: int = 0, ranks: int = 1
+) -> None:
+    """Encode the chunks of `pictures` that are this rank's and not in `folder` yet; `CodeStore` reads them.
+
+    workers: processes that load, crop and draw. Raises InputError for an image that cannot be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = range(rank, _chunk_count(len(pictures)), ranks)
+    todo = [n for n in mine if not _chunk_file(folder, n).is_file()]
+    batches = [
+        range(start, min(start + BATCH, len(pictures)))
+        for n in todo
+        for start in range(n * CHUNK, min((n + 1) * CHUNK, len(pictures)), BATCH)
+    ]
+    tokenizer = tokenizer.to(device).eval()
+    done: list[np.ndarray] = []
+    with tqdm(total=sum(map(len, batches)), desc="encoding pictures", unit="picture", disable=rank != 0) as progress:
+        for batch, pixels_BHW3 in zip(batches, ordered_map(_draw_batch, (pictures, size), batches, workers), strict=True):
+            done.append(_encode(tokenizer, pixels_BHW3, device))
+            progress.update(len(batch))
+            if (batch[-1] + 1) % CHUNK == 0 or batch[-1] + 1 == len(pictures):
+                _write_chunk(_chunk_file(folder, batch[-1] // CHUNK), np.concatenate(done))
+                done = []
+
+
+@torch.inference_mode()
+def _encode(tokenizer: VQGAN, pixels_BHW3: np.ndarray, device: torch.device) -> np.ndarray:
+    pixels_B3HW = torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    codes_BN = tokenizer.encode(pixels_B3HW.contiguous()).cpu().numpy()
+    return codes_BN.astype(np.min_scalar_type(tokenizer.config.codebook_size - 1))
+
+
+def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> np.ndarray:
+    pictures, size = context
+    return np.stack([draw(pictures[number], size) for number in numbers])
+
+
+@lru_cache(maxsize=8)  # pictures of one image follow one another
+def _load(file: ImageFile) -> Image.Image:
+    image = load_image(file.path)
+    if image.size != (file.width, file.height):
+        raise InputError(
+            f"The image {file.path} has {image.width} x {image.height} pixels, but its record says {file.width} x {file.height}."
+        )
+    return image
+
+
+def _chunk_count(pictures: int) -> int:
+    return -(-pictures // CHUNK)
+
+
+def _chunk_file(folder: Path, number: int) -> Path:
+    return folder / f"codes-{number:06d}.npy"
+
+
+def _write_chunk(path: Path, codes: np.ndarray) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, codes, allow_pickle=False)
+    os.replace(partial, path)

@@ -1,0 +1,153 @@
+"""The data recipe: what `icl-moe shards build` reads."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from icl_moe.errors import InputError
+from icl_moe.sequence import SequenceFormat
+from icl_moe.vocabulary import Vocabulary
+
+ObjectScale = Literal["any", "large"]
+
+
+@dataclass(frozen=True)
+class CaptionText:
+    """What a caption says besides its text; see `SequenceFormat`."""
+
+    category: Literal["none", "written", "given"] = "written"
+    box: Literal["none", "text", "image"] = "text"
+
+
+class _Source:
+    def path(self, key: str) -> Path:
+        """The file or folder under `key`, which the recipe has checked to be given."""
+        return Path(getattr(self, key))
+
+
+@dataclass(frozen=True)
+class SegmentationSource(_Source):
+    """Where class masks come from: COCO's instances format, or drawn scenes in that format.
+
+    images, annotations: the folder of images and the instances file (source=coco).
+    classes: the classes to use; null means all in the file.
+    small_objects: keep images in which the class has only instances of less than 32^2 pixels.
+    object_scale: `any`, the largest square of the image; `large`, a square close around the class's largest instance.
+    """
+
+    source: Literal["coco", "synthetic"] = "coco"
+    images: str | None = None
+    annotations: str | None = None
+    classes: tuple[str, ...] | None = None
+    small_objects: bool = True
+    object_scale: ObjectScale = "any"
+
+
+@dataclass(frozen=True)
+class CaptioningSource(_Source):
+    """Where region descriptions come from: Visual Genome, COCO's captions, or drawn scenes in Visual Genome's format.
+
+    images: the folder of images. annotations, instances: the captions and the instances file (source=coco_captions).
+    regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits, split: a JSON file with lists of its
+    image ids by name (such as DenseCap's) and the list to use; Visual Genome has no split of its own.
+    classes: the classes to use; null means COCO's 80. min_descriptions: a class needs more descriptions than this.
+    """
+
+    source: Literal["visual_genome", "coco_captions", "synthetic"] = "visual_genome"
+    images: str | None = None
+    annotations: str | None = None
+    instances: str | None = None
+    regions: str | None = None
+    objects: str | None = None
+    image_data: str | None = None
+    splits: str | None = None
+    split: str | None = None
+    classes: tuple[str, ...] | None = None
+    min_descriptions: int = 100
+
+
+@dataclass(frozen=True)
+class SyntheticScenes:
+    """The drawn data set that `source: synthetic` reads: how many images, from which seed, under which split's name."""
+
+    images: int = 1000
+    seed: int = 0
+    split: Literal["train", "val"] = "train"
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Settings of one shard folder.
+
+    tokenizer: the folder of a VQGAN, or the name of a shipped one. text_tokenizer: see `TextTokenizer`'s source.
+    image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in each episode.
+    samples: episodes per task; null means one for each region of the pool as the query.
+    shard_size: samples in a shard. missing_images: `stop`, or `skip` annotated images that are not there and count them.
+    """
+
+    tokenizer: str
+    segmentation: SegmentationSource | None = None
+    captioning: CaptioningSource | None = None
+    synthetic: SyntheticScenes = SyntheticScenes()
+    image_size: int = 256
+    examples: int = 3
+    seed: int = 0
+    samples: int | None = None
+    shard_size: int = 4096
+    missing_images: Literal["stop", "skip"] = "stop"
+    vocabulary: Vocabulary = Vocabulary()
+    text_tokenizer: str = "auto"
+    caption: CaptionText = field(default_factory=CaptionText)
+    class_prompt: bool = False
+    prompt_length: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 1), ("examples", 0), ("shard_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if self.samples is not None and self.samples < 1:
+            raise InputError(f"samples must be null or at least 1, not {self.samples}.")
+        if self.segmentation is None and self.captioning is None:
+            raise InputError("a data recipe needs a section segmentation, captioning or both.")
+        if self.segmentation is not None and self.segmentation.source == "coco":
+            _require("segmentation", self.segmentation, ("images", "annotations"))
+        if self.captioning is not None and self.captioning.source == "visual_genome":
+            _require("captioning", self.captioning, ("images", "regions", "objects", "image_data"))
+            if (self.captioning.splits is None) != (self.captioning.split is None):
+                raise InputError("captioning.splits and captioning.split go together: a file, and the name of a list in it.")
+        if self.captioning is not None and self.captioning.source == "coco_captions":
+            _require("captioning", self.captioning, ("images", "annotations", "instances"))
+        self.sequence_format(codes_per_image=1)  # checks the vocabulary against the settings of the text
+
+    @property
+    def draws_scenes(self) -> bool:
+        return any(section is not None and section.source == "synthetic" for section in (self.segmentation, self.captioning))
+
+    def sequence_format(self, codes_per_image: int) -> SequenceFormat:
+        return SequenceFormat(
+            vocabulary=self.vocabulary,
+            codes_per_image=codes_per_image,
+            category=self.caption.category,
+            box=self.caption.box,
+            class_prompt=self.class_prompt,
+            prompt_length=self.prompt_length,
+        )
+
+    def with_scenes_in(self, folder: Path) -> "DataRecipe":
+        """This recipe with `source: synthetic` resolved to the files that `synthetic.write_dataset` wrote into `folder`."""
+        images = str(folder / "images")
+        segmentation, captioning = self.segmentation, self.captioning
+        if segmentation is not None and segmentation.source == "synthetic":
+            annotations = str(folder / f"instances_{self.synthetic.split}.json")
+            segmentation = replace(segmentation, source="coco", images=images, annotations=annotations)
+        if captioning is not None and captioning.source == "synthetic":
+            regions, objects, image_data = (str(folder / f"{name}.json") for name in ("region_descriptions", "objects", "image_data"))
+            captioning = replace(captioning, source="visual_genome", images=images, regions=regions, objects=objects, image_data=image_data)
+        return replace(self, segmentation=segmentation, captioning=captioning)
+
+
+def _require(section: str, settings: SegmentationSource | CaptioningSource, keys: tuple[str, ...]) -> None:
+    given = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    for key in keys:
+        if given[key] is None:
+            raise InputError(f"{section}.source={settings.source} needs the key '{section}.{key}'.")

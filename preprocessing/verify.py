@@ -1,0 +1,139 @@
+"""`icl-moe shards verify` and `stats`: is a shard folder whole and right, and what is in it."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from icl_moe.data.shards import Manifest, Sample, ShardSet, check_size
+from icl_moe.errors import InputError
+from icl_moe.sequence import CaptionPair, Episode, SequenceCodec
+from icl_moe.tokenizers.boxes import box_to_bins
+from icl_moe.tokenizers.text import TextTokenizer
+from preprocessing.coco import decode_mask
+
+
+def verify_shards(folder: Path) -> Manifest:
+    """Check the hash of every shard, and read every sample and decode it; returns the manifest.
+
+    Raises InputError that names what is wrong: all damaged shards, or the first sample that is not what it should be.
+    """
+    manifest = Manifest.read(folder)
+    _verify_files(folder, manifest)
+    shards = ShardSet(folder)
+    codec = open_codec(folder, manifest)
+    for task, count in manifest.samples.items():
+        classes = Counter[str]()
+        for index in tqdm(range(count), desc=f"reading {task}", unit="sample"):
+            sample = shards.sample(task, index)
+            classes[sample.category] += 1
+            try:
+                _verify_sample(sample, codec, manifest)
+                _verify_index(sample, shards, index)
+            except InputError as error:
+                raise InputError(f"{folder / sample.shard}: sample {sample.key} is corrupt: {error}") from error
+        if classes != manifest.classes.get(task):
+            raise InputError(f"{folder}: the manifest's counts of the classes of {task} are not those of the samples.")
+    return manifest
+
+
+def open_codec(folder: Path, manifest: Manifest) -> SequenceCodec:
+    """The codec of a shard folder's sequences. Raises InputError where its text tokenizer is not the one of the manifest."""
+    text = TextTokenizer(manifest.format.vocabulary.text_merges, str(folder / "text_tokenizer"))
+    if text.fingerprint != manifest.text_tokenizer:
+        raise InputError(f"{folder / 'text_tokenizer'} is not the text tokenizer that the manifest names.")
+    return SequenceCodec(manifest.format, text)
+
+
+def shard_stats(folder: Path) -> str:
+    """Tables of what a shard folder holds: tasks, lengths, classes, and what was left out."""
+    shards = ShardSet(folder)
+    manifest = shards.manifest
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    lines = [
+        f"{folder}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} px, {manifest.examples} examples, "
+        f"{manifest.format.vocabulary.size} token ids, {manifest.format.length(manifest.examples + 1)} positions",
+        "",
+        f"{'task':<14}{'samples':>10}{'classes':>9}{'shards':>8}   length without padding: min / mean / max{'':4}targets",
+    ]
+    for task, count in manifest.samples.items():
+        lengths = shards.lengths(task)
+        of_task = sum(shard.task == task for shard in manifest.shards)
+        spread = f"{lengths.min()} / {lengths.mean():.1f} / {lengths.max()}"
+        targets = int(shards.target_counts(task)[:, 1].sum())
+        lines.append(f"{task:<14}{count:>10}{len(manifest.classes[task]):>9}{of_task:>8}   {spread:<45}{targets}")
+    for task, classes in manifest.classes.items():
+        lines += ["", f"classes of {task}:"]
+        ranked = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"  {name:<24}{number:>10}" for name, number in ranked]
+    if manifest.skipped:
+        lines += ["", "left out:"]
+        lines += [f"  {reason:<50}{number:>10}" for reason, number in manifest.skipped.items()]
+    return "\n".join(lines)
+
+
+def _verify_files(folder: Path, manifest: Manifest) -> None:
+    damaged = []
+    for shard in tqdm(manifest.shards, desc="hashing", unit="shard"):
+        try:
+            check_size(folder, shard)
+        except InputError as error:
+            damaged.append(str(error).rstrip("."))
+            continue
+        with (folder / shard.file).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                damaged.append(f"The sha256 of {folder / shard.file} is not that of the manifest")
+    if damaged:
+        raise InputError(f"{len(damaged)} of {len(manifest.shards)} shards are damaged: {'; '.join(damaged)}.")
+
+
+def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> None:
+    """The sequence must decode, and encode again to the same; KEY.json must say what the sequence says."""
+    meta = sample.meta
+    pairs = manifest.examples + 1
+    for name in ("sources", "boxes", "scale", "captions"):
+        if not isinstance(meta.get(name), list) or len(meta[name]) != pairs:
+            raise InputError(f"its JSON must have {pairs} {name}.")
+    if meta.get("task") != sample.task:
+        raise InputError(f"its JSON names the task {meta.get('task')!r}.")
+    episode = codec.decode(sample.sequence)
+    if len(episode.pairs) != pairs or episode.task.name != sample.task:
+        raise InputError(f"its sequence holds {len(episode.pairs)} pairs of {episode.task.name}.")
+    again = codec.encode(Episode(episode.task, sample.category, episode.pairs))
+    if not np.array_equal(again.tokens_L, sample.sequence.tokens_L) or again.spans != sample.sequence.spans:
+        raise InputError("its sequence is not the one that its pairs make.")
+    for number, pair in enumerate(episode.pairs):
+        if isinstance(pair, CaptionPair):
+            _verify_caption(pair, meta, number, sample.category)
+    if sample.task == "segmentation":
+        _verify_masks(meta.get("masks"), pairs, manifest.image_size)
+
+
+def _verify_caption(pair: CaptionPair, meta: dict[str, Any], number: int, category: str) -> None:
+    if pair.caption != meta["captions"][number]:
+        raise InputError(f"pair {number} says '{pair.caption}', its JSON '{meta['captions'][number]}'.")
+    if pair.category not in (None, category):
+        raise InputError(f"pair {number} is of class '{pair.category}', the episode of '{category}'.")
+    if pair.box is not None and box_to_bins(pair.box) != box_to_bins(meta["boxes"][number] or ()):
+        raise InputError(f"the box of pair {number} is not that of its JSON.")
+
+
+def _verify_masks(masks: Any, pairs: int, image_size: int) -> None:
+    if not isinstance(masks, list) or len(masks) != pairs:
+        raise InputError(f"its JSON must have {pairs} masks.")
+    for mask in masks:
+        if not isinstance(mask, dict) or mask.get("size") != [image_size, image_size] or not isinstance(mask.get("counts"), str):
+            raise InputError(f"its JSON has a mask that is not RLE of {image_size} x {image_size} pixels.")
+        decode_mask(mask)
+
+
+def _verify_index(sample: Sample, shards: ShardSet, index: int) -> None:
+    by_role = Counter[str]()
+    for span in sample.sequence.spans:
+        by_role[span.role] += span.length
+    counts = (len(sample.sequence) - by_role["padding"], by_role["input"], by_role["output"])
+    if counts != (shards.lengths(sample.task)[index], *shards.target_counts(sample.task)[index]):
+        raise InputError("its lengths are not those of the index.")

@@ -1,0 +1,218 @@
+"""A shard folder gives back what went in, opens in webdataset, and damage is named."""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_tokenizer
+import webdataset
+
+from icl_moe.data.shards import Manifest, ShardSet
+from icl_moe.errors import InputError
+from icl_moe.recipe import load_recipe
+from icl_moe.sequence import SequenceCodec
+from icl_moe.tokenizers.text import TextTokenizer
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+
+SAMPLES = {"segmentation": 25, "captioning": 25}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "demo"
+    tokenizer = toy_tokenizer.save_toy_tokenizer(out.parent / "tokenizer")
+    settings = ["synthetic.images=40", "samples=25", "shard_size=10", "examples=2", *toy_tokenizer.recipe_settings(tokenizer)]
+    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), out, workers=0)
+    return out
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    """A copy of the folder, to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def overwrite(folder: Path, task: str, index: int, part: str, change) -> None:
+    """Change bytes of one part of one sample where it lies."""
+    with np.load(folder / "index.npz") as arrays:
+        shard, (offset, size) = int(arrays[f"{task}.shard"][index]), arrays[f"{task}.{part}"][index]
+    with (folder / Manifest.read(folder).shards[shard].file).open("r+b") as file:
+        file.seek(offset)
+        content = change(file.read(size))
+        assert len(content) == size
+        file.seek(offset)
+        file.write(content)
+
+
+def test_the_manifest_counts_what_the_index_holds(folder):
+    shards = ShardSet(folder)
+    assert shards.manifest.samples == SAMPLES
+    assert [shard.samples for shard in shards.manifest.shards] == [10, 10, 5] * 2
+    for task, count in SAMPLES.items():
+        assert shards.count(task) == count
+        assert sum(shards.manifest.classes[task].values()) == count
+        assert shards.lengths(task).shape == (count,)
+        assert shards.target_counts(task).shape == (count, 2)
+    assert shards.count("depth") == 0
+
+
+def test_any_sample_can_be_read_and_agrees_with_index_and_manifest(folder):
+    shards = ShardSet(folder)
+    format = shards.manifest.format
+    codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges))
+    for task in SAMPLES:
+        for index in (24, 0, 13):
+            sample = shards.sample(task, index)
+            assert sample.key == f"{task}-{index:08d}"
+            assert sample.task == task
+            assert len(sample.sequence) == format.length(3)
+            assert len(sample.sequence.unpadded()) == shards.lengths(task)[index]
+            weights = sample.sequence.loss_weights(input_weight=0.5)
+            assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(task)[index].tolist()
+            episode = codec.decode(sample.sequence)
+            assert len(episode.pairs) == len(sample.meta["sources"]) == 3
+            if task == "captioning":
+                assert [pair.caption for pair in episode.pairs] == sample.meta["captions"]
+                assert {pair.category for pair in episode.pairs} == {sample.category}
+                assert sample.meta["captions"][-1] in sample.meta["references"][0]
+
+
+def test_webdataset_reads_every_sample_in_order(folder):
+    shards = ShardSet(folder)
+    for task, count in SAMPLES.items():
+        tars = [str(folder / shard.file) for shard in shards.manifest.shards if shard.task == task]
+        samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+        assert len(samples) == count
+        for index, sample in enumerate(samples):
+            expected = shards.sample(task, index)
+            assert sample["__key__"] == expected.key
+            assert sample["tokens.npy"].dtype == np.uint16
+            np.testing.assert_array_equal(sample["tokens.npy"], expected.sequence.tokens_L)
+            assert sample["json"] == expected.meta
+
+
+def test_headers_of_the_tars_hold_no_time_and_no_name(folder):
+    with tarfile.open(folder / "captioning-000000.tar") as archive:
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in archive} == {(0, 0, 0, "", "")}
+
+
+def test_a_shard_set_travels_to_other_processes(folder):
+    shards = ShardSet(folder)
+    shards.sample("captioning", 3)
+    again = pickle.loads(pickle.dumps(shards))
+    assert again.sample("captioning", 3).meta == shards.sample("captioning", 3).meta
+
+
+def test_many_shards_do_not_hold_many_files_open(folder, monkeypatch):
+    monkeypatch.setattr("icl_moe.data.shards._OPEN_FILES", 2)
+    shards = ShardSet(folder)
+    keys = [shards.sample(task, index).key for task in SAMPLES for index in (0, 10, 20, 0)]
+    assert len(keys) == 8
+    assert len(shards._files) == 2
+
+
+def test_a_sample_that_is_not_there_is_refused(folder):
+    with pytest.raises(InputError, match="has 25 samples of 'captioning'; there is no sample 25"):
+        ShardSet(folder).sample("captioning", 25)
+    with pytest.raises(InputError, match="has no samples of 'depth'; it holds segmentation, captioning"):
+        ShardSet(folder).lengths("depth")
+
+
+def test_a_folder_without_shards_says_how_to_make_them(tmp_path):
+    with pytest.raises(InputError, match=r"holds no shards: it has no manifest.json; `icl-moe shards build`"):
+        ShardSet(tmp_path)
+
+
+def test_a_truncated_or_missing_shard_is_named(damaged):
+    tar = damaged / "segmentation-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"segmentation-000001.tar is truncated: it has 5000 bytes, the manifest says \d+"):
+        ShardSet(damaged)
+    tar.unlink()
+    with pytest.raises(InputError, match=r"segmentation-000001.tar is missing"):
+        ShardSet(damaged)
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(damaged):
+    shards = ShardSet(damaged)
+    tar = damaged / "segmentation-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:700])
+    with pytest.raises(InputError, match=r"segmentation-000001.tar: sample segmentation-00000012 is cut off"):
+        shards.sample("segmentation", 12)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("tokens", lambda raw: b"\0" * len(raw), "it is no sample's data"),
+        ("tokens", lambda raw: npy(np.zeros((len(raw) - 128) // 2, np.int16)), r"its tokens are int16 .*; uint16 .* belong there"),
+        ("tokens", lambda raw: npy(np.zeros((1, (len(raw) - 128) // 2), np.uint16)), r"its tokens are uint16 \(1, "),
+        ("tokens", lambda raw: raw[:-2] + b"\xff\xff", r"it has the token 65535; the vocabulary has \d+"),
+        ("json", lambda raw: b"[" + raw[1:], "it is no sample's data"),
+        ("json", lambda raw: raw.replace(b'"spans":[[0,1,', b'"spans":[[0,2,', 1), "a span starts at 1 where the one before ends at 2"),
+        ("json", lambda raw: raw.replace(b'"marker"', b'"outlaw"', 1), "a span has the role 'outlaw'"),
+        ("json", lambda raw: raw.replace(b'"spans"', b'"spins"', 1), "it is no sample's data"),
+    ],
+)
+def test_a_corrupt_sample_is_named_by_shard_and_key(damaged, part, change, message):
+    overwrite(damaged, "captioning", 12, part, change)
+    shards = ShardSet(damaged)
+    shards.sample("captioning", 11)
+    with pytest.raises(InputError, match=r"captioning-000001.tar: sample captioning-00000012 is corrupt: " + message):
+        shards.sample("captioning", 12)
+
+
+def test_a_manifest_of_another_schema_or_with_strange_contents_is_refused(damaged):
+    path = damaged / "manifest.json"
+    edit_json(path, schema_version=99)
+    with pytest.raises(InputError, match="has schema_version 99; this version of icl-moe reads 1"):
+        ShardSet(damaged)
+    edit_json(path, schema_version=1, exmaples=2)
+    with pytest.raises(InputError, match="unknown key 'exmaples'"):
+        ShardSet(damaged)
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"manifest.json is not valid JSON"):
+        ShardSet(damaged)
+
+
+def test_a_shard_name_that_leaves_the_folder_is_refused(damaged):
+    path = damaged / "manifest.json"
+    shards = json.loads(path.read_text())["shards"]
+    shards[0]["file"] = "../outside.tar"
+    edit_json(path, shards=shards)
+    with pytest.raises(InputError, match=r"names the shard '../outside.tar'; a plain file name belongs there"):
+        ShardSet(damaged)
+
+
+def test_an_index_that_is_missing_damaged_or_of_other_shards_is_refused(damaged):
+    path = damaged / "index.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **{**arrays, "captioning.tokens": arrays["captioning.tokens"][:5]})
+    with pytest.raises(InputError, match=r"captioning.tokens must be of shape \(25, 2\)"):
+        ShardSet(damaged)
+    np.savez(path, **{**arrays, "captioning.shard": arrays["captioning.shard"] + 6})
+    with pytest.raises(InputError, match=r"captioning.shard names a shard that is not there"):
+        ShardSet(damaged)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"index.npz is damaged"):
+        ShardSet(damaged)
+    path.unlink()
+    with pytest.raises(InputError, match=r"index.npz is missing"):
+        ShardSet(damaged)

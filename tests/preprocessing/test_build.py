@@ -1,0 +1,359 @@
+"""`icl-moe shards build | verify | stats | preview`, as their users run them."""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy_tokenizer
+import yaml
+from PIL import Image
+
+from icl_moe.data.shards import Manifest, ShardSet
+from icl_moe.errors import InputError
+from icl_moe.recipe import load_recipe
+from icl_moe.sequence import SequenceCodec
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.tokenizers.vqgan import VQGAN
+from preprocessing import build as build_module
+from preprocessing import cli, quantize
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+from preprocessing.verify import verify_shards
+
+SMALL = ["synthetic.images=40", "samples=25", "shard_size=10"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return toy_tokenizer.save_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+Build = Callable[..., Manifest]
+
+
+@pytest.fixture(scope="module")
+def build(tokenizer) -> Build:
+    """Builds `recipe`, made small, with the toy tokenizer."""
+
+    def build(out: Path, *settings: str, recipe: str = "demo", workers: int = 0) -> Manifest:
+        overrides = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer), *settings]
+        return build_shards(load_recipe(DataRecipe, recipe, overrides, package="preprocessing"), out, workers)
+
+    return build
+
+
+def shards(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    return cli.run(parser.parse_args(["shards", *map(str, arguments)]))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    names = ("*.tar", "index.npz", "manifest.json")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for name in names for path in folder.glob(name)}
+
+
+@pytest.fixture(scope="module")
+def demo(build, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("build") / "demo"
+    build(out)
+    return out
+
+
+@pytest.fixture
+def damaged(demo, tmp_path) -> Path:
+    return Path(shutil.copytree(demo, tmp_path / "copy"))
+
+
+@pytest.fixture
+def coco_recipe(coco_folder, tmp_path) -> Path:
+    """A recipe on the hand-made COCO folder."""
+    coco = {"images": str(coco_folder.images), "annotations": str(coco_folder.file)}
+    captions = {**coco, "annotations": str(coco_folder.captions_file), "instances": str(coco_folder.file), "min_descriptions": 0}
+    path = tmp_path / "coco.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "tokenizer": "set by build",
+                "image_size": 64,
+                "examples": 2,
+                "vocabulary": {"text_merges": 1000},
+                "segmentation": {"source": "coco", **coco},
+                "captioning": {"source": "coco_captions", **captions},
+            }
+        )
+    )
+    return path
+
+
+def test_equal_seeds_give_equal_bytes_whatever_the_number_of_workers_and_other_seeds_others(build, demo, tmp_path):
+    build(tmp_path / "again", workers=3)
+    assert hashes(tmp_path / "again") == hashes(demo)
+    build(tmp_path / "other", "seed=1")
+    assert hashes(tmp_path / "other")["captioning-000000.tar"] != hashes(demo)["captioning-000000.tar"]
+
+
+def test_the_folder_stands_alone_and_nothing_unfinished_is_left(demo):
+    names = {path.name for path in demo.iterdir()}
+    assert names == {"manifest.json", "index.npz", "image_tokenizer", "text_tokenizer", "synthetic"} | {
+        f"{task}-{number:06d}.tar" for task in ("segmentation", "captioning") for number in range(3)
+    }
+    assert not list(demo.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("stage", ["encoding", "packing", "manifest"])
+def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(build, demo, tmp_path, monkeypatch, stage):
+    out = tmp_path / "out"
+    monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
+    calls = 0
+
+    def interrupt_at(number, function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    target, name, at = {
+        "encoding": (quantize, "_encode", 3),
+        "packing": (build_module, "pack_shard", 3),
+        "manifest": (Manifest, "write", 1),
+    }[stage]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, interrupt_at(at, getattr(target, name)))
+        with pytest.raises(KeyboardInterrupt):
+            build(out)
+    assert not (out / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for pattern in (".build/codes-*.npy", "*.tar") for path in out.glob(pattern)}
+    assert len([path for path in kept if path.suffix == ".npy"]) >= 2
+    assert len([path for path in kept if path.suffix == ".tar"]) == {"encoding": 0, "packing": 2, "manifest": 6}[stage]
+
+    encoded = []
+    monkeypatch.setattr(quantize, "_encode", lambda *args, real=quantize._encode: encoded.append(1) or real(*args))
+    build(out)
+    assert hashes(out) == hashes(demo)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar")
+    assert bool(encoded) == (stage == "encoding"), "what was encoded is not encoded again"
+
+
+def test_a_finished_build_is_left_alone(build, demo):
+    before = {path: path.stat().st_mtime_ns for path in demo.iterdir()}
+    assert build(demo).samples == {"segmentation": 25, "captioning": 25}
+    assert {path: path.stat().st_mtime_ns for path in demo.iterdir()} == before
+
+
+def test_a_folder_of_another_recipe_is_refused(build, demo, tmp_path):
+    with pytest.raises(InputError, match=r"holds shards of another recipe \(seed is 0 there, 7 here\); choose another --out"):
+        build(demo, "seed=7")
+    (tmp_path / "file.txt").write_text("precious")
+    with pytest.raises(InputError, match="exists and holds no shards"):
+        build(tmp_path)
+    assert (tmp_path / "file.txt").read_text() == "precious"
+
+
+def test_an_unfinished_build_whose_sources_changed_is_refused(build, coco_folder, coco_recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "out", recipe=str(coco_recipe))
+    coco_folder.write(lambda content: content["annotations"][0].update(segmentation=[[0, 0, 50, 0, 50, 50]]))
+    with pytest.raises(InputError, match="sources have changed since the build"):
+        build(tmp_path / "out", recipe=str(coco_recipe))
+    with pytest.raises(InputError, match=r"holds unfinished shards of another recipe \(examples is 2 there, 1 here\)"):
+        build(tmp_path / "out", "examples=1", recipe=str(coco_recipe))
+
+
+def test_coco_and_its_captions_make_both_tasks(build, coco_recipe, tmp_path):
+    out = tmp_path / "out"
+    manifest = build(out, "samples=null", recipe=str(coco_recipe))
+    assert manifest.samples == {"segmentation": 9, "captioning": 16}
+    assert manifest.classes == {"segmentation": {"cat": 3, "dog": 6}, "captioning": {"cat": 4, "dog": 12}}
+    assert manifest.skipped == {"segmentation.crowds_alone": 1, "captioning.captions_without_a_seen_class": 6}
+    assert verify_shards(out) == manifest
+    sample = ShardSet(out).sample("captioning", 0)
+    assert sample.meta["sources"][-1]["crop"] == [0, 0, 100, 80]
+    assert len({source["image"] for source in sample.meta["sources"]}) == 3
+
+
+def test_each_setting_of_the_caption_builds_and_verifies(build, coco_recipe, tmp_path):
+    for number, settings in enumerate(
+        (
+            ["caption.category=none", "caption.box=none"],
+            ["caption.category=given", "caption.box=image"],
+            ["caption.category=none", "caption.box=none", "vocabulary.tags=false", "captioning=null"],
+            ["class_prompt=true", "prompt_length=8", "segmentation=null"],
+        )
+    ):
+        out = tmp_path / str(number)
+        build(out, *settings, recipe=str(coco_recipe))
+        verify_shards(out)
+
+
+def test_a_box_as_an_image_is_dark_on_the_object(build, tokenizer, coco_recipe, tmp_path):
+    out = tmp_path / "out"
+    manifest = build(out, "caption.box=image", "segmentation=null", recipe=str(coco_recipe))
+    codec = SequenceCodec(manifest.format, TextTokenizer(1000))
+    picture = quantize.draw(quantize.BoxPicture((0.25, 0.5, 0.75, 1.0)), 64)
+    assert picture[32:, 16:48].max() == 0
+    assert picture[:32].min() == picture[32:, :16].min() == picture[32:, 48:].min() == 255
+    sample = ShardSet(out).sample("captioning", 0)
+    box = sample.meta["boxes"][0]
+    drawn = quantize.draw(quantize.BoxPicture(tuple(box)), 64)
+    expected = VQGAN.from_pretrained(tokenizer).encode(torch.from_numpy(drawn / 127.5 - 1.0).float().permute(2, 0, 1)[None]).numpy()
+    np.testing.assert_array_equal(codec.decode(sample.sequence).pairs[0].box_image, expected[0])
+
+
+def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_recipe, tmp_path):
+    captions = json.loads(coco_folder.captions_file.read_text())
+    captions["annotations"][0]["caption"] = "a dog " + "and so on " * 40
+    coco_folder.captions_file.write_text(json.dumps(captions))
+    manifest = build(tmp_path / "out", recipe=str(coco_recipe))
+    assert manifest.skipped["captioning.texts_without_room"] == 1
+
+
+def test_missing_images_are_counted_in_the_manifest_on_demand(build, coco_folder, coco_recipe, tmp_path):
+    (coco_folder.images / "6.jpg").unlink()
+    with pytest.raises(InputError, match="1 of 6 annotated images are missing"):
+        build(tmp_path / "out", recipe=str(coco_recipe))
+    manifest = build(tmp_path / "skipped", "missing_images=skip", recipe=str(coco_recipe))
+    assert manifest.skipped["segmentation.missing_images"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_stops_with_its_name_and_leaves_no_manifest(build, coco_folder, coco_recipe, tmp_path, workers):
+    image = coco_folder.images / "3.jpg"
+    image.write_bytes(image.read_bytes()[:1500])
+    with pytest.raises(InputError, match=r"The image .*3.jpg cannot be read"):
+        build(tmp_path / "out", recipe=str(coco_recipe), workers=workers)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_an_image_of_another_size_than_its_record_says_is_named(build, coco_folder, coco_recipe, tmp_path):
+    Image.new("RGB", (90, 80)).save(coco_folder.images / "2.jpg")
+    with pytest.raises(InputError, match=r"2.jpg has 90 x 80 pixels, but its record says 100 x 80"):
+        build(tmp_path / "out", recipe=str(coco_recipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["imagesize=64"], r"unknown key 'imagesize' \(did you mean 'image_size'\?\)"),
+        (["segmentation.sorce=coco"], r"unknown key 'segmentation.sorce' \(did you mean 'segmentation.source'\?\)"),
+        (["segmentation.source=coco"], "segmentation.source=coco needs the key 'segmentation.images'"),
+        (["captioning.source=visual_genome"], "captioning.source=visual_genome needs the key 'captioning.images'"),
+        (["captioning.source=coco_captions", "captioning.images=x"], "needs the key 'captioning.annotations'"),
+        (["captioning.split=train"], "captioning.splits and captioning.split go together"),
+        (["segmentation=null", "captioning=null"], "needs a section segmentation, captioning or both"),
+        (["examples=-1"], "examples must be at least 0"),
+        (["samples=0"], "samples must be null or at least 1"),
+        (["vocabulary.tags=false"], "set vocabulary.tags=true"),
+        (["vocabulary.image_codes=7"], r"vocabulary.image_codes is 7, but the tokenizer .* has 64 codes"),
+        (["image_size=65"], r"image_size is 65; the tokenizer .* needs a multiple of 8"),
+        (["examples=200"], "No class of segmentation is seen in the 201 images that an episode needs"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_a_sentence(build, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        build(tmp_path / "out", *settings)
+
+
+def test_every_shipped_recipe_is_valid():
+    folder = Path(cli.__file__).parent / "recipes"
+    names = {path.stem for path in folder.glob("*.yaml")}
+    assert {"demo", "demo_eval", "coco_vg_256", "ablation_128", "coco_captions_128"} <= names
+    sizes = {name: load_recipe(DataRecipe, name, package="preprocessing").image_size for name in names}
+    assert sizes["coco_vg_256"] == 256
+    paper = load_recipe(DataRecipe, "coco_vg_256", package="preprocessing")
+    assert paper.vocabulary.size == 52295
+    assert paper.sequence_format(256).length(paper.examples + 1) == 2060
+
+
+def test_verify_accepts_what_was_built_and_says_so(demo, capsys):
+    assert shards("verify", demo) == 0
+    assert "6 shards with 50 samples are whole and right" in capsys.readouterr().out
+
+
+def test_verify_names_every_damaged_shard(damaged):
+    changed, truncated = damaged / "captioning-000001.tar", damaged / "segmentation-000002.tar"
+    content = bytearray(changed.read_bytes())
+    content[4000] ^= 1
+    changed.write_bytes(content)
+    truncated.write_bytes(truncated.read_bytes()[:-2000])
+    with pytest.raises(
+        InputError, match=r"2 of 6 shards are damaged: .*segmentation-000002.tar is truncated.*; The sha256 of .*captioning-000001"
+    ):
+        shards("verify", damaged)
+
+
+def rewrite(folder: Path, task: str, change) -> None:
+    """Change the JSON of the first sample within its length, and make the manifest agree, as a faulty writer would."""
+    tar = folder / f"{task}-000000.tar"
+    with tarfile.open(tar) as archive:
+        member = next(member for member in archive if member.name.endswith(".json"))
+    content = tar.read_bytes()
+    stop = member.offset_data + member.size
+    changed = change(content[member.offset_data : stop])
+    assert len(changed) == member.size
+    tar.write_bytes(content[: member.offset_data] + changed + content[stop:])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    info = next(shard for shard in manifest["shards"] if shard["file"] == tar.name)
+    info["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("captioning", lambda raw: re.sub(rb'"captions":\["..', b'"captions":["!?', raw), "pair 0 says '.*', its JSON '!\\?"),
+        ("captioning", lambda raw: re.sub(rb'"boxes":\[\[0\.\d', b'"boxes":[[0.9', raw), "the box of pair 0 is not that of its JSON"),
+        ("segmentation", lambda raw: raw.replace(b'"size":[64,64]', b'"size":[64,63]', 1), "a mask that is not RLE of 64 x 64"),
+        ("segmentation", lambda raw: raw.replace(b'"task":"s', b'"task":"S', 1), "its JSON names the task 'Segmentation'"),
+    ],
+)
+def test_verify_finds_samples_that_contradict_themselves(damaged, task, change, message):
+    rewrite(damaged, task, change)
+    with pytest.raises(InputError, match=rf"{task}-000000.tar: sample {task}-00000000 is corrupt: .*{message}"):
+        verify_shards(damaged)
+
+
+def test_stats_lists_tasks_lengths_and_classes(demo, capsys):
+    assert shards("stats", demo) == 0
+    text = capsys.readouterr().out
+    manifest = Manifest.read(demo)
+    assert "64 px, 1 examples" in text
+    for task in ("segmentation", "captioning"):
+        name, count = next(iter(manifest.classes[task].items()))
+        assert any(line.split() == [name, str(count)] for line in text.splitlines())
+
+
+def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    assert shards("preview", demo, "--out", page) == 0
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") >= 12 * (2 * 3 + 2)
+    assert "://" not in text
+    caption = ShardSet(demo).sample("captioning", 0).meta["captions"][0]
+    assert caption in text
+
+
+def test_two_processes_under_accelerate_make_the_bytes_of_one(demo, tokenizer, tmp_path, run_command):
+    out = tmp_path / "out"
+    # All named, so that a machine's own accelerate configuration does not matter.
+    launch = "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m icl_moe"
+    settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
+    result = run_command([*launch.split(), "shards", "build", "demo", *settings, "--out", out, "--workers", "1"])
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("25 segmentation samples and 25 captioning samples in 6 shards") == 1
+    assert hashes(out) == hashes(demo)
