@@ -48,7 +48,7 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; ids that end within a character of several bytes give U+FFFD there."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
         """Copy GPT-2's files into `folder`, as vocab.json and merges.txt, whence `source=folder` reads them again."""

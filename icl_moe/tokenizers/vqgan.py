@@ -1,0 +1,430 @@
+"""VQ-GAN in plain torch: pictures to codes and back, with the architecture and parameter names of taming-transformers.
+
+The network is that of Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021); `convert_taming`
+takes its published weights. A saved tokenizer is a folder of config.json and model.safetensors.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from icl_moe.errors import InputError
+from icl_moe.recipe import from_dict, to_dict
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """The network's sizes; the defaults are the released f16 tokenizer of 1024 codes.
+
+    image_size: the side it was made for, in pixels (larger or smaller multiples of `downsampling` work too).
+    channel_multipliers: one a level; each level but the last halves the sides.
+    attention_sizes: the feature map sides, counted from image_size, at which levels have self-attention.
+    """
+
+    image_size: int = 256
+    codebook_size: int = 1024
+    code_channels: int = 256
+    latent_channels: int = 256
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks_per_level: int = 2
+    attention_sizes: tuple[int, ...] = (16,)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "codebook_size", "code_channels", "latent_channels", "channels", "blocks_per_level"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise InputError("channel_multipliers must be a list of whole numbers of at least 1.")
+        if self.channels % _NORM_GROUPS:
+            raise InputError(f"channels must be a multiple of {_NORM_GROUPS}, not {self.channels}.")
+        if self.image_size % self.downsampling:
+            raise InputError(f"image_size must be a multiple of {self.downsampling}, the downsampling, not {self.image_size}.")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of the square that one code stands for."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.image_size // self.downsampling) ** 2
+
+
+class VQGAN(nn.Module):
+    """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.quantize = _Codebook(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "VQGAN":
+        """The tokenizer in the folder `source`, or the shipped one of that name ("demo"): float32, in eval mode.
+
+        Raises InputError where files are missing or damaged, where keys are missing or surplus, where the config
+        contradicts the weights, and where the weights are not those that the fingerprint was taken of.
+        """
+        folder = _find(source)
+        config, fingerprint = _read_config(folder / CONFIG_FILE)
+        try:
+            weights = load_file(folder / WEIGHTS_FILE)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder / WEIGHTS_FILE} is missing or damaged ({error}).") from error
+        model = cls.from_weights(config, weights, origin=str(folder / WEIGHTS_FILE))
+        if model.fingerprint != fingerprint:
+            raise InputError(f"The weights in {folder} are not those of the fingerprint {fingerprint} in its {CONFIG_FILE}.")
+        return model
+
+    @classmethod
+    def from_weights(cls, config: VQGANConfig, weights: dict[str, Tensor], origin: str) -> "VQGAN":
+        """A tokenizer of `weights` by parameter name, in eval mode; InputError lists the keys that do not fit."""
+        with torch.device("meta"):
+            model = cls(config)
+        _check_keys(model.state_dict(), weights, origin)
+        model.load_state_dict({key: value.float().contiguous() for key, value in weights.items()}, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder; weights that float16 holds exactly are stored so, and load as the same float32."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        if all(torch.equal(value.half().to(value.dtype), value) for value in weights.values()):
+            weights = {key: value.half() for key, value in weights.items()}
+        content = {"kind": "vqgan", **to_dict(self.config), "fingerprint": self.fingerprint}
+        save_file(weights, folder / (WEIGHTS_FILE + ".partial"))
+        (folder / (CONFIG_FILE + ".partial")).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(folder / (name + ".partial"), folder / name)
+
+    @property
+    def downsampling(self) -> int:
+        return self.config.downsampling
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over the config and all weights as float32."""
+        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] as codes_BN, int64, the grid of H/f x W/f codes row by row.
+
+        Raises InputError where a side is no multiple of the downsampling f.
+        """
+        height, width = pixels_B3HW.shape[-2:]
+        if height % self.downsampling or width % self.downsampling or min(height, width) == 0:
+            raise InputError(f"Image sides must be multiples of {self.downsampling} pixels, not {height} x {width}.")
+        return self.quantize.nearest(self.latents(pixels_B3HW)).flatten(1)
+
+    @torch.inference_mode()
+    def decode(self, codes_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes as pixels_B3HW, about [-1, 1], not clipped. `grid`: rows and columns of codes; a square by default.
+
+        Raises InputError for a count of codes that is not that grid, or a code outside the codebook.
+        """
+        count = codes_BN.shape[1]
+        rows, columns = grid or (math.isqrt(count), math.isqrt(count))
+        if rows * columns != count:
+            raise InputError(f"{count} codes are no grid of {rows} x {columns}; give its rows and columns.")
+        if codes_BN.numel() and not (0 <= int(codes_BN.min()) and int(codes_BN.max()) < self.config.codebook_size):
+            raise InputError(f"Codes must lie in 0..{self.config.codebook_size - 1}.")
+        return self.pixels(self.quantize.vectors(codes_BN.unflatten(1, (rows, columns))))
+
+    def latents(self, pixels_B3HW: Tensor) -> Tensor:
+        """The encoder's output before it is quantised, latents_BChw; differentiable."""
+        return self.quant_conv(self.encoder(pixels_B3HW))
+
+    def pixels(self, latents_BChw: Tensor) -> Tensor:
+        """The picture that quantised latents stand for, pixels_B3HW; differentiable."""
+        return self.decoder(self.post_quant_conv(latents_BChw))
+
+
+def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
+    """Turn a taming-transformers release (a Lightning checkpoint and its YAML) into a tokenizer folder `out`.
+
+    The loss, discriminator and averaged copies in the checkpoint are left out. Raises InputError for a checkpoint that
+    is damaged or holds anything but tensors and plain values, and for keys that do not fit the YAML.
+    """
+    config = _read_taming_config(Path(config_yaml))
+    state = _read_checkpoint(Path(checkpoint))
+    weights = {key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}
+    model = VQGAN.from_weights(config, weights, origin=str(checkpoint))
+    model.save_pretrained(out)
+    return model
+
+
+# --- The network. Attribute names are those of the published checkpoints. ---
+
+_NORM_GROUPS = 32
+
+
+class _Codebook(nn.Module):
+    """The codes' vectors and the search for the nearest one."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.code_channels)
+        nn.init.uniform_(self.embedding.weight, -1.0 / config.codebook_size, 1.0 / config.codebook_size)
+
+    def nearest(self, latents_BChw: Tensor) -> Tensor:
+        """codes_Bhw: the code of least |z|^2 + |e|^2 - 2 z.e, summed in this order so that ties fall as published."""
+        flat_NC = latents_BChw.movedim(1, -1).flatten(0, -2)
+        table_KC = self.embedding.weight
+        lengths_K = (table_KC**2).sum(dim=1)
+        # In slices: 16384 codes against a whole batch would be gigabytes of distances.
+        codes = [((z**2).sum(dim=1, keepdim=True) + lengths_K - 2 * z @ table_KC.T).argmin(dim=1) for z in flat_NC.split(4096)]
+        return torch.cat(codes).view(latents_BChw.shape[0], *latents_BChw.shape[2:])
+
+    def vectors(self, codes_Bhw: Tensor) -> Tensor:
+        """latents_BChw of codes."""
+        return self.embedding(codes_Bhw).movedim(-1, 1)
+
+
+class _ResnetBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class _Attention(nn.Module):
+    """Self-attention of one head over the pixels of a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x + self.proj_out(attended.reshape(x.shape))
+
+
+class _Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded at the right and bottom only, as published
+
+
+class _Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _Level(nn.Module):
+    """The blocks of one feature map size, each followed by attention where the level has it, then a resize."""
+
+    def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(_ResnetBlock(channels_in if i == 0 else channels, channels) for i in range(blocks))
+        self.attn = nn.ModuleList(_Attention(channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for resize in ("downsample", "upsample"):
+            if hasattr(self, resize):
+                x = getattr(self, resize)(x)
+        return x
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = _ResnetBlock(channels, channels)
+        self.attn_1 = _Attention(channels)
+        self.block_2 = _ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            attention = config.image_size >> i in config.attention_sizes
+            level = _Level(widths[i - 1] if i else config.channels, width, config.blocks_per_level, attention)
+            if i < len(widths) - 1:
+                level.downsample = _Downsample(width)
+            self.down.append(level)
+        self.mid = _Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        h = self.conv_in(pixels_B3HW)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = _Middle(widths[-1])
+        self.up = nn.ModuleList()  # finest level first, as the parameters are numbered; run from the last to the first
+        for i, width in enumerate(widths):
+            attention = config.image_size >> i in config.attention_sizes
+            level = _Level(widths[min(i + 1, len(widths) - 1)], width, config.blocks_per_level + 1, attention)
+            if i > 0:
+                level.upsample = _Upsample(width)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latents_BChw: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(latents_BChw))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_NORM_GROUPS, channels, eps=1e-6)
+
+
+# --- Files ---
+
+
+def _find(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
+    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
+    if str(source) in names:
+        return shipped / str(source)
+    raise InputError(f"There is no tokenizer folder {source}, nor is one of that name shipped ({', '.join(names)}).")
+
+
+def _read_config(path: Path) -> tuple[VQGANConfig, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} is missing: a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON.") from error
+    if not isinstance(content, dict) or content.pop("kind", None) != "vqgan" or not isinstance(content.get("fingerprint"), str):
+        raise InputError(f"{path} is not a VQ-GAN's: it needs the keys kind (vqgan) and fingerprint.")
+    fingerprint = content.pop("fingerprint")
+    return from_dict(VQGANConfig, content, origin=str(path)), fingerprint
+
+
+def _check_keys(expected: dict[str, Tensor], given: dict[str, Tensor], origin: str) -> None:
+    missing, surplus = [k for k in expected if k not in given], [k for k in given if k not in expected]
+    if missing or surplus:
+        parts = [f"{word} {_listed(keys)}" for word, keys in (("lacks", missing), ("has the surplus", surplus)) if keys]
+        raise InputError(f"{origin} does not fit its config: it {' and '.join(parts)}.")
+    for key, value in expected.items():
+        if given[key].shape != value.shape:
+            shapes = f"{tuple(given[key].shape)} there and {tuple(value.shape)} by the config"
+            raise InputError(f"{origin} contradicts its config: {key} is {shapes}.")
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+class _Inert:
+    """Stands for the one class that Lightning's checkpoints name (as a key of their callbacks' states), and does nothing."""
+
+
+_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"The checkpoint {path} does not exist.")
+    try:
+        with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"The checkpoint {path} holds more than weights and was not opened, as it could run code.") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"The checkpoint {path} is damaged or no torch file ({error}).") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"The checkpoint {path} holds no weights by name under 'state_dict'.")
+    return state
+
+
+# The published YAML's name -> ours; the first group stands in model.params, the second in model.params.ddconfig.
+_TAMING_PARAMS = {"n_embed": "codebook_size", "embed_dim": "code_channels"}
+_TAMING_NETWORK = {
+    "resolution": "image_size",
+    "z_channels": "latent_channels",
+    "ch": "channels",
+    "ch_mult": "channel_multipliers",
+    "num_res_blocks": "blocks_per_level",
+    "attn_resolutions": "attention_sizes",
+}
+
+
+def _read_taming_config(path: Path) -> VQGANConfig:
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        network = params["ddconfig"]
+        values = {ours: params[theirs] for theirs, ours in _TAMING_PARAMS.items()}
+        values |= {ours: network[theirs] for theirs, ours in _TAMING_NETWORK.items()}
+        fixed = {"in_channels": network.get("in_channels", 3), "out_ch": network.get("out_ch", 3), "double_z": network.get("double_z", False)}
+    except OSError as error:
+        raise InputError(f"The config {path} does not exist.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no config of a taming-transformers VQModel: model.params lacks {error}.") from error
+    if fixed != {"in_channels": 3, "out_ch": 3, "double_z": False}:
+        raise InputError(f"{path}: only RGB VQ-GANs without double_z are known, not {fixed}.")
+    return from_dict(VQGANConfig, values, origin=str(path))
