@@ -1,0 +1,1 @@
+"""From an exported model and shards to tables and pictures."""

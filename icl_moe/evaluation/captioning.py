@@ -1,0 +1,165 @@
+"""How well written captions agree with the references, by the scorers of the COCO caption evaluation."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from tqdm import tqdm
+
+_MARKS = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+"""What the COCO evaluation drops. It lists brackets in capitals and lowers the text first, so brackets stay; so they do here."""
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of a whole set of captions, as pycocoevalcap computes them: in 0..1, CIDEr in 0..10 (papers print 100 times these).
+
+    bleu: BLEU-1 to BLEU-4 (Papineni et al. 2002), with the closest reference length. rouge_l: ROUGE-L (Lin 2004), beta 1.2.
+    cider: CIDEr-D (Vedantam et al. 2015), sigma 6, document frequencies from these very references.
+    meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None; `meteor_note` then says why. `tokenizer` says what split the texts.
+    """
+
+    episodes: int
+    bleu: tuple[float, ...]
+    rouge_l: float
+    cider: float
+    meteor: float | None
+    meteor_note: str
+    tokenizer: str
+
+
+def score_captions(predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]]) -> list[CaptionScores]:
+    """Scores of each of several sets of plain texts: one prediction a key, against the same references, at least one a key."""
+    keys = list(references)
+    texts = [said[key] for said in predictions for key in keys] + [text for key in keys for text in references[key]]
+    tokens, tokenizer = tokenise(texts)
+    rest = iter(tokens)
+    candidates = [{key: next(rest) for key in keys} for _ in predictions]
+    return score_tokenised(candidates, {key: [next(rest) for _ in references[key]] for key in keys}, tokenizer)
+
+
+def score_tokenised(
+    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], tokenizer: str
+) -> list[CaptionScores]:
+    """The same of texts whose tokens are separated by spaces; `tokenizer` is noted."""
+    truths = {key: list(texts) for key, texts in references.items()}
+    meteors, note = _meteor(predictions, truths)
+    scores = []
+    for candidates, meteor in zip(predictions, meteors, strict=True):
+        answers = {key: [candidates[key]] for key in truths}
+        bleu, _ = Bleu(4).compute_score(truths, answers, verbose=0)
+        rouge_l, _ = Rouge().compute_score(truths, answers)
+        cider, _ = Cider().compute_score(truths, answers)
+        scores.append(CaptionScores(len(answers), tuple(bleu), float(rouge_l), float(cider), meteor, note, tokenizer))
+    return scores
+
+
+def java_problem() -> str | None:
+    """Why Java cannot be used here, or None where it can."""
+    if shutil.which("java") is None:
+        return "no `java` is on the PATH"
+    if subprocess.run(["java", "-version"], capture_output=True, check=False).returncode:
+        return "`java -version` fails"
+    return None
+
+
+def tokenise(texts: Sequence[str]) -> tuple[list[str], str]:
+    """Each text lower-cased, its tokens separated by spaces and its punctuation dropped; and what did that.
+
+    By the Stanford PTB tokenizer, as the COCO caption evaluation does, where Java is there; else by `tokenise_plainly`.
+    """
+    problem = java_problem()
+    if problem is None:
+        lines = _ptb_lines([" ".join(text.split()) for text in texts])
+        if len(lines) == len(texts):
+            return [_without_marks(line.split(" ")) for line in lines], "Stanford PTB tokenizer 3.4.1"
+        problem = "the Stanford tokenizer failed"
+    return [tokenise_plainly(text) for text in texts], f"plain Python, close to the PTB tokenizer but not equal ({problem})"
+
+
+_CONTRACTION = re.compile(r"(?<=\w)(n['’]t|['’](?:s|re|ve|ll|d|m))\b")
+_FUSED = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b")
+_TOKEN = re.compile(
+    r"n't|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)+|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ft|vs)\.|\w+(?:['/&.-]\w+)*|\.{3}|--+|[^\w\s]"
+)
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+
+
+def tokenise_plainly(text: str) -> str:
+    """What the PTB tokenizer makes of ordinary captions, without Java: lower case, contractions split, punctuation dropped."""
+    text = _CONTRACTION.sub(lambda match: " " + match[1].replace("’", "'"), text.lower())
+    text = _FUSED.sub(lambda match: " ".join(part for part in match.groups() if part), text)
+    return _without_marks(_BRACKETS.get(token, token) for token in _TOKEN.findall(text) if token not in '"“”‘’')
+
+
+def _without_marks(tokens: Iterable[str]) -> str:
+    return " ".join(token for token in tokens if token and token not in _MARKS)
+
+
+def _ptb_lines(texts: Sequence[str]) -> list[str]:
+    """Each text (without line breaks) as the Stanford tokenizer splits it; another number of lines where it fails.
+
+    Not by pycocoevalcap's wrapper, which writes into its own installation and depends on the locale.
+    """
+    command = [*_JAVA, "-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    lines = "".join(text + "\n" for text in texts)
+    result = subprocess.run(command, cwd=_folder("tokenizer"), input=lines, capture_output=True, encoding="utf-8", check=False)
+    return result.stdout.split("\n")[:-1]
+
+
+def _meteor(predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]]) -> tuple[Sequence[float | None], str]:
+    """The corpus score of each set and "", or as many None and why.
+
+    Not by pycocoevalcap's wrapper, which waits for ever once its Java process has died.
+    """
+    problem = java_problem()
+    if problem is not None:
+        return [None] * len(predictions), f"not computed: {problem}"
+    command = [*_JAVA, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        with subprocess.Popen(command, cwd=_folder("meteor"), stdin=pipe, stdout=pipe, stderr=nowhere, encoding="utf-8") as java:
+            scores = [
+                _corpus_meteor(java, candidates, references) for candidates in tqdm(predictions, desc="METEOR", unit="set", leave=False)
+            ]
+            java.kill()
+            return scores, ""
+    except (OSError, ValueError) as error:
+        return [None] * len(predictions), f"not computed: METEOR's Java program failed ({error})"
+
+
+def _corpus_meteor(java: subprocess.Popen[str], candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+    statistics = [_ask(java, "SCORE", *texts, candidates[key]) for key, texts in references.items()]
+    _ask(java, "EVAL", *statistics)  # It answers with the first text's score; the others' follow, and the corpus's comes last.
+    return float([_read(java) for _ in statistics][-1])
+
+
+_JAVA = ("java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
+
+
+def _folder(name: str) -> Path:
+    spec = find_spec(f"pycocoevalcap.{name}")
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _ask(java: subprocess.Popen[str], *fields: str) -> str:
+    assert java.stdin is not None
+    java.stdin.write(" ||| ".join(field.replace("|||", "") for field in fields) + "\n")
+    java.stdin.flush()
+    return _read(java)
+
+
+def _read(java: subprocess.Popen[str]) -> str:
+    assert java.stdout is not None
+    line = java.stdout.readline()
+    if not line:
+        raise ValueError("it ended early")
+    return line.strip()

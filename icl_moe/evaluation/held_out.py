@@ -1,0 +1,56 @@
+"""The loss on episodes that the model was not trained on, every pair of them a target, as in training."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from icl_moe.data.batch import collate
+from icl_moe.data.shards import ShardSet
+from icl_moe.inference.model import InContextModel
+from icl_moe.model.attention import EpisodeAttention
+from icl_moe.model.loss import target_losses
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Cross-entropy under teacher forcing, in nats per target token. Targets are what is written: mask codes, caption texts.
+
+    loss: the mean over all targets. unigram_entropy: -sum over ids v of p(v) ln p(v), p the distribution of these very targets;
+    no model that ignores its context has a lower loss here. pair_loss: the mean over the targets of the first pair, of the
+    second, and so on. It falls along the pairs where a model makes use of its examples, but not only there.
+    """
+
+    targets: int
+    loss: float
+    unigram_entropy: float
+    pair_loss: tuple[float, ...]
+
+
+@torch.inference_mode()
+def held_out_loss(model: InContextModel, shards: ShardSet, task: str, limit: int | None = None, batch_size: int = 8) -> HeldOutLoss:
+    """The loss on the first `limit` samples of `task` (all by default); shards and model must share their format."""
+    samples = min(shards.count(task), limit or shards.count(task))
+    losses, labels, pairs = [], [], []
+    for start in tqdm(range(0, samples, batch_size), desc=f"held-out loss, {task}", unit="batch"):
+        sequences = [shards.sample(task, index).sequence for index in range(start, min(start + batch_size, samples))]
+        batch = collate(sequences, model.format.vocabulary, task).to(model.decoder.device)
+        plan = EpisodeAttention(batch.lengths, batch.real_T)
+        hidden_TM = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
+        losses.append(
+            target_losses(hidden_TM[batch.predictors_P], model.decoder.token_embedding.weight, batch.labels_P).double().cpu().numpy()
+        )
+        labels.append(batch.labels_P.cpu().numpy())
+        positions_P = batch.positions_T[batch.predictors_P].cpu().numpy()
+        pairs.append((positions_P - model.format.length(0)) // model.format.pair_length)
+    losses_P, pairs_P = np.concatenate(losses), np.concatenate(pairs)
+    by_pair = tuple(float(losses_P[pairs_P == pair].mean()) for pair in np.unique(pairs_P))
+    return HeldOutLoss(len(losses_P), float(losses_P.mean()), _entropy(np.concatenate(labels)), by_pair)
+
+
+def _entropy(labels_P: np.ndarray) -> float:
+    """-sum p ln p of the values' own distribution, in nats."""
+    _, counts = np.unique(labels_P, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,94 @@
+"""Caption scores on cases small enough to work out by hand; tests/real_data has the golden ones."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from icl_moe.evaluation import captioning
+from icl_moe.evaluation.captioning import score_captions, score_tokenised, tokenise, tokenise_plainly
+
+REFERENCES = {"1": ["a dog runs on grass"], "2": ["two cats sleep", "cats asleep on a bed"], "3": ["a red bus"]}
+
+
+@pytest.fixture
+def no_java(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_bleu_is_clipped_precision_with_brevity_penalty(no_java):
+    """Of "a a dog", two of three words are in the reference, clipped; three words against five give exp(1 - 5/3)."""
+    (scores,) = score_tokenised([{"1": "a a dog"}], {"1": REFERENCES["1"]}, "")
+    assert scores.bleu[0] == pytest.approx(2 / 3 * math.exp(1 - 5 / 3), rel=1e-6)
+    assert scores.bleu[1] == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * math.exp(1 - 5 / 3), rel=1e-6)
+
+
+def test_the_reference_itself_has_the_best_score_and_nothing_the_worst(no_java):
+    right = {key: texts[0] for key, texts in REFERENCES.items()}
+    best, worst = score_captions([right, dict.fromkeys(REFERENCES, "")], REFERENCES)
+    assert best.bleu[0] == pytest.approx(1.0)
+    assert best.rouge_l == pytest.approx(1.0)
+    assert best.cider > 5
+    assert (worst.cider, worst.rouge_l) == (0.0, 0.0)
+    assert worst.bleu[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_sets_scored_together_have_the_scores_they_have_alone(no_java):
+    sets = [{key: texts[-1] for key, texts in REFERENCES.items()}, {"1": "a dog", "2": "cats, on a bed!", "3": "bus"}]
+    assert score_captions(sets, REFERENCES) == [score_captions([one], REFERENCES)[0] for one in sets]
+
+
+def test_without_java_meteor_is_left_out_and_says_why(no_java):
+    (scores,) = score_captions([{"3": "a red bus"}], {"3": REFERENCES["3"]})
+    assert scores.meteor is None
+    assert scores.meteor_note == "not computed: no `java` is on the PATH"
+    assert "no `java` is on the PATH" in scores.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 1", "`java -version` fails"),
+        ('case "$*" in *version*) exit 0;; esac; exit 1', "METEOR's Java program failed"),
+        ('case "$*" in *version*) exit 0;; esac; while read line; do echo nonsense; done', "METEOR's Java program failed"),
+    ],
+    ids=["no version", "dies at once", "answers nonsense"],
+)
+def test_a_broken_java_is_noted_and_never_waited_for(script, reason, tmp_path, monkeypatch):
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (scores,) = score_captions([{"3": "a red bus"}], {"3": REFERENCES["3"]})
+    assert scores.meteor is None
+    assert reason in scores.meteor_note
+    assert scores.bleu[0] == pytest.approx(1.0)
+
+
+CASES = [
+    ("A dog's ball (red), can't roll.", "a dog 's ball -lrb- red -rrb- ca n't roll"),
+    ('He said: "hi" -- well...', "he said hi well"),
+    ("I cannot; they're gonna", "i can not they 're gon na"),
+    ("Mr. Bean's 1/2 x-ray at 10:30 cost $3.50 & more!", "mr. bean 's 1/2 x-ray at 10:30 cost $ 3.50 & more"),
+    ("brown/orange café", "brown/orange café"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES)
+def test_the_plain_tokeniser_splits_as_the_ptb_tokenizer_does(text, expected):
+    assert tokenise_plainly(text) == expected
+
+
+def test_the_ptb_tokenizer_splits_so_too_whatever_the_locale(monkeypatch):
+    if captioning.java_problem():
+        pytest.skip(f"{captioning.java_problem()}: the PTB tokenizer needs Java")
+    monkeypatch.setenv("LC_ALL", "C")
+    texts, tokenizer = tokenise([text.replace(" ", "\n", 1) for text, _ in CASES])
+    assert tokenizer.startswith("Stanford")
+    assert texts == [expected for _, expected in CASES]
+
+
+def test_the_scorers_files_are_found():
+    assert isinstance(captioning._folder("meteor"), Path)
+    assert (captioning._folder("meteor") / "meteor-1.5.jar").is_file()

@@ -1,0 +1,62 @@
+"""Mask scores against plain loops over pixels, and against cases worked out by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from icl_moe.evaluation.episodes import decode_rle, encode_rle
+from icl_moe.evaluation.segmentation import mask_iou, score_masks
+
+MASKS = arrays.arrays(bool, (3, 4))
+TRIPLES = st.lists(st.tuples(st.sampled_from(["cat", "dog", "bus"]), MASKS, MASKS), min_size=1, max_size=6)
+
+
+def by_loops(triples) -> tuple[float, float, float]:
+    """mIoU, mean IoU and MAE, a pixel at a time."""
+    total = {name: [0, 0] for name, _, _ in triples}
+    ious, errors = [], []
+    for name, predicted, true in triples:
+        both = either = wrong = 0
+        for p, t in zip(predicted.flat, true.flat, strict=True):
+            both += p and t
+            either += p or t
+            wrong += p != t
+        total[name][0] += both
+        total[name][1] += either
+        ious.append(both / either if either else 1.0)
+        errors.append(wrong / predicted.size)
+    classes = [both / either if either else 1.0 for both, either in total.values()]
+    return sum(classes) / len(classes), sum(ious) / len(ious), sum(errors) / len(errors)
+
+
+@given(TRIPLES)
+@settings(max_examples=60, deadline=None)
+def test_scores_equal_plain_loops(triples):
+    scores = score_masks(triples)
+    assert (scores.miou, scores.mean_iou, scores.mae) == pytest.approx(by_loops(triples))
+    assert scores.episodes == len(triples) == sum(scores.class_episodes.values())
+
+
+def test_a_class_counts_once_and_its_large_objects_count_more():
+    """Dog: 8 of 8 pixels and 0 of 2, so 8/10 together; cat: 1 of 2. The mean over episodes is another number."""
+    big, small, half = np.zeros((3, 4), bool), np.zeros((3, 4), bool), np.zeros((3, 4), bool)
+    big[:2], small[2, :2], half[2, :1] = True, True, True
+    scores = score_masks([("dog", big, big), ("dog", ~small & False, small), ("cat", half, small)])
+    assert scores.class_iou == {"cat": 0.5, "dog": 0.8}
+    assert scores.miou == pytest.approx(0.65)
+    assert scores.mean_iou == pytest.approx((1 + 0 + 0.5) / 3)
+    assert scores.mae == pytest.approx((0 + 2 + 1) / 12 / 3)
+
+
+def test_empty_masks_agree():
+    empty = np.zeros((2, 2), bool)
+    assert mask_iou(empty, empty) == 1.0
+    assert mask_iou(empty, ~empty) == 0.0
+
+
+@given(arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+@settings(max_examples=50, deadline=None)
+def test_run_lengths_read_back(mask):
+    assert np.array_equal(decode_rle(encode_rle(mask)), mask)

@@ -1,0 +1,169 @@
+"""Decoding in a batch, with padding and a cache, writes what the plain way writes: one query, all tokens read anew each step."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from icl_moe.errors import InputError
+from icl_moe.inference.decode import Sampling, decode_batch
+from icl_moe.inference.grammar import output_grammar
+from icl_moe.model.config import DecoderConfig
+from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.recipe import ModelSettings, to_dict
+from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, SequenceFormat
+from icl_moe.tasks import PADDING, TASKS, attribute_class
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(text_merges=2000, image_codes=32)
+TEXT = TextTokenizer(merges=2000)
+CODES = 32
+FORMATS = [
+    SequenceFormat(VOCABULARY, CODES, category="written", box="text"),
+    SequenceFormat(VOCABULARY, CODES, category="given", box="image", class_prompt=True, prompt_length=8),
+    SequenceFormat(VOCABULARY, CODES, category="given", box="none"),
+]
+
+
+def small_decoder(format: SequenceFormat, feed_forward: str = "attributes") -> InContextDecoder:
+    settings = ModelSettings(
+        layers=2, width=32, heads=2, positions=format.length(3), feed_forward=feed_forward, layers_with_experts=(1,), experts=4
+    )
+    config = DecoderConfig(
+        model=to_dict(settings), vocabulary=to_dict(format.vocabulary), format=to_dict(format), image_size=56, examples=2
+    )
+    decoder = InContextDecoder(config)
+    initialise(decoder, seed=0)
+    with torch.no_grad():  # Of the size that training gives, so that the choices depend on what was read.
+        for parameter in decoder.parameters():
+            parameter.mul_(4.0)
+    return decoder.eval()
+
+
+def requests(format: SequenceFormat, rng: np.random.Generator) -> list[tuple[Episode, np.ndarray]]:
+    """Queries of both tasks after 0, 1 or 2 examples, so that their prompts differ in length."""
+
+    def codes() -> np.ndarray:
+        return rng.integers(0, VOCABULARY.image_codes, CODES)
+
+    def pair(task: str) -> SegmentationPair | CaptionPair:
+        if task == "segmentation":
+            return SegmentationPair(codes(), codes())
+        return CaptionPair(codes(), "a" * int(rng.integers(1, 4)), "cat", (0.1, 0.1, 0.5, 0.9), codes() if format.box == "image" else None)
+
+    return [
+        (Episode(TASKS[task], "cat", tuple(pair(task) for _ in range(shots))), codes())
+        for task in ("segmentation", "captioning")
+        for shots in (1, 0, 2)
+    ]
+
+
+def plainly(decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, query: np.ndarray) -> list[int]:
+    """Greedy decoding without batch, padding or cache, positions and attributes taken from the padded layout itself."""
+    prompt = codec.encode_prompt(episode, query)
+    tokens, attributes = prompt.tokens_L.tolist(), prompt.attributes().tolist()
+    box_image = episode.task.output == "text" and codec.format.box == "image"
+    given = prompt.spans[-1].length if prompt.spans[-1].role == "given" else 0
+    output = tokens[len(tokens) - given :]
+    grammar = output_grammar(codec, episode.task, episode.category)
+    allowed = next(grammar)
+    for token in output:
+        allowed = grammar.send(token)
+    while True:
+        everything = torch.tensor([tokens]), torch.arange(len(tokens))[None], torch.tensor([attributes])
+        logits = decoder.forward_logits(*everything)[0, -1]
+        ids = torch.tensor([i for part in allowed for i in part])
+        token = int(ids[logits[ids].argmax()])
+        modality = "image" if token in VOCABULARY.image_range else "text"
+        tokens.append(token)
+        output.append(token)
+        attributes.append(attribute_class(episode.task, modality, True, codec.format.class_prompt, box_image))
+        try:
+            allowed = grammar.send(token)
+        except StopIteration:
+            return output
+
+
+@pytest.mark.parametrize(
+    ("format", "feed_forward"),
+    [(FORMATS[0], "attributes"), (FORMATS[1], "attributes"), (FORMATS[2], "attributes"), (FORMATS[0], "token"), (FORMATS[2], "dense")],
+    ids=["box=text", "box=image", "no box", "token gate", "dense"],
+)
+@torch.inference_mode()
+def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward):
+    decoder, codec = small_decoder(format, feed_forward), SequenceCodec(format, TEXT)
+    batch = requests(format, np.random.default_rng(0))
+    together = decode_batch(decoder, codec, batch)
+    assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
+    assert len({tuple(tokens) for tokens in together}) == len(batch), "outputs that do not depend on the prompt would prove nothing"
+
+
+class Oracle:
+    """Knows an episode's whole sequence, always says its next token, and keeps what it was given to read."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.read: list[tuple[int, int, int]] = []
+
+    def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+        block_L3 = torch.stack([tokens_BL, positions_BL, attributes_BL], dim=2)[0]
+        self.read += [tuple(row) for row in block_L3.tolist() if row[2] != PADDING]
+        return F.one_hot(torch.tensor([self.tokens[len(self.read)]]), VOCABULARY.size).float()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=["box=text", "box=image", "no box"])
+def test_the_decoder_reads_each_token_once_and_as_training_shows_it(format):
+    codec = SequenceCodec(format, TEXT)
+    for episode, _ in requests(format, np.random.default_rng(1)):
+        if not episode.pairs:
+            continue
+        whole = codec.encode(episode).unpadded()
+        oracle = Oracle(whole.tokens_L.tolist())
+        examples = Episode(episode.task, episode.category, episode.pairs[:-1])
+        (output,) = decode_batch(oracle, codec, [(examples, episode.pairs[-1].image)])
+        expected = list(zip(whole.tokens_L.tolist(), whole.positions_L.tolist(), whole.attributes().tolist(), strict=True))
+        assert oracle.read == expected[: len(oracle.read)]
+        eoc = [VOCABULARY.eoc] if episode.task.output == "image" else []  # A mask's is nobody's to write.
+        assert (output + eoc) == oracle.tokens[-len(output + eoc) :]
+        assert len(oracle.read) >= len(oracle.tokens) - 2, "only the last choice and what follows it need no reading"
+
+
+def test_sampling_repeats_with_its_seed_and_does_not_depend_on_the_batch():
+    format = FORMATS[0]
+    decoder, codec = small_decoder(format), SequenceCodec(format, TEXT)
+    batch = requests(format, np.random.default_rng(2))
+    first = decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
+    assert first == decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
+    assert first != decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=2))
+    assert first[:2] == decode_batch(decoder, codec, batch[:2], Sampling(temperature=1.0, seed=1))
+    assert decode_batch(decoder, codec, batch) == decode_batch(decoder, codec, batch, Sampling(temperature=0.7, top_k=1))
+
+
+def test_sampling_draws_allowed_tokens_in_proportion():
+    """With logits fixed, the first code of many masks follows softmax(logits / temperature)."""
+
+    class Fixed:
+        device = torch.device("cpu")
+
+        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+            logits_V = torch.full((VOCABULARY.size,), 50.0)  # All that is forbidden looks better than all that is allowed.
+            logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.stop] = -1e4
+            logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.start + 3] = torch.tensor([0.0, 1.0, 2.0])
+            return logits_V.expand(len(tokens_BL), -1)
+
+    codec = SequenceCodec(SequenceFormat(VOCABULARY, CODES), TEXT)
+    request = (Episode(TASKS["segmentation"], "", ()), np.zeros(CODES, int))
+    drawn = np.concatenate(decode_batch(Fixed(), codec, [request] * 100, Sampling(temperature=2.0))) - VOCABULARY.image_range.start
+    expected = torch.tensor([0.0, 0.5, 1.0]).softmax(0).numpy()
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / len(drawn), expected, atol=0.03)
+    top = np.concatenate(decode_batch(Fixed(), codec, [request] * 20, Sampling(temperature=2.0, top_k=2)))
+    assert set(top - VOCABULARY.image_range.start) == {1, 2}
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": 0}])
+def test_impossible_sampling_is_refused(settings):
+    with pytest.raises(InputError):
+        Sampling(**settings)
