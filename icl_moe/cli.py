@@ -141,3 +141,77 @@ def _export(options: argparse.Namespace) -> int:
     step = export(options.checkpoint, options.out)
     print(f"{options.out}: the model after {step} steps")
     return 0
+
+
+def _tokenizer_train(options: argparse.Namespace) -> int:
+    from icl_moe.recipe import load_recipe
+    from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
+
+    train_tokenizer(load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out)
+    return 0
+
+
+def _tokenizer_evaluate(options: argparse.Namespace) -> int:
+    from icl_moe.tokenizers.vqgan_training import evaluate_tokenizer
+
+    for name, value in evaluate_tokenizer(options.tokenizer, options.images, options.annotations).items():
+        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    return 0
+
+
+def _tokenizer_convert(options: argparse.Namespace) -> int:
+    from icl_moe.tokenizers.vqgan import convert_taming
+
+    tokenizer = convert_taming(options.checkpoint, options.config, options.out)
+    print(f"{options.out}: {tokenizer.config.n_embed} codes at downsampling {tokenizer.downsampling}, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    shots = _whole_numbers("--shots", options.shots)
+
+    from icl_moe.evaluation.protocol import evaluate
+    from icl_moe.evaluation.report import summary
+
+    metrics = evaluate(options.model, options.shards, options.out, shots, options.limit, options.batch, options.control)
+    print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
+    return 0
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} must be whole numbers with commas between them, such as 0,1,2,3, not '{text}'.") from None
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from icl_moe.inference.model import InContextModel
+
+    model = InContextModel.from_pretrained(options.model)
+    mask_HW = model.segment(options.example, query=options.query, category=options.category)
+    Image.fromarray(mask_HW.astype("uint8") * 255).save(options.out)
+    print(f"{options.out}: {mask_HW.mean():.1%} of the image")
+    return 0
+
+
+def _caption(options: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from icl_moe.inference.model import InContextModel, Region
+
+    model = InContextModel.from_pretrained(options.model)
+    examples = [(image, Region.load(region)) for image, region in options.example]
+    region = model.caption(examples, query=options.query, category=options.category)
+    print(json.dumps(dataclasses.asdict(region), ensure_ascii=False))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from icl_moe.demo import run_demo
+
+    run_demo(options.out)
+    return 0

@@ -265,8 +265,8 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
         # YAML reads a bare `none` as text but `no`, `off` and `null` as values: take null to mean the choice "none".
         value = "none" if value is None and "none" in options else value
         if value not in options:
-            names = " | ".join(str(option) for option in options)
-            raise InputError(f"{origin}: '{key}' must be one of {names}, not {value!r}{_nearest(str(value), [str(o) for o in options])}.")
+            choices = " | ".join(str(option) for option in options)
+            raise InputError(f"{origin}: '{key}' must be one of {choices}, not {value!r}{_nearest(str(value), [str(o) for o in options])}.")
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
@@ -285,7 +285,7 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
         return str(value)
     if kind is Any or (isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))):
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+    names: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
     raise InputError(f"{origin}: '{key}' must be {names.get(kind, kind.__name__)}, not {value!r}.")
 
 

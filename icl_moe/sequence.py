@@ -127,11 +127,8 @@ class SequenceFormat:
     prompt_length: int = 16
 
     def __post_init__(self) -> None:
-        wants_tags = [
-            name
-            for name, used in (("caption.category", self.category != "none"), ("caption.box=text", self.box == "text"), ("class_prompt", self.class_prompt))
-            if used
-        ]
+        uses = {"caption.category": self.category != "none", "caption.box=text": self.box == "text", "class_prompt": self.class_prompt}
+        wants_tags = [name for name, used in uses.items() if used]
         if wants_tags and not self.vocabulary.tags:
             raise InputError(f"{wants_tags[0]} needs the tags and bins of the vocabulary: set vocabulary.tags=true.")
 
@@ -144,6 +141,18 @@ class SequenceFormat:
     def length(self, pairs: int) -> int:
         """Positions of a sequence of `pairs` pairs."""
         return (self.prompt_length if self.class_prompt else 0) + pairs * self.pair_length
+
+
+def streams(format: SequenceFormat) -> list[int]:
+    """The attribute classes that sequences of a format have, task by task."""
+    found = []
+    for task in TASKS.values():
+        box_image = format.box == "image" and task.output == "text"
+        outputs: tuple[Modality, ...] = ("image", "text") if box_image else (task.output,)
+        kinds: list[tuple[Modality, bool]] = [*([("text", False)] if format.class_prompt else []), ("image", False)]
+        kinds += [(output, True) for output in outputs]
+        found += [attribute_class(task, modality, target, format.class_prompt, box_image) for modality, target in kinds]
+    return found
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,8 @@ def _caption_parts(format: SequenceFormat, text: TextTokenizer) -> tuple[Caption
         parts += [CaptionPart("fixed", (*text.encode(lead + "Bboxes:"), format.vocabulary.box_start)), CaptionPart("box")]
         parts.append(CaptionPart("fixed", (format.vocabulary.box_end,)))
         lead = ". "
-    parts += [CaptionPart("fixed", tuple(text.encode(lead + "Caption:"))), CaptionPart("caption"), CaptionPart("fixed", tuple(text.encode(".")))]
+    parts += [CaptionPart("fixed", tuple(text.encode(lead + "Caption:"))), CaptionPart("caption")]
+    parts.append(CaptionPart("fixed", tuple(text.encode("."))))
     return tuple(_merge_fixed(parts))
 
 
@@ -269,8 +279,9 @@ class _Writer:
     def _class_prompt(self) -> None:
         name = self._codec.text.encode(self._category)
         tokens = [self._vocabulary.bot, self._vocabulary.category_start, *name, self._vocabulary.category_end]
-        if len(tokens) > self._format.prompt_length:
-            raise TooLongError(f"The class prompt of '{self._category}' takes {len(tokens)} tokens; there is room for {self._format.prompt_length}.")
+        room = self._format.prompt_length
+        if len(tokens) > room:
+            raise TooLongError(f"The class prompt of '{self._category}' takes {len(tokens)} tokens; there is room for {room}.")
         self._append(tokens, "text", "prompt", target=False)
         self._pad(self._format.prompt_length)
 
@@ -286,8 +297,9 @@ class _Writer:
     def _caption(self, pair: CaptionPair) -> None:
         self._append([self._vocabulary.bot], "text", "marker", target=True)
         tokens = _caption_tokens(self._codec, pair)
-        if len(tokens) > self._format.codes_per_image:
-            raise TooLongError(f"The caption '{pair.caption}' takes {len(tokens)} tokens; there is room for {self._format.codes_per_image}.")
+        room = self._format.codes_per_image
+        if len(tokens) > room:
+            raise TooLongError(f"The caption '{pair.caption}' takes {len(tokens)} tokens; there is room for {room}.")
         given = len(_given_category(self._codec, pair.category)) if self._format.category == "given" else 0
         if given:
             self._append(tokens[:given], "text", "given", target=True)
@@ -423,7 +435,7 @@ def _read_pair(codec: SequenceCodec, parts: list[tuple[Span, np.ndarray]]) -> Se
     outputs = [(span, tokens) for span, tokens in parts if span.role in ("output", "given")]
     if image is None or not outputs:
         raise InputError("A pair of the sequence lacks its image or its output.")
-    is_text = [not (int(tokens[0]) in vocabulary.image_range) for _, tokens in outputs]
+    is_text = [int(tokens[0]) not in vocabulary.image_range for _, tokens in outputs]
     if not any(is_text):
         return SegmentationPair(vocabulary.to_codes(image), vocabulary.to_codes(outputs[0][1]))
     text = np.concatenate([tokens for (_, tokens), textual in zip(outputs, is_text, strict=True) if textual])

@@ -95,14 +95,14 @@ class Vocabulary:
     def from_codes(self, codes: np.ndarray) -> np.ndarray:
         """Image codes (any shape, 0..image_codes-1) as token ids (int64)."""
         codes = np.asarray(codes, dtype=np.int64)
-        if codes.size and not (0 <= codes.min() and codes.max() < self.image_codes):
+        if codes.size and (codes.min() < 0 or codes.max() >= self.image_codes):
             raise InputError(f"Image codes must lie in 0..{self.image_codes - 1}, but {codes.min()}..{codes.max()} came.")
         return codes + self.text_size
 
     def to_codes(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids of image codes (any shape) as codes (int64); raises InputError where an id is no image code."""
         codes = np.asarray(tokens, dtype=np.int64) - self.text_size
-        if codes.size and not (0 <= codes.min() and codes.max() < self.image_codes):
+        if codes.size and (codes.min() < 0 or codes.max() >= self.image_codes):
             raise InputError("A token where an image code belongs is of another range.")
         return codes
 

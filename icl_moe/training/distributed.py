@@ -6,15 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import deepspeed
 import torch
-
-if not torch.cuda.is_available():
-    # Said outright, lest DeepSpeed warn that it found no accelerator. Read when deepspeed is imported.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed  # noqa: E402
-from deepspeed.utils import logger  # noqa: E402
-from torch import distributed as dist  # noqa: E402
+from deepspeed.utils import logger
+from torch import distributed as dist
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
     from icl_moe.training.distributed import Ranks
     from icl_moe.training.trainer import build_engine
 
-    overrides = ["training.global_batch=1", "training.micro_batch=1", "optimizer.warmup_steps=0", "model.dropout=0", "model.attention_dropout=0"]
+    overrides = [
+        "training.global_batch=1",
+        "training.micro_batch=1",
+        "optimizer.warmup_steps=0",
+        "model.dropout=0",
+        "model.attention_dropout=0",
+    ]
     recipe = load_recipe(TrainingRecipe, "paper_256", overrides)
     format = SequenceFormat(recipe.vocabulary)
     manifest = Manifest(SCHEMA_VERSION, format, 3, 256, "", "", {}, {"segmentation": 1}, {}, (), {})

@@ -1,0 +1,32 @@
+# The same install as `make setup`, for a user without privileges.
+#
+#   docker build -t icl-moe .                              PyTorch's CPU build
+#   docker build -t icl-moe --build-arg TORCH=cu130 .      its CUDA 13.0 build; run with --gpus all --shm-size 8g
+#   docker run --rm icl-moe icl-moe demo                   the smoke test
+ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE}
+
+# cpu, or cu130 and the like: a folder of PyTorch's package index. Empty: torch from pip's own index.
+ARG TORCH=cpu
+
+# gcc and the C headers serve Triton, which compiles its launchers at run time on GPUs.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev make tini \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --uid 1000 icl && install --directory --owner icl /opt/icl-moe
+USER icl
+WORKDIR /opt/icl-moe
+ENV PATH=/opt/icl-moe/.venv/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONUNBUFFERED=1
+
+# The packages first: they stay as they are while only the code changes.
+COPY --chown=icl Makefile pyproject.toml constraints.txt README.md LICENSE ./
+RUN mkdir icl_moe preprocessing \
+    && make setup TORCH_INDEX="${TORCH:+https://download.pytorch.org/whl/${TORCH}}"
+COPY --chown=icl . .
+
+# tini passes signals on to the whole process group: `docker stop` reaches every process of a run.
+ENTRYPOINT ["tini", "-g", "--"]
+CMD ["icl-moe", "--help"]

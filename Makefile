@@ -1,0 +1,62 @@
+# Everything runs in .venv, which every target makes for itself when it is missing or out of date.
+#   make setup PYTHON=/path/to/python3.12     to choose the interpreter
+#   make setup TORCH_INDEX=URL                to take torch from a package index of its own, such as PyTorch's for CPU builds
+#   make test ARGS="tests/test_sequence.py"   to pass arguments on
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:  ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP)  ## Make .venv with everything in it
+
+demo: $(STAMP)  ## The whole pipeline, small, on this machine: data, shards, training, evaluation, report
+	$(BIN)/icl-moe demo $(ARGS)
+
+test: $(STAMP)  ## The tests, without the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP)  ## All tests
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(STAMP)  ## Format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Put the code into the format that lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Time and memory of each stage on this machine
+	$(BIN)/python benchmarks/line.py $(ARGS)
+
+clean:  ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+
+# torch comes first: the packages after it find it there, and none of them can pull in another build.
+# taming-transformers is the peer of a test; what it would bring along (pytorch-lightning, torchvision) the test does not need.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e '.[test,dev]'
+	$(PIP) install -c constraints.txt --no-deps taming-transformers-rom1504
+	touch $@
+
+# A Python without ensurepip (Debian's, without python3-venv) can still make a venv and put its own pip's pip there. The
+# interpreter is resolved to its path first: with .venv/bin on the PATH, its name would soon mean the new one.
+$(BIN)/python:
+	@python="$$(command -v $(PYTHON))"; \
+	if [ -z "$$python" ]; then \
+		echo "Python 3.11 or newer is needed, and none was found: install it, or name it with make setup PYTHON=/path/to/python3."; exit 2; fi; \
+	"$$python" -m venv $(VENV) >/dev/null 2>&1 \
+		|| { rm -rf $(VENV) && "$$python" -m venv --without-pip $(VENV) && "$$python" -m pip --python $@ install pip; } \
+		|| { rm -rf $(VENV); echo "$$python cannot make a virtual environment: install its venv module (on Debian and Ubuntu: apt-get install python3-venv)."; exit 2; }

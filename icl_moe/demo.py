@@ -1,0 +1,100 @@
+"""`icl-moe demo`: the whole pipeline, small, by the same commands that a user would type.
+
+A room of its own at the top, since it goes through all the others.
+"""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icl_moe.errors import InputError
+from icl_moe.evaluation.protocol import evaluate
+from icl_moe.evaluation.report import Section, line_chart, summary, table
+from icl_moe.model.decoder import InContextDecoder
+from icl_moe.model.router import AttributeGate
+from icl_moe.sequence import streams
+from icl_moe.tasks import describe_attributes
+
+RANKS = 2
+_TRAIN_IMAGES, _VALIDATION_IMAGES = 1000, 100
+
+
+def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
+    """Draw data, build shards, train on two ranks, export, evaluate one-shot, and say where the report is.
+
+    settings: overrides of the training recipe `demo`. What an interrupted demo had finished is kept and not done again.
+    """
+    train, validation, run, model, report = out / "shards/train", out / "shards/validation", out / "run", out / "model", out / "evaluation"
+    started = time.monotonic()
+    _say("1/5 Draw scenes in COCO's and Visual Genome's formats, and build shards")
+    _run("shards", "build", "demo", f"synthetic.images={_TRAIN_IMAGES}", "--out", train)
+    _run("shards", "build", "demo", f"synthetic.images={_VALIDATION_IMAGES}", "synthetic.seed=1", "synthetic.split=val", "--out", validation)
+    _say(f"2/5 Train on {RANKS} ranks")
+    _launch("demo", f"data.shards={train}", f"training.output={run}", *settings)
+    _say("3/5 Export the model")
+    _run("export", run, "--out", model)
+    _say("4/5 Segment and caption held-out scenes, one example each")
+    metrics = _evaluate(model, validation, run, report)
+    _say("5/5 Done")
+    print(summary(metrics))
+    print(f"\nThe report with pictures: {report / 'report.html'}    ({time.monotonic() - started:.0f} s in all)")
+
+
+def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> dict[str, Any]:
+    """As `icl-moe evaluate` does, with two more sections in the report: the course of training, and the experts of each stream."""
+    print("$ " + shlex.join(["icl-moe", "evaluate", str(model), str(shards), "--shots", "1", "--out", str(report)]), flush=True)
+    sections = [Section("Training", _loss_curve(run)), Section("Experts", _expert_table(model))]
+    return evaluate(model, shards, report, shots=(1,), sections=sections)
+
+
+def _loss_curve(run: Path) -> str:
+    """What DeepSpeed's CSV monitor wrote, as a chart over the steps."""
+    series = {}
+    for name in ("image_loss", "text_loss"):
+        with (run / "csv_monitor" / f"train_{name}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        series[name.replace("_", " ")] = ([float(samples) for samples, _ in rows], [float(value) for _, value in rows])
+    return line_chart(series, "episodes seen", "nats a target")
+
+
+def _expert_table(model: Path) -> str:
+    decoder = InContextDecoder.from_pretrained(model)
+    rows = []
+    for number, layer in enumerate(decoder.layers):
+        gate = getattr(layer.feed_forward, "gate", None)
+        for attributes in streams(decoder.sequence_format) if isinstance(gate, AttributeGate) else ():
+            probabilities_E = gate.probabilities((attributes,))[0]
+            best = probabilities_E.topk(gate.experts_per_token)
+            chosen = ", ".join(f"{expert} (p = {p:.2f})" for p, expert in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+            rows.append([str(number), describe_attributes(attributes), chosen])
+    return table(["layer", "stream", "experts"], rows)
+
+
+def _say(stage: str) -> None:
+    print(f"\n== {stage}", flush=True)
+
+
+def _run(*arguments: str | Path) -> None:
+    """One verb of this command line, in a process of its own as a user would run it."""
+    _call([sys.executable, "-m", "icl_moe", *map(str, arguments)], shown=["icl-moe", *map(str, arguments)])
+
+
+def _launch(*arguments: str) -> None:
+    launcher = ["--num_gpus", str(RANKS), "--module", "icl_moe.training", *arguments]
+    shown = ["deepspeed", "--num_gpus", str(RANKS), "launch_scripts/pretrain.sh", *arguments]
+    _call([sys.executable, "-m", "deepspeed.launcher.runner", *launcher], shown)
+
+
+def _call(command: list[str], shown: list[str]) -> None:
+    print("$ " + shlex.join(shown), flush=True)
+    # A thread a rank, since more would fight over the cores; and the launcher need not look for accelerators.
+    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise InputError(f"The demo stopped: `{shlex.join(shown)}` ended with exit code {code}; run the demo again to go on from there.")

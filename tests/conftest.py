@@ -1,0 +1,65 @@
+"""What several rooms' tests need: the real data folder, the tokenizers, and commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.vocabulary import GPT2_MERGES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets that ICL_MOE_REAL_DATA names; the test is skipped where it is unset."""
+    folder = os.environ.get("ICL_MOE_REAL_DATA")
+    if not folder:
+        pytest.skip("ICL_MOE_REAL_DATA is unset: it names the folder with the real data sets that this test reads")
+    path = Path(folder)
+    assert path.is_dir(), f"ICL_MOE_REAL_DATA names {folder}, which is no folder"
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> TextTokenizer:
+    """GPT-2's whole tokenizer, 50257 ids."""
+    return TextTokenizer(merges=GPT2_MERGES)
+
+
+@pytest.fixture(scope="session")
+def small_text() -> TextTokenizer:
+    """GPT-2's tokenizer cut to its first 1000 merges, 1256 ids."""
+    return TextTokenizer(merges=1000)
+
+
+@pytest.fixture
+def run_command() -> Command:
+    """Runs a command in the repository with this interpreter's scripts on the PATH; standard output and error together in `.stdout`."""
+
+    def run(command: Sequence[str | Path], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        # One thread a process: several ranks share the machine's few cores.
+        return subprocess.run(
+            [str(part) for part in command],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,101 @@
+"""The vocabulary's sizes are the paper's, its parts do not overlap, and nothing is left over."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icl_moe.errors import InputError
+from icl_moe.vocabulary import BIN_COUNT, GPT2_MERGES, SPECIALS, TAGS, Vocabulary
+
+vocabularies = st.builds(
+    Vocabulary,
+    text_merges=st.one_of(st.integers(0, GPT2_MERGES), st.just(GPT2_MERGES)),
+    image_codes=st.integers(2, 20_000),
+    tags=st.booleans(),
+)
+
+
+def test_the_papers_two_sizes_come_out_exactly() -> None:
+    assert Vocabulary(tags=False).size == 51290
+    assert Vocabulary(tags=True).size == 52295
+
+
+def test_ids_of_the_full_vocabulary_stand_where_the_contract_says() -> None:
+    vocabulary = Vocabulary()
+    assert vocabulary.text_range == range(0, 50257)
+    assert vocabulary.image_range == range(50257, 51281)
+    assert [vocabulary.boi, vocabulary.bot, vocabulary.eoc, vocabulary.pad] == [51281, 51282, 51283, 51284]
+    tags = [vocabulary.category_start, vocabulary.category_end, vocabulary.box_start, vocabulary.box_end]
+    assert tags == [51290, 51291, 51292, 51293]
+    assert vocabulary.bin_range == range(51294, 52295)
+
+
+@given(vocabularies)
+def test_every_id_belongs_to_one_part_and_has_its_own_name(vocabulary: Vocabulary) -> None:
+    parts = len(vocabulary.text_range) + len(vocabulary.image_range) + len(SPECIALS)
+    parts += len(TAGS) + BIN_COUNT if vocabulary.tags else 0
+    assert vocabulary.size == parts
+    start = vocabulary.image_range.stop
+    names = [vocabulary.name(token) for token in range(start, vocabulary.size)]
+    assert len(set(names)) == len(names)
+    assert names[: len(SPECIALS)] == list(SPECIALS)
+    for outside in (-1, vocabulary.size):
+        with pytest.raises(InputError, match=f"{outside} is outside"):
+            vocabulary.name(outside)
+
+
+@given(vocabularies)
+def test_the_token_type_holds_every_id_and_is_no_wider_than_needed(vocabulary: Vocabulary) -> None:
+    assert np.iinfo(vocabulary.token_dtype).max >= vocabulary.size - 1
+    assert vocabulary.token_dtype == (np.uint16 if vocabulary.size <= 65536 else np.uint32)
+
+
+def test_65536_ids_still_fit_into_two_bytes() -> None:
+    base = Vocabulary().size - 1024
+    assert Vocabulary(image_codes=65536 - base).token_dtype == np.uint16
+    assert Vocabulary(image_codes=65537 - base).token_dtype == np.uint32
+
+
+def test_a_smaller_text_vocabulary_keeps_bytes_and_drops_endoftext() -> None:
+    assert Vocabulary(text_merges=0).text_size == 256
+    assert Vocabulary(text_merges=1000).text_size == 1256
+    assert Vocabulary(text_merges=GPT2_MERGES - 1).text_size == 50255
+    assert Vocabulary(text_merges=GPT2_MERGES).text_size == 50257
+
+
+@given(vocabularies, st.data())
+def test_codes_come_back_from_their_tokens(vocabulary: Vocabulary, data: st.DataObject) -> None:
+    codes = np.array(data.draw(st.lists(st.integers(0, vocabulary.image_codes - 1), max_size=20)), dtype=np.int64)
+    tokens = vocabulary.from_codes(codes)
+    assert all(int(token) in vocabulary.image_range for token in tokens)
+    np.testing.assert_array_equal(vocabulary.to_codes(tokens), codes)
+
+
+@pytest.mark.parametrize("codes", [[-1], [0, 1024]])
+def test_a_code_outside_the_codebook_is_refused(codes: list[int]) -> None:
+    with pytest.raises(InputError, match=r"0\.\.1023"):
+        Vocabulary().from_codes(np.array(codes))
+
+
+def test_a_token_of_another_range_is_no_image_code() -> None:
+    vocabulary = Vocabulary()
+    for token in (vocabulary.text_range[-1], vocabulary.boi):
+        with pytest.raises(InputError):
+            vocabulary.to_codes(np.array([vocabulary.image_range[0], token]))
+
+
+def test_tags_are_refused_where_the_vocabulary_has_none() -> None:
+    vocabulary = Vocabulary(tags=False)
+    assert len(vocabulary.bin_range) == 0
+    with pytest.raises(InputError, match=r"vocabulary\.tags=true"):
+        _ = vocabulary.category_start
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"text_merges": 50_001}, "text_merges"), ({"text_merges": -1}, "text_merges"), ({"image_codes": 1}, "image_codes")],
+)
+def test_impossible_sizes_are_refused_by_name(settings: dict[str, int], key: str) -> None:
+    with pytest.raises(InputError, match=f"vocabulary.{key}"):
+        Vocabulary(**settings)
