@@ -21,9 +21,10 @@ ENV PATH=/opt/icl-moe/.venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
-# The packages first: they stay as they are while only the code changes.
+# The dependencies first, around empty packages: they stay as they are while only the code changes.
 COPY --chown=icl Makefile pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir icl_moe preprocessing \
+    && touch icl_moe/__init__.py preprocessing/__init__.py \
     && make setup TORCH_INDEX="${TORCH:+https://download.pytorch.org/whl/${TORCH}}"
 COPY --chown=icl . .
 

@@ -58,7 +58,7 @@ def _loss_curve(run: Path) -> str:
     series = {}
     for name in ("image_loss", "text_loss"):
         with (run / "csv_monitor" / f"train_{name}.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))[1:]
+            rows = [row for row in csv.reader(file) if row[0] != "step"]  # A resumed run writes its heads again.
         series[name.replace("_", " ")] = ([float(samples) for samples, _ in rows], [float(value) for _, value in rows])
     return line_chart(series, "episodes seen", "nats a target")
 

@@ -149,8 +149,8 @@ def streams(format: SequenceFormat) -> list[int]:
     for task in TASKS.values():
         box_image = format.box == "image" and task.output == "text"
         outputs: tuple[Modality, ...] = ("image", "text") if box_image else (task.output,)
-        kinds: list[tuple[Modality, bool]] = [*([("text", False)] if format.class_prompt else []), ("image", False)]
-        kinds += [(output, True) for output in outputs]
+        inputs: tuple[Modality, ...] = ("text", "image") if format.class_prompt else ("image",)
+        kinds = [*((modality, False) for modality in inputs), *((modality, True) for modality in outputs)]
         found += [attribute_class(task, modality, target, format.class_prompt, box_image) for modality, target in kinds]
     return found
 

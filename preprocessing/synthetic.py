@@ -132,7 +132,8 @@ def _crescent() -> np.ndarray:
     start = math.atan2(tip[1], tip[0] - centre)
     inner = np.linspace(-start, -2 * math.pi + start, 30)
     arc = np.stack([centre + radius * np.cos(inner), radius * np.sin(inner)], axis=1)
-    return np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), arc]) + [0.2, 0.0]
+    crescent = np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), arc])
+    return crescent + np.array([0.2, 0.0])
 
 
 def _heart() -> np.ndarray:
@@ -307,18 +308,27 @@ def _leaves_all_visible(new: _Layer, layers: list[_Layer]) -> bool:
 
 
 def _describe(rng: np.random.Generator, layers: list[_Layer], width: int, height: int) -> tuple[SceneObject, ...]:
-    masks, covered = [], np.zeros((height, width), dtype=bool)
+    masks: list[np.ndarray] = []
+    covered = np.zeros((height, width), dtype=bool)
     for layer in reversed(layers):
         masks.insert(0, layer.mask_HW & ~covered)
         covered |= layer.mask_HW
     boxes = [_box(mask) for mask in masks]
     objects = []
     for i, layer in enumerate(layers):
-        whole = masks[i].sum() == layer.mask_HW.sum() and not (len(layer.shape.outlines) > 1)
-        phrases = () if layer.crowd else _phrases(rng, i, layers, boxes, width, height)
-        outlines = layer.outlines if whole else None
+        seen_whole = masks[i].sum() == layer.mask_HW.sum() and len(layer.shape.outlines) == 1
         objects.append(
-            SceneObject(layer.shape.name, layer.colour, layer.texture, layer.size, masks[i], boxes[i], outlines, layer.crowd, phrases)
+            SceneObject(
+                name=layer.shape.name,
+                colour=layer.colour,
+                texture=layer.texture,
+                size=layer.size,
+                mask_HW=masks[i],
+                box=boxes[i],
+                outlines=layer.outlines if seen_whole else None,
+                crowd=layer.crowd,
+                phrases=() if layer.crowd else _phrases(rng, i, layers, boxes, width, height),
+            )
         )
     return tuple(objects)
 

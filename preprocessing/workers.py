@@ -1,6 +1,8 @@
 """Ordered work on several processes."""
 
+import ctypes
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Context = TypeVar("Context")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def ordered_map(function: Callable[[Context, Item], Result], context: Context, items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -38,6 +42,8 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None
 
 def _adopt(function: Callable[[Any, Any], Any], context: Any) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interruption, for all
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # a parent that is killed leaves no process waiting for ever
     _work = (function, context)
 
 

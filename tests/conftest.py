@@ -44,7 +44,7 @@ def small_text() -> TextTokenizer:
     return TextTokenizer(merges=1000)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_command() -> Command:
     """Runs a command in the repository with this interpreter's scripts on the PATH; standard output and error together in `.stdout`."""
 

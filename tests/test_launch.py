@@ -206,8 +206,9 @@ def lay_out_files(folder: Path) -> None:
     (genome / "image_data.json").write_text(json.dumps(images))
     ids = [image["image_id"] for image in images]
     (genome / "densecap_splits.json").write_text(json.dumps({"train": ids[:12], "val": ids[12:], "test": []}))
-    VQGAN(VQGANConfig(64, 256, 32, 32, 32, (1, 1, 1, 1), 1, ())).save_pretrained(folder / "vqgan")
     recipe = load_recipe(DataRecipe, "demo", package="preprocessing")
+    codes = recipe.vocabulary.image_codes
+    VQGAN(VQGANConfig(64, codes, 32, 32, 32, (1, 1, 1, 1), 1, ())).save_pretrained(folder / "vqgan")
     assert recipe.captioning is not None
     text = {"tokenizer": "vqgan", "image_size": 64, "examples": 1, "samples": 8, "vocabulary": to_dict(recipe.vocabulary)}
     text |= {"segmentation": {"images": "", "annotations": ""}}

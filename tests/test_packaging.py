@@ -1,5 +1,7 @@
 """The package, its set-up and its continuous integration: what is installed is whole, and what fails is seen to fail."""
 
+import ast
+import importlib.metadata
 import os
 import re
 import shutil
@@ -34,6 +36,27 @@ def test_every_dependency_is_pinned_within_its_range(project: dict, pins: dict[s
     for line in [*project["dependencies"], *extras["test"], *extras["dev"]]:
         requirement = Requirement(line)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line
+
+
+def test_every_import_is_a_declared_dependency(project: dict) -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
+    imported = {name for package in ("icl_moe", "preprocessing") for name in imports(REPOSITORY / package)}
+    others = imported - {"icl_moe", "preprocessing"} - sys.stdlib_module_names
+    undeclared = {name for name in others if not declared & {canonicalize_name(found) for found in distributions.get(name, ())}}
+    assert undeclared == set()
+
+
+def imports(folder: Path) -> set[str]:
+    """Top-level names that the Python files under `folder` import."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found
 
 
 def test_the_wheel_has_code_recipes_and_assets_and_nothing_else(run_command: Callable, tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ import pickle
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
@@ -77,6 +76,7 @@ class VQGAN(nn.Module):
         self.quantize = _Codebook(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
+        self.apply(_initialise)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "VQGAN":
@@ -113,7 +113,7 @@ class VQGAN(nn.Module):
         if all(torch.equal(value.half().to(value.dtype), value) for value in weights.values()):
             weights = {key: value.half() for key, value in weights.items()}
         content = {"kind": "vqgan", **to_dict(self.config), "fingerprint": self.fingerprint}
-        save_file(weights, folder / (WEIGHTS_FILE + ".partial"))
+        (folder / (WEIGHTS_FILE + ".partial")).write_bytes(save(weights))
         (folder / (CONFIG_FILE + ".partial")).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(folder / (name + ".partial"), folder / name)
@@ -152,7 +152,7 @@ class VQGAN(nn.Module):
         rows, columns = grid or (math.isqrt(count), math.isqrt(count))
         if rows * columns != count:
             raise InputError(f"{count} codes are no grid of {rows} x {columns}; give its rows and columns.")
-        if codes_BN.numel() and not (0 <= int(codes_BN.min()) and int(codes_BN.max()) < self.config.codebook_size):
+        if codes_BN.numel() and (int(codes_BN.min()) < 0 or int(codes_BN.max()) >= self.config.codebook_size):
             raise InputError(f"Codes must lie in 0..{self.config.codebook_size - 1}.")
         return self.pixels(self.quantize.vectors(codes_BN.unflatten(1, (rows, columns))))
 
@@ -331,6 +331,20 @@ class _Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+def _initialise(module: nn.Module) -> None:
+    """Start as a chain of resizing convolutions that keep the variance, all residual branches silent.
+
+    With torch's default weights the branches drown the latents, and training stands still for its first hundreds of steps.
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        nn.init.zeros_(module.bias)
+    if isinstance(module, _ResnetBlock):  # after its convolutions: children come first
+        nn.init.zeros_(module.conv2.weight)
+    if isinstance(module, _Attention):
+        nn.init.zeros_(module.proj_out.weight)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(_NORM_GROUPS, channels, eps=1e-6)
 
@@ -418,7 +432,11 @@ def _read_taming_config(path: Path) -> VQGANConfig:
         network = params["ddconfig"]
         values = {ours: params[theirs] for theirs, ours in _TAMING_PARAMS.items()}
         values |= {ours: network[theirs] for theirs, ours in _TAMING_NETWORK.items()}
-        fixed = {"in_channels": network.get("in_channels", 3), "out_ch": network.get("out_ch", 3), "double_z": network.get("double_z", False)}
+        fixed = {
+            "in_channels": network.get("in_channels", 3),
+            "out_ch": network.get("out_ch", 3),
+            "double_z": network.get("double_z", False),
+        }
     except OSError as error:
         raise InputError(f"The config {path} does not exist.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

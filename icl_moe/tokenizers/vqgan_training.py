@@ -1,6 +1,8 @@
 """Training a VQ-GAN on pictures and masks, and measuring one: fidelity, use of its codes, and how well masks survive it."""
 
+import contextlib
 import importlib
+import io
 import json
 import math
 import os
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from PIL import Image
+from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
@@ -52,9 +56,10 @@ class TokenizerData:
 class TokenizerRecipe:
     """What `train_tokenizer` reads. Steps are optimizer steps; batch_size counts samples over all devices.
 
-    The learning rate rises over warmup_steps and falls to zero at the last step as a half cosine. A code that took part in
-    less than revive_below samples' worth of a batch (a running mean over about 100 steps) is moved onto a latent of
-    the batch, every revive_every steps up to three quarters of the training.
+    The learning rate rises over warmup_steps and falls to zero at the last step as a half cosine. For the first
+    unquantised_steps the decoder sees the latents themselves, so that the codes can then start among meaningful ones.
+    A code that is chosen less than revive_below times a batch (a running mean over about 100 steps) is moved onto a latent
+    of the batch, every revive_every steps up to three quarters of the training.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)
@@ -63,6 +68,7 @@ class TokenizerRecipe:
     batch_size: int = 32
     learning_rate: float = 4e-4
     warmup_steps: int = 100
+    unquantised_steps: int = 500
     commitment: float = 0.25
     ema_decay: float = 0.999
     revive_every: int = 50
@@ -98,7 +104,9 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
     share = recipe.batch_size // accelerator.num_processes
     if share * accelerator.num_processes != recipe.batch_size:
         raise InputError(f"batch_size {recipe.batch_size} cannot be shared evenly by {accelerator.num_processes} devices.")
-    bar = tqdm(range(run.step, recipe.steps), initial=run.step, total=recipe.steps, desc="tokenizer", disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(run.step, recipe.steps), initial=run.step, total=recipe.steps, desc="tokenizer", disable=not accelerator.is_main_process
+    )
     for step in bar:
         batch_B3HW, _ = source(_generator(recipe.seed, step, accelerator.process_index), share)
         losses = run.train_step(batch_B3HW)
@@ -112,6 +120,30 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
             run.save(out)
     accelerator.wait_for_everyone()
     return run.finished()
+
+
+def evaluate_tokenizer(folder: str | Path, images: Path, annotations: Path | None = None, batch_size: int = 32) -> dict[str, Any]:
+    """Measure the tokenizer `folder` (or a shipped one by name) on the pictures in `images`, as plain values.
+
+    Each picture's short side is resized to the tokenizer's image size and its middle square is taken. Reported are the means
+    over pictures of PSNR and SSIM, and the share and perplexity of the codes over the whole set. With `annotations`, a COCO
+    instances file, also the mask ceiling: each class mask of a picture is drawn white on black, encoded, decoded and thresholded;
+    mask_iou is the mean over masks of intersection / union with the mask put in, mask_mae the mean share of wrong pixels. By
+    size: small, medium and large are COCO's bounds, 32^2 and 96^2 pixels of the whole mask in the picture as it is in its file.
+
+    Memory does not grow with the number of pictures. Raises InputError for a folder without pictures, an unreadable picture,
+    annotations that are not COCO's, and a picture whose size disagrees with its record.
+    """
+    tokenizer = VQGAN.from_pretrained(folder)
+    truth = _ClassMasks(Path(annotations)) if annotations else None
+    measures = _Measures(tokenizer, batch_size)
+    for file in tqdm(_image_files(Path(images)), desc="measuring", unit="image", disable=None):
+        image = load_image(file)
+        box, size = _middle_square(image.size), tokenizer.config.image_size
+        measures.add_picture(to_pixels(crop_and_resize(image, box, size)))
+        for mask_HW, area in truth.of(file.name, image.size) if truth else ():
+            measures.add_mask(crop_and_resize_mask(mask_HW, box, size), area)
+    return measures.report()
 
 
 class _Run:
@@ -133,9 +165,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(self.step, recipe)
         pixels_B3HW = pixels_B3HW.to(device)
-        if self.step % recipe.revive_every == 0 and self.step < 0.75 * recipe.steps:
+        since = self.step - recipe.unquantised_steps
+        if since >= 0 and since % recipe.revive_every == 0 and self.step < 0.75 * recipe.steps:
             self._revive(pixels_B3HW)
-        drawn_B3HW, codebook, commitment, codes_Bhw = self.model(pixels_B3HW)
+        drawn_B3HW, codebook, commitment, codes_Bhw = self.model(pixels_B3HW, since >= 0)
         l1 = (drawn_B3HW.float() - pixels_B3HW).abs().mean()
         loss = l1 + codebook + recipe.commitment * commitment
         self.optimizer.zero_grad(set_to_none=True)
@@ -143,7 +176,8 @@ class _Run:
         self.optimizer.step()
         use_K = torch.bincount(codes_Bhw.flatten(), minlength=self.use_K.numel()).float()
         use_K = self.accelerator.reduce(use_K, "sum")
-        self.use_K.lerp_(use_K, 0.01 if self.step >= 100 else 1 / (self.step + 1))
+        if since >= 0:
+            self.use_K.lerp_(use_K, max(0.01, 1 / (since + 1)))
         self._average()
         self.step += 1
         used = use_K / use_K.sum()
@@ -158,25 +192,27 @@ class _Run:
 
     @torch.no_grad()
     def _revive(self, pixels_B3HW: Tensor) -> None:
-        """Move codes that are hardly used onto latents of this batch, the same on all devices; at the first step, all codes."""
-        dead_D = torch.nonzero(self.use_K < self.recipe.revive_below).flatten()
-        if not len(dead_D):
+        """Move codes that are hardly used onto latents of this batch, the same on all devices; the first time, all codes."""
+        dead_K = self.use_K < self.recipe.revive_below
+        if not dead_K.any():
             return
+        table_KC = self.trained.quantize.embedding.weight
         latents_NC = self.trained.latents(pixels_B3HW).movedim(1, -1).flatten(0, -2).float()
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
-        chosen = torch.randint(len(latents_NC), (len(dead_D),), generator=generator)
-        vectors_DC = broadcast(latents_NC[chosen.to(latents_NC.device)].contiguous())
-        self.trained.quantize.embedding.weight[dead_D] = vectors_DC
-        self.averaged.quantize.embedding.weight[dead_D] = vectors_DC
+        vectors_DC = broadcast(_spread(latents_NC, table_KC[~dead_K], int(dead_K.sum()), generator))
+        for model in (self.trained, self.averaged):
+            model.quantize.embedding.weight[dead_K] = vectors_DC
+        # A moved code is as good as used: it gets until the next look to be chosen.
+        self.use_K[dead_K] = self.recipe.revive_below
 
     def measure(self, pixels_B3HW: Tensor) -> dict[str, float]:
         device = self.accelerator.device
         codes_BN = self.averaged.encode(pixels_B3HW.to(device))
         drawn_B3HW = self.averaged.decode(codes_BN).cpu().clamp(-1, 1)
         use_K = torch.bincount(codes_BN.flatten().cpu(), minlength=self.recipe.network.codebook_size)
-        alive = float((self.use_K >= self.recipe.revive_below).float().mean())
         psnr = float(_psnr_B(drawn_B3HW, pixels_B3HW).mean())
-        return {"psnr": round(psnr, 3), "perplexity": round(_perplexity(use_K), 1), "codes_used": round(alive, 4)}
+        used = float((use_K > 0).float().mean())
+        return {"psnr": round(psnr, 3), "perplexity": round(_perplexity(use_K), 1), "codes_used": round(used, 4)}
 
     def finished(self) -> VQGAN:
         """The averaged model; its weights rounded to what float16 holds where the recipe asks for the smaller file."""
@@ -221,16 +257,39 @@ class _Autoencoder(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
 
-    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """drawn_B3HW, codebook loss, commitment loss, codes_Bhw (van den Oord et al., 2017); gradients pass straight through."""
+    def forward(self, pixels_B3HW: Tensor, quantised: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """drawn_B3HW, codebook loss, commitment loss, codes_Bhw (van den Oord et al., 2017); gradients pass straight through.
+
+        Without `quantised` the picture is drawn from the latents themselves, and both losses are zero.
+        """
         latents_BChw = self.tokenizer.latents(pixels_B3HW).float()
         with torch.no_grad():
             codes_Bhw = self.tokenizer.quantize.nearest(latents_BChw)
         vectors_BChw = self.tokenizer.quantize.vectors(codes_Bhw)
         codebook = F.mse_loss(vectors_BChw, latents_BChw.detach())
         commitment = F.mse_loss(latents_BChw, vectors_BChw.detach())
+        if not quantised:
+            # The zero terms keep every parameter in the graph, as training on several devices needs.
+            return self.tokenizer.pixels(latents_BChw), 0.0 * codebook, 0.0 * commitment, codes_Bhw
         passed_BChw = latents_BChw + (vectors_BChw - latents_BChw).detach()
         return self.tokenizer.pixels(passed_BChw), codebook, commitment, codes_Bhw
+
+
+def _spread(latents_NC: Tensor, taken_MC: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the latents, each drawn with a chance in proportion to its squared distance from the nearest vector so far.
+
+    This is the seeding of k-means++ (Arthur and Vassilvitskii, 2007): most latents of masks are alike, and codes drawn evenly
+    would nearly all fall on black. taken_MC: the vectors that are there already.
+    """
+    distance_N = torch.full_like(latents_NC[:, 0], 1e6)
+    if len(taken_MC):
+        distance_N = torch.cdist(latents_NC, taken_MC).square().min(dim=1).values
+    chosen = []
+    for _ in range(count):
+        chances_N = distance_N.cpu().double() + 1e-12
+        chosen.append(int(torch.multinomial(chances_N, 1, generator=generator)))
+        distance_N = torch.minimum(distance_N, (latents_NC - latents_NC[chosen[-1]]).square().sum(dim=1))
+    return latents_NC[chosen].contiguous()
 
 
 def _schedule(step: int, recipe: TokenizerRecipe) -> float:
@@ -243,6 +302,9 @@ def _schedule(step: int, recipe: TokenizerRecipe) -> float:
 Source = Callable[[np.random.Generator, int], tuple[Tensor, Tensor]]
 """(generator, count) -> pixels_B3HW in [-1, 1], is_mask_B."""
 
+Draw = Callable[[np.random.Generator, bool], tuple[Image.Image, list[np.ndarray]]]
+"""(generator, whether masks are wanted) -> a picture and its class masks (H, W)."""
+
 _UNSEEN = 2**31  # a step number that no training reaches: its samples are drawn for the log
 
 
@@ -251,29 +313,97 @@ def _generator(seed: int, step: int, rank: int = 0) -> np.random.Generator:
 
 
 def _open_source(recipe: TokenizerRecipe) -> Source:
-    return _synthetic_source(recipe)
-
-
-def _synthetic_source(recipe: TokenizerRecipe) -> Source:
-    # The package does not depend on the offline stage; only this choice of the recipe reaches over, so it is loaded here.
-    draw_scene = importlib.import_module("preprocessing.synthetic").draw_scene
-    size, crops_per_scene = recipe.network.image_size, 4
+    draw = _scene_source() if recipe.data.images == SYNTHETIC else _folder_source(recipe.data)
+    size, smallest, crops_per_picture = recipe.network.image_size, recipe.data.smallest_crop, 4
 
     def samples(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        pictures: list[Tensor] = []
-        is_mask = rng.random(count) < recipe.data.mask_share
-        for i in range(count):
-            if i % crops_per_scene == 0:
-                scene = draw_scene(rng)
-            box = _random_crop(rng, scene.image.size, recipe.data.smallest_crop)
-            if is_mask[i]:
-                mask_HW = scene.class_mask(scene.objects[rng.integers(len(scene.objects))].name)
-                pictures.append(mask_to_pixels(crop_and_resize_mask(mask_HW, box, size)))
-            else:
-                pictures.append(to_pixels(crop_and_resize(scene.image, box, size)))
-        return torch.stack(pictures), torch.from_numpy(is_mask)
+        """Crops, four of a picture, so that drawing or decoding pictures does not hold up the training."""
+        crops: list[Tensor] = []
+        is_mask_B = rng.random(count) < recipe.data.mask_share
+        for start in range(0, count, crops_per_picture):
+            group = is_mask_B[start : start + crops_per_picture]
+            image, masks = draw(rng, bool(group.any()))
+            for masked in group:
+                box = _random_crop(rng, image.size, smallest)
+                if masked:
+                    crops.append(mask_to_pixels(crop_and_resize_mask(masks[rng.integers(len(masks))], box, size)))
+                else:
+                    crops.append(to_pixels(crop_and_resize(image, box, size)))
+        return torch.stack(crops), torch.from_numpy(is_mask_B)
 
     return samples
+
+
+def _scene_source() -> Draw:
+    """Drawn scenes without end, with the masks of their classes."""
+    # The package does not depend on the offline stage; only this choice of the recipe reaches over, so it is loaded here.
+    draw_scene = importlib.import_module("preprocessing.synthetic").draw_scene
+
+    def draw(rng: np.random.Generator, masked: bool) -> tuple[Image.Image, list[np.ndarray]]:
+        scene = draw_scene(rng)
+        return scene.image, [scene.class_mask(name) for name in sorted({o.name for o in scene.objects})]
+
+    return draw
+
+
+def _folder_source(data: TokenizerData) -> Draw:
+    """A random picture of the folder; where `masked`, one that has annotations, with its class masks."""
+    folder = Path(data.images)
+    files = _image_files(folder)
+    truth = _ClassMasks(Path(data.annotations)) if data.annotations else None
+    with_masks = [file for file in files if truth and truth.has(file.name)]
+    if data.mask_share and not with_masks:
+        raise InputError(f"{data.annotations} has no annotation of any picture in {folder}.")
+
+    def draw(rng: np.random.Generator, masked: bool) -> tuple[Image.Image, list[np.ndarray]]:
+        chosen = with_masks if masked else files
+        file = chosen[rng.integers(len(chosen))]
+        image = load_image(file)
+        return image, [mask for mask, _ in truth.of(file.name, image.size)] if truth and masked else []
+
+    return draw
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png")) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"{folder} is no folder with .jpg or .png pictures.")
+    return files
+
+
+class _ClassMasks:
+    """A COCO instances file as class masks by the pictures' file names."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise InputError(f"The annotations {path} do not exist.")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._coco = COCO(str(path))
+            self._ids = {image["file_name"]: image["id"] for image in self._coco.dataset["images"]}
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise InputError(f"{path} is not a COCO instances file ({type(error).__name__}: {error}).") from error
+
+    def has(self, file_name: str) -> bool:
+        return bool(self._coco.imgToAnns.get(self._ids.get(file_name)))
+
+    def of(self, file_name: str, size: tuple[int, int]) -> list[tuple[np.ndarray, float]]:
+        """(mask_HW, area in pixels) of each class in the picture of `size` (width, height), all instances in one mask."""
+        masks: dict[int, np.ndarray] = {}
+        for annotation in self._coco.imgToAnns.get(self._ids.get(file_name), []):
+            try:
+                mask_HW = self._coco.annToMask(annotation).astype(bool)
+            except (ValueError, TypeError, IndexError, KeyError) as error:
+                raise InputError(
+                    f"The segmentation of annotation {annotation.get('id')} of {file_name} cannot be read ({error})."
+                ) from error
+            if mask_HW.shape != size[::-1]:
+                raise InputError(
+                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record says {mask_HW.shape[1]} x {mask_HW.shape[0]}."
+                )
+            kind = annotation["category_id"]
+            masks[kind] = masks[kind] | mask_HW if kind in masks else mask_HW
+        return [(mask, float(mask.sum())) for _, mask in sorted(masks.items())]
 
 
 def _random_crop(rng: np.random.Generator, size: tuple[int, int], smallest: float) -> tuple[int, int, int, int]:
@@ -284,6 +414,80 @@ def _random_crop(rng: np.random.Generator, size: tuple[int, int], smallest: floa
 
 
 # --- Measures ---
+
+
+class _Measures:
+    """Gathers pictures and masks into batches and sums up what `evaluate_tokenizer` reports."""
+
+    def __init__(self, tokenizer: VQGAN, batch_size: int) -> None:
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._pictures: list[Tensor] = []
+        self._masks: list[tuple[np.ndarray, str]] = []
+        self._use_K = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64)
+        self._psnr: list[float] = []
+        self._ssim: list[float] = []
+        self._iou: dict[str, list[float]] = {"small": [], "medium": [], "large": []}
+        self._wrong: list[float] = []
+
+    def add_picture(self, pixels_3HW: Tensor) -> None:
+        self._pictures.append(pixels_3HW)
+        if len(self._pictures) == self._batch_size:
+            self._measure_pictures()
+
+    def add_mask(self, mask_HW: np.ndarray, area: float) -> None:
+        """`area`: of the whole mask in the original picture. A mask that the crop left empty does not count."""
+        if mask_HW.any():
+            self._masks.append((mask_HW, "small" if area < 32**2 else "medium" if area < 96**2 else "large"))
+        if len(self._masks) == self._batch_size:
+            self._measure_masks()
+
+    def report(self) -> dict[str, Any]:
+        if self._pictures:
+            self._measure_pictures()
+        if self._masks:
+            self._measure_masks()
+        report: dict[str, Any] = {
+            "tokenizer": self._tokenizer.fingerprint,
+            "pictures": len(self._psnr),
+            "psnr": float(np.mean(self._psnr)),
+            "ssim": float(np.mean(self._ssim)),
+            "codes_used": float((self._use_K > 0).double().mean()),
+            "perplexity": _perplexity(self._use_K),
+        }
+        if self._wrong:
+            ious = [iou for group in self._iou.values() for iou in group]
+            report |= {"masks": len(ious), "mask_iou": float(np.mean(ious)), "mask_mae": float(np.mean(self._wrong))}
+            for name, group in self._iou.items():
+                report |= {f"masks_{name}": len(group), f"mask_iou_{name}": float(np.mean(group)) if group else None}
+        return report
+
+    def _measure_pictures(self) -> None:
+        given_B3HW = torch.stack(self._pictures)
+        drawn_B3HW = self._through(given_B3HW)
+        self._psnr += _psnr_B(drawn_B3HW, given_B3HW).tolist()
+        drawn, given = (drawn_B3HW.double() + 1) / 2, (given_B3HW.double() + 1) / 2
+        ssim_B = structural_similarity_index_measure(drawn, given, data_range=1.0, reduction="none")
+        assert isinstance(ssim_B, Tensor)
+        self._ssim += ssim_B.reshape(-1).tolist()  # one picture alone comes back without its batch axis
+        self._pictures.clear()
+
+    def _measure_masks(self) -> None:
+        drawn_BHW = pixels_to_mask(self._through(torch.stack([mask_to_pixels(mask) for mask, _ in self._masks])))
+        for (mask_HW, size), drawn_HW in zip(self._masks, drawn_BHW, strict=True):
+            self._iou[size].append(float((mask_HW & drawn_HW).sum() / (mask_HW | drawn_HW).sum()))
+            self._wrong.append(float((mask_HW != drawn_HW).mean()))
+        self._masks.clear()
+
+    def _through(self, pixels_B3HW: Tensor) -> Tensor:
+        codes_BN = self._tokenizer.encode(pixels_B3HW)
+        self._use_K += torch.bincount(codes_BN.flatten(), minlength=len(self._use_K))
+        return self._tokenizer.decode(codes_BN).clamp(-1, 1)
+
+
+def _middle_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return left, top, left + side, top + side
 
 
 def _psnr_B(drawn_B3HW: Tensor, pixels_B3HW: Tensor) -> Tensor:

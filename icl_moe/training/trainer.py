@@ -36,10 +36,10 @@ def train(recipe: TrainingRecipe) -> None:
         dataset = MicroBatches(shards, schedule, part, recipe.data.layout, settings.input_loss_weight)
         engine = build_engine(recipe, shards.manifest, engine_config, part, ranks)
         output = Path(settings.output)
+        start = checkpoint.resume(engine, output)
         if ranks.is_main:
             checkpoint.write_model_folder(output, engine.module.config, shards)
             (output / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n", encoding="utf-8")
-        start = checkpoint.resume(engine, output)
         stop = min(settings.steps, settings.stop_after or settings.steps)
         _run_steps(engine, recipe, dataset, schedule, part, ranks, start, stop)
 

@@ -272,7 +272,7 @@ def test_a_wrong_recipe_is_refused_in_a_sentence(build, tmp_path, settings, mess
 def test_every_shipped_recipe_is_valid():
     folder = Path(cli.__file__).parent / "recipes"
     names = {path.stem for path in folder.glob("*.yaml")}
-    assert {"demo", "demo_eval", "coco_vg_256", "ablation_128", "coco_captions_128"} <= names
+    assert {"demo", "coco_vg_256", "ablation_128", "coco_captions_128"} <= names
     sizes = {name: load_recipe(DataRecipe, name, package="preprocessing").image_size for name in names}
     assert sizes["coco_vg_256"] == 256
     paper = load_recipe(DataRecipe, "coco_vg_256", package="preprocessing")

@@ -1,0 +1,167 @@
+"""Training as a user starts it, on small real shards: what is written, resumed, exported and refused."""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icl_moe.cli import main
+from icl_moe.data.loader import MicroBatches
+from icl_moe.data.schedule import RankSlice, Schedule
+from icl_moe.data.shards import ShardSet
+from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+
+SETTINGS = (
+    "model.layers=2", "model.width=32", "model.heads=2", "model.layers_with_experts=[1]", "model.dropout=0.1", "vocabulary.image_codes=64",
+    "training.global_batch=4", "training.micro_batch=1", "training.log_every=1", "training.save_every=100", "optimizer.warmup_steps=2",
+)  # fmt: skip
+LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "icl_moe.training", "demo")
+
+
+@pytest.fixture(scope="session")
+def command(run_command: Callable) -> Callable:
+    return lambda *parts: run_command(parts)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
+    """Shards of 30 drawn scenes, by a tokenizer with random weights."""
+    folder = tmp_path_factory.mktemp("shards")
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=64, codebook_size=64, code_channels=8, latent_channels=32, channels=32,
+                         channel_multipliers=(1, 1, 1, 1), blocks_per_level=1, attention_sizes=())  # fmt: skip
+    VQGAN(config).save_pretrained(folder / "tokenizer")
+    done = command(
+        sys.executable, "-m", "icl_moe", "shards", "build", "demo", "synthetic.images=30", f"tokenizer={folder / 'tokenizer'}",
+        "vocabulary.image_codes=64", "--out", folder / "shards", "--workers", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def train(command: Callable, shards: Path) -> Callable:
+    """Trains on two ranks; gives the output folder's losses by step: [(image loss, text loss, ...)]."""
+
+    def run(output: Path, *settings: str, expect: int = 0) -> str:
+        done = command(*LAUNCHER, f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings)
+        assert done.returncode == expect, done.stdout
+        return done.stdout
+
+    return run
+
+
+def losses(output: Path) -> dict[str, list[list[str]]]:
+    found = {}
+    for name in ("image_loss", "text_loss", "gradient_norm", "auxiliary_loss"):
+        with (output / "csv_monitor" / f"train_{name}.csv").open() as file:
+            found[name] = [row for row in csv.reader(file) if row[0] != "step"]  # A resumed run writes its heads again.
+    return found
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, train: Callable) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(output, "training.steps=6")
+    return output
+
+
+def export(command: Callable, output: Path, to: Path) -> dict[str, torch.Tensor]:
+    done = command(sys.executable, "-m", "icl_moe", "export", output, "--out", to)
+    assert done.returncode == 0, done.stdout
+    return load_file(to / "model.safetensors")
+
+
+def test_an_interrupted_run_ends_as_the_whole_one_bit_for_bit(train, command, whole_run, tmp_path):
+    output = tmp_path / "run"
+    train(output, "training.steps=6", "training.stop_after=3")
+    assert (output / "checkpoints/latest").read_text() == "step-00000003"
+    train(output, "training.steps=6")
+    assert losses(output) == losses(whole_run)
+    resumed, whole = export(command, output, tmp_path / "a"), export(command, whole_run, tmp_path / "b")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_any_number_of_ranks_reads_the_same_global_batches(shards):
+    shard_set = ShardSet(shards)
+    schedule = Schedule(shard_set.manifest.samples, global_batch=8, seed=5)
+
+    def global_batch(step: int, ranks: int) -> tuple[list[bytes], float]:
+        parts = [RankSlice.of(rank, ranks, 8, 2) for rank in range(ranks)]
+        batches = [
+            MicroBatches(shard_set, schedule, part, "packed", 0.5)[step * part.micro_steps + m] for part in parts for m in range(part.micro_steps)
+        ]
+        episodes = [e.numpy().tobytes() for batch in batches for e in batch.tokens_T.split(list(batch.lengths))]
+        # The engine averages over ranks and micro-steps; then the weights of the global batch add up to 1.
+        return sorted(episodes), sum(float(b.weights_P.sum()) * b.loss_scale for b in batches) / len(batches)
+
+    for step in (0, 1, 7):
+        one = global_batch(step, 1)
+        assert one[1] == pytest.approx(1.0, rel=1e-5)
+        for ranks in (2, 4):
+            assert global_batch(step, ranks) == (one[0], pytest.approx(1.0, rel=1e-5))
+
+
+def test_an_export_is_complete_and_as_large_as_its_weights(command, whole_run, tmp_path):
+    weights = export(command, whole_run, tmp_path / "model")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    assert size <= (tmp_path / "model/model.safetensors").stat().st_size < size * 1.05 + 20_000
+    for name in ("config.json", "image_tokenizer/model.safetensors", "text_tokenizer/merges.txt"):
+        assert (tmp_path / "model" / name).is_file()
+
+
+def test_export_into_a_folder_of_other_files_is_refused(command, whole_run, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    done = command(sys.executable, "-m", "icl_moe", "export", whole_run, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "holds other files" in done.stdout
+    assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_a_truncated_checkpoint_file_is_named(command, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/step-00000006/mp_rank_00_model_states.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    done = command(sys.executable, "-m", "icl_moe", "export", tmp_path / "run", "--out", tmp_path / "model")
+    assert done.returncode == 2
+    assert path.name in done.stdout
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["vocabulary.text_merges=900"], "was built for a vocabulary of"),
+        (["model.positions=200"], "model.positions is 200, but the sequences"),
+        (["training.global_batch=1000000", "training.micro_batch=8"], "fewer than training.global_batch"),
+        (["training.micro_batch=3"], "must be a multiple of training.micro_batch"),
+        (["parallel.ep_size=2"], r"parallel.ep_size (2) must divide"),
+        (["engine=nonsense"], "ds_configs/nonsense.json"),
+        (["model.layers_with_experts=[9]"], "names layer 9"),
+        (["training.stepz=3"], "did you mean 'training.steps'"),
+        (["data.shards=/nowhere"], "data.shards: there are no shards in /nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(capsys, shards, tmp_path, settings, sentence):
+    arguments = [f"data.shards={shards}", f"training.output={tmp_path / 'run'}", *SETTINGS, *settings]
+    assert main(["train", "demo", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(command, shards, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    arguments = [f"data.shards={shards}", f"training.output={tmp_path / 'run'}", *SETTINGS, "training.steps=8", "model.width=64"]
+    done = command(sys.executable, "-m", "icl_moe", "train", "demo", *arguments)
+    assert done.returncode == 2, done.stdout
+    assert "is of another model than the recipe's" in done.stdout
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["model"]["width"] == 32
