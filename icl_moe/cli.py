@@ -163,7 +163,10 @@ def _tokenizer_convert(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan import convert_taming
 
     tokenizer = convert_taming(options.checkpoint, options.config, options.out)
-    print(f"{options.out}: {tokenizer.config.codebook_size} codes at downsampling {tokenizer.downsampling}, fingerprint {tokenizer.fingerprint}")
+    print(
+    size = f"{tokenizer.config.codebook_size} codes at downsampling {tokenizer.downsampling}"
+    print(f"{options.out}: {size}, fingerprint {tokenizer.fingerprint}")
+    )
     return 0
 
 

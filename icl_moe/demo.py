@@ -20,6 +20,7 @@ from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.router import AttributeGate
 from icl_moe.sequence import streams
 from icl_moe.tasks import describe_attributes
+from icl_moe.training.distributed import free_port
 
 RANKS = 2
 _TRAIN_IMAGES, _VALIDATION_IMAGES = 1000, 100
@@ -34,7 +35,9 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     started = time.monotonic()
     _say("1/5 Draw scenes in COCO's and Visual Genome's formats, and build shards")
     _run("shards", "build", "demo", f"synthetic.images={_TRAIN_IMAGES}", "--out", train)
-    _run("shards", "build", "demo", f"synthetic.images={_VALIDATION_IMAGES}", "synthetic.seed=1", "synthetic.split=val", "--out", validation)
+    _run(
+        "shards", "build", "demo", f"synthetic.images={_VALIDATION_IMAGES}", "synthetic.seed=1", "synthetic.split=val", "--out", validation
+    )
     _say(f"2/5 Train on {RANKS} ranks")
     _launch("demo", f"data.shards={train}", f"training.output={run}", *settings)
     _say("3/5 Export the model")
@@ -55,7 +58,7 @@ def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> dict[str, A
 
 def _loss_curve(run: Path) -> str:
     """What DeepSpeed's CSV monitor wrote, as a chart over the steps."""
-    series = {}
+    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for name in ("image_loss", "text_loss"):
         with (run / "csv_monitor" / f"train_{name}.csv").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row[0] != "step"]  # A resumed run writes its heads again.
@@ -68,7 +71,9 @@ def _expert_table(model: Path) -> str:
     rows = []
     for number, layer in enumerate(decoder.layers):
         gate = getattr(layer.feed_forward, "gate", None)
-        for attributes in streams(decoder.sequence_format) if isinstance(gate, AttributeGate) else ():
+        if not isinstance(gate, AttributeGate):
+            continue
+        for attributes in streams(decoder.sequence_format):
             probabilities_E = gate.probabilities((attributes,))[0]
             best = probabilities_E.topk(gate.experts_per_token)
             chosen = ", ".join(f"{expert} (p = {p:.2f})" for p, expert in zip(best.values.tolist(), best.indices.tolist(), strict=True))
@@ -86,7 +91,8 @@ def _run(*arguments: str | Path) -> None:
 
 
 def _launch(*arguments: str) -> None:
-    launcher = ["--num_gpus", str(RANKS), "--module", "icl_moe.training", *arguments]
+    # A port of its own, since another run on this machine may have the launcher's.
+    launcher = ["--num_gpus", str(RANKS), "--master_port", str(free_port()), "--module", "icl_moe.training", *arguments]
     shown = ["deepspeed", "--num_gpus", str(RANKS), "launch_scripts/pretrain.sh", *arguments]
     _call([sys.executable, "-m", "deepspeed.launcher.runner", *launcher], shown)
 

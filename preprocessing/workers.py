@@ -43,7 +43,7 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None
 def _adopt(function: Callable[[Any, Any], Any], context: Any) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interruption, for all
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # a parent that is killed leaves no process waiting for ever
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves no process waiting for ever
     _work = (function, context)
 
 

@@ -126,19 +126,21 @@ def _meteor(predictions: Sequence[Mapping[str, str]], references: Mapping[str, S
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
         with subprocess.Popen(command, cwd=_folder("meteor"), stdin=pipe, stdout=pipe, stderr=nowhere, encoding="utf-8") as java:
-            scores = [
-                _corpus_meteor(java, candidates, references) for candidates in tqdm(predictions, desc="METEOR", unit="set", leave=False)
-            ]
-            java.kill()
-            return scores, ""
+            try:
+                sets = tqdm(predictions, desc="METEOR", unit="set", leave=False)
+                return [_corpus_meteor(java, candidates, references) for candidates in sets], ""
+            finally:
+                java.kill()
     except (OSError, ValueError) as error:
         return [None] * len(predictions), f"not computed: METEOR's Java program failed ({error})"
 
 
 def _corpus_meteor(java: subprocess.Popen[str], candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
     statistics = [_ask(java, "SCORE", *texts, candidates[key]) for key, texts in references.items()]
-    _ask(java, "EVAL", *statistics)  # It answers with the first text's score; the others' follow, and the corpus's comes last.
-    return float([_read(java) for _ in statistics][-1])
+    score = float(_ask(java, "EVAL", *statistics))  # The first text's; the others' follow, and the corpus's comes last.
+    for _ in statistics:
+        score = float(_read(java))
+    return score
 
 
 _JAVA = ("java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")

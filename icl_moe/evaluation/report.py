@@ -198,7 +198,8 @@ def _classes(results: dict[str, Any]) -> str:
         [name, str(columns[0]["class_episodes"][name]), *(_percent(row["class_iou"][name]) for row in columns)]
         for name in columns[0]["class_iou"]
     ]
-    return f"<p>{html.escape(overlap)} IoU of each class, times 100:</p>{table(['class', 'episodes', *(row['name'] for row in columns)], rows)}"
+    head = ["class", "episodes", *(row["name"] for row in columns)]
+    return f"<p>{html.escape(overlap)} IoU of each class, times 100:</p>{table(head, rows)}"
 
 
 def _gallery(gallery: Gallery) -> str:
@@ -231,9 +232,9 @@ def _percent(value: float | None) -> str:
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))] for row in (head, *rows)
-    ]
+    lines = []
+    for first, *others in (head, *rows):
+        lines.append([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))])
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 

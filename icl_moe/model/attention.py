@@ -51,8 +51,8 @@ class EpisodeAttention:
             return out.transpose(1, 2).flatten(0, 1)
         # An explicit mask over the whole stream would cost T x T; an episode at a time needs none.
         pieces = [x.transpose(0, 1).split(list(self.lengths), dim=1) for x in (queries_THD, keys_THD, values_THD)]
-        out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) for q, k, v in zip(*pieces, strict=True)]
-        return torch.cat(out, dim=1).transpose(0, 1)
+        attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) for q, k, v in zip(*pieces, strict=True)]
+        return torch.cat(attended, dim=1).transpose(0, 1)
 
     @cached_property
     def _mask_B1LL(self) -> Tensor | None:

@@ -43,5 +43,3 @@ class DecoderConfig(PretrainedConfig):
     def sequence_format(self) -> SequenceFormat:
         """How the model's sequences are written; raises InputError where the configuration does not say."""
         return from_dict(SequenceFormat, self.format or {}, origin="config.json")
-
-

@@ -51,7 +51,7 @@ class DeepSpeedFeedForward(MoE):
         )
         deepspeed_logger.setLevel(level)
         if settings.feed_forward == "attributes":
-            stock = self.deepspeed_moe
+            stock: MOELayer = self.get_submodule("deepspeed_moe")
             self.deepspeed_moe = AttributeMOELayer(
                 attribute_gate(settings, layer), stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts
             )
@@ -69,7 +69,7 @@ class AttributeMOELayer(MOELayer):
     capacity C is the busiest expert's load, several times the rows that attribute routing needs.
     """
 
-    def _set_ep_group(self, ep_group: object) -> None:
+    def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         self.ep_group = ep_group  # Our gate needs no group: it decides from the attributes, which every rank knows.
 
     def forward(self, *inputs: object, **_: object) -> Tensor:

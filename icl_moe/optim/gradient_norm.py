@@ -13,13 +13,14 @@ from torch import distributed as dist
 
 def global_norm(model: nn.Module) -> Tensor:
     """L2 norm of the reduced gradient over all parameters, each expert counted once; float32 scalar, equal on every rank."""
-    shared, experts = [], {}
+    shared: list[Tensor] = []
+    experts: dict[str, list[Tensor]] = {}  # by expert group
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
         squared = parameter.grad.float().square().sum()
         if is_moe_param(parameter):
-            experts.setdefault(parameter.group_name, []).append(squared)
+            experts.setdefault(str(vars(parameter)["group_name"]), []).append(squared)
         else:
             shared.append(squared)
     total = torch.stack(shared).sum()

@@ -8,7 +8,8 @@ from torch import nn
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for the optimizer, each with a `name`, as DeepSpeed asks where there are experts; empty ones are left out."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and "embedding" not in name
         (decayed if is_matrix else plain).append(parameter)

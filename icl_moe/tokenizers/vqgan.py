@@ -338,7 +338,8 @@ def _initialise(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     if isinstance(module, _ResnetBlock):  # after its convolutions: children come first
         nn.init.zeros_(module.conv2.weight)
     if isinstance(module, _Attention):

@@ -91,7 +91,7 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
     """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that was saved there.
 
     Beside the tokenizer, `out` gets log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after
-    an interruption. Every sample and choice is a function of (seed, step, place in the batch). Under `accelerate launch`
+    an interruption. Every sample and choice is a function of (seed, step, device). Under `accelerate launch`
     the batch is shared by all devices. Raises InputError where `out` holds the state of another recipe.
     """
     out = Path(out)
@@ -263,7 +263,7 @@ class _Autoencoder(nn.Module):
         Without `quantised` the picture is drawn from the latents themselves, and both losses are zero.
         """
         latents_BChw = self.tokenizer.latents(pixels_B3HW).float()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(latents_BChw.device.type, enabled=False):  # distances in bfloat16 choose wrong codes
             codes_Bhw = self.tokenizer.quantize.nearest(latents_BChw)
         vectors_BChw = self.tokenizer.quantize.vectors(codes_Bhw)
         codebook = F.mse_loss(vectors_BChw, latents_BChw.detach())

@@ -22,7 +22,14 @@ class ProgressMonitor:
     """
 
     def __init__(
-        self, start: int, steps: int, every: int, global_batch: int, is_main: bool, device: torch.device, write_events: Callable[[list], None]
+        self,
+        start: int,
+        steps: int,
+        every: int,
+        global_batch: int,
+        is_main: bool,
+        device: torch.device,
+        write_events: Callable[[list], None],
     ) -> None:
         self._steps = steps
         self._every = every

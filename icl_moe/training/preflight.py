@@ -55,10 +55,11 @@ def read_engine(name: str) -> dict[str, Any]:
 
 
 def _check_shards(recipe: TrainingRecipe, manifest: Manifest) -> None:
-    if manifest.format.vocabulary != recipe.vocabulary:
+    theirs, ours = manifest.format.vocabulary, recipe.vocabulary
+    if theirs != ours:
         raise InputError(
-            f"data.shards: {recipe.data.shards} was built for a vocabulary of {manifest.format.vocabulary.size} ids "
-            f"({to_dict(manifest.format.vocabulary)}), the recipe's has {recipe.vocabulary.size} ({to_dict(recipe.vocabulary)}); make them equal."
+            f"data.shards: {recipe.data.shards} was built for a vocabulary of {theirs.size} ids ({to_dict(theirs)}), "
+            f"the recipe's has {ours.size} ({to_dict(ours)}); make them equal."
         )
     needed = manifest.format.length(manifest.examples + 1)
     if needed > recipe.model.positions:
@@ -70,4 +71,6 @@ def _check_layout(recipe: TrainingRecipe, world: int) -> None:
     if recipe.parallel.tp_size != 1:
         raise InputError(f"parallel.tp_size must be 1, not {recipe.parallel.tp_size}: tensor parallelism is not there yet.")
     if world % ep_size or recipe.model.experts % ep_size:
-        raise InputError(f"parallel.ep_size ({ep_size}) must divide model.experts ({recipe.model.experts}) and the number of ranks ({world}).")
+        raise InputError(
+            f"parallel.ep_size ({ep_size}) must divide model.experts ({recipe.model.experts}) and the number of ranks ({world})."
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
@@ -25,6 +26,7 @@ from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.monitor import ProgressMonitor
 from icl_moe.training.preflight import check
+
 
 def train(recipe: TrainingRecipe) -> None:
     """Train until training.steps, or stop_after, resuming from the newest checkpoint in training.output where there is one."""
@@ -68,7 +70,10 @@ def build_engine(recipe: TrainingRecipe, manifest: Manifest, engine_config: dict
     )
     with contextlib.redirect_stdout(io.StringIO()):  # A line a rank and layer group about process groups being made.
         engine, *_ = deepspeed.initialize(
-            model=model.to(ranks.device), optimizer=optimizer, config=_engine_config(recipe, engine_config, part), dist_init_required=False
+            model=nn.Module.to(model, ranks.device),
+            optimizer=optimizer,
+            config=_engine_config(recipe, engine_config, part),
+            dist_init_required=False,
         )
     return engine
 

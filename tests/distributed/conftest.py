@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from distributed.rank_group import RankGroup
 
-from icl_moe.training.distributed import _free_port
+from icl_moe.training.distributed import free_port
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,7 @@ def rank_group() -> Iterator[Callable[[int], RankGroup]]:
 
     def get(world: int) -> RankGroup:
         if world not in groups:
-            groups[world] = RankGroup(world, _free_port())
+            groups[world] = RankGroup(world, free_port())
         return groups[world]
 
     yield get

@@ -16,12 +16,14 @@ from icl_moe.data.loader import MicroBatches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+from icl_moe.training.distributed import free_port
 
 SETTINGS = (
     "model.layers=2", "model.width=32", "model.heads=2", "model.layers_with_experts=[1]", "model.dropout=0.1", "vocabulary.image_codes=64",
     "training.global_batch=4", "training.micro_batch=1", "training.log_every=1", "training.save_every=100", "optimizer.warmup_steps=2",
 )  # fmt: skip
-LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "icl_moe.training", "demo")
+LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()))
+TRAIN = (*LAUNCHER, "--module", "icl_moe.training", "demo")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +52,7 @@ def train(command: Callable, shards: Path) -> Callable:
     """Trains on two ranks; gives the output folder's losses by step: [(image loss, text loss, ...)]."""
 
     def run(output: Path, *settings: str, expect: int = 0) -> str:
-        done = command(*LAUNCHER, f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings)
+        done = command(*TRAIN, f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings)
         assert done.returncode == expect, done.stdout
         return done.stdout
 
@@ -95,9 +97,9 @@ def test_any_number_of_ranks_reads_the_same_global_batches(shards):
 
     def global_batch(step: int, ranks: int) -> tuple[list[bytes], float]:
         parts = [RankSlice.of(rank, ranks, 8, 2) for rank in range(ranks)]
-        batches = [
-            MicroBatches(shard_set, schedule, part, "packed", 0.5)[step * part.micro_steps + m] for part in parts for m in range(part.micro_steps)
-        ]
+        datasets = [MicroBatches(shard_set, schedule, part, "packed", 0.5) for part in parts]
+        micro_steps = parts[0].micro_steps
+        batches = [dataset[step * micro_steps + m] for dataset in datasets for m in range(micro_steps)]
         episodes = [e.numpy().tobytes() for batch in batches for e in batch.tokens_T.split(list(batch.lengths))]
         # The engine averages over ranks and micro-steps; then the weights of the global batch add up to 1.
         return sorted(episodes), sum(float(b.weights_P.sum()) * b.loss_scale for b in batches) / len(batches)

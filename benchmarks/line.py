@@ -1,0 +1,164 @@
+"""How fast the line is on this machine, and what memory each stage needs: python benchmarks/line.py [--json FILE]
+
+Each stage runs in a process of its own, so that its peak memory is its own. The training step is timed against Hugging Face's GPT-2
+of the same size on the same number of tokens, in turns within one process; read the ratio, not the seconds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+IMAGES, BATCH, REPEATS = 200, 8, 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--stage", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        name, folder = options.stage
+        print(json.dumps(STAGES[name](Path(folder))))
+        return
+    figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "stages": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in STAGES:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            figures["stages"][name] = _run_apart(name, folder)
+    _print(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def build_shards(folder: Path) -> dict[str, float]:
+    from icl_moe.recipe import load_recipe
+    from preprocessing import synthetic
+    from preprocessing.build import build_shards as build
+    from preprocessing.recipe import DataRecipe
+
+    recipe = load_recipe(DataRecipe, "demo", [f"synthetic.images={IMAGES}"], package="preprocessing")
+    started = time.perf_counter()
+    synthetic.write_dataset(folder / "drawn", IMAGES, seed=0)
+    drawn = time.perf_counter()
+    manifest = build(recipe, folder / "shards", workers=len(os.sched_getaffinity(0)))
+    samples = sum(manifest.samples.values())
+    return {"images drawn/s": IMAGES / (drawn - started), "samples built/s": samples / (time.perf_counter() - drawn), "samples": samples}
+
+
+def train_step(folder: Path) -> dict[str, float]:
+    """The demo's micro-batch of segmentation, forward, backward and AdamW step, against GPT-2 on as many tokens."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from icl_moe.data.loader import MicroBatches
+    from icl_moe.data.schedule import RankSlice, Schedule
+    from icl_moe.data.shards import ShardSet
+    from icl_moe.recipe import TrainingRecipe, load_recipe
+    from icl_moe.training.distributed import process_group
+    from icl_moe.training.preflight import read_engine
+    from icl_moe.training.trainer import build_engine, step_engine
+
+    overrides = [f"data.shards={folder / 'shards'}", f"training.global_batch={BATCH}", f"training.micro_batch={BATCH}", "engine=zero1_fp32"]
+    recipe = load_recipe(TrainingRecipe, "demo", overrides)
+    shards = ShardSet(folder / "shards")
+    part = RankSlice.of(0, 1, BATCH, BATCH)
+    dataset = MicroBatches(shards, Schedule({"segmentation": shards.count("segmentation")}, BATCH, 0), part, "packed", 0.0)
+    batch = dataset[0]
+    length = batch.lengths[0]
+
+    with process_group() as ranks:
+        engine = build_engine(recipe, shards.manifest, read_engine(recipe.engine), part, ranks)
+        model = recipe.model
+        sizes = dict(n_positions=length, n_embd=model.width, n_layer=model.layers, n_head=model.heads)
+        peer = GPT2LMHeadModel(GPT2Config(vocab_size=recipe.vocabulary.size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
+        optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
+        tokens_BL = batch.tokens_T.view(BATCH, length)
+
+        def ours() -> None:
+            engine.backward(engine(batch, noise=(0, 0)).total)
+            step_engine(engine, recipe.optimizer.clip)
+
+        def theirs() -> None:
+            peer(tokens_BL, labels=tokens_BL).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seconds = _in_turns(ours, theirs)
+    tokens = BATCH * length
+    return {"tokens/s": tokens / seconds[0], "GPT-2 tokens/s": tokens / seconds[1], "ratio": seconds[1] / seconds[0]}
+
+
+def evaluate(folder: Path) -> dict[str, float]:
+    """Free decoding of one-shot queries by an untrained model of the demo's size: as slow as a trained one."""
+    from icl_moe.data.shards import ShardSet
+    from icl_moe.evaluation.episodes import EpisodeSet
+    from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
+    from icl_moe.inference.model import InContextModel
+    from icl_moe.model.config import DecoderConfig
+    from icl_moe.model.decoder import InContextDecoder, initialise
+    from icl_moe.recipe import TrainingRecipe, load_recipe, to_dict
+    from icl_moe.training.checkpoint import write_model_folder
+
+    shards = ShardSet(folder / "shards")
+    manifest = shards.manifest
+    config = DecoderConfig.from_recipe(
+        load_recipe(TrainingRecipe, "demo"),
+        format=to_dict(manifest.format), image_size=manifest.image_size, examples=manifest.examples,
+        image_tokenizer=manifest.image_tokenizer,
+    )  # fmt: skip
+    decoder = InContextDecoder(config)
+    initialise(decoder, seed=0)
+    write_model_folder(folder, config, shards)
+    decoder.save_pretrained(folder / "model")
+    model = InContextModel.from_pretrained(folder / "model")
+    rates = {}
+    for task in manifest.samples:
+        log = PredictionLog(folder / f"log-{task}", {"benchmark": task})
+        started = time.perf_counter()
+        predict(model, EpisodeSet(shards, model.codec, task, 32), Condition(task, 1), log, 8)
+        rates[f"{task} queries/s"] = 32 / (time.perf_counter() - started)
+    return rates
+
+
+STAGES: dict[str, Callable[[Path], dict[str, float]]] = {"build_shards": build_shards, "train_step": train_step, "evaluate": evaluate}
+
+
+def _in_turns(*functions: Callable[[], None]) -> list[float]:
+    """Median seconds of each, measured in turns so that a change of the machine's pace meets all of them."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(REPEATS + 2):
+        for function, mine in zip(functions, times, strict=True):
+            started = time.perf_counter()
+            function()
+            if repeat >= 2:  # The first two warm up.
+                mine.append(time.perf_counter() - started)
+    return [statistics.median(mine) for mine in times]
+
+
+def _run_apart(name: str, folder: str) -> dict[str, float]:
+    process = subprocess.Popen([sys.executable, __file__, "--stage", name, folder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"The stage {name} failed.")
+    return {**json.loads(output.strip().splitlines()[-1]), "peak memory MiB": usage.ru_maxrss / 1024}
+
+
+def _print(figures: dict[str, Any]) -> None:
+    print(f"{figures['cores']} cores\n\n| stage | figure | value |\n|---|---|---|")
+    for stage, values in figures["stages"].items():
+        for name, value in values.items():
+            print(f"| {stage} | {name} | {value:,.4g} |")
+
+
+if __name__ == "__main__":
+    main()

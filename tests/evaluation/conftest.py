@@ -1,0 +1,31 @@
+import sys
+from pathlib import Path
+
+import pytest
+import toy_export
+import toy_tokenizer
+
+from icl_moe.recipe import load_recipe
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+
+
+@pytest.fixture(scope="session")
+def toy_shards(tmp_path_factory) -> Path:
+    """Eleven drawn episodes a task, two examples each, with class prompts, so that 0 to 2 shots can be asked."""
+    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    settings = ["synthetic.images=40", "samples=11", "examples=2", "class_prompt=true", *toy_tokenizer.recipe_settings(tokenizer)]
+    folder = tmp_path_factory.mktemp("shards") / "toy"
+    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), folder, workers=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model_folder(tmp_path_factory, toy_shards) -> Path:
+    return toy_export.save_toy_model(tmp_path_factory.mktemp("model"), toy_shards)
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """METEOR's Java program takes seconds to start; its own tests cover it."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))

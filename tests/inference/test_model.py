@@ -1,0 +1,244 @@
+"""The public door, with a tokenizer that loses nothing on pictures made of flat 8 x 8 squares, and a decoder that copies."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy_export
+import toy_tokenizer
+from PIL import Image
+
+from icl_moe import InContextModel
+from icl_moe.errors import InputError
+from icl_moe.inference import model as model_module
+from icl_moe.inference.decode import decode_batch
+from icl_moe.inference.model import Region
+from icl_moe.model.config import DecoderConfig
+from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.recipe import ModelSettings, load_recipe, to_dict
+from icl_moe.sequence import Episode, SequenceFormat
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.vocabulary import Vocabulary
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+
+SIDE, SQUARE, CODES = 64, 8, 64
+VOCABULARY = Vocabulary(text_merges=1000, image_codes=256)
+
+
+class FlatSquares(torch.nn.Module):
+    """A code is the mean level of an 8 x 8 square."""
+
+    downsampling, fingerprint = SQUARE, "flat squares"
+
+    def encode(self, pixels_B3HW):
+        levels = torch.nn.functional.avg_pool2d(pixels_B3HW.mean(1, keepdim=True), SQUARE)
+        return ((levels + 1) * 127.5).round().long().flatten(1)
+
+    def decode(self, codes_BN):
+        levels = (codes_BN.float() / 127.5 - 1).unflatten(1, (1, SIDE // SQUARE, SIDE // SQUARE))
+        return torch.nn.functional.interpolate(levels, scale_factor=SQUARE).expand(-1, 3, -1, -1)
+
+
+def make_model(small_text: TextTokenizer, **settings) -> InContextModel:
+    format = SequenceFormat(VOCABULARY, CODES, **settings)
+    shape = ModelSettings(layers=1, width=16, heads=1, positions=format.length(3), feed_forward="dense", layers_with_experts=())
+    config = DecoderConfig(model=to_dict(shape), vocabulary=to_dict(VOCABULARY), format=to_dict(format), image_size=SIDE, examples=2)
+    decoder = InContextDecoder(config)
+    initialise(decoder, seed=0)
+    return InContextModel(decoder, FlatSquares(), small_text)
+
+
+@pytest.fixture
+def copying(monkeypatch):
+    """The decoder writes what the last example has."""
+
+    class Copy:
+        device = torch.device("cpu")
+
+        def __init__(self, tokens):
+            self.tokens, self.read = tokens, 0
+
+        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+            self.read += tokens_BL.shape[1]
+            return torch.nn.functional.one_hot(torch.tensor([self.tokens[self.read]]), VOCABULARY.size).float()
+
+    def decode(decoder, codec, requests, *rest):
+        ((episode, query),) = requests
+        prompt = len(codec.encode_prompt(episode, query).unpadded())
+        output = codec.encode(episode).unpadded().tokens_L[len(codec.encode_prompt(_without_last(episode), query).unpadded()) :]
+        return decode_batch(Copy([0] * prompt + output.tolist()), codec, requests)
+
+    monkeypatch.setattr(model_module, "decode_batch", decode)
+
+
+def _without_last(episode: Episode) -> Episode:
+    return Episode(episode.task, episode.category, episode.pairs[:-1])
+
+
+def picture(seed: int, width: int = SIDE, height: int = SIDE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def blocks(width: int, height: int) -> np.ndarray:
+    """A mask of whole squares, for an image that is a whole multiple of the model's size."""
+    grid = np.random.default_rng(9).integers(0, 2, (SIDE // SQUARE, SIDE // SQUARE), dtype=np.uint8)
+    return np.kron(grid, np.ones((height * SQUARE // SIDE, width * SQUARE // SIDE), np.uint8)).astype(bool)
+
+
+def test_a_copied_mask_comes_back_at_the_querys_size(small_text, copying):
+    """The query has another size than the example; squares of the mask stay squares, up to a pixel at their borders."""
+    model = make_model(small_text)
+    mask = model.segment([(picture(0, 128, 64), blocks(128, 64))], query=picture(1, 192, 256))
+    assert mask.dtype == np.bool_
+    assert mask.shape == (256, 192)
+    assert np.mean(mask == blocks(192, 256)) > 0.9
+    exact = model.segment([(picture(0, 128, 64), blocks(128, 64))], query=picture(1))
+    assert np.array_equal(exact, blocks(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("levels", [1, 255])
+def test_files_arrays_and_pictures_are_read_alike(small_text, copying, tmp_path, levels):
+    """A mask file may hold 0 and 1 or 0 and 255."""
+    Image.fromarray(picture(0)).save(tmp_path / "image.png")
+    Image.fromarray(blocks(SIDE, SIDE).astype(np.uint8) * levels).save(tmp_path / "mask.png")
+    model = make_model(small_text)
+    files = model.segment([(tmp_path / "image.png", str(tmp_path / "mask.png"))], query=str(tmp_path / "image.png"))
+    image = Image.open(tmp_path / "image.png")
+    assert np.array_equal(files, blocks(SIDE, SIDE))
+    assert np.array_equal(files, model.segment([(image, Image.open(tmp_path / "mask.png"))], query=image))
+
+
+BOX = (32.0, 16.0, 64.0, 32.0)
+
+
+@pytest.mark.parametrize("box", ["text", "image", "none"])
+@pytest.mark.parametrize("category", ["written", "given", "none"])
+def test_a_copied_caption_has_its_box_in_the_querys_pixels(small_text, copying, box, category):
+    model = make_model(small_text, box=box, category=category)
+    region = model.caption([(picture(0, 128, 64), Region("a dog. on grass", "dog", BOX))], query=picture(1, 256, 192))
+    assert region.caption == "a dog. on grass"
+    assert region.category == (None if category == "none" else "dog")
+    expected = None if box == "none" else pytest.approx((64, 48, 128, 96), abs=2)
+    assert region.box == expected
+
+
+def test_a_class_prompt_makes_examples_dispensable_but_not_the_class(small_text):
+    model = make_model(small_text, class_prompt=True)
+    assert model.segment([], query=picture(0), category="dog").shape == (SIDE, SIDE)
+    with pytest.raises(InputError, match="give the category"):
+        model.segment([], query=picture(0))
+
+
+REGION = Region("a dog", "dog", BOX)
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "message"),
+    [
+        ({}, [], "needs at least one example"),
+        ({}, [REGION] * 3, "3 examples are more than this model can read: its 393 positions hold 2"),
+        ({}, [Region("a dog", None, BOX)], "Example 1 lacks the category"),
+        ({}, [REGION, Region("a dog", "dog")], "Example 2 lacks the box"),
+        ({"category": "given"}, [REGION, Region("a cat", "cat", BOX)], "give the category"),
+        ({}, [Region("dog " * 300, "dog", BOX)], "there is room for 64"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(small_text, settings, examples, message):
+    with pytest.raises(InputError, match=message):
+        make_model(small_text, **settings).caption([(picture(n), region) for n, region in enumerate(examples)], query=picture(9))
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(small_text):
+    with pytest.raises(InputError, match="a mask is 32 x 64 pixels, but its image is 64 x 64"):
+        make_model(small_text).segment([(picture(0), blocks(32, 64))], query=picture(0))
+
+
+def test_an_array_that_is_no_image_is_refused(small_text):
+    with pytest.raises(InputError, match="must be uint8"):
+        make_model(small_text).segment([(np.zeros((4, 4, 3)), blocks(64, 64))], query=picture(0))
+
+
+def test_a_region_file_is_read(tmp_path):
+    (tmp_path / "region.json").write_text('{"caption": "a dog", "category": "dog", "box": [32, 16, 64, 32]}')
+    assert Region.load(tmp_path / "region.json") == REGION
+    (tmp_path / "short.json").write_text('{"caption": "a dog"}')
+    assert Region.load(tmp_path / "short.json") == Region("a dog")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ('{"caption": ', "is not valid JSON"),
+        ('["a dog"]', "must hold"),
+        ('{"category": "dog"}', "must hold"),
+        ('{"caption": "a dog", "bbox": [1, 2, 3, 4]}', "must hold"),
+        ('{"caption": "a dog", "box": [1, 2, 3]}', "must hold"),
+        ('{"caption": "a dog", "box": [1, 2, 3, "4"]}', "must hold"),
+    ],
+)
+def test_a_file_that_is_no_region_is_refused_by_name(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "region.json").write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        Region.load(tmp_path / "region.json")
+    assert "region.json" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = ["synthetic.images=30", "samples=1", *toy_tokenizer.recipe_settings(tokenizer)]
+    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), folder / "shards", workers=0)
+    return toy_export.save_toy_model(folder / "model", folder / "shards")
+
+
+def test_an_exported_folder_is_all_that_is_needed(exported):
+    model = InContextModel.from_pretrained(exported, device="cpu")
+    assert len(model.fingerprint) == 16
+    assert model.segment([(picture(0), blocks(SIDE, SIDE))], query=picture(1, 100, 50)).shape == (50, 100)
+    assert model.caption([(picture(0), REGION)], query=picture(1)).category
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"])
+def test_an_incomplete_folder_is_refused_by_what_it_lacks(exported, tmp_path, missing):
+    shutil.copytree(exported, tmp_path / "model")
+    path = tmp_path / "model" / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(InputError, match=f"lacks {missing}"):
+        InContextModel.from_pretrained(tmp_path / "model")
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _set(**values):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, "cannot be read"),
+        (_set(image_tokenizer="0123"), "the model was trained with 0123"),
+        (_set(image_size=128), "does not turn the model's images of 128 pixels into 64 codes"),
+        (_set(vocabulary=to_dict(Vocabulary(text_merges=2000, image_codes=64))), "does not fit its config.json|cannot be read"),
+    ],
+    ids=["truncated weights", "another tokenizer", "another size", "another vocabulary"],
+)
+def test_a_folder_whose_parts_disagree_is_refused(exported, tmp_path, damage, message):
+    shutil.copytree(exported, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(InputError, match=message):
+        InContextModel.from_pretrained(tmp_path / "model")

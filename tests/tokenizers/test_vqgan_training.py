@@ -1,0 +1,206 @@
+"""Training a tokenizer learns, revives its codes and goes on exactly after an interruption; measuring one tells the truth."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from icl_moe.errors import InputError
+from icl_moe.images import mask_to_pixels
+from icl_moe.recipe import load_recipe
+from icl_moe.tokenizers import vqgan_training
+from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+from icl_moe.tokenizers.vqgan_training import TokenizerData, TokenizerRecipe, evaluate_tokenizer, train_tokenizer
+from preprocessing.synthetic import write_dataset
+
+RECIPE = TokenizerRecipe(
+    network=VQGANConfig(
+        image_size=32,
+        codebook_size=32,
+        code_channels=8,
+        latent_channels=16,
+        channels=32,
+        channel_multipliers=(1, 1),
+        blocks_per_level=1,
+        attention_sizes=(),
+    ),
+    data=TokenizerData(mask_share=0.5),
+    steps=30,
+    batch_size=8,
+    learning_rate=2e-3,
+    warmup_steps=5,
+    unquantised_steps=10,
+    ema_decay=0.9,
+    revive_every=5,
+    log_every=10,
+    save_every=10,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_tokenizer(RECIPE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_dataset(folder, images=12, seed=5, image_size=64)
+    return folder
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_learns_and_logs(trained: Path) -> None:
+    rows = _rows(trained)
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[-1]["psnr"] > rows[0]["psnr"] + 2
+    assert {"loss", "l1", "codebook", "psnr", "perplexity", "codes_used"} <= rows[0].keys()
+    assert rows[-1]["perplexity"] > 3
+    with Image.open(trained / "samples" / "step_000030.png") as grid:
+        assert grid.size == (8 * 32, 4 * 32)
+    assert VQGAN.from_pretrained(trained).config == RECIPE.network
+
+
+def test_an_interrupted_training_ends_where_an_unbroken_one_does(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = vqgan_training._Run.train_step
+
+    def interrupted(run: vqgan_training._Run, pixels_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        if run.step == 25:
+            raise KeyboardInterrupt
+        return train_step(run, pixels_B3HW)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vqgan_training._Run, "train_step", interrupted)
+        train_tokenizer(RECIPE, tmp_path)
+    torch.manual_seed(123)  # what else was drawn since must not matter
+    assert train_tokenizer(RECIPE, tmp_path).fingerprint == VQGAN.from_pretrained(trained).fingerprint
+    assert _rows(tmp_path) == _rows(trained)
+
+
+def test_a_finished_training_is_not_run_again(trained: Path) -> None:
+    before = (trained / "training_state.pt").stat().st_mtime_ns
+    assert train_tokenizer(RECIPE, trained).fingerprint == VQGAN.from_pretrained(trained).fingerprint
+    assert (trained / "training_state.pt").stat().st_mtime_ns == before
+
+
+def test_another_recipe_does_not_go_on_from_a_state(trained: Path) -> None:
+    with pytest.raises(InputError, match=r"another recipe \(learning_rate differ"):
+        train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained)
+
+
+def test_half_weights_ship_in_half_the_bytes(tmp_path: Path) -> None:
+    train_tokenizer(dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half")
+    train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_new_codes_are_spread_over_unlike_latents() -> None:
+    """Of a thousand latents in one spot and five far away, drawing six codes must find all five."""
+    generator = torch.Generator().manual_seed(0)
+    latents_NC = torch.cat([torch.randn(1000, 4, generator=generator) * 1e-3, 10 * torch.eye(5, 4) + 5 * torch.arange(5)[:, None]])
+    vectors_DC = vqgan_training._spread(latents_NC, torch.zeros(1, 4), 5, generator)
+    nearest = torch.cdist(latents_NC[1000:], vectors_DC).min(dim=1).values
+    assert (nearest < 1e-6).all()
+
+
+def test_dead_codes_come_back_to_life() -> None:
+    recipe = dataclasses.replace(RECIPE, unquantised_steps=0)
+    run = vqgan_training._Run(recipe, vqgan_training.Accelerator())
+    source = vqgan_training._open_source(recipe)
+    pixels_B3HW, _ = source(np.random.default_rng(0), 8)
+    with torch.no_grad():
+        run.trained.quantize.embedding.weight.fill_(1e3)  # no latent is near any code
+    run.step = 5  # as if after some steps in which no code but these was chosen
+    run.train_step(pixels_B3HW)
+    assert run.trained.encode(pixels_B3HW).unique().numel() > 16
+
+
+def test_masks_are_mixed_in_at_their_share(pictures: Path) -> None:
+    for data in (
+        TokenizerData(mask_share=0.3),
+        TokenizerData(images=str(pictures / "images"), annotations=str(pictures / "instances_train.json"), mask_share=0.3),
+    ):
+        source = vqgan_training._open_source(dataclasses.replace(RECIPE, data=data))
+        pixels_B3HW, is_mask_B = source(np.random.default_rng(0), 200)
+        black_and_white_B = (pixels_B3HW.abs() == 1).flatten(1).all(dim=1)
+        assert torch.equal(black_and_white_B, is_mask_B)
+        assert 0.2 < is_mask_B.float().mean() < 0.4
+
+
+def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(pictures: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fakes of the network's two ends fix what the measures must be."""
+    kept: list[torch.Tensor] = []
+
+    def remember(self: VQGAN, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        kept[:] = [pixels_B3HW]
+        return torch.arange(16)[None].expand(len(pixels_B3HW), 16)
+
+    monkeypatch.setattr(VQGAN, "encode", remember)
+    monkeypatch.setattr(VQGAN, "decode", lambda self, codes_BN: kept[0])
+    report = evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json", batch_size=5)
+    assert report["pictures"] == 12 and report["masks"] >= 12
+    assert report["psnr"] > 80 and report["ssim"] == pytest.approx(1.0) and report["mask_iou"] == 1.0 and report["mask_mae"] == 0.0
+    assert report["codes_used"] == 0.5 and report["perplexity"] == pytest.approx(16.0)
+    assert report["masks"] == sum(report[f"masks_{size}"] for size in ("small", "medium", "large"))
+
+    monkeypatch.setattr(VQGAN, "decode", lambda self, codes_BN: torch.full_like(kept[0], -1.0))
+    assert evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json")["mask_iou"] == 0.0
+
+
+def test_the_batch_size_does_not_change_the_measures(pictures: Path, trained: Path) -> None:
+    reports = [evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json", batch_size=n) for n in (1, 7)]
+    assert reports[0].pop("tokenizer") == reports[1].pop("tokenizer")
+    assert reports[0] == pytest.approx(reports[1], rel=1e-4)
+
+
+def test_the_shipped_tokenizer_reaches_what_the_demo_needs(tmp_path: Path) -> None:
+    """On scenes that it never saw: mask ceiling, fidelity, use of its codes."""
+    write_dataset(tmp_path, images=80, seed=987_654, split="val")
+    report = evaluate_tokenizer("demo", tmp_path / "images", tmp_path / "instances_val.json")
+    assert report["mask_iou"] >= 0.90
+    assert report["psnr"] >= 24.0
+    assert report["codes_used"] >= 0.60
+
+
+def test_the_mask_threshold_is_the_middle() -> None:
+    mask_HW = np.zeros((32, 32), dtype=bool)
+    mask_HW[:10] = True
+    assert (vqgan_training.pixels_to_mask(mask_to_pixels(mask_HW) * 0.01) == mask_HW).all()
+
+
+def test_the_shipped_recipe_is_the_shipped_network() -> None:
+    recipe = load_recipe(TokenizerRecipe, "tokenizer_demo")
+    assert recipe.network == VQGAN.from_pretrained("demo").config
+
+
+def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, trained: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.mask_share needs data\.annotations"):
+        TokenizerData(images="somewhere", mask_share=0.5)
+    with pytest.raises(InputError, match="did you mean 'steps'"):
+        load_recipe(TokenizerRecipe, "tokenizer_demo", ["step=5"])
+    with pytest.raises(InputError, match="no folder with .jpg or .png"):
+        evaluate_tokenizer(trained, tmp_path)
+    with pytest.raises(InputError, match="do not exist"):
+        evaluate_tokenizer(trained, pictures / "images", tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InputError, match="not a COCO instances file"):
+        evaluate_tokenizer(trained, pictures / "images", tmp_path / "broken.json")
+
+
+def test_a_picture_that_disagrees_with_its_record_is_refused(tmp_path: Path, pictures: Path, trained: Path) -> None:
+    content = json.loads((pictures / "instances_train.json").read_text())
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 50)).save(tmp_path / "images" / "1.jpg")
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"1\.jpg is 40 x 50 pixels, but its record says 64 x 64"):
+        evaluate_tokenizer(trained, tmp_path / "images", tmp_path / "instances.json")
