@@ -63,8 +63,8 @@ def train_step(folder: Path) -> dict[str, float]:
     from icl_moe.data.shards import ShardSet
     from icl_moe.recipe import TrainingRecipe, load_recipe
     from icl_moe.training.distributed import process_group
+    from icl_moe.training.engine import TrainingEngine
     from icl_moe.training.preflight import read_engine
-    from icl_moe.training.trainer import build_engine, step_engine
 
     overrides = [f"data.shards={folder / 'shards'}", f"training.global_batch={BATCH}", f"training.micro_batch={BATCH}", "engine=zero1_fp32"]
     recipe = load_recipe(TrainingRecipe, "demo", overrides)
@@ -75,7 +75,7 @@ def train_step(folder: Path) -> dict[str, float]:
     length = batch.lengths[0]
 
     with process_group() as ranks:
-        engine = build_engine(recipe, shards.manifest, read_engine(recipe.engine), part, ranks)
+        engine = TrainingEngine(recipe, shards.manifest, read_engine(recipe.engine), part, ranks)
         model = recipe.model
         sizes = dict(n_positions=length, n_embd=model.width, n_layer=model.layers, n_head=model.heads)
         peer = GPT2LMHeadModel(GPT2Config(vocab_size=recipe.vocabulary.size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
@@ -83,8 +83,7 @@ def train_step(folder: Path) -> dict[str, float]:
         tokens_BL = batch.tokens_T.view(BATCH, length)
 
         def ours() -> None:
-            engine.backward(engine(batch, noise=(0, 0)).total)
-            step_engine(engine, recipe.optimizer.clip)
+            engine.micro_step(batch, noise=(0, 0))
 
         def theirs() -> None:
             peer(tokens_BL, labels=tokens_BL).loss.backward()

@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"icl-moe: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
@@ -163,10 +166,8 @@ def _tokenizer_convert(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan import convert_taming
 
     tokenizer = convert_taming(options.checkpoint, options.config, options.out)
-    print(
     size = f"{tokenizer.config.codebook_size} codes at downsampling {tokenizer.downsampling}"
     print(f"{options.out}: {size}, fingerprint {tokenizer.fingerprint}")
-    )
     return 0
 
 
@@ -194,7 +195,7 @@ def _segment(options: argparse.Namespace) -> int:
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model)
-    mask_HW = model.segment(options.example, query=options.query, category=options.category)
+    mask_HW = model.segment(options.example, query=options.query, category=options.category, progress=True)
     Image.fromarray(mask_HW.astype("uint8") * 255).save(options.out)
     print(f"{options.out}: {mask_HW.mean():.1%} of the image")
     return 0
@@ -208,7 +209,7 @@ def _caption(options: argparse.Namespace) -> int:
 
     model = InContextModel.from_pretrained(options.model)
     examples = [(image, Region.load(region)) for image, region in options.example]
-    region = model.caption(examples, query=options.query, category=options.category)
+    region = model.caption(examples, query=options.query, category=options.category, progress=True)
     print(json.dumps(dataclasses.asdict(region), ensure_ascii=False))
     return 0
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageOps
 
 from icl_moe.errors import InputError
+from icl_moe.tokenizers.boxes import Box
 
 PixelBox = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels, right and bottom exclusive."""
@@ -68,6 +69,14 @@ def mask_to_pixels(mask_HW: np.ndarray) -> torch.Tensor:
 def pixels_to_mask(pixels_3HW: torch.Tensor) -> np.ndarray:
     """The boolean mask (H, W) of a drawn mask: brighter than mid-grey on average over the channels."""
     return (pixels_3HW.float().mean(dim=-3) > 0.0).cpu().numpy()
+
+
+def box_to_mask(box: Box, size: int) -> np.ndarray:
+    """True inside a normalised box, on a square of `size` pixels: at least one of them."""
+    left, top, right, bottom = (round(value * size) for value in box)
+    mask = np.zeros((size, size), dtype=bool)
+    mask[min(top, size - 1) : max(bottom, top + 1), min(left, size - 1) : max(right, left + 1)] = True
+    return mask
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

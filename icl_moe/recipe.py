@@ -65,8 +65,12 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its learning rate. `clip`: the largest global gradient norm, or null for no clipping."""
+    """AdamW, or MT-AdamW for unmixed batches of several tasks, and the learning rate.
 
+    clip: the largest global gradient norm, or null for no clipping. MT-AdamW divides by the norm, so clipping would do nothing there.
+    """
+
+    name: Literal["adamw", "mt_adamw"] = "adamw"
     learning_rate: float = 1e-4
     weight_decay: float = 0.05
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -76,6 +80,8 @@ class OptimizerSettings:
     clip: float | None = 0.5
 
     def __post_init__(self) -> None:
+        if self.name == "mt_adamw" and self.clip is not None:
+            raise InputError("optimizer.clip must be null with optimizer.name=mt_adamw, which divides by the gradient's norm anyway.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), not {list(self.betas)}.")
 
@@ -131,6 +137,10 @@ class TrainingRecipe:
     optimizer: OptimizerSettings = OptimizerSettings()
     parallel: ParallelSettings = ParallelSettings()
     engine: str = "zero1_fp32"
+
+    def __post_init__(self) -> None:
+        if self.optimizer.name == "mt_adamw" and self.training.sampling == "mixed":
+            raise InputError("training.sampling must be unmixed with optimizer.name=mt_adamw, which needs one task a step.")
 
 
 def load_recipe(kind: type[Recipe], source: str, overrides: typing.Sequence[str] = (), package: str = "icl_moe") -> Recipe:

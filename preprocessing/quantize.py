@@ -18,7 +18,7 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
-from icl_moe.images import PixelBox, crop_and_resize, load_image
+from icl_moe.images import PixelBox, box_to_mask, crop_and_resize, load_image
 from icl_moe.tokenizers.boxes import Box
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.pool import ImageFile, Region
@@ -73,9 +73,7 @@ def draw(picture: Picture, size: int) -> np.ndarray:
     if isinstance(picture, MaskPicture):
         plane = rle_tools.decode({"size": [size, size], "counts": picture.counts}) * np.uint8(255)
     else:
-        plane = np.full((size, size), 255, dtype=np.uint8)
-        left, top, right, bottom = (round(value * size) for value in picture.box)
-        plane[min(top, size - 1) : max(bottom, top + 1), min(left, size - 1) : max(right, left + 1)] = 0
+        plane = np.where(box_to_mask(picture.box, size), np.uint8(0), np.uint8(255))
     return np.broadcast_to(plane[..., None], (size, size, 3))
 
 

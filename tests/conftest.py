@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import GPT2_MERGES
+
+# Several ranks and workers share the machine's few cores; more threads than cores only wait for each other.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

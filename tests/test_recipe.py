@@ -128,7 +128,7 @@ def shipped(package: str) -> list[str]:
     return sorted(path.stem for path in (Path(__file__).resolve().parent.parent / package / "recipes").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", shipped("icl_moe"))
+@pytest.mark.parametrize("name", [name for name in shipped("icl_moe") if not name.startswith("tokenizer_")])
 def test_every_shipped_training_recipe_loads_and_comes_back(name: str) -> None:
     recipe = load_recipe(TrainingRecipe, name)
     assert from_dict(TrainingRecipe, to_dict(recipe), name) == recipe

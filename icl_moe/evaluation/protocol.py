@@ -108,9 +108,8 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int], limit:
         raise InputError("There is nothing to evaluate: give at least one number of shots, and a limit of at least 1.")
     for count in shots:
         if not 0 <= count <= manifest.examples:
-            raise InputError(
-                f"{shards.folder} holds {manifest.examples} examples an episode, so shots must lie in 0..{manifest.examples}, not {count}."
-            )
+            most = manifest.examples
+            raise InputError(f"The episodes of {shards.folder} have {most} example(s): shots must lie in 0..{most}, not {count}.")
         model.check_examples(count)
 
 

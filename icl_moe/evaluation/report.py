@@ -148,10 +148,10 @@ def line_chart(series: dict[str, tuple[Sequence[float], Sequence[float]]], x_lab
 
 _COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8e5ea2", "#b8860b", "#555")
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: .3rem .55rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 2px solid #999; } th:first-child, td:first-child { text-align: left; }
 p, dl { color: #555; max-width: 60rem; } small { color: #777; } svg text { font-size: 13px; fill: #444; }
 article { border-top: 1px solid #ddd; padding: .9rem 0; } article h3 { margin: 0 0 .5rem; font-size: 1rem; font-weight: 600; }

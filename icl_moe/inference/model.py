@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from icl_moe.errors import InputError
-from icl_moe.images import crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_pixels
+from icl_moe.images import box_to_mask, crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_pixels
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec
@@ -207,7 +207,7 @@ class InContextModel:
         box = normalise_box(*region.box, *size)
         if self.format.box == "text":
             return CaptionPair(codes, region.caption, name, box)
-        drawing = mask_to_pixels(~_box_mask(box, self.image_size))  # The paper: 0 on the object, 1 elsewhere.
+        drawing = mask_to_pixels(~box_to_mask(box, self.image_size))  # The paper: 0 on the object, 1 elsewhere.
         return CaptionPair(codes, region.caption, name, box, box_image=self.encode([drawing])[0])
 
     def _read_output(self, task: Task, query: np.ndarray, tokens: list[int]) -> SegmentationPair | CaptionPair:
@@ -287,19 +287,12 @@ def _squared_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
     return crop_and_resize_mask(mask_HW, (0, 0, mask_HW.shape[1], mask_HW.shape[0]), size)
 
 
-def _box_mask(box: Box, size: int) -> np.ndarray:
-    """True inside the box, on a square of `size` pixels."""
-    left, top, right, bottom = (round(value * size) for value in box)
-    mask = np.zeros((size, size), dtype=bool)
-    mask[top:bottom, left:right] = True
-    return mask
-
-
 def _to_pixel_box(box: Box | None, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
     if box is None:
         return None
     width, height = size
-    return box[0] * width, box[1] * height, (box[2] - box[0]) * width, (box[3] - box[1]) * height
+    x, y = round(box[0] * width, 2), round(box[1] * height, 2)
+    return x, y, round((box[2] - box[0]) * width, 2), round((box[3] - box[1]) * height, 2)
 
 
 def _is_region(values: Any) -> bool:

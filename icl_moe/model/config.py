@@ -12,8 +12,8 @@ from icl_moe.vocabulary import Vocabulary
 class DecoderConfig(PretrainedConfig):
     """Everything that an exported model needs to know of itself.
 
-    model, vocabulary: the recipe's sections of those names. format, image_size, examples, image_tokenizer: what its training
-    shards say (SequenceFormat, pixels a side, examples an episode, the VQ-GAN's fingerprint); None before training.
+    model, vocabulary: the recipe's sections of those names. format, image_size, examples, image_tokenizer, classes: what its training
+    shards say (SequenceFormat, pixels a side, examples an episode, the VQ-GAN's fingerprint, class names by task); None before training.
     All are plain values, so that config.json can be read without this package.
     """
 
@@ -25,6 +25,7 @@ class DecoderConfig(PretrainedConfig):
     image_size: int | None = None
     examples: int | None = None
     image_tokenizer: str | None = None
+    classes: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = True
 
     @classmethod

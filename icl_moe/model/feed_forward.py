@@ -35,10 +35,13 @@ class SparseFeedForward(nn.Module):
         super().__init__()
         self.gate = attribute_gate(settings, layer) if settings.feed_forward == "attributes" else _token_gate(settings)
         self.experts = nn.ModuleList(FeedForward(settings.width) for _ in range(settings.experts))
+        self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(self.gate, AttributeGate):
-            return mix_by_segments(x_TM, plan, self.gate(plan), run_here(list(self.experts)))
+            decision = self.gate(plan)
+            self.auxiliary_loss = decision.auxiliary_loss
+            return mix_by_segments(x_TM, plan, decision, run_here(list(self.experts)))
         experts_TK, weights_TK = self.gate(x_TM)
         out_TM = torch.zeros_like(x_TM)
         for index, expert in enumerate(self.experts):

@@ -354,13 +354,14 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _find(source: str | Path) -> Path:
+    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
+    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
+    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the tokenizer demo. ./demo is a folder.
+    if source in names:
+        return shipped / str(source)
     folder = Path(source)
     if folder.is_dir():
         return folder
-    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
-    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
-    if str(source) in names:
-        return shipped / str(source)
     raise InputError(f"There is no tokenizer folder {source}, nor is one of that name shipped ({', '.join(names)}).")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
@@ -47,7 +48,7 @@ def resume(engine: Any, output: Path) -> int:
     return int(state["completed_steps"])
 
 
-def write_model_folder(output: Path, config: DecoderConfig, shards: ShardSet) -> None:
+def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet) -> None:
     """Write model/: configuration and both tokenizers, so that an export needs neither shards nor network."""
     folder = output / "model"
     config.save_pretrained(folder)

@@ -17,7 +17,7 @@ from icl_moe.tokenizers.text import TextTokenizer
 @pytest.mark.timeout(900)
 def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
     from icl_moe.training.distributed import Ranks
-    from icl_moe.training.trainer import build_engine
+    from icl_moe.training.engine import TrainingEngine
 
     overrides = [
         "training.global_batch=1",
@@ -35,14 +35,12 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
     assert len(sequence) == 2060 == recipe.model.positions
 
     part = RankSlice.of(0, 1, 1, 1)
-    engine = build_engine(recipe, manifest, {"zero_optimization": {"stage": 1}}, part, Ranks(0, 1, torch.device("cpu")))
+    engine = TrainingEngine(recipe, manifest, {"zero_optimization": {"stage": 1}}, part, Ranks(0, 1, torch.device("cpu")))
     batch = collate([sequence], recipe.vocabulary, "segmentation")
-    engine.train()
     losses = []
     for _ in range(2):
-        loss = engine(batch)
-        engine.backward(loss.total)
-        engine.step()
+        engine.begin_step(1e-4, 1.0)
+        loss = engine.micro_step(batch, noise=(0, 0))
         losses.append(loss.image_sum.item() / loss.image_weight.item())
     # At the start every token is about as likely as any other of the 52,295.
     assert losses[0] == pytest.approx(np.log(52_295), abs=0.5)

@@ -104,7 +104,7 @@ def test_place_and_relation_words_are_true_of_the_boxes(scenes: list[Scene]) -> 
     """Read the phrases back and hold them against the boxes."""
     checked = 0
     for scene in scenes:
-        width, height = scene.image.size
+        height = scene.image.height
         for o in scene.objects:
             x, y = (o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2
             for phrase in o.phrases:
@@ -137,9 +137,7 @@ def test_visual_genome_files_hold_the_keys_and_join_to_the_same_images(folder: P
             assert set(o) == {"synsets", "object_id", "merged_object_ids", "names", "x", "y", "w", "h"}
         for region in image["regions"]:
             assert set(region) == {"region_id", "width", "height", "image_id", "phrase", "x", "y"}
-            assert any(
-                name in region["phrase"] and box == [region[key] for key in ("x", "y", "width", "height")] for name, *box in boxes
-            )
+            assert any(name in region["phrase"] and box == [region[key] for key in ("x", "y", "width", "height")] for name, *box in boxes)
 
 
 def test_captions_name_only_what_is_in_the_picture(folder: Path) -> None:

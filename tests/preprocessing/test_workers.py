@@ -49,7 +49,7 @@ def test_a_killed_parent_leaves_no_worker(tmp_path):
         "import os, time\n"
         "from preprocessing.workers import ordered_map\n"
         "def work(_, n):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())  # one write, so that lines do not mix\n"
         "    time.sleep(60)\n"
         "list(ordered_map(work, None, range(2), 2))\n"
     )

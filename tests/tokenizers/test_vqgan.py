@@ -23,21 +23,13 @@ class Published(nn.Module):
 
     def __init__(self, size: int, channels: int, multipliers: list[int], codes: int, attention: list[int], width: int) -> None:
         super().__init__()
-        model = pytest.importorskip("taming.modules.diffusionmodules.model", reason="pip install --no-deps taming-transformers-rom1504==0.0.6")
+        model = pytest.importorskip(
+            "taming.modules.diffusionmodules.model", reason="pip install --no-deps taming-transformers-rom1504==0.0.6"
+        )
         from taming.modules.vqvae.quantize import VectorQuantizer2
 
-        self.network = {
-            "double_z": False,
-            "z_channels": width,
-            "resolution": size,
-            "in_channels": 3,
-            "out_ch": 3,
-            "ch": channels,
-            "ch_mult": multipliers,
-            "num_res_blocks": 2,
-            "attn_resolutions": attention,
-            "dropout": 0.0,
-        }
+        self.network = {"double_z": False, "z_channels": width, "resolution": size, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+        self.network |= {"ch": channels, "ch_mult": multipliers, "num_res_blocks": 2, "attn_resolutions": attention}
         self.encoder, self.decoder = model.Encoder(**self.network), model.Decoder(**self.network)
         self.quantize = VectorQuantizer2(codes, width, beta=0.25)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
@@ -52,20 +44,39 @@ class Published(nn.Module):
         quantised, _, (_, _, codes) = self.quantize(latents)
         return latents, codes.view(len(pixels_B3HW), -1), self.decoder(self.post_quant_conv(quantised))
 
-    def release(self, folder: Path, extra: dict[str, Any] | None = None) -> tuple[Path, Path]:
-        """A checkpoint and YAML as they were published: with a loss, and a callback's class as a key."""
-        path = "pytorch_lightning.callbacks.model_checkpoint"
-        lightning = types.ModuleType(path)
-        callback = lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": path})
-        state = {**self.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
-        content = {"epoch": 1, "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}}, "state_dict": {**state, **(extra or {})}}
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("pytorch_lightning", "pytorch_lightning.callbacks", path):
-                patch.setitem(sys.modules, name, lightning)
-            torch.save(content, folder / "last.ckpt")
-        params = {"embed_dim": self.quant_conv.out_channels, "n_embed": self.quantize.n_e, "ddconfig": self.network}
-        (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"target": "taming.models.vqgan.VQModel", "params": params}}))
-        return folder / "last.ckpt", folder / "model.yaml"
+
+def _release(folder: Path, state: dict[str, Tensor], network: dict[str, Any], codes: int, width: int) -> tuple[Path, Path]:
+    """A checkpoint and YAML as they were published: with a loss, and a callback's class as a key."""
+    path = "pytorch_lightning.callbacks.model_checkpoint"
+    lightning = types.ModuleType(path)
+    callback = lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": path})
+    state = {**state, "loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", path):
+            patch.setitem(sys.modules, name, lightning)
+        torch.save(
+            {"epoch": 1, "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}}, "state_dict": state}, folder / "last.ckpt"
+        )
+    params = {"embed_dim": width, "n_embed": codes, "ddconfig": network}
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"target": "taming.models.vqgan.VQModel", "params": params}}))
+    return folder / "last.ckpt", folder / "model.yaml"
+
+
+TINY = VQGANConfig(image_size=32, codebook_size=16, code_channels=8, latent_channels=8, channels=32, channel_multipliers=(1, 2))
+TINY_NETWORK = {
+    "double_z": False,
+    "z_channels": 8,
+    "resolution": 32,
+    "ch": 32,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 2,
+    "attn_resolutions": [16],
+}
+
+
+def _tiny_release(folder: Path, without: str = "", extra: dict[str, Any] | None = None) -> tuple[Path, Path]:
+    state = {key: value for key, value in VQGAN(TINY).state_dict().items() if key != without}
+    return _release(folder, {**state, **(extra or {})}, TINY_NETWORK, codes=16, width=8)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,9 @@ def test_a_converted_release_gives_the_published_numbers(
 ) -> None:
     torch.manual_seed(0)
     published = Published(size, channels, multipliers, codes, attention, width=256 if size == 256 else 32)
-    convert_taming(*published.release(tmp_path), tmp_path / "out")
+    convert_taming(
+        *_release(tmp_path, published.state_dict(), published.network, codes, published.quant_conv.out_channels), tmp_path / "out"
+    )
     ours = VQGAN.from_pretrained(tmp_path / "out")
     pixels_B3HW = torch.rand(3, 3, size, size) * 2 - 1
     latents, codes_BN, drawn = published.run(pixels_B3HW)
@@ -167,7 +180,7 @@ class _Hostile:
 
 def test_a_hostile_checkpoint_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    checkpoint, config = Published(32, 32, [1, 2], 16, [], width=8).release(tmp_path)
+    checkpoint, config = _tiny_release(tmp_path)
     torch.save({"state_dict": {"encoder.conv_in.weight": _Hostile()}}, checkpoint)
     with pytest.raises(InputError, match="could run code"):
         convert_taming(checkpoint, config, tmp_path / "out")
@@ -177,19 +190,17 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(tmp_path: Path, monkeypatch
 
 
 def test_surplus_and_missing_keys_are_listed(tmp_path: Path) -> None:
-    published = Published(32, 32, [1, 2], 16, [], width=8)
-    checkpoint, config = published.release(tmp_path, extra={"encoder.conv_extra.weight": torch.zeros(1)})
+    checkpoint, config = _tiny_release(tmp_path, extra={"encoder.conv_extra.weight": torch.zeros(1)})
     with pytest.raises(InputError, match=r"surplus encoder\.conv_extra\.weight"):
         convert_taming(checkpoint, config, tmp_path / "out")
-    del published.quant_conv
-    published.quant_conv = nn.Conv2d(8, 8, 1, bias=False)
-    checkpoint, config = published.release(tmp_path)
+    checkpoint, config = _tiny_release(tmp_path, without="quant_conv.bias")
     with pytest.raises(InputError, match=r"lacks quant_conv\.bias"):
         convert_taming(checkpoint, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> None:
-    checkpoint, config = Published(32, 32, [1, 2], 16, [], width=8).release(tmp_path)
+    checkpoint, config = _tiny_release(tmp_path)
     config.write_text(config.read_text().replace("n_embed: 16", "n_embed: 32"))
     with pytest.raises(InputError, match=r"quantize\.embedding\.weight is \(16, 8\) there and \(32, 8\) by the config"):
         convert_taming(checkpoint, config, tmp_path / "out")
@@ -204,7 +215,7 @@ def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> Non
     ],
 )
 def test_a_release_of_another_kind_is_refused(tmp_path: Path, file: str, content: str, message: str) -> None:
-    checkpoint, config = Published(32, 32, [1, 2], 16, [], width=8).release(tmp_path)
+    checkpoint, config = _tiny_release(tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=message):
         convert_taming(checkpoint, config, tmp_path / "out")
