@@ -83,7 +83,8 @@ def train_step(folder: Path) -> dict[str, float]:
         tokens_BL = batch.tokens_T.view(BATCH, length)
 
         def ours() -> None:
-            engine.micro_step(batch, noise=(0, 0))
+            engine.backward(batch, noise=(0, 0))
+            engine.step()
 
         def theirs() -> None:
             peer(tokens_BL, labels=tokens_BL).loss.backward()

@@ -92,6 +92,8 @@ class TrainingSettings:
 
     stop_after: save and stop at that step, as an interruption would; schedules still aim at `steps`.
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's caption-only model).
+    skipped_steps: how many steps may be left out, over the whole run, because their loss is not finite, before training ends.
+    hang_seconds: without progress for so long, the run ends and names the rank that stands still; null to wait for ever.
     """
 
     steps: int
@@ -107,6 +109,8 @@ class TrainingSettings:
     keep_checkpoints: int = 2
     log_every: int = 10
     activation_checkpointing: bool = False
+    skipped_steps: int = 5
+    hang_seconds: float | None = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "save_every", "keep_checkpoints", "log_every"):

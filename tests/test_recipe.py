@@ -141,7 +141,7 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     assert (model.layers, model.width, model.heads, model.positions) == (12, 768, 12, 2060)
     assert (model.dropout, model.attention_dropout, model.layer_norm_epsilon) == (0.1, 0.1, 1e-12)
     assert (model.feed_forward, model.experts, len(model.sparse_layers)) == ("attributes", 8, 6)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip) == (1e-4, 0.05, 0.5)
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("mt_adamw", 1e-4, 0.05)
     assert (training.global_batch, training.auxiliary_loss_weight) == (512, 0.02)
 
 

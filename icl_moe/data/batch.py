@@ -26,7 +26,7 @@ class TokenBatch:
     tokens_T, positions_T: int64. lengths: tokens of each episode. real_T: False at padding, None where there is none.
     routing: the plan of attribute classes. predictors_P: where in the stream each target is predicted (the token before it);
     labels_P: the target's id; weights_P: its loss weight (float32); visual_P: whether it is an image code.
-    loss_scale: see `icl_moe.model.loss.combine`. task: the task of its episodes, or "mixed".
+    loss_scale: see `icl_moe.model.loss.combine`. task: the task of its episodes, or "mixed". sources: a name of each episode, for messages.
     """
 
     tokens_T: Tensor
@@ -40,6 +40,7 @@ class TokenBatch:
     visual_P: Tensor
     loss_scale: float
     task: str
+    sources: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved: dict[str, Any] = {}
@@ -59,6 +60,7 @@ def collate(
     layout: Layout = "packed",
     input_weight: float = 0.0,
     loss_scale: float | None = None,
+    sources: Sequence[str] = (),
 ) -> TokenBatch:
     """Lay sequences of the padded layout end to end, in the layout asked for. `loss_scale` None: 1 / (sum of this batch's weights)."""
     if layout == "packed":
@@ -84,4 +86,5 @@ def collate(
         visual_P=torch.from_numpy((labels >= image.start) & (labels < image.stop)),
         loss_scale=1.0 / max(total, 1.0) if loss_scale is None else loss_scale,
         task=task,
+        sources=tuple(sources),
     )

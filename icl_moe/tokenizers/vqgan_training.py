@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from icl_moe.errors import InputError
 from icl_moe.images import crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_image, to_pixels
 from icl_moe.recipe import to_dict
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
 
 STATE_FILE, LOG_FILE = "training_state.pt", "log.jsonl"
 SYNTHETIC = "synthetic"
@@ -60,6 +62,9 @@ class TokenizerRecipe:
     unquantised_steps the decoder sees the latents themselves, so that the codes can then start among meaningful ones.
     A code that is chosen less than revive_below times a batch (a running mean over about 100 steps) is moved onto a latent
     of the batch, every revive_every steps up to three quarters of the training.
+
+    perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default. adversarial_from: the step from
+    which a PatchGAN discriminator trains along, none by default. Every loss but the L1 difference has its weight.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)
@@ -70,6 +75,10 @@ class TokenizerRecipe:
     warmup_steps: int = 100
     unquantised_steps: int = 500
     commitment: float = 0.25
+    perceptual_network: str | None = None
+    perceptual_weight: float = 1.0
+    adversarial_from: int | None = None
+    adversarial_weight: float = 0.8
     ema_decay: float = 0.999
     revive_every: int = 50
     revive_below: float = 0.05
@@ -158,31 +167,48 @@ class _Run:
         optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.model, self.optimizer = accelerator.prepare(_Autoencoder(trained), optimizer)
         self.trained = trained
+        self.perceptual = PerceptualLoss(recipe.perceptual_network).to(accelerator.device) if recipe.perceptual_network else None
+        self.adversary = Adversary(accelerator, recipe.learning_rate) if recipe.adversarial_from is not None else None
         self.use_K = torch.zeros(recipe.network.codebook_size, device=accelerator.device)
 
     def train_step(self, pixels_B3HW: Tensor) -> dict[str, Tensor]:
-        recipe, device = self.recipe, self.accelerator.device
+        """One optimizer step on this device's share of the batch; returns the parts of the loss by name."""
+        recipe = self.recipe
+        learning_rate = recipe.learning_rate * _schedule(self.step, recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(self.step, recipe)
-        pixels_B3HW = pixels_B3HW.to(device)
+            group["lr"] = learning_rate
+        pixels_B3HW = pixels_B3HW.to(self.accelerator.device)
         since = self.step - recipe.unquantised_steps
         if since >= 0 and since % recipe.revive_every == 0 and self.step < 0.75 * recipe.steps:
             self._revive(pixels_B3HW)
         drawn_B3HW, codebook, commitment, codes_Bhw = self.model(pixels_B3HW, since >= 0)
-        l1 = (drawn_B3HW.float() - pixels_B3HW).abs().mean()
-        loss = l1 + codebook + recipe.commitment * commitment
+        parts = {"l1": (drawn_B3HW.float() - pixels_B3HW).abs().mean(), "codebook": codebook, "commitment": commitment}
+        reconstruction = parts["l1"]
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(drawn_B3HW, pixels_B3HW)
+            reconstruction = reconstruction + recipe.perceptual_weight * parts["perceptual"]
+        loss = reconstruction + codebook + recipe.commitment * commitment
+        judged = self.adversary is not None and recipe.adversarial_from is not None and self.step >= recipe.adversarial_from
+        if self.adversary is not None and judged:
+            parts["fooling"] = self.adversary.fooling_loss(drawn_B3HW, reconstruction, self.trained.decoder.conv_out.weight)
+            loss = loss + recipe.adversarial_weight * parts["fooling"]
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         self.optimizer.step()
+        if self.adversary is not None and judged:
+            parts["discriminator"] = self.adversary.train_step(drawn_B3HW, pixels_B3HW, learning_rate)
+        parts["batch_perplexity"] = self._count(codes_Bhw, since)
+        self._average()
+        self.step += 1
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
+
+    def _count(self, codes_Bhw: Tensor, since: int) -> Tensor:
+        """Add this batch to the running use of the codes; returns the batch's perplexity over all devices."""
         use_K = torch.bincount(codes_Bhw.flatten(), minlength=self.use_K.numel()).float()
         use_K = self.accelerator.reduce(use_K, "sum")
         if since >= 0:
             self.use_K.lerp_(use_K, max(0.01, 1 / (since + 1)))
-        self._average()
-        self.step += 1
-        used = use_K / use_K.sum()
-        perplexity = torch.exp(-(used * used.clamp_min(1e-10).log()).sum())
-        return {"loss": loss.detach(), "l1": l1.detach(), "codebook": codebook.detach(), "batch_perplexity": perplexity}
+        return torch.tensor(_perplexity(use_K))
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -206,10 +232,9 @@ class _Run:
         self.use_K[dead_K] = self.recipe.revive_below
 
     def measure(self, pixels_B3HW: Tensor) -> dict[str, float]:
-        device = self.accelerator.device
-        codes_BN = self.averaged.encode(pixels_B3HW.to(device))
-        drawn_B3HW = self.averaged.decode(codes_BN).cpu().clamp(-1, 1)
-        use_K = torch.bincount(codes_BN.flatten().cpu(), minlength=self.recipe.network.codebook_size)
+        """How the averaged model draws these pictures: mean PSNR, perplexity and share of the codes that occur in them."""
+        drawn_B3HW, codes_BN = _through(self.averaged, pixels_B3HW)
+        use_K = torch.bincount(codes_BN.flatten(), minlength=self.recipe.network.codebook_size)
         psnr = float(_psnr_B(drawn_B3HW, pixels_B3HW).mean())
         used = float((use_K > 0).float().mean())
         return {"psnr": round(psnr, 3), "perplexity": round(_perplexity(use_K), 1), "codes_used": round(used, 4)}
@@ -230,6 +255,7 @@ class _Run:
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "use": self.use_K,
+            "adversary": self.adversary.state_dict() if self.adversary is not None else None,
         }
         torch.save(state, out / (STATE_FILE + ".partial"))
         os.replace(out / (STATE_FILE + ".partial"), out / STATE_FILE)
@@ -238,7 +264,10 @@ class _Run:
         path = out / STATE_FILE
         if not path.is_file():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            raise InputError(f"{path} is damaged; remove it to train anew.") from error
         if state["recipe"] != to_dict(self.recipe):
             changed = [key for key, value in to_dict(self.recipe).items() if state["recipe"].get(key) != value]
             raise InputError(f"{path} was made with another recipe ({', '.join(changed)} differ); give another folder.")
@@ -246,8 +275,11 @@ class _Run:
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.use_K.copy_(state["use"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
         self.step = state["step"]
-        _cut_log(out, self.step)
+        if self.accelerator.is_main_process:
+            _cut_log(out, self.step)
 
 
 class _Autoencoder(nn.Module):
@@ -463,7 +495,7 @@ class _Measures:
 
     def _measure_pictures(self) -> None:
         given_B3HW = torch.stack(self._pictures)
-        drawn_B3HW = self._through(given_B3HW)
+        drawn_B3HW = self._redraw(given_B3HW)
         self._psnr += _psnr_B(drawn_B3HW, given_B3HW).tolist()
         drawn, given = (drawn_B3HW.double() + 1) / 2, (given_B3HW.double() + 1) / 2
         ssim_B = structural_similarity_index_measure(drawn, given, data_range=1.0, reduction="none")
@@ -472,16 +504,26 @@ class _Measures:
         self._pictures.clear()
 
     def _measure_masks(self) -> None:
-        drawn_BHW = pixels_to_mask(self._through(torch.stack([mask_to_pixels(mask) for mask, _ in self._masks])))
+        drawn_BHW = pixels_to_mask(self._redraw(torch.stack([mask_to_pixels(mask) for mask, _ in self._masks])))
         for (mask_HW, size), drawn_HW in zip(self._masks, drawn_BHW, strict=True):
             self._iou[size].append(float((mask_HW & drawn_HW).sum() / (mask_HW | drawn_HW).sum()))
             self._wrong.append(float((mask_HW != drawn_HW).mean()))
         self._masks.clear()
 
-    def _through(self, pixels_B3HW: Tensor) -> Tensor:
-        codes_BN = self._tokenizer.encode(pixels_B3HW)
+    def _redraw(self, pixels_B3HW: Tensor) -> Tensor:
+        drawn_B3HW, codes_BN = _through(self._tokenizer, pixels_B3HW)
         self._use_K += torch.bincount(codes_BN.flatten(), minlength=len(self._use_K))
-        return self._tokenizer.decode(codes_BN).clamp(-1, 1)
+        return drawn_B3HW
+
+
+def _through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[Tensor, Tensor]:
+    """Pictures as the tokenizer draws them, clipped to [-1, 1], and their codes_BN; both on the CPU, a few at once for memory's sake."""
+    device = next(tokenizer.parameters()).device
+    drawn, codes = [], []
+    for some in pixels_B3HW.split(at_once):
+        codes.append(tokenizer.encode(some.to(device)))
+        drawn.append(tokenizer.decode(codes[-1]).clamp(-1, 1).cpu())
+    return torch.cat(drawn), torch.cat(codes).cpu()
 
 
 def _middle_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -521,7 +563,7 @@ def _cut_log(out: Path, step: int) -> None:
 def _save_grid(model: VQGAN, pixels_B3HW: Tensor, path: Path, columns: int = 8) -> None:
     """Pictures above their reconstructions, two rows of them."""
     given = pixels_B3HW[: 2 * columns]
-    drawn = model.decode(model.encode(given.to(next(model.parameters()).device))).cpu()
+    drawn, _ = _through(model, given)
     size = given.shape[-1]
     sheet = Image.new("RGB", (columns * size, 4 * size))
     for i in range(len(given)):

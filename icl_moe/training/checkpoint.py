@@ -3,11 +3,15 @@
 A run's output folder holds recipe.json, model/ (what an exported model needs besides weights) and checkpoints/ (DeepSpeed's own).
 """
 
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 from torch import distributed as dist
 from transformers import PretrainedConfig
@@ -19,32 +23,52 @@ from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.moe import exported_name
 
 _TAG = "step-{:08d}"
+_COMPLETE = "complete.json"
+"""Written into a checkpoint's folder last: its files and their sizes. Without it, or where they differ, the checkpoint is not whole."""
 
 
-def save(engine: Any, output: Path, step: int, keep: int) -> None:
-    """Save the whole training state after `step` steps, then remove all but the newest `keep` checkpoints. Every rank calls it."""
+def save(engine: Any, output: Path, step: int, keep: int) -> bool:
+    """Save the whole training state after `step` steps, then remove all but the newest `keep` checkpoints. Every rank calls it.
+
+    Where the disk has no room, nothing is written, rank 0 says so, and the answer is False: training goes on and tries again later.
+    """
     folder = output / "checkpoints"
-    engine.save_checkpoint(str(folder), tag=_TAG.format(step), client_state={"completed_steps": step})
-    dist.barrier()  # Only then is the new one whole.
-    if dist.get_rank() == 0:
+    is_main = dist.get_rank() == 0
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("step-*"):
+            if not (leftover / _COMPLETE).is_file():
+                shutil.rmtree(leftover)  # What an interrupted save left behind.
+    if not _has_room(engine, folder):
+        return False
+    tag = _TAG.format(step)
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"completed_steps": step})
+    dist.barrier()  # Only then have all ranks written their parts.
+    if is_main:
+        files = {path.name: path.stat().st_size for path in (folder / tag).iterdir()}
+        partial = folder / tag / f"{_COMPLETE}.partial"
+        partial.write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+        partial.rename(folder / tag / _COMPLETE)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
+    return True
 
 
 def resume(engine: Any, output: Path) -> int:
-    """Load the newest checkpoint of a run and return its number of completed steps; 0 where there is none."""
-    folder = output / "checkpoints"
-    if not (folder / "latest").is_file():
+    """Load the newest whole checkpoint of a run and return its number of completed steps; 0 where there is none.
+
+    A damaged one is named, and the one before it is used. Raises InputError where all are damaged, or of another model.
+    """
+    folder = _newest_whole(output / "checkpoints", warn=dist.get_rank() == 0)
+    if folder is None:
         return 0
     try:
-        path, state = engine.load_checkpoint(str(folder))
+        _, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except RuntimeError as error:
         raise InputError(
-            f"The checkpoint in {folder} is of another model than the recipe's ({_first_line(error)}); "
+            f"The checkpoint {folder} is of another model than the recipe's ({_first_line(error)}); "
             "set training.output to a new folder, or make the recipe equal."
         ) from error
-    if path is None:
-        raise InputError(f"{folder / 'latest'} names a checkpoint that is not there; remove that file to start anew.")
     return int(state["completed_steps"])
 
 
@@ -87,12 +111,68 @@ def export(checkpoint: Path, out: Path) -> int:
 
 
 def _find(checkpoint: Path) -> Path:
-    for base in (checkpoint, checkpoint / "checkpoints"):
-        if (base / "latest").is_file():
-            return base / (base / "latest").read_text(encoding="utf-8").strip()
     if checkpoint.name.startswith("step-") and checkpoint.is_dir():
+        damage = _damage(checkpoint)
+        if damage:
+            raise InputError(f"The checkpoint {checkpoint} is damaged: {damage}.")
         return checkpoint
+    for base in (checkpoint, checkpoint / "checkpoints"):
+        newest = _newest_whole(base, warn=True)
+        if newest is not None:
+            return newest
     raise InputError(f"{checkpoint} holds no checkpoint; give a run's output folder, or a step-... folder in its checkpoints.")
+
+
+def _newest_whole(folder: Path, warn: bool) -> Path | None:
+    """The newest checkpoint in a folder that is whole; None where the folder has none at all."""
+    damages: dict[str, str] = {}
+    for candidate in sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True):
+        damage = _damage(candidate)
+        if damage is None:
+            if damages and warn:
+                newer = "; ".join(f"{name} is damaged: {what}" for name, what in damages.items())
+                print(f"icl-moe: warning: {newer}; {candidate} is used.", file=sys.stderr)
+            return candidate
+        damages[str(candidate)] = damage
+    finished = {name: what for name, what in damages.items() if what != _UNFINISHED}
+    if finished:
+        name, what = next(iter(finished.items()))
+        raise InputError(f"The checkpoint {name} is damaged: {what}; remove it to start anew, or put the file back.")
+    return None
+
+
+_UNFINISHED = "its saving was interrupted"
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their sizes; None where they are all there."""
+    try:
+        files = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return _UNFINISHED
+    for name, size in files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes of {size}"
+    return None
+
+
+def _has_room(engine: Any, folder: Path) -> bool:
+    """Whether the disk of `folder` can take one more checkpoint, as rank 0 sees it; the same answer on every rank."""
+    spread = max((module.ep_size for module in engine.module.modules() if isinstance(module, MoE)), default=1)
+    sizes = [p.numel() * (spread if is_moe_param(p) else 1) for p in engine.module.parameters()]
+    needed = 16 * sum(sizes)  # Bytes of weights, master weights and two moments, all in float32.
+    answer = torch.tensor([1.0], device=engine.device)
+    if dist.get_rank() == 0:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            answer.zero_()
+            room = f"{free >> 20} MiB are free, {needed >> 20} MiB may be needed"
+            print(f"icl-moe: no checkpoint is saved in {folder}: {room}; training goes on.", file=sys.stderr)
+    dist.broadcast(answer, src=0)
+    return bool(answer.item())
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], int]:

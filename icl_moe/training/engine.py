@@ -5,6 +5,7 @@ Apart from the loop in trainer.py, because tests and benchmarks step an engine o
 
 import contextlib
 import io
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -59,21 +60,25 @@ class TrainingEngine:
         if isinstance(self._optimizer, MTAdamW):
             self._optimizer.probability = task_probability
 
-    def micro_step(self, batch: TokenBatch, noise: tuple[int, int] | None) -> DecoderLoss:
-        """Forward, backward, and after the last micro-step of a step the optimizer."""
+    def backward(self, batch: TokenBatch, noise: tuple[int, int] | None) -> DecoderLoss:
+        """Forward and backward of one micro-step."""
         loss: DecoderLoss = self.deepspeed(batch.to(self._device), noise=noise)
         self.deepspeed.backward(loss.total)
+        return loss
+
+    def step(self, skip: bool = False) -> None:
+        """After each micro-step's `backward`; at the last one of a step the optimizer moves, unless `skip`."""
         last = self.deepspeed.is_gradient_accumulation_boundary()
         if last and not self._has_own_norm:
             norm = gradient_norm.global_norm(self.model)
             self.norm = float(norm)
             if self._recipe.optimizer.clip is not None:
                 gradient_norm.clip(self.model, norm, self._recipe.optimizer.clip)
-        self.deepspeed.step()
+        with _standing_still(self._optimizer) if skip else contextlib.nullcontext():
+            self.deepspeed.step()
         if last and self._has_own_norm:
             norm = self.deepspeed.get_global_grad_norm()
             self.norm = None if norm is None else float(norm)
-        return loss
 
     @property
     def _has_own_norm(self) -> bool:
@@ -83,6 +88,16 @@ class TrainingEngine:
     def _norm_in_step(self) -> float | Tensor | None:
         """The norm as the optimizer needs it, in the middle of a step, when DeepSpeed has computed but not yet published it."""
         return self.deepspeed.optimizer._global_grad_norm if self._has_own_norm else self.norm
+
+
+@contextlib.contextmanager
+def _standing_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the engine steps as always, and clears its gradients, but the optimizer under it does nothing."""
+    vars(optimizer)["step"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
 
 
 def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks) -> InContextDecoder:

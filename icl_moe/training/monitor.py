@@ -46,6 +46,10 @@ class ProgressMonitor:
         values = [getattr(loss, name).double() for name in _SUMS]
         self._sums += torch.stack([*values, values[0].new_tensor(1.0), values[0].new_tensor(float(tokens))])
 
+    def forget(self) -> None:
+        """Drop what was counted since the last line: a loss that is not finite would spoil its means."""
+        self._sums.zero_()
+
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
         """Count one optimizer step, the `step`-th (from 1), and print the line where it is due."""
         self._bar.update(1)
@@ -68,7 +72,7 @@ class ProgressMonitor:
         figures = {
             "image_loss": image_sum / image_weight if image_weight else None,
             "text_loss": text_sum / text_weight if text_weight else None,
-            "auxiliary_loss": auxiliary / micro_steps,
+            "auxiliary_loss": auxiliary / micro_steps if micro_steps else None,
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,

@@ -1,18 +1,25 @@
 """The training loop: recipe, shards, engine, steps, checkpoints."""
 
 import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from icl_moe.data.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
+from icl_moe.errors import InputError
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe, to_dict
 from icl_moe.seeds import stable_seed
 from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.engine import TrainingEngine
+from icl_moe.training.faults import StopSignal, Watchdog, any_rank
 from icl_moe.training.monitor import ProgressMonitor
 from icl_moe.training.preflight import check
 
@@ -32,34 +39,75 @@ def train(recipe: TrainingRecipe) -> None:
             checkpoint.write_model_folder(output, engine.model.config, shards)
             (output / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n", encoding="utf-8")
         stop = min(settings.steps, settings.stop_after or settings.steps)
-        _run_steps(engine, recipe, dataset, schedule, part, ranks, start, stop)
+        _Loop(engine, recipe, dataset, schedule, part, ranks).run(start, stop)
 
 
-def _run_steps(
-    engine: TrainingEngine,
-    recipe: TrainingRecipe,
-    dataset: MicroBatches,
-    schedule: Schedule,
-    part: RankSlice,
-    ranks: Ranks,
-    start: int,
-    stop: int,
-) -> None:
-    settings = recipe.training
-    monitor = ProgressMonitor(
-        start, stop, settings.log_every, settings.global_batch, ranks.is_main, ranks.device, engine.deepspeed.monitor.write_events
-    )
-    batches = micro_batches(dataset, part.micro_steps, start, stop, recipe.data.workers)
-    for step in range(start, stop):
-        task = schedule.task(step)
-        rate = learning_rate(recipe.optimizer, step, settings.steps)
-        engine.begin_step(rate, schedule.probabilities[task])
-        for micro_step in range(part.micro_steps):
+@dataclass
+class _Loop:
+    """The steps of a run. Every rank walks through it in the same way: what one rank finds, all agree on before they act."""
+
+    engine: TrainingEngine
+    recipe: TrainingRecipe
+    dataset: MicroBatches
+    schedule: Schedule
+    part: RankSlice
+    ranks: Ranks
+    skipped: int = 0
+
+    def run(self, start: int, stop: int) -> None:
+        settings = self.recipe.training
+        write_events = self.engine.deepspeed.monitor.write_events
+        monitor = ProgressMonitor(
+            start, stop, settings.log_every, settings.global_batch, self.ranks.is_main, self.ranks.device, write_events
+        )
+        batches = micro_batches(self.dataset, self.part.micro_steps, start, stop, self.recipe.data.workers)
+        with StopSignal() as signal, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
+            for step in range(start, stop):
+                stopping = self._step(step, batches, monitor, signal, watchdog)
+                if (step + 1) % settings.save_every == 0 or step + 1 == stop or stopping:
+                    watchdog.beat(step, "saving a checkpoint")
+                    checkpoint.save(self.engine.deepspeed, Path(settings.output), step + 1, settings.keep_checkpoints)
+                if stopping:
+                    self._say(f"stopped by a signal after step {step + 1}; the same command goes on from there")
+                    break
+        monitor.close()
+
+    def _step(self, step: int, batches: Iterator[TokenBatch], monitor: ProgressMonitor, signal: StopSignal, watchdog: Watchdog) -> bool:
+        """One optimizer step; whether any rank was asked to stop."""
+        settings = self.recipe.training
+        task = self.schedule.task(step)
+        rate = learning_rate(self.recipe.optimizer, step, settings.steps)
+        self.engine.begin_step(rate, self.schedule.probabilities[task])
+        not_finite = stopping = False
+        for micro_step in range(self.part.micro_steps):
+            watchdog.beat(step, "reading a batch")
             batch = next(batches)
-            torch.manual_seed(stable_seed("dropout", settings.seed, step, micro_step, ranks.rank))
-            loss = engine.micro_step(batch, noise=(settings.seed, step))
+            watchdog.beat(step, "computing")
+            torch.manual_seed(stable_seed("dropout", settings.seed, step, micro_step, self.ranks.rank))
+            loss = self.engine.backward(batch, noise=(settings.seed, step))
+            if not math.isfinite(loss.total.item()):
+                not_finite = True
+                tqdm.write(f"icl-moe: step {step + 1}: the loss is not finite on rank {self.ranks.rank} in {', '.join(batch.sources)}")
+            if micro_step + 1 == self.part.micro_steps:
+                watchdog.beat(step, "agreeing with the other ranks")
+                not_finite, stopping = any_rank([not_finite, signal.requested], self.ranks.device)
+            self.engine.step(skip=not_finite)
             monitor.add(loss, tokens=len(batch.tokens_T) if batch.real_T is None else int(batch.real_T.sum()))
-        monitor.step_done(step + 1, task, engine.norm, rate)
-        if (step + 1) % settings.save_every == 0 or step + 1 == stop:
-            checkpoint.save(engine.deepspeed, Path(settings.output), step + 1, settings.keep_checkpoints)
-    monitor.close()
+        if not_finite:
+            self._skip(step)
+            monitor.forget()
+        monitor.step_done(step + 1, task, self.engine.norm, rate)
+        return stopping
+
+    def _skip(self, step: int) -> None:
+        self.skipped += 1
+        self._say(f"step {step + 1} is left out ({self.skipped} of at most {self.recipe.training.skipped_steps})")
+        if self.skipped > self.recipe.training.skipped_steps:
+            raise InputError(
+                f"training.skipped_steps: the loss was not finite in {self.skipped} steps, the last of them step {step + 1}; "
+                "look at the samples named above, or lower optimizer.learning_rate."
+            )
+
+    def _say(self, what: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write(f"icl-moe: {what}")

@@ -40,7 +40,8 @@ def run_steps(ranks: Any, feed_forward: str, stage: int, ep_size: int = 1, optim
         for micro_step in range(part.micro_steps):
             first = (micro_step * ranks.world + ranks.rank) * part.micro_batch
             batch = collate(sequences[first : first + part.micro_batch], VOCABULARY, task, loss_scale=scale)
-            loss = engine.micro_step(batch, noise=(0, step))
+            loss = engine.backward(batch, noise=(0, step))
+            engine.step()
             total += torch.stack([loss.total.detach(), loss.auxiliary]) / (ranks.world * part.micro_steps)
         dist.all_reduce(total)
         found.append({"loss": total[0].item(), "auxiliary": total[1].item(), "norm": engine.norm})

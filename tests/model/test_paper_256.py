@@ -40,7 +40,8 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
     losses = []
     for _ in range(2):
         engine.begin_step(1e-4, 1.0)
-        loss = engine.micro_step(batch, noise=(0, 0))
+        loss = engine.backward(batch, noise=(0, 0))
+        engine.step()
         losses.append(loss.image_sum.item() / loss.image_weight.item())
     # At the start every token is about as likely as any other of the 52,295.
     assert losses[0] == pytest.approx(np.log(52_295), abs=0.5)

@@ -14,6 +14,7 @@ from icl_moe.images import mask_to_pixels
 from icl_moe.recipe import load_recipe
 from icl_moe.tokenizers import vqgan_training
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
 from icl_moe.tokenizers.vqgan_training import TokenizerData, TokenizerRecipe, evaluate_tokenizer, train_tokenizer
 from preprocessing.synthetic import write_dataset
 
@@ -98,11 +99,75 @@ def test_another_recipe_does_not_go_on_from_a_state(trained: Path) -> None:
         train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained)
 
 
+def test_a_damaged_state_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "training_state.pt").write_bytes((trained / "training_state.pt").read_bytes()[:5000])
+    with pytest.raises(InputError, match="is damaged; remove it"):
+        train_tokenizer(RECIPE, tmp_path)
+
+
 def test_half_weights_ship_in_half_the_bytes(tmp_path: Path) -> None:
     train_tokenizer(dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half")
     train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=12, unquantised_steps=2, adversarial_from=6, log_every=4, save_every=8)
+    whole = train_tokenizer(recipe, tmp_path / "whole")
+    assert [("discriminator" in row) for row in _rows(tmp_path / "whole")] == [False, True, True]
+
+    train_step = vqgan_training._Run.train_step
+
+    def interrupted(run: vqgan_training._Run, pixels_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        if run.step == 10:
+            raise KeyboardInterrupt
+        return train_step(run, pixels_B3HW)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vqgan_training._Run, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(recipe, tmp_path / "parts")
+    assert train_tokenizer(recipe, tmp_path / "parts").fingerprint == whole.fingerprint
+
+
+def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(vqgan_training.Accelerator(), 1e-3)
+    source = vqgan_training._open_source(RECIPE)
+    losses = []
+    for step in range(8):
+        given_B3HW, _ = source(np.random.default_rng(step), 4)
+        losses.append(float(adversary.train_step(torch.rand(4, 3, 32, 32) * 2 - 1, given_B3HW, 1e-3)))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def _squeezenet(path: Path) -> Path:
+    """Random weights in the file's format and in the real sizes."""
+    rng, arrays, width = np.random.default_rng(0), {"conv1.w": (96, 3, 7, 7)}, 96
+    for i, (squeeze, expand) in enumerate([(16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256)], start=2):
+        arrays |= {
+            f"fire{i}_s.w": (squeeze, width, 1, 1),
+            f"fire{i}_e1.w": (expand, squeeze, 1, 1),
+            f"fire{i}_e3.w": (expand, squeeze, 3, 3),
+        }
+        width = 2 * expand
+    weights = {name: rng.normal(0, np.prod(shape[1:]) ** -0.5, shape).astype(np.float16) for name, shape in arrays.items()}
+    np.savez(path, **weights, **{name.replace(".w", ".b"): np.zeros(shape[0], np.float32) for name, shape in arrays.items()})
+    return path
+
+
+def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_path: Path) -> None:
+    network = _squeezenet(tmp_path / "net.npz")
+    loss = PerceptualLoss(network)
+    given_B3HW, _ = vqgan_training._open_source(dataclasses.replace(RECIPE, data=TokenizerData()))(np.random.default_rng(0), 4)
+    noise = torch.randn(given_B3HW.shape, generator=torch.Generator().manual_seed(0))
+    distances = [float(loss(given_B3HW + amount * noise, given_B3HW)) for amount in (0.0, 0.05, 0.3)]
+    assert distances[0] == 0 < distances[1] < distances[2]
+    train_tokenizer(dataclasses.replace(RECIPE, steps=2, log_every=1, perceptual_network=str(network)), tmp_path / "out")
+    assert all(row["perceptual"] > 0 for row in _rows(tmp_path / "out"))
+    with pytest.raises(InputError, match="holds no SqueezeNet"):
+        PerceptualLoss(tmp_path / "out" / "config.json")
 
 
 def test_new_codes_are_spread_over_unlike_latents() -> None:
@@ -142,7 +207,7 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
     pictures: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fakes of the network's two ends fix what the measures must be."""
-    kept: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []  # of at most one slice, so that what is decoded is what was just encoded
 
     def remember(self: VQGAN, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         kept[:] = [pixels_B3HW]
@@ -163,7 +228,8 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
 def test_the_batch_size_does_not_change_the_measures(pictures: Path, trained: Path) -> None:
     reports = [evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json", batch_size=n) for n in (1, 7)]
     assert reports[0].pop("tokenizer") == reports[1].pop("tokenizer")
-    assert reports[0] == pytest.approx(reports[1], rel=1e-4)
+    numbers = [{name: value for name, value in report.items() if value is not None} for report in reports]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
 
 
 def test_the_shipped_tokenizer_reaches_what_the_demo_needs(tmp_path: Path) -> None:

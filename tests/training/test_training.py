@@ -1,6 +1,5 @@
 """Training as a user starts it, on small real shards: what is written, resumed, exported and refused."""
 
-import csv
 import json
 import shutil
 import sys
@@ -10,61 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import SETTINGS, losses
 
 from icl_moe.cli import main
 from icl_moe.data.loader import MicroBatches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
-from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
-from icl_moe.training.distributed import free_port
-
-SETTINGS = (
-    "model.layers=2", "model.width=32", "model.heads=2", "model.layers_with_experts=[1]", "model.dropout=0.1", "vocabulary.image_codes=64",
-    "training.global_batch=4", "training.micro_batch=1", "training.log_every=1", "training.save_every=100", "optimizer.warmup_steps=2",
-)  # fmt: skip
-LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()))
-TRAIN = (*LAUNCHER, "--module", "icl_moe.training", "demo")
-
-
-@pytest.fixture(scope="session")
-def command(run_command: Callable) -> Callable:
-    return lambda *parts: run_command(parts)
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
-    """Shards of 30 drawn scenes, by a tokenizer with random weights."""
-    folder = tmp_path_factory.mktemp("shards")
-    torch.manual_seed(0)
-    config = VQGANConfig(image_size=64, codebook_size=64, code_channels=8, latent_channels=32, channels=32,
-                         channel_multipliers=(1, 1, 1, 1), blocks_per_level=1, attention_sizes=())  # fmt: skip
-    VQGAN(config).save_pretrained(folder / "tokenizer")
-    done = command(
-        sys.executable, "-m", "icl_moe", "shards", "build", "demo", "synthetic.images=30", f"tokenizer={folder / 'tokenizer'}",
-        "vocabulary.image_codes=64", "--out", folder / "shards", "--workers", "1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return folder / "shards"
-
-
-@pytest.fixture(scope="session")
-def train(command: Callable, shards: Path) -> Callable:
-    """Trains on two ranks; gives the output folder's losses by step: [(image loss, text loss, ...)]."""
-
-    def run(output: Path, *settings: str, expect: int = 0) -> str:
-        done = command(*TRAIN, f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings)
-        assert done.returncode == expect, done.stdout
-        return done.stdout
-
-    return run
-
-
-def losses(output: Path) -> dict[str, list[list[str]]]:
-    found = {}
-    for name in ("image_loss", "text_loss", "gradient_norm", "auxiliary_loss"):
-        with (output / "csv_monitor" / f"train_{name}.csv").open() as file:
-            found[name] = [row for row in csv.reader(file) if row[0] != "step"]  # A resumed run writes its heads again.
-    return found
 
 
 @pytest.fixture(scope="session")

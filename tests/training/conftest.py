@@ -1,0 +1,39 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toy_tokenizer
+from small_run import SETTINGS, launcher
+
+MODULE = ("--module", "icl_moe.training")
+
+
+@pytest.fixture(scope="session")
+def command(run_command: Callable) -> Callable:
+    return lambda *parts, **environment: run_command(parts, **environment)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
+    """Shards of 30 drawn scenes, by a tokenizer with random weights."""
+    folder = tmp_path_factory.mktemp("shards")
+    settings = toy_tokenizer.recipe_settings(toy_tokenizer.save_toy_tokenizer(folder / "tokenizer"))
+    build = ("shards", "build", "demo", "synthetic.images=30", *settings, "--out", folder / "shards", "--workers", "1")
+    done = command(sys.executable, "-m", "icl_moe", *build)
+    assert done.returncode == 0, done.stdout
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def train(command: Callable, shards: Path) -> Callable:
+    """Trains on two ranks; gives what was printed."""
+
+    def run(output: Path, *settings: str, expect: int | None = 0, script: tuple[str, ...] = MODULE, **environment: str) -> str:
+        """`expect`: the exit code, or None for any but 0."""
+        arguments = ("demo", f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings)
+        done = command(*launcher(), *script, *arguments, **environment)
+        assert (done.returncode == expect) if expect is not None else (done.returncode != 0), done.stdout
+        return done.stdout
+
+    return run

@@ -1,0 +1,92 @@
+"""Faults, each injected for real into a run of two ranks: what is lost, what is said, and how the next start goes on."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from small_run import losses
+
+FAULTY = (str(Path(__file__).with_name("faulty_training.py")),)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, train) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(output, "training.steps=6", "training.save_every=2")
+    return output
+
+
+def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(train, undisturbed, tmp_path):
+    started = time.monotonic()
+    printed = train(tmp_path, "training.steps=6", "training.save_every=2", script=FAULTY, FAULT="kill:1:4", expect=None)
+    assert time.monotonic() - started < 90  # The start included; the launcher ends the others within a second or two.
+    assert "step 3/6" in printed
+    train(tmp_path, "training.steps=6", "training.save_every=2")
+    for name, rows in losses(undisturbed).items():
+        again = losses(tmp_path)[name]
+        assert again[3:] == rows[2:], name  # Step 3 was logged before the fault; from the checkpoint of step 2 on all repeats.
+
+
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before_whole(train, undisturbed, tmp_path):
+    train(tmp_path, "training.steps=6", "training.save_every=2", script=FAULTY, FAULT="kill-in-save:0:4", expect=None)
+    assert (tmp_path / "checkpoints/step-00000004").is_dir()
+    assert not (tmp_path / "checkpoints/step-00000004/complete.json").exists()
+    train(tmp_path, "training.steps=6", "training.save_every=2")
+    assert losses(tmp_path)["image_loss"][4:] == losses(undisturbed)["image_loss"][2:]
+
+
+def test_a_terminated_rank_makes_all_save_and_end_well(train, undisturbed, tmp_path):
+    printed = train(tmp_path, "training.steps=6", script=FAULTY, FAULT="terminate:1:3")
+    assert "stopped by a signal after step 3" in printed
+    train(tmp_path, "training.steps=6")
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_path):
+    printed = train(tmp_path / "run", "training.steps=4", script=FAULTY, FAULT="nan:1:2")
+    assert "step 2: the loss is not finite on rank 1 in " in printed
+    assert ".tar:" in printed
+    assert "step 2 is left out (1 of at most 5)" in printed
+    assert "step 4/4" in printed
+    assert "nan" not in json.dumps(losses(tmp_path / "run")["image_loss"][2:])
+
+
+def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path):
+    printed = train(tmp_path / "run", "training.steps=4", "training.skipped_steps=0", script=FAULTY, FAULT="nan:1:2", expect=2)
+    assert "training.skipped_steps: the loss was not finite in 1 steps, the last of them step 2" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
+    printed = train(tmp_path / "run", "training.steps=6", "training.hang_seconds=8", script=FAULTY, FAULT="hang:1:3", expect=1)
+    assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    damaged = tmp_path / "run/checkpoints/step-00000006/mp_rank_00_model_states.pt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    printed = train(tmp_path / "run", "training.steps=6", "training.save_every=2")
+    assert "step-00000006 is damaged: its file mp_rank_00_model_states.pt has 1000 bytes of" in printed
+    assert "step-00000004 is used" in printed
+    assert losses(tmp_path / "run")["image_loss"][6:] == losses(undisturbed)["image_loss"][4:]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_stops_the_saving_and_not_the_training(train, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        printed = train(disk / "run", "training.steps=4", "training.save_every=2")
+        assert printed.count("no checkpoint is saved in") == 2
+        assert "step 4/4" in printed
+        assert not list((disk / "run/checkpoints").glob("step-*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
