@@ -1,6 +1,6 @@
 """Checkpoints of a run, and the exported model that inference reads.
 
-A run's output folder holds recipe.json, model/ (what an exported model needs besides weights) and checkpoints/ (DeepSpeed's own).
+A run's output folder holds run.json, model/ (what an exported model needs besides weights) and checkpoints/ (DeepSpeed's own).
 """
 
 import json

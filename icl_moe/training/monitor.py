@@ -1,14 +1,26 @@
 """What an operator sees: one progress line every few steps, and the same figures to DeepSpeed's monitors."""
 
+import json
+import platform
+import subprocess
 import time
 from collections.abc import Callable
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from icl_moe.data.shards import MANIFEST_FILE
 from icl_moe.model.loss import DecoderLoss
+from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.training.distributed import Ranks
+
+_PACKAGES = ("icl-moe", "torch", "deepspeed", "transformers", "webdataset", "numpy")
 
 # What is summed over micro-steps and ranks between two lines.
 _SUMS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliary")
@@ -83,6 +95,29 @@ class ProgressMonitor:
         tqdm.write("  ".join([*parts, f"ETA {_clock(remaining)}"]))
         events = [(f"train/{name}", value, step * self._global_batch) for name, value in figures.items() if value is not None]
         self._write_events(events)
+
+
+def write_run_description(output: Path, recipe: TrainingRecipe, shards: Path, engine_config: dict[str, Any], ranks: Ranks) -> None:
+    """Write run.json: all that decides what this run computes, and what it ran on."""
+    description = {
+        "recipe": to_dict(recipe),
+        "engine": engine_config,
+        "shards": {"folder": str(shards.resolve()), "manifest_sha256": sha256((shards / MANIFEST_FILE).read_bytes()).hexdigest()},
+        "revision": _git_revision(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "ranks": ranks.world,
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine(),
+    }
+    (output / "run.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _git_revision() -> str | None:
+    """The commit that this code is at, with a + where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """The training loop: recipe, shards, engine, steps, checkpoints."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.errors import InputError
 from icl_moe.optim.learning_rate import learning_rate
-from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.recipe import TrainingRecipe
 from icl_moe.seeds import stable_seed
 from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import StopSignal, Watchdog, any_rank
-from icl_moe.training.monitor import ProgressMonitor
+from icl_moe.training.monitor import ProgressMonitor, write_run_description
 from icl_moe.training.preflight import check
 
 
@@ -37,7 +36,7 @@ def train(recipe: TrainingRecipe) -> None:
         start = checkpoint.resume(engine.deepspeed, output)
         if ranks.is_main:
             checkpoint.write_model_folder(output, engine.model.config, shards)
-            (output / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n", encoding="utf-8")
+            write_run_description(output, recipe, shards.folder, engine_config, ranks)
         stop = min(settings.steps, settings.stop_after or settings.steps)
         _Loop(engine, recipe, dataset, schedule, part, ranks).run(start, stop)
 
