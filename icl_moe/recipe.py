@@ -33,7 +33,15 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The decoder. `layers_with_experts` counts from 0; the paper's "even-numbered layers" are read as 2, 4, .. counted from 1."""
+    """The decoder.
+
+    layers_with_experts: counted from 0; the paper's "even-numbered layers" are read as 2, 4, .. counted from 1.
+    feed_forward: `dense`; `token`, GShard's experts, which is stock deepspeed.moe; or `attributes`, for which there are two more settings.
+    gate_input: what its gate reads, `attributes` (Uni-Perceiver-MoE), `token` (GShard) or the sum of both.
+    combination: `outputs`, the weighted sum of the experts' outputs (the paper's formula), or `weights`, the output of one expert whose
+    weights are the weighted sum of theirs (Uni-Perceiver-MoE's code, at a dense layer's cost).
+    gate_noise: whether the gate of the attributes is noisy in training.
+    """
 
     layers: int = 12
     width: int = 768
@@ -46,6 +54,8 @@ class ModelSettings:
     layers_with_experts: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
     experts: int = 8
     experts_per_token: int = 2
+    gate_input: Literal["attributes", "token", "token+attributes"] = "attributes"
+    combination: Literal["outputs", "weights"] = "outputs"
     gate_noise: bool = True
 
     def __post_init__(self) -> None:
@@ -53,6 +63,8 @@ class ModelSettings:
             raise InputError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads}).")
         if self.experts_per_token not in (1, 2) or self.experts < self.experts_per_token:
             raise InputError(f"model.experts_per_token must be 1 or 2 and at most model.experts, not {self.experts_per_token}.")
+        if self.combination == "weights" and self.gate_input != "attributes":
+            raise InputError("model.combination=weights needs model.gate_input=attributes: only whole streams share merged experts.")
         outside = [layer for layer in self.layers_with_experts if not 0 <= layer < self.layers]
         if outside:
             raise InputError(f"model.layers_with_experts names layer {outside[0]}, but the layers are 0..{self.layers - 1}.")

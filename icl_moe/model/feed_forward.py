@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from icl_moe.model.router import AttributeDecision, AttributeGate, RoutingPlan, TokenGate
 from icl_moe.recipe import ModelSettings
 
 ExpertRunner = Callable[[list[tuple[int, Tensor]]], list[Tensor]]
 """Computes routes, (global expert id, rows (N, M)) each, and returns the experts' outputs (N, M) in the same order."""
+
+Mixture = Callable[[list[Tensor]], list[Tensor]]
+"""From each class's rows (N, M) to their mixture of experts (N, M)."""
 
 
 class FeedForward(nn.Module):
@@ -33,16 +37,18 @@ class SparseFeedForward(nn.Module):
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
-        self.gate = attribute_gate(settings, layer) if settings.feed_forward == "attributes" else _token_gate(settings)
+        self.gate = attribute_gate(settings, layer) if routes_streams(settings) else _token_gate(settings)
         self.experts = nn.ModuleList(FeedForward(settings.width) for _ in range(settings.experts))
+        self.combination = settings.combination
         self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(self.gate, AttributeGate):
             decision = self.gate(plan)
             self.auxiliary_loss = decision.auxiliary_loss
-            return mix_by_segments(x_TM, plan, decision, run_here(list(self.experts)))
-        experts_TK, weights_TK = self.gate(x_TM)
+            mix = merged_weights if self.combination == "weights" else weighted_outputs
+            return mix_by_segments(x_TM, plan, mix(decision, list(self.experts)))
+        experts_TK, weights_TK = self.gate(x_TM, plan)
         out_TM = torch.zeros_like(x_TM)
         for index, expert in enumerate(self.experts):
             token, choice = (experts_TK == index).nonzero(as_tuple=True)
@@ -50,31 +56,58 @@ class SparseFeedForward(nn.Module):
         return out_TM
 
 
+def routes_streams(settings: ModelSettings) -> bool:
+    """Whether whole streams go to the same experts: the gate reads attributes and nothing of the token."""
+    return settings.feed_forward == "attributes" and settings.gate_input == "attributes"
+
+
 def attribute_gate(settings: ModelSettings, layer: int) -> AttributeGate:
     return AttributeGate(settings.width, settings.experts, settings.experts_per_token, layer, settings.gate_noise)
 
 
-def mix_by_segments(x_TM: Tensor, plan: RoutingPlan, decision: AttributeDecision, run: ExpertRunner) -> Tensor:
+def mix_by_segments(x_TM: Tensor, plan: RoutingPlan, mix: Mixture) -> Tensor:
     """Each class's tokens through its own experts, found by slices of the stream: no sort, no one-hot, no capacity.
 
-    run: computes the (global expert id, rows) routes. Padding is computed by no expert and comes out as zero.
+    Padding is computed by no expert and comes out as zero.
     """
     lengths = [length for _, length in plan.segments]
     pieces = x_TM.split(lengths)
     members = [[i for i, (index, _) in enumerate(plan.segments) if index == c] for c in range(len(plan.classes))]
     rows = [torch.cat([pieces[i] for i in mine]) if len(mine) > 1 else pieces[mine[0]] for mine in members]
-    outputs = iter(run([(expert, rows[c]) for c, experts in enumerate(decision.experts) for expert in experts]))
     placed: dict[int, Tensor] = {}
-    for mine, weights_K in zip(members, decision.weights_CK.to(x_TM.dtype), strict=True):
-        mixed = sum(next(outputs) * weight for weight in weights_K.unbind())
+    for mine, mixed in zip(members, mix(rows), strict=True):
         placed |= dict(zip(mine, mixed.split([lengths[i] for i in mine]), strict=True))
     return torch.cat([placed[i] if i in placed else torch.zeros_like(piece) for i, piece in enumerate(pieces)])
 
 
-def run_here(experts: Sequence[nn.Module]) -> ExpertRunner:
-    """Runs every route on this process, which holds all experts."""
-    return lambda routes: [experts[expert](rows) for expert, rows in routes]
+def weighted_outputs(decision: AttributeDecision, experts: Sequence[nn.Module], run: ExpertRunner | None = None) -> Mixture:
+    """y = sum of w_i FFN_i(x). run: computes the routes; by default this process does, which then holds all experts."""
+
+    def here(routes: list[tuple[int, Tensor]]) -> list[Tensor]:
+        return [experts[expert](rows) for expert, rows in routes]
+
+    def mix(rows_C: list[Tensor]) -> list[Tensor]:
+        outputs = iter((run or here)([(e, rows) for rows, chosen in zip(rows_C, decision.experts, strict=True) for e in chosen]))
+        weights_CK = decision.weights_CK.to(rows_C[0].dtype)
+        return [torch.stack([next(outputs) * weight for weight in weights_K]).sum(dim=0) for weights_K in weights_CK]
+
+    return mix
+
+
+def merged_weights(decision: AttributeDecision, experts: Sequence[nn.Module]) -> Mixture:
+    """y = FFN(x) with the weights sum of w_i W_i, so the cost is that of one expert."""
+
+    def mix(rows_C: list[Tensor]) -> list[Tensor]:
+        mixed = []
+        for rows, chosen, weights_K in zip(rows_C, decision.experts, decision.weights_CK.to(rows_C[0].dtype), strict=True):
+            parameters = [dict(experts[e].named_parameters()) for e in chosen]
+            merged = {name: sum(w * p[name] for w, p in zip(weights_K, parameters, strict=True)) for name in parameters[0]}
+            mixed.append(functional_call(experts[chosen[0]], merged, (rows,)))
+        return mixed
+
+    return mix
 
 
 def _token_gate(settings: ModelSettings) -> TokenGate:
-    return TokenGate(settings.width, settings.experts, settings.experts_per_token)
+    with_attributes = settings.feed_forward == "attributes" and settings.gate_input == "token+attributes"
+    return TokenGate(settings.width, settings.experts, settings.experts_per_token, with_attributes)

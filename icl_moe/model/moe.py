@@ -15,8 +15,16 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from icl_moe.model.feed_forward import ExpertRunner, FeedForward, attribute_gate, mix_by_segments, run_here
-from icl_moe.model.router import AttributeGate, RoutingPlan
+from icl_moe.model.feed_forward import (
+    ExpertRunner,
+    FeedForward,
+    attribute_gate,
+    merged_weights,
+    mix_by_segments,
+    routes_streams,
+    weighted_outputs,
+)
+from icl_moe.model.router import AttributeEmbedding, AttributeGate, RoutingPlan
 from icl_moe.recipe import ModelSettings
 
 
@@ -32,8 +40,8 @@ def sparse_layer_factory(ep_size: int = 1) -> Callable[[ModelSettings, int], nn.
 class DeepSpeedFeedForward(MoE):
     """A deepspeed.moe layer that takes and gives the flat stream (T, M), dropless, and keeps its auxiliary loss for the model.
 
-    `token`: stock top-k with GShard's loss. Stock adds Gumbel noise to the second choice in evaluation too, so that is off.
-    `attributes`: the inner MOELayer is `AttributeMOELayer`.
+    `token`, and `attributes` whose gate reads tokens: stock top-k with GShard's loss. Stock adds Gumbel noise to the second choice in
+    evaluation too, so that is off. `attributes` otherwise: the inner MOELayer is `AttributeMOELayer`.
     """
 
     def __init__(self, settings: ModelSettings, layer: int, ep_size: int) -> None:
@@ -50,11 +58,11 @@ class DeepSpeedFeedForward(MoE):
             top2_2nd_expert_sampling=False,
         )
         deepspeed_logger.setLevel(level)
-        if settings.feed_forward == "attributes":
-            stock: MOELayer = self.get_submodule("deepspeed_moe")
-            self.deepspeed_moe = AttributeMOELayer(
-                attribute_gate(settings, layer), stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts
-            )
+        stock: MOELayer = self.get_submodule("deepspeed_moe")
+        if routes_streams(settings):
+            self.deepspeed_moe = AttributeMOELayer(settings, layer, stock)
+        elif settings.feed_forward == "attributes" and settings.gate_input == "token+attributes":
+            stock.gate = TokenAttributeGate(stock.gate, settings.width)
         self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> Tensor:
@@ -69,6 +77,10 @@ class AttributeMOELayer(MOELayer):
     capacity C is the busiest expert's load, several times the rows that attribute routing needs.
     """
 
+    def __init__(self, settings: ModelSettings, layer: int, stock: MOELayer) -> None:
+        super().__init__(attribute_gate(settings, layer), stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
+        self.combination = settings.combination
+
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         self.ep_group = ep_group  # Our gate needs no group: it decides from the attributes, which every rank knows.
 
@@ -79,8 +91,26 @@ class AttributeMOELayer(MOELayer):
         self.l_aux = decision.auxiliary_loss
         self.exp_counts = None  # Stock counts tokens an expert here; the plan and the gate's table say more.
         experts = list(self.experts.deepspeed_experts)
-        run = run_here(experts) if self.ep_size == 1 else run_exchanged(experts, self.ep_group, self.ep_size)
-        return mix_by_segments(x_TM, plan, decision, run)
+        if self.combination == "weights":
+            return mix_by_segments(x_TM, plan, merged_weights(decision, experts))
+        run = None if self.ep_size == 1 else run_exchanged(experts, self.ep_group, self.ep_size)
+        return mix_by_segments(x_TM, plan, weighted_outputs(decision, experts, run))
+
+
+class TokenAttributeGate(nn.Module):
+    """Stock's gate, reading the sum of each token and of its attributes' embedding."""
+
+    def __init__(self, stock: nn.Module, width: int) -> None:
+        super().__init__()
+        self.attributes = AttributeEmbedding(width)
+        self.wg = stock.wg
+        self._stock: list[Any] = [stock]  # In a list, so that its parameters are not registered twice.
+
+    def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
+        self._stock[0]._set_ep_group(ep_group)
+
+    def forward(self, x_TM: Tensor, plan: RoutingPlan, sparse_routes: bool, use_tutel: bool) -> Any:
+        return self._stock[0](x_TM + self.attributes(plan), None, sparse_routes, use_tutel)
 
 
 def run_exchanged(experts: Sequence[nn.Module], group: dist.ProcessGroup, ep_size: int) -> ExpertRunner:

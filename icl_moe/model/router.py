@@ -112,16 +112,40 @@ class AttributeGate(nn.Module):
         return torch.stack(rows) / self.experts
 
 
-class TokenGate(nn.Module):
-    """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in `AttributeGate`. No noise, for inference."""
+class AttributeEmbedding(nn.Module):
+    """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it beside the token; zero at padding."""
 
-    def __init__(self, width: int, experts: int, experts_per_token: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        self.embed = nn.Linear(ATTRIBUTE_BITS, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, plan: RoutingPlan) -> Tensor:
+        """(T, M) over the whole stream of the plan."""
+        bits = self.embed.weight.new_tensor([attribute_bits(c) for c in plan.classes]).view(-1, ATTRIBUTE_BITS)
+        rows_CM = self.norm(self.embed(bits))
+        rows = torch.cat([rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])])  # The last row, index -1, is padding's.
+        indices, lengths = (torch.tensor(column, device=rows.device) for column in zip(*plan.segments, strict=True))
+        return rows[indices.repeat_interleave(lengths)]
+
+
+class TokenGate(nn.Module):
+    """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in `AttributeGate`. No noise, for inference.
+
+    with_attributes: the gate reads the sum of the token and of its attributes' embedding.
+    """
+
+    def __init__(self, width: int, experts: int, experts_per_token: int, with_attributes: bool = False) -> None:
+        super().__init__()
+        if with_attributes:
+            self.attributes = AttributeEmbedding(width)
         self.wg = nn.Linear(width, experts, bias=False)
         self.experts_per_token = experts_per_token
 
-    def forward(self, x_TM: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TM: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """experts_TK (int64) and weights_TK (float32)."""
+        if hasattr(self, "attributes"):
+            x_TM = x_TM + self.attributes(plan)
         probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
         top_TK, experts_TK = probabilities_TE.topk(self.experts_per_token, dim=-1)
         return experts_TK, top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK

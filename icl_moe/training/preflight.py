@@ -70,6 +70,8 @@ def _check_layout(recipe: TrainingRecipe, world: int) -> None:
     ep_size = recipe.parallel.ep_size
     if recipe.parallel.tp_size != 1:
         raise InputError(f"parallel.tp_size must be 1, not {recipe.parallel.tp_size}: tensor parallelism is not there yet.")
+    if ep_size > 1 and recipe.model.combination == "weights":
+        raise InputError(f"parallel.ep_size must be 1 with model.combination=weights, not {ep_size}: a rank must hold all that it merges.")
     if world % ep_size or recipe.model.experts % ep_size:
         raise InputError(
             f"parallel.ep_size ({ep_size}) must divide model.experts ({recipe.model.experts}) and the number of ranks ({world})."

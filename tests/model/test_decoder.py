@@ -84,6 +84,26 @@ def test_paper_256_has_the_papers_parameters(feed_forward, tags, parameters, spa
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+ROUTINGS = {
+    "stock tokens": {"feed_forward": "token"},
+    "attributes": {"feed_forward": "attributes"},
+    "merged weights": {"feed_forward": "attributes", "combination": "weights"},
+    "our gate on tokens": {"feed_forward": "attributes", "gate_input": "token"},
+    "tokens and attributes": {"feed_forward": "attributes", "gate_input": "token+attributes"},
+}
+routings = pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
+
+
+def merged_expert(experts: list[nn.Module], weights: list[Tensor], x_M: Tensor) -> Tensor:
+    """The output of one expert whose weights are the weighted sum of the experts' weights."""
+
+    def merged(name: str) -> Tensor:
+        return sum(w * expert.get_parameter(name) for w, expert in zip(weights, experts, strict=True))
+
+    hidden = F.gelu(merged("up.weight") @ x_M + merged("up.bias"), approximate="tanh")
+    return merged("down.weight") @ hidden + merged("down.bias")
+
+
 def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list[int]) -> Tensor:
     """x_out = sum over the top-k of G(x)_i FFN_i(x), one token after the other, straight from the formula."""
     gate, rows = layer.gate, []
@@ -91,6 +111,9 @@ def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list
     for x_M, attributes in zip(x_TM, attributes_T, strict=True):
         if isinstance(gate, TokenGate):
             h_M = x_M
+            if hasattr(gate, "attributes") and attributes:
+                bits = torch.tensor(attribute_bits(attributes), dtype=torch.float32)
+                h_M = x_M + gate.attributes.norm(gate.attributes.embed.weight @ bits + gate.attributes.embed.bias)
         elif attributes == 0:
             rows.append(torch.zeros_like(x_M))
             continue
@@ -100,18 +123,19 @@ def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list
         p_E = (gate.wg.weight @ h_M).softmax(dim=0)
         best = sorted(range(len(p_E)), key=lambda i: -p_E[i].item())[:k]
         total = sum(p_E[i] for i in best) if k > 1 else torch.tensor(1.0)
-        rows.append(sum(p_E[i] / total * layer.experts[i](x_M) for i in best))
+        if layer.combination == "weights":
+            rows.append(merged_expert([layer.experts[i] for i in best], [p_E[i] / total for i in best], x_M))
+        else:
+            rows.append(sum(p_E[i] / total * layer.experts[i](x_M) for i in best))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("feed_forward", ["token", "attributes"])
+@routings
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("attributes_T", [[7] * 9 + [0] * 2 + [3] * 2 + [7, 0, 9], [5] * 6], ids=["uneven", "one class"])
-def test_sparse_layer_equals_the_formula_token_by_token(feed_forward, k, attributes_T):
+def test_sparse_layer_equals_the_formula_token_by_token(routing, k, attributes_T):
     torch.manual_seed(0)
-    settings = ModelSettings(
-        layers=2, layers_with_experts=(1,), width=16, heads=2, experts=8, feed_forward=feed_forward, experts_per_token=k
-    )
+    settings = ModelSettings(layers=2, layers_with_experts=(1,), width=16, heads=2, experts=8, experts_per_token=k, **routing)
     layer = SparseFeedForward(settings, 1)
     x_TM = torch.randn(len(attributes_T), 16, requires_grad=True)
     plan = RoutingPlan.from_attributes(attributes_T, (len(attributes_T),))
@@ -128,10 +152,10 @@ def test_sparse_layer_equals_the_formula_token_by_token(feed_forward, k, attribu
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("feed_forward", ["token", "attributes"])
+@routings
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
-def test_deepspeed_layers_equal_the_plain_ones(feed_forward, task, one_rank):
-    config = make_config(feed_forward=feed_forward)
+def test_deepspeed_layers_equal_the_plain_ones(routing, task, one_rank):
+    config = make_config(**routing)
     plain, trained = build(config), one_rank(build(config, sparse_layer=sparse_layer_factory()))
     batch = make_batch(task, 4)
     plain.auxiliary_weight = trained.auxiliary_weight = 0.0
