@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,8 +138,9 @@ def evaluate_tokenizer(folder: str | Path, images: Path, annotations: Path | Non
     Each picture's short side is resized to the tokenizer's image size and its middle square is taken. Reported are the means
     over pictures of PSNR and SSIM, and the share and perplexity of the codes over the whole set. With `annotations`, a COCO
     instances file, also the mask ceiling: each class mask of a picture is drawn white on black, encoded, decoded and thresholded;
-    mask_iou is the mean over masks of intersection / union with the mask put in, mask_mae the mean share of wrong pixels. By
-    size: small, medium and large are COCO's bounds, 32^2 and 96^2 pixels of the whole mask in the picture as it is in its file.
+    mask_miou is the mean over classes of (sum of a class's intersections with the masks put in) / (sum of its unions), mask_iou
+    the mean over masks of intersection / union, mask_mae the mean share of wrong pixels. By size: mask_iou for COCO's small,
+    medium and large, bounded by 32^2 and 96^2 pixels of the whole mask in the picture as it is in its file.
 
     Memory does not grow with the number of pictures. Raises InputError for a folder without pictures, an unreadable picture,
     annotations that are not COCO's, and a picture whose size disagrees with its record.
@@ -150,8 +152,8 @@ def evaluate_tokenizer(folder: str | Path, images: Path, annotations: Path | Non
         image = load_image(file)
         box, size = _middle_square(image.size), tokenizer.config.image_size
         measures.add_picture(to_pixels(crop_and_resize(image, box, size)))
-        for mask_HW, area in truth.of(file.name, image.size) if truth else ():
-            measures.add_mask(crop_and_resize_mask(mask_HW, box, size), area)
+        for category, mask_HW in truth.of(file.name, image.size).items() if truth else ():
+            measures.add_mask(crop_and_resize_mask(mask_HW, box, size), category, int(mask_HW.sum()))
     return measures.report()
 
 
@@ -391,7 +393,7 @@ def _folder_source(data: TokenizerData) -> Draw:
         chosen = with_masks if masked else files
         file = chosen[rng.integers(len(chosen))]
         image = load_image(file)
-        return image, [mask for mask, _ in truth.of(file.name, image.size)] if truth and masked else []
+        return image, list(truth.of(file.name, image.size).values()) if truth and masked else []
 
     return draw
 
@@ -419,8 +421,8 @@ class _ClassMasks:
     def has(self, file_name: str) -> bool:
         return bool(self._coco.imgToAnns.get(self._ids.get(file_name)))
 
-    def of(self, file_name: str, size: tuple[int, int]) -> list[tuple[np.ndarray, float]]:
-        """(mask_HW, area in pixels) of each class in the picture of `size` (width, height), all instances in one mask."""
+    def of(self, file_name: str, size: tuple[int, int]) -> dict[int, np.ndarray]:
+        """Category id -> mask_HW, all instances in one, for the picture of `size` (width, height)."""
         masks: dict[int, np.ndarray] = {}
         for annotation in self._coco.imgToAnns.get(self._ids.get(file_name), []):
             try:
@@ -435,7 +437,7 @@ class _ClassMasks:
                 )
             kind = annotation["category_id"]
             masks[kind] = masks[kind] | mask_HW if kind in masks else mask_HW
-        return [(mask, float(mask.sum())) for _, mask in sorted(masks.items())]
+        return dict(sorted(masks.items()))
 
 
 def _random_crop(rng: np.random.Generator, size: tuple[int, int], smallest: float) -> tuple[int, int, int, int]:
@@ -454,22 +456,23 @@ class _Measures:
     def __init__(self, tokenizer: VQGAN, batch_size: int) -> None:
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._pictures: list[Tensor] = []
-        self._masks: list[tuple[np.ndarray, str]] = []
+        self._masks: list[tuple[np.ndarray, int, str]] = []
         self._use_K = torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64)
         self._psnr: list[float] = []
         self._ssim: list[float] = []
         self._iou: dict[str, list[float]] = {"small": [], "medium": [], "large": []}
         self._wrong: list[float] = []
+        self._by_class: defaultdict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))  # pixels of intersection and of union
 
     def add_picture(self, pixels_3HW: Tensor) -> None:
         self._pictures.append(pixels_3HW)
         if len(self._pictures) == self._batch_size:
             self._measure_pictures()
 
-    def add_mask(self, mask_HW: np.ndarray, area: float) -> None:
+    def add_mask(self, mask_HW: np.ndarray, category: int, area: int) -> None:
         """`area`: of the whole mask in the original picture. A mask that the crop left empty does not count."""
         if mask_HW.any():
-            self._masks.append((mask_HW, "small" if area < 32**2 else "medium" if area < 96**2 else "large"))
+            self._masks.append((mask_HW, category, "small" if area < 32**2 else "medium" if area < 96**2 else "large"))
         if len(self._masks) == self._batch_size:
             self._measure_masks()
 
@@ -488,7 +491,9 @@ class _Measures:
         }
         if self._wrong:
             ious = [iou for group in self._iou.values() for iou in group]
-            report |= {"masks": len(ious), "mask_iou": float(np.mean(ious)), "mask_mae": float(np.mean(self._wrong))}
+            per_class = [intersection / union for intersection, union in self._by_class.values()]
+            report |= {"masks": len(ious), "mask_miou": float(np.mean(per_class)), "mask_iou": float(np.mean(ious))}
+            report["mask_mae"] = float(np.mean(self._wrong))
             for name, group in self._iou.items():
                 report |= {f"masks_{name}": len(group), f"mask_iou_{name}": float(np.mean(group)) if group else None}
         return report
@@ -504,9 +509,11 @@ class _Measures:
         self._pictures.clear()
 
     def _measure_masks(self) -> None:
-        drawn_BHW = pixels_to_mask(self._redraw(torch.stack([mask_to_pixels(mask) for mask, _ in self._masks])))
-        for (mask_HW, size), drawn_HW in zip(self._masks, drawn_BHW, strict=True):
-            self._iou[size].append(float((mask_HW & drawn_HW).sum() / (mask_HW | drawn_HW).sum()))
+        drawn_BHW = pixels_to_mask(self._redraw(torch.stack([mask_to_pixels(mask) for mask, _, _ in self._masks])))
+        for (mask_HW, category, size), drawn_HW in zip(self._masks, drawn_BHW, strict=True):
+            pixels = np.array([(mask_HW & drawn_HW).sum(), (mask_HW | drawn_HW).sum()])
+            self._by_class[category] += pixels
+            self._iou[size].append(float(pixels[0] / pixels[1]))
             self._wrong.append(float((mask_HW != drawn_HW).mean()))
         self._masks.clear()
 

@@ -217,12 +217,38 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
     monkeypatch.setattr(VQGAN, "decode", lambda self, codes_BN: kept[0])
     report = evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json", batch_size=5)
     assert report["pictures"] == 12 and report["masks"] >= 12
-    assert report["psnr"] > 80 and report["ssim"] == pytest.approx(1.0) and report["mask_iou"] == 1.0 and report["mask_mae"] == 0.0
+    assert (
+        report["psnr"] > 80
+        and report["ssim"] == pytest.approx(1.0)
+        and report["mask_iou"] == report["mask_miou"] == 1.0
+        and report["mask_mae"] == 0.0
+    )
     assert report["codes_used"] == 0.5 and report["perplexity"] == pytest.approx(16.0)
     assert report["masks"] == sum(report[f"masks_{size}"] for size in ("small", "medium", "large"))
 
     monkeypatch.setattr(VQGAN, "decode", lambda self, codes_BN: torch.full_like(kept[0], -1.0))
     assert evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json")["mask_iou"] == 0.0
+
+
+def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> None:
+    """Two classes; of the first, a large mask drawn whole and a small one missed; of the second, one mask half drawn."""
+    measures = vqgan_training._Measures(VQGAN.from_pretrained(trained), batch_size=8)
+    masks = np.zeros((3, 32, 32), dtype=bool)
+    masks[0, :30], masks[1, :2], masks[2, :20] = True, True, True
+    drawn = masks.copy()
+    drawn[1] = False
+    drawn[2, 10:] = False
+    measures._redraw = lambda pixels_B3HW: torch.stack([mask_to_pixels(mask) for mask in drawn])
+    for mask_HW, category in zip(masks, (1, 1, 2), strict=True):
+        measures.add_mask(mask_HW, category, area=int(mask_HW.sum()))
+    measures._measure_masks()
+    measures.add_picture(torch.zeros(3, 32, 32))
+    measures._redraw = lambda pixels_B3HW: pixels_B3HW
+    measures._use_K[0] = 1
+    report = measures.report()
+    assert report["mask_miou"] == pytest.approx((30 / 32 + 0.5) / 2)
+    assert report["mask_iou"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert report["mask_mae"] == pytest.approx((0 + 2 / 32 + 10 / 32) / 3)
 
 
 def test_the_batch_size_does_not_change_the_measures(pictures: Path, trained: Path) -> None:
