@@ -142,7 +142,7 @@ def line_chart(series: dict[str, tuple[Sequence[float], Sequence[float]]], x_lab
         colour = _COLOURS[number % len(_COLOURS)]
         points = " ".join(place(x, y) for x, y in zip(line_x, line_y, strict=True))
         parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.6'/>")
-        parts.append(f"<text x='{end}' y='{margin + 18 * number}' text-anchor='end' fill='{colour}'>{html.escape(name)}</text>")
+        parts.append(f"<text x='{end}' y='{margin + 18 * number}' text-anchor='end' style='fill: {colour}'>{html.escape(name)}</text>")
     return "".join(parts) + "</svg>"
 
 
@@ -150,7 +150,7 @@ _COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8e5ea2", "#b8860b", "#555")
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 2px solid #999; } th:first-child, td:first-child { text-align: left; }
 p, dl { color: #555; max-width: 60rem; } small { color: #777; } svg text { font-size: 13px; fill: #444; }
