@@ -17,6 +17,8 @@ torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -54,11 +56,13 @@ def run_command() -> Command:
 
     def run(command: Sequence[str | Path], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        # A command starts outside the group of ranks that this process may have joined for other tests.
+        outside = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         # One thread a process: several ranks share the machine's few cores.
         return subprocess.run(
             [str(part) for part in command],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment},
+            env={**outside, "OMP_NUM_THREADS": "1", "PATH": path, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
