@@ -121,6 +121,7 @@ def evaluate(folder: Path) -> dict[str, float]:
     model = InContextModel.from_pretrained(folder / "model")
     rates = {}
     for task in manifest.samples:
+        (folder / f"log-{task}").mkdir()
         log = PredictionLog(folder / f"log-{task}", {"benchmark": task})
         started = time.perf_counter()
         predict(model, EpisodeSet(shards, model.codec, task, 32), Condition(task, 1), log, 8)
