@@ -55,6 +55,9 @@ class _Loop:
 
     def run(self, start: int, stop: int) -> None:
         settings = self.recipe.training
+        if start >= stop:
+            self._say(f"{settings.output} is already at step {start} of {stop}; set training.steps higher to go on")
+            return
         write_events = self.engine.deepspeed.monitor.write_events
         monitor = ProgressMonitor(
             start, stop, settings.log_every, settings.global_batch, self.ranks.is_main, self.ranks.device, write_events
