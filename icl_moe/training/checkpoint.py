@@ -24,7 +24,8 @@ from icl_moe.model.moe import exported_name
 
 _TAG = "step-{:08d}"
 _COMPLETE = "complete.json"
-"""Written into a checkpoint's folder last: its files and their sizes. Without it, or where they differ, the checkpoint is not whole."""
+"""Written into a checkpoint's folder last: how it was spread, its files and their sizes. Without it, or where they differ, the
+checkpoint is not whole."""
 
 
 def save(engine: Any, output: Path, step: int, keep: int) -> bool:
@@ -47,7 +48,7 @@ def save(engine: Any, output: Path, step: int, keep: int) -> bool:
     if is_main:
         files = {path.name: path.stat().st_size for path in (folder / tag).iterdir()}
         partial = folder / tag / f"{_COMPLETE}.partial"
-        partial.write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps({"layout": _layout(engine), "files": files}, indent=1) + "\n", encoding="utf-8")
         partial.rename(folder / tag / _COMPLETE)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
@@ -62,6 +63,10 @@ def resume(engine: Any, output: Path) -> int:
     folder = _newest_whole(output / "checkpoints", warn=dist.get_rank() == 0)
     if folder is None:
         return 0
+    then, now = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))["layout"], _layout(engine)
+    if then != now:
+        differences = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name])
+        raise InputError(f"The checkpoint {folder} is spread in another way ({differences}); go on as it was saved.")
     try:
         _, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except RuntimeError as error:
@@ -147,8 +152,8 @@ _UNFINISHED = "its saving was interrupted"
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by their sizes; None where they are all there."""
     try:
-        files = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        files = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
         return _UNFINISHED
     for name, size in files.items():
         path = folder / Path(name).name
@@ -159,10 +164,18 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
+def _layout(engine: Any) -> dict[str, Any]:
+    """What the optimizer's state in a checkpoint depends on: DeepSpeed cannot spread it anew."""
+    return {"ranks": dist.get_world_size(), "ep_size": _ep_size(engine), "optimizer partitioned": bool(engine.zero_optimization())}
+
+
+def _ep_size(engine: Any) -> int:
+    return max((module.ep_size for module in engine.module.modules() if isinstance(module, MoE)), default=1)
+
+
 def _has_room(engine: Any, folder: Path) -> bool:
     """Whether the disk of `folder` can take one more checkpoint, as rank 0 sees it; the same answer on every rank."""
-    spread = max((module.ep_size for module in engine.module.modules() if isinstance(module, MoE)), default=1)
-    sizes = [p.numel() * (spread if is_moe_param(p) else 1) for p in engine.module.parameters()]
+    sizes = [p.numel() * (_ep_size(engine) if is_moe_param(p) else 1) for p in engine.module.parameters()]
     needed = 16 * sum(sizes)  # Bytes of weights, master weights and two moments, all in float32.
     answer = torch.tensor([1.0], device=engine.device)
     if dist.get_rank() == 0:

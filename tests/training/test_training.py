@@ -110,10 +110,16 @@ def test_what_cannot_work_is_refused_in_one_sentence(capsys, shards, tmp_path, s
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(command, shards, whole_run, tmp_path):
-    shutil.copytree(whole_run, tmp_path / "run")
-    arguments = [f"data.shards={shards}", f"training.output={tmp_path / 'run'}", *SETTINGS, "training.steps=8", "model.width=64"]
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(command, shards, whole_run):
+    arguments = [f"data.shards={shards}", f"training.output={whole_run}", *SETTINGS, "training.steps=8"]
     done = command(sys.executable, "-m", "icl_moe", "train", "demo", *arguments)
     assert done.returncode == 2, done.stdout
-    assert "is of another model than the recipe's" in done.stdout
+    assert "is spread in another way (ranks was 2 and is 1)" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_checkpoint_of_another_model_is_refused(train, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    printed = train(tmp_path / "run", "training.steps=8", "model.width=64", expect=2)
+    assert "is of another model than the recipe's" in printed
     assert json.loads((tmp_path / "run/model/config.json").read_text())["model"]["width"] == 32
