@@ -15,6 +15,7 @@ import numpy as np
 import webdataset
 
 from icl_moe.data.shards import INDEX_FILE, ShardInfo, sample_key
+from icl_moe.files import write_whole
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, TokenSequence
 from icl_moe.tasks import TASKS
 from preprocessing.pool import Region
@@ -75,14 +76,14 @@ def pack_shard(packer: Packer, plan: ShardPlan) -> int:
             category, sequence, meta = _sample(packer, plan.task, index)
             tokens_L = sequence.tokens_L.astype(packer.codec.format.vocabulary.token_dtype)
             writer.write({"__key__": sample_key(plan.task, index), "tokens.npy": _npy_bytes(tokens_L), "json": _json_bytes(meta)})
-            lengths.append(_lengths(sequence))
+            lengths.append(role_lengths(sequence))
             classes[category] += 1
     rows = [[*places, *counts] for places, counts in zip(_places(partial), lengths, strict=True)]
     with partial.open("rb") as written:
         sha256 = hashlib.file_digest(written, "sha256").hexdigest()
     info = ShardInfo(plan.file, plan.task, plan.stop - plan.start, partial.stat().st_size, sha256)
     os.replace(partial, target)
-    _write(notes, _json_bytes({"shard": asdict(info), "classes": classes, "rows": rows}))
+    write_whole(notes, _json_bytes({"shard": asdict(info), "classes": classes, "rows": rows}))
     return info.samples
 
 
@@ -104,7 +105,7 @@ def collect(packer: Packer, plans: Sequence[ShardPlan]) -> tuple[tuple[ShardInfo
         arrays |= {f"{task}.{name}": np.ascontiguousarray(array) for name, array in columns.items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    _write(packer.folder / INDEX_FILE, buffer.getvalue())
+    write_whole(packer.folder / INDEX_FILE, buffer.getvalue())
     return tuple(shards), {task: dict(sorted(counts.items())) for task, counts in classes.items()}
 
 
@@ -145,7 +146,7 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
     return query.category, sequence, meta
 
 
-def _lengths(sequence: TokenSequence) -> tuple[int, int, int]:
+def role_lengths(sequence: TokenSequence) -> tuple[int, int, int]:
     """Tokens without padding, of role input, and of role output."""
     by_role = Counter[str]()
     for span in sequence.spans:
@@ -170,9 +171,3 @@ def _npy_bytes(array: np.ndarray) -> bytes:
 
 def _json_bytes(content: Any) -> bytes:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -1,9 +1,6 @@
 """`icl-moe shards preview`: a page of samples as a model gets them, everything on it decoded from tokens."""
 
-import base64
 import html
-import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +11,8 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import Sample, ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.report import data_url
+from icl_moe.files import write_whole
 from icl_moe.images import to_image
 from icl_moe.sequence import CaptionPair, SegmentationPair, SequenceCodec
 from icl_moe.tokenizers.boxes import Box
@@ -71,7 +70,7 @@ def _figure(sample: Sample, number: int, pair: SegmentationPair | CaptionPair, t
         others = [text for text in sample.meta["references"][0] if text != pair.caption] if query else []
         words += "".join(f"<br>also: {html.escape(text)}" for text in others)
     name = html.escape(str(sample.meta["sources"][number]["image"]))
-    shown = "".join(f"<img alt='' src='{_data_url(picture)}'>" for picture in pictures)
+    shown = "".join(f"<img alt='' src='{data_url(picture)}'>" for picture in pictures)
     caption = f"{words}<br>{name}, object / crop {sample.meta['scale'][number]:.3f}"
     return f"<figure{' class=query' if query else ''}>{shown}<figcaption>{caption}</figcaption></figure>"
 
@@ -87,17 +86,9 @@ def _with_box(image: Image.Image, box: Box) -> Image.Image:
     return shown
 
 
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, text)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}.") from error

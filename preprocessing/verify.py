@@ -14,6 +14,7 @@ from icl_moe.sequence import CaptionPair, Episode, SequenceCodec
 from icl_moe.tokenizers.boxes import box_to_bins
 from icl_moe.tokenizers.text import TextTokenizer
 from preprocessing.coco import decode_mask
+from preprocessing.pack import role_lengths
 
 
 def verify_shards(folder: Path) -> Manifest:
@@ -131,9 +132,5 @@ def _verify_masks(masks: Any, pairs: int, image_size: int) -> None:
 
 
 def _verify_index(sample: Sample, shards: ShardSet, index: int) -> None:
-    by_role = Counter[str]()
-    for span in sample.sequence.spans:
-        by_role[span.role] += span.length
-    counts = (len(sample.sequence) - by_role["padding"], by_role["input"], by_role["output"])
-    if counts != (shards.lengths(sample.task)[index], *shards.target_counts(sample.task)[index]):
+    if role_lengths(sample.sequence) != (shards.lengths(sample.task)[index], *shards.target_counts(sample.task)[index]):
         raise InputError("its lengths are not those of the index.")

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.recipe import from_dict
 from icl_moe.sequence import Role, SequenceFormat, Span, TokenSequence
 
@@ -83,9 +84,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into `folder`, whole or not at all."""
-        partial = folder / f"{MANIFEST_FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / MANIFEST_FILE)
+        write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True)

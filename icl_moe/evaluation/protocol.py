@@ -1,7 +1,6 @@
 """`icl-moe evaluate`: every episode of a shard folder is completed freely from its first examples, then scored."""
 
 import json
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.predictions import Condition, Prediction, PredictionLog, predict
 from icl_moe.evaluation.report import Section, write_report
 from icl_moe.evaluation.segmentation import score_masks
+from icl_moe.files import write_whole
 from icl_moe.images import pixels_to_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.sequence import SegmentationPair
@@ -92,7 +92,7 @@ def evaluate(
         "tasks": tasks,
     }
     log.finish()
-    _write_whole(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_whole(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_report(out / "report.html", metrics, galleries, sections)
     return metrics
 
@@ -205,9 +205,3 @@ def _through_tokenizer(model: InContextModel, episodes: EpisodeSet, batch_size: 
         codes_BN = np.stack([episode.query.mask for episode in batch if isinstance(episode.query, SegmentationPair)])
         masks_BHW = pixels_to_mask(model.decode(codes_BN))
         yield from ((episode.category, mask_HW, episode.true_mask()) for episode, mask_HW in zip(batch, masks_BHW, strict=True))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -3,13 +3,14 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from icl_moe.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ def write_report(path: Path, metrics: dict[str, Any], galleries: Sequence[Galler
     parts += [_gallery(gallery) for gallery in galleries]
     for task, results in metrics["tasks"].items():
         parts.append(f"<h2>Classes of {task}</h2>{_classes(results)}")
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "\n".join(parts))
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -206,7 +205,7 @@ def _gallery(gallery: Gallery) -> str:
     articles = []
     for title, cells in gallery.rows:
         figures = "".join(
-            f"<figure class='{cell.heading}'><b>{html.escape(cell.heading)}</b><img alt='' src='{_data_url(cell.picture)}'>"
+            f"<figure class='{cell.heading}'><b>{html.escape(cell.heading)}</b><img alt='' src='{data_url(cell.picture)}'>"
             f"<figcaption>{html.escape(cell.text)}</figcaption></figure>"
             for cell in cells
         )
@@ -214,7 +213,8 @@ def _gallery(gallery: Gallery) -> str:
     return f"<h2>{html.escape(gallery.title)}</h2>{''.join(articles)}"
 
 
-def _data_url(picture: Image.Image) -> str:
+def data_url(picture: Image.Image) -> str:
+    """A picture as the source of an <img>, PNG."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

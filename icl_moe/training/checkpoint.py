@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.moe import exported_name
@@ -47,9 +48,7 @@ def save(engine: Any, output: Path, step: int, keep: int) -> bool:
     dist.barrier()  # Only then have all ranks written their parts.
     if is_main:
         files = {path.name: path.stat().st_size for path in (folder / tag).iterdir()}
-        partial = folder / tag / f"{_COMPLETE}.partial"
-        partial.write_text(json.dumps({"layout": _layout(engine), "files": files}, indent=1) + "\n", encoding="utf-8")
-        partial.rename(folder / tag / _COMPLETE)
+        write_whole(folder / tag / _COMPLETE, json.dumps({"layout": _layout(engine), "files": files}, indent=1) + "\n")
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     return True
