@@ -130,11 +130,11 @@ def _train(options: argparse.Namespace) -> int:
     from icl_moe.training.preflight import check
 
     recipe = load_recipe(TrainingRecipe, options.recipe, options.settings)
-    check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+    shards, engine_config = check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
 
     from icl_moe.training.trainer import train
 
-    train(recipe)
+    train(recipe, shards, engine_config)
     return 0
 
 

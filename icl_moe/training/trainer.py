@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from icl_moe.data.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
+from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe
@@ -20,13 +22,14 @@ from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import StopSignal, Watchdog, any_rank
 from icl_moe.training.monitor import ProgressMonitor, write_run_description
-from icl_moe.training.preflight import check
 
 
-def train(recipe: TrainingRecipe) -> None:
-    """Train until training.steps, or stop_after, resuming from the newest checkpoint in training.output where there is one."""
+def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]) -> None:
+    """Train until training.steps, or stop_after, resuming from the newest checkpoint in training.output where there is one.
+
+    shards, engine_config: what `preflight.check` gave for the recipe and the number of ranks.
+    """
     with process_group() as ranks:
-        shards, engine_config = check(recipe, ranks.world)
         settings = recipe.training
         part = RankSlice.of(ranks.rank, ranks.world, settings.global_batch, settings.micro_batch)
         schedule = Schedule(shards.manifest.samples, settings.global_batch, settings.seed, settings.sampling)
