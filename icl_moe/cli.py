@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, SampleError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except InputError as error:
-        # Under a launcher every rank finds the same fault: one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        # Under a launcher every rank finds the same fault, and one of them says it; but each reads samples of its own.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
             print(f"icl-moe: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
@@ -89,7 +89,7 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("evaluate", help="measure a model on the episodes of a shard folder")
     parser.add_argument("model", type=Path, help="an exported model")
-    parser.add_argument("shards", type=Path, help="a shard folder")
+    parser.add_argument("shards", help="a shard folder: a path, or a URL such as s3://bucket/folder")
     parser.add_argument("--shots", default="1", help="numbers of examples, such as 0,1,2,3 (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json, predictions and report.html")
     parser.add_argument("--limit", type=int, help="at most this many episodes a task")
@@ -150,7 +150,9 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.recipe import load_recipe
     from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
 
-    train_tokenizer(load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out)
+    from preprocessing.synthetic import draw_picture
+
+    train_tokenizer(load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out, draw_picture)
     return 0
 
 

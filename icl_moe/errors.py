@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one sentence that names the file, key or line and says what would be right. The command line
     prints it alone and exits with code 2; every other exception keeps its traceback.
     """
+
+
+class SampleError(InputError):
+    """A sample cannot be read. Only the rank whose turn it is finds that, so that rank says it, whichever it is."""

@@ -74,11 +74,10 @@ def draw_scene(rng: np.random.Generator, image_size: int | tuple[int, int] = DEF
     return Scene(Image.fromarray(canvas_HW3.clip(0, 255).round().astype(np.uint8)), objects, captions)
 
 
-def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """A scene's image and the mask of one of its classes, for training an image tokenizer."""
+def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[np.ndarray]]:
+    """A scene's image and the masks of its classes, for training an image tokenizer."""
     scene = draw_scene(rng)
-    name = scene.objects[int(rng.integers(len(scene.objects)))].name
-    return scene.image, scene.class_mask(name)
+    return scene.image, [scene.class_mask(name) for name in sorted({o.name for o in scene.objects})]
 
 
 def write_dataset(folder: Path, images: int, seed: int, split: str = "train", image_size: int | tuple[int, int] = DEFAULT_SIZE) -> None:

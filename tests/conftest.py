@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from distributed.rank_group import RankGroup
 
 from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.training.distributed import free_port
 from icl_moe.vocabulary import GPT2_MERGES
 
 # Several ranks and workers share the machine's few cores; more threads than cores only wait for each other.
@@ -71,3 +73,18 @@ def run_command() -> Command:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rank_group() -> Iterator[Callable[[int], RankGroup]]:
+    """The group of N ranks, started when first asked for and shared by all tests."""
+    groups: dict[int, RankGroup] = {}
+
+    def get(world: int) -> RankGroup:
+        if world not in groups:
+            groups[world] = RankGroup(world, free_port())
+        return groups[world]
+
+    yield get
+    for group in groups.values():
+        group.close()

@@ -4,14 +4,17 @@ The network is that of Esser et al., "Taming Transformers for High-Resolution Im
 takes its published weights. A saved tokenizer is a folder of config.json and model.safetensors.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,8 @@ from icl_moe.errors import InputError
 from icl_moe.recipe import from_dict, to_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,16 @@ class VQGANConfig:
 
 
 class VQGAN(nn.Module):
-    """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones."""
+    """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones.
+
+    precision: what `encode` and `decode` compute in. With bf16 most convolutions run in bfloat16, the first and the last of the encoder and
+    the search for the nearest code in float32: a few codes of a thousand then differ (docs/tokenizer.md). Weights stay float32.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
+        self.precision: Precision = "fp32"
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
         self.quantize = _Codebook(config)
@@ -79,8 +89,8 @@ class VQGAN(nn.Module):
         self.apply(_initialise)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "VQGAN":
-        """The tokenizer in the folder `source`, or the shipped one of that name ("demo"): float32, in eval mode.
+    def from_pretrained(cls, source: str | Path, precision: Precision = "fp32") -> "VQGAN":
+        """The tokenizer in the folder `source`, or the shipped one of that name ("demo"), in eval mode.
 
         Raises InputError where files are missing or damaged, where keys are missing or surplus, where the config
         contradicts the weights, and where the weights are not those that the fingerprint was taken of.
@@ -94,7 +104,8 @@ class VQGAN(nn.Module):
         model = cls.from_weights(config, weights, origin=str(folder / WEIGHTS_FILE))
         if model.fingerprint != fingerprint:
             raise InputError(f"The weights in {folder} are not those of the fingerprint {fingerprint} in its {CONFIG_FILE}.")
-        return model
+        model.precision = precision
+        return model.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_weights(cls, config: VQGANConfig, weights: dict[str, Tensor], origin: str) -> "VQGAN":
@@ -140,7 +151,9 @@ class VQGAN(nn.Module):
         height, width = pixels_B3HW.shape[-2:]
         if height % self.downsampling or width % self.downsampling or min(height, width) == 0:
             raise InputError(f"Image sides must be multiples of {self.downsampling} pixels, not {height} x {width}.")
-        return self.quantize.nearest(self.latents(pixels_B3HW)).flatten(1)
+        pixels_B3HW = pixels_B3HW.contiguous(memory_format=torch.channels_last)
+        latents_BChw = self.quant_conv(self.encoder(pixels_B3HW, self.precision))
+        return self.quantize.nearest(latents_BChw).flatten(1)
 
     @torch.inference_mode()
     def decode(self, codes_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -154,7 +167,8 @@ class VQGAN(nn.Module):
             raise InputError(f"{count} codes are no grid of {rows} x {columns}; give its rows and columns.")
         if codes_BN.numel() and (int(codes_BN.min()) < 0 or int(codes_BN.max()) >= self.config.codebook_size):
             raise InputError(f"Codes must lie in 0..{self.config.codebook_size - 1}.")
-        return self.pixels(self.quantize.vectors(codes_BN.unflatten(1, (rows, columns))))
+        latents_BChw = self.quantize.vectors(codes_BN.unflatten(1, (rows, columns)))  # channels last in memory, as a table's rows are
+        return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
     def latents(self, pixels_B3HW: Tensor) -> Tensor:
         """The encoder's output before it is quantised, latents_BChw; differentiable."""
@@ -217,8 +231,8 @@ class _ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_norm_and_silu(self.norm1, x))
+        h = self.conv2(_norm_and_silu(self.norm2, h))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -301,11 +315,9 @@ class _Encoder(nn.Module):
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
-    def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        h = self.conv_in(pixels_B3HW)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+    def forward(self, pixels_B3HW: Tensor, precision: Precision = "fp32") -> Tensor:
+        h = _through_levels(self.down, self.conv_in(pixels_B3HW), precision)
+        return self.conv_out(_norm_and_silu(self.norm_out, self.mid(h)))
 
 
 class _Decoder(nn.Module):
@@ -324,11 +336,21 @@ class _Decoder(nn.Module):
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, latents_BChw: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(latents_BChw))
-        for level in reversed(self.up):
+    def forward(self, latents_BChw: Tensor, precision: Precision = "fp32") -> Tensor:
+        h = _through_levels(reversed(self.up), self.mid(self.conv_in(latents_BChw)), precision)
+        return self.conv_out(_norm_and_silu(self.norm_out, h))
+
+
+def _through_levels(levels: Iterable[nn.Module], h: Tensor, precision: Precision) -> Tensor:
+    """In bf16 this is nearly all of the work, and costs few codes: those hang on the layers about the latents, and on the first one's pixels."""
+    with torch.autocast(h.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+        for level in levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+    return h.float() if precision == "bf16" else h
+
+
+def _norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())  # in place it is one feature map less, but has no gradient
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,14 +1,13 @@
 """Training a VQ-GAN on pictures and masks, and measuring one: fidelity, use of its codes, and how well masks survive it."""
 
 import contextlib
-import importlib
 import io
 import json
 import math
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from icl_moe.errors import InputError
 from icl_moe.images import crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_image, to_pixels
+from icl_moe.processes import join_processes
 from icl_moe.recipe import to_dict
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
@@ -64,6 +64,7 @@ class TokenizerRecipe:
     A code that is chosen less than revive_below times a batch (a running mean over about 100 steps) is moved onto a latent
     of the batch, every revive_every steps up to three quarters of the training.
 
+    mask_weight: of a hinge on the pixels of masks that lie on the wrong side of the threshold, or close to it; none by default.
     perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default. adversarial_from: the step from
     which a PatchGAN discriminator trains along, none by default. Every loss but the L1 difference has its weight.
     """
@@ -76,6 +77,7 @@ class TokenizerRecipe:
     warmup_steps: int = 100
     unquantised_steps: int = 500
     commitment: float = 0.25
+    mask_weight: float = 0.0
     perceptual_network: str | None = None
     perceptual_weight: float = 1.0
     adversarial_from: int | None = None
@@ -97,31 +99,39 @@ class TokenizerRecipe:
             raise InputError(f"ema_decay must lie in 0..1 without 1, not {self.ema_decay}.")
 
 
-def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
+Draw = Callable[[np.random.Generator], tuple[Image.Image, list[np.ndarray]]]
+"""From a generator, a picture and its class masks (H, W)."""
+
+
+def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQGAN:
     """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that was saved there.
 
-    Beside the tokenizer, `out` gets log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after
-    an interruption. Every sample and choice is a function of (seed, step, device). Under `accelerate launch`
-    the batch is shared by all devices. Raises InputError where `out` holds the state of another recipe.
+    draw_scene: draws what data.images=synthetic stands for. Beside the tokenizer, `out` gets log.jsonl, samples/*.png and the state
+    from which the same call goes on, exactly, after an interruption. Every sample and choice is a function of (seed, step): under
+    `accelerate launch` all devices share the batch that one would have. Raises InputError where `out` holds the state of another recipe.
     """
     out = Path(out)
+    join_processes()
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
     run = _Run(recipe, accelerator)
     run.resume(out)
-    source = _open_source(recipe)
-    unseen_B3HW, _ = source(_generator(recipe.seed, _UNSEEN), 64)
+    source = _open_source(recipe, draw_scene)
+    unseen_B3HW, _ = source((recipe.seed, _UNSEEN), range(64))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     share = recipe.batch_size // accelerator.num_processes
     if share * accelerator.num_processes != recipe.batch_size:
         raise InputError(f"batch_size {recipe.batch_size} cannot be shared evenly by {accelerator.num_processes} devices.")
+    mine = range(share * accelerator.process_index, share * (accelerator.process_index + 1))
     bar = tqdm(
         range(run.step, recipe.steps), initial=run.step, total=recipe.steps, desc="tokenizer", disable=not accelerator.is_main_process
     )
     for step in bar:
-        batch_B3HW, _ = source(_generator(recipe.seed, step, accelerator.process_index), share)
-        losses = run.train_step(batch_B3HW)
+        losses = run.train_step(*source((recipe.seed, step), mine))
         last = step + 1 == recipe.steps
-        if accelerator.is_main_process and ((step + 1) % recipe.log_every == 0 or last):
+        logged = (step + 1) % recipe.log_every == 0 or last
+        if logged:
+            losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
+        if logged and accelerator.is_main_process:
             row = {"step": step + 1, **{name: round(float(value), 5) for name, value in losses.items()}, **run.measure(unseen_B3HW)}
             _log(out, row)
             _save_grid(run.averaged, unseen_B3HW, out / "samples" / f"step_{step + 1:06d}.png")
@@ -173,7 +183,7 @@ class _Run:
         self.adversary = Adversary(accelerator, recipe.learning_rate) if recipe.adversarial_from is not None else None
         self.use_K = torch.zeros(recipe.network.codebook_size, device=accelerator.device)
 
-    def train_step(self, pixels_B3HW: Tensor) -> dict[str, Tensor]:
+    def train_step(self, pixels_B3HW: Tensor, is_mask_B: Tensor) -> dict[str, Tensor]:
         """One optimizer step on this device's share of the batch; returns the parts of the loss by name."""
         recipe = self.recipe
         learning_rate = recipe.learning_rate * _schedule(self.step, recipe)
@@ -186,6 +196,9 @@ class _Run:
         drawn_B3HW, codebook, commitment, codes_Bhw = self.model(pixels_B3HW, since >= 0)
         parts = {"l1": (drawn_B3HW.float() - pixels_B3HW).abs().mean(), "codebook": codebook, "commitment": commitment}
         reconstruction = parts["l1"]
+        if recipe.mask_weight:
+            parts["mask"] = _mask_hinge(drawn_B3HW.float(), pixels_B3HW, is_mask_B.to(pixels_B3HW.device))
+            reconstruction = reconstruction + recipe.mask_weight * parts["mask"]
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual(drawn_B3HW, pixels_B3HW)
             reconstruction = reconstruction + recipe.perceptual_weight * parts["perceptual"]
@@ -210,7 +223,7 @@ class _Run:
         use_K = self.accelerator.reduce(use_K, "sum")
         if since >= 0:
             self.use_K.lerp_(use_K, max(0.01, 1 / (since + 1)))
-        return torch.tensor(_perplexity(use_K))
+        return torch.tensor(_perplexity(use_K), device=use_K.device)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -227,6 +240,7 @@ class _Run:
         table_KC = self.trained.quantize.embedding.weight
         latents_NC = self.trained.latents(pixels_B3HW).movedim(1, -1).flatten(0, -2).float()
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        latents_NC = self.accelerator.gather(latents_NC)
         vectors_DC = broadcast(_spread(latents_NC, table_KC[~dead_K], int(dead_K.sum()), generator))
         for model in (self.trained, self.averaged):
             model.quantize.embedding.weight[dead_K] = vectors_DC
@@ -309,6 +323,15 @@ class _Autoencoder(nn.Module):
         return self.tokenizer.pixels(passed_BChw), codebook, commitment, codes_Bhw
 
 
+def _mask_hinge(drawn_B3HW: Tensor, pixels_B3HW: Tensor, is_mask_B: Tensor, margin: float = 0.5) -> Tensor:
+    """Mean over the batch of relu(margin - t y), t = +1 or -1 the mask's colour: what a pixel lacks to lie clearly on its side.
+
+    The L1 difference pulls on a pixel that is nearly white as hard as on one that is on the wrong side of the threshold.
+    """
+    lacking_B = F.relu(margin - pixels_B3HW * drawn_B3HW).flatten(1).mean(dim=1)
+    return (lacking_B * is_mask_B).mean()
+
+
 def _spread(latents_NC: Tensor, taken_MC: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` of the latents, each drawn with a chance in proportion to its squared distance from the nearest vector so far.
 
@@ -333,55 +356,42 @@ def _schedule(step: int, recipe: TokenizerRecipe) -> float:
 
 # --- Samples ---
 
-Source = Callable[[np.random.Generator, int], tuple[Tensor, Tensor]]
-"""(generator, count) -> pixels_B3HW in [-1, 1], is_mask_B."""
-
-Draw = Callable[[np.random.Generator, bool], tuple[Image.Image, list[np.ndarray]]]
-"""(generator, whether masks are wanted) -> a picture and its class masks (H, W)."""
+Source = Callable[[Sequence[int], range], tuple[Tensor, Tensor]]
+"""(key, wanted) -> pixels_B3HW in [-1, 1], is_mask_B: the samples `wanted` of the endless row of samples that `key` stands for."""
 
 _UNSEEN = 2**31  # a step number that no training reaches: its samples are drawn for the log
+_CROPS = 4
+"""Samples of one picture, so that drawing or decoding pictures does not hold up the training."""
 
 
-def _generator(seed: int, step: int, rank: int = 0) -> np.random.Generator:
-    return np.random.default_rng([seed, step, rank])
+def _open_source(recipe: TokenizerRecipe, draw_scene: Draw) -> Source:
+    draw = (lambda rng, _: draw_scene(rng)) if recipe.data.images == SYNTHETIC else _folder_source(recipe.data)
+    size, smallest = recipe.network.image_size, recipe.data.smallest_crop
 
+    def crops(key: Sequence[int], number: int) -> list[tuple[Tensor, bool]]:
+        rng = np.random.default_rng([*key, number])
+        is_mask = (rng.random(_CROPS) < recipe.data.mask_share).tolist()
+        image, masks = draw(rng, any(is_mask))
+        made = []
+        for masked in is_mask:
+            box = _random_crop(rng, image.size, smallest)
+            if masked:
+                made.append(mask_to_pixels(crop_and_resize_mask(masks[rng.integers(len(masks))], box, size)))
+            else:
+                made.append(to_pixels(crop_and_resize(image, box, size)))
+        return list(zip(made, is_mask, strict=True))
 
-def _open_source(recipe: TokenizerRecipe) -> Source:
-    draw = _scene_source() if recipe.data.images == SYNTHETIC else _folder_source(recipe.data)
-    size, smallest, crops_per_picture = recipe.network.image_size, recipe.data.smallest_crop, 4
-
-    def samples(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Crops, four of a picture, so that drawing or decoding pictures does not hold up the training."""
-        crops: list[Tensor] = []
-        is_mask_B = rng.random(count) < recipe.data.mask_share
-        for start in range(0, count, crops_per_picture):
-            group = is_mask_B[start : start + crops_per_picture]
-            image, masks = draw(rng, bool(group.any()))
-            for masked in group:
-                box = _random_crop(rng, image.size, smallest)
-                if masked:
-                    crops.append(mask_to_pixels(crop_and_resize_mask(masks[rng.integers(len(masks))], box, size)))
-                else:
-                    crops.append(to_pixels(crop_and_resize(image, box, size)))
-        return torch.stack(crops), torch.from_numpy(is_mask_B)
+    def samples(key: Sequence[int], wanted: range) -> tuple[Tensor, Tensor]:
+        first = wanted.start // _CROPS
+        made = [crop for number in range(first, -(-wanted.stop // _CROPS)) for crop in crops(key, number)]
+        pixels, is_mask = zip(*made[wanted.start - first * _CROPS :][: len(wanted)], strict=True)
+        return torch.stack(pixels), torch.tensor(is_mask)
 
     return samples
 
 
-def _scene_source() -> Draw:
-    """Drawn scenes without end, with the masks of their classes."""
-    # The package does not depend on the offline stage; only this choice of the recipe reaches over, so it is loaded here.
-    draw_scene = importlib.import_module("preprocessing.synthetic").draw_scene
-
-    def draw(rng: np.random.Generator, masked: bool) -> tuple[Image.Image, list[np.ndarray]]:
-        scene = draw_scene(rng)
-        return scene.image, [scene.class_mask(name) for name in sorted({o.name for o in scene.objects})]
-
-    return draw
-
-
-def _folder_source(data: TokenizerData) -> Draw:
-    """A random picture of the folder; where `masked`, one that has annotations, with its class masks."""
+def _folder_source(data: TokenizerData) -> Callable[[np.random.Generator, bool], tuple[Image.Image, list[np.ndarray]]]:
+    """Draws a picture of the folder by chance; where masks are wanted, one that has annotations, with its class masks."""
     folder = Path(data.images)
     files = _image_files(folder)
     truth = _ClassMasks(Path(data.annotations)) if data.annotations else None

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from distributed.rank_group import RankGroup
 from PIL import Image
 
 from icl_moe.errors import InputError
@@ -16,7 +18,8 @@ from icl_moe.tokenizers import vqgan_training
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
 from icl_moe.tokenizers.vqgan_training import TokenizerData, TokenizerRecipe, evaluate_tokenizer, train_tokenizer
-from preprocessing.synthetic import write_dataset
+from icl_moe.training.distributed import Ranks
+from preprocessing.synthetic import draw_picture, write_dataset
 
 RECIPE = TokenizerRecipe(
     network=VQGANConfig(
@@ -45,7 +48,7 @@ RECIPE = TokenizerRecipe(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    train_tokenizer(RECIPE, folder)
+    train_tokenizer(RECIPE, folder, draw_picture)
     return folder
 
 
@@ -74,70 +77,88 @@ def test_training_learns_and_logs(trained: Path) -> None:
 def test_an_interrupted_training_ends_where_an_unbroken_one_does(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_step = vqgan_training._Run.train_step
 
-    def interrupted(run: vqgan_training._Run, pixels_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+    def interrupted(run: vqgan_training._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if run.step == 25:
             raise KeyboardInterrupt
-        return train_step(run, pixels_B3HW)
+        return train_step(run, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(vqgan_training._Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(RECIPE, tmp_path)
+            train_tokenizer(RECIPE, tmp_path, draw_picture)
     torch.manual_seed(123)  # what else was drawn since must not matter
-    assert train_tokenizer(RECIPE, tmp_path).fingerprint == VQGAN.from_pretrained(trained).fingerprint
+    assert train_tokenizer(RECIPE, tmp_path, draw_picture).fingerprint == VQGAN.from_pretrained(trained).fingerprint
     assert _rows(tmp_path) == _rows(trained)
+
+
+SHARED = dataclasses.replace(RECIPE, steps=18, batch_size=12, adversarial_from=16, log_every=2, save_every=9)
+
+
+def _train_as_rank(_: Ranks, folder: Path) -> str:
+    return train_tokenizer(SHARED, folder, draw_picture).fingerprint
+
+
+def test_two_devices_train_as_one_does(rank_group: Callable[[int], RankGroup], tmp_path: Path) -> None:
+    """Also where codes are moved, from step 10 on, and with shares of 6 samples, which part the 4 crops of a picture."""
+    fingerprints = rank_group(2).run(_train_as_rank, tmp_path / "two")
+    assert fingerprints[0] == fingerprints[1]
+    train_tokenizer(SHARED, tmp_path / "one", draw_picture)
+    two, one = _rows(tmp_path / "two"), _rows(tmp_path / "one")
+    assert [row["step"] for row in two] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    for a, b in zip(two[:8], one[:8], strict=True):  # then the judge joins, whose batch norms see a device's share
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_a_finished_training_is_not_run_again(trained: Path) -> None:
     before = (trained / "training_state.pt").stat().st_mtime_ns
-    assert train_tokenizer(RECIPE, trained).fingerprint == VQGAN.from_pretrained(trained).fingerprint
+    assert train_tokenizer(RECIPE, trained, draw_picture).fingerprint == VQGAN.from_pretrained(trained).fingerprint
     assert (trained / "training_state.pt").stat().st_mtime_ns == before
 
 
 def test_another_recipe_does_not_go_on_from_a_state(trained: Path) -> None:
     with pytest.raises(InputError, match=r"another recipe \(learning_rate differ"):
-        train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained)
+        train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained, draw_picture)
 
 
 def test_a_damaged_state_is_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "training_state.pt").write_bytes((trained / "training_state.pt").read_bytes()[:5000])
     with pytest.raises(InputError, match="is damaged; remove it"):
-        train_tokenizer(RECIPE, tmp_path)
+        train_tokenizer(RECIPE, tmp_path, draw_picture)
 
 
 def test_half_weights_ship_in_half_the_bytes(tmp_path: Path) -> None:
-    train_tokenizer(dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half")
-    train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole")
+    train_tokenizer(dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half", draw_picture)
+    train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole", draw_picture)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
     assert sizes[0] < 0.6 * sizes[1]
 
 
 def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(RECIPE, steps=12, unquantised_steps=2, adversarial_from=6, log_every=4, save_every=8)
-    whole = train_tokenizer(recipe, tmp_path / "whole")
+    whole = train_tokenizer(recipe, tmp_path / "whole", draw_picture)
     assert [("discriminator" in row) for row in _rows(tmp_path / "whole")] == [False, True, True]
 
     train_step = vqgan_training._Run.train_step
 
-    def interrupted(run: vqgan_training._Run, pixels_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+    def interrupted(run: vqgan_training._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if run.step == 10:
             raise KeyboardInterrupt
-        return train_step(run, pixels_B3HW)
+        return train_step(run, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(vqgan_training._Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(recipe, tmp_path / "parts")
-    assert train_tokenizer(recipe, tmp_path / "parts").fingerprint == whole.fingerprint
+            train_tokenizer(recipe, tmp_path / "parts", draw_picture)
+    assert train_tokenizer(recipe, tmp_path / "parts", draw_picture).fingerprint == whole.fingerprint
 
 
 def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
     torch.manual_seed(0)
     adversary = Adversary(vqgan_training.Accelerator(), 1e-3)
-    source = vqgan_training._open_source(RECIPE)
+    source = vqgan_training._open_source(RECIPE, draw_picture)
     losses = []
     for step in range(8):
-        given_B3HW, _ = source(np.random.default_rng(step), 4)
+        given_B3HW, _ = source([step], range(4))
         losses.append(float(adversary.train_step(torch.rand(4, 3, 32, 32) * 2 - 1, given_B3HW, 1e-3)))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -160,11 +181,11 @@ def _squeezenet(path: Path) -> Path:
 def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_path: Path) -> None:
     network = _squeezenet(tmp_path / "net.npz")
     loss = PerceptualLoss(network)
-    given_B3HW, _ = vqgan_training._open_source(dataclasses.replace(RECIPE, data=TokenizerData()))(np.random.default_rng(0), 4)
+    given_B3HW, _ = vqgan_training._open_source(dataclasses.replace(RECIPE, data=TokenizerData()), draw_picture)([0], range(4))
     noise = torch.randn(given_B3HW.shape, generator=torch.Generator().manual_seed(0))
     distances = [float(loss(given_B3HW + amount * noise, given_B3HW)) for amount in (0.0, 0.05, 0.3)]
     assert distances[0] == 0 < distances[1] < distances[2]
-    train_tokenizer(dataclasses.replace(RECIPE, steps=2, log_every=1, perceptual_network=str(network)), tmp_path / "out")
+    train_tokenizer(dataclasses.replace(RECIPE, steps=2, log_every=1, perceptual_network=str(network)), tmp_path / "out", draw_picture)
     assert all(row["perceptual"] > 0 for row in _rows(tmp_path / "out"))
     with pytest.raises(InputError, match="holds no SqueezeNet"):
         PerceptualLoss(tmp_path / "out" / "config.json")
@@ -182,12 +203,12 @@ def test_new_codes_are_spread_over_unlike_latents() -> None:
 def test_dead_codes_come_back_to_life() -> None:
     recipe = dataclasses.replace(RECIPE, unquantised_steps=0)
     run = vqgan_training._Run(recipe, vqgan_training.Accelerator())
-    source = vqgan_training._open_source(recipe)
-    pixels_B3HW, _ = source(np.random.default_rng(0), 8)
+    source = vqgan_training._open_source(recipe, draw_picture)
+    pixels_B3HW, is_mask_B = source([0], range(8))
     with torch.no_grad():
         run.trained.quantize.embedding.weight.fill_(1e3)  # no latent is near any code
     run.step = 5  # as if after some steps in which no code but these was chosen
-    run.train_step(pixels_B3HW)
+    run.train_step(pixels_B3HW, is_mask_B)
     assert run.trained.encode(pixels_B3HW).unique().numel() > 16
 
 
@@ -196,8 +217,8 @@ def test_masks_are_mixed_in_at_their_share(pictures: Path) -> None:
         TokenizerData(mask_share=0.3),
         TokenizerData(images=str(pictures / "images"), annotations=str(pictures / "instances_train.json"), mask_share=0.3),
     ):
-        source = vqgan_training._open_source(dataclasses.replace(RECIPE, data=data))
-        pixels_B3HW, is_mask_B = source(np.random.default_rng(0), 200)
+        source = vqgan_training._open_source(dataclasses.replace(RECIPE, data=data), draw_picture)
+        pixels_B3HW, is_mask_B = source([0], range(200))
         black_and_white_B = (pixels_B3HW.abs() == 1).flatten(1).all(dim=1)
         assert torch.equal(black_and_white_B, is_mask_B)
         assert 0.2 < is_mask_B.float().mean() < 0.4
