@@ -7,42 +7,18 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from icl_moe.errors import InputError
+from icl_moe.images import to_pixels
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig, convert_taming
+from preprocessing.synthetic import draw_scene
 
 SMALL = VQGANConfig(image_size=32, codebook_size=64, code_channels=8, latent_channels=16, channels=32, channel_multipliers=(1, 2, 2))
-
-
-class Published(nn.Module):
-    """taming-transformers' own modules, put together as its VQModel does (which needs pytorch_lightning, these do not)."""
-
-    def __init__(self, size: int, channels: int, multipliers: list[int], codes: int, attention: list[int], width: int) -> None:
-        super().__init__()
-        model = pytest.importorskip(
-            "taming.modules.diffusionmodules.model", reason="pip install --no-deps taming-transformers-rom1504==0.0.6"
-        )
-        from taming.modules.vqvae.quantize import VectorQuantizer2
-
-        self.network = {"double_z": False, "z_channels": width, "resolution": size, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
-        self.network |= {"ch": channels, "ch_mult": multipliers, "num_res_blocks": 2, "attn_resolutions": attention}
-        self.encoder, self.decoder = model.Encoder(**self.network), model.Decoder(**self.network)
-        self.quantize = VectorQuantizer2(codes, width, beta=0.25)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-        # Codes where the latents are, or all pictures would fall on a few of them.
-        self.quantize.embedding.weight.data.normal_(std=0.5)
-        self.eval()
-
-    @torch.no_grad()
-    def run(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """latents_BChw, codes_BN, pixels_B3HW."""
-        latents = self.quant_conv(self.encoder(pixels_B3HW))
-        quantised, _, (_, _, codes) = self.quantize(latents)
-        return latents, codes.view(len(pixels_B3HW), -1), self.decoder(self.post_quant_conv(quantised))
 
 
 def _release(folder: Path, state: dict[str, Tensor], network: dict[str, Any], codes: int, width: int) -> tuple[Path, Path]:
@@ -79,38 +55,53 @@ def _tiny_release(folder: Path, without: str = "", extra: dict[str, Any] | None 
     return _release(folder, {**state, **(extra or {})}, TINY_NETWORK, codes=16, width=8)
 
 
+def _sizes(image: int, channels: int, multipliers: tuple[int, ...], codes: int, attention: tuple[int, ...], width: int = 32) -> VQGANConfig:
+    return VQGANConfig(image, codes, width, width, channels, multipliers, 2, attention)
+
+
 @pytest.mark.parametrize(
-    ("size", "channels", "multipliers", "codes", "attention"),
+    "config",
     [
-        pytest.param(64, 32, [1, 1, 2, 2, 4], 1024, [4], id="f16, 1024 codes"),
-        pytest.param(64, 32, [1, 2, 2, 4], 1024, [8, 16], id="f8, attention in two levels"),
-        pytest.param(64, 32, [1, 1, 2, 2, 4], 16384, [4], id="f16, 16384 codes"),
-        pytest.param(256, 128, [1, 1, 2, 2, 4], 1024, [16], id="f16 at its full size", marks=pytest.mark.slow),
+        pytest.param(_sizes(64, 32, (1, 1, 2, 2, 4), 1024, (4,)), id="f16, 1024 codes"),
+        pytest.param(_sizes(64, 32, (1, 2, 2, 4), 1024, (8, 16)), id="f8, attention in two levels"),
+        pytest.param(_sizes(64, 32, (1, 1, 2, 2, 4), 16384, (4,)), id="f16, 16384 codes"),
+        pytest.param(VQGANConfig(), id="f16 at its full size", marks=pytest.mark.slow),
     ],
 )
-def test_a_converted_release_gives_the_published_numbers(
-    tmp_path: Path, size: int, channels: int, multipliers: list[int], codes: int, attention: list[int]
-) -> None:
+def test_a_converted_release_gives_the_published_numbers(tmp_path: Path, config: VQGANConfig) -> None:
+    pytest.importorskip("taming", reason="pip install --no-deps taming-transformers-rom1504==0.0.6")
+    from benchmarks.published_vqgan import PublishedVQGAN
+
     torch.manual_seed(0)
-    published = Published(size, channels, multipliers, codes, attention, width=256 if size == 256 else 32)
-    convert_taming(
-        *_release(tmp_path, published.state_dict(), published.network, codes, published.quant_conv.out_channels), tmp_path / "out"
-    )
+    published = PublishedVQGAN(config)
+    release = _release(tmp_path, published.state_dict(), published.network, config.codebook_size, config.code_channels)
+    convert_taming(*release, tmp_path / "out")
     ours = VQGAN.from_pretrained(tmp_path / "out")
-    pixels_B3HW = torch.rand(3, 3, size, size) * 2 - 1
-    latents, codes_BN, drawn = published.run(pixels_B3HW)
+    assert ours.config == config
+    pixels_B3HW = torch.rand(3, 3, config.image_size, config.image_size) * 2 - 1
+    latents, codes_BN = published.latents(pixels_B3HW), published.encode(pixels_B3HW)
 
     torch.testing.assert_close(ours.latents(pixels_B3HW).detach(), latents, atol=1e-5, rtol=1e-4)
     assert codes_BN.unique().numel() > 5
     differ = ours.encode(pixels_B3HW) != codes_BN
-    assert not (differ & (_gap_to_second_nearest(latents, published) > 1e-5)).any()
-    torch.testing.assert_close(ours.decode(codes_BN), drawn, atol=1e-4, rtol=0)
+    assert not (differ & (_gap_to_second_nearest(latents, published.quantize.embedding.weight) > 1e-5)).any()
+    torch.testing.assert_close(ours.decode(codes_BN), published.decode(codes_BN), atol=1e-4, rtol=0)
 
 
-def _gap_to_second_nearest(latents_BChw: Tensor, published: Published) -> Tensor:
+def _gap_to_second_nearest(latents_BChw: Tensor, table_KC: Tensor) -> Tensor:
     flat = latents_BChw.movedim(1, -1).flatten(1, 2)
-    two = torch.cdist(flat, published.quantize.embedding.weight.detach()).square().topk(2, dim=-1, largest=False).values
+    two = torch.cdist(flat, table_KC.detach()).square().topk(2, dim=-1, largest=False).values
     return two[..., 1] - two[..., 0]
+
+
+def test_bf16_draws_nearly_the_same_codes_and_pixels_and_is_the_same_tokenizer() -> None:
+    exact, fast = VQGAN.from_pretrained("demo"), VQGAN.from_pretrained("demo", precision="bf16")
+    assert fast.fingerprint == exact.fingerprint
+    rng = np.random.default_rng(0)
+    pixels_B3HW = torch.stack([to_pixels(draw_scene(rng, 64).image) for _ in range(24)])
+    codes_BN = exact.encode(pixels_B3HW)
+    assert 0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1  # 1 would mean that nothing ran in bfloat16
+    assert (fast.decode(codes_BN) - exact.decode(codes_BN)).abs().mean() < 0.01
 
 
 def test_the_default_is_the_released_network() -> None:
