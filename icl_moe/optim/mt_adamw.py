@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,21 +63,39 @@ class MTAdamW(torch.optim.Optimizer):
         return int(state["step"])
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any], scale: float) -> None:
-        """All parameters in one pass per operation (foreach); they have taken equally many steps."""
+        """One step of parameters that have taken equally many; `scale` is omega_k / ||G||."""
         beta1, beta2 = group["betas"]
         states = [self.state[parameter] for parameter in parameters]
-        first, second = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         steps = int(states[0]["step"])
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(first, beta1)
-        torch._foreach_add_(first, gradients, alpha=(1 - beta1) / self.probability * scale)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=(1 - beta2) / self.probability * scale**2)
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2**steps))
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(parameters, first, denominators, value=-group["lr"] / (1 - beta1**steps))
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        # The bias correction of n is drawn out of the root: m / (sqrt(n) / c + eps) = c m / (sqrt(n) + c eps), one pass less.
+        correction = math.sqrt(1 - beta2**steps)
+        for theta, g, m, n in _blocks(parameters, gradients, *moments):
+            torch._foreach_mul_(m, beta1)
+            torch._foreach_add_(m, g, alpha=(1 - beta1) / self.probability * scale)
+            torch._foreach_mul_(n, beta2)
+            torch._foreach_addcmul_(n, g, g, value=(1 - beta2) / self.probability * scale**2)
+            denominators = torch._foreach_sqrt(n)
+            torch._foreach_add_(denominators, correction * group["eps"])
+            torch._foreach_mul_(theta, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_addcdiv_(theta, m, denominators, value=-group["lr"] * correction / (1 - beta1**steps))
+
+
+_BLOCK = 1 << 16  # elements: four tensors of them stay in a core's cache
+
+
+def _blocks(*tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same pieces of every list of tensors: on a CPU small ones, so that the passes over a piece find it in the cache.
+
+    Elsewhere, and where memory is not laid out alike, all at once: then each operation is one launch for all tensors.
+    """
+    if not all(tensor.is_cpu and tensor.is_contiguous() for group in tensors for tensor in group):
+        yield tensors
+        return
+    for parts in zip(*tensors, strict=True):
+        for block in zip(*(part.view(-1).split(_BLOCK) for part in parts), strict=True):
+            yield tuple([piece] for piece in block)
 
 
 def _runs(counts: list[int]) -> list[tuple[int, int]]:
