@@ -65,11 +65,14 @@ class TokenizerRecipe:
     of the batch, every revive_every steps up to three quarters of the training.
 
     mask_weight: of a hinge on the pixels of masks that lie on the wrong side of the threshold, or close to it; none by default.
+    start_from: a tokenizer's folder (or a shipped name) of this network, whose weights to begin with instead of random ones, such as a
+    converted release that is to learn masks; unquantised_steps is best 0 then.
     perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default. adversarial_from: the step from
     which a PatchGAN discriminator trains along, none by default. Every loss but the L1 difference has its weight.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)
+    start_from: str | None = None
     data: TokenizerData = field(default_factory=TokenizerData)
     steps: int = 10_000
     batch_size: int = 32
@@ -174,6 +177,10 @@ class _Run:
         self.recipe, self.accelerator, self.step = recipe, accelerator, 0
         torch.manual_seed(recipe.seed)
         trained = VQGAN(recipe.network)
+        self.use_K = torch.zeros(recipe.network.codebook_size, device=accelerator.device)
+        if recipe.start_from is not None:
+            trained.load_state_dict(_weights_to_start_from(recipe.start_from, recipe.network))
+            self.use_K.fill_(recipe.revive_below)  # its codes have their meaning: none is dead before it was not chosen
         self.averaged = VQGAN(recipe.network).to(accelerator.device).eval().requires_grad_(False)
         self.averaged.load_state_dict(trained.state_dict())
         optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -181,7 +188,6 @@ class _Run:
         self.trained = trained
         self.perceptual = PerceptualLoss(recipe.perceptual_network).to(accelerator.device) if recipe.perceptual_network else None
         self.adversary = Adversary(accelerator, recipe.learning_rate) if recipe.adversarial_from is not None else None
-        self.use_K = torch.zeros(recipe.network.codebook_size, device=accelerator.device)
 
     def train_step(self, pixels_B3HW: Tensor, is_mask_B: Tensor) -> dict[str, Tensor]:
         """One optimizer step on this device's share of the batch; returns the parts of the loss by name."""
@@ -321,6 +327,15 @@ class _Autoencoder(nn.Module):
             return self.tokenizer.pixels(latents_BChw), 0.0 * codebook, 0.0 * commitment, codes_Bhw
         passed_BChw = latents_BChw + (vectors_BChw - latents_BChw).detach()
         return self.tokenizer.pixels(passed_BChw), codebook, commitment, codes_Bhw
+
+
+def _weights_to_start_from(source: str, network: VQGANConfig) -> dict[str, Tensor]:
+    tokenizer = VQGAN.from_pretrained(source)
+    if tokenizer.config != network:
+        theirs, ours = to_dict(tokenizer.config), to_dict(network)
+        differences = ", ".join(f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key])
+        raise InputError(f"start_from: {source} is of another network: {differences}.")
+    return tokenizer.state_dict()
 
 
 def _mask_hinge(drawn_B3HW: Tensor, pixels_B3HW: Tensor, is_mask_B: Tensor, margin: float = 0.5) -> Tensor:

@@ -115,6 +115,15 @@ def test_a_finished_training_is_not_run_again(trained: Path) -> None:
     assert (trained / "training_state.pt").stat().st_mtime_ns == before
 
 
+def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, start_from=str(trained), unquantised_steps=0, steps=4, log_every=2, learning_rate=1e-4)
+    train_tokenizer(recipe, tmp_path / "on", draw_picture)
+    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(_rows(trained)[-1]["psnr"], abs=0.5)  # from scratch it is 10 dB less
+    other = dataclasses.replace(RECIPE, start_from="demo")
+    with pytest.raises(InputError, match=r"start_from: demo is of another network: image_size is 64 there and 32 here"):
+        train_tokenizer(other, tmp_path / "other", draw_picture)
+
+
 def test_another_recipe_does_not_go_on_from_a_state(trained: Path) -> None:
     with pytest.raises(InputError, match=r"another recipe \(learning_rate differ"):
         train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained, draw_picture)
@@ -283,8 +292,8 @@ def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tmp_path: Path) -> No
     """On scenes that it never saw: mask ceiling, fidelity and use of its codes, with a little room for other scenes."""
     write_dataset(tmp_path, images=80, seed=987_654, split="val")
     report = evaluate_tokenizer("demo", tmp_path / "images", tmp_path / "instances_val.json")
-    assert report["mask_miou"] >= 0.85
-    assert report["psnr"] >= 23.8
+    assert report["mask_miou"] >= 0.90
+    assert report["psnr"] >= 24.0
     assert report["codes_used"] >= 0.60
 
 
