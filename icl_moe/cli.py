@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl_moe.errors import InputError, SampleError
+from icl_moe.errors import InputError, RankError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except InputError as error:
-        # Under a launcher every rank finds the same fault, and one of them says it; but each reads samples of its own.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
+        # Under a launcher every rank finds the same fault, and one of them says it; but some faults one rank finds alone.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"icl-moe: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
@@ -149,7 +149,6 @@ def _export(options: argparse.Namespace) -> int:
 def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.recipe import load_recipe
     from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
-
     from preprocessing.synthetic import draw_picture
 
     train_tokenizer(load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out, draw_picture)

@@ -17,10 +17,8 @@ from icl_moe.errors import InputError
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.evaluation.report import Section, line_chart, summary, table
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.model.router import AttributeGate
-from icl_moe.sequence import streams
-from icl_moe.tasks import describe_attributes
 from icl_moe.training.distributed import free_port
+from icl_moe.training.expert_table import HEADS, expert_choices
 
 RANKS = 2
 _TRAIN_IMAGES, _VALIDATION_IMAGES = 1000, 100
@@ -67,18 +65,7 @@ def _loss_curve(run: Path) -> str:
 
 
 def _expert_table(model: Path) -> str:
-    decoder = InContextDecoder.from_pretrained(model)
-    rows = []
-    for number, layer in enumerate(decoder.layers):
-        gate = getattr(layer.feed_forward, "gate", None)
-        if not isinstance(gate, AttributeGate):
-            continue
-        for attributes in streams(decoder.sequence_format):
-            probabilities_E = gate.probabilities((attributes,))[0]
-            best = probabilities_E.topk(gate.experts_per_token)
-            chosen = ", ".join(f"{expert} (p = {p:.2f})" for p, expert in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-            rows.append([str(number), describe_attributes(attributes), chosen])
-    return table(["layer", "stream", "experts"], rows)
+    return table(HEADS, [choice.cells() for choice in expert_choices(InContextDecoder.from_pretrained(model))])
 
 
 def _say(stage: str) -> None:

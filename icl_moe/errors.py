@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
-class SampleError(InputError):
-    """A sample cannot be read. Only the rank whose turn it is finds that, so that rank says it, whichever it is."""
+class RankError(InputError):
+    """What one rank alone may find, so that rank says it, whichever it is."""
+
+
+class SampleError(RankError):
+    """A sample cannot be read: only the rank whose turn it is finds that."""

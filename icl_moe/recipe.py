@@ -23,12 +23,18 @@ Recipe = TypeVar("Recipe")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to train on. `shards` and `validation` are folders that `icl-moe shards build` wrote."""
+    """What to train on. `shards` and `validation` are folders that `icl-moe shards build` wrote, or their fsspec URLs (s3://bucket/folder).
+
+    cache, cache_gigabytes: where the files of a URL are kept and how much room they may take; by default the user's cache folder. Room for
+    all shards is best: each step reads from everywhere.
+    """
 
     shards: str
     validation: str | None = None
     layout: Literal["packed", "padded"] = "packed"
     workers: int = 1
+    cache: str | None = None
+    cache_gigabytes: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,10 @@ class TrainingSettings:
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's caption-only model).
     skipped_steps: how many steps may be left out, over the whole run, because their loss is not finite, before training ends.
     hang_seconds: without progress for so long, the run ends and names the rank that stands still; null to wait for ever.
+    dry_run: before the first step, compute the largest batch of every task, so that one that is too large for the memory shows at once.
+    evaluate_every, evaluate_episodes: every so many steps, ask the first so many episodes of each task of data.validation; null for never.
+    gradient_report_every: how often the gradient's norm is written by task and part of the model; null for never.
+    deterministic: whether operations whose result may differ from run to run on a GPU are replaced by slower ones that repeat it.
     """
 
     steps: int
@@ -123,11 +133,19 @@ class TrainingSettings:
     activation_checkpointing: bool = False
     skipped_steps: int = 5
     hang_seconds: float | None = 1800.0
+    dry_run: bool = True
+    evaluate_every: int | None = None
+    evaluate_episodes: int = 32
+    gradient_report_every: int | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "save_every", "keep_checkpoints", "log_every"):
+        for name in ("steps", "global_batch", "micro_batch", "save_every", "keep_checkpoints", "log_every", "evaluate_episodes"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("evaluate_every", "gradient_report_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"training.{name} must be at least 1, or null for never, not {getattr(self, name)}.")
         if self.global_batch % self.micro_batch:
             raise InputError(
                 f"training.global_batch ({self.global_batch}) must be a multiple of training.micro_batch ({self.micro_batch})."
@@ -157,6 +175,8 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         if self.optimizer.name == "mt_adamw" and self.training.sampling == "mixed":
             raise InputError("training.sampling must be unmixed with optimizer.name=mt_adamw, which needs one task a step.")
+        if self.training.evaluate_every is not None and self.data.validation is None:
+            raise InputError("training.evaluate_every needs data.validation, a folder of shards to evaluate on.")
 
 
 def load_recipe(kind: type[Recipe], source: str, overrides: typing.Sequence[str] = (), package: str = "icl_moe") -> Recipe:

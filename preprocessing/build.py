@@ -8,15 +8,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from tqdm import tqdm
 
-from icl_moe.data.shards import MANIFEST_FILE, SCHEMA_VERSION, Manifest, ShardSet
+from icl_moe.data.location import MANIFEST_FILE, FileInfo
+from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
 from icl_moe.errors import InputError
+from icl_moe.processes import join_processes
 from icl_moe.recipe import to_dict
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.tasks import TASKS
@@ -37,8 +39,8 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     Goes on where an earlier build with the same settings stopped. Raises InputError for bad input, and where `out` holds something
     else.
     """
-    process = PartialState()
-    tokenizer = VQGAN.from_pretrained(recipe.tokenizer)
+    process = join_processes()
+    tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
     codec = SequenceCodec(_format(recipe, tokenizer), TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer))
     folder = _WorkFolder(out, recipe, tokenizer.fingerprint, codec.text.fingerprint)
     if folder.is_complete():
@@ -79,6 +81,7 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
             samples={task: len(episodes[task]) for task in tasks},
             classes=classes,
             shards=shards,
+            files=tuple(FileInfo.of(out, name) for name in _companions(out, tasks)),
             skipped={f"{pool.task}.{reason}": count for pool in pools for reason, count in sorted(pool.skipped.items()) if count},
         )
         manifest.write(out)
@@ -95,14 +98,14 @@ class _WorkFolder:
         self.work = out / ".build"
         self._state_file = self.work / "state.json"
         # Through JSON, so that it compares equal to what was read back.
-        self._settings = json.loads(json.dumps({**to_dict(recipe), "image tokenizer": image_tokenizer, "text tokenizer": text_tokenizer}))
+        self._settings = json.loads(json.dumps(_settings(to_dict(recipe), image_tokenizer, text_tokenizer, SCHEMA_VERSION)))
 
     def is_complete(self) -> bool:
         """Whether `out` already holds these shards, whole. Raises InputError where it holds others."""
         if not (self.out / MANIFEST_FILE).is_file():
             return False
         manifest = Manifest.read(self.out)
-        found = {**manifest.recipe, "image tokenizer": manifest.image_tokenizer, "text tokenizer": manifest.text_tokenizer}
+        found = _settings(manifest.recipe, manifest.image_tokenizer, manifest.text_tokenizer, manifest.schema_version)
         self._check_settings(found, "shards")
         shutil.rmtree(self.work, ignore_errors=True)  # where the build was stopped between its last two steps
         return True
@@ -143,6 +146,12 @@ class _WorkFolder:
         os.replace(partial, self._state_file)
 
 
+def _settings(recipe: dict[str, Any], image_tokenizer: str, text_tokenizer: str, schema_version: int) -> dict[str, Any]:
+    """All that decides the bytes of a shard folder, besides its sources."""
+    versions = {"image tokenizer": image_tokenizer, "text tokenizer": text_tokenizer, "schema version": schema_version}
+    return {**recipe, **versions}
+
+
 def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
     """The sequence format of a recipe; raises InputError where its image tokenizer does not fit."""
     if recipe.vocabulary.image_codes != tokenizer.config.codebook_size:
@@ -155,6 +164,12 @@ def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
             f"image_size is {recipe.image_size}; the tokenizer {recipe.tokenizer} needs a multiple of {tokenizer.downsampling}."
         )
     return recipe.sequence_format((recipe.image_size // tokenizer.downsampling) ** 2)
+
+
+def _companions(out: Path, tasks: Iterable[str]) -> list[str]:
+    """The files that belong to the shards: indices and tokenizers."""
+    tokenizers = sorted(path for folder in ("image_tokenizer", "text_tokenizer") for path in (out / folder).iterdir())
+    return [*map(index_file, tasks), *(path.relative_to(out).as_posix() for path in tokenizers)]
 
 
 def _draw_scenes(recipe: DataRecipe, out: Path) -> None:

@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     stats = verbs.add_parser("stats", help="say what a shard folder holds")
     preview = verbs.add_parser("preview", help="draw some samples, decoded from their tokens, on a page")
     for verb in (verify, stats, preview):
-        verb.add_argument("folder", type=Path, metavar="DIR", help="the shard folder")
+        verb.add_argument("folder", metavar="DIR", help="the shard folder, a path or a URL such as s3://bucket/folder")
     preview.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page, one file")
 
 
@@ -30,14 +30,13 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the verb in `args`; returns the exit code. Bad input raises InputError."""
     # Imported here: --help must not wait for torch.
     if args.shards_verb == "build":
-        from accelerate import PartialState
-
+        from icl_moe.processes import join_processes
         from icl_moe.recipe import load_recipe
         from preprocessing.build import build_shards
         from preprocessing.recipe import DataRecipe
 
         manifest = build_shards(load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing"), args.out, args.workers)
-        process = PartialState()
+        process = join_processes()
         if process.is_main_process:
             counts = " and ".join(f"{count} {task} samples" for task, count in manifest.samples.items())
             print(f"{args.out}: {counts} in {len(manifest.shards)} shards.")

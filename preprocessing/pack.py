@@ -1,6 +1,5 @@
 """Episodes -> webdataset shards. A shard is a pure function of its number, so any number of processes makes the same bytes."""
 
-import hashlib
 import io
 import json
 import os
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from icl_moe.data.shards import INDEX_FILE, ShardInfo, sample_key
+from icl_moe.data.location import FileInfo
+from icl_moe.data.shards import INDEX_TYPE, ShardInfo, index_file, sample_checksum, sample_key
 from icl_moe.files import write_whole
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, TokenSequence
 from icl_moe.tasks import TASKS
@@ -70,18 +70,18 @@ def pack_shard(packer: Packer, plan: ShardPlan) -> int:
     if target.is_file() and notes.is_file():
         return plan.stop - plan.start
     partial = packer.folder / f"{plan.file}.partial"
-    lengths, classes = [], Counter[str]()
+    ends, classes = [], Counter[str]()
     with partial.open("wb") as file, webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
         for index in range(plan.start, plan.stop):
             category, sequence, meta = _sample(packer, plan.task, index)
             tokens_L = sequence.tokens_L.astype(packer.codec.format.vocabulary.token_dtype)
-            writer.write({"__key__": sample_key(plan.task, index), "tokens.npy": _npy_bytes(tokens_L), "json": _json_bytes(meta)})
-            lengths.append(role_lengths(sequence))
+            raw_tokens, raw_json = _npy_bytes(tokens_L), _json_bytes(meta)
+            writer.write({"__key__": sample_key(plan.task, index), "tokens.npy": raw_tokens, "json": raw_json})
+            ends.append((*role_lengths(sequence), sample_checksum(raw_tokens, raw_json)))
             classes[category] += 1
-    rows = [[*places, *counts] for places, counts in zip(_places(partial), lengths, strict=True)]
-    with partial.open("rb") as written:
-        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-    info = ShardInfo(plan.file, plan.task, plan.stop - plan.start, partial.stat().st_size, sha256)
+    rows = [[*places, *end] for places, end in zip(_places(partial), ends, strict=True)]
+    written = FileInfo.of(packer.folder, partial.name)
+    info = ShardInfo(plan.file, written.bytes, written.sha256, plan.task, plan.stop - plan.start)
     os.replace(partial, target)
     write_whole(notes, _json_bytes({"shard": asdict(info), "classes": classes, "rows": rows}))
     return info.samples
@@ -96,16 +96,9 @@ def collect(packer: Packer, plans: Sequence[ShardPlan]) -> tuple[tuple[ShardInfo
         notes = json.loads((packer.notes / f"{plan.file}.json").read_bytes())
         shards.append(ShardInfo(**notes["shard"]))
         classes[plan.task].update(notes["classes"])
-        of_shard = np.array(notes["rows"], dtype=np.int64)
-        rows[plan.task].append(np.column_stack([np.full(len(of_shard), number, dtype=np.int64), of_shard]))
-    arrays: dict[str, np.ndarray] = {}
+        rows[plan.task].append(np.array([(number, *row) for row in notes["rows"]], dtype=INDEX_TYPE))
     for task, parts in rows.items():
-        table = np.concatenate(parts)
-        columns = {"shard": table[:, 0], "tokens": table[:, 1:3], "json": table[:, 3:5], "lengths": table[:, 5], "targets": table[:, 6:8]}
-        arrays |= {f"{task}.{name}": np.ascontiguousarray(array) for name, array in columns.items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    write_whole(packer.folder / INDEX_FILE, buffer.getvalue())
+        write_whole(packer.folder / index_file(task), _npy_bytes(np.concatenate(parts)))
     return tuple(shards), {task: dict(sorted(counts.items())) for task, counts in classes.items()}
 
 

@@ -34,13 +34,14 @@ figcaption {{ max-width: {2 * _SHOWN_SIDE}px; color: #555; }}
 """
 
 
-def write_preview(folder: Path, out: Path) -> None:
-    """Write a page, one file without references, with samples of each task spread over the shards of `folder`."""
-    shards = ShardSet(folder)
-    codec = open_codec(folder, shards.manifest)
-    tokenizer = VQGAN.from_pretrained(folder / "image_tokenizer").eval()
-    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{_STYLE}</style>"]
-    parts.append(f"<h1>{html.escape(folder.name)}</h1><p>Pictures are decoded from tokens; the query is framed in blue.</p>")
+def write_preview(location: str | Path, out: Path) -> None:
+    """Write a page, one file without references, with samples of each task spread over the shards at a path or a URL."""
+    shards = ShardSet(location)
+    codec = open_codec(shards)
+    tokenizer = VQGAN.from_pretrained(shards.fetch("image_tokenizer")).eval()
+    title = html.escape(Path(shards.location).name)
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"]
+    parts.append(f"<h1>{title}</h1><p>Pictures are decoded from tokens; the query is framed in blue.</p>")
     for task, count in shards.manifest.samples.items():
         parts.append(f"<h2>{html.escape(task)}</h2>")
         numbers = np.unique(np.linspace(0, count - 1, SAMPLES_PER_TASK).astype(int)).tolist()

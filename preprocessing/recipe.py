@@ -79,7 +79,8 @@ class SyntheticScenes:
 class DataRecipe:
     """Settings of one shard folder.
 
-    tokenizer: the folder of a VQGAN, or the name of a shipped one. text_tokenizer: see `TextTokenizer`'s source.
+    tokenizer: the folder of a VQGAN, or the name of a shipped one. tokenizer_precision: bf16 encodes faster and changes a few codes of a
+    thousand (docs/tokenizer.md). text_tokenizer: see `TextTokenizer`'s source.
     image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
     shard_size: samples in a shard. missing_images: `stop`, or `skip` annotated images that are not there and count them.
@@ -95,6 +96,7 @@ class DataRecipe:
     samples: int | None = None
     shard_size: int = 4096
     missing_images: Literal["stop", "skip"] = "stop"
+    tokenizer_precision: Literal["fp32", "bf16"] = "fp32"
     vocabulary: Vocabulary = Vocabulary()
     text_tokenizer: str = "auto"
     caption: CaptionText = field(default_factory=CaptionText)

@@ -1,6 +1,7 @@
 """`icl-moe shards verify` and `stats`: is a shard folder whole and right, and what is in it."""
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from icl_moe.data.shards import Manifest, Sample, ShardSet, check_size
+from icl_moe.data.location import ShardFolder, open_folder
+from icl_moe.data.shards import Manifest, Sample, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.sequence import CaptionPair, Episode, SequenceCodec
 from icl_moe.tokenizers.boxes import box_to_bins
@@ -17,15 +19,16 @@ from preprocessing.coco import decode_mask
 from preprocessing.pack import role_lengths
 
 
-def verify_shards(folder: Path) -> Manifest:
-    """Check the hash of every shard, and read every sample and decode it; returns the manifest.
+def verify_shards(location: str | Path) -> Manifest:
+    """Check the hash of every file, and read every sample and decode it; returns the manifest. `location` is a path or a URL.
 
-    Raises InputError that names what is wrong: all damaged shards, or the first sample that is not what it should be.
+    Raises InputError that names what is wrong: all damaged files, or the first sample that is not what it should be.
     """
+    folder = open_folder(location)
     manifest = Manifest.read(folder)
     _verify_files(folder, manifest)
-    shards = ShardSet(folder)
-    codec = open_codec(folder, manifest)
+    shards = ShardSet(location)
+    codec = open_codec(shards)
     for task, count in manifest.samples.items():
         classes = Counter[str]()
         for index in tqdm(range(count), desc=f"reading {task}", unit="sample"):
@@ -35,27 +38,28 @@ def verify_shards(folder: Path) -> Manifest:
                 _verify_sample(sample, codec, manifest)
                 _verify_index(sample, shards, index)
             except InputError as error:
-                raise InputError(f"{folder / sample.shard}: sample {sample.key} is corrupt: {error}") from error
+                raise InputError(f"{folder.name}/{sample.shard}: sample {sample.key} is corrupt: {error}") from error
         if classes != manifest.classes.get(task):
-            raise InputError(f"{folder}: the manifest's counts of the classes of {task} are not those of the samples.")
+            raise InputError(f"{folder.name}: the manifest's counts of the classes of {task} are not those of the samples.")
     return manifest
 
 
-def open_codec(folder: Path, manifest: Manifest) -> SequenceCodec:
+def open_codec(shards: ShardSet) -> SequenceCodec:
     """The codec of a shard folder's sequences. Raises InputError where its text tokenizer is not the one of the manifest."""
-    text = TextTokenizer(manifest.format.vocabulary.text_merges, str(folder / "text_tokenizer"))
+    manifest = shards.manifest
+    text = TextTokenizer(manifest.format.vocabulary.text_merges, str(shards.fetch("text_tokenizer")))
     if text.fingerprint != manifest.text_tokenizer:
-        raise InputError(f"{folder / 'text_tokenizer'} is not the text tokenizer that the manifest names.")
+        raise InputError(f"{shards.location}/text_tokenizer is not the text tokenizer that the manifest names.")
     return SequenceCodec(manifest.format, text)
 
 
-def shard_stats(folder: Path) -> str:
-    """Tables of what a shard folder holds: tasks, lengths, classes, and what was left out."""
-    shards = ShardSet(folder)
+def shard_stats(location: str | Path) -> str:
+    """Tables of what a shard folder, at a path or a URL, holds: tasks, lengths, classes, and what was left out."""
+    shards = ShardSet(location)
     manifest = shards.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     lines = [
-        f"{folder}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} px, {manifest.examples} examples, "
+        f"{shards.location}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} px, {manifest.examples} examples, "
         f"{manifest.format.vocabulary.size} token ids, {manifest.format.length(manifest.examples + 1)} positions",
         "",
         f"{'task':<14}{'samples':>10}{'classes':>9}{'shards':>8}   length without padding: min / mean / max{'':4}targets",
@@ -64,7 +68,7 @@ def shard_stats(folder: Path) -> str:
         lengths = shards.lengths(task)
         of_task = sum(shard.task == task for shard in manifest.shards)
         spread = f"{lengths.min()} / {lengths.mean():.1f} / {lengths.max()}"
-        targets = int(shards.target_counts(task)[:, 1].sum())
+        targets = int(shards.target_counts(task, range(count))[:, 1].sum())
         lines.append(f"{task:<14}{count:>10}{len(manifest.classes[task]):>9}{of_task:>8}   {spread:<45}{targets}")
     for task, classes in manifest.classes.items():
         lines += ["", f"classes of {task}:"]
@@ -76,19 +80,18 @@ def shard_stats(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _verify_files(folder: Path, manifest: Manifest) -> None:
+def _verify_files(folder: ShardFolder, manifest: Manifest) -> None:
     damaged = []
-    for shard in tqdm(manifest.shards, desc="hashing", unit="shard"):
+    files = (*manifest.shards, *manifest.files)
+    for info in tqdm(files, desc="hashing", unit="file"):
         try:
-            check_size(folder, shard)
+            with os.fdopen(folder.open(info), "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                    damaged.append(f"The sha256 of {folder.name}/{info.file} is not that of the manifest")
         except InputError as error:
             damaged.append(str(error).rstrip("."))
-            continue
-        with (folder / shard.file).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                damaged.append(f"The sha256 of {folder / shard.file} is not that of the manifest")
     if damaged:
-        raise InputError(f"{len(damaged)} of {len(manifest.shards)} shards are damaged: {'; '.join(damaged)}.")
+        raise InputError(f"{len(damaged)} of {len(files)} files are damaged: {'; '.join(damaged)}.")
 
 
 def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> None:
@@ -132,5 +135,6 @@ def _verify_masks(masks: Any, pairs: int, image_size: int) -> None:
 
 
 def _verify_index(sample: Sample, shards: ShardSet, index: int) -> None:
-    if role_lengths(sample.sequence) != (shards.lengths(sample.task)[index], *shards.target_counts(sample.task)[index]):
+    row = shards.index_row(sample.task, index)
+    if role_lengths(sample.sequence) != (row.length, row.inputs, row.outputs):
         raise InputError("its lengths are not those of the index.")

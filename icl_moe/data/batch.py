@@ -42,6 +42,17 @@ class TokenBatch:
     task: str
     sources: tuple[str, ...] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A batch travels between processes as one tensor: each tensor that does costs a file and a handshake, more than its content."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)} | {"shares_BC": self.routing.shares_BC}
+        # The widest elements first, so that each part begins where its type may.
+        parts = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+        content = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in parts])
+        layout = [(name, tensor.dtype, tensor.shape) for name, tensor in parts]
+        rest = {name: value for name, value in values.items() if name not in tensors}
+        return _unpack, (content, layout, {**rest, "routing": replace(self.routing, shares_BC=torch.empty(0))})
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved: dict[str, Any] = {}
         for field in fields(self):
@@ -51,6 +62,18 @@ class TokenBatch:
             elif isinstance(value, RoutingPlan):
                 moved[field.name] = value.to(device)
         return replace(self, **moved)
+
+
+def _unpack(content: Tensor, layout: list[tuple[str, torch.dtype, torch.Size]], rest: dict[str, Any]) -> TokenBatch:
+    """The inverse of `TokenBatch.__reduce__`; its tensors are views of `content`."""
+    tensors: dict[str, Any] = {}
+    start = 0
+    for name, dtype, shape in layout:
+        stop = start + shape.numel() * dtype.itemsize
+        tensors[name] = content[start:stop].view(dtype).view(shape)
+        start = stop
+    routing = replace(rest.pop("routing"), shares_BC=tensors.pop("shares_BC"))
+    return TokenBatch(**tensors, **rest, routing=routing)
 
 
 def collate(

@@ -44,7 +44,7 @@ class Schedule:
         self.probabilities = dict(zip(self._pools, (sizes / sizes.sum()).tolist(), strict=True))
         # Caches belong to this object; a decorated method would keep every Schedule alive.
         self._draws = lru_cache(maxsize=8)(self._draw_block)
-        self._shuffle = lru_cache(maxsize=4)(self._draw_shuffle)
+        self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(self._draw_shuffle)  # One a task, two where an epoch ends.
         self._draws_before: list[np.ndarray] = [np.zeros(len(self._pools), dtype=np.int64)]
 
     def task(self, step: int) -> str:
@@ -82,14 +82,15 @@ class Schedule:
 
     def _draw_shuffle(self, pool: str, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.Philox(stable_seed("shuffle", self.seed, pool, epoch)))
-        return generator.permutation(self._pools[pool])
+        return generator.permutation(self._pools[pool]).astype(np.uint32)  # Four bytes a sample are all that a reader holds.
 
 
 @dataclass(frozen=True)
 class RankSlice:
     """Which part of each global batch this rank reads: `micro_batch` samples in each of `micro_steps` micro-steps.
 
-    Micro-step m of rank r takes the samples from (m * ranks + r) * micro_batch on. Tensor-parallel ranks share a slice.
+    rank, ranks: of data-parallel ones; the tp_size neighbours of a tensor-parallel group share a slice and count as one.
+    Micro-step m of rank r takes the samples from (m * ranks + r) * micro_batch on.
     """
 
     rank: int
@@ -98,10 +99,12 @@ class RankSlice:
     micro_steps: int
 
     @classmethod
-    def of(cls, rank: int, ranks: int, global_batch: int, micro_batch: int) -> "RankSlice":
-        """Raises InputError where the global batch is not a whole number of micro-steps."""
+    def of(cls, rank: int, world: int, global_batch: int, micro_batch: int, tp_size: int = 1) -> "RankSlice":
+        """The slice of rank `rank` among all `world`. Raises InputError where the global batch is not a whole number of micro-steps."""
+        ranks = world // tp_size
         if global_batch % (micro_batch * ranks):
             raise InputError(
-                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch x ranks ({micro_batch} x {ranks})."
+                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch x data-parallel ranks "
+                f"({micro_batch} x {ranks})."
             )
-        return cls(rank, ranks, micro_batch, global_batch // (micro_batch * ranks))
+        return cls(rank // tp_size, ranks, micro_batch, global_batch // (micro_batch * ranks))

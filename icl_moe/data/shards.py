@@ -1,46 +1,73 @@
-"""A shard folder as its readers see it: manifest, offset index, and any sample by its number.
+"""A shard folder as its readers see it: manifest, index, and any sample by its number.
 
 manifest.json            what the shards hold and how they were made; `Manifest`
-index.npz                where each sample lies, and its lengths
+TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
 image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise
 TASK-000000.tar ...      webdataset shards: KEY.tokens.npy and KEY.json per sample
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
-import zipfile
+import re
+import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from icl_moe.errors import InputError
+from icl_moe.data.cache import Cache
+from icl_moe.data.location import MANIFEST_FILE, FileInfo, ShardFolder, open_folder
+from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
 from icl_moe.recipe import from_dict
 from icl_moe.sequence import Role, SequenceFormat, Span, TokenSequence
 
-SCHEMA_VERSION = 1
-MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.npz"
-INDEX_ARRAYS = ("shard", "tokens", "json", "lengths", "targets")
-"""Arrays of index.npz for each task, named TASK.ARRAY, a row a sample: the number of its shard in the manifest; offset and size in
-bytes of KEY.tokens.npy and of KEY.json; length without padding; tokens of role input and of role output."""
+SCHEMA_VERSION = 2
 
-_OPEN_FILES = 64
+
+class IndexRow(NamedTuple):
+    """A row of TASK.index.npy, one sample.
+
+    shard: its number in the manifest. *_offset, *_size: where KEY.tokens.npy and KEY.json lie in it, in bytes. length: tokens without
+    padding. inputs, outputs: tokens of these roles. crc32: of KEY.tokens.npy followed by KEY.json.
+    """
+
+    shard: int
+    tokens_offset: int
+    tokens_size: int
+    json_offset: int
+    json_size: int
+    length: int
+    inputs: int
+    outputs: int
+    crc32: int
+
+
+INDEX_TYPE = np.dtype([(name, "<u8" if name.endswith("offset") else "<u4") for name in IndexRow._fields])
+"""An `IndexRow` as it is stored."""
+
+_LARGEST_GAP = 4096
+"""Bytes between the two parts of a sample in its tar: padding and the second one's headers."""
+
+_SPANS = re.compile(rb'"spans":(\[\[.*?\]\])')
+"""The spans of KEY.json, as it is packed: without a space. A text cannot look like it, since its quotes would be escaped."""
+
+_FILE_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One tar: its file name, task, number of samples, size in bytes and sha256 (hex)."""
+class ShardInfo(FileInfo):
+    """One tar: also its task and its number of samples."""
 
-    file: str
     task: str
     samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +75,7 @@ class Manifest:
     """What a shard folder holds.
 
     image_tokenizer, text_tokenizer: fingerprints. recipe: the data recipe. samples: per task. classes: samples per task and class.
-    skipped: how much was left out, by task and reason.
+    skipped: how much was left out, by task and reason. files: all files but the shards and the manifest itself.
     """
 
     schema_version: int
@@ -62,57 +89,87 @@ class Manifest:
     classes: dict[str, dict[str, int]]
     shards: tuple[ShardInfo, ...]
     skipped: dict[str, int]
+    files: tuple[FileInfo, ...] = ()
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """The manifest of `folder`; raises InputError where there is none, or one of another schema."""
-        path = Path(folder) / MANIFEST_FILE
-        if not path.is_file():
-            raise InputError(f"{folder} holds no shards: it has no {MANIFEST_FILE}; `icl-moe shards build` makes them.")
+    def read(cls, folder: str | Path | ShardFolder) -> "Manifest":
+        """The manifest of a folder; raises InputError where there is none, or one of another schema."""
+        opened = open_folder(folder) if isinstance(folder, str | Path) else folder
+        origin = f"{opened.name}/{MANIFEST_FILE}"
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(opened.manifest_json)
         except ValueError as error:
-            raise InputError(f"{path} is not valid JSON.") from error
+            raise InputError(f"{origin} is not valid JSON.") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
-            raise InputError(f"{path} has schema_version {version!r}; this version of icl-moe reads {SCHEMA_VERSION}.")
-        manifest = from_dict(cls, values, origin=str(path))
-        for shard in manifest.shards:
-            if Path(shard.file).name != shard.file:
-                raise InputError(f"{path} names the shard {shard.file!r}; a plain file name belongs there.")
+            raise InputError(
+                f"{origin} has schema_version {version!r}; this version of icl-moe reads {SCHEMA_VERSION}: build the shards anew."
+            )
+        manifest = from_dict(cls, values, origin)
+        for info in (*manifest.shards, *manifest.files):
+            if not _FILE_NAME.fullmatch(info.file):
+                raise InputError(f"{origin} names the file {info.file!r}; a plain file name belongs there.")
         return manifest
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into `folder`, whole or not at all."""
         write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
+    def file(self, name: str) -> FileInfo:
+        """What is said of one of `files`; raises InputError where it is not among them."""
+        for info in self.files:
+            if info.file == name:
+                return info
+        raise InputError(f"The manifest of these shards lacks the file {name}; build them anew.")
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One episode. `shard` is its file's name, `category` its class, `meta` the content of KEY.json (see docs/shards.md)."""
+    """One episode. `shard` is its file's name; `json` is KEY.json as it is stored, since training has no use for most of it."""
 
     key: str
     shard: str
     task: str
-    category: str
     sequence: TokenSequence
-    meta: dict[str, Any]
+    json: bytes
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """The content of KEY.json (see docs/shards.md). Raises SampleError where it is none."""
+        try:
+            meta = json.loads(self.json)
+        except ValueError as error:
+            raise SampleError(f"{self.shard}: sample {self.key} cannot be read: its JSON is not valid.") from error
+        if not isinstance(meta, dict) or not isinstance(meta.get("class"), str):
+            raise SampleError(f"{self.shard}: sample {self.key} cannot be read: its JSON names no class.")
+        return meta
+
+    @property
+    def category(self) -> str:
+        """The name of its class."""
+        return str(self.meta["class"])
 
 
 class ShardSet:
-    """Random access to the samples of a shard folder. Holds the index in memory, samples never.
+    """Random access to the samples of a shard folder, at a path or a URL (see location.py). Holds neither index nor samples in memory.
+
+    location: as messages name it. fingerprint: the sha256 of its manifest.
 
     Raises InputError where the folder, its manifest or its index is missing or broken, and where a shard is missing or has another
-    size than the manifest says; hashes are `icl-moe shards verify`'s to check.
+    size than the manifest says; hashes of local files are `icl-moe shards verify`'s to check.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder)
-        self._index = _read_index(self.folder, self.manifest)
+    def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
+        self._folder = open_folder(location, cache)
+        self.location = self._folder.name
+        self.manifest = Manifest.read(self._folder)
+        self.fingerprint = hashlib.sha256(self._folder.manifest_json).hexdigest()
         for shard in self.manifest.shards:
-            check_size(self.folder, shard)
+            self._folder.check(shard)
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._indices: dict[str, int] = {}
+        self._first_row = {task: self._check_index(task) for task in self.manifest.samples}
+        self._npy_header = _npy_header(self.manifest)
 
     def count(self, task: str) -> int:
         """How many samples of `task` there are; 0 for a task that the folder does not hold."""
@@ -120,59 +177,120 @@ class ShardSet:
 
     def lengths(self, task: str) -> np.ndarray:
         """Length of each sample without padding, int64 (count,)."""
-        return self._array(task, "lengths")
+        return self._rows(task, range(self.count(task)))["length"].astype(np.int64)
 
-    def target_counts(self, task: str) -> np.ndarray:
-        """Tokens of role input and tokens of role output of each sample, int64 (count, 2)."""
-        return self._array(task, "targets")
+    def target_counts(self, task: str, indices: Sequence[int]) -> np.ndarray:
+        """Tokens of role input and tokens of role output of the samples `indices`, int64 (len(indices), 2)."""
+        rows = self._rows(task, indices)
+        return np.stack([rows["inputs"], rows["outputs"]], axis=1).astype(np.int64)
+
+    def index_row(self, task: str, index: int) -> IndexRow:
+        """What the index says of a sample."""
+        return IndexRow(*self._rows(task, (index,))[0].item())
 
     def sample(self, task: str, index: int) -> Sample:
-        """Sample `index` of `task`, in the padded layout. Raises InputError, naming shard and key, where it is corrupt."""
+        """Sample `index` of `task`, in the padded layout. Raises SampleError, naming shard and key, where it is corrupt.
+
+        The checksum shows what was written over it, cut off or moved. A sample that was packed wrong, with a checksum to match, shows as
+        far as `_check_tokens` and `_parse_spans` look; `icl-moe shards verify` looks further.
+        """
         if not 0 <= index < self.count(task):
-            raise InputError(f"{self.folder} has {self.count(task)} samples of '{task}'; there is no sample {index}.")
-        shard = self.manifest.shards[int(self._array(task, "shard")[index])].file
+            raise InputError(f"{self.location} has {self.count(task)} samples of '{task}'; there is no sample {index}.")
+        row = self.index_row(task, index)
         key = sample_key(task, index)
-        raw_tokens, raw_json = (self._read(shard, key, *self._array(task, part)[index].tolist()) for part in ("tokens", "json"))
+        if row.shard >= len(self.manifest.shards):
+            raise SampleError(f"{self.location}/{index_file(task)} is damaged: it has {key} in a shard that is not there.")
+        shard = self.manifest.shards[row.shard]
         try:
-            meta = json.loads(raw_json)
-            spans = tuple(Span(*span) for span in meta["spans"])
-            tokens_L = np.load(io.BytesIO(raw_tokens), allow_pickle=False)
-            category = str(meta["class"])
-            _check_sequence(tokens_L, spans, self.manifest)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
-            reason = error if isinstance(error, InputError) else "it is no sample's data"
-            raise InputError(f"{self.folder / shard}: sample {key} is corrupt: {str(reason).rstrip('.')}.") from error
+            raw_tokens, raw_json = self._read(shard, row)
+            tokens_L = self._parse_tokens(raw_tokens)
+            _check_tokens(tokens_L, self.manifest)
+            spans = _parse_spans(_SPANS.search(raw_json)[1], len(tokens_L))  # type: ignore[index]
+        except (ValueError, TypeError, EOFError) as error:
+            reason = str(error).rstrip(".") if isinstance(error, InputError) else "it is no sample's data"
+            raise SampleError(f"{self.location}/{shard.file}: sample {key} cannot be read: {reason}.") from error
         sequence = TokenSequence(tokens_L.astype(np.int64), np.arange(len(tokens_L)), spans)
-        return Sample(key, shard, task, category, sequence, meta)
+        return Sample(key, shard.file, task, sequence, raw_json)
+
+    def fetch(self, name: str) -> Path:
+        """The folder `name` beside the shards, such as image_tokenizer, on this machine."""
+        return self._folder.fetch(name, tuple(info for info in self.manifest.files if info.file.startswith(f"{name}/")))
 
     def close(self) -> None:
-        """Close the shards' files; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Close the files; reading opens them again."""
+        for files in (self._files, self._indices):
+            while files:
+                os.close(files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # an open file belongs to its process
+        return {**self.__dict__, "_files": OrderedDict(), "_indices": {}}  # an open file belongs to its process
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor failed
             self.close()
 
-    def _array(self, task: str, name: str) -> np.ndarray:
+    def _rows(self, task: str, indices: Sequence[int]) -> np.ndarray:
+        """Rows of a task's index (INDEX_TYPE), read where they lie."""
         if not self.count(task):
-            raise InputError(f"{self.folder} has no samples of '{task}'; it holds {', '.join(self.manifest.samples)}.")
-        return self._index[f"{task}.{name}"]
+            raise InputError(f"{self.location} has no samples of '{task}'; it holds {', '.join(self.manifest.samples)}.")
+        descriptor, start, size = self._open_index(task), self._first_row[task], INDEX_TYPE.itemsize
+        content = b"".join([os.pread(descriptor, size, start + size * index) for index in indices])
+        if len(content) != size * len(indices):
+            raise SampleError(f"{self.location}/{index_file(task)} is cut off while it is read.")
+        return np.frombuffer(content, INDEX_TYPE)
 
-    def _read(self, shard: str, key: str, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, read without moving the file's position: a forked worker may share the descriptor."""
-        if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
+    def _open_index(self, task: str) -> int:
+        if task not in self._indices:
+            self._indices[task] = self._folder.open(self.manifest.file(index_file(task)))
+        return self._indices[task]
+
+    def _check_index(self, task: str) -> int:
+        """Where the first row of a task's index lies in its file. Raises InputError where it is not the index of so many samples."""
+        name, count = f"{self.location}/{index_file(task)}", self.count(task)
+        with os.fdopen(os.dup(self._open_index(task)), "rb") as file:
+            try:
+                version = np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+            except ValueError as error:
+                raise InputError(f"The index {name} is damaged.") from error
+            if shape != (count,) or dtype != INDEX_TYPE:
+                raise InputError(f"The index {name} does not fit its manifest: it must have {count} rows of {IndexRow._fields}.")
+            return file.tell()
+
+    def _read(self, shard: ShardInfo, row: IndexRow) -> tuple[bytes, bytes]:
+        """KEY.tokens.npy and KEY.json, which lie beside each other in the tar, in one read.
+
+        It does not move the file's position: a forked worker may share the descriptor.
+        """
+        start = min(row.tokens_offset, row.json_offset)
+        stop = max(row.tokens_offset + row.tokens_size, row.json_offset + row.json_size)
+        if stop > shard.bytes or stop - start > row.tokens_size + row.json_size + _LARGEST_GAP:
+            raise InputError("its place in the index is not one of the shard")
+        try:
+            content = os.pread(self._open_shard(shard), stop - start, start)
+        except OSError as error:
+            raise InputError(f"reading it failed ({error.strerror})") from error
+        if len(content) != stop - start:
+            raise InputError("it is cut off; the shard is truncated")
+        tokens = content[row.tokens_offset - start :][: row.tokens_size]
+        meta = content[row.json_offset - start :][: row.json_size]
+        if sample_checksum(tokens, meta) != row.crc32:
+            raise InputError("its checksum is not that of the index")
+        return tokens, meta
+
+    def _parse_tokens(self, raw: bytes) -> np.ndarray:
+        """The array of KEY.tokens.npy: by comparing its header with the usual one, several times faster than parsing it."""
+        if raw.startswith(self._npy_header):
+            return np.frombuffer(raw, self.manifest.format.vocabulary.token_dtype, offset=len(self._npy_header))
+        return np.load(io.BytesIO(raw), allow_pickle=False)  # It is not what it should be: let its true shape be named.
+
+    def _open_shard(self, shard: ShardInfo) -> int:
+        if shard.file not in self._files:
+            if len(self._files) >= self._folder.open_files:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.folder / shard, os.O_RDONLY | os.O_CLOEXEC)
-        self._files.move_to_end(shard)
-        content = os.pread(self._files[shard], size, offset)
-        if len(content) != size:
-            raise InputError(f"{self.folder / shard}: sample {key} is cut off; the shard is truncated.")
-        return content
+            self._files[shard.file] = self._folder.open(shard)
+        self._files.move_to_end(shard.file)
+        return self._files[shard.file]
 
 
 def sample_key(task: str, index: int) -> str:
@@ -180,45 +298,37 @@ def sample_key(task: str, index: int) -> str:
     return f"{task}-{index:08d}"
 
 
-def check_size(folder: Path, shard: ShardInfo) -> None:
-    """Raise InputError where a shard is missing or not of the size that the manifest says."""
-    path = folder / shard.file
-    if not path.is_file():
-        raise InputError(f"The shard {path} is missing.")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        kind = "truncated" if size < shard.bytes else "too long"
-        raise InputError(f"The shard {path} is {kind}: it has {size} bytes, the manifest says {shard.bytes}.")
+def index_file(task: str) -> str:
+    """The name of a task's index."""
+    return f"{task}.index.npy"
 
 
-def _read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    path = folder / INDEX_FILE
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            index = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise InputError(f"The index {path} is missing.") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"The index {path} is damaged.") from error
-    for task, count in manifest.samples.items():
-        for name in INDEX_ARRAYS:
-            columns = (count, 2) if name in ("tokens", "json", "targets") else (count,)
-            array = index.get(f"{task}.{name}")
-            if array is None or array.shape != columns or array.dtype != np.int64:
-                raise InputError(f"The index {path} does not fit its manifest: {task}.{name} must be of shape {columns}.")
-        shard_numbers = index[f"{task}.shard"]
-        if count and not 0 <= shard_numbers.min() <= shard_numbers.max() < len(manifest.shards):
-            raise InputError(f"The index {path} does not fit its manifest: {task}.shard names a shard that is not there.")
-    return index
+def sample_checksum(tokens: bytes, meta: bytes) -> int:
+    """CRC-32 of KEY.tokens.npy followed by KEY.json."""
+    return zlib.crc32(meta, zlib.crc32(tokens))
 
 
-def _check_sequence(tokens_L: np.ndarray, spans: tuple[Span, ...], manifest: Manifest) -> None:
+def _npy_header(manifest: Manifest) -> bytes:
+    """What every KEY.tokens.npy of a folder begins with: all are of one type and length."""
+    tokens_L = np.zeros(manifest.format.length(manifest.examples + 1), manifest.format.vocabulary.token_dtype)
+    buffer = io.BytesIO()
+    np.save(buffer, tokens_L)
+    return buffer.getvalue()[: -tokens_L.nbytes]
+
+
+def _check_tokens(tokens_L: np.ndarray, manifest: Manifest) -> None:
     vocabulary = manifest.format.vocabulary
     length = manifest.format.length(manifest.examples + 1)
     if tokens_L.dtype != vocabulary.token_dtype or tokens_L.shape != (length,):
         raise InputError(f"its tokens are {tokens_L.dtype} {tokens_L.shape}; {vocabulary.token_dtype} ({length},) belong there")
     if int(tokens_L.max()) >= vocabulary.size:
         raise InputError(f"it has the token {int(tokens_L.max())}; the vocabulary has {vocabulary.size}")
+
+
+@lru_cache(maxsize=1024)  # All episodes of segmentation have the same.
+def _parse_spans(raw: bytes, length: int) -> tuple[Span, ...]:
+    """The spans of a sequence of `length` tokens, from JSON; raises InputError where they do not cover it in order."""
+    spans = tuple(Span(*span) for span in json.loads(raw))
     position = 0
     for span in spans:
         if span.role not in get_args(Role) or not 0 <= span.attributes <= 255:
@@ -228,3 +338,4 @@ def _check_sequence(tokens_L: np.ndarray, spans: tuple[Span, ...], manifest: Man
         position = span.stop
     if position != length:
         raise InputError(f"its spans cover {position} of {length} tokens")
+    return spans

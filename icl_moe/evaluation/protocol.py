@@ -4,7 +4,6 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from icl_moe.data.shards import MANIFEST_FILE, ShardSet
+from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.captioning import score_captions
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, decode_rle
@@ -47,7 +46,7 @@ def evaluate(
     device: str | None = None,
     sections: Sequence[Section] = (),
 ) -> dict[str, Any]:
-    """Evaluate an exported model on the first `limit` episodes of each task of a shard folder (all by default).
+    """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a path or a URL (all by default).
 
     shots: how many of an episode's examples to show; each number gives a row of the table. sections: more of the report.
     Writes metrics.json, predictions.jsonl and report.html into `out` and returns what is in metrics.json; docs/evaluation.md
@@ -60,7 +59,7 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     header = {
         "model": model.fingerprint,
-        "shards": sha256((Path(shards_dir) / MANIFEST_FILE).read_bytes()).hexdigest()[:16],
+        "shards": shards.fingerprint[:16],
         "limit": limit,
         "batch_size": batch_size,
     }
@@ -86,7 +85,7 @@ def evaluate(
     metrics = {
         **header,
         "model_folder": Path(model_dir).resolve().name,
-        "shards_folder": Path(shards_dir).resolve().name,
+        "shards_folder": Path(shards.location).name,
         "decoding": "greedy",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "tasks": tasks,
@@ -103,13 +102,13 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int], limit:
     theirs = (manifest.format, manifest.image_size, manifest.image_tokenizer, manifest.text_tokenizer)
     for name, mine, other in zip(("sequence format", "image size", "image tokenizer", "text tokenizer"), ours, theirs, strict=True):
         if mine != other:
-            raise InputError(f"The model's {name} is not that of {shards.folder}: {mine} and {other}; build the shards with the model's.")
+            raise InputError(f"The model's {name} is not that of {shards.location}: {mine} and {other}; build the shards with the model's.")
     if not shots or (limit is not None and limit < 1):
         raise InputError("There is nothing to evaluate: give at least one number of shots, and a limit of at least 1.")
     for count in shots:
         if not 0 <= count <= manifest.examples:
             most = manifest.examples
-            raise InputError(f"The episodes of {shards.folder} have {most} example(s): shots must lie in 0..{most}, not {count}.")
+            raise InputError(f"The episodes of {shards.location} have {most} example(s): shots must lie in 0..{most}, not {count}.")
         model.check_examples(count)
 
 

@@ -62,5 +62,5 @@ def test_ranks_split_every_global_batch_whatever_their_number():
 def test_batches_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match=r"100 captioning samples, fewer than training\.global_batch \(128\)"):
         Schedule(COUNTS, global_batch=128, seed=0)
-    with pytest.raises(InputError, match=r"must be a multiple of training\.micro_batch x ranks \(2 x 3\)"):
+    with pytest.raises(InputError, match=r"must be a multiple of training\.micro_batch x data-parallel ranks \(2 x 3\)"):
         RankSlice.of(0, 3, global_batch=16, micro_batch=2)

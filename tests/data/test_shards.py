@@ -3,33 +3,22 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import toy_tokenizer
 import webdataset
+from damage import overwrite
 
-from icl_moe.data.shards import Manifest, ShardSet
-from icl_moe.errors import InputError
-from icl_moe.recipe import load_recipe
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError, SampleError
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tokenizers.text import TextTokenizer
-from preprocessing.build import build_shards
-from preprocessing.recipe import DataRecipe
 
 SAMPLES = {"segmentation": 25, "captioning": 25}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "demo"
-    tokenizer = toy_tokenizer.save_toy_tokenizer(out.parent / "tokenizer")
-    settings = ["synthetic.images=40", "samples=25", "shard_size=10", "examples=2", *toy_tokenizer.recipe_settings(tokenizer)]
-    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), out, workers=0)
-    return out
 
 
 @pytest.fixture
@@ -42,18 +31,6 @@ def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def overwrite(folder: Path, task: str, index: int, part: str, change) -> None:
-    """Change bytes of one part of one sample where it lies."""
-    with np.load(folder / "index.npz") as arrays:
-        shard, (offset, size) = int(arrays[f"{task}.shard"][index]), arrays[f"{task}.{part}"][index]
-    with (folder / Manifest.read(folder).shards[shard].file).open("r+b") as file:
-        file.seek(offset)
-        content = change(file.read(size))
-        assert len(content) == size
-        file.seek(offset)
-        file.write(content)
-
-
 def test_the_manifest_counts_what_the_index_holds(folder):
     shards = ShardSet(folder)
     assert shards.manifest.samples == SAMPLES
@@ -62,7 +39,7 @@ def test_the_manifest_counts_what_the_index_holds(folder):
         assert shards.count(task) == count
         assert sum(shards.manifest.classes[task].values()) == count
         assert shards.lengths(task).shape == (count,)
-        assert shards.target_counts(task).shape == (count, 2)
+        assert shards.target_counts(task, range(count)).shape == (count, 2)
     assert shards.count("depth") == 0
 
 
@@ -78,7 +55,7 @@ def test_any_sample_can_be_read_and_agrees_with_index_and_manifest(folder):
             assert len(sample.sequence) == format.length(3)
             assert len(sample.sequence.unpadded()) == shards.lengths(task)[index]
             weights = sample.sequence.loss_weights(input_weight=0.5)
-            assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(task)[index].tolist()
+            assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(task, [index])[0].tolist()
             episode = codec.decode(sample.sequence)
             assert len(episode.pairs) == len(sample.meta["sources"]) == 3
             if task == "captioning":
@@ -114,7 +91,7 @@ def test_a_shard_set_travels_to_other_processes(folder):
 
 
 def test_many_shards_do_not_hold_many_files_open(folder, monkeypatch):
-    monkeypatch.setattr("icl_moe.data.shards._OPEN_FILES", 2)
+    monkeypatch.setattr("icl_moe.data.location.LocalFolder.open_files", 2)
     shards = ShardSet(folder)
     keys = [shards.sample(task, index).key for task in SAMPLES for index in (0, 10, 20, 0)]
     assert len(keys) == 8
@@ -129,7 +106,7 @@ def test_a_sample_that_is_not_there_is_refused(folder):
 
 
 def test_a_folder_without_shards_says_how_to_make_them(tmp_path):
-    with pytest.raises(InputError, match=r"holds no shards: it has no manifest.json; `icl-moe shards build`"):
+    with pytest.raises(InputError, match=r"there are no shards in .*, which has no manifest.json; `icl-moe shards build` makes them"):
         ShardSet(tmp_path)
 
 
@@ -145,9 +122,10 @@ def test_a_truncated_or_missing_shard_is_named(damaged):
 
 def test_a_shard_that_is_cut_off_while_it_is_read_is_named(damaged):
     shards = ShardSet(damaged)
+    shards.sample("segmentation", 11)
     tar = damaged / "segmentation-000001.tar"
     tar.write_bytes(tar.read_bytes()[:700])
-    with pytest.raises(InputError, match=r"segmentation-000001.tar: sample segmentation-00000012 is cut off"):
+    with pytest.raises(InputError, match=r"segmentation-000001.tar: sample segmentation-00000012 cannot be read: it is cut off"):
         shards.sample("segmentation", 12)
 
 
@@ -164,26 +142,68 @@ def npy(array: np.ndarray) -> bytes:
         ("tokens", lambda raw: npy(np.zeros((len(raw) - 128) // 2, np.int16)), r"its tokens are int16 .*; uint16 .* belong there"),
         ("tokens", lambda raw: npy(np.zeros((1, (len(raw) - 128) // 2), np.uint16)), r"its tokens are uint16 \(1, "),
         ("tokens", lambda raw: raw[:-2] + b"\xff\xff", r"it has the token 65535; the vocabulary has \d+"),
-        ("json", lambda raw: b"[" + raw[1:], "it is no sample's data"),
         ("json", lambda raw: raw.replace(b'"spans":[[0,1,', b'"spans":[[0,2,', 1), "a span starts at 1 where the one before ends at 2"),
         ("json", lambda raw: raw.replace(b'"marker"', b'"outlaw"', 1), "a span has the role 'outlaw'"),
         ("json", lambda raw: raw.replace(b'"spans"', b'"spins"', 1), "it is no sample's data"),
     ],
 )
-def test_a_corrupt_sample_is_named_by_shard_and_key(damaged, part, change, message):
-    overwrite(damaged, "captioning", 12, part, change)
+def test_a_sample_that_was_packed_wrong_is_named_by_shard_and_key(damaged, part, change, message):
+    overwrite(damaged, "captioning", 12, part, change, as_packed=True)
     shards = ShardSet(damaged)
     shards.sample("captioning", 11)
-    with pytest.raises(InputError, match=r"captioning-000001.tar: sample captioning-00000012 is corrupt: " + message):
+    with pytest.raises(SampleError, match=r"captioning-000001.tar: sample captioning-00000012 cannot be read: " + message):
         shards.sample("captioning", 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: b"[" + raw[1:], "its JSON is not valid"),
+        (lambda raw: raw.replace(b'"class":', b'"clbss":', 1), "its JSON names no class"),
+    ],
+)
+def test_json_that_was_packed_wrong_is_named_by_shard_and_key(damaged, change, message):
+    overwrite(damaged, "captioning", 12, "json", change, as_packed=True)
+    with pytest.raises(SampleError, match=r"captioning-000001.tar: sample captioning-00000012 cannot be read: " + message):
+        _ = ShardSet(damaged).sample("captioning", 12).meta
+
+
+@pytest.mark.parametrize("part", ["tokens", "json"])
+@pytest.mark.parametrize("place", [0, 200, -1])
+def test_any_changed_byte_of_a_sample_is_noticed(damaged, part, place):
+    def flip_a_bit(raw: bytes) -> bytes:
+        changed = bytearray(raw)
+        changed[place] ^= 1  # A token stays a token by this, and text stays text.
+        return bytes(changed)
+
+    overwrite(damaged, "segmentation", 12, part, flip_a_bit)
+    shards = ShardSet(damaged)
+    shards.sample("segmentation", 11)
+    with pytest.raises(SampleError, match=r"sample segmentation-00000012 cannot be read: its checksum is not that of the index"):
+        shards.sample("segmentation", 12)
+
+
+def test_an_index_that_is_cut_off_while_it_is_read_is_named(damaged):
+    shards = ShardSet(damaged)
+    path = damaged / "segmentation.index.npy"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(SampleError, match=r"segmentation.index.npy is cut off while it is read"):
+        shards.sample("segmentation", 24)
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_named_with_the_key(damaged):
+    shards = ShardSet(damaged)
+    (damaged / "segmentation-000001.tar").unlink()
+    with pytest.raises(SampleError, match=r"sample segmentation-00000012 cannot be read: The file .*segmentation-000001.tar is missing"):
+        shards.sample("segmentation", 12)
 
 
 def test_a_manifest_of_another_schema_or_with_strange_contents_is_refused(damaged):
     path = damaged / "manifest.json"
     edit_json(path, schema_version=99)
-    with pytest.raises(InputError, match="has schema_version 99; this version of icl-moe reads 1"):
+    with pytest.raises(InputError, match="has schema_version 99; this version of icl-moe reads 2: build the shards anew"):
         ShardSet(damaged)
-    edit_json(path, schema_version=1, exmaples=2)
+    edit_json(path, schema_version=2, exmaples=2)
     with pytest.raises(InputError, match="unknown key 'exmaples'"):
         ShardSet(damaged)
     path.write_text("{")
@@ -191,28 +211,44 @@ def test_a_manifest_of_another_schema_or_with_strange_contents_is_refused(damage
         ShardSet(damaged)
 
 
-def test_a_shard_name_that_leaves_the_folder_is_refused(damaged):
+@pytest.mark.parametrize("kind", ["shards", "files"])
+@pytest.mark.parametrize("name", ["../outside.tar", "/outside.tar", "..", ".hidden", "a/b/c.tar", "a/../b", "a?b", ""])
+def test_a_file_name_that_leaves_the_folder_is_refused(damaged, kind, name):
     path = damaged / "manifest.json"
-    shards = json.loads(path.read_text())["shards"]
-    shards[0]["file"] = "../outside.tar"
-    edit_json(path, shards=shards)
-    with pytest.raises(InputError, match=r"names the shard '../outside.tar'; a plain file name belongs there"):
+    files = json.loads(path.read_text())[kind]
+    files[0]["file"] = name
+    edit_json(path, **{kind: files})
+    with pytest.raises(InputError, match=f"names the file {re.escape(repr(name))}; a plain file name belongs there"):
         ShardSet(damaged)
 
 
 def test_an_index_that_is_missing_damaged_or_of_other_shards_is_refused(damaged):
-    path = damaged / "index.npz"
-    with np.load(path) as archive:
-        arrays = dict(archive)
-    np.savez(path, **{**arrays, "captioning.tokens": arrays["captioning.tokens"][:5]})
-    with pytest.raises(InputError, match=r"captioning.tokens must be of shape \(25, 2\)"):
+    path = damaged / "captioning.index.npy"
+    rows = np.load(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:300])
+    with pytest.raises(InputError, match=r"captioning.index.npy is truncated: it has 300 bytes"):
         ShardSet(damaged)
-    np.savez(path, **{**arrays, "captioning.shard": arrays["captioning.shard"] + 6})
-    with pytest.raises(InputError, match=r"captioning.shard names a shard that is not there"):
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(InputError, match=r"The index .*captioning.index.npy is damaged"):
         ShardSet(damaged)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"index.npz is damaged"):
+    path.write_bytes(content.replace(b"(25,)", b"(24,)"))
+    with pytest.raises(InputError, match=r"captioning.index.npy does not fit its manifest: it must have 25 rows"):
         ShardSet(damaged)
+    rows["shard"] += 6
+    np.save(path, rows)
+    with pytest.raises(SampleError, match=r"captioning.index.npy is damaged: it has captioning-00000003 in a shard that is not there"):
+        ShardSet(damaged).sample("captioning", 3)
     path.unlink()
-    with pytest.raises(InputError, match=r"index.npz is missing"):
+    with pytest.raises(InputError, match=r"captioning.index.npy is missing"):
         ShardSet(damaged)
+
+
+@pytest.mark.parametrize("column", ["tokens_offset", "tokens_size", "json_offset", "json_size"])
+@pytest.mark.parametrize("value", [0, 1, 2**31])
+def test_an_index_row_that_points_elsewhere_is_noticed(damaged, column, value):
+    rows = np.load(damaged / "captioning.index.npy")
+    rows[column][3] = value
+    np.save(damaged / "captioning.index.npy", rows)
+    with pytest.raises(SampleError, match=r"sample captioning-00000003 cannot be read"):
+        ShardSet(damaged).sample("captioning", 3)

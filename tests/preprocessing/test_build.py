@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import toy_tokenizer
 import yaml
+from damage import overwrite
 from PIL import Image
 
 from icl_moe.data.shards import Manifest, ShardSet
@@ -57,7 +57,7 @@ def shards(*arguments: object) -> int:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    names = ("*.tar", "index.npz", "manifest.json")
+    names = ("*.tar", "*.index.npy", "manifest.json")
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for name in names for path in folder.glob(name)}
 
 
@@ -103,9 +103,9 @@ def test_equal_seeds_give_equal_bytes_whatever_the_number_of_workers_and_other_s
 
 def test_the_folder_stands_alone_and_nothing_unfinished_is_left(demo):
     names = {path.name for path in demo.iterdir()}
-    assert names == {"manifest.json", "index.npz", "image_tokenizer", "text_tokenizer", "synthetic"} | {
-        f"{task}-{number:06d}.tar" for task in ("segmentation", "captioning") for number in range(3)
-    }
+    assert names == {"manifest.json", "image_tokenizer", "text_tokenizer", "synthetic"} | {
+        f"{task}.index.npy" for task in ("segmentation", "captioning")
+    } | {f"{task}-{number:06d}.tar" for task in ("segmentation", "captioning") for number in range(3)}
     assert not list(demo.rglob("*.partial"))
 
 
@@ -292,25 +292,9 @@ def test_verify_names_every_damaged_shard(damaged):
     changed.write_bytes(content)
     truncated.write_bytes(truncated.read_bytes()[:-2000])
     with pytest.raises(
-        InputError, match=r"2 of 6 shards are damaged: .*segmentation-000002.tar is truncated.*; The sha256 of .*captioning-000001"
+        InputError, match=r"2 of 12 files are damaged: .*segmentation-000002.tar is truncated.*; The sha256 of .*captioning-000001"
     ):
         shards("verify", damaged)
-
-
-def rewrite(folder: Path, task: str, change) -> None:
-    """Change the JSON of the first sample within its length, and make the manifest agree, as a faulty writer would."""
-    tar = folder / f"{task}-000000.tar"
-    with tarfile.open(tar) as archive:
-        member = next(member for member in archive if member.name.endswith(".json"))
-    content = tar.read_bytes()
-    stop = member.offset_data + member.size
-    changed = change(content[member.offset_data : stop])
-    assert len(changed) == member.size
-    tar.write_bytes(content[: member.offset_data] + changed + content[stop:])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    info = next(shard for shard in manifest["shards"] if shard["file"] == tar.name)
-    info["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +307,7 @@ def rewrite(folder: Path, task: str, change) -> None:
     ],
 )
 def test_verify_finds_samples_that_contradict_themselves(damaged, task, change, message):
-    rewrite(damaged, task, change)
+    overwrite(damaged, task, 0, "json", change, as_packed=True)
     with pytest.raises(InputError, match=rf"{task}-000000.tar: sample {task}-00000000 is corrupt: .*{message}"):
         verify_shards(damaged)
 

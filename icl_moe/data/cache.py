@@ -1,0 +1,159 @@
+"""A folder of downloaded files that all processes of a machine share, kept below a bound by removing what was used least recently.
+
+All that changes names happens under one lock, which is never held while a file comes in:
+
+    NAME                   a whole file; its time of modification is the time of its last use
+    NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its room is taken from the start
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from icl_moe.errors import InputError
+
+_OWN_FOLDER = "icl_moe"
+"""Everything lies in this part of the folder that a user names: nothing beside it is counted or removed."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """At most `capacity` bytes of files under `parent`/icl_moe."""
+
+    parent: Path
+    capacity: int
+
+    @property
+    def folder(self) -> Path:
+        return self.parent / _OWN_FOLDER
+
+    def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
+        """A descriptor to read the file `name` of `size` bytes; `fetch` writes it to the path that it is given, where it is not here yet.
+
+        Whoever holds the descriptor can read on when the file is removed to make room. Raises InputError for a file above the capacity.
+        """
+        if size > self.capacity:
+            raise InputError(
+                f"data.cache_gigabytes: the cache {self.folder} may hold {self.capacity} bytes, but {Path(name).name} alone takes {size}."
+            )
+        path = self.folder / name
+        while True:
+            descriptor = _open_whole(path, size)
+            if descriptor is None:
+                descriptor = self._fetch(path, size, fetch)
+            if descriptor is not None:
+                return descriptor
+            time.sleep(0.02)  # Another process fetches it, or all the room is taken by files on their way.
+
+    def _fetch(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int | None:
+        """Bring the file here; None where that cannot begin now."""
+        partial = path.with_name(f"{path.name}.{size}.partial")
+        claim = self._claim(path, partial, size)
+        if claim is None:
+            return None
+        try:
+            fetch(partial)
+            descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+            with self._locked():
+                os.replace(partial, path)
+            return descriptor
+        except BaseException:
+            with self._locked():
+                partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(claim)
+
+    def _claim(self, path: Path, partial: Path, size: int) -> int | None:
+        """Make room, create `partial` and lock it; the descriptor that holds the lock, or None."""
+        with self._locked():
+            if path.exists() or _is_being_fetched(partial) or not self._make_room(size, keep=partial):
+                return None
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            claim = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(claim, fcntl.LOCK_EX)
+            return claim
+
+    def _make_room(self, size: int, keep: Path) -> bool:
+        """Remove files, the least recently used first, until `size` more bytes fit; whether they do. `keep` is the one to come."""
+        files = sorted((_last_use(path), path, _room(path)) for path in self.folder.rglob("*") if path.is_file() and path != keep)
+        excess = sum(room for _, _, room in files) + size - self.capacity
+        for _, path, room in files:
+            if excess <= 0:
+                break
+            if path != self._lock_file and not _is_being_fetched(path):
+                path.unlink(missing_ok=True)
+                excess -= room
+        return excess <= 0
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.folder / "lock"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"data.cache: the folder {self.folder} cannot be written to ({error.strerror}).") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+
+def default_parent() -> Path:
+    """The user's cache folder, as the XDG base directory specification has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _open_whole(path: Path, size: int) -> int | None:
+    """A descriptor of a whole file, noting its use; None where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    if os.fstat(descriptor).st_size != size:  # The machine went down before its content was on the disk.
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        return None
+    os.utime(descriptor)
+    return descriptor
+
+
+def _is_being_fetched(path: Path) -> bool:
+    """Whether a process holds the lock of a partial file; what a killed one left behind is not locked."""
+    if path.suffix != ".partial":
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _last_use(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
+
+
+def _room(path: Path) -> int:
+    """The bytes that a file takes, or will take once it is whole."""
+    if path.suffix == ".partial":
+        return int(path.name.split(".")[-2])
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
