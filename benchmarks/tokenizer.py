@@ -47,7 +47,7 @@ def race(figures: dict[str, float]) -> list[Goal]:
     torch.manual_seed(0)
     config = VQGANConfig()
     published = PublishedVQGAN(config)
-    ours, fast = (_with_weights_of(published, config) for _ in range(2))
+    ours, fast = (VQGAN.from_weights(config, published.state_dict(), origin="the published modules") for _ in range(2))
     fast.precision = "bf16"
     pixels_B3HW = torch.rand(PICTURES, 3, config.image_size, config.image_size) * 2 - 1
     codes_BN = published.encode(pixels_B3HW)
@@ -99,11 +99,6 @@ def memory(figures: dict[str, float]) -> list[Goal]:
         figures[f"peak memory of measuring {count} pictures, MiB"] = peak
         peaks.append(peak)
     return [Goal(f"peak memory, {MANY} pictures against {FEW}", peaks[1] / peaks[0], 1.05, at_most=True)]
-
-
-def _with_weights_of(published: PublishedVQGAN, config: VQGANConfig) -> VQGAN:
-    model = VQGAN.from_weights(config, published.state_dict(), origin="the published modules")
-    return model.to(memory_format=torch.channels_last)
 
 
 def _share(equal: Tensor) -> float:

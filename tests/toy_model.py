@@ -12,7 +12,7 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
 CODES = 16
-VOCABULARY = Vocabulary(text_merges=44, image_codes=32)
+VOCABULARY = Vocabulary(text_merges=45, image_codes=32)  # An odd number of ids, which tensor ranks must pad.
 FORMAT = SequenceFormat(VOCABULARY, codes_per_image=CODES, category="none", box="none")
 MANIFEST = Manifest(SCHEMA_VERSION, FORMAT, 2, 32, "", "", {}, {}, {}, (), {})
 

@@ -38,9 +38,9 @@ def held_out_loss(model: InContextModel, shards: ShardSet, task: str, limit: int
         batch = collate(sequences, model.format.vocabulary, task).to(model.decoder.device)
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         hidden_TM = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
-        losses.append(
-            target_losses(hidden_TM[batch.predictors_P], model.decoder.token_embedding.weight, batch.labels_P).double().cpu().numpy()
-        )
+        embedding_VM = model.decoder.token_embedding.weight
+        _, found_P = target_losses(hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P)
+        losses.append(found_P.double().cpu().numpy())
         labels.append(batch.labels_P.cpu().numpy())
         positions_P = batch.positions_T[batch.predictors_P].cpu().numpy()
         pairs.append((positions_P - model.format.length(0)) // model.format.pair_length)

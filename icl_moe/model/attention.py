@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icl_moe.model.blockwise_attention import causal_attention
+from icl_moe.model.linear import Linear
 from icl_moe.recipe import ModelSettings
 
 
@@ -46,12 +48,14 @@ class EpisodeAttention:
     def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor:
         if len(set(self.lengths)) == 1:
             q, k, v = (x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) for x in (queries_THD, keys_THD, values_THD))
-            causal = self._mask_B1LL is None
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, is_causal=causal, dropout_p=dropout)
+            if self._mask_B1LL is None:
+                out = causal_attention(q, k, v, dropout)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout)
             return out.transpose(1, 2).flatten(0, 1)
         # An explicit mask over the whole stream would cost T x T; an episode at a time needs none.
         pieces = [x.transpose(0, 1).split(list(self.lengths), dim=1) for x in (queries_THD, keys_THD, values_THD)]
-        attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) for q, k, v in zip(*pieces, strict=True)]
+        attended = [causal_attention(q, k, v, dropout) for q, k, v in zip(*pieces, strict=True)]
         return torch.cat(attended, dim=1).transpose(0, 1)
 
     @cached_property
@@ -89,8 +93,8 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.heads = settings.heads
         self.dropout = settings.attention_dropout
-        self.qkv = nn.Linear(settings.width, 3 * settings.width)
-        self.out = nn.Linear(settings.width, settings.width)
+        self.qkv = Linear(settings.width, 3 * settings.width)
+        self.out = Linear(settings.width, settings.width)
 
     def forward(self, x_TM: Tensor, plan: AttentionPlan) -> Tensor:
         q, k, v = self.qkv(x_TM).unflatten(-1, (3, self.heads, -1)).unbind(1)

@@ -41,6 +41,7 @@ class InContextDecoder(PreTrainedModel):
         self.settings = settings
         self.auxiliary_weight = auxiliary_weight
         self.activation_checkpointing = False
+        self.target_losses = target_losses  # Tensor-parallel training puts its own here, for a vocabulary spread over ranks.
         self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
         self.layers = nn.ModuleList(
@@ -59,9 +60,10 @@ class InContextDecoder(PreTrainedModel):
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
         hidden_TM = self.hidden(batch.tokens_T, batch.positions_T, plan, routing)
-        losses_P = target_losses(hidden_TM[batch.predictors_P], self.token_embedding.weight, batch.labels_P)
+        predictors_PM = hidden_TM[batch.predictors_P]
+        weighted_sum, losses_P = self.target_losses(predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P)
         auxiliary = [loss for layer in self.layers if (loss := getattr(layer.feed_forward, "auxiliary_loss", None)) is not None]
-        return combine(losses_P, batch.weights_P, batch.visual_P, batch.loss_scale, auxiliary, self.auxiliary_weight)
+        return combine(weighted_sum, losses_P, batch.weights_P, batch.visual_P, batch.loss_scale, auxiliary, self.auxiliary_weight)
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan) -> Tensor:
         """Hidden states (T, M) after the last norm, of a stream of tokens."""
@@ -99,6 +101,7 @@ class InContextDecoder(PreTrainedModel):
         return RoutingPlan.from_attributes(attributes_BL.flatten().cpu().numpy(), (length,) * rows).to(attributes_BL.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        assert self.token_embedding.weight.shape[0] == self.config.vocabulary_size, "a tensor rank has logits of a part of the vocabulary"
         return F.linear(hidden, self.token_embedding.weight).float()
 
     def _init_weights(self, module: nn.Module) -> None:

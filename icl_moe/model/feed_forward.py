@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from icl_moe.model.linear import Linear
 from icl_moe.model.router import AttributeDecision, AttributeGate, RoutingPlan, TokenGate
 from icl_moe.recipe import ModelSettings
 
@@ -25,8 +26,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, x_TM: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_TM), approximate="tanh"))
@@ -48,7 +49,7 @@ class SparseFeedForward(nn.Module):
             self.auxiliary_loss = decision.auxiliary_loss
             mix = merged_weights if self.combination == "weights" else weighted_outputs
             return mix_by_segments(x_TM, plan, mix(decision, list(self.experts)))
-        experts_TK, weights_TK = self.gate(x_TM, plan)
+        experts_TK, weights_TK, self.auxiliary_loss = self.gate(x_TM, plan)
         out_TM = torch.zeros_like(x_TM)
         for index, expert in enumerate(self.experts):
             token, choice = (experts_TK == index).nonzero(as_tuple=True)

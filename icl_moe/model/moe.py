@@ -1,40 +1,54 @@
 """The sparse layer in training: deepspeed.moe, with our gate and dispatch where the recipe routes by attributes.
 
-Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert groups, parameter tagging and checkpoints are its own.
+Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert groups and parameter tagging are its own.
+
+Experts lie on ranks as DeepSpeed puts them: the ep_size ranks of an expert group are neighbours among *all* ranks, tensor ranks
+included, and rank r holds part r % ep_size of the experts (`first_expert`). Tensor ranks hold experts whole and have the same tokens,
+so each of them computes its share of the rows, stock layers and ours alike. The gradient of an expert is then the sum over all ranks
+that hold it, tensor ranks too, divided by the number of data-parallel ranks, which is just what DeepSpeed computes.
 """
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed.moe import mappings
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import (
-    ExpertRunner,
     FeedForward,
+    Mixture,
     attribute_gate,
     merged_weights,
     mix_by_segments,
     routes_streams,
     weighted_outputs,
 )
-from icl_moe.model.router import AttributeEmbedding, AttributeGate, RoutingPlan
+from icl_moe.model.router import AttributeDecision, AttributeEmbedding, AttributeGate, RoutingPlan
+from icl_moe.model.tensor_parallel import divide_rows, enter, leave
 from icl_moe.recipe import ModelSettings
 
 
-def sparse_layer_factory(ep_size: int = 1) -> Callable[[ModelSettings, int], nn.Module]:
+def sparse_layer_factory(ep_size: int = 1, tp_rank: int = 0, tp_size: int = 1) -> Callable[[ModelSettings, int], nn.Module]:
     """What `InContextDecoder` calls for each sparse layer so that it trains on deepspeed.moe."""
 
     def build(settings: ModelSettings, layer: int) -> nn.Module:
-        return DeepSpeedFeedForward(settings, layer, ep_size)
+        return DeepSpeedFeedForward(settings, layer, ep_size, tp_rank, tp_size)
 
     return build
+
+
+def first_expert(rank: int, ep_size: int, experts: int) -> int:
+    """The global id of the first expert that a rank holds, of `experts` in a layer; it holds experts / ep_size from there on."""
+    return rank % ep_size * (experts // ep_size)
 
 
 class DeepSpeedFeedForward(MoE):
@@ -44,7 +58,7 @@ class DeepSpeedFeedForward(MoE):
     evaluation too, so that is off. `attributes` otherwise: the inner MOELayer is `AttributeMOELayer`.
     """
 
-    def __init__(self, settings: ModelSettings, layer: int, ep_size: int) -> None:
+    def __init__(self, settings: ModelSettings, layer: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1) -> None:
         level = deepspeed_logger.level
         deepspeed_logger.setLevel(logging.WARNING)  # One line a layer on standard output says nothing that the recipe does not.
         super().__init__(
@@ -58,9 +72,11 @@ class DeepSpeedFeedForward(MoE):
             top2_2nd_expert_sampling=False,
         )
         deepspeed_logger.setLevel(level)
+        if tp_size > 1:
+            mappings._gather_tokens = _gather_tokens
         stock: MOELayer = self.get_submodule("deepspeed_moe")
         if routes_streams(settings):
-            self.deepspeed_moe = AttributeMOELayer(settings, layer, stock)
+            self.deepspeed_moe = AttributeMOELayer(settings, layer, stock, tp_rank, tp_size)
         elif settings.feed_forward == "attributes" and settings.gate_input == "token+attributes":
             stock.gate = TokenAttributeGate(stock.gate, settings.width)
         self.auxiliary_loss: Tensor | None = None
@@ -77,9 +93,10 @@ class AttributeMOELayer(MOELayer):
     capacity C is the busiest expert's load, several times the rows that attribute routing needs.
     """
 
-    def __init__(self, settings: ModelSettings, layer: int, stock: MOELayer) -> None:
+    def __init__(self, settings: ModelSettings, layer: int, stock: MOELayer, tp_rank: int, tp_size: int) -> None:
         super().__init__(attribute_gate(settings, layer), stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
         self.combination = settings.combination
+        self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         self.ep_group = ep_group  # Our gate needs no group: it decides from the attributes, which every rank knows.
@@ -90,11 +107,17 @@ class AttributeMOELayer(MOELayer):
         decision = self.gate(plan)
         self.l_aux = decision.auxiliary_loss
         self.exp_counts = None  # Stock counts tokens an expert here; the plan and the gate's table say more.
+        if self.tp_size == 1:
+            return mix_by_segments(x_TM, plan, self._mixture(decision))
+        mix = self._mixture(decision._replace(weights_CK=enter(decision.weights_CK)))
+        return leave(mix_by_segments(enter(x_TM), plan, divide_rows(mix, self.tp_rank, self.tp_size)))
+
+    def _mixture(self, decision: AttributeDecision) -> Mixture:
         experts = list(self.experts.deepspeed_experts)
         if self.combination == "weights":
-            return mix_by_segments(x_TM, plan, merged_weights(decision, experts))
-        run = None if self.ep_size == 1 else run_exchanged(experts, self.ep_group, self.ep_size)
-        return mix_by_segments(x_TM, plan, weighted_outputs(decision, experts, run))
+            return merged_weights(decision, experts)
+        run = None if self.ep_size == 1 else run_spread(experts, self.ep_group, self.ep_size)
+        return weighted_outputs(decision, experts, run)
 
 
 class TokenAttributeGate(nn.Module):
@@ -113,53 +136,13 @@ class TokenAttributeGate(nn.Module):
         return self._stock[0](x_TM + self.attributes(plan), None, sparse_routes, use_tutel)
 
 
-def run_exchanged(experts: Sequence[nn.Module], group: dist.ProcessGroup, ep_size: int) -> ExpertRunner:
-    """Runs every route on the rank of `group` that holds its expert: rows go there and come back by all-to-all with uneven splits.
-
-    experts: this rank's; rank r of the group holds the global ids r * len(experts) and on. All ranks of the group must call it together.
-    """
-    local = len(experts)
-
-    def run(routes: list[tuple[int, Tensor]]) -> list[Tensor]:
-        order = sorted(range(len(routes)), key=lambda i: routes[i][0])
-        rows = torch.cat([routes[i][1] for i in order])
-        counts_E = torch.zeros(ep_size * local, dtype=torch.int64, device=rows.device)
-        for expert, part in routes:
-            counts_E[expert] += len(part)
-        counts_RE = torch.empty(ep_size * ep_size * local, dtype=torch.int64, device=rows.device)
-        dist.all_gather_into_tensor(counts_RE, counts_E, group=group)
-        counts_RE = counts_RE.view(ep_size, -1)
-        mine = dist.get_rank(group)
-        sent = counts_RE[mine].view(ep_size, local).sum(dim=1).tolist()
-        # Rows that come here: from each rank in turn, ordered by this rank's experts.
-        received_RL = counts_RE[:, mine * local : (mine + 1) * local].tolist()
-        received = [sum(row) for row in received_RL]
-
-        arrived = _UnevenAllToAll.apply(rows, sent, received, group)
-        parts = arrived.split([count for row in received_RL for count in row])
-        by_expert = [torch.cat(parts[e::local]) for e in range(local)]
-        computed = [expert(x).split([row[e] for row in received_RL]) for e, (expert, x) in enumerate(zip(experts, by_expert, strict=True))]
-        returned = torch.cat([computed[e][r] for r in range(ep_size) for e in range(local)])
-        outputs = _UnevenAllToAll.apply(returned, received, sent, group).split([len(routes[i][1]) for i in order])
-        back = dict(zip(order, outputs, strict=True))
-        return [back[i] for i in range(len(routes))]
-
-    return run
-
-
-class _UnevenAllToAll(torch.autograd.Function):
-    """All-to-all of rows (N, M), `sent[r]` to rank r and `received[r]` from it; the gradient goes the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.splits = received, sent, group
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _UnevenAllToAll.apply(gradients[0], *ctx.splits), None, None, None
+def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
+    """In place of deepspeed.moe.mappings's own, with which stock layers join the tensor ranks' shares: that one hands gloo a flat
+    output for an N-dimensional input, which gloo refuses."""
+    group = groups.mpu.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
 
 
 _EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")

@@ -130,8 +130,9 @@ class AttributeEmbedding(nn.Module):
 
 
 class TokenGate(nn.Module):
-    """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in `AttributeGate`. No noise, for inference.
+    """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in `AttributeGate`, without noise.
 
+    Its auxiliary loss is E * sum_e (mean p_e) (share of tokens whose first expert is e) over all tokens of the stream.
     with_attributes: the gate reads the sum of the token and of its attributes' embedding.
     """
 
@@ -142,10 +143,13 @@ class TokenGate(nn.Module):
         self.wg = nn.Linear(width, experts, bias=False)
         self.experts_per_token = experts_per_token
 
-    def forward(self, x_TM: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-        """experts_TK (int64) and weights_TK (float32)."""
+    def forward(self, x_TM: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """experts_TK (int64), weights_TK (float32) and the auxiliary loss."""
         if hasattr(self, "attributes"):
             x_TM = x_TM + self.attributes(plan)
         probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
         top_TK, experts_TK = probabilities_TE.topk(self.experts_per_token, dim=-1)
-        return experts_TK, top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
+        weights_TK = top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
+        experts = probabilities_TE.shape[1]
+        first_TE = F.one_hot(experts_TK[:, 0], experts).float()
+        return experts_TK, weights_TK, experts * (probabilities_TE.mean(dim=0) * first_TE.mean(dim=0)).sum()

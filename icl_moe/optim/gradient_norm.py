@@ -1,34 +1,51 @@
-"""The global gradient norm where the engine has none: ZeRO stage 0 in fp32.
+"""The global gradient norm: computed here where the engine has none, and what the engine must know to compute it rightly.
 
-There DeepSpeed reports no norm, and clips by the mean of the ranks' own norms, which under expert parallelism is not the norm of the
-whole gradient: a rank's own sum of squares misses the experts of the others. Stages 1 and 2 compute it rightly.
+At ZeRO stage 0 in fp32 DeepSpeed reports no norm, and clips by the mean of the ranks' own norms, which under expert parallelism is not
+the norm of the whole gradient: a rank's own sum of squares misses the experts of the others.
+
+At stages 1 and 2 it sums squares over every rank's partition of the gradient (get_grad_norm_direct in runtime/zero/stage_1_and_2.py),
+but on tensor ranks other than the first it leaves out each parameter that is not marked as model-parallel, since the first one has the
+same. That is true of parameters whose state is partitioned over data-parallel ranks, each tensor rank having its own partitions of them.
+The state of experts is partitioned over *all* ranks that hold them, and expert groups span tensor ranks: what a tensor rank other than
+the first has of an expert's gradient, nobody else has, and it went uncounted. `mark_parts` marks experts, too.
 """
 
 import torch
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from icl_moe.model.moe import exported_name
+from icl_moe.model.tensor_parallel import is_split
+
+
+def mark_parts(model: nn.Module) -> None:
+    """Mark what each tensor rank has a part of its own of, so that the norm counts all parts: cut parameters, and experts."""
+    for name, parameter in model.named_parameters():
+        vars(parameter)["tensor_model_parallel"] = is_split(exported_name(name)) or is_moe_param(parameter)
+
 
 def global_norm(model: nn.Module) -> Tensor:
-    """L2 norm of the reduced gradient over all parameters, each expert counted once; float32 scalar, equal on every rank."""
-    shared: list[Tensor] = []
-    experts: dict[str, list[Tensor]] = {}  # by expert group
+    """L2 norm of the reduced gradient over all parameters, each part and each expert counted once; float32, equal on every rank."""
+    squares: dict[dist.ProcessGroup | None, list[Tensor]] = {}  # by the group over whose ranks the parts of a parameter lie
     for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
-        squared = parameter.grad.float().square().sum()
-        if is_moe_param(parameter):
-            experts.setdefault(str(vars(parameter)["group_name"]), []).append(squared)
-        else:
-            shared.append(squared)
-    total = torch.stack(shared).sum()
-    for name, squares in experts.items():
-        held_here = torch.stack(squares).sum()
-        dist.all_reduce(held_here, group=groups._get_expert_parallel_group(name))
+        if parameter.grad is not None:
+            squares.setdefault(_parts_group(parameter), []).append(parameter.grad.float().square().sum())
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for group, parts in squares.items():
+        held_here = torch.stack(parts).sum()
+        if group is not None:
+            dist.all_reduce(held_here, group=group)
         total = total + held_here
     return total.sqrt()
+
+
+def _parts_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    if is_moe_param(parameter):
+        return groups._get_expert_parallel_group(vars(parameter)["group_name"])
+    return groups.mpu.get_tensor_model_parallel_group() if is_model_parallel_parameter(parameter) else None
 
 
 def clip(model: nn.Module, norm: Tensor, largest: float) -> None:

@@ -1,0 +1,190 @@
+"""A few steps of a toy decoder in any parallel layout, and the same without ranks or engine: what the parity tests compare.
+
+SGD for most of them, because its parameters say what the gradients were; Adam would turn the round-off of zero gradients into whole
+steps.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from unittest import mock
+
+import deepspeed
+import numpy as np
+import torch
+from plain_mt_adamw import plain_step
+from torch import distributed as dist
+from toy_model import MANIFEST, VOCABULARY, make_recipe, make_sequences
+
+from icl_moe.data.batch import TokenBatch, collate
+from icl_moe.data.schedule import RankSlice
+from icl_moe.model.config import DecoderConfig
+from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.moe import exported_name, first_expert
+from icl_moe.model.tensor_parallel import is_split, join
+from icl_moe.recipe import OptimizerSettings, ParallelSettings
+
+GLOBAL_BATCH = 4
+CLIP = 0.5
+RATES = {"sgd": 0.5, "mt_adamw": 1e-3}
+TASKS = ("segmentation", "captioning", "segmentation", "captioning")
+PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a toy run is spread, and what it trains. mixed: a global batch has episodes of both tasks, so that ranks route differently."""
+
+    feed_forward: str = "attributes"
+    world: int = 2
+    stage: int = 1
+    ep_size: int = 1
+    tp_size: int = 1
+    bf16: bool = False
+    micro_batch: int = 1
+    activation_checkpointing: bool = False
+    combination: str = "outputs"
+    mixed: bool = False
+    optimizer: Literal["sgd", "mt_adamw"] = "sgd"
+    steps: int = 6
+
+    def __str__(self) -> str:
+        """What is not as in the plainest layout."""
+        return " ".join(f"{name}={value}" for name, value in vars(self).items() if value != vars(Layout())[name]) or "plain"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last, by exported name."""
+
+    losses: list[float]
+    auxiliary: list[float]
+    norms: list[float]
+    parameters: dict[str, np.ndarray]
+
+
+def plain_trajectory(layout: Layout) -> Trajectory:
+    """What `layout` trains, in float32 without ranks, DeepSpeed and megatron-core: the decoder that inference uses, and autograd."""
+    return _plain_trajectory(replace(layout, world=1, stage=0, ep_size=1, tp_size=1, bf16=False, activation_checkpointing=False))
+
+
+@functools.cache
+def _plain_trajectory(layout: Layout) -> Trajectory:
+    recipe = _recipe(layout)
+    decoder = InContextDecoder(DecoderConfig.from_recipe(recipe), auxiliary_weight=recipe.training.auxiliary_loss_weight)
+    initialise(decoder, seed=0)
+    update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw}[layout.optimizer](decoder)
+    losses, auxiliary, norms = [], [], []
+    for step in range(layout.steps):
+        decoder.zero_grad(set_to_none=False)
+        parts = [decoder(batch, noise=(0, step)) for batch in _micro_batches(layout, step)]
+        torch.stack([part.total for part in parts]).mean().backward()
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in decoder.named_parameters()}
+        norms.append(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item())
+        losses.append(torch.stack([part.total for part in parts]).mean().item())
+        auxiliary.append(torch.stack([part.auxiliary for part in parts]).mean().item())
+        update(step, _task(layout, step), gradients, norms[-1])
+    return Trajectory(losses, auxiliary, norms, {name: p.detach().numpy().copy() for name, p in decoder.named_parameters()})
+
+
+def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
+    """The same under the engine, on this rank of the layout; `parameters` are what this rank has of them."""
+    from icl_moe.training import engine as engine_module
+
+    recipe = _recipe(layout)
+    part = RankSlice.of(ranks.rank, ranks.world, GLOBAL_BATCH, layout.micro_batch, layout.tp_size)
+    # Without that threshold stage 3 would leave parameters as small as these whole on every rank.
+    zero = {"stage": layout.stage, "reduce_scatter": True, "stage3_param_persistence_threshold": 0}
+    config = {"zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
+    with mock.patch.object(engine_module, "_build_optimizer", _sgd) if layout.optimizer == "sgd" else nullcontext():
+        engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks)
+    losses, auxiliary, norms = [], [], []
+    for step in range(layout.steps):
+        engine.begin_step(RATES[layout.optimizer], PROBABILITIES[_task(layout, step)])
+        total = torch.zeros(2)
+        for batch in _micro_batches(layout, step)[part.rank :: part.ranks]:
+            loss = engine.backward(batch, noise=(0, step))
+            engine.step()
+            total += torch.stack([loss.total.detach().float(), loss.auxiliary.float()])
+        dist.all_reduce(total)
+        total /= ranks.world * part.micro_steps
+        losses.append(total[0].item())
+        auxiliary.append(total[1].item())
+        norms.append(engine.norm)
+    parameters = dict(engine.model.named_parameters())
+    first = first_expert(ranks.rank, layout.ep_size, recipe.model.experts)
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=layout.stage == 3):
+        held = {exported_name(name, first): p.detach().float().cpu().numpy().copy() for name, p in parameters.items()}
+    engine.deepspeed.destroy()
+    return Trajectory(losses, auxiliary, norms, held)
+
+
+def whole(parts: Sequence[Trajectory], tp_size: int) -> dict[str, np.ndarray]:
+    """The whole parameters, from what each rank has of them; ranks that have the same must agree."""
+    found: dict[str, np.ndarray] = {}
+    for first in range(0, len(parts), tp_size):
+        tensor_ranks = [part.parameters for part in parts[first : first + tp_size]]
+        for name in {name for held in tensor_ranks for name in held}:
+            pieces = [torch.from_numpy(held[name]) for held in tensor_ranks if name in held]
+            for one in [join(name, pieces, VOCABULARY.size)] if is_split(name) else pieces:
+                np.testing.assert_allclose(found.setdefault(name, one.numpy()), one.numpy(), atol=1e-7)
+    return found
+
+
+def _recipe(layout: Layout) -> Any:
+    model = {"feed_forward": layout.feed_forward, "combination": layout.combination, "gate_noise": layout.optimizer == "mt_adamw"}
+    training = {"micro_batch": layout.micro_batch, "global_batch": GLOBAL_BATCH}
+    return replace(
+        make_recipe(model=model, activation_checkpointing=layout.activation_checkpointing, **training),
+        parallel=ParallelSettings(layout.ep_size, layout.tp_size),
+        optimizer=OptimizerSettings("mt_adamw" if layout.optimizer == "mt_adamw" else "adamw", clip=_clip(layout)),
+    )
+
+
+def _clip(layout: Layout) -> float | None:
+    return None if layout.optimizer == "mt_adamw" else CLIP
+
+
+def _task(layout: Layout, step: int) -> str:
+    return "mixed" if layout.mixed else TASKS[step % len(TASKS)]
+
+
+def _micro_batches(layout: Layout, step: int) -> list[TokenBatch]:
+    """All micro-batches of the global batch of a step, in the order in which RankSlice deals them out."""
+    task, size = _task(layout, step), layout.micro_batch
+    tasks = TASKS[:GLOBAL_BATCH] if layout.mixed else (task,) * GLOBAL_BATCH
+    sequences = [make_sequences(one, 1, seed=GLOBAL_BATCH * step + i)[0] for i, one in enumerate(tasks)]
+    scale = GLOBAL_BATCH / size / sum(float(s.loss_weights().sum()) for s in sequences)
+    return [collate(sequences[i : i + size], VOCABULARY, task, loss_scale=scale) for i in range(0, GLOBAL_BATCH, size)]
+
+
+Update = Callable[[int, str, dict[str, torch.Tensor], float], None]
+"""Moves the parameters by (step, task, gradients by name, their norm)."""
+
+
+def _plain_sgd(decoder: InContextDecoder) -> Update:
+    def update(step: int, task: str, gradients: dict[str, torch.Tensor], norm: float) -> None:
+        for name, parameter in decoder.named_parameters():
+            parameter.data -= RATES["sgd"] * min(1.0, CLIP / norm) * gradients[name]
+
+    return update
+
+
+def _plain_mt_adamw(decoder: InContextDecoder) -> Update:
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in decoder.named_parameters()}
+
+    def update(step: int, task: str, gradients: dict[str, torch.Tensor], norm: float) -> None:
+        for name, parameter in decoder.named_parameters():
+            decay = 0.05 if parameter.dim() >= 2 and "embedding" not in name else 0.0
+            values = (parameter.detach(), *moments[name], gradients[name], norm, PROBABILITIES[task])
+            parameter.data, *moments[name] = plain_step(*values, step + 1, lr=RATES["mt_adamw"], betas=(0.9, 0.999), eps=1e-8, decay=decay)
+
+    return update
+
+
+def _sgd(recipe: Any, model: torch.nn.Module, norm: Any) -> torch.optim.Optimizer:
+    from icl_moe.optim.parameter_groups import parameter_groups
+
+    return torch.optim.SGD(parameter_groups(model, 0.0), lr=RATES["sgd"])
