@@ -2,8 +2,9 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import deepspeed
@@ -32,6 +33,32 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+class ModelParallelUnit:
+    """What DeepSpeed asks of an `mpu`, answered by megatron-core: it asks for some things under other names than megatron-core has.
+
+    Tensor ranks are neighbours (tp 2 on four ranks: 0 1 | 2 3), and ranks of equal place in them make a data-parallel group (0 2 | 1 3).
+    """
+
+    def __init__(self, tp_size: int) -> None:
+        # It warns on every rank of optional packages that it does without.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        from megatron.core import parallel_state
+
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(tp_size)
+        assert parallel_state.get_tensor_model_parallel_world_size() == tp_size, "one layout of tensor ranks a process"
+        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
+        self.get_tensor_model_parallel_group = self.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
+        self.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
+        self.get_data_parallel_rank = parallel_state.get_data_parallel_rank
+        self.get_data_parallel_group = parallel_state.get_data_parallel_group
+        self.get_data_parallel_world_size = parallel_state.get_data_parallel_world_size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or be the only one."""
@@ -56,6 +83,11 @@ def process_group() -> Iterator[Ranks]:
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     # Without this, ranks now and then die at exit. After an exception it is not tried: the others may not be listening.
     dist.destroy_process_group()
+
+
+def generators_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Within it torch's random generators may be drawn from: afterwards they are as they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def free_port() -> int:

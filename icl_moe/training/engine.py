@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from icl_moe.data.batch import TokenBatch
@@ -18,13 +19,16 @@ from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.model.loss import DecoderLoss
-from icl_moe.model.moe import exported_name, sparse_layer_factory
+from icl_moe.model.moe import exported_name, first_expert, sparse_layer_factory
+from icl_moe.model.tensor_parallel import spread
 from icl_moe.optim import gradient_norm
 from icl_moe.optim.mt_adamw import MTAdamW
 from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import TrainingRecipe, to_dict
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import ModelParallelUnit, Ranks
+from icl_moe.training.preflight import zero_stage
 
 
 class TrainingEngine:
@@ -37,13 +41,16 @@ class TrainingEngine:
         self._recipe = recipe
         self._device = ranks.device
         self.norm: float | None = None
-        model = _build_model(recipe, manifest, ranks)
+        # DeepSpeed's expert layers read the unit there, where an earlier engine of this process may have left its own.
+        groups.mpu = ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
+        model = _build_model(recipe, manifest, ranks, zero_stage(engine_config))
         self._optimizer = _build_optimizer(recipe, model, self._norm_in_step)
         with contextlib.redirect_stdout(io.StringIO()):  # A line a rank and layer group about process groups being made.
             self.deepspeed, *_ = deepspeed.initialize(
                 model=nn.Module.to(model, ranks.device),
                 optimizer=self._optimizer,
                 config=_deepspeed_config(recipe, engine_config, part),
+                mpu=groups.mpu,
                 dist_init_required=False,
             )
         self.deepspeed.train()
@@ -52,6 +59,12 @@ class TrainingEngine:
     def model(self) -> InContextDecoder:
         model: InContextDecoder = self.deepspeed.module
         return model
+
+    @property
+    def computes_alone(self) -> bool:
+        """Whether a forward pass of this rank needs no other rank: it has all weights, and all experts."""
+        parallel = self._recipe.parallel
+        return bool(parallel.ep_size == 1 and parallel.tp_size == 1 and self.deepspeed.zero_optimization_stage() < 3)
 
     def begin_step(self, rate: float, task_probability: float) -> None:
         """Set the learning rate of the coming step, and the probability with which its task was drawn (for MT-AdamW)."""
@@ -100,7 +113,8 @@ def _standing_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         del vars(optimizer)["step"]
 
 
-def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks) -> InContextDecoder:
+def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks, stage: int) -> InContextDecoder:
+    """This rank's part of a new model. At ZeRO stage 3 its experts are plain modules: DeepSpeed refuses its own layers there."""
     config = DecoderConfig.from_recipe(
         recipe,
         format=to_dict(manifest.format),
@@ -109,12 +123,18 @@ def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks) -> In
         image_tokenizer=manifest.image_tokenizer,
         classes={task: sorted(classes) for task, classes in manifest.classes.items()},
     )
-    ep_size = recipe.parallel.ep_size
-    model = InContextDecoder(config, sparse_layer_factory(ep_size), recipe.training.auxiliary_loss_weight)
+    ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size
+    sparse_layer = SparseFeedForward if stage == 3 else sparse_layer_factory(ep_size, ranks.rank % tp_size, tp_size)
+    model = InContextDecoder(config, sparse_layer, recipe.training.auxiliary_loss_weight)
     model.activation_checkpointing = recipe.training.activation_checkpointing
-    # DeepSpeed spreads a layer's experts over ep_size consecutive ranks.
-    first_expert = ranks.rank % ep_size * (recipe.model.experts // ep_size)
-    initialise(model, recipe.training.seed, partial(exported_name, first_expert=first_expert))
+    name = partial(exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts))
+    initialise(model, recipe.training.seed, name)
+    if tp_size > 1:
+        spread(model)
+        gradient_norm.mark_parts(model)
+    if stage == 3 and recipe.model.sparse_layers:
+        # All experts of a layer are gathered together: ranks whose tokens go to different ones would wait for each other for ever.
+        set_z3_leaf_modules(model, [SparseFeedForward])
     return model
 
 
@@ -126,7 +146,6 @@ def _build_optimizer(recipe: TrainingRecipe, model: nn.Module, norm: Any) -> tor
 
 
 def _deepspeed_config(recipe: TrainingRecipe, engine_config: dict[str, Any], part: RankSlice) -> dict[str, Any]:
-    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
     bf16 = engine_config.get("bf16", {}).get("enabled", False)
     config = {
         **engine_config,
@@ -134,7 +153,7 @@ def _deepspeed_config(recipe: TrainingRecipe, engine_config: dict[str, Any], par
         "train_micro_batch_size_per_gpu": recipe.training.micro_batch,
         "gradient_accumulation_steps": part.micro_steps,
         # At ZeRO stage 0 in fp32 we clip ourselves, see optim/gradient_norm.py.
-        "gradient_clipping": (recipe.optimizer.clip or 0.0) if stage or bf16 else 0.0,
+        "gradient_clipping": (recipe.optimizer.clip or 0.0) if zero_stage(engine_config) or bf16 else 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

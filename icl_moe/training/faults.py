@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch
@@ -71,6 +71,32 @@ class Watchdog:
         self._last = time.monotonic()
         if self._seconds is not None:
             self._store.set(f"beat/{self._ranks.rank}", f"{self._beats}|step {step + 1}, {stage}")
+
+    def on_main(self, step: int, stage: str, work: Callable[[], None]) -> None:
+        """Rank 0 does some work while the others wait for it. Every rank must call it together.
+
+        They do not wait in a collective, which would time out, and as long as rank 0 beats they beat with it: work may take longer than
+        `seconds`, but a rank 0 that stands still is found.
+        """
+        done = "work of rank 0 is done"
+        self.beat(step, stage)
+        if self._ranks.is_main:
+            work()
+            self._store.set(done, "")
+        else:
+            self._wait(done, step)
+        dist.barrier()
+        if self._ranks.is_main:
+            self._store.delete_key(done)
+
+    def _wait(self, key: str, step: int) -> None:
+        seen = None
+        while not self._store.check([key]):
+            beat = self._store.get("beat/0") if self._seconds is not None else None
+            if beat != seen:
+                self.beat(step, "waiting for rank 0")
+                seen = beat
+            time.sleep(0.1)
 
     def _watch(self) -> None:
         assert self._seconds is not None

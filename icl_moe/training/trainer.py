@@ -1,7 +1,9 @@
 """The training loop: recipe, shards, engine, steps, checkpoints."""
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,22 @@ from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
+from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.seeds import stable_seed
 from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
+from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
+from icl_moe.training.expert_table import as_markdown, as_text, expert_choices
 from icl_moe.training.faults import StopSignal, Watchdog, any_rank
+from icl_moe.training.gradients import GradientReport
 from icl_moe.training.monitor import ProgressMonitor, write_run_description
+from icl_moe.training.preflight import open_validation
+from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
+from icl_moe.training.validation import Validation
 
 
 def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]) -> None:
@@ -30,18 +40,52 @@ def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any
     shards, engine_config: what `preflight.check` gave for the recipe and the number of ranks.
     """
     with process_group() as ranks:
-        settings = recipe.training
-        part = RankSlice.of(ranks.rank, ranks.world, settings.global_batch, settings.micro_batch)
+        train_on(ranks, recipe, shards, engine_config)
+
+
+def train_on(ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]) -> None:
+    """`train` on ranks that have met already."""
+    settings = recipe.training
+    with _repeatable(settings.deterministic):
+        part = RankSlice.of(ranks.rank, ranks.world, settings.global_batch, settings.micro_batch, recipe.parallel.tp_size)
         schedule = Schedule(shards.manifest.samples, settings.global_batch, settings.seed, settings.sampling)
-        dataset = MicroBatches(shards, schedule, part, recipe.data.layout, settings.input_loss_weight)
         engine = TrainingEngine(recipe, shards.manifest, engine_config, part, ranks)
+        engine.deepspeed.monitor.enabled = False  # It would write the learning rate at every step; the monitor here does, at its lines.
         output = Path(settings.output)
         start = checkpoint.resume(engine.deepspeed, output)
         if ranks.is_main:
             checkpoint.write_model_folder(output, engine.model.config, shards)
-            write_run_description(output, recipe, shards.folder, engine_config, ranks)
+            write_run_description(output, recipe, shards, engine_config, ranks)
         stop = min(settings.steps, settings.stop_after or settings.steps)
-        _Loop(engine, recipe, dataset, schedule, part, ranks).run(start, stop)
+        if start >= stop:
+            if ranks.is_main:
+                _say(f"{settings.output} is already at step {start} of {stop}; set training.steps higher to go on")
+            return
+        write_events = engine.deepspeed.monitor.write_events
+        peak = peak_flops(ranks.device, engine_config)
+        all_peaks = None if peak is None else peak * ranks.world
+        monitor = ProgressMonitor(
+            start, stop, settings.log_every, settings.global_batch, list(schedule.probabilities), ranks, all_peaks, write_events
+        )
+        gradients = GradientReport(engine, schedule, settings.gradient_report_every, output, settings.global_batch, write_events)
+        _Loop(engine, recipe, shards, schedule, part, ranks, monitor, gradients).run(start, stop)
+        monitor.close()
+
+
+@contextmanager
+def _repeatable(wanted: bool) -> Iterator[None]:
+    """Within it, where wanted, torch refuses operations that may give other bits when they are run again."""
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a workspace of fixed size.
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # It would fill DeepSpeed's buckets, gigabytes, in every step.
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 @dataclass
@@ -50,34 +94,40 @@ class _Loop:
 
     engine: TrainingEngine
     recipe: TrainingRecipe
-    dataset: MicroBatches
+    shards: ShardSet
     schedule: Schedule
     part: RankSlice
     ranks: Ranks
+    monitor: ProgressMonitor
+    gradients: GradientReport
     skipped: int = 0
 
     def run(self, start: int, stop: int) -> None:
         settings = self.recipe.training
-        if start >= stop:
-            self._say(f"{settings.output} is already at step {start} of {stop}; set training.steps higher to go on")
-            return
-        write_events = self.engine.deepspeed.monitor.write_events
-        monitor = ProgressMonitor(
-            start, stop, settings.log_every, settings.global_batch, self.ranks.is_main, self.ranks.device, write_events
-        )
-        batches = micro_batches(self.dataset, self.part.micro_steps, start, stop, self.recipe.data.workers)
+        dataset = MicroBatches(self.shards, self.schedule, self.part, self.recipe.data.layout, settings.input_loss_weight)
+        batches = micro_batches(dataset, self.part.micro_steps, start, stop, self.recipe.data.workers)
         with StopSignal() as signal, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
+            if settings.dry_run:
+                dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
+            validation = self._validation(watchdog)
             for step in range(start, stop):
-                stopping = self._step(step, batches, monitor, signal, watchdog)
-                if (step + 1) % settings.save_every == 0 or step + 1 == stop or stopping:
+                stopping = self._step(step, batches, signal, watchdog)
+                completed = step + 1
+                if completed % settings.save_every == 0 or completed == stop or stopping:
                     watchdog.beat(step, "saving a checkpoint")
-                    checkpoint.save(self.engine.deepspeed, Path(settings.output), step + 1, settings.keep_checkpoints)
+                    self._save(completed)
                 if stopping:
-                    self._say(f"stopped by a signal after step {step + 1}; the same command goes on from there")
+                    self._say(f"stopped by a signal after step {completed}; the same command goes on from there")
                     break
-        monitor.close()
+                if validation is not None and completed % (settings.evaluate_every or 1) == 0:
+                    validation.run(completed)
 
-    def _step(self, step: int, batches: Iterator[TokenBatch], monitor: ProgressMonitor, signal: StopSignal, watchdog: Watchdog) -> bool:
+    def _validation(self, watchdog: Watchdog) -> Validation | None:
+        if self.recipe.training.evaluate_every is None:
+            return None
+        return Validation(self.engine, self.recipe, open_validation(self.recipe), self.ranks, watchdog)
+
+    def _step(self, step: int, batches: Iterator[TokenBatch], signal: StopSignal, watchdog: Watchdog) -> bool:
         """One optimizer step; whether any rank was asked to stop."""
         settings = self.recipe.training
         task = self.schedule.task(step)
@@ -88,21 +138,39 @@ class _Loop:
             watchdog.beat(step, "reading a batch")
             batch = next(batches)
             watchdog.beat(step, "computing")
-            torch.manual_seed(stable_seed("dropout", settings.seed, step, micro_step, self.ranks.rank))
+            torch.manual_seed(stable_seed("dropout", settings.seed, step, micro_step, self.part.rank))
             loss = self.engine.backward(batch, noise=(settings.seed, step))
             if not math.isfinite(loss.total.item()):
                 not_finite = True
                 tqdm.write(f"icl-moe: step {step + 1}: the loss is not finite on rank {self.ranks.rank} in {', '.join(batch.sources)}")
-            if micro_step + 1 == self.part.micro_steps:
+            is_last = micro_step + 1 == self.part.micro_steps
+            if is_last:
                 watchdog.beat(step, "agreeing with the other ranks")
                 not_finite, stopping = any_rank([not_finite, signal.requested], self.ranks.device)
-            self.engine.step(skip=not_finite)
-            monitor.add(loss, tokens=len(batch.tokens_T) if batch.real_T is None else int(batch.real_T.sum()))
+            with self.gradients.step(step) if is_last else nullcontext():
+                self.engine.step(skip=not_finite)
+            self._count(task, loss, batch)
         if not_finite:
             self._skip(step)
-            monitor.forget()
-        monitor.step_done(step + 1, task, self.engine.norm, rate)
+            self.monitor.forget()
+        self.monitor.step_done(step + 1, task, None if not_finite else self.engine.norm, rate)
         return stopping
+
+    def _count(self, task: str, loss: DecoderLoss, batch: TokenBatch) -> None:
+        # Tensor ranks read the same tokens; the first of them counts them.
+        counts = self.ranks.rank % self.recipe.parallel.tp_size == 0
+        flops = training_flops(self.recipe.model, self.recipe.vocabulary.size, batch)
+        self.monitor.add(task, loss, *((real_tokens(batch), flops) if counts else (0, 0)))
+
+    def _save(self, completed: int) -> None:
+        output = Path(self.recipe.training.output)
+        checkpoint.save(self.engine.deepspeed, output, completed, self.recipe.training.keep_checkpoints)
+        choices = expert_choices(self.engine.model)
+        if choices and self.ranks.is_main:
+            write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(choices)}")
+            tensorboard = self.engine.deepspeed.monitor.tb_monitor
+            if tensorboard is not None:
+                tensorboard.summary_writer.add_text("experts", as_markdown(choices), completed * self.recipe.training.global_batch)
 
     def _skip(self, step: int) -> None:
         self.skipped += 1
@@ -115,4 +183,8 @@ class _Loop:
 
     def _say(self, what: str) -> None:
         if self.ranks.is_main:
-            tqdm.write(f"icl-moe: {what}")
+            _say(what)
+
+
+def _say(what: str) -> None:
+    tqdm.write(f"icl-moe: {what}")

@@ -1,17 +1,31 @@
-"""Training with a fault: FAULT=kind:rank:step in the environment; launched in the place of icl_moe.training."""
+"""Training with a fault: FAULT=kind:rank:step in the environment; launched in the place of icl_moe.training.
+
+FAULT_SHARDS: the folder whose shards `overwrite` and `truncate` damage.
+"""
 
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 
 import icl_moe.training.trainer as trainer
-from icl_moe.training import checkpoint
+from icl_moe.training import training_state
 
 kind, rank, step = os.environ["FAULT"].split(":")
 faults = [kind]
-backward, save = trainer.TrainingEngine.backward, checkpoint.save
+backward, write = trainer.TrainingEngine.backward, training_state.write
+
+
+def damage(shards):
+    """Every sample: whichever is read next meets it. The files stay open and of the same name, as under a failing disk."""
+    for path in shards.glob("*.tar"):
+        with path.open("r+b") as file:
+            if kind == "truncate":
+                file.truncate(10)
+            else:
+                file.write(bytes(path.stat().st_size))
 
 
 def faulty_backward(engine, batch, noise):
@@ -20,6 +34,9 @@ def faulty_backward(engine, batch, noise):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "hang":
             time.sleep(600)
+        if kind in ("overwrite", "truncate"):
+            damage(Path(os.environ["FAULT_SHARDS"]))
+            faults.clear()
         if kind == "nan":
             batch.weights_P.fill_(float("nan"))
         if kind == "terminate":
@@ -30,15 +47,14 @@ def faulty_backward(engine, batch, noise):
     return backward(engine, batch, noise)
 
 
-def faulty_save(engine, output, completed, keep):
+def faulty_write(engine, folder, completed):
+    written = write(engine, folder, completed)
     if kind == "kill-in-save" and completed == int(step) and os.environ["RANK"] == rank:
-        # After its files are written, before the checkpoint is whole.
-        write = engine.save_checkpoint
-        engine.save_checkpoint = lambda *args, **kwargs: (write(*args, **kwargs), os.kill(os.getpid(), signal.SIGKILL))
-    return save(engine, output, completed, keep)
+        os.kill(os.getpid(), signal.SIGKILL)  # After its files are written, before the checkpoint is whole.
+    return written
 
 
 trainer.TrainingEngine.backward = faulty_backward
-checkpoint.save = faulty_save
+training_state.write = faulty_write
 
 import icl_moe.training.__main__  # noqa: E402, F401

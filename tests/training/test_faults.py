@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -61,6 +62,24 @@ def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("overwrite", "its checksum is not that of the index"), ("truncate", "it is cut off; the shard is truncated")],
+)
+def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(train, shards, tmp_path, fault, reason):
+    """The rank that reads it says so, in one sentence, though it is not the first rank, and the whole run ends."""
+    copy = shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("synthetic"))
+    settings = (f"data.shards={copy}", "training.steps=60")
+    printed = train(tmp_path / "run", *settings, script=FAULTY, FAULT=f"{fault}:1:2", FAULT_SHARDS=str(copy), expect=None)
+    assert "step 2/60" in printed
+    assert "step 60/60" not in printed
+    said = [line for line in printed.splitlines() if line.startswith("icl-moe: ") and "cannot be read" in line]
+    assert said, printed
+    for line in said:
+        assert re.fullmatch(rf"icl-moe: {copy}/(\w+)-\d{{6}}\.tar: sample \1-\d{{8}} cannot be read: {reason}\.", line)
+    assert "Traceback" not in printed
+
+
 def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
     printed = train(tmp_path / "run", "training.steps=6", "training.hang_seconds=8", script=FAULTY, FAULT="hang:1:3", expect=1)
     assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
@@ -68,10 +87,10 @@ def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    damaged = tmp_path / "run/checkpoints/step-00000006/mp_rank_00_model_states.pt"
+    damaged = tmp_path / "run/checkpoints/step-00000006/exp_avg-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     printed = train(tmp_path / "run", "training.steps=6", "training.save_every=2")
-    assert "step-00000006 is damaged: its file mp_rank_00_model_states.pt has 1000 bytes of" in printed
+    assert "step-00000006 is damaged: its file exp_avg-00000.safetensors has 1000 bytes of" in printed
     assert "step-00000004 is used" in printed
     assert losses(tmp_path / "run")["image_loss"][6:] == losses(undisturbed)["image_loss"][4:]
 

@@ -1,0 +1,95 @@
+"""How much arithmetic a batch needs, and how much a device could do: what model FLOPs utilisation (MFU) is made of."""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+
+from icl_moe.data.batch import TokenBatch
+from icl_moe.model.feed_forward import routes_streams
+from icl_moe.recipe import ModelSettings
+
+_TERA = 1e12
+
+
+class _Peak(NamedTuple):
+    """Dense matrix products in TFLOP/s; None where the device lacks the format."""
+
+    bf16: float | None
+    tf32: float | None
+    fp32: float
+
+
+_PEAKS = {
+    "B200": _Peak(2250, 1125, 75),
+    "GH200": _Peak(989.4, 494.7, 66.9),
+    "H200 NVL": _Peak(835.5, 417.5, 60),
+    "H200": _Peak(989.4, 494.7, 66.9),
+    "H100 PCIe": _Peak(756.5, 378, 51.2),
+    "H100 NVL": _Peak(835.5, 417.5, 60),
+    "H100": _Peak(989.4, 494.7, 66.9),
+    "A100": _Peak(312, 156, 19.5),
+    "A40": _Peak(149.7, 74.8, 37.4),
+    "A10": _Peak(125, 62.5, 31.2),
+    "RTX A6000": _Peak(154.8, 77.4, 38.7),
+    "L40S": _Peak(362, 183, 91.6),
+    "L4": _Peak(121, 60, 30.3),
+    "V100-PCIE": _Peak(None, None, 14),
+    "V100": _Peak(None, None, 15.7),
+}
+"""By a word of the device's name, the narrower first. NVIDIA's data sheets of these products; figures that they give with sparsity are
+halved. H100 without a suffix is the SXM module, whose name is "NVIDIA H100 80GB HBM3"."""
+
+
+def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBatch) -> int:
+    """Floating-point operations of the matrix products of a forward and backward pass over a batch.
+
+    With T tokens of which R are no padding, P targets, episodes of L tokens, width M, V ids, k experts a token and two operations a
+    multiplication and addition, a forward pass takes
+
+        attention, a layer                 8 T M^2  +  sum over episodes of 2 L (L + 1) M       a token sees itself and the past
+        dense feed-forward, a layer       16 T M^2
+        experts, a layer                  16 k R M^2,  with merged weights 16 R M^2;  gates that read tokens take 2 T M E more
+        logits                             2 P M V                                               at targets only
+
+    and a backward pass twice as much. Counted is what the model needs, as Chowdhery et al. 2022 (PaLM, appendix B) define MFU: neither
+    what activation checkpointing computes again nor what padded buffers of experts hold, nor gates of attributes, which cost nothing.
+    """
+    tokens, width = len(batch.tokens_T), settings.width
+    attention = 8 * tokens * width**2 + sum(2 * length * (length + 1) * width for length in batch.lengths)
+    dense, sparse = 16 * tokens * width**2, _expert_flops(settings, batch)
+    sparse_layers = len(settings.sparse_layers)
+    layers = settings.layers * attention + (settings.layers - sparse_layers) * dense + sparse_layers * sparse
+    return 3 * (layers + 2 * len(batch.labels_P) * width * vocabulary_size)
+
+
+def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:
+    """Of the forward pass of one sparse layer."""
+    tokens, real, width = len(batch.tokens_T), real_tokens(batch), settings.width
+    experts = 1 if settings.combination == "weights" else settings.experts_per_token
+    if routes_streams(settings):
+        return 16 * experts * real * width**2
+    return 16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts  # Stock layers know no padding.
+
+
+def real_tokens(batch: TokenBatch) -> int:
+    """Tokens that are no padding."""
+    return sum(length for index, length in batch.routing.segments if index >= 0)
+
+
+def peak_flops(device: torch.device, engine_config: dict[str, Any]) -> float | None:
+    """What `device` could do in a second, in the precision that the run trains in; None where that is not known, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    bf16 = engine_config.get("bf16", {}).get("enabled", False)
+    precision = "bf16" if bf16 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(device_name: str, precision: str) -> float | None:
+    """FLOP/s by the table above; precision is bf16, tf32 or fp32."""
+    for name, peak in _PEAKS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            tera = getattr(peak, precision)
+            return None if tera is None else tera * _TERA
+    return None

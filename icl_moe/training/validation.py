@@ -1,0 +1,163 @@
+"""Evaluation while training: the same episodes every so many steps, without a trace in the run."""
+
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from icl_moe.data.batch import collate
+from icl_moe.data.shards import ShardSet
+from icl_moe.evaluation.captioning import score_captions
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, decode_rle
+from icl_moe.evaluation.gallery import draw_gallery
+from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
+from icl_moe.evaluation.report import Gallery
+from icl_moe.evaluation.segmentation import score_masks
+from icl_moe.inference.model import InContextModel
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.training.distributed import Ranks, generators_kept
+from icl_moe.training.engine import TrainingEngine
+from icl_moe.training.faults import Watchdog
+
+_DECODED_TOGETHER = 8
+_CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The first training.evaluate_episodes of each task of data.validation.
+
+    The teacher-forced loss is computed by all ranks, each the same batches: it costs no more time than on one of them, and serves every
+    layout. Free decoding and pictures are rank 0's, while the others wait, and only where a rank computes alone.
+    """
+
+    engine: TrainingEngine
+    recipe: TrainingRecipe
+    shards: ShardSet
+    ranks: Ranks
+    watchdog: Watchdog
+
+    def run(self, step: int) -> None:
+        """Evaluate the model after `step` steps; every rank calls it."""
+        with _as_it_was(self.engine):
+            figures = {task: self._loss(task, step) for task in self.shards.manifest.samples}
+            if self.engine.computes_alone:
+                self.watchdog.on_main(step - 1, "evaluating", lambda: self._decode(step, figures))
+        if self.ranks.is_main:
+            self._report(step, figures)
+
+    def _loss(self, task: str, step: int) -> Figures:
+        """Mean cross-entropy over the targets, in nats, as training has it."""
+        count = min(self.shards.count(task), self.recipe.training.evaluate_episodes)
+        size = self.recipe.training.micro_batch
+        total = weight = 0.0
+        for start in range(0, count, size):
+            self.watchdog.beat(step - 1, "evaluating")
+            sequences = [self.shards.sample(task, index).sequence for index in range(start, min(start + size, count))]
+            vocabulary = self.shards.manifest.format.vocabulary
+            batch = collate(sequences, vocabulary, task, self.recipe.data.layout)
+            loss = self.engine.model(batch.to(self.ranks.device))
+            total += float(loss.image_sum + loss.text_sum)
+            weight += float(loss.image_weight + loss.text_weight)
+        return {"loss": total / weight}
+
+    def _decode(self, step: int, figures: dict[str, Figures]) -> None:
+        """Complete every query freely after all its examples; add the scores, and write what was written and drawn."""
+        folder = Path(self.recipe.training.output) / "samples" / f"step-{step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        log = PredictionLog(folder, {"step": step, "shards": self.shards.fingerprint[:16]})
+        self._model.image_tokenizer.to(self.ranks.device)
+        for task in figures:
+            episodes = _Episodes(self.shards, self._model, task, self.recipe.training.evaluate_episodes, self._beat(step))
+            condition = Condition(task, self.shards.manifest.examples)
+            predict(self._model, episodes, condition, log, _DECODED_TOGETHER)
+            figures[task] |= _scores(episodes, condition, log)
+            picture = draw_grid(draw_gallery(self._model, episodes, condition, log))
+            picture.save(folder / f"{task}.png")
+            self._show(task, picture, step)
+        log.finish()
+        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
+
+    def _beat(self, step: int) -> Callable[[], None]:
+        return lambda: self.watchdog.beat(step - 1, "evaluating")
+
+    @cached_property
+    def _model(self) -> InContextModel:
+        decoder = self.engine.model
+        text = TextTokenizer(decoder.sequence_format.vocabulary.text_merges, source=str(self.shards.fetch("text_tokenizer")))
+        return InContextModel(decoder, VQGAN.from_pretrained(str(self.shards.fetch("image_tokenizer"))), text)
+
+    def _show(self, task: str, picture: Image.Image, step: int) -> None:
+        tensorboard = self.engine.deepspeed.monitor.tb_monitor
+        if tensorboard is not None:
+            pixels_HW3 = np.asarray(picture)
+            tensorboard.summary_writer.add_image(f"eval/{task}", pixels_HW3, step * self.recipe.training.global_batch, dataformats="HWC")
+
+    def _report(self, step: int, figures: dict[str, Figures]) -> None:
+        samples = step * self.recipe.training.global_batch
+        events = [(f"eval/{task}/{name}", value, samples) for task, of_task in figures.items() for name, value in of_task.items()]
+        self.engine.deepspeed.monitor.write_events(events)
+        for task, of_task in figures.items():
+            shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_task.items())
+            tqdm.write(f"step {step}  evaluation of {task}  {shown}")
+
+
+class _Episodes(EpisodeSet):
+    """The episodes of a task; `beat` is called with each that is read, so that a long evaluation is not taken for a hang."""
+
+    def __init__(self, shards: ShardSet, model: InContextModel, task: str, limit: int, beat: Callable[[], None]) -> None:
+        super().__init__(shards, model.codec, task, limit)
+        self._beat = beat
+
+    def __getitem__(self, index: int) -> EvaluationEpisode:
+        self._beat()
+        return super().__getitem__(index)
+
+
+@contextmanager
+def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
+    """Within it the model is in evaluation mode, without gradients; afterwards all that training depends on is as before."""
+    engine.model.eval()
+    try:
+        with torch.no_grad(), generators_kept(engine.deepspeed.device):
+            yield
+    finally:
+        engine.model.train()
+
+
+def _scores(episodes: EpisodeSet, condition: Condition, log: PredictionLog) -> Figures:
+    """Of all predictions under a condition; docs/evaluation.md says what they are."""
+    asked = [(episode, log[condition, episode.key]) for episode in (episodes[i] for i in range(len(episodes)))]
+    if episodes.task.output == "image":
+        masks = score_masks((episode.category, decode_rle(said.mask or {}), episode.true_mask()) for episode, said in asked)
+        return {"miou": masks.miou, "mean_iou": masks.mean_iou, "mae": masks.mae}
+    written, references = {e.key: said.caption or "" for e, said in asked}, {e.key: e.references for e, _ in asked}
+    (captions,) = score_captions([written], references, java=False)  # METEOR's Java program would want 2 GB and half a minute.
+    return {"bleu_4": captions.bleu[3], "rouge_l": captions.rouge_l, "cider": captions.cider}
+
+
+def draw_grid(gallery: Gallery) -> Image.Image:
+    """A gallery as one picture: a row an episode, each cell with its heading and text below."""
+    columns = max(len(cells) for _, cells in gallery.rows)
+    grid = Image.new("RGB", (columns * _CELL, len(gallery.rows) * (_CELL + _TEXT_HEIGHT)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (_, cells) in enumerate(gallery.rows):
+        for column, cell in enumerate(cells):
+            left, top = column * _CELL, row * (_CELL + _TEXT_HEIGHT)
+            grid.paste(cell.picture.resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top))
+            lines = textwrap.wrap(f"{cell.heading}: {cell.text}".rstrip(": "), _LINE_LENGTH)[:_LINES]
+            draw.multiline_text((left + 2, top + _CELL), "\n".join(lines), fill="black")
+    return grid
