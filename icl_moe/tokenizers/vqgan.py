@@ -103,7 +103,7 @@ class VQGAN(nn.Module):
         if model.fingerprint != fingerprint:
             raise InputError(f"The weights in {folder} are not those of the fingerprint {fingerprint} in its {CONFIG_FILE}.")
         model.precision = precision
-        return model.to(memory_format=torch.channels_last)
+        return model
 
     @classmethod
     def from_weights(cls, config: VQGANConfig, weights: dict[str, Tensor], origin: str) -> "VQGAN":
@@ -111,7 +111,7 @@ class VQGAN(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         _check_keys(model.state_dict(), weights, origin)
-        model.load_state_dict({key: value.float().contiguous() for key, value in weights.items()}, assign=True)
+        model.load_state_dict({key: _channels_last(value.float()) for key, value in weights.items()}, assign=True)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -400,6 +400,11 @@ def _read_config(path: Path) -> tuple[VQGANConfig, str]:
         raise InputError(f"{path} is not a VQ-GAN's: it needs the keys kind (vqgan) and fingerprint.")
     fingerprint = content.pop("fingerprint")
     return from_dict(VQGANConfig, content, origin=str(path)), fingerprint
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """Laid out in memory as `encode` and `decode` lay out feature maps, so that convolutions need not reorder it."""
+    return weight.contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format)
 
 
 def _check_keys(expected: dict[str, Tensor], given: dict[str, Tensor], origin: str) -> None:
