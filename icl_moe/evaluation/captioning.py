@@ -35,22 +35,27 @@ class CaptionScores:
     tokenizer: str
 
 
-def score_captions(predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]]) -> list[CaptionScores]:
-    """Scores of each of several sets of plain texts: one prediction a key, against the same references, at least one a key."""
+def score_captions(
+    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], java: bool = True
+) -> list[CaptionScores]:
+    """Scores of each of several sets of plain texts: one prediction a key, against the same references, at least one a key.
+
+    java: whether Java may be used where it is there. Without it there is no METEOR, and tokens are split plainly, but at once.
+    """
     keys = list(references)
     texts = [said[key] for said in predictions for key in keys] + [text for key in keys for text in references[key]]
-    tokens, tokenizer = tokenise(texts)
+    tokens, tokenizer = tokenise(texts, java)
     rest = iter(tokens)
     candidates = [{key: next(rest) for key in keys} for _ in predictions]
-    return score_tokenised(candidates, {key: [next(rest) for _ in references[key]] for key in keys}, tokenizer)
+    return score_tokenised(candidates, {key: [next(rest) for _ in references[key]] for key in keys}, tokenizer, java)
 
 
 def score_tokenised(
-    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], tokenizer: str
+    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], tokenizer: str, java: bool = True
 ) -> list[CaptionScores]:
     """The same of texts whose tokens are separated by spaces; `tokenizer` is noted."""
     truths = {key: list(texts) for key, texts in references.items()}
-    meteors, note = _meteor(predictions, truths)
+    meteors, note = _meteor(predictions, truths, java)
     scores = []
     for candidates, meteor in zip(predictions, meteors, strict=True):
         answers = {key: [candidates[key]] for key in truths}
@@ -61,8 +66,10 @@ def score_tokenised(
     return scores
 
 
-def java_problem() -> str | None:
-    """Why Java cannot be used here, or None where it can."""
+def java_problem(wanted: bool = True) -> str | None:
+    """Why Java is not used here, or None where it can be."""
+    if not wanted:
+        return "Java was not asked for"
     if shutil.which("java") is None:
         return "no `java` is on the PATH"
     if subprocess.run(["java", "-version"], capture_output=True, check=False).returncode:
@@ -70,12 +77,12 @@ def java_problem() -> str | None:
     return None
 
 
-def tokenise(texts: Sequence[str]) -> tuple[list[str], str]:
+def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:
     """Each text lower-cased, its tokens separated by spaces and its punctuation dropped; and what did that.
 
     By the Stanford PTB tokenizer, as the COCO caption evaluation does, where Java is there; else by `tokenise_plainly`.
     """
-    problem = java_problem()
+    problem = java_problem(java)
     if problem is None:
         lines = _ptb_lines([" ".join(text.split()) for text in texts])
         if len(lines) == len(texts):
@@ -114,23 +121,25 @@ def _ptb_lines(texts: Sequence[str]) -> list[str]:
     return result.stdout.split("\n")[:-1]
 
 
-def _meteor(predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]]) -> tuple[Sequence[float | None], str]:
+def _meteor(
+    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], java: bool
+) -> tuple[Sequence[float | None], str]:
     """The corpus score of each set and "", or as many None and why.
 
     Not by pycocoevalcap's wrapper, which waits for ever once its Java process has died.
     """
-    problem = java_problem()
+    problem = java_problem(java)
     if problem is not None:
         return [None] * len(predictions), f"not computed: {problem}"
     command = [*_JAVA, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
-        with subprocess.Popen(command, cwd=_folder("meteor"), stdin=pipe, stdout=pipe, stderr=nowhere, encoding="utf-8") as java:
+        with subprocess.Popen(command, cwd=_folder("meteor"), stdin=pipe, stdout=pipe, stderr=nowhere, encoding="utf-8") as process:
             try:
                 sets = tqdm(predictions, desc="METEOR", unit="set", leave=False)
-                return [_corpus_meteor(java, candidates, references) for candidates in sets], ""
+                return [_corpus_meteor(process, candidates, references) for candidates in sets], ""
             finally:
-                java.kill()
+                process.kill()
     except (OSError, ValueError) as error:
         return [None] * len(predictions), f"not computed: METEOR's Java program failed ({error})"
 
