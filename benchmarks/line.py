@@ -7,14 +7,14 @@ of the same size on the same number of tokens, in turns within one process; read
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from measure import in_turns, run_apart
 
 IMAGES, BATCH, REPEATS = 200, 8, 12
 
@@ -91,7 +91,7 @@ def train_step(folder: Path) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
 
-        seconds = _in_turns(ours, theirs)
+        seconds = in_turns(ours, theirs, repeats=REPEATS, warm_up=2)
     tokens = BATCH * length
     return {"tokens/s": tokens / seconds[0], "GPT-2 tokens/s": tokens / seconds[1], "ratio": seconds[1] / seconds[0]}
 
@@ -132,26 +132,9 @@ def evaluate(folder: Path) -> dict[str, float]:
 STAGES: dict[str, Callable[[Path], dict[str, float]]] = {"build_shards": build_shards, "train_step": train_step, "evaluate": evaluate}
 
 
-def _in_turns(*functions: Callable[[], None]) -> list[float]:
-    """Median seconds of each, measured in turns so that a change of the machine's pace meets all of them."""
-    times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(REPEATS + 2):
-        for function, mine in zip(functions, times, strict=True):
-            started = time.perf_counter()
-            function()
-            if repeat >= 2:  # The first two warm up.
-                mine.append(time.perf_counter() - started)
-    return [statistics.median(mine) for mine in times]
-
-
 def _run_apart(name: str, folder: str) -> dict[str, float]:
-    process = subprocess.Popen([sys.executable, __file__, "--stage", name, folder], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"The stage {name} failed.")
-    return {**json.loads(output.strip().splitlines()[-1]), "peak memory MiB": usage.ru_maxrss / 1024}
+    figures, peak = run_apart([__file__, "--stage", name, folder])
+    return {**json.loads(figures), "peak memory MiB": peak}
 
 
 def _print(figures: dict[str, Any]) -> None:

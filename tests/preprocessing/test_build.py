@@ -322,6 +322,16 @@ def test_stats_lists_tasks_lengths_and_classes(demo, capsys):
         assert any(line.split() == [name, str(count)] for line in text.splitlines())
 
 
+def test_bf16_changes_few_tokens_and_is_on_record(build, demo, tmp_path):
+    manifest = build(tmp_path / "bf16", "tokenizer_precision=bf16")
+    assert manifest.recipe["tokenizer_precision"] == "bf16"
+    exact, fast = (
+        np.concatenate([ShardSet(folder).sample("segmentation", n).sequence.tokens_L for n in range(25)])
+        for folder in (demo, tmp_path / "bf16")
+    )
+    assert 0.95 < (exact == fast).mean()
+
+
 def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
     page = tmp_path / "new" / "page.html"
     assert shards("preview", demo, "--out", page) == 0
@@ -332,10 +342,16 @@ def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
     assert caption in text
 
 
-def test_two_processes_under_accelerate_make_the_bytes_of_one(demo, tokenizer, tmp_path, run_command):
+@pytest.mark.parametrize(
+    "launch",
+    [
+        # All named, so that a machine's own accelerate configuration does not matter.
+        "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m icl_moe",
+        "torchrun --standalone --nproc_per_node 2 -m icl_moe",
+    ],
+)
+def test_two_launched_processes_make_the_bytes_of_one(demo, tokenizer, tmp_path, run_command, launch):
     out = tmp_path / "out"
-    # All named, so that a machine's own accelerate configuration does not matter.
-    launch = "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m icl_moe"
     settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
     result = run_command([*launch.split(), "shards", "build", "demo", *settings, "--out", out, "--workers", "1"])
     assert result.returncode == 0, result.stdout
