@@ -64,11 +64,21 @@ def test_mt_adamw_under_the_engine_equals_the_plain_formula_over_twenty_steps(ra
         assert part.losses == pytest.approx(plain_trajectory(layout).losses, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("spread", [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 1, "tp_size": 2}], ids=str)
+BF16 = [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 1, "tp_size": 2}]
+
+
+@pytest.mark.parametrize("spread", BF16, ids=str)
 def test_mt_adamw_in_bf16_stays_near_float32_over_twenty_steps(rank_group, spread):
-    """Losses within 0.5%, norms within 3%; on the machine where these bounds were set, the worst were 0.12% and 0.9%."""
-    layout = replace(TASK_BALANCED, bf16=True, **spread)
+    layout = replace(TASK_BALANCED, feed_forward="dense", bf16=True, **spread)
     expected = plain_trajectory(layout)
     for part in rank_group(layout.world).run(rank_trajectory, layout):
         assert part.losses == pytest.approx(expected.losses, rel=5e-3)
         assert part.norms == pytest.approx(expected.norms, rel=3e-2)
+
+
+@pytest.mark.parametrize("spread", BF16, ids=str)
+def test_with_experts_too_the_losses_in_bf16_stay_near_float32(rank_group, spread):
+    """The norms need not: where a gate's second and third choice are nearly equal, rounding can swap them, and other experts learn."""
+    layout = replace(TASK_BALANCED, bf16=True, **spread)
+    for part in rank_group(layout.world).run(rank_trajectory, layout):
+        assert part.losses == pytest.approx(plain_trajectory(layout).losses, rel=5e-3)
