@@ -43,6 +43,7 @@ from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCod
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.training.distributed import process_group
+from icl_moe.training.throughput import peak_of, training_flops
 
 PAIRS = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,8 +56,6 @@ CAPTIONS = ("a brown dog", "the dog is on grass", "dog wearing a red collar", "a
 """4, 5, 5 and 7 tokens with GPT-2's vocabulary. Of Visual Genome's regions (the 7,278 of 100 images) the quartiles are 4, 6 and 7."""
 
 EFFICIENCY = {"fp32": 0.7, "bf16": 0.5}
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Of dense products in bf16, by NVIDIA's data sheets."""
 
 
 def main() -> None:
@@ -230,7 +229,7 @@ class Floor:
             for rows, i, o, count in _linear_layers(workload.recipe.model, batch, workload.recipe.vocabulary.size)
         ]
         self._times: list[list[float]] = [[] for _ in self._products]
-        self.flops = step_flops(workload, batch)
+        self.flops = training_flops(workload.recipe.model, workload.recipe.vocabulary.size, batch)
 
     def run(self) -> None:
         for (_, x_NI, weight_OI, dy_NO), times in zip(self._products, self._times, strict=True):
@@ -300,7 +299,7 @@ def _speed_goals(workload: Workload, seconds: dict[str, dict[str, float]], floor
         figures[f"{precision}, {task}: floor / ours"] = floor.flops / floor.rate / workload.micro_batch / own[task]
     floor_seconds = {task: floor.flops / floor.rate / workload.micro_batch for task, floor in floors.items()}
     goals.append(Goal(f"{precision}, floor / ours, mix", _mix(floor_seconds) / _mix(own), EFFICIENCY[precision]))
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in _device_name()), None)
+    peak = peak_of(_device_name(), "bf16")
     if peak and precision == "bf16":
         needed = _mix({task: floor.flops / workload.micro_batch for task, floor in floors.items()})
         goals.append(Goal("bf16, model FLOPs utilisation, mix", needed / _mix(own) / peak, 0.45))
@@ -342,14 +341,6 @@ def memory_of(name: str, workload: Workload) -> tuple[float, float]:
             system._loss(batch).backward()
             _synchronize()
         return standing, _peak_memory()
-
-
-def step_flops(workload: Workload, batch: TokenBatch) -> float:
-    """Of the products of forward and backward: 6 a weight and row (Kaplan et al. 2020), and attention's, for half the (L, L) matrix."""
-    settings = workload.recipe.model
-    linear = sum(6 * rows * i * o * count for rows, i, o, count in _linear_layers(settings, batch, workload.recipe.vocabulary.size))
-    pairs = sum(length * (length + 1) / 2 for length in batch.lengths)
-    return linear + 3 * 4 * pairs * settings.width * settings.layers
 
 
 def _linear_layers(settings: ModelSettings, batch: TokenBatch, vocabulary: int) -> Iterator[tuple[int, int, int, int]]:
