@@ -17,6 +17,7 @@ from torch import Tensor
 
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.tokenizers.vqgan_training import middle_square
 from preprocessing.synthetic import draw_scene
 
 SCENES, SEED = 200, 4242
@@ -54,10 +55,9 @@ def _masks(size: int) -> tuple[Tensor, list[str]]:
     masks, classes = [], []
     for _ in range(SCENES):
         scene = draw_scene(rng)
-        width, height = scene.image.size
-        left, side = (width - height) // 2, height
+        box = middle_square(scene.image.size)
         for name in sorted({o.name for o in scene.objects}):
-            mask_HW = crop_and_resize_mask(scene.class_mask(name), (left, 0, left + side, side), size)
+            mask_HW = crop_and_resize_mask(scene.class_mask(name), box, size)
             if mask_HW.any():
                 masks.append(torch.from_numpy(mask_HW))
                 classes.append(name)

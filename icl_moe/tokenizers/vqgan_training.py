@@ -163,7 +163,7 @@ def evaluate_tokenizer(folder: str | Path, images: Path, annotations: Path | Non
     measures = _Measures(tokenizer, batch_size)
     for file in tqdm(_image_files(Path(images)), desc="measuring", unit="image", disable=None):
         image = load_image(file)
-        box, size = _middle_square(image.size), tokenizer.config.image_size
+        box, size = middle_square(image.size), tokenizer.config.image_size
         measures.add_picture(to_pixels(crop_and_resize(image, box, size)))
         for category, mask_HW in truth.of(file.name, image.size).items() if truth else ():
             measures.add_mask(crop_and_resize_mask(mask_HW, box, size), category, int(mask_HW.sum()))
@@ -558,7 +558,8 @@ def _through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[
     return torch.cat(drawn), torch.cat(codes).cpu()
 
 
-def _middle_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
+def middle_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest square in the middle of a picture of `size` (width, height): left, top, right, bottom."""
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return left, top, left + side, top + side
