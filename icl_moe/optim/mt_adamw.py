@@ -1,8 +1,7 @@
 """Task-balanced AdamW (MT-AdamW): every task pushes the model with the same force, however large its gradients and however rare it is."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,8 +21,16 @@ class MTAdamW(torch.optim.Optimizer):
 
     The norm must be given, since under ZeRO this optimizer sees one partition of one group at a time: `norm` is asked at every call
     of `step`. Set `probability` (s_k) and `weight` (omega_k) before each. A norm that is missing, not positive or not finite is no
-    step at all. Moments are float32 where parameters are; after normalisation the root mean square of g is 1 / sqrt(number of
-    parameters), so eps must be 1e-8 or less.
+    step at all. After normalisation the root mean square of g is 1 / sqrt(number of parameters), so eps must be 1e-8 or less.
+
+    The arithmetic is done by torch's fused AdamW, one pass over memory. m is a weighted sum of gradients, and so is kept as their
+    weighted mean M (`exp_avg`, float32 where the parameter is) times the sum of the weights Z (`weight`, float64), and n likewise:
+
+        m = Z M;   Z = b1 Z + (1 - b1) w;   M = c M + (1 - c) G    with  w = omega_k / (s_k ||G||)    and  c = b1 Z_before / Z
+        n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2  with  v = omega_k^2 / (s_k ||G||^2)  and  d = b2 Y_before / Y
+
+    which are AdamW's own moments of G with c and d for b1 and b2. What is left of the formula goes into its learning rate and eps. Of a
+    norm R times those before, 1 - d keeps a relative error of about 1e-13 R^2: float32's own up to R = 1,000, 1e-5 at 10,000.
     """
 
     def __init__(
@@ -48,57 +55,52 @@ class MTAdamW(torch.optim.Optimizer):
         if not (math.isfinite(norm) and norm > 0):
             return
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for start, stop in _runs([self._count(parameter) for parameter in parameters]):
-                self._update(parameters[start:stop], group, self.weight / norm)
+            alike: dict[tuple[float, ...], list[Tensor]] = {}  # Parameters that went the same way; one that had no gradient did not.
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike.setdefault(self._history(parameter), []).append(parameter)
+            for history, parameters in alike.items():
+                self._update(parameters, group, norm, *history)
 
-    def _count(self, parameter: Tensor) -> int:
-        """How many steps this parameter has taken, this one included."""
+    def _history(self, parameter: Tensor) -> tuple[float, ...]:
+        """Its number of steps, Z and Y before this one."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
+            state["weight"] = torch.zeros((), dtype=torch.float64)
+            state["weight_sq"] = torch.zeros((), dtype=torch.float64)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        return int(state["step"])
+        return tuple(float(state[name]) for name in ("step", "weight", "weight_sq"))
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any], scale: float) -> None:
-        """One step of parameters that have taken equally many; `scale` is omega_k / ||G||."""
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], norm: float, step: float, weight: float, weight_sq: float) -> None:
+        """One step of parameters with the same history."""
         beta1, beta2 = group["betas"]
+        step += 1
+        decayed, decayed_sq = beta1 * weight, beta2 * weight_sq
+        weight = decayed + (1 - beta1) * self.weight / (self.probability * norm)
+        weight_sq = decayed_sq + (1 - beta2) * self.weight**2 / (self.probability * norm**2)
         states = [self.state[parameter] for parameter in parameters]
-        steps = int(states[0]["step"])
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        # The bias correction of n is drawn out of the root: m / (sqrt(n) / c + eps) = c m / (sqrt(n) + c eps), one pass less.
-        correction = math.sqrt(1 - beta2**steps)
-        for theta, g, m, n in _blocks(parameters, gradients, *moments):
-            torch._foreach_mul_(m, beta1)
-            torch._foreach_add_(m, g, alpha=(1 - beta1) / self.probability * scale)
-            torch._foreach_mul_(n, beta2)
-            torch._foreach_addcmul_(n, g, g, value=(1 - beta2) / self.probability * scale**2)
-            denominators = torch._foreach_sqrt(n)
-            torch._foreach_add_(denominators, correction * group["eps"])
-            torch._foreach_mul_(theta, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_addcdiv_(theta, m, denominators, value=-group["lr"] * correction / (1 - beta1**steps))
-
-
-_BLOCK = 1 << 16  # elements: four tensors of them stay in a core's cache
-
-
-def _blocks(*tensors: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same pieces of every list of tensors: on a CPU small ones, so that the passes over a piece find it in the cache.
-
-    Elsewhere, and where memory is not laid out alike, all at once: then each operation is one launch for all tensors.
-    """
-    if not all(tensor.is_cpu and tensor.is_contiguous() for group in tensors for tensor in group):
-        yield tensors
-        return
-    for parts in zip(*tensors, strict=True):
-        for block in zip(*(part.view(-1).split(_BLOCK) for part in parts), strict=True):
-            yield tuple([piece] for piece in block)
-
-
-def _runs(counts: list[int]) -> list[tuple[int, int]]:
-    """(start, stop) of each run of equal counts."""
-    edges = [0, *(i for i in range(1, len(counts)) if counts[i] != counts[i - 1]), len(counts)]
-    return [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
+        for state in states:
+            state["step"].fill_(step)
+            state["weight"].fill_(weight)
+            state["weight_sq"].fill_(weight_sq)
+        # m_hat / (sqrt(n_hat) + eps) = ratio M / (sqrt(N) + eps / root)
+        root = math.sqrt(weight_sq / (1 - beta2**step))
+        ratio = weight / (1 - beta1**step) / root
+        torch._fused_adamw_(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            # The bias correction is in `ratio` and `root`; after infinitely many steps AdamW's own is none.
+            [torch.full((), math.inf, device=parameters[0].device)] * len(parameters),
+            lr=group["lr"] * ratio,
+            beta1=decayed / weight,
+            beta2=decayed_sq / weight_sq,
+            weight_decay=group["weight_decay"] / ratio,
+            eps=group["eps"] / root,
+            amsgrad=False,
+            maximize=False,
+        )

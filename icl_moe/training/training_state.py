@@ -81,7 +81,7 @@ def read(engine: Any, folder: Path) -> int:
         kinds, counts = stored.states(ranges)
         _fill(master, ranges, _WEIGHT, stored)
         state = {kind: _fill(torch.zeros_like(master), ranges, kind, stored) for kind in kinds}
-        state |= {kind: _count(engine.basic_optimizer, count, master.device) for kind, count in counts.items()}
+        state |= {kind: _count(engine.basic_optimizer, kind, count, master.device) for kind, count in counts.items()}
         engine.basic_optimizer.state[master] = state
     refresh_model(engine)
     steps = int(stored.index["completed_steps"])
@@ -252,7 +252,11 @@ def _fill(tensor: Tensor, ranges: list[HeldRange], kind: str, stored: _Stored) -
     return tensor
 
 
-def _count(optimizer: torch.optim.Optimizer, count: float, device: torch.device) -> Tensor:
-    """A number of steps as torch's optimizers keep it: on the host, but for those that run wholly on the device."""
+def _count(optimizer: torch.optim.Optimizer, kind: str, count: float, device: torch.device) -> Tensor:
+    """A number that goes with a whole tensor. Steps are as torch's optimizers keep them: float32 and on the host, but for those that run
+    wholly on the device.
+    """
+    if kind != "step":
+        return torch.tensor(count, dtype=torch.float64)
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     return torch.tensor(count, dtype=torch.float32, device=device if on_device else "cpu")
