@@ -6,6 +6,7 @@ or settings that cannot work together are an `InputError` that names the key and
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from icl_moe.errors import InputError
+from icl_moe.tasks import TASKS
 from icl_moe.vocabulary import Vocabulary
 
 Recipe = TypeVar("Recipe")
@@ -86,6 +88,7 @@ class OptimizerSettings:
     """AdamW, or MT-AdamW for unmixed batches of several tasks, and the learning rate.
 
     clip: the largest global gradient norm, or null for no clipping. MT-AdamW divides by the norm, so clipping would do nothing there.
+    task_weights: omega_k of MT-AdamW, with which force a task pushes; 1 for tasks that are not named.
     """
 
     name: Literal["adamw", "mt_adamw"] = "adamw"
@@ -96,8 +99,13 @@ class OptimizerSettings:
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = 1000
     clip: float | None = 0.5
+    task_weights: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.task_weights is not None:
+            if self.name != "mt_adamw":
+                raise InputError(f"optimizer.task_weights must be null with optimizer.name={self.name}: only mt_adamw weighs tasks.")
+            _check_weights("optimizer.task_weights", self.task_weights)
         if self.name == "mt_adamw" and self.clip is not None:
             raise InputError("optimizer.clip must be null with optimizer.name=mt_adamw, which divides by the gradient's norm anyway.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -108,6 +116,8 @@ class OptimizerSettings:
 class TrainingSettings:
     """How long, how much a step, what is kept.
 
+    task_weights: with `unmixed` sampling, a task is drawn with probability proportional to its weight here, and never if it is not named;
+    null for the square root of its number of samples.
     stop_after: save and stop at that step, as an interruption would; schedules still aim at `steps`.
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's caption-only model).
     skipped_steps: how many steps may be left out, over the whole run, because their loss is not finite, before training ends.
@@ -125,6 +135,7 @@ class TrainingSettings:
     micro_batch: int = 8
     seed: int = 0
     sampling: Literal["unmixed", "mixed"] = "unmixed"
+    task_weights: dict[str, float] | None = None
     input_loss_weight: float = 0.0
     auxiliary_loss_weight: float = 0.02
     save_every: int = 1000
@@ -146,10 +157,24 @@ class TrainingSettings:
         for name in ("evaluate_every", "gradient_report_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"training.{name} must be at least 1, or null for never, not {getattr(self, name)}.")
+        if self.task_weights is not None:
+            if self.sampling == "mixed":
+                raise InputError("training.task_weights must be null with training.sampling=mixed, which draws no tasks.")
+            _check_weights("training.task_weights", self.task_weights)
         if self.global_batch % self.micro_batch:
             raise InputError(
                 f"training.global_batch ({self.global_batch}) must be a multiple of training.micro_batch ({self.micro_batch})."
             )
+
+
+def _check_weights(key: str, weights: dict[str, float]) -> None:
+    for task, weight in weights.items():
+        if task not in TASKS:
+            raise InputError(f"{key} names the task {task}{_nearest(task, list(TASKS))}; known are {', '.join(TASKS)}.")
+        if not (0 < weight < math.inf):
+            raise InputError(f"{key}.{task} must be a positive number, not {weight}.")
+    if not weights:
+        raise InputError(f"{key} must name a task, or be null.")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 No rank waits for another to choose, any number of ranks reads the same batches, and resuming needs the step number alone.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,15 +23,25 @@ class Schedule:
     """The order of training.
 
     counts: samples of each task. sampling: `unmixed` draws one task for the whole global batch, with probability proportional to the
-    square root of its count (the paper); `mixed` shuffles the samples of all tasks together (the baseline of its Table 3).
-    Each task is shuffled anew every epoch, and its place in the shuffle is the number of its earlier draws times the batch, so every
-    sample comes once an epoch.
+    square root of its count (the paper), or to `weights` where they are given, 0 for a task that is not among them; `mixed` shuffles the
+    samples of all tasks together (the baseline of its Table 3). Each task is shuffled anew every epoch, and its place in the shuffle is
+    the number of its earlier draws times the batch, so every sample comes once an epoch.
 
-    Raises InputError where a task has fewer samples than a global batch.
+    Raises InputError where a task has fewer samples than a global batch, and for weights of tasks that have no samples.
     """
 
-    def __init__(self, counts: Mapping[str, int], global_batch: int, seed: int, sampling: Literal["unmixed", "mixed"] = "unmixed") -> None:
-        self.counts = {task: counts[task] for task in sorted(counts) if counts[task]}
+    def __init__(
+        self,
+        counts: Mapping[str, int],
+        global_batch: int,
+        seed: int,
+        sampling: Literal["unmixed", "mixed"] = "unmixed",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        held = {task: counts[task] for task in sorted(counts) if counts[task]}
+        for task in sorted(set(weights or ()) - set(held)):
+            raise InputError(f"training.task_weights names {task}, of which data.shards has no samples; it has {', '.join(held)}.")
+        self.counts = held if weights is None else {task: held[task] for task in sorted(weights)}
         if not self.counts:
             raise InputError("data.shards holds no samples.")
         self.global_batch = global_batch
@@ -40,8 +51,8 @@ class Schedule:
         for task, count in self._pools.items():
             if count < global_batch:
                 raise InputError(f"data.shards has {count} {task} samples, fewer than training.global_batch ({global_batch}).")
-        sizes = np.sqrt(np.array(list(self._pools.values()), dtype=np.float64))
-        self.probabilities = dict(zip(self._pools, (sizes / sizes.sum()).tolist(), strict=True))
+        shares = np.array([weights[task] if weights else math.sqrt(count) for task, count in self._pools.items()], dtype=np.float64)
+        self.probabilities = dict(zip(self._pools, (shares / shares.sum()).tolist(), strict=True))
         # Caches belong to this object; a decorated method would keep every Schedule alive.
         self._draws = lru_cache(maxsize=8)(self._draw_block)
         self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(self._draw_shuffle)  # One a task, two where an epoch ends.

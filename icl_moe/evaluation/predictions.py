@@ -103,7 +103,7 @@ class PredictionLog:
 
 def predict(model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog, batch_size: int) -> None:
     """Complete every episode under a condition, greedily, in batches of fixed make-up, and log what is new."""
-    with tqdm(total=len(episodes), desc=f"{condition.task}, {condition.describe()}", unit="episode") as bar:
+    with tqdm(total=len(episodes), desc=f"{condition.task}, {condition.describe()}", unit="episode", leave=None) as bar:
         for start in range(0, len(episodes), batch_size):
             numbers = range(start, min(start + batch_size, len(episodes)))
             batch = [episodes[number] for number in numbers]

@@ -66,12 +66,13 @@ class TrainingEngine:
         parallel = self._recipe.parallel
         return bool(parallel.ep_size == 1 and parallel.tp_size == 1 and self.deepspeed.zero_optimization_stage() < 3)
 
-    def begin_step(self, rate: float, task_probability: float) -> None:
-        """Set the learning rate of the coming step, and the probability with which its task was drawn (for MT-AdamW)."""
+    def begin_step(self, rate: float, task: str, probability: float) -> None:
+        """Set the learning rate of the coming step, and for MT-AdamW what its task weighs: it was drawn with `probability`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         if isinstance(self._optimizer, MTAdamW):
-            self._optimizer.probability = task_probability
+            self._optimizer.probability = probability
+            self._optimizer.weight = (self._recipe.optimizer.task_weights or {}).get(task, 1.0)
 
     def backward(self, batch: TokenBatch, noise: tuple[int, int] | None) -> DecoderLoss:
         """Forward and backward of one micro-step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from icl_moe.data.schedule import Schedule
+from icl_moe.files import write_whole
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.partitions import HeldRange, ranges_to_write
 
@@ -24,6 +25,8 @@ class GradientReport:
     normalised: ||G_i|| / ||G|| with G the gradient of all parameters, each expert once: what task-balanced AdamW works with, whatever the
     optimizer of this run. Their squares add up to 1 in each step, so tasks can be compared whose losses differ in size.
 
+    start: the steps that the run has behind it.
+
     Parts are the embeddings, the last norm, and in each layer the attention, the feed-forward (gate and experts too) and their norms.
     """
 
@@ -33,6 +36,7 @@ class GradientReport:
         schedule: Schedule,
         every: int | None,
         output: Path,
+        start: int,
         samples_per_step: int,
         write_events: Callable[[list], None],
     ) -> None:
@@ -42,6 +46,8 @@ class GradientReport:
         self._path = output / _FILE
         self._samples_per_step = samples_per_step
         self._write_events = write_events
+        if dist.get_rank() == 0 and self._path.is_file():
+            self._keep_rows(start)
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -67,16 +73,21 @@ class GradientReport:
         first = step // self._every * self._every
         return all(self._schedule.task(earlier) != self._schedule.task(step) for earlier in range(first, step))
 
+    def _keep_rows(self, steps: int) -> None:
+        """Drop the rows of steps after the first `steps`, which a run that broke off had written and this one takes again."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= steps]
+        write_whole(self._path, "".join([*lines[:1], *kept]))
+
     def _report(self, step: int, squares: dict[str, float]) -> None:
         total = sum(squares.values())
         if dist.get_rank() or not total or self._engine.norm is None:
             return  # A step that was left out has no gradient.
         task = self._schedule.task(step)
         shares = {part: (value / total) ** 0.5 for part, value in squares.items()}
-        is_new = not self._path.exists()
         with self._path.open("a", encoding="utf-8", newline="") as file:
-            rows = csv.writer(file)
-            if is_new:
+            rows = csv.writer(file, lineterminator="\n")
+            if not file.tell():
                 rows.writerow(_HEADS)
             rows.writerows([step + 1, task, part, f"{self._engine.norm * share:.6g}", f"{share:.6g}"] for part, share in shares.items())
         samples = (step + 1) * self._samples_per_step

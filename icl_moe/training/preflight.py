@@ -38,8 +38,14 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
     _check_layout(recipe, world, zero_stage(engine_config))
     _check_precision(recipe, engine_config)
     RankSlice.of(0, world, recipe.training.global_batch, recipe.training.micro_batch, recipe.parallel.tp_size)
-    Schedule(shards.manifest.samples, recipe.training.global_batch, recipe.training.seed, recipe.training.sampling)
+    make_schedule(recipe, shards.manifest)
     return shards, engine_config
+
+
+def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:
+    """The order in which a run of this recipe takes the samples. Raises InputError where it cannot."""
+    settings = recipe.training
+    return Schedule(manifest.samples, settings.global_batch, settings.seed, settings.sampling, settings.task_weights)
 
 
 def open_validation(recipe: TrainingRecipe) -> ShardSet:

@@ -29,7 +29,7 @@ from icl_moe.training.expert_table import as_markdown, as_text, expert_choices
 from icl_moe.training.faults import StopSignal, Watchdog, any_rank
 from icl_moe.training.gradients import GradientReport
 from icl_moe.training.monitor import ProgressMonitor, write_run_description
-from icl_moe.training.preflight import open_validation
+from icl_moe.training.preflight import make_schedule, open_validation
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
 from icl_moe.training.validation import Validation
 
@@ -48,7 +48,7 @@ def train_on(ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_conf
     settings = recipe.training
     with _repeatable(settings.deterministic):
         part = RankSlice.of(ranks.rank, ranks.world, settings.global_batch, settings.micro_batch, recipe.parallel.tp_size)
-        schedule = Schedule(shards.manifest.samples, settings.global_batch, settings.seed, settings.sampling)
+        schedule = make_schedule(recipe, shards.manifest)
         engine = TrainingEngine(recipe, shards.manifest, engine_config, part, ranks)
         engine.deepspeed.monitor.enabled = False  # It would write the learning rate at every step; the monitor here does, at its lines.
         output = Path(settings.output)
@@ -67,7 +67,7 @@ def train_on(ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_conf
         monitor = ProgressMonitor(
             start, stop, settings.log_every, settings.global_batch, list(schedule.probabilities), ranks, all_peaks, write_events
         )
-        gradients = GradientReport(engine, schedule, settings.gradient_report_every, output, settings.global_batch, write_events)
+        gradients = GradientReport(engine, schedule, settings.gradient_report_every, output, start, settings.global_batch, write_events)
         _Loop(engine, recipe, shards, schedule, part, ranks, monitor, gradients).run(start, stop)
         monitor.close()
 
@@ -132,7 +132,7 @@ class _Loop:
         settings = self.recipe.training
         task = self.schedule.task(step)
         rate = learning_rate(self.recipe.optimizer, step, settings.steps)
-        self.engine.begin_step(rate, self.schedule.probabilities[task])
+        self.engine.begin_step(rate, task, self.schedule.probabilities[task])
         not_finite = stopping = False
         for micro_step in range(self.part.micro_steps):
             watchdog.beat(step, "reading a batch")

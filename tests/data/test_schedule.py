@@ -16,6 +16,18 @@ def test_tasks_are_drawn_by_the_square_root_of_their_size():
     assert drawn["segmentation"] / 9000 == pytest.approx(2 / 3, abs=3 * (2 / 9 / 9000) ** 0.5)
 
 
+def test_tasks_are_drawn_by_given_weights():
+    schedule = Schedule(COUNTS, global_batch=4, seed=0, weights={"segmentation": 1, "captioning": 4})
+    assert schedule.probabilities == pytest.approx({"segmentation": 0.2, "captioning": 0.8})
+    drawn = Counter(schedule.task(step) for step in range(9000))
+    assert drawn["captioning"] / 9000 == pytest.approx(0.8, abs=3 * (0.16 / 9000) ** 0.5)
+
+
+def test_a_task_without_a_weight_is_never_drawn_and_may_be_small():
+    schedule = Schedule(COUNTS, global_batch=128, seed=0, weights={"segmentation": 0.5})
+    assert {task for step in range(20) for task, _ in schedule.samples(step)} == {"segmentation"}
+
+
 def test_a_global_batch_is_of_one_task():
     schedule = Schedule(COUNTS, global_batch=8, seed=1)
     for step in range(50):
@@ -62,5 +74,9 @@ def test_ranks_split_every_global_batch_whatever_their_number():
 def test_batches_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match=r"100 captioning samples, fewer than training\.global_batch \(128\)"):
         Schedule(COUNTS, global_batch=128, seed=0)
+    with pytest.raises(
+        InputError, match=r"training\.task_weights names captioning, of which data\.shards has no samples; it has segmentation"
+    ):
+        Schedule({"segmentation": 400}, global_batch=4, seed=0, weights={"captioning": 1})
     with pytest.raises(InputError, match=r"must be a multiple of training\.micro_batch x data-parallel ranks \(2 x 3\)"):
         RankSlice.of(0, 3, global_batch=16, micro_batch=2)

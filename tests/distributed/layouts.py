@@ -102,7 +102,8 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
         engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks)
     losses, auxiliary, norms = [], [], []
     for step in range(layout.steps):
-        engine.begin_step(RATES[layout.optimizer], PROBABILITIES[_task(layout, step)])
+        task = _task(layout, step)
+        engine.begin_step(RATES[layout.optimizer], task, PROBABILITIES[task])
         total = torch.zeros(2)
         for batch in _micro_batches(layout, step)[part.rank :: part.ranks]:
             loss = engine.backward(batch, noise=(0, step))

@@ -39,7 +39,7 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
     batch = collate([sequence], recipe.vocabulary, "segmentation")
     losses = []
     for _ in range(2):
-        engine.begin_step(1e-4, 1.0)
+        engine.begin_step(1e-4, "segmentation", 1.0)
         loss = engine.backward(batch, noise=(0, 0))
         engine.step()
         losses.append(loss.image_sum.item() / loss.image_weight.item())

@@ -98,6 +98,10 @@ def test_a_truncated_checkpoint_file_is_named(command, whole_run, tmp_path):
         (["engine=nonsense"], "ds_configs/nonsense.json"),
         (["model.layers_with_experts=[9]"], "names layer 9"),
         (["training.stepz=3"], "did you mean 'training.steps'"),
+        (["training.task_weights={segmentatoin: 1}"], "names the task segmentatoin (did you mean 'segmentation'?)"),
+        (["training.task_weights={segmentation: 0}"], "training.task_weights.segmentation must be a positive number, not 0"),
+        (["training.task_weights={segmentation: 1}", "training.sampling=mixed", "optimizer.name=adamw"], "draws no tasks"),
+        (["optimizer.task_weights={segmentation: 2}", "optimizer.name=adamw"], "only mt_adamw weighs tasks"),
         (["data.shards=/nowhere"], "data.shards: there are no shards in /nowhere"),
     ],
 )
