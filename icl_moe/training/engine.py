@@ -143,7 +143,7 @@ def _build_optimizer(recipe: TrainingRecipe, model: nn.Module, norm: Any) -> tor
     settings = recipe.optimizer
     groups = parameter_groups(model, settings.weight_decay)
     options: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.betas[0], settings.betas[1]), eps=settings.epsilon)
-    return MTAdamW(groups, norm, **options) if settings.name == "mt_adamw" else torch.optim.AdamW(groups, **options)
+    return MTAdamW(groups, norm, **options) if settings.name == "mt_adamw" else torch.optim.AdamW(groups, fused=True, **options)
 
 
 def _deepspeed_config(recipe: TrainingRecipe, engine_config: dict[str, Any], part: RankSlice) -> dict[str, Any]:

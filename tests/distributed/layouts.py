@@ -23,6 +23,7 @@ from icl_moe.data.schedule import RankSlice
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.moe import exported_name, first_expert
+from icl_moe.model.router import AttributeGate
 from icl_moe.model.tensor_parallel import is_split, join
 from icl_moe.recipe import OptimizerSettings, ParallelSettings
 
@@ -57,12 +58,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last, by exported name."""
+    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last, by exported name.
+
+    choices: of each step, the experts that each attribute gate chose for each class.
+    """
 
     losses: list[float]
     auxiliary: list[float]
     norms: list[float]
     parameters: dict[str, np.ndarray]
+    choices: list[list[list[list[int]]]]
 
 
 def plain_trajectory(layout: Layout) -> Trajectory:
@@ -76,7 +81,8 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
     decoder = InContextDecoder(DecoderConfig.from_recipe(recipe), auxiliary_weight=recipe.training.auxiliary_loss_weight)
     initialise(decoder, seed=0)
     update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw}[layout.optimizer](decoder)
-    losses, auxiliary, norms = [], [], []
+    losses, auxiliary, norms, choices = [], [], [], []
+    chosen = _choices(decoder)
     for step in range(layout.steps):
         decoder.zero_grad(set_to_none=False)
         parts = [decoder(batch, noise=(0, step)) for batch in _micro_batches(layout, step)]
@@ -85,8 +91,9 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
         norms.append(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item())
         losses.append(torch.stack([part.total for part in parts]).mean().item())
         auxiliary.append(torch.stack([part.auxiliary for part in parts]).mean().item())
+        choices.append(list(chosen.values()))
         update(step, _task(layout, step), gradients, norms[-1])
-    return Trajectory(losses, auxiliary, norms, {name: p.detach().numpy().copy() for name, p in decoder.named_parameters()})
+    return Trajectory(losses, auxiliary, norms, {name: p.detach().numpy().copy() for name, p in decoder.named_parameters()}, choices)
 
 
 def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
@@ -100,7 +107,8 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
     config = {"zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
     with mock.patch.object(engine_module, "_build_optimizer", _sgd) if layout.optimizer == "sgd" else nullcontext():
         engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks)
-    losses, auxiliary, norms = [], [], []
+    losses, auxiliary, norms, choices = [], [], [], []
+    chosen = _choices(engine.model)
     for step in range(layout.steps):
         task = _task(layout, step)
         engine.begin_step(RATES[layout.optimizer], task, PROBABILITIES[task])
@@ -114,12 +122,21 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
         losses.append(total[0].item())
         auxiliary.append(total[1].item())
         norms.append(engine.norm)
+        choices.append(list(chosen.values()))
     parameters = dict(engine.model.named_parameters())
     first = first_expert(ranks.rank, layout.ep_size, recipe.model.experts)
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=layout.stage == 3):
         held = {exported_name(name, first): p.detach().float().cpu().numpy().copy() for name, p in parameters.items()}
     engine.deepspeed.destroy()
-    return Trajectory(losses, auxiliary, norms, held)
+    return Trajectory(losses, auxiliary, norms, held, choices)
+
+
+def _choices(decoder: InContextDecoder) -> dict[int, list[list[int]]]:
+    """What each attribute gate chose at its last decision, by its number; kept up to date while the decoder computes."""
+    chosen: dict[int, list[list[int]]] = {}
+    for number, gate in enumerate(module for module in decoder.modules() if isinstance(module, AttributeGate)):
+        gate.register_forward_hook(lambda _, __, decision, number=number: chosen.update({number: decision.experts}))
+    return chosen
 
 
 def whole(parts: Sequence[Trajectory], tp_size: int) -> dict[str, np.ndarray]:

@@ -77,8 +77,13 @@ def test_mt_adamw_in_bf16_stays_near_float32_over_twenty_steps(rank_group, sprea
 
 
 @pytest.mark.parametrize("spread", BF16, ids=str)
-def test_with_experts_too_the_losses_in_bf16_stay_near_float32(rank_group, spread):
-    """The norms need not: where a gate's second and third choice are nearly equal, rounding can swap them, and other experts learn."""
+def test_so_does_it_with_experts_while_the_gates_choose_alike(rank_group, spread):
+    """Where a gate's second and third choice are nearly equal, rounding can swap them: then others learn, and only the loss stays near."""
     layout = replace(TASK_BALANCED, bf16=True, **spread)
+    expected = plain_trajectory(layout)
     for part in rank_group(layout.world).run(rank_trajectory, layout):
-        assert part.losses == pytest.approx(plain_trajectory(layout).losses, rel=5e-3)
+        alike = [mine == theirs for mine, theirs in zip(part.choices, expected.choices, strict=True)]
+        steps = alike.index(False) if False in alike else len(alike)
+        assert steps >= 4
+        assert part.norms[:steps] == pytest.approx(expected.norms[:steps], rel=1e-2)
+        assert part.losses == pytest.approx(expected.losses, rel=5e-3)
