@@ -11,8 +11,7 @@ from icl_moe.errors import InputError, RankError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is wrong."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.run(options) or 0
     except InputError as error:
@@ -26,6 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one go, so those settings that come after an option are left over.
+    if rest and not (hasattr(options, "settings") and all("=" in each and not each.startswith("-") for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings = [*options.settings, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add `shards` and its verbs; `run` serves them."""
     parser = subparsers.add_parser("shards", help="build, check and look at training data")
     parser.set_defaults(run=run)
-    parser.set_defaults(run=run)
     verbs = parser.add_subparsers(dest="shards_verb", required=True)
 
     build = verbs.add_parser("build", help="turn annotations and images into shards; goes on where it was interrupted")
