@@ -35,7 +35,7 @@ from icl_moe.model.tensor_parallel import join, split
 from icl_moe.training.faults import any_rank
 from icl_moe.training.partitions import HeldRange, ep_size, held_ranges, ranges_to_write, refresh_model, tensor_place
 
-_SCHEMA = 1
+_SCHEMA = 2  # 1 held the moments of MT-AdamW, not means and weights.
 _INDEX = "index.json"
 _WEIGHT = "weight"
 
