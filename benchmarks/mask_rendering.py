@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_moe.images import crop_and_resize_mask
+from icl_moe.images import crop_and_resize_mask, middle_square
 from icl_moe.tokenizers.vqgan import VQGAN
-from icl_moe.tokenizers.vqgan_training import middle_square
 from preprocessing.synthetic import draw_scene
 
 SCENES, SEED = 200, 4242

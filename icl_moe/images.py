@@ -37,6 +37,13 @@ def load_image(path: str | Path) -> Image.Image:
         raise InputError(f"The image {path} cannot be read; it is damaged or no image ({error}).") from error
 
 
+def middle_square(size: tuple[int, int]) -> PixelBox:
+    """The largest square in the middle of a picture of `size` (width, height)."""
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return left, top, left + side, top + side
+
+
 def crop_and_resize(image: Image.Image, box: PixelBox, size: int) -> Image.Image:
     """`box` of an RGB image, resized to size x size: bicubic, antialiased."""
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

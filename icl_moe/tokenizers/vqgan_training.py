@@ -24,7 +24,16 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
-from icl_moe.images import crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_image, to_pixels
+from icl_moe.images import (
+    crop_and_resize,
+    crop_and_resize_mask,
+    load_image,
+    mask_to_pixels,
+    middle_square,
+    pixels_to_mask,
+    to_image,
+    to_pixels,
+)
 from icl_moe.processes import join_processes
 from icl_moe.recipe import to_dict
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -556,13 +565,6 @@ def _through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[
         codes.append(tokenizer.encode(some.to(device)))
         drawn.append(tokenizer.decode(codes[-1]).clamp(-1, 1).cpu())
     return torch.cat(drawn), torch.cat(codes).cpu()
-
-
-def middle_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest square in the middle of a picture of `size` (width, height): left, top, right, bottom."""
-    side = min(size)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return left, top, left + side, top + side
 
 
 def _psnr_B(drawn_B3HW: Tensor, pixels_B3HW: Tensor) -> Tensor:
