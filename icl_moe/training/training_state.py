@@ -253,8 +253,8 @@ def _fill(tensor: Tensor, ranges: list[HeldRange], kind: str, stored: _Stored) -
 
 
 def _count(optimizer: torch.optim.Optimizer, kind: str, count: float, device: torch.device) -> Tensor:
-    """A number that goes with a whole tensor. Steps are as torch's optimizers keep them: float32 and on the host, but for those that run
-    wholly on the device.
+    """A number that an optimizer keeps of a whole tensor: sums of weights in float64; steps as torch's own optimizers keep them, in float32
+    and on the host, but for those that run wholly on the device.
     """
     if kind != "step":
         return torch.tensor(count, dtype=torch.float64)

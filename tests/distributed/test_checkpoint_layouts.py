@@ -77,7 +77,7 @@ def _step(engine: Any, part: RankSlice, step: int) -> float:
     task = ("segmentation", "captioning")[step % 2]
     sequences = make_sequences(task, part.ranks * part.micro_steps, seed=step)
     scale = len(sequences) / sum(float(s.loss_weights().sum()) for s in sequences)
-    engine.begin_step(RATE, "segmentation", 0.5)
+    engine.begin_step(RATE, task, 0.5)
     total = torch.zeros(())
     for micro_step in range(part.micro_steps):
         torch.manual_seed(100 * step + 10 * micro_step + part.rank)
