@@ -1,14 +1,18 @@
-"""The decoder's speed and memory against its peers': python benchmarks/decoder.py [--json FILE] [--precision fp32 bf16] [--repeat N]
+"""The decoder's speed and memory against its peers': python benchmarks/decoder.py [--json FILE]
+[--precision fp32 bf16] [--repeat N]
 
-GPT-2 small's size, the paper's episodes (3 examples and a query at 256 pixels, micro-batch 1), forward and backward, in turns:
+GPT-2 small's size, the paper's episodes (3 examples and a query at 256 pixels, micro-batch 1),
+forward and backward, in turns:
 
     ours    attribute-routed experts, packed layout, logits at targets
-    stock   the same trunk on stock parts: deepspeed.moe top-2, dropless, PyTorch's own kernels, padded layout, all logits
+    stock   the same trunk on stock parts: deepspeed.moe top-2, dropless, PyTorch's own kernels,
+    padded layout, all logits
     gpt2    Hugging Face's GPT2LMHeadModel, dense, padded layout, all logits
     floor   the matrix products that ours cannot do without, each timed alone
 
-Weights are random and there is no dropout, in any of them. Read ratios, not seconds. On a GPU the model FLOPs utilisation is printed too.
-With --steps ours is timed against itself instead, less one of the steps that made it fast at a time.
+Weights are random and there is no dropout, in any of them. Read ratios, not seconds. On a GPU the
+model FLOPs utilisation is printed too. With --steps ours is timed against itself instead, less one
+of the steps that made it fast at a time.
 """
 
 import argparse
@@ -49,36 +53,81 @@ PAIRS = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 SAMPLES = {"segmentation": 300_000, "captioning": 460_000}
-"""Of each task; a task's share of the mix goes with the square root. Captions are the paper's number; segmentation is COCO's train2017,
-118,287 images of about 2.5 classes with a region of at least 32 x 32 pixels (so 663 of its images, and docs/shards.md's recipe)."""
+"""Of each task; a task's share of the mix goes with the square root. Captions are the paper's
+number; segmentation is COCO's train2017, 118,287 images of about 2.5 classes with a region of at
+least 32 x 32 pixels (so 663 of its images, and docs/shards.md's recipe).
+"""
 
-CAPTIONS = ("a brown dog", "the dog is on grass", "dog wearing a red collar", "a black and white dog running outside")
-"""4, 5, 5 and 7 tokens with GPT-2's vocabulary. Of Visual Genome's regions (the 7,278 of 100 images) the quartiles are 4, 6 and 7."""
+CAPTIONS = (
+    "a brown dog",
+    "the dog is on grass",
+    "dog wearing a red collar",
+    "a black and white dog running outside",
+)
+"""4, 5, 5 and 7 tokens with GPT-2's vocabulary. Of Visual Genome's regions (the 7,278 of 100
+images) the quartiles are 4, 6 and 7.
+"""
 
 EFFICIENCY = {"fp32": 0.7, "bf16": 0.5}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--repeat", type=int, default=3, help="turns that are timed, after one to warm up")
-    parser.add_argument("--micro-batch", type=int, default=1, help="episodes at a time; the goals are set for 1 on a CPU")
-    parser.add_argument("--steps", action="store_true", help="what each step gives: time ours with one of them undone at a time")
-    parser.add_argument("--quick", action="store_true", help="a toy model, to see that the benchmark runs")
-    parser.add_argument("--memory", choices=("ours", "stock"), help=argparse.SUPPRESS)  # what this process is to measure the memory of
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="turns that are timed, after one to warm up"
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=1,
+        help="episodes at a time; the goals are set for 1 on a CPU",
+    )
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help="what each step gives: time ours with one of them undone at a time",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a toy model, to see that the benchmark runs"
+    )
+    parser.add_argument(
+        "--memory", choices=("ours", "stock"), help=argparse.SUPPRESS
+    )  # what this process is to measure the memory of
     options = parser.parse_args()
     if options.memory:
-        print(json.dumps(memory_of(options.memory, Workload(options.quick, options.precision[0], options.micro_batch))))
+        print(
+            json.dumps(
+                memory_of(
+                    options.memory,
+                    Workload(options.quick, options.precision[0], options.micro_batch),
+                )
+            )
+        )
         return
-    figures: dict[str, Any] = {"device": _device_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    figures: dict[str, Any] = {
+        "device": _device_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
     goals: list[Goal] = []
-    if not options.steps:  # Before this process joins a group, whose address the ones it starts would inherit.
-        goals += [goal for precision in options.precision for goal in memory(precision, options, figures)]
+    if (
+        not options.steps
+    ):  # Before this process joins a group, whose address the ones it starts would inherit.
+        goals += [
+            goal for precision in options.precision for goal in memory(precision, options, figures)
+        ]
     with process_group():
         for precision in options.precision:
             workload = Workload(options.quick, precision, options.micro_batch)
-            goals += undo_steps(workload, options.repeat, figures) if options.steps else race(workload, options.repeat, figures)
+            goals += (
+                undo_steps(workload, options.repeat, figures)
+                if options.steps
+                else race(workload, options.repeat, figures)
+            )
     report(figures, goals, options.json)
 
 
@@ -103,7 +152,9 @@ class Workload:
                 "vocabulary.text_merges=1000",
             ]
         self.recipe = load_recipe(TrainingRecipe, "paper_256", overrides)
-        self.format = SequenceFormat(self.recipe.vocabulary, codes_per_image=64 if self.quick else 256)
+        self.format = SequenceFormat(
+            self.recipe.vocabulary, codes_per_image=64 if self.quick else 256
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,14 +172,25 @@ class Workload:
                 return SegmentationPair(codes(), codes())
             return CaptionPair(codes(), CAPTIONS[i], "dog", (0.1, 0.2, 0.6, 0.7))
 
-        episodes = [Episode(TASKS[task], "dog", tuple(pair(i) for i in range(PAIRS))) for _ in range(self.micro_batch)]
-        return collate([codec.encode(episode) for episode in episodes], self.recipe.vocabulary, task, layout).to(_device())
+        episodes = [
+            Episode(TASKS[task], "dog", tuple(pair(i) for i in range(PAIRS)))
+            for _ in range(self.micro_batch)
+        ]
+        return collate(
+            [codec.encode(episode) for episode in episodes], self.recipe.vocabulary, task, layout
+        ).to(_device())
 
 
 class System:
     """A model and its step, forward and backward, on the episodes of a task."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[TokenBatch], Tensor], workload: Workload, layout: Layout) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[TokenBatch], Tensor],
+        workload: Workload,
+        layout: Layout,
+    ) -> None:
         self.model = model
         self._loss = loss
         self.batches = {task: workload.batch(task, layout) for task in SAMPLES}
@@ -143,7 +205,8 @@ class System:
 class Parts:
     """What our decoder is made of; each part that is not ours is PyTorch's or DeepSpeed's own.
 
-    linear, attention, loss: icl_moe.model.{linear, blockwise_attention, loss}. targets: logits at targets only.
+    linear, attention, loss: icl_moe.model.{linear, blockwise_attention, loss}. targets: logits at
+    targets only.
     """
 
     feed_forward: str = "attributes"
@@ -178,15 +241,29 @@ def decoder(workload: Workload, parts: Parts) -> System:
         if parts.loss and parts.attention:
             total: Tensor = model(batch, noise=(0, 0)).total
             return total
-        attention = EpisodeAttention(batch.lengths, batch.real_T) if parts.attention else _StockAttention(len(batch.lengths))
+        attention = (
+            EpisodeAttention(batch.lengths, batch.real_T)
+            if parts.attention
+            else _StockAttention(len(batch.lengths))
+        )
         hidden_TM = model.hidden(batch.tokens_T, batch.positions_T, attention, batch.routing)
         embedding_VM = model.token_embedding.weight
-        auxiliary = model.auxiliary_weight * torch.stack([layer.auxiliary_loss for layer in _sparse_layers(model)]).mean()
+        auxiliary = (
+            model.auxiliary_weight
+            * torch.stack([layer.auxiliary_loss for layer in _sparse_layers(model)]).mean()
+        )
         if parts.loss:
-            weighted_sum, _ = target_losses(hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P)
+            weighted_sum, _ = target_losses(
+                hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P
+            )
             return weighted_sum * batch.loss_scale + auxiliary
         if parts.targets:
-            return F.cross_entropy(F.linear(hidden_TM[batch.predictors_P], embedding_VM).float(), batch.labels_P) + auxiliary
+            return (
+                F.cross_entropy(
+                    F.linear(hidden_TM[batch.predictors_P], embedding_VM).float(), batch.labels_P
+                )
+                + auxiliary
+            )
         labels_T = torch.full_like(batch.tokens_T, -100)
         labels_T[batch.predictors_P] = batch.labels_P
         return F.cross_entropy(F.linear(hidden_TM, embedding_VM).float(), labels_T) + auxiliary
@@ -197,9 +274,17 @@ def decoder(workload: Workload, parts: Parts) -> System:
 def gpt2(workload: Workload) -> System:
     settings = workload.recipe.model
     config = GPT2Config(
-        vocab_size=workload.recipe.vocabulary.size, n_positions=settings.positions, n_embd=settings.width, n_layer=settings.layers,
-        n_head=settings.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
+        vocab_size=workload.recipe.vocabulary.size,
+        n_positions=settings.positions,
+        n_embd=settings.width,
+        n_layer=settings.layers,
+        n_head=settings.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     model = GPT2LMHeadModel(config).to(_device(), workload.dtype)
 
     def loss(batch: TokenBatch) -> Tensor:
@@ -218,15 +303,25 @@ SYSTEMS: dict[str, Callable[[Workload], System]] = {
 
 
 class Floor:
-    """The products of one step that no implementation can do without: x W^T, dy W and dy^T x of every linear layer, at this batch's shapes.
+    """The products of one step that no implementation can do without: x W^T, dy W and dy^T x of
+    every linear layer, at this batch's shapes.
 
-    A product is timed alone, with the fastest kernel that there is; attention's share is added at the rate of the rest.
+    A product is timed alone, with the fastest kernel that there is; attention's share is added at
+    the rate of the rest.
     """
 
     def __init__(self, workload: Workload, batch: TokenBatch) -> None:
         self._products = [
-            (count, *(torch.randn(shape, dtype=workload.dtype, device=_device()) for shape in ((rows, i), (o, i), (rows, o))))
-            for rows, i, o, count in _linear_layers(workload.recipe.model, batch, workload.recipe.vocabulary.size)
+            (
+                count,
+                *(
+                    torch.randn(shape, dtype=workload.dtype, device=_device())
+                    for shape in ((rows, i), (o, i), (rows, o))
+                ),
+            )
+            for rows, i, o, count in _linear_layers(
+                workload.recipe.model, batch, workload.recipe.vocabulary.size
+            )
         ]
         self._times: list[list[float]] = [[] for _ in self._products]
         self.flops = training_flops(workload.recipe.model, workload.recipe.vocabulary.size, batch)
@@ -244,16 +339,22 @@ class Floor:
     def rate(self) -> float:
         """FLOP/s, with each product weighed by how often a step computes it."""
         seconds = sum(
-            product[0] * statistics.median(times[1:] or times) for product, times in zip(self._products, self._times, strict=True)
+            product[0] * statistics.median(times[1:] or times)
+            for product, times in zip(self._products, self._times, strict=True)
         )
-        return sum(count * 6 * x.numel() * len(weight) for count, x, weight, _ in self._products) / seconds
+        return (
+            sum(count * 6 * x.numel() * len(weight) for count, x, weight, _ in self._products)
+            / seconds
+        )
 
 
 def race(workload: Workload, repeats: int, figures: dict[str, Any]) -> list[Goal]:
     """Episodes a second of all systems, on each task and over the mix."""
     systems = {name: build(workload) for name, build in SYSTEMS.items()}
     floors = {task: Floor(workload, systems["ours"].batches[task]) for task in SAMPLES}
-    seconds = _seconds_an_episode(workload, systems, repeats, {task: (floor.run,) for task, floor in floors.items()})
+    seconds = _seconds_an_episode(
+        workload, systems, repeats, {task: (floor.run,) for task, floor in floors.items()}
+    )
     for name, by_task in seconds.items():
         for task, found in [*by_task.items(), ("mix", _mix(by_task))]:
             figures[f"{workload.precision}, {name}, {task}: s an episode"] = found
@@ -266,18 +367,27 @@ def undo_steps(workload: Workload, repeats: int, figures: dict[str, Any]) -> lis
         systems = {"ours": decoder(workload, Parts()), "without": decoder(workload, parts)}
         seconds = _seconds_an_episode(workload, systems, repeats)
         for task in SAMPLES:
-            figures[f"{workload.precision}, without {step}: time on {task}"] = seconds["without"][task] / seconds["ours"][task]
-        figures[f"{workload.precision}, without {step}: time on the mix"] = _mix(seconds["without"]) / _mix(seconds["ours"])
+            figures[f"{workload.precision}, without {step}: time on {task}"] = (
+                seconds["without"][task] / seconds["ours"][task]
+            )
+        figures[f"{workload.precision}, without {step}: time on the mix"] = _mix(
+            seconds["without"]
+        ) / _mix(seconds["ours"])
     return []
 
 
 def _seconds_an_episode(
-    workload: Workload, systems: dict[str, System], repeats: int, others: dict[str, tuple[Callable[[], None], ...]] | None = None
+    workload: Workload,
+    systems: dict[str, System],
+    repeats: int,
+    others: dict[str, tuple[Callable[[], None], ...]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By system and task, timed in turns; `others` run in the same turns, by task."""
     seconds: dict[str, dict[str, float]] = {name: {} for name in systems}
     for task in SAMPLES:
-        print(f"{workload.precision}, {task}: {', '.join(systems)} ...", file=sys.stderr, flush=True)
+        print(
+            f"{workload.precision}, {task}: {', '.join(systems)} ...", file=sys.stderr, flush=True
+        )
         runs = [partial(system.step, task) for system in systems.values()]
         times = in_turns(*runs, *(others or {}).get(task, ()), repeats=repeats)
         for name, found in zip(systems, times, strict=False):
@@ -285,20 +395,45 @@ def _seconds_an_episode(
     return seconds
 
 
-def _speed_goals(workload: Workload, seconds: dict[str, dict[str, float]], floors: dict[str, Floor], figures: dict[str, Any]) -> list[Goal]:
+def _speed_goals(
+    workload: Workload,
+    seconds: dict[str, dict[str, float]],
+    floors: dict[str, Floor],
+    figures: dict[str, Any],
+) -> list[Goal]:
     precision, own = workload.precision, seconds["ours"]
     goals = [
         Goal(f"{precision}, stock / ours, mix", _mix(seconds["stock"]) / _mix(own), 2.0),
-        Goal(f"{precision}, stock / ours, segmentation", seconds["stock"]["segmentation"] / own["segmentation"], 1.4),
+        Goal(
+            f"{precision}, stock / ours, segmentation",
+            seconds["stock"]["segmentation"] / own["segmentation"],
+            1.4,
+        ),
         Goal(f"{precision}, gpt2 / ours, mix", _mix(seconds["gpt2"]) / _mix(own), 1.2),
-        Goal(f"{precision}, gpt2 / ours, segmentation", seconds["gpt2"]["segmentation"] / own["segmentation"], 0.9),
+        Goal(
+            f"{precision}, gpt2 / ours, segmentation",
+            seconds["gpt2"]["segmentation"] / own["segmentation"],
+            0.9,
+        ),
     ]
     for task, floor in floors.items():
-        figures[f"{precision}, {task}: TFLOP an episode"] = floor.flops / workload.micro_batch / 1e12
+        figures[f"{precision}, {task}: TFLOP an episode"] = (
+            floor.flops / workload.micro_batch / 1e12
+        )
         figures[f"{precision}, {task}: products alone, GFLOP/s"] = floor.rate / 1e9
-        figures[f"{precision}, {task}: floor / ours"] = floor.flops / floor.rate / workload.micro_batch / own[task]
-    floor_seconds = {task: floor.flops / floor.rate / workload.micro_batch for task, floor in floors.items()}
-    goals.append(Goal(f"{precision}, floor / ours, mix", _mix(floor_seconds) / _mix(own), EFFICIENCY[precision]))
+        figures[f"{precision}, {task}: floor / ours"] = (
+            floor.flops / floor.rate / workload.micro_batch / own[task]
+        )
+    floor_seconds = {
+        task: floor.flops / floor.rate / workload.micro_batch for task, floor in floors.items()
+    }
+    goals.append(
+        Goal(
+            f"{precision}, floor / ours, mix",
+            _mix(floor_seconds) / _mix(own),
+            EFFICIENCY[precision],
+        )
+    )
     peak = peak_of(_device_name(), "bf16")
     if peak and precision == "bf16":
         needed = _mix({task: floor.flops / workload.micro_batch for task, floor in floors.items()})
@@ -307,7 +442,9 @@ def _speed_goals(workload: Workload, seconds: dict[str, dict[str, float]], floor
 
 
 def memory(precision: str, options: argparse.Namespace, figures: dict[str, Any]) -> list[Goal]:
-    """Peak memory of a step of each task, the larger one, in a process of its own: above weights and gradients, and in all."""
+    """Peak memory of a step of each task, the larger one, in a process of its own: above weights
+    and gradients, and in all.
+    """
     above, whole = [], []
     for name in ("ours", "stock"):
         print(f"{precision}, memory of {name} ...", file=sys.stderr, flush=True)
@@ -327,11 +464,20 @@ def memory(precision: str, options: argparse.Namespace, figures: dict[str, Any])
         above.append(peak - standing)
         whole.append(peak)
     figures[f"{precision}, peak memory in all, ours / stock"] = whole[0] / whole[1]
-    return [Goal(f"{precision}, peak memory above weights and gradients, ours / stock", above[0] / max(above[1], 1e-9), 0.6, at_most=True)]
+    return [
+        Goal(
+            f"{precision}, peak memory above weights and gradients, ours / stock",
+            above[0] / max(above[1], 1e-9),
+            0.6,
+            at_most=True,
+        )
+    ]
 
 
 def memory_of(name: str, workload: Workload) -> tuple[float, float]:
-    """MiB that this process holds with weights and all gradients, and at the peak of a step of each task."""
+    """MiB that this process holds with weights and all gradients, and at the peak of a step of each
+    task.
+    """
     with process_group():
         system = SYSTEMS[name](workload)
         for parameter in system.model.parameters():
@@ -343,7 +489,9 @@ def memory_of(name: str, workload: Workload) -> tuple[float, float]:
         return standing, _peak_memory()
 
 
-def _linear_layers(settings: ModelSettings, batch: TokenBatch, vocabulary: int) -> Iterator[tuple[int, int, int, int]]:
+def _linear_layers(
+    settings: ModelSettings, batch: TokenBatch, vocabulary: int
+) -> Iterator[tuple[int, int, int, int]]:
     """(rows, input features, output features, how many) of the linear layers of one step."""
     tokens, targets, width = len(batch.tokens_T), len(batch.labels_P), settings.width
     sparse = len(settings.sparse_layers)
@@ -363,7 +511,10 @@ def _mix(by_task: dict[str, float]) -> float:
 
 def _decoder(workload: Workload, feed_forward: str) -> InContextDecoder:
     model = {**to_dict(workload.recipe.model), "feed_forward": feed_forward}
-    decoder = InContextDecoder(DecoderConfig(model=model, vocabulary=to_dict(workload.recipe.vocabulary)), sparse_layer_factory())
+    decoder = InContextDecoder(
+        DecoderConfig(model=model, vocabulary=to_dict(workload.recipe.vocabulary)),
+        sparse_layer_factory(),
+    )
     initialise(decoder, seed=0, exported_name=exported_name)
     for layer in _sparse_layers(decoder):
         layer.set_deepspeed_parallelism()
@@ -377,13 +528,24 @@ def _sparse_layers(model: InContextDecoder) -> list[Any]:
 
 @dataclass(frozen=True)
 class _StockAttention:
-    """Causal attention of `rows` equal rows by PyTorch's own kernel; padding comes after what it could disturb only in its own pair."""
+    """Causal attention of `rows` equal rows by PyTorch's own kernel; padding comes after what it
+    could disturb only in its own pair.
+    """
 
     rows: int
 
-    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor:
-        q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (queries_THD, keys_THD, values_THD))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+    def attend(
+        self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
+    ) -> Tensor:
+        q, k, v = (
+            x.unflatten(0, (self.rows, -1)).transpose(1, 2)
+            for x in (queries_THD, keys_THD, values_THD)
+        )
+        return (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
 
 
 def _device() -> torch.device:

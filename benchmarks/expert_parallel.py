@@ -1,14 +1,15 @@
-"""Where experts and rows meet under expert parallelism: python benchmarks/expert_parallel.py [--json FILE]
+"""Where experts and rows meet under expert parallelism: python benchmarks/expert_parallel.py
+[--json FILE]
 
-An expert layer of each sparse layer's gate, forward and backward on ep 2, 4 and 8 gloo ranks, each with an episode of its own at the
-paper's lengths, in two ways:
+An expert layer of each sparse layer's gate, forward and backward on ep 2, 4 and 8 gloo ranks, each
+with an episode of its own at the paper's lengths, in two ways:
 
     rows       every row goes to the rank that holds its expert, and back
     weights    the experts at work go to every rank, and their gradients back
 
-Counted are the rows that each rank computes, and the bytes that cross between ranks, which must equal the formulas of
-docs/parallelism.md. Neither depends on the machine. The layer is narrow, to be quick; bytes at the paper's width are
-computed by the same formulas.
+Counted are the rows that each rank computes, and the bytes that cross between ranks, which must
+equal the formulas of docs/parallelism.md. Neither depends on the machine. The layer is narrow, to
+be quick; bytes at the paper's width are computed by the same formulas.
 """
 
 import argparse
@@ -37,7 +38,10 @@ from icl_moe.model.feed_forward import FeedForward
 from icl_moe.recipe import to_dict
 from icl_moe.training.distributed import free_port, process_group
 
-WAYS: dict[str, Callable[..., list[Tensor]]] = {"rows": expert_parallel.run_exchanged, "weights": expert_parallel.run_gathered}
+WAYS: dict[str, Callable[..., list[Tensor]]] = {
+    "rows": expert_parallel.run_exchanged,
+    "weights": expert_parallel.run_gathered,
+}
 EP_SIZES = (2, 4, 8)
 WIDTH, PAPER_WIDTH, PAPER_MICRO_BATCH = 64, 768, 8
 FP32, BF16 = 4, 2
@@ -45,7 +49,9 @@ FP32, BF16 = 4, 2
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of a task: the episode's rows of each attribute class, and the experts that its gate sends them to."""
+    """A layer of a task: the episode's rows of each attribute class, and the experts that its gate
+    sends them to.
+    """
 
     task: str
     rows_C: tuple[int, ...]
@@ -53,12 +59,18 @@ class Case:
 
     def routes(self) -> list[tuple[int, int]]:
         """(expert, rows) of one rank."""
-        return [(expert, rows) for rows, chosen in zip(self.rows_C, self.experts_CK, strict=True) for expert in chosen]
+        return [
+            (expert, rows)
+            for rows, chosen in zip(self.rows_C, self.experts_CK, strict=True)
+            for expert in chosen
+        ]
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one rank counted: rows computed, bytes that left it for other ranks, seconds of forward and backward."""
+    """What one rank counted: rows computed, bytes that left it for other ranks, seconds of forward
+    and backward.
+    """
 
     rows: int
     sent: int
@@ -66,13 +78,19 @@ class Count:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--ep", type=int, nargs="+", default=EP_SIZES, help="how many ranks")
     parser.add_argument("--width", type=int, default=WIDTH)
     options = parser.parse_args()
     experts, cases = layers()
-    figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "layers": len(cases) // len(SAMPLES), "width": options.width}
+    figures: dict[str, Any] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "layers": len(cases) // len(SAMPLES),
+        "width": options.width,
+    }
     goals = []
     for ep_size in options.ep:
         print(f"{ep_size} ranks ...", file=sys.stderr, flush=True)
@@ -83,57 +101,105 @@ def main() -> None:
 
 
 def layers() -> tuple[int, list[Case]]:
-    """How many experts a layer has, and every sparse layer of a new model of the paper's size on an episode of each task."""
+    """How many experts a layer has, and every sparse layer of a new model of the paper's size on an
+    episode of each task.
+    """
     workload = Workload(quick=False, precision="fp32", micro_batch=1)
     with torch.device("meta"):
-        model = InContextDecoder(DecoderConfig(model=to_dict(workload.recipe.model), vocabulary=to_dict(workload.recipe.vocabulary)))
-    gates = nn.ModuleDict({str(i): model.layers[i].feed_forward.gate for i in workload.recipe.model.sparse_layers}).to_empty(device="cpu")
+        model = InContextDecoder(
+            DecoderConfig(
+                model=to_dict(workload.recipe.model), vocabulary=to_dict(workload.recipe.vocabulary)
+            )
+        )
+    gates = nn.ModuleDict(
+        {str(i): model.layers[i].feed_forward.gate for i in workload.recipe.model.sparse_layers}
+    ).to_empty(device="cpu")
     for gate in gates.values():
         draw = torch.Generator().manual_seed(gate.layer)
         with torch.no_grad():
             for name, parameter in gate.named_parameters():
                 plain = name.endswith("bias"), "norm" in name
                 values = torch.zeros(parameter.shape) if plain[0] else torch.ones(parameter.shape)
-                parameter.copy_(values if any(plain) else torch.randn(parameter.shape, generator=draw) * 0.02)
+                parameter.copy_(
+                    values if any(plain) else torch.randn(parameter.shape, generator=draw) * 0.02
+                )
     cases = []
     for task in SAMPLES:
         batch = workload.batch(task, "packed")
-        cases += [Case(task, _rows(batch), tuple(map(tuple, gate(batch.routing).experts))) for gate in gates.values()]
+        cases += [
+            Case(task, _rows(batch), tuple(map(tuple, gate(batch.routing).experts)))
+            for gate in gates.values()
+        ]
     return workload.recipe.model.experts, cases
 
 
 def _rows(batch: TokenBatch) -> tuple[int, ...]:
     segments = batch.routing.segments
-    return tuple(sum(rows for index, rows in segments if index == c) for c in range(len(batch.routing.classes)))
+    return tuple(
+        sum(rows for index, rows in segments if index == c)
+        for c in range(len(batch.routing.classes))
+    )
 
 
-def on_ranks(ep_size: int, width: int, experts: int, cases: list[Case]) -> dict[str, list[list[Count]]]:
+def on_ranks(
+    ep_size: int, width: int, experts: int, cases: list[Case]
+) -> dict[str, list[list[Count]]]:
     """By way: what each rank counted on each case."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     port = free_port()
-    ranks = [context.Process(target=_serve, args=(rank, ep_size, port, width, experts, cases, queue)) for rank in range(ep_size)]
+    ranks = [
+        context.Process(target=_serve, args=(rank, ep_size, port, width, experts, cases, queue))
+        for rank in range(ep_size)
+    ]
     for process in ranks:
         process.start()
     found = dict(queue.get() for _ in ranks)
     for process in ranks:
         process.join()
-    return {way: [[found[rank][way][i] for rank in range(ep_size)] for i in range(len(cases))] for way in WAYS}
+    return {
+        way: [[found[rank][way][i] for rank in range(ep_size)] for i in range(len(cases))]
+        for way in WAYS
+    }
 
 
-def _serve(rank: int, ep_size: int, port: int, width: int, experts: int, cases: list[Case], queue: Any) -> None:
+def _serve(
+    rank: int, ep_size: int, port: int, width: int, experts: int, cases: list[Case], queue: Any
+) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ep_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ep_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     with process_group():
         torch.manual_seed(0)
-        mine = nn.ModuleList(FeedForward(width) for _ in range(experts))[rank * experts // ep_size : (rank + 1) * experts // ep_size]
-        queue.put((rank, {way: [_measure(run, case, mine, width) for case in cases] for way, run in WAYS.items()}))
+        mine = nn.ModuleList(FeedForward(width) for _ in range(experts))[
+            rank * experts // ep_size : (rank + 1) * experts // ep_size
+        ]
+        queue.put(
+            (
+                rank,
+                {
+                    way: [_measure(run, case, mine, width) for case in cases]
+                    for way, run in WAYS.items()
+                },
+            )
+        )
         dist.barrier()
 
 
-def _measure(run: Callable[..., list[Tensor]], case: Case, mine: nn.ModuleList, width: int) -> Count:
-    routes = [(expert, torch.randn(rows, width, requires_grad=True)) for expert, rows in case.routes()]
-    counts_RE = expert_parallel.rows_by_rank(routes, len(mine), dist.group.WORLD, dist.get_world_size())
+def _measure(
+    run: Callable[..., list[Tensor]], case: Case, mine: nn.ModuleList, width: int
+) -> Count:
+    routes = [
+        (expert, torch.randn(rows, width, requires_grad=True)) for expert, rows in case.routes()
+    ]
+    counts_RE = expert_parallel.rows_by_rank(
+        routes, len(mine), dist.group.WORLD, dist.get_world_size()
+    )
     rows = 0
 
     def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -153,14 +219,20 @@ def _measure(run: Callable[..., list[Tensor]], case: Case, mine: nn.ModuleList, 
 
 
 class _CountedBytes:
-    """Within it, adds up the bytes that this rank hands to collectives for other ranks (a broadcast counts once for each of them)."""
+    """Within it, adds up the bytes that this rank hands to collectives for other ranks (a broadcast
+    counts once for each of them).
+    """
 
     def __enter__(self) -> "_CountedBytes":
         self.sent = 0
-        self._plain = {name: getattr(dist, name) for name in ("all_to_all_single", "broadcast", "reduce")}
+        self._plain = {
+            name: getattr(dist, name) for name in ("all_to_all_single", "broadcast", "reduce")
+        }
         rank, others = dist.get_rank(), dist.get_world_size() - 1
 
-        def all_to_all(out: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> None:
+        def all_to_all(
+            out: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any
+        ) -> None:
             self.sent += (sum(sent) - sent[rank]) * rows[:1].nbytes
             self._plain["all_to_all_single"](out, rows, received, sent, group=group)
 
@@ -179,36 +251,70 @@ class _CountedBytes:
         vars(dist).update(self._plain)
 
 
-def bytes_of_rows(case: Case, ep_size: int, experts: int, width: int, size: int = FP32, micro_batch: int = 1) -> int:
-    """4 M b (rows that a rank routes to experts of others), over all ranks: there and back, in forward and backward."""
-    away = sum(rows for rank in range(ep_size) for expert, rows in case.routes() if expert * ep_size // experts != rank)
+def bytes_of_rows(
+    case: Case, ep_size: int, experts: int, width: int, size: int = FP32, micro_batch: int = 1
+) -> int:
+    """4 M b (rows that a rank routes to experts of others), over all ranks: there and back, in
+    forward and backward.
+    """
+    away = sum(
+        rows
+        for rank in range(ep_size)
+        for expert, rows in case.routes()
+        if expert * ep_size // experts != rank
+    )
     return 4 * width * size * away * micro_batch
 
 
 def bytes_of_weights(case: Case, ep_size: int, width: int, size: int = FP32) -> int:
-    """2 A (P - 1) (8 M^2 + 5 M) b: each of A experts at work to P - 1 ranks, and its gradient back."""
+    """2 A (P - 1) (8 M^2 + 5 M) b: each of A experts at work to P - 1 ranks, and its
+    gradient back.
+    """
     active = len({expert for chosen in case.experts_CK for expert in chosen})
     return 2 * active * (ep_size - 1) * (8 * width**2 + 5 * width) * size
 
 
 def busiest(case: Case, ep_size: int, experts: int, best: bool) -> float:
-    """Rows of the busiest rank over the mean where rows go to experts: as experts lie, or as they would lie best for this case alone."""
+    """Rows of the busiest rank over the mean where rows go to experts: as experts lie, or as they
+    would lie best for this case alone.
+    """
     loads: dict[int, int] = {}
     for expert, rows in case.routes():
         loads[expert] = loads.get(expert, 0) + rows
     held = experts // ep_size
-    placements = itertools.product(range(ep_size), repeat=len(loads)) if best else [tuple(expert // held for expert in loads)]
+    placements = (
+        itertools.product(range(ep_size), repeat=len(loads))
+        if best
+        else [tuple(expert // held for expert in loads)]
+    )
     most = []
     for owners in placements:
         if max(owners.count(rank) for rank in owners) <= held:
-            most.append(max(sum(rows for rows, owner in zip(loads.values(), owners, strict=True) if owner == rank) for rank in owners))
+            most.append(
+                max(
+                    sum(
+                        rows
+                        for rows, owner in zip(loads.values(), owners, strict=True)
+                        if owner == rank
+                    )
+                    for rank in owners
+                )
+            )
     return min(most) * ep_size / sum(loads.values())
 
 
 def tabulate(
-    ep_size: int, task: str, width: int, experts: int, cases: list[Case], counted: dict[str, list[list[Count]]], figures: dict[str, Any]
+    ep_size: int,
+    task: str,
+    width: int,
+    experts: int,
+    cases: list[Case],
+    counted: dict[str, list[list[Count]]],
+    figures: dict[str, Any],
 ) -> list[Goal]:
-    """Means over the layers of a task; the script ends where a counted number of bytes is not the formula's."""
+    """Means over the layers of a task; the script ends where a counted number of bytes is not the
+    formula's.
+    """
     chosen = [i for i, case in enumerate(cases) if case.task == task]
     head = f"ep {ep_size}, {task}"
     work = {}
@@ -216,26 +322,43 @@ def tabulate(
         for i in chosen:
             sent = sum(count.sent for count in counts[i])
             by_rows = way == "rows"
-            formula = bytes_of_rows(cases[i], ep_size, experts, width) if by_rows else bytes_of_weights(cases[i], ep_size, width)
+            formula = (
+                bytes_of_rows(cases[i], ep_size, experts, width)
+                if by_rows
+                else bytes_of_weights(cases[i], ep_size, width)
+            )
             if sent != formula:
-                sys.exit(f"{head}, {way}: {sent} bytes were counted, and the formula says {formula}.")
+                sys.exit(
+                    f"{head}, {way}: {sent} bytes were counted, and the formula says {formula}."
+                )
         rows = [[count.rows for count in counts[i]] for i in chosen]
         work[way] = statistics.mean(max(of_ranks) / statistics.mean(of_ranks) for of_ranks in rows)
         figures[f"{head}, {way}: busiest rank's rows / mean"] = work[way]
-        figures[f"{head}, {way}: share of ranks that idle"] = statistics.mean(of_ranks.count(0) / ep_size for of_ranks in rows)
-        figures[f"{head}, {way}: MB counted, a layer"] = statistics.mean(sum(c.sent for c in counts[i]) / 1e6 for i in chosen)
-        figures[f"{head}, {way}: s a layer"] = statistics.mean(max(count.seconds for count in counts[i]) for i in chosen)
+        figures[f"{head}, {way}: share of ranks that idle"] = statistics.mean(
+            of_ranks.count(0) / ep_size for of_ranks in rows
+        )
+        figures[f"{head}, {way}: MB counted, a layer"] = statistics.mean(
+            sum(c.sent for c in counts[i]) / 1e6 for i in chosen
+        )
+        figures[f"{head}, {way}: s a layer"] = statistics.mean(
+            max(count.seconds for count in counts[i]) for i in chosen
+        )
     figures[f"{head}, rows, experts placed best: busiest rank's rows / mean"] = statistics.mean(
         busiest(cases[i], ep_size, experts, best=True) for i in chosen
     )
     paper = [(cases[i], ep_size, PAPER_WIDTH) for i in chosen]
-    by_rows = statistics.mean(bytes_of_rows(case, ep, experts, m, BF16, PAPER_MICRO_BATCH) for case, ep, m in paper)
-    by_weights = statistics.mean(bytes_of_weights(case, ep, m, BF16) for case, ep, m in paper)
-    figures[f"{head}, rows: MB a rank and layer at width {PAPER_WIDTH}, bf16, micro-batch {PAPER_MICRO_BATCH}, by formula"] = (
-        by_rows / ep_size / 1e6
+    by_rows = statistics.mean(
+        bytes_of_rows(case, ep, experts, m, BF16, PAPER_MICRO_BATCH) for case, ep, m in paper
     )
+    by_weights = statistics.mean(bytes_of_weights(case, ep, m, BF16) for case, ep, m in paper)
+    figures[
+        f"{head}, rows: MB a rank and layer at width {PAPER_WIDTH}, bf16, micro-batch "
+        f"{PAPER_MICRO_BATCH}, by formula"
+    ] = by_rows / ep_size / 1e6
     figures[f"{head}, weights: the same"] = by_weights / ep_size / 1e6
-    return [Goal(f"{head}, busiest rank's rows / mean, weights", work["weights"], 1.0, at_most=True)]
+    return [
+        Goal(f"{head}, busiest rank's rows / mean, weights", work["weights"], 1.0, at_most=True)
+    ]
 
 
 if __name__ == "__main__":

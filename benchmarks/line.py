@@ -1,7 +1,9 @@
-"""How fast the line is on this machine, and what memory each stage needs: python benchmarks/line.py [--json FILE]
+"""How fast the line is on this machine, and what memory each stage needs: python benchmarks/line.py
+[--json FILE]
 
-Each stage runs in a process of its own, so that its peak memory is its own. The training step is timed against Hugging Face's GPT-2
-of the same size on the same number of tokens, in turns within one process; read the ratio, not the seconds.
+Each stage runs in a process of its own, so that its peak memory is its own. The training step is
+timed against Hugging Face's GPT-2 of the same size on the same number of tokens, in turns within
+one process; read the ratio, not the seconds.
 """
 
 import argparse
@@ -44,17 +46,25 @@ def build_shards(folder: Path) -> dict[str, float]:
     from preprocessing.build import build_shards as build
     from preprocessing.recipe import DataRecipe
 
-    recipe = load_recipe(DataRecipe, "demo", [f"synthetic.images={IMAGES}"], package="preprocessing")
+    recipe = load_recipe(
+        DataRecipe, "demo", [f"synthetic.images={IMAGES}"], package="preprocessing"
+    )
     started = time.perf_counter()
     synthetic.write_dataset(folder / "drawn", IMAGES, seed=0)
     drawn = time.perf_counter()
     manifest = build(recipe, folder / "shards", workers=len(os.sched_getaffinity(0)))
     samples = sum(manifest.samples.values())
-    return {"images drawn/s": IMAGES / (drawn - started), "samples built/s": samples / (time.perf_counter() - drawn), "samples": samples}
+    return {
+        "images drawn/s": IMAGES / (drawn - started),
+        "samples built/s": samples / (time.perf_counter() - drawn),
+        "samples": samples,
+    }
 
 
 def train_step(folder: Path) -> dict[str, float]:
-    """The demo's micro-batch of segmentation, forward, backward and AdamW step, against GPT-2 on as many tokens."""
+    """The demo's micro-batch of segmentation, forward, backward and AdamW step, against GPT-2 on as
+    many tokens.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -66,19 +76,40 @@ def train_step(folder: Path) -> dict[str, float]:
     from icl_moe.training.engine import TrainingEngine
     from icl_moe.training.preflight import read_engine
 
-    overrides = [f"data.shards={folder / 'shards'}", f"training.global_batch={BATCH}", f"training.micro_batch={BATCH}", "engine=zero1_fp32"]
+    overrides = [
+        f"data.shards={folder / 'shards'}",
+        f"training.global_batch={BATCH}",
+        f"training.micro_batch={BATCH}",
+        "engine=zero1_fp32",
+    ]
     recipe = load_recipe(TrainingRecipe, "demo", overrides)
     shards = ShardSet(folder / "shards")
     part = RankSlice.of(0, 1, BATCH, BATCH)
-    dataset = MicroBatches(shards, Schedule({"segmentation": shards.count("segmentation")}, BATCH, 0), part, "packed", 0.0)
+    dataset = MicroBatches(
+        shards,
+        Schedule({"segmentation": shards.count("segmentation")}, BATCH, 0),
+        part,
+        "packed",
+        0.0,
+    )
     batch = dataset[0]
     length = batch.lengths[0]
 
     with process_group() as ranks:
         engine = TrainingEngine(recipe, shards.manifest, read_engine(recipe.engine), part, ranks)
         model = recipe.model
-        sizes = dict(n_positions=length, n_embd=model.width, n_layer=model.layers, n_head=model.heads)
-        peer = GPT2LMHeadModel(GPT2Config(vocab_size=recipe.vocabulary.size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
+        sizes = dict(
+            n_positions=length, n_embd=model.width, n_layer=model.layers, n_head=model.heads
+        )
+        peer = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=recipe.vocabulary.size,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **sizes,
+            )
+        )
         optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
         tokens_BL = batch.tokens_T.view(BATCH, length)
 
@@ -93,11 +124,17 @@ def train_step(folder: Path) -> dict[str, float]:
 
         seconds = in_turns(ours, theirs, repeats=REPEATS, warm_up=2)
     tokens = BATCH * length
-    return {"tokens/s": tokens / seconds[0], "GPT-2 tokens/s": tokens / seconds[1], "ratio": seconds[1] / seconds[0]}
+    return {
+        "tokens/s": tokens / seconds[0],
+        "GPT-2 tokens/s": tokens / seconds[1],
+        "ratio": seconds[1] / seconds[0],
+    }
 
 
 def evaluate(folder: Path) -> dict[str, float]:
-    """Free decoding of one-shot queries by an untrained model of the demo's size: as slow as a trained one."""
+    """Free decoding of one-shot queries by an untrained model of the demo's size: as slow as a
+    trained one.
+    """
     from icl_moe.data.shards import ShardSet
     from icl_moe.evaluation.episodes import EpisodeSet
     from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
@@ -111,9 +148,11 @@ def evaluate(folder: Path) -> dict[str, float]:
     manifest = shards.manifest
     config = DecoderConfig.from_recipe(
         load_recipe(TrainingRecipe, "demo"),
-        format=to_dict(manifest.format), image_size=manifest.image_size, examples=manifest.examples,
+        format=to_dict(manifest.format),
+        image_size=manifest.image_size,
+        examples=manifest.examples,
         image_tokenizer=manifest.image_tokenizer,
-    )  # fmt: skip
+    )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
     write_model_folder(folder, config, shards)
@@ -129,7 +168,11 @@ def evaluate(folder: Path) -> dict[str, float]:
     return rates
 
 
-STAGES: dict[str, Callable[[Path], dict[str, float]]] = {"build_shards": build_shards, "train_step": train_step, "evaluate": evaluate}
+STAGES: dict[str, Callable[[Path], dict[str, float]]] = {
+    "build_shards": build_shards,
+    "train_step": train_step,
+    "evaluate": evaluate,
+}
 
 
 def _run_apart(name: str, folder: str) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """How fast one reading process feeds training: python benchmarks/loader.py [--json FILE]
 
-Shards of paper_256's format (three examples and a query at 256 px, 515 tokens a pair) are packed in a temporary folder. One worker of our
-loader, which reads each sample where the schedule's shuffle has it, and one of a plain webdataset pipeline, which reads the same shards
-from first to last without any shuffle, feed batches of the same make-up in turns. Read the ratio; tokens are real ones, not padding.
+Shards of paper_256's format (three examples and a query at 256 px, 515 tokens a pair) are packed in
+a temporary folder. One worker of our loader, which reads each sample where the schedule's shuffle
+has it, and one of a plain webdataset pipeline, which reads the same shards from first to last
+without any shuffle, feed batches of the same make-up in turns. Read the ratio; tokens are real
+ones, not padding.
 """
 
 import argparse
@@ -32,46 +34,66 @@ from icl_moe.sequence import SequenceFormat, Span, TokenSequence
 SAMPLES, SHARD_SIZE = 2000, 500
 BATCHES, ROUNDS = 200, 7
 AHEAD = 8
-"""Micro-batches that a turn drops before its clock starts: the worker made them in the other's turn."""
+"""Micro-batches that a turn drops before its clock starts: the worker made them in the other's
+turn.
+"""
 
 GOALS = {"tokens/s": 1_000_000.0, "ratio to webdataset": 1.0}
 
 
 class PlainPipeline(IterableDataset[TokenBatch]):
-    """webdataset's own reader and decoders over the shards of each task in their order, then our collate."""
+    """webdataset's own reader and decoders over the shards of each task in their order, then our
+    collate.
+    """
 
     def __init__(self, folder: Path, shards: ShardSet, schedule: Schedule, part: RankSlice) -> None:
         self._vocabulary = shards.manifest.format.vocabulary
         self._schedule = schedule
         self._part = part
         self._tars = {
-            task: [str(folder / shard.file) for shard in shards.manifest.shards if shard.task == task] for task in shards.manifest.samples
+            task: [
+                str(folder / shard.file) for shard in shards.manifest.shards if shard.task == task
+            ]
+            for task in shards.manifest.samples
         }
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        streams = {task: iter(webdataset.WebDataset(tars, shardshuffle=False).repeat().decode()) for task, tars in self._tars.items()}
+        streams = {
+            task: iter(webdataset.WebDataset(tars, shardshuffle=False).repeat().decode())
+            for task, tars in self._tars.items()
+        }
         step = 0
         while True:
             task = self._schedule.task(step)
             for _ in range(self._part.micro_steps):
-                sequences = [_sequence(sample) for sample in islice(streams[task], self._part.micro_batch)]
+                sequences = [
+                    _sequence(sample) for sample in islice(streams[task], self._part.micro_batch)
+                ]
                 yield collate(sequences, self._vocabulary, task)
             step += 1
 
 
 def _sequence(sample: dict[str, Any]) -> TokenSequence:
     tokens_L = sample["tokens.npy"].astype(np.int64)
-    return TokenSequence(tokens_L, np.arange(len(tokens_L)), tuple(Span(*span) for span in sample["json"]["spans"]))
+    return TokenSequence(
+        tokens_L, np.arange(len(tokens_L)), tuple(Span(*span) for span in sample["json"]["spans"])
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="episodes of each task (default %(default)s)")
-    parser.add_argument("--batches", type=int, default=BATCHES, help="micro-batches in a turn (default %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="episodes of each task (default %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=BATCHES, help="micro-batches in a turn (default %(default)s)"
+    )
     options = parser.parse_args()
     figures = {"cores": len(os.sched_getaffinity(0)), **measure(options.samples, options.batches)}
-    report(figures, [Goal(name, figures[name], bound) for name, bound in GOALS.items()], options.json)
+    report(
+        figures, [Goal(name, figures[name], bound) for name, bound in GOALS.items()], options.json
+    )
 
 
 def measure(samples: int, batches: int) -> dict[str, float]:
@@ -82,12 +104,23 @@ def measure(samples: int, batches: int) -> dict[str, float]:
         folder = Path(parent) / "shards"
         print(f"packing {2 * samples} samples ...", file=sys.stderr, flush=True)
         write_shards(folder, SequenceFormat(recipe.vocabulary), samples, SHARD_SIZE)
-        shards, part = ShardSet(folder), RankSlice.of(0, 1, batch - batch % micro_batch, micro_batch)
+        shards, part = (
+            ShardSet(folder),
+            RankSlice.of(0, 1, batch - batch % micro_batch, micro_batch),
+        )
         schedule = Schedule(shards.manifest.samples, batch - batch % micro_batch, seed=0)
-        ours = micro_batches(MicroBatches(shards, schedule, part, "packed", 0.0), part.micro_steps, 0, recipe.training.steps, workers=1)
+        ours = micro_batches(
+            MicroBatches(shards, schedule, part, "packed", 0.0),
+            part.micro_steps,
+            0,
+            recipe.training.steps,
+            workers=1,
+        )
         pipeline = PlainPipeline(folder, shards, schedule, part)
         theirs = iter(DataLoader(pipeline, batch_size=None, num_workers=1, prefetch_factor=4))
-        rates = [(_rate(ours, batches), _rate(theirs, batches)) for _ in range(ROUNDS + 1)][1:]  # The first warms up.
+        rates = [(_rate(ours, batches), _rate(theirs, batches)) for _ in range(ROUNDS + 1)][
+            1:
+        ]  # The first warms up.
         del ours, theirs  # Their workers end before the folder goes.
     return {
         "tokens/s": statistics.median(mine for mine, _ in rates),

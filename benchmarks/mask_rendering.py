@@ -1,7 +1,9 @@
-"""How masks survive the tokenizer, by how they are drawn and where they are cut: python benchmarks/mask_rendering.py [--json FILE]
+"""How masks survive the tokenizer, by how they are drawn and where they are cut: python
+benchmarks/mask_rendering.py [--json FILE]
 
-On unseen drawn scenes: every class mask is drawn in two grey levels, encoded, decoded, and taken to be where a pixel lies nearer to the
-object's level than to the ground's, at several places between the two. The figure is `icl-moe tokenizer evaluate`'s mask_miou.
+On unseen drawn scenes: every class mask is drawn in two grey levels, encoded, decoded, and taken to
+be where a pixel lies nearer to the object's level than to the ground's, at several places between
+the two. The figure is `icl-moe tokenizer evaluate`'s mask_miou.
 """
 
 import argparse
@@ -33,11 +35,16 @@ RENDERINGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--tokenizer", default="demo", help="a tokenizer's folder, or the name of a shipped one")
+    parser.add_argument(
+        "--tokenizer", default="demo", help="a tokenizer's folder, or the name of a shipped one"
+    )
     options = parser.parse_args()
     tokenizer = VQGAN.from_pretrained(options.tokenizer)
     masks_BHW, classes = _masks(tokenizer.config.image_size)
-    print(f"{len(classes)} masks of {SCENES} scenes\n\n| mask_miou | {' | '.join(map(str, CUTS))} |\n|---{'|---' * len(CUTS)}|")
+    print(
+        f"{len(classes)} masks of {SCENES} scenes\n\n| mask_miou | {' | '.join(map(str, CUTS))} "
+        f"|\n|---{'|---' * len(CUTS)}|"
+    )
     table = {}
     for name, levels in RENDERINGS.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -45,7 +52,9 @@ def main() -> None:
         table[name] = [_miou(nearness_BHW > cut, masks_BHW, classes) for cut in CUTS]
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in table[name])} |")
     if options.json:
-        options.json.write_text(json.dumps({"cuts": CUTS, "mask_miou": table}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"cuts": CUTS, "mask_miou": table}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _masks(size: int) -> tuple[Tensor, list[str]]:
@@ -63,14 +72,22 @@ def _masks(size: int) -> tuple[Tensor, list[str]]:
     return torch.stack(masks), classes
 
 
-def _redraw(tokenizer: VQGAN, masks_BHW: Tensor, levels: tuple[float, float], blurred: bool) -> Tensor:
-    """Every pixel's place between the ground's level, 0, and the object's, 1, after encoding and decoding."""
+def _redraw(
+    tokenizer: VQGAN, masks_BHW: Tensor, levels: tuple[float, float], blurred: bool
+) -> Tensor:
+    """Every pixel's place between the ground's level, 0, and the object's, 1, after encoding and
+    decoding.
+    """
     ground, figure = levels
     drawn_BHW = masks_BHW.float()
     if blurred:
-        drawn_BHW = F.avg_pool2d(drawn_BHW[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+        drawn_BHW = F.avg_pool2d(
+            drawn_BHW[:, None], 3, stride=1, padding=1, count_include_pad=False
+        )[:, 0]
     pixels_B3HW = (ground + (figure - ground) * drawn_BHW)[:, None].expand(-1, 3, -1, -1)
-    seen = torch.cat([tokenizer.decode(tokenizer.encode(some)) for some in pixels_B3HW.split(32)]).mean(dim=1)
+    seen = torch.cat(
+        [tokenizer.decode(tokenizer.encode(some)) for some in pixels_B3HW.split(32)]
+    ).mean(dim=1)
     return (seen - ground) / (figure - ground)
 
 

@@ -1,4 +1,6 @@
-"""What all benchmarks share: timing in turns, memory of a process of its own, and goals that a ratio meets or misses."""
+"""What all benchmarks share: timing in turns, memory of a process of its own, and goals that a
+ratio meets or misses.
+"""
 
 import json
 import os
@@ -27,7 +29,9 @@ class Goal:
 
 
 def in_turns(*functions: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float]:
-    """Median seconds of each, measured in turns so that a change of the machine's pace meets all of them."""
+    """Median seconds of each, measured in turns so that a change of the machine's pace meets all of
+    them.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(warm_up + repeats):
         for function, mine in zip(functions, times, strict=True):
@@ -39,7 +43,9 @@ def in_turns(*functions: Callable[[], Any], repeats: int, warm_up: int = 1) -> l
 
 
 def run_apart(arguments: Sequence[str]) -> tuple[str, float]:
-    """Run this Python with `arguments`; its last line on standard output, and its peak memory in MiB."""
+    """Run this Python with `arguments`; its last line on standard output, and its peak memory in
+    MiB.
+    """
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     output = process.stdout.read()
@@ -50,15 +56,29 @@ def run_apart(arguments: Sequence[str]) -> tuple[str, float]:
 
 
 def report(figures: dict[str, Any], goals: Sequence[Goal], file: Path | None) -> None:
-    """Print figures and goals as tables, say which goals are missed, and write all of it to `file` as JSON where one is given."""
+    """Print figures and goals as tables, say which goals are missed, and write all of it to `file`
+    as JSON where one is given.
+    """
     print("\n| figure | value |\n|---|---|")
     for name, value in figures.items():
-        print(f"| {name} | {value:,.4g} |" if isinstance(value, int | float) else f"| {name} | {value} |")
+        print(
+            f"| {name} | {value:,.4g} |"
+            if isinstance(value, int | float)
+            else f"| {name} | {value} |"
+        )
     print("\n| ratio | measured | goal | |\n|---|---|---|---|")
     for goal in goals:
-        print(f"| {goal.name} | {goal.value:.4g} | {'<=' if goal.at_most else '>='} {goal.bound:g} | {'met' if goal.met else 'MISSED'} |")
+        print(
+            f"| {goal.name} | {goal.value:.4g} | {'<=' if goal.at_most else '>='} {goal.bound:g} | "
+            f"{'met' if goal.met else 'MISSED'} |"
+        )
     missed = [goal.name for goal in goals if not goal.met]
-    print(f"\n{len(missed)} of {len(goals)} goals missed{': ' + '; '.join(missed) if missed else ''}")
+    print(
+        f"\n{len(missed)} of {len(goals)} goals missed{': ' + '; '.join(missed) if missed else ''}"
+    )
     if file is not None:
-        content = {"figures": figures, "goals": [{**asdict(goal), "met": goal.met} for goal in goals]}
+        content = {
+            "figures": figures,
+            "goals": [{**asdict(goal), "met": goal.met} for goal in goals],
+        }
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""MT-AdamW's step against torch's own AdamW, fused and foreach: python benchmarks/optimizer.py [--json FILE] [--device cuda]
+"""MT-AdamW's step against torch's own AdamW, fused and foreach: python benchmarks/optimizer.py
+[--json FILE] [--device cuda]
 
-On parameters of the paper's shapes, as one process without ZeRO holds them, and as one flat tensor, as ZeRO's partitions are.
-In turns; read the ratios.
+On parameters of the paper's shapes, as one process without ZeRO holds them, and as one flat tensor,
+as ZeRO's partitions are. In turns; read the ratios.
 """
 
 import argparse
@@ -25,21 +26,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    figures: dict[str, float] = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    figures: dict[str, float] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
     goals = []
-    for layout, shapes in (("tensors", _shapes()), ("flat", [(sum(shape.numel() for shape in _shapes()),)])):
+    for layout, shapes in (
+        ("tensors", _shapes()),
+        ("flat", [(sum(shape.numel() for shape in _shapes()),)]),
+    ):
         mt, fused, foreach = _seconds([tuple(shape) for shape in shapes], options.device)
         for name, seconds in (("MT-AdamW", mt), ("AdamW fused", fused), ("AdamW foreach", foreach)):
             figures[f"{layout}, {name}, ms a step"] = 1000 * seconds
-        goals.append(Goal(f"{layout}, MT-AdamW against fused AdamW", mt / fused, 1.15, at_most=True))
-        goals.append(Goal(f"{layout}, MT-AdamW against foreach AdamW", mt / foreach, 1.15, at_most=True))
+        goals.append(
+            Goal(f"{layout}, MT-AdamW against fused AdamW", mt / fused, 1.15, at_most=True)
+        )
+        goals.append(
+            Goal(f"{layout}, MT-AdamW against foreach AdamW", mt / foreach, 1.15, at_most=True)
+        )
     report(figures, goals, options.json)
 
 
 def _shapes() -> list[torch.Size]:
-    """Of paper_256 with 4 of its 12 layers, so that three optimizers' states fit into a laptop's memory."""
+    """Of paper_256 with 4 of its 12 layers, so that three optimizers' states fit into a laptop's
+    memory.
+    """
     with torch.device("meta"):
-        recipe = load_recipe(TrainingRecipe, "paper_256", ["model.layers=4", "model.layers_with_experts=[1,3]"])
+        recipe = load_recipe(
+            TrainingRecipe, "paper_256", ["model.layers=4", "model.layers_with_experts=[1,3]"]
+        )
         model = InContextDecoder(DecoderConfig.from_recipe(recipe))
     return [parameter.shape for parameter in model.parameters()]
 

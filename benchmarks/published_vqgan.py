@@ -1,6 +1,8 @@
-"""The published VQ-GAN, independent of this project's: the modules of taming-transformers-rom1504, put together as its VQModel does.
+"""The published VQ-GAN, independent of this project's: the modules of taming-transformers-rom1504,
+put together as its VQModel does.
 
-VQModel itself needs pytorch_lightning; its modules need torch alone. Tests hold our VQGAN to it, and benchmarks/tokenizer.py races it.
+VQModel itself needs pytorch_lightning; its modules need torch alone. Tests hold our VQGAN to it,
+and benchmarks/tokenizer.py races it.
 """
 
 from typing import Any
@@ -14,7 +16,9 @@ from icl_moe.tokenizers.vqgan import VQGANConfig
 
 
 class PublishedVQGAN(nn.Module):
-    """Its parameters have the names of a release, which are also ours. New ones have random weights."""
+    """Its parameters have the names of a release, which are also ours. New ones have random
+    weights.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -42,7 +46,9 @@ class PublishedVQGAN(nn.Module):
         """pixels_B3HW."""
         side = int(codes_BN.shape[1] ** 0.5)
         shape = (len(codes_BN), side, side, self.quantize.e_dim)
-        return self.decoder(self.post_quant_conv(self.quantize.get_codebook_entry(codes_BN.flatten(), shape)))
+        return self.decoder(
+            self.post_quant_conv(self.quantize.get_codebook_entry(codes_BN.flatten(), shape))
+        )
 
 
 def network_options(config: VQGANConfig) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Shard folders of random episodes, of any size, written by the packer itself: where size and layout matter and sense does not."""
+"""Shard folders of random episodes, of any size, written by the packer itself: where size and
+layout matter and sense does not.
+"""
 
 from pathlib import Path
 
@@ -41,13 +43,24 @@ _WORDS = [
 _CLASSES = ("dog", "cat", "horse", "person", "car")
 
 
-def write_shards(folder: Path, format: SequenceFormat, samples: int, shard_size: int, examples: int = 3, mask_bytes: int = 300) -> Manifest:
-    """Write `samples` episodes of each task into `folder`; `mask_bytes`: of the run lengths of a mask in KEY.json."""
+def write_shards(
+    folder: Path,
+    format: SequenceFormat,
+    samples: int,
+    shard_size: int,
+    examples: int = 3,
+    mask_bytes: int = 300,
+) -> Manifest:
+    """Write `samples` episodes of each task into `folder`; `mask_bytes`: of the run lengths of a
+    mask in KEY.json.
+    """
     folder.mkdir(parents=True)
     codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges))
     rng = np.random.default_rng(0)
     regions = {"segmentation": _with_masks(mask_bytes), "captioning": _with_captions(rng)}
-    tasks = {task: _episodes(of_task, samples, examples + 1, rng) for task, of_task in regions.items()}
+    tasks = {
+        task: _episodes(of_task, samples, examples + 1, rng) for task, of_task in regions.items()
+    }
     image_size = 16 * int(format.codes_per_image**0.5)
     pictures = max(int(of_task.pictures.max()) for of_task in tasks.values()) + 1
     codes = rng.integers(0, format.vocabulary.image_codes, (pictures, format.codes_per_image))
@@ -57,16 +70,33 @@ def write_shards(folder: Path, format: SequenceFormat, samples: int, shard_size:
         pack_shard(packer, plan)
     shards, classes = collect(packer, plans)
     manifest = Manifest(
-        SCHEMA_VERSION, format, examples, image_size, "", "", {}, dict.fromkeys(tasks, samples), classes, shards, {},
+        SCHEMA_VERSION,
+        format,
+        examples,
+        image_size,
+        "",
+        "",
+        {},
+        dict.fromkeys(tasks, samples),
+        classes,
+        shards,
+        {},
         tuple(FileInfo.of(folder, index_file(task)) for task in tasks),
-    )  # fmt: skip
+    )
     manifest.write(folder)
     return manifest
 
 
 def _with_masks(mask_bytes: int) -> list[Region]:
     return [
-        Region(ImageFile(Path(), f"{n:012d}.jpg", 640, 480), category, (n,), (80, 0, 560, 480), 0.25, mask=b"0" * mask_bytes)
+        Region(
+            ImageFile(Path(), f"{n:012d}.jpg", 640, 480),
+            category,
+            (n,),
+            (80, 0, 560, 480),
+            0.25,
+            mask=b"0" * mask_bytes,
+        )
         for n, category in enumerate(_CLASSES)
     ]
 
@@ -79,13 +109,26 @@ def _with_captions(rng: np.random.Generator) -> list[Region]:
         phrase = " ".join(rng.choice(_WORDS, size=int(rng.integers(2, 9))))
         image = ImageFile(Path(), f"VG_100K/{n}.jpg", 800, 600)
         regions.append(
-            Region(image, category, (n,), (0, 0, 800, 600), 0.1, box=(0.1, 0.2, 0.5, 0.75), caption=phrase, references=(phrase,))
+            Region(
+                image,
+                category,
+                (n,),
+                (0, 0, 800, 600),
+                0.1,
+                box=(0.1, 0.2, 0.5, 0.75),
+                caption=phrase,
+                references=(phrase,),
+            )
         )
     return regions
 
 
-def _episodes(regions: list[Region], samples: int, pairs: int, rng: np.random.Generator) -> TaskEpisodes:
-    """Pictures 2n and 2n + 1 stand for region n's image and mask; an episode's class is its query's, as everywhere."""
+def _episodes(
+    regions: list[Region], samples: int, pairs: int, rng: np.random.Generator
+) -> TaskEpisodes:
+    """Pictures 2n and 2n + 1 stand for region n's image and mask; an episode's class is its
+    query's, as everywhere.
+    """
     pictures = np.arange(2 * len(regions)).reshape(-1, 2)
     if regions[0].mask is None:
         pictures[:, 1] = -1

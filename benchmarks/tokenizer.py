@@ -1,8 +1,11 @@
-"""The image tokenizer's speed against the published implementation's: python benchmarks/tokenizer.py [--json FILE]
+"""The image tokenizer's speed against the published implementation's: python
+benchmarks/tokenizer.py [--json FILE]
 
-At the released size (256 pixels, f16, 1024 codes) with random weights, the same for both, on the same pictures: encoding and decoding
-in turns, in float32 and in bf16. How far bf16 changes codes is counted on a trained tokenizer (the demo's, or --tokenizer DIR), on drawn
-scenes and their masks, half and half as episodes hold them. Memory is that of measuring 60 and 240 pictures, each in a process of its own.
+At the released size (256 pixels, f16, 1024 codes) with random weights, the same for both, on the
+same pictures: encoding and decoding in turns, in float32 and in bf16. How far bf16 changes codes is
+counted on a trained tokenizer (the demo's, or --tokenizer DIR), on drawn scenes and their masks,
+half and half as episodes hold them. Memory is that of measuring 60 and 240 pictures, each in a
+process of its own.
 """
 
 import argparse
@@ -31,13 +34,22 @@ FEW, MANY = 60, 240
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--tokenizer", default="demo", help="the trained tokenizer on which bf16 is compared with float32")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the folder of pictures that this process is to measure
+    parser.add_argument(
+        "--tokenizer",
+        default="demo",
+        help="the trained tokenizer on which bf16 is compared with float32",
+    )
+    parser.add_argument(
+        "--measure", help=argparse.SUPPRESS
+    )  # the folder of pictures that this process is to measure
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(evaluate_tokenizer("demo", Path(options.measure))))
         return
-    figures: dict[str, float] = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    figures: dict[str, float] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
     goals = [*race(figures), *agreement(options.tokenizer, figures), *memory(figures)]
     report(figures, goals, options.json)
 
@@ -47,7 +59,10 @@ def race(figures: dict[str, float]) -> list[Goal]:
     torch.manual_seed(0)
     config = VQGANConfig()
     published = PublishedVQGAN(config)
-    ours, fast = (VQGAN.from_weights(config, published.state_dict(), origin="the published modules") for _ in range(2))
+    ours, fast = (
+        VQGAN.from_weights(config, published.state_dict(), origin="the published modules")
+        for _ in range(2)
+    )
     fast.precision = "bf16"
     pixels_B3HW = torch.rand(PICTURES, 3, config.image_size, config.image_size) * 2 - 1
     codes_BN = published.encode(pixels_B3HW)
@@ -62,7 +77,11 @@ def race(figures: dict[str, float]) -> list[Goal]:
             figures[f"{name}, {who}, images/s"] = PICTURES / time
         goals.append(Goal(f"{name}, fp32 against published", seconds[0] / seconds[1], 1.0))
         goals.append(Goal(f"{name}, bf16 against published fp32", seconds[0] / seconds[2], 1.5))
-    goals.append(Goal("codes equal to the published, fp32", _share(ours.encode(pixels_B3HW) == codes_BN), 1.0))
+    goals.append(
+        Goal(
+            "codes equal to the published, fp32", _share(ours.encode(pixels_B3HW) == codes_BN), 1.0
+        )
+    )
     furthest = (ours.decode(codes_BN) - published.decode(codes_BN)).abs().max()
     goals.append(Goal("largest difference of a pixel, fp32", float(furthest), 1e-4, at_most=True))
     return goals
@@ -78,14 +97,26 @@ def agreement(source: str, figures: dict[str, float]) -> list[Goal]:
         image, masks = zip(*(draw_picture(rng) for _ in range(16)), strict=True)
         size = exact.config.image_size
         square = [(0, 0, min(picture.size), min(picture.size)) for picture in image]
-        scenes = [to_pixels(crop_and_resize(picture, box, size)) for picture, box in zip(image, square, strict=True)]
-        drawn = [mask_to_pixels(crop_and_resize_mask(of[0], box, size)) for of, box in zip(masks, square, strict=True)]
+        scenes = [
+            to_pixels(crop_and_resize(picture, box, size))
+            for picture, box in zip(image, square, strict=True)
+        ]
+        drawn = [
+            mask_to_pixels(crop_and_resize_mask(of[0], box, size))
+            for of, box in zip(masks, square, strict=True)
+        ]
         for kind, pictures in (("scenes", scenes), ("masks", drawn)):
             pixels_B3HW = torch.stack(pictures)
             shares[kind].append(_share(exact.encode(pixels_B3HW) == fast.encode(pixels_B3HW)))
     for kind, values in shares.items():
         figures[f"codes of {kind} equal in bf16 and fp32"] = float(np.mean(values))
-    return [Goal("codes equal in bf16 and fp32", float(np.mean([np.mean(values) for values in shares.values()])), 0.995)]
+    return [
+        Goal(
+            "codes equal in bf16 and fp32",
+            float(np.mean([np.mean(values) for values in shares.values()])),
+            0.995,
+        )
+    ]
 
 
 def memory(figures: dict[str, float]) -> list[Goal]:
@@ -98,7 +129,9 @@ def memory(figures: dict[str, float]) -> list[Goal]:
             _, peak = run_apart([__file__, "--measure", f"{folder}/images"])
         figures[f"peak memory of measuring {count} pictures, MiB"] = peak
         peaks.append(peak)
-    return [Goal(f"peak memory, {MANY} pictures against {FEW}", peaks[1] / peaks[0], 1.05, at_most=True)]
+    return [
+        Goal(f"peak memory, {MANY} pictures against {FEW}", peaks[1] / peaks[0], 1.05, at_most=True)
+    ]
 
 
 def _share(equal: Tensor) -> float:

@@ -1,4 +1,6 @@
-"""The command line: `icl-moe`, a verb a stage. Every verb imports what it needs when it runs, so that --help answers at once."""
+"""The command line: `icl-moe`, a verb a stage. Every verb imports what it needs when it runs, so
+that --help answers at once.
+"""
 
 import argparse
 import os
@@ -10,12 +12,15 @@ from icl_moe.errors import InputError, RankError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is wrong."""
+    """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is
+    wrong.
+    """
     options = _parse(arguments)
     try:
         return options.run(options) or 0
     except InputError as error:
-        # Under a launcher every rank finds the same fault, and one of them says it; but some faults one rank finds alone.
+        # Under a launcher every rank finds the same fault, and one of them says it; but some faults
+        # one rank finds alone.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"icl-moe: {error}", file=sys.stderr)
         return 2
@@ -30,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one go, so those settings that come after an option are left over.
-    if rest and not (hasattr(options, "settings") and all("=" in each and not each.startswith("-") for each in rest)):
+    # argparse takes positional arguments in one go, so those settings that come after an option are
+    # left over.
+    if rest and not (
+        hasattr(options, "settings")
+        and all("=" in each and not each.startswith("-") for each in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.settings = [*options.settings, *rest]
@@ -39,7 +48,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="icl-moe", description="Multimodal in-context learning with a sparse decoder.")
+    parser = argparse.ArgumentParser(
+        prog="icl-moe", description="Multimodal in-context learning with a sparse decoder."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_shards(verbs)
     _add_tokenizer(verbs)
@@ -59,39 +70,62 @@ def _add_shards(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
-    actions = verbs.add_parser("tokenizer", help="train, measure or convert an image tokenizer").add_subparsers(
-        required=True, metavar="ACTION"
-    )
+    actions = verbs.add_parser(
+        "tokenizer", help="train, measure or convert an image tokenizer"
+    ).add_subparsers(required=True, metavar="ACTION")
 
     parser = actions.add_parser("train", help="train a VQ-GAN by a recipe")
-    parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer, its log and its training state")
+    parser.add_argument(
+        "recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo"
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that override the recipe's"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the tokenizer, its log and its training state",
+    )
     parser.set_defaults(run=_tokenizer_train)
 
-    parser = actions.add_parser("evaluate", help="measure reconstruction, code usage and the mask ceiling")
+    parser = actions.add_parser(
+        "evaluate", help="measure reconstruction, code usage and the mask ceiling"
+    )
     parser.add_argument("tokenizer", help="a tokenizer's folder, or the name of a shipped one")
     parser.add_argument("images", type=Path, help="folder of images")
-    parser.add_argument("--annotations", type=Path, help="COCO instances file of these images, for the mask ceiling")
+    parser.add_argument(
+        "--annotations", type=Path, help="COCO instances file of these images, for the mask ceiling"
+    )
     parser.set_defaults(run=_tokenizer_evaluate)
 
     parser = actions.add_parser("convert", help="convert a taming-transformers checkpoint")
     parser.add_argument("checkpoint", type=Path, help="the release's last.ckpt")
     parser.add_argument("--config", type=Path, required=True, help="the release's model.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the converted tokenizer")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the converted tokenizer"
+    )
     parser.set_defaults(run=_tokenizer_convert)
 
 
 def _add_train(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("train", help="train a decoder, alone or under the deepspeed launcher")
+    parser = verbs.add_parser(
+        "train", help="train a decoder, alone or under the deepspeed launcher"
+    )
     parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as paper_256")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that override the recipe's"
+    )
     parser.set_defaults(run=_train)
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("export", help="write a checkpoint as one folder for from_pretrained")
-    parser.add_argument("checkpoint", type=Path, help="a run's output folder (its newest checkpoint), or one step's folder in it")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a run's output folder (its newest checkpoint), or one step's folder in it",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.set_defaults(run=_export)
 
@@ -99,19 +133,40 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("evaluate", help="measure a model on the episodes of a shard folder")
     parser.add_argument("model", type=Path, help="an exported model")
-    parser.add_argument("shards", help="a shard folder: a path, or a URL such as s3://bucket/folder")
-    parser.add_argument("--shots", default="1", help="numbers of examples, such as 0,1,2,3 (default 1)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json, predictions and report.html")
+    parser.add_argument(
+        "shards", help="a shard folder: a path, or a URL such as s3://bucket/folder"
+    )
+    parser.add_argument(
+        "--shots", default="1", help="numbers of examples, such as 0,1,2,3 (default 1)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for metrics.json, predictions and report.html",
+    )
     parser.add_argument("--limit", type=int, help="at most this many episodes a task")
-    parser.add_argument("--batch", type=int, default=8, help="episodes decoded together (default 8)")
-    parser.add_argument("--control", choices=["shuffled"], help="measure also with examples of other classes")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="episodes decoded together (default 8)"
+    )
+    parser.add_argument(
+        "--control", choices=["shuffled"], help="measure also with examples of other classes"
+    )
     parser.set_defaults(run=_evaluate)
 
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("segment", help="segment an image as examples show")
     parser.add_argument("model", type=Path, help="an exported model")
-    parser.add_argument("--example", nargs=2, type=Path, action="append", default=[], metavar=("IMAGE", "MASK"), help="may be repeated")
+    parser.add_argument(
+        "--example",
+        nargs=2,
+        type=Path,
+        action="append",
+        default=[],
+        metavar=("IMAGE", "MASK"),
+        help="may be repeated",
+    )
     parser.add_argument("--query", type=Path, required=True, metavar="IMAGE")
     parser.add_argument("--category", help="the class's name, for models with a class prompt")
     parser.add_argument("--out", type=Path, required=True, metavar="MASK.png")
@@ -122,7 +177,13 @@ def _add_caption(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("caption", help="caption an image as examples show")
     parser.add_argument("model", type=Path, help="an exported model")
     parser.add_argument(
-        "--example", nargs=2, type=Path, action="append", default=[], metavar=("IMAGE", "REGION.json"), help="may be repeated"
+        "--example",
+        nargs=2,
+        type=Path,
+        action="append",
+        default=[],
+        metavar=("IMAGE", "REGION.json"),
+        help="may be repeated",
     )
     parser.add_argument("--query", type=Path, required=True, metavar="IMAGE")
     parser.add_argument("--category", help="the class's name, for models to which it is given")
@@ -131,7 +192,12 @@ def _add_caption(verbs: argparse._SubParsersAction) -> None:
 
 def _add_demo(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("demo", help="the whole pipeline, small, on this machine")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes (default demo)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        help="folder for everything it makes (default demo)",
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -161,14 +227,18 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
     from preprocessing.synthetic import draw_picture
 
-    train_tokenizer(load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out, draw_picture)
+    train_tokenizer(
+        load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out, draw_picture
+    )
     return 0
 
 
 def _tokenizer_evaluate(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan_training import evaluate_tokenizer
 
-    for name, value in evaluate_tokenizer(options.tokenizer, options.images, options.annotations).items():
+    for name, value in evaluate_tokenizer(
+        options.tokenizer, options.images, options.annotations
+    ).items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
     return 0
 
@@ -188,7 +258,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     from icl_moe.evaluation.protocol import evaluate
     from icl_moe.evaluation.report import summary
 
-    metrics = evaluate(options.model, options.shards, options.out, shots, options.limit, options.batch, options.control)
+    metrics = evaluate(
+        options.model,
+        options.shards,
+        options.out,
+        shots,
+        options.limit,
+        options.batch,
+        options.control,
+    )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
     return 0
 
@@ -197,7 +275,10 @@ def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{option} must be whole numbers with commas between them, such as 0,1,2,3, not '{text}'.") from None
+        raise InputError(
+            f"{option} must be whole numbers with commas between them, such as 0,1,2,3, not "
+            f"'{text}'."
+        ) from None
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -206,7 +287,9 @@ def _segment(options: argparse.Namespace) -> int:
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model)
-    mask_HW = model.segment(options.example, query=options.query, category=options.category, progress=True)
+    mask_HW = model.segment(
+        options.example, query=options.query, category=options.category, progress=True
+    )
     Image.fromarray(mask_HW.astype("uint8") * 255).save(options.out)
     print(f"{options.out}: {mask_HW.mean():.1%} of the image")
     return 0

@@ -25,16 +25,31 @@ _TRAIN_IMAGES, _VALIDATION_IMAGES = 1000, 100
 
 
 def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
-    """Draw data, build shards, train on two ranks, export, evaluate one-shot, and say where the report is.
+    """Draw data, build shards, train on two ranks, export, evaluate one-shot, and say where the
+    report is.
 
-    settings: overrides of the training recipe `demo`. What an interrupted demo had finished is kept and not done again.
+    settings: overrides of the training recipe `demo`. What an interrupted demo had finished is kept
+    and not done again.
     """
-    train, validation, run, model, report = out / "shards/train", out / "shards/validation", out / "run", out / "model", out / "evaluation"
+    train, validation, run, model, report = (
+        out / "shards/train",
+        out / "shards/validation",
+        out / "run",
+        out / "model",
+        out / "evaluation",
+    )
     started = time.monotonic()
     _say("1/5 Draw scenes in COCO's and Visual Genome's formats, and build shards")
     _run("shards", "build", "demo", f"synthetic.images={_TRAIN_IMAGES}", "--out", train)
     _run(
-        "shards", "build", "demo", f"synthetic.images={_VALIDATION_IMAGES}", "synthetic.seed=1", "synthetic.split=val", "--out", validation
+        "shards",
+        "build",
+        "demo",
+        f"synthetic.images={_VALIDATION_IMAGES}",
+        "synthetic.seed=1",
+        "synthetic.split=val",
+        "--out",
+        validation,
     )
     _say(f"2/5 Train on {RANKS} ranks")
     _launch("demo", f"data.shards={train}", f"training.output={run}", *settings)
@@ -44,12 +59,23 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     metrics = _evaluate(model, validation, run, report)
     _say("5/5 Done")
     print(summary(metrics))
-    print(f"\nThe report with pictures: {report / 'report.html'}    ({time.monotonic() - started:.0f} s in all)")
+    print(
+        f"\nThe report with pictures: {report / 'report.html'}    "
+        f"({time.monotonic() - started:.0f} s in all)"
+    )
 
 
 def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> dict[str, Any]:
-    """As `icl-moe evaluate` does, with two more sections in the report: the course of training, and the experts of each stream."""
-    print("$ " + shlex.join(["icl-moe", "evaluate", str(model), str(shards), "--shots", "1", "--out", str(report)]), flush=True)
+    """As `icl-moe evaluate` does, with two more sections in the report: the course of training, and
+    the experts of each stream.
+    """
+    print(
+        "$ "
+        + shlex.join(
+            ["icl-moe", "evaluate", str(model), str(shards), "--shots", "1", "--out", str(report)]
+        ),
+        flush=True,
+    )
     sections = [Section("Training", _loss_curve(run)), Section("Experts", _expert_table(model))]
     return evaluate(model, shards, report, shots=(1,), sections=sections)
 
@@ -59,13 +85,21 @@ def _loss_curve(run: Path) -> str:
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for name in ("image_loss", "text_loss"):
         with (run / "csv_monitor" / f"train_{name}.csv").open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if row[0] != "step"]  # A resumed run writes its heads again.
-        series[name.replace("_", " ")] = ([float(samples) for samples, _ in rows], [float(value) for _, value in rows])
+            rows = [
+                row for row in csv.reader(file) if row[0] != "step"
+            ]  # A resumed run writes its heads again.
+        series[name.replace("_", " ")] = (
+            [float(samples) for samples, _ in rows],
+            [float(value) for _, value in rows],
+        )
     return line_chart(series, "episodes seen", "nats a target")
 
 
 def _expert_table(model: Path) -> str:
-    return table(HEADS, [choice.cells() for choice in expert_choices(InContextDecoder.from_pretrained(model))])
+    return table(
+        HEADS,
+        [choice.cells() for choice in expert_choices(InContextDecoder.from_pretrained(model))],
+    )
 
 
 def _say(stage: str) -> None:
@@ -74,20 +108,35 @@ def _say(stage: str) -> None:
 
 def _run(*arguments: str | Path) -> None:
     """One verb of this command line, in a process of its own as a user would run it."""
-    _call([sys.executable, "-m", "icl_moe", *map(str, arguments)], shown=["icl-moe", *map(str, arguments)])
+    _call(
+        [sys.executable, "-m", "icl_moe", *map(str, arguments)],
+        shown=["icl-moe", *map(str, arguments)],
+    )
 
 
 def _launch(*arguments: str) -> None:
     # A port of its own, since another run on this machine may have the launcher's.
-    launcher = ["--num_gpus", str(RANKS), "--master_port", str(free_port()), "--module", "icl_moe.training", *arguments]
+    launcher = [
+        "--num_gpus",
+        str(RANKS),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "icl_moe.training",
+        *arguments,
+    ]
     shown = ["deepspeed", "--num_gpus", str(RANKS), "launch_scripts/pretrain.sh", *arguments]
     _call([sys.executable, "-m", "deepspeed.launcher.runner", *launcher], shown)
 
 
 def _call(command: list[str], shown: list[str]) -> None:
     print("$ " + shlex.join(shown), flush=True)
-    # A thread a rank, since more would fight over the cores; and the launcher need not look for accelerators.
+    # A thread a rank, since more would fight over the cores; and the launcher need not look for
+    # accelerators.
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
-        raise InputError(f"The demo stopped: `{shlex.join(shown)}` ended with exit code {code}; run the demo again to go on from there.")
+        raise InputError(
+            f"The demo stopped: `{shlex.join(shown)}` ended with exit code {code}; run the demo "
+            "again to go on from there."
+        )

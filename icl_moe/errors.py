@@ -1,11 +1,13 @@
-"""The one exception that means "the input is wrong", so that the command line can tell it from a bug of ours."""
+"""The one exception that means "the input is wrong", so that the command line can tell it from a
+bug of ours.
+"""
 
 
 class InputError(ValueError):
     """What the user gave cannot be used.
 
-    The message is one sentence that names the file, key or line and says what would be right. The command line
-    prints it alone and exits with code 2; every other exception keeps its traceback.
+    The message is one sentence that names the file, key or line and says what would be right. The
+    command line prints it alone and exits with code 2; every other exception keeps its traceback.
     """
 
 

@@ -1,4 +1,6 @@
-"""Writing files whole: under a temporary name, then renamed, so that no reader ever sees half of one."""
+"""Writing files whole: under a temporary name, then renamed, so that no reader ever sees half of
+one.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Loading, cropping and resizing images; rendering and thresholding masks. Both stages use it, so both see the same pixels."""
+"""Loading, cropping and resizing images; rendering and thresholding masks. Both stages use it, so
+both see the same pixels.
+"""
 
 from pathlib import Path
 
@@ -16,8 +18,9 @@ PixelBox = tuple[int, int, int, int]
 def load_image(path: str | Path) -> Image.Image:
     """The image at `path` as 8-bit RGB, turned upright by its EXIF tag.
 
-    Greyscale, palette, 16-bit, CMYK and images with transparency (over black) are converted. Raises InputError for a file that is
-    missing, unreadable, truncated, animated, or larger than Pillow's limit against decompression bombs.
+    Greyscale, palette, 16-bit, CMYK and images with transparency (over black) are converted. Raises
+    InputError for a file that is missing, unreadable, truncated, animated, or larger than Pillow's
+    limit against decompression bombs.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,11 +33,15 @@ def load_image(path: str | Path) -> Image.Image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise InputError(f"The image {path} is too large: {Image.MAX_IMAGE_PIXELS} pixels are allowed.") from error
+        raise InputError(
+            f"The image {path} is too large: {Image.MAX_IMAGE_PIXELS} pixels are allowed."
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"The image {path} cannot be read; it is damaged or no image ({error}).") from error
+        raise InputError(
+            f"The image {path} cannot be read; it is damaged or no image ({error})."
+        ) from error
 
 
 def middle_square(size: tuple[int, int]) -> PixelBox:
@@ -50,7 +57,9 @@ def crop_and_resize(image: Image.Image, box: PixelBox, size: int) -> Image.Image
 
 
 def crop_and_resize_mask(mask_HW: np.ndarray, box: PixelBox, size: int) -> np.ndarray:
-    """`box` of a boolean mask, resized to (size, size): a pixel is set where at least half of its area was."""
+    """`box` of a boolean mask, resized to (size, size): a pixel is set where at least half of its
+    area was.
+    """
     left, top, right, bottom = box
     crop = Image.fromarray(mask_HW[top:bottom, left:right].astype(np.uint8) * 255)
     return np.asarray(crop.resize((size, size), Image.Resampling.BOX)) >= 128
@@ -68,13 +77,17 @@ def to_image(pixels_3HW: torch.Tensor) -> Image.Image:
 
 
 def mask_to_pixels(mask_HW: np.ndarray) -> torch.Tensor:
-    """A boolean mask as the picture that the tokenizer sees: white on black, pixels_3HW in [-1, 1]."""
+    """A boolean mask as the picture that the tokenizer sees: white on black, pixels_3HW in
+    [-1, 1].
+    """
     plane = torch.from_numpy(np.asarray(mask_HW, dtype=np.float32)) * 2.0 - 1.0
     return plane.expand(3, *plane.shape).clone()
 
 
 def pixels_to_mask(pixels_3HW: torch.Tensor) -> np.ndarray:
-    """The boolean mask (H, W) of a drawn mask: brighter than mid-grey on average over the channels."""
+    """The boolean mask (H, W) of a drawn mask: brighter than mid-grey on average over the
+    channels.
+    """
     return (pixels_3HW.float().mean(dim=-3) > 0.0).cpu().numpy()
 
 
@@ -82,7 +95,9 @@ def box_to_mask(box: Box, size: int) -> np.ndarray:
     """True inside a normalised box, on a square of `size` pixels: at least one of them."""
     left, top, right, bottom = (round(value * size) for value in box)
     mask = np.zeros((size, size), dtype=bool)
-    mask[min(top, size - 1) : max(bottom, top + 1), min(left, size - 1) : max(right, left + 1)] = True
+    mask[min(top, size - 1) : max(bottom, top + 1), min(left, size - 1) : max(right, left + 1)] = (
+        True
+    )
     return mask
 
 
@@ -95,5 +110,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert(
+            "RGB"
+        )
     return image.convert("RGB")

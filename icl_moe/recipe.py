@@ -1,7 +1,8 @@
 """Recipes: YAML files read strictly into typed, frozen dataclasses.
 
-`load_recipe` serves every stage; `TrainingRecipe` is what `icl-moe train` reads. An unknown key, a value of the wrong type
-or settings that cannot work together are an `InputError` that names the key and the nearest right one.
+`load_recipe` serves every stage; `TrainingRecipe` is what `icl-moe train` reads. An unknown key, a
+value of the wrong type or settings that cannot work together are an `InputError` that names the key
+and the nearest right one.
 """
 
 import dataclasses
@@ -25,9 +26,11 @@ Recipe = TypeVar("Recipe")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to train on. `shards` and `validation` are folders that `icl-moe shards build` wrote, or their fsspec URLs (s3://bucket/folder).
+    """What to train on. `shards` and `validation` are folders that `icl-moe shards build` wrote, or
+    their fsspec URLs (s3://bucket/folder).
 
-    cache, cache_gigabytes: where the files of a URL are kept and how much room they may take; by default the user's cache folder. Room for
+    cache, cache_gigabytes: where the files of a URL are kept and how much room they may take; by
+    default the user's cache folder. Room for
     all shards is best: each step reads from everywhere.
     """
 
@@ -43,11 +46,15 @@ class DataSettings:
 class ModelSettings:
     """The decoder.
 
-    layers_with_experts: counted from 0; the paper's "even-numbered layers" are read as 2, 4, .. counted from 1.
-    feed_forward: `dense`; `token`, GShard's experts, which is stock deepspeed.moe; or `attributes`, for which there are two more settings.
-    gate_input: what its gate reads, `attributes` (Uni-Perceiver-MoE), `token` (GShard) or the sum of both.
-    combination: `outputs`, the weighted sum of the experts' outputs (the paper's formula), or `weights`, the output of one expert whose
-    weights are the weighted sum of theirs (Uni-Perceiver-MoE's code, at a dense layer's cost).
+    layers_with_experts: counted from 0; the paper's "even-numbered layers" are read as 2, 4, ..
+    counted from 1.
+    feed_forward: `dense`; `token`, GShard's experts, which is stock deepspeed.moe; or `attributes`,
+    for which there are two more settings.
+    gate_input: what its gate reads, `attributes` (Uni-Perceiver-MoE), `token` (GShard) or the sum
+    of both.
+    combination: `outputs`, the weighted sum of the experts' outputs (the paper's formula), or
+    `weights`, the output of one expert whose weights are the weighted sum of theirs
+    (Uni-Perceiver-MoE's code, at a dense layer's cost).
     gate_noise: whether the gate of the attributes is noisy in training.
     """
 
@@ -68,14 +75,25 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise InputError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads}).")
+            raise InputError(
+                f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})."
+            )
         if self.experts_per_token not in (1, 2) or self.experts < self.experts_per_token:
-            raise InputError(f"model.experts_per_token must be 1 or 2 and at most model.experts, not {self.experts_per_token}.")
+            raise InputError(
+                "model.experts_per_token must be 1 or 2 and at most model.experts, not "
+                f"{self.experts_per_token}."
+            )
         if self.combination == "weights" and self.gate_input != "attributes":
-            raise InputError("model.combination=weights needs model.gate_input=attributes: only whole streams share merged experts.")
+            raise InputError(
+                "model.combination=weights needs model.gate_input=attributes: only whole streams "
+                "share merged experts."
+            )
         outside = [layer for layer in self.layers_with_experts if not 0 <= layer < self.layers]
         if outside:
-            raise InputError(f"model.layers_with_experts names layer {outside[0]}, but the layers are 0..{self.layers - 1}.")
+            raise InputError(
+                f"model.layers_with_experts names layer {outside[0]}, but the layers are "
+                f"0..{self.layers - 1}."
+            )
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -87,8 +105,10 @@ class ModelSettings:
 class OptimizerSettings:
     """AdamW, or MT-AdamW for unmixed batches of several tasks, and the learning rate.
 
-    clip: the largest global gradient norm, or null for no clipping. MT-AdamW divides by the norm, so clipping would do nothing there.
-    task_weights: omega_k of MT-AdamW, with which force a task pushes; 1 for tasks that are not named.
+    clip: the largest global gradient norm, or null for no clipping. MT-AdamW divides by the norm,
+    so clipping would do nothing there.
+    task_weights: omega_k of MT-AdamW, with which force a task pushes; 1 for tasks that are not
+    named.
     """
 
     name: Literal["adamw", "mt_adamw"] = "adamw"
@@ -104,28 +124,44 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.task_weights is not None:
             if self.name != "mt_adamw":
-                raise InputError(f"optimizer.task_weights must be null with optimizer.name={self.name}: only mt_adamw weighs tasks.")
+                raise InputError(
+                    f"optimizer.task_weights must be null with optimizer.name={self.name}: only "
+                    "mt_adamw weighs tasks."
+                )
             _check_weights("optimizer.task_weights", self.task_weights)
         if self.name == "mt_adamw" and self.clip is not None:
-            raise InputError("optimizer.clip must be null with optimizer.name=mt_adamw, which divides by the gradient's norm anyway.")
+            raise InputError(
+                "optimizer.clip must be null with optimizer.name=mt_adamw, which divides by the "
+                "gradient's norm anyway."
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optimizer.betas must be two numbers in [0, 1), not {list(self.betas)}.")
+            raise InputError(
+                f"optimizer.betas must be two numbers in [0, 1), not {list(self.betas)}."
+            )
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How long, how much a step, what is kept.
 
-    task_weights: with `unmixed` sampling, a task is drawn with probability proportional to its weight here, and never if it is not named;
-    null for the square root of its number of samples.
-    stop_after: save and stop at that step, as an interruption would; schedules still aim at `steps`.
-    input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's caption-only model).
-    skipped_steps: how many steps may be left out, over the whole run, because their loss is not finite, before training ends.
-    hang_seconds: without progress for so long, the run ends and names the rank that stands still; null to wait for ever.
-    dry_run: before the first step, compute the largest batch of every task, so that one that is too large for the memory shows at once.
-    evaluate_every, evaluate_episodes: every so many steps, ask the first so many episodes of each task of data.validation; null for never.
-    gradient_report_every: how often the gradient's norm is written by task and part of the model; null for never.
-    deterministic: whether operations whose result may differ from run to run on a GPU are replaced by slower ones that repeat it.
+    task_weights: with `unmixed` sampling, a task is drawn with probability proportional to its
+    weight here, and never if it is not named; null for the square root of its number of samples.
+    stop_after: save and stop at that step, as an interruption would; schedules still aim at
+    `steps`.
+    input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's
+    caption-only model).
+    skipped_steps: how many steps may be left out, over the whole run, because their loss is not
+    finite, before training ends.
+    hang_seconds: without progress for so long, the run ends and names the rank that stands still;
+    null to wait for ever.
+    dry_run: before the first step, compute the largest batch of every task, so that one that is too
+    large for the memory shows at once.
+    evaluate_every, evaluate_episodes: every so many steps, ask the first so many episodes of each
+    task of data.validation; null for never.
+    gradient_report_every: how often the gradient's norm is written by task and part of the model;
+    null for never.
+    deterministic: whether operations whose result may differ from run to run on a GPU are replaced
+    by slower ones that repeat it.
     """
 
     steps: int
@@ -151,26 +187,44 @@ class TrainingSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "save_every", "keep_checkpoints", "log_every", "evaluate_episodes"):
+        for name in (
+            "steps",
+            "global_batch",
+            "micro_batch",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+            "evaluate_episodes",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("evaluate_every", "gradient_report_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"training.{name} must be at least 1, or null for never, not {getattr(self, name)}.")
+                raise InputError(
+                    f"training.{name} must be at least 1, or null for never, not "
+                    f"{getattr(self, name)}."
+                )
         if self.task_weights is not None:
             if self.sampling == "mixed":
-                raise InputError("training.task_weights must be null with training.sampling=mixed, which draws no tasks.")
+                raise InputError(
+                    "training.task_weights must be null with training.sampling=mixed, which draws "
+                    "no tasks."
+                )
             _check_weights("training.task_weights", self.task_weights)
         if self.global_batch % self.micro_batch:
             raise InputError(
-                f"training.global_batch ({self.global_batch}) must be a multiple of training.micro_batch ({self.micro_batch})."
+                f"training.global_batch ({self.global_batch}) must be a multiple of "
+                f"training.micro_batch ({self.micro_batch})."
             )
 
 
 def _check_weights(key: str, weights: dict[str, float]) -> None:
     for task, weight in weights.items():
         if task not in TASKS:
-            raise InputError(f"{key} names the task {task}{_nearest(task, list(TASKS))}; known are {', '.join(TASKS)}.")
+            raise InputError(
+                f"{key} names the task {task}{_nearest(task, list(TASKS))}; known are "
+                f"{', '.join(TASKS)}."
+            )
         if not (0 < weight < math.inf):
             raise InputError(f"{key}.{task} must be a positive number, not {weight}.")
     if not weights:
@@ -179,7 +233,9 @@ def _check_weights(key: str, weights: dict[str, float]) -> None:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """ep_size: over how many ranks the experts of a layer are spread. tp_size: over how many a layer's matrices are split."""
+    """ep_size: over how many ranks the experts of a layer are spread. tp_size: over how many a
+    layer's matrices are split.
+    """
 
     ep_size: int = 1
     tp_size: int = 1
@@ -187,7 +243,9 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What `icl-moe train` reads. `engine` is a file of ds_configs (a name without .json, or a path)."""
+    """What `icl-moe train` reads. `engine` is a file of ds_configs (a name without .json, or a
+    path).
+    """
 
     data: DataSettings
     training: TrainingSettings
@@ -199,22 +257,33 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         if self.optimizer.name == "mt_adamw" and self.training.sampling == "mixed":
-            raise InputError("training.sampling must be unmixed with optimizer.name=mt_adamw, which needs one task a step.")
+            raise InputError(
+                "training.sampling must be unmixed with optimizer.name=mt_adamw, which needs one "
+                "task a step."
+            )
         if self.training.evaluate_every is not None and self.data.validation is None:
-            raise InputError("training.evaluate_every needs data.validation, a folder of shards to evaluate on.")
+            raise InputError(
+                "training.evaluate_every needs data.validation, a folder of shards to evaluate on."
+            )
 
 
-def load_recipe(kind: type[Recipe], source: str, overrides: typing.Sequence[str] = (), package: str = "icl_moe") -> Recipe:
-    """Read the recipe `source`, a path or the name of one shipped in `package`, with `key.path=value` overrides.
+def load_recipe(
+    kind: type[Recipe], source: str, overrides: typing.Sequence[str] = (), package: str = "icl_moe"
+) -> Recipe:
+    """Read the recipe `source`, a path or the name of one shipped in `package`, with
+    `key.path=value` overrides.
 
-    Raises InputError for a file that is not there or not YAML, a key that `kind` lacks, and a value of another type.
+    Raises InputError for a file that is not there or not YAML, a key that `kind` lacks, and a value
+    of another type.
     """
     path = find_recipe(source, package)
     values = _read_yaml(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise InputError(f"'{override}' is not a setting: write key=value, such as training.steps=20.")
+            raise InputError(
+                f"'{override}' is not a setting: write key=value, such as training.steps=20."
+            )
         _assign(values, key.split("."), _parse_scalar(override, text))
     return _build(kind, values, origin=path.name, prefix="")
 
@@ -230,7 +299,10 @@ def find_recipe(source: str, package: str) -> Path:
     path = folder / f"{source}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise InputError(f"There is no recipe named '{source}'{_nearest(source, names)}; shipped are {', '.join(names)}.")
+        raise InputError(
+            f"There is no recipe named '{source}'{_nearest(source, names)}; shipped are "
+            f"{', '.join(names)}."
+        )
     return path
 
 
@@ -240,7 +312,9 @@ def to_dict(recipe: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Recipe], values: dict[str, Any], origin: str) -> Recipe:
-    """The inverse of `to_dict`, as strict as `load_recipe`; `origin` names the file in error messages."""
+    """The inverse of `to_dict`, as strict as `load_recipe`; `origin` names the file in error
+    messages.
+    """
     return _build(kind, values, origin=origin, prefix="")
 
 
@@ -255,14 +329,18 @@ def _plain(value: Any) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as safe_load reads it, but a key that stands twice is an error: plain YAML takes the last one in silence."""
+    """YAML as safe_load reads it, but a key that stands twice is an error: plain YAML takes the
+    last one in silence.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{name}' stands there twice", key.start_mark
+                )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -274,7 +352,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None)
-        raise InputError(f"{path}{where} is not valid YAML{f': {what}' if what else ''}.") from error
+        raise InputError(
+            f"{path}{where} is not valid YAML{f': {what}' if what else ''}."
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -300,14 +380,21 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _build(kind: Any, values: Any, origin: str, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise InputError(f"{origin}: '{prefix.rstrip('.')}' must hold keys and values, not {values!r}.")
+        raise InputError(
+            f"{origin}: '{prefix.rstrip('.')}' must hold keys and values, not {values!r}."
+        )
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
             known = ", ".join(prefix + name for name in fields)
-            raise InputError(f"{origin}: unknown key '{prefix}{key}'{_nearest(str(key), list(fields), prefix)}; known here are {known}.")
-    arguments = {key: _convert(hints[key], value, origin, prefix + key) for key, value in values.items()}
+            raise InputError(
+                f"{origin}: unknown key '{prefix}{key}'{_nearest(str(key), list(fields), prefix)}; "
+                f"known here are {known}."
+            )
+    arguments = {
+        key: _convert(hints[key], value, origin, prefix + key) for key, value in values.items()
+    }
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in arguments:
@@ -333,11 +420,15 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
                 continue
         return _convert(inner[-1], value, origin, key)
     if typing.get_origin(kind) is Literal:
-        # YAML reads a bare `none` as text but `no`, `off` and `null` as values: take null to mean the choice "none".
+        # YAML reads a bare `none` as text but `no`, `off` and `null` as values: take null to mean
+        # the choice "none".
         value = "none" if value is None and "none" in options else value
         if value not in options:
             choices = " | ".join(str(option) for option in options)
-            raise InputError(f"{origin}: '{key}' must be one of {choices}, not {value!r}{_nearest(str(value), [str(o) for o in options])}.")
+            raise InputError(
+                f"{origin}: '{key}' must be one of {choices}, not "
+                f"{value!r}{_nearest(str(value), [str(o) for o in options])}."
+            )
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
@@ -346,7 +437,10 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise InputError(f"{origin}: '{key}' must hold keys and values, not {value!r}.")
-        return {_convert(options[0], k, origin, key): _convert(options[1], v, origin, f"{key}.{k}") for k, v in value.items()}
+        return {
+            _convert(options[0], k, origin, key): _convert(options[1], v, origin, f"{key}.{k}")
+            for k, v in value.items()
+        }
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4, without a point, as text.
@@ -354,9 +448,17 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
             pass
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if kind is Any or (isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))):
+    if kind is Any or (
+        isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    ):
         return value
-    names: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+    names: dict[type, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "keys and values",
+    }
     raise InputError(f"{origin}: '{key}' must be {names.get(kind, kind.__name__)}, not {value!r}.")
 
 

@@ -1,4 +1,6 @@
-"""Seeds from names: what is drawn for a purpose depends on that purpose alone, on no other draw and on no process."""
+"""Seeds from names: what is drawn for a purpose depends on that purpose alone, on no other draw and
+on no process.
+"""
 
 import hashlib
 

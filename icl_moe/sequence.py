@@ -1,12 +1,15 @@
 """Episode <-> token sequence.
 
-A sequence is a list of spans, and a span says where it lies, which attribute class its tokens have and what role they play;
-loss mask, positions and routing all derive from spans. Sequences are built in the padded layout, in which every pair has the
-same length; the packed layout is the same sequence less its padding, with the same position ids.
+A sequence is a list of spans, and a span says where it lies, which attribute class its tokens have
+and what role they play; loss mask, positions and routing all derive from spans. Sequences are built
+in the padded layout, in which every pair has the same length; the packed layout is the same
+sequence less its padding, with the same position ids.
 
     segmentation pair: [BOI] image [BOI] mask [EOC]
-    caption pair:      [BOI] image [BOT] text [EOC] padding         (box=image: [BOI] image [BOI] box [BOT] text [EOC] padding)
-    class prompt:      [BOT] <c_st> name <c_ed> padding             once, at the start, where the format asks for it
+    caption pair:      [BOI] image [BOT] text [EOC] padding         (box=image: [BOI] image [BOI]
+    box [BOT] text [EOC] padding)
+    class prompt:      [BOT] <c_st> name <c_ed> padding             once, at the start, where the
+    format asks for it
 """
 
 from collections.abc import Iterable
@@ -22,7 +25,9 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
 Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
-"""What a span is for. Its loss weight follows: 1 for `output`, a setting (w_in) for `input`, 0 for the rest."""
+"""What a span is for. Its loss weight follows: 1 for `output`, a setting (w_in) for `input`, 0 for
+the rest.
+"""
 
 
 class TooLongError(InputError):
@@ -31,7 +36,9 @@ class TooLongError(InputError):
 
 @dataclass(frozen=True)
 class Span:
-    """`length` tokens from `start`, all of one attribute class (a byte, see tasks.py) and one role."""
+    """`length` tokens from `start`, all of one attribute class (a byte, see tasks.py) and
+    one role.
+    """
 
     start: int
     length: int
@@ -48,7 +55,9 @@ class Span:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids `tokens_L`, their position ids `positions_L`, and the spans that cover 0..L-1 in order."""
+    """Token ids `tokens_L`, their position ids `positions_L`, and the spans that cover 0..L-1 in
+    order.
+    """
 
     tokens_L: np.ndarray
     positions_L: np.ndarray
@@ -60,15 +69,21 @@ class TokenSequence:
     def loss_weights(self, input_weight: float = 0.0) -> np.ndarray:
         """Weight of each token *as a target* (float32, L)."""
         return np.repeat(
-            np.array([span.loss_weight(input_weight) for span in self.spans], dtype=np.float32), [span.length for span in self.spans]
+            np.array([span.loss_weight(input_weight) for span in self.spans], dtype=np.float32),
+            [span.length for span in self.spans],
         )
 
     def attributes(self) -> np.ndarray:
         """Attribute class of each token (uint8, L)."""
-        return np.repeat(np.array([span.attributes for span in self.spans], dtype=np.uint8), [span.length for span in self.spans])
+        return np.repeat(
+            np.array([span.attributes for span in self.spans], dtype=np.uint8),
+            [span.length for span in self.spans],
+        )
 
     def unpadded(self) -> "TokenSequence":
-        """The packed layout: the same tokens and position ids without the padding, spans moved up."""
+        """The packed layout: the same tokens and position ids without the padding, spans
+        moved up.
+        """
         keep = self.attributes() != PADDING
         spans, start = [], 0
         for span in self.spans:
@@ -88,9 +103,11 @@ class SegmentationPair:
 
 @dataclass(frozen=True, eq=False)
 class CaptionPair:
-    """Image codes (N,), and what the caption says. `category` and `box` are None where the format leaves them out.
+    """Image codes (N,), and what the caption says. `category` and `box` are None where the format
+    leaves them out.
 
-    `box_image`: codes (N,) of the box drawn as an image (the paper: 0 on the object, 1 elsewhere); box=image only.
+    `box_image`: codes (N,) of the box drawn as an image (the paper: 0 on the object, 1 elsewhere);
+    box=image only.
     """
 
     image: np.ndarray
@@ -102,7 +119,9 @@ class CaptionPair:
 
 @dataclass(frozen=True)
 class Episode:
-    """Pairs of one task and one class; the last one is the query. `category` is the class's name."""
+    """Pairs of one task and one class; the last one is the query. `category` is the class's
+    name.
+    """
 
     task: Task
     category: str
@@ -114,7 +133,8 @@ class SequenceFormat:
     """How episodes are written; part of the data recipe, the manifest and the exported model.
 
     codes_per_image: N, such as 256 for 256 px at downsampling 16.
-    category: in captions `none`, `written` (part of the output) or `given` (part of the prompt, without loss).
+    category: in captions `none`, `written` (part of the output) or `given` (part of the prompt,
+    without loss).
     box: in captions `none`, `text` (four bins) or `image` (drawn, before the text).
     class_prompt: whether sequences open with the class name, in `prompt_length` positions.
     """
@@ -127,10 +147,17 @@ class SequenceFormat:
     prompt_length: int = 16
 
     def __post_init__(self) -> None:
-        uses = {"caption.category": self.category != "none", "caption.box=text": self.box == "text", "class_prompt": self.class_prompt}
+        uses = {
+            "caption.category": self.category != "none",
+            "caption.box=text": self.box == "text",
+            "class_prompt": self.class_prompt,
+        }
         wants_tags = [name for name, used in uses.items() if used]
         if wants_tags and not self.vocabulary.tags:
-            raise InputError(f"{wants_tags[0]} needs the tags and bins of the vocabulary: set vocabulary.tags=true.")
+            raise InputError(
+                f"{wants_tags[0]} needs the tags and bins of the vocabulary: set "
+                "vocabulary.tags=true."
+            )
 
     @property
     def pair_length(self) -> int:
@@ -150,14 +177,22 @@ def streams(format: SequenceFormat) -> list[int]:
         box_image = format.box == "image" and task.output == "text"
         outputs: tuple[Modality, ...] = ("image", "text") if box_image else (task.output,)
         inputs: tuple[Modality, ...] = ("text", "image") if format.class_prompt else ("image",)
-        kinds = [*((modality, False) for modality in inputs), *((modality, True) for modality in outputs)]
-        found += [attribute_class(task, modality, target, format.class_prompt, box_image) for modality, target in kinds]
+        kinds = [
+            *((modality, False) for modality in inputs),
+            *((modality, True) for modality in outputs),
+        ]
+        found += [
+            attribute_class(task, modality, target, format.class_prompt, box_image)
+            for modality, target in kinds
+        ]
     return found
 
 
 @dataclass(frozen=True)
 class CaptionPart:
-    """A part of a caption's text: `fixed` tokens, or the place of the `category`, `box` or `caption`."""
+    """A part of a caption's text: `fixed` tokens, or the place of the `category`, `box` or
+    `caption`.
+    """
 
     kind: Literal["fixed", "category", "box", "caption"]
     tokens: tuple[int, ...] = ()
@@ -168,22 +203,29 @@ class SequenceCodec:
 
     def __init__(self, format: SequenceFormat, text: TextTokenizer) -> None:
         if text.size != format.vocabulary.text_size:
-            raise InputError(f"The text tokenizer has {text.size} ids, but the vocabulary has room for {format.vocabulary.text_size}.")
+            raise InputError(
+                f"The text tokenizer has {text.size} ids, but the vocabulary has room for "
+                f"{format.vocabulary.text_size}."
+            )
         self.format = format
         self.text = text
         self.caption_parts = _caption_parts(format, text)
 
     def encode(self, episode: Episode) -> TokenSequence:
-        """The sequence of a whole episode, in the padded layout. Raises TooLongError where a text has no room."""
+        """The sequence of a whole episode, in the padded layout. Raises TooLongError where a text
+        has no room.
+        """
         writer = _Writer(self, episode.task, episode.category)
         for pair in episode.pairs:
             writer.pair(pair)
         return writer.finish()
 
     def encode_prompt(self, episode: Episode, query_image: np.ndarray) -> TokenSequence:
-        """What a model reads before it writes: all pairs of `episode` as examples, then the query up to its output.
+        """What a model reads before it writes: all pairs of `episode` as examples, then the query
+        up to its output.
 
-        It ends with the [BOI] or [BOT] that opens the output, or, with category=given, with the category.
+        It ends with the [BOI] or [BOT] that opens the output, or, with category=given, with the
+        category.
         """
         writer = _Writer(self, episode.task, episode.category)
         for pair in episode.pairs:
@@ -192,7 +234,9 @@ class SequenceCodec:
         return writer.finish()
 
     def decode(self, sequence: TokenSequence) -> Episode:
-        """The inverse of `encode`, of either layout. Raises InputError where the sequence is not of this format."""
+        """The inverse of `encode`, of either layout. Raises InputError where the sequence is not of
+        this format.
+        """
         return _read_episode(self, sequence)
 
     def parse_caption(self, tokens: Iterable[int]) -> tuple[str | None, Box | None, str]:
@@ -204,15 +248,23 @@ class SequenceCodec:
 
 
 def _caption_parts(format: SequenceFormat, text: TextTokenizer) -> tuple[CaptionPart, ...]:
-    """`Category: <c>. Bboxes: <box>. Caption: <text>.`, each piece encoded apart, so that reading it back is exact."""
+    """`Category: <c>. Bboxes: <box>. Caption: <text>.`, each piece encoded apart, so that reading
+    it back is exact.
+    """
     parts: list[CaptionPart] = []
     lead = ""
     if format.category != "none":
-        parts += [CaptionPart("fixed", (*text.encode("Category:"), format.vocabulary.category_start)), CaptionPart("category")]
+        parts += [
+            CaptionPart("fixed", (*text.encode("Category:"), format.vocabulary.category_start)),
+            CaptionPart("category"),
+        ]
         parts.append(CaptionPart("fixed", (format.vocabulary.category_end,)))
         lead = ". "
     if format.box == "text":
-        parts += [CaptionPart("fixed", (*text.encode(lead + "Bboxes:"), format.vocabulary.box_start)), CaptionPart("box")]
+        parts += [
+            CaptionPart("fixed", (*text.encode(lead + "Bboxes:"), format.vocabulary.box_start)),
+            CaptionPart("box"),
+        ]
         parts.append(CaptionPart("fixed", (format.vocabulary.box_end,)))
         lead = ". "
     parts += [CaptionPart("fixed", tuple(text.encode(lead + "Caption:"))), CaptionPart("caption")]
@@ -257,7 +309,10 @@ class _Writer:
             self._check_task("text")
             if self._format.box == "image":
                 if pair.box_image is None:
-                    raise InputError("A caption pair lacks the image of its box, which caption.box=image asks for.")
+                    raise InputError(
+                        "A caption pair lacks the image of its box, which caption.box=image asks "
+                        "for."
+                    )
                 self._append([self._vocabulary.boi], "image", "marker", target=True)
                 self._codes(pair.box_image, "output", target=True)
             self._caption(pair)
@@ -278,10 +333,18 @@ class _Writer:
 
     def _class_prompt(self) -> None:
         name = self._codec.text.encode(self._category)
-        tokens = [self._vocabulary.bot, self._vocabulary.category_start, *name, self._vocabulary.category_end]
+        tokens = [
+            self._vocabulary.bot,
+            self._vocabulary.category_start,
+            *name,
+            self._vocabulary.category_end,
+        ]
         room = self._format.prompt_length
         if len(tokens) > room:
-            raise TooLongError(f"The class prompt of '{self._category}' takes {len(tokens)} tokens; there is room for {room}.")
+            raise TooLongError(
+                f"The class prompt of '{self._category}' takes {len(tokens)} tokens; there is room "
+                f"for {room}."
+            )
         self._append(tokens, "text", "prompt", target=False)
         self._pad(self._format.prompt_length)
 
@@ -291,7 +354,10 @@ class _Writer:
 
     def _codes(self, codes: np.ndarray, role: Role, target: bool) -> None:
         if np.shape(codes) != (self._format.codes_per_image,):
-            raise InputError(f"An image must be {self._format.codes_per_image} codes in this format, not of shape {np.shape(codes)}.")
+            raise InputError(
+                f"An image must be {self._format.codes_per_image} codes in this format, not of "
+                f"shape {np.shape(codes)}."
+            )
         self._append(self._vocabulary.from_codes(codes), "image", role, target)
 
     def _caption(self, pair: CaptionPair) -> None:
@@ -299,20 +365,35 @@ class _Writer:
         tokens = _caption_tokens(self._codec, pair)
         room = self._format.codes_per_image
         if len(tokens) > room:
-            raise TooLongError(f"The caption '{pair.caption}' takes {len(tokens)} tokens; there is room for {room}.")
-        given = len(_given_category(self._codec, pair.category)) if self._format.category == "given" else 0
+            raise TooLongError(
+                f"The caption '{pair.caption}' takes {len(tokens)} tokens; there is room for "
+                f"{room}."
+            )
+        given = (
+            len(_given_category(self._codec, pair.category))
+            if self._format.category == "given"
+            else 0
+        )
         if given:
             self._append(tokens[:given], "text", "given", target=True)
         self._append([*tokens[given:], self._vocabulary.eoc], "text", "output", target=True)
 
-    def _append(self, tokens: Iterable[int] | np.ndarray, modality: Modality, role: Role, target: bool) -> None:
+    def _append(
+        self, tokens: Iterable[int] | np.ndarray, modality: Modality, role: Role, target: bool
+    ) -> None:
         values = np.asarray(tokens, dtype=np.int64)
-        attributes = attribute_class(self._task, modality, target, self._format.class_prompt, self._box_image)
+        attributes = attribute_class(
+            self._task, modality, target, self._format.class_prompt, self._box_image
+        )
         self._add(values, attributes, role)
 
     def _pad(self, stop: int) -> None:
         if stop > self._length:
-            self._add(np.full(stop - self._length, self._vocabulary.pad, dtype=np.int64), PADDING, "padding")
+            self._add(
+                np.full(stop - self._length, self._vocabulary.pad, dtype=np.int64),
+                PADDING,
+                "padding",
+            )
 
     def _add(self, values: np.ndarray, attributes: int, role: Role) -> None:
         self._tokens.append(values)
@@ -325,11 +406,16 @@ class _Writer:
 
     def _check_task(self, output: Modality) -> None:
         if self._task.output != output:
-            raise InputError(f"A pair that writes {output} cannot stand in an episode of the task '{self._task.name}'.")
+            raise InputError(
+                f"A pair that writes {output} cannot stand in an episode of the task "
+                f"'{self._task.name}'."
+            )
 
 
 def _given_category(codec: SequenceCodec, category: str | None) -> list[int]:
-    """`Category: <c_st> name <c_ed>`, the part of a caption that category=given puts into the prompt."""
+    """`Category: <c_st> name <c_ed>`, the part of a caption that category=given puts into the
+    prompt.
+    """
     if category is None:
         raise InputError("This caption format names the category, but none was given.")
     head = codec.caption_parts[0].tokens
@@ -378,7 +464,11 @@ def _parse_caption(codec: SequenceCodec, tokens: list[int]) -> tuple[str | None,
         position = stop
     if position != len(tokens):
         raise InputError("The caption's text does not follow its template.")
-    return _category_text(codec, found), _box_of(vocabulary, found), _caption_text(codec, found["caption"])
+    return (
+        _category_text(codec, found),
+        _box_of(vocabulary, found),
+        _caption_text(codec, found["caption"]),
+    )
 
 
 def _category_text(codec: SequenceCodec, found: dict[str, list[int]]) -> str | None:
@@ -419,17 +509,28 @@ def _read_episode(codec: SequenceCodec, sequence: TokenSequence) -> Episode:
         current.append((span, tokens))
     pairs.append(_read_pair(codec, current))
     task = TASKS["segmentation" if isinstance(pairs[0], SegmentationPair) else "captioning"]
-    return Episode(task, _episode_category(codec, sequence, prompt, pairs), tuple(pairs))  # type: ignore[arg-type]
+    category = _episode_category(codec, sequence, prompt, pairs)
+    return Episode(task, category, tuple(pairs))  # type: ignore[arg-type]
 
 
-def _closes(codec: SequenceCodec, current: list[tuple[Span, np.ndarray]], tokens: np.ndarray) -> bool:
-    """Whether a [BOI] opens the next pair: the current one has its output and this marker is on the input side."""
+def _closes(
+    codec: SequenceCodec, current: list[tuple[Span, np.ndarray]], tokens: np.ndarray
+) -> bool:
+    """Whether a [BOI] opens the next pair: the current one has its output and this marker is on the
+    input side.
+    """
     has_output = any(span.role == "output" for span, _ in current)
     last = int(current[-1][1][-1])
-    return has_output and last == codec.format.vocabulary.eoc and int(tokens[0]) == codec.format.vocabulary.boi
+    return (
+        has_output
+        and last == codec.format.vocabulary.eoc
+        and int(tokens[0]) == codec.format.vocabulary.boi
+    )
 
 
-def _read_pair(codec: SequenceCodec, parts: list[tuple[Span, np.ndarray]]) -> SegmentationPair | CaptionPair:
+def _read_pair(
+    codec: SequenceCodec, parts: list[tuple[Span, np.ndarray]]
+) -> SegmentationPair | CaptionPair:
     vocabulary = codec.format.vocabulary
     image = next((tokens for span, tokens in parts if span.role == "input"), None)
     outputs = [(span, tokens) for span, tokens in parts if span.role in ("output", "given")]
@@ -438,7 +539,9 @@ def _read_pair(codec: SequenceCodec, parts: list[tuple[Span, np.ndarray]]) -> Se
     is_text = [int(tokens[0]) not in vocabulary.image_range for _, tokens in outputs]
     if not any(is_text):
         return SegmentationPair(vocabulary.to_codes(image), vocabulary.to_codes(outputs[0][1]))
-    text = np.concatenate([tokens for (_, tokens), textual in zip(outputs, is_text, strict=True) if textual])
+    text = np.concatenate(
+        [tokens for (_, tokens), textual in zip(outputs, is_text, strict=True) if textual]
+    )
     if int(text[-1]) != vocabulary.eoc:
         raise InputError("A caption does not end with [EOC].")
     category, box, caption = codec.parse_caption(int(token) for token in text[:-1])
@@ -447,10 +550,17 @@ def _read_pair(codec: SequenceCodec, parts: list[tuple[Span, np.ndarray]]) -> Se
 
 
 def _episode_category(
-    codec: SequenceCodec, sequence: TokenSequence, prompt: Span | None, pairs: list[SegmentationPair | CaptionPair]
+    codec: SequenceCodec,
+    sequence: TokenSequence,
+    prompt: Span | None,
+    pairs: list[SegmentationPair | CaptionPair],
 ) -> str:
-    """The class's name where the sequence says it (class prompt, captions with a category), else ''."""
+    """The class's name where the sequence says it (class prompt, captions with a category), else
+    ''.
+    """
     if prompt is not None:
-        return codec.text.decode(_only_text(codec, sequence.tokens_L[prompt.start + 2 : prompt.stop - 1].tolist()))
+        return codec.text.decode(
+            _only_text(codec, sequence.tokens_L[prompt.start + 2 : prompt.stop - 1].tolist())
+        )
     last = pairs[-1]
     return last.category or "" if isinstance(last, CaptionPair) else ""

@@ -1,4 +1,6 @@
-"""The one vocabulary of text, image codes, specials, tags and bins: the only place that knows token-id ranges."""
+"""The one vocabulary of text, image codes, specials, tags and bins: the only place that knows
+token-id ranges.
+"""
 
 from dataclasses import dataclass
 
@@ -10,18 +12,31 @@ GPT2_MERGES = 50_000
 GPT2_SIZE = 50_257
 BIN_COUNT = 1_001
 
-# The paper names [BOI], [BOT] and [EOC]; its count of 51290 leaves room for nine specials. Padding is ours, five stay reserved.
-SPECIALS = ("[BOI]", "[BOT]", "[EOC]", "[PAD]", "[RESERVED_0]", "[RESERVED_1]", "[RESERVED_2]", "[RESERVED_3]", "[RESERVED_4]")
+# The paper names [BOI], [BOT] and [EOC]; its count of 51290 leaves room for nine specials. Padding
+# is ours, five stay reserved.
+SPECIALS = (
+    "[BOI]",
+    "[BOT]",
+    "[EOC]",
+    "[PAD]",
+    "[RESERVED_0]",
+    "[RESERVED_1]",
+    "[RESERVED_2]",
+    "[RESERVED_3]",
+    "[RESERVED_4]",
+)
 TAGS = ("<c_st>", "<c_ed>", "<b_st>", "<b_ed>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes of the parts; the ids follow from their order: text, image codes, nine specials, four tags, 1001 bins.
+    """Sizes of the parts; the ids follow from their order: text, image codes, nine specials, four
+    tags, 1001 bins.
 
-    `text_merges`: the first N merges of GPT-2's BPE, at most 50,000. Its ids are in merge order, so a smaller text
-    vocabulary (256 bytes + N) keeps the ids of the larger one; the full one also holds <|endoftext|>, 50257 in all.
-    `tags`: whether the four tags and the 1001 box bins are there (52295 ids with them, 51290 without, at full size).
+    `text_merges`: the first N merges of GPT-2's BPE, at most 50,000. Its ids are in merge order, so
+    a smaller text vocabulary (256 bytes + N) keeps the ids of the larger one; the full one also
+    holds <|endoftext|>, 50257 in all. `tags`: whether the four tags and the 1001 box bins are there
+    (52295 ids with them, 51290 without, at full size).
     """
 
     text_merges: int = GPT2_MERGES
@@ -30,7 +45,9 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if not 0 <= self.text_merges <= GPT2_MERGES:
-            raise InputError(f"vocabulary.text_merges must lie in 0..{GPT2_MERGES}, not {self.text_merges}.")
+            raise InputError(
+                f"vocabulary.text_merges must lie in 0..{GPT2_MERGES}, not {self.text_merges}."
+            )
         if self.image_codes < 2:
             raise InputError(f"vocabulary.image_codes must be at least 2, not {self.image_codes}.")
 
@@ -96,18 +113,25 @@ class Vocabulary:
         """Image codes (any shape, 0..image_codes-1) as token ids (int64)."""
         codes = np.asarray(codes, dtype=np.int64)
         if codes.size and (codes.min() < 0 or codes.max() >= self.image_codes):
-            raise InputError(f"Image codes must lie in 0..{self.image_codes - 1}, but {codes.min()}..{codes.max()} came.")
+            raise InputError(
+                f"Image codes must lie in 0..{self.image_codes - 1}, but "
+                f"{codes.min()}..{codes.max()} came."
+            )
         return codes + self.text_size
 
     def to_codes(self, tokens: np.ndarray) -> np.ndarray:
-        """Token ids of image codes (any shape) as codes (int64); raises InputError where an id is no image code."""
+        """Token ids of image codes (any shape) as codes (int64); raises InputError where an id is
+        no image code.
+        """
         codes = np.asarray(tokens, dtype=np.int64) - self.text_size
         if codes.size and (codes.min() < 0 or codes.max() >= self.image_codes):
             raise InputError("A token where an image code belongs is of another range.")
         return codes
 
     def name(self, token: int) -> str:
-        """A readable name of one id, for previews and error messages; a text id is named by its number."""
+        """A readable name of one id, for previews and error messages; a text id is named by its
+        number.
+        """
         if token in self.text_range:
             return f"text_{token}"
         if token in self.image_range:

@@ -1,7 +1,7 @@
 """`icl-moe shards build`: from a data recipe to a shard folder, stage by stage.
 
-What is finished stays: encoded chunks and packed shards lie in the output folder, and the same command goes on from there. The
-manifest is written last, so a folder with a manifest is whole.
+What is finished stays: encoded chunks and packed shards lie in the output folder, and the same
+command goes on from there. The manifest is written last, so a folder with a manifest is whole.
 """
 
 import hashlib
@@ -34,14 +34,18 @@ from preprocessing.workers import ordered_map
 
 
 def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
-    """Build the shard folder `out` on `workers` processes, and on all devices under `accelerate launch`.
+    """Build the shard folder `out` on `workers` processes, and on all devices under `accelerate
+    launch`.
 
-    Goes on where an earlier build with the same settings stopped. Raises InputError for bad input, and where `out` holds something
-    else.
+    Goes on where an earlier build with the same settings stopped. Raises InputError for bad input,
+    and where `out` holds something else.
     """
     process = join_processes()
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
-    codec = SequenceCodec(_format(recipe, tokenizer), TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer))
+    codec = SequenceCodec(
+        _format(recipe, tokenizer),
+        TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer),
+    )
     folder = _WorkFolder(out, recipe, tokenizer.fingerprint, codec.text.fingerprint)
     if folder.is_complete():
         return ShardSet(out).manifest
@@ -53,16 +57,32 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     with process.main_process_first():
         folder.check_pools(pools)
 
-    episodes = {pool.task: plan_episodes(pool, recipe.examples, recipe.samples, recipe.seed) for pool in pools}
+    episodes = {
+        pool.task: plan_episodes(pool, recipe.examples, recipe.samples, recipe.seed)
+        for pool in pools
+    }
     pictures, tasks = _number_pictures(pools, episodes, codec)
     rank, ranks = process.process_index, process.num_processes
-    quantize(pictures, tokenizer, recipe.image_size, folder.work, workers, process.device, rank, ranks)
+    quantize(
+        pictures, tokenizer, recipe.image_size, folder.work, workers, process.device, rank, ranks
+    )
     process.wait_for_everyone()
 
-    packer = Packer(out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size)
-    plans = [plan for task in tasks for plan in plan_shards(task, len(tasks[task].episodes), recipe.shard_size)]
+    packer = Packer(
+        out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size
+    )
+    plans = [
+        plan
+        for task in tasks
+        for plan in plan_shards(task, len(tasks[task].episodes), recipe.shard_size)
+    ]
     mine = plans[rank::ranks]
-    with tqdm(total=sum(plan.stop - plan.start for plan in mine), desc="packing samples", unit="sample", disable=rank != 0) as progress:
+    with tqdm(
+        total=sum(plan.stop - plan.start for plan in mine),
+        desc="packing samples",
+        unit="sample",
+        disable=rank != 0,
+    ) as progress:
         for count in ordered_map(pack_shard, packer, mine, workers):
             progress.update(count)
     process.wait_for_everyone()
@@ -82,7 +102,12 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
             classes=classes,
             shards=shards,
             files=tuple(FileInfo.of(out, name) for name in _companions(out, tasks)),
-            skipped={f"{pool.task}.{reason}": count for pool in pools for reason, count in sorted(pool.skipped.items()) if count},
+            skipped={
+                f"{pool.task}.{reason}": count
+                for pool in pools
+                for reason, count in sorted(pool.skipped.items())
+                if count
+            },
         )
         manifest.write(out)
         shutil.rmtree(folder.work)
@@ -91,32 +116,55 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
 
 
 class _WorkFolder:
-    """The output folder while it is being built: whether it is ours to write, and what to go on from."""
+    """The output folder while it is being built: whether it is ours to write, and what to go on
+    from.
+    """
 
-    def __init__(self, out: Path, recipe: DataRecipe, image_tokenizer: str, text_tokenizer: str) -> None:
+    def __init__(
+        self, out: Path, recipe: DataRecipe, image_tokenizer: str, text_tokenizer: str
+    ) -> None:
         self.out = out
         self.work = out / ".build"
         self._state_file = self.work / "state.json"
         # Through JSON, so that it compares equal to what was read back.
-        self._settings = json.loads(json.dumps(_settings(to_dict(recipe), image_tokenizer, text_tokenizer, SCHEMA_VERSION)))
+        self._settings = json.loads(
+            json.dumps(_settings(to_dict(recipe), image_tokenizer, text_tokenizer, SCHEMA_VERSION))
+        )
 
     def is_complete(self) -> bool:
-        """Whether `out` already holds these shards, whole. Raises InputError where it holds others."""
+        """Whether `out` already holds these shards, whole. Raises InputError where it holds
+        others.
+        """
         if not (self.out / MANIFEST_FILE).is_file():
             return False
         manifest = Manifest.read(self.out)
-        found = _settings(manifest.recipe, manifest.image_tokenizer, manifest.text_tokenizer, manifest.schema_version)
+        found = _settings(
+            manifest.recipe,
+            manifest.image_tokenizer,
+            manifest.text_tokenizer,
+            manifest.schema_version,
+        )
         self._check_settings(found, "shards")
-        shutil.rmtree(self.work, ignore_errors=True)  # where the build was stopped between its last two steps
+        shutil.rmtree(
+            self.work, ignore_errors=True
+        )  # where the build was stopped between its last two steps
         return True
 
     def open(self) -> None:
-        """Begin, or go on with the same settings. Raises InputError where `out` holds anything else."""
+        """Begin, or go on with the same settings. Raises InputError where `out` holds anything
+        else.
+        """
         if self._state_file.is_file():
-            self._check_settings(json.loads(self._state_file.read_bytes())["settings"], "unfinished shards")
+            self._check_settings(
+                json.loads(self._state_file.read_bytes())["settings"], "unfinished shards"
+            )
             return
-        if self.out.exists() and (not self.out.is_dir() or any(path.name != ".build" for path in self.out.iterdir())):
-            raise InputError(f"{self.out} exists and holds no shards; choose another --out or an empty folder.")
+        if self.out.exists() and (
+            not self.out.is_dir() or any(path.name != ".build" for path in self.out.iterdir())
+        ):
+            raise InputError(
+                f"{self.out} exists and holds no shards; choose another --out or an empty folder."
+            )
         self.work.mkdir(parents=True, exist_ok=True)
         self._write({"settings": self._settings})
 
@@ -128,7 +176,10 @@ class _WorkFolder:
                 digest.update(repr(region).encode())
         state = json.loads(self._state_file.read_bytes())
         if state.setdefault("pools", digest.hexdigest()) != digest.hexdigest():
-            raise InputError(f"The data's sources have changed since the build in {self.out} began; delete that folder to begin anew.")
+            raise InputError(
+                f"The data's sources have changed since the build in {self.out} began; delete that "
+                "folder to begin anew."
+            )
         self._write(state)
 
     def _check_settings(self, found: dict[str, Any], what: str) -> None:
@@ -136,7 +187,8 @@ class _WorkFolder:
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key):
                 raise InputError(
-                    f"{self.out} holds {what} of another recipe ({key} is {then.get(key)!r} there, {now.get(key)!r} here); "
+                    f"{self.out} holds {what} of another recipe ({key} is {then.get(key)!r} there, "
+                    f"{now.get(key)!r} here); "
                     "choose another --out, or delete it."
                 )
 
@@ -146,9 +198,15 @@ class _WorkFolder:
         os.replace(partial, self._state_file)
 
 
-def _settings(recipe: dict[str, Any], image_tokenizer: str, text_tokenizer: str, schema_version: int) -> dict[str, Any]:
+def _settings(
+    recipe: dict[str, Any], image_tokenizer: str, text_tokenizer: str, schema_version: int
+) -> dict[str, Any]:
     """All that decides the bytes of a shard folder, besides its sources."""
-    versions = {"image tokenizer": image_tokenizer, "text tokenizer": text_tokenizer, "schema version": schema_version}
+    versions = {
+        "image tokenizer": image_tokenizer,
+        "text tokenizer": text_tokenizer,
+        "schema version": schema_version,
+    }
     return {**recipe, **versions}
 
 
@@ -156,19 +214,25 @@ def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
     """The sequence format of a recipe; raises InputError where its image tokenizer does not fit."""
     if recipe.vocabulary.image_codes != tokenizer.config.codebook_size:
         raise InputError(
-            f"vocabulary.image_codes is {recipe.vocabulary.image_codes}, but the tokenizer {recipe.tokenizer} has "
+            f"vocabulary.image_codes is {recipe.vocabulary.image_codes}, but the tokenizer "
+            f"{recipe.tokenizer} has "
             f"{tokenizer.config.codebook_size} codes; set it to that."
         )
     if recipe.image_size % tokenizer.downsampling:
         raise InputError(
-            f"image_size is {recipe.image_size}; the tokenizer {recipe.tokenizer} needs a multiple of {tokenizer.downsampling}."
+            f"image_size is {recipe.image_size}; the tokenizer {recipe.tokenizer} needs a multiple "
+            f"of {tokenizer.downsampling}."
         )
     return recipe.sequence_format((recipe.image_size // tokenizer.downsampling) ** 2)
 
 
 def _companions(out: Path, tasks: Iterable[str]) -> list[str]:
     """The files that belong to the shards: indices and tokenizers."""
-    tokenizers = sorted(path for folder in ("image_tokenizer", "text_tokenizer") for path in (out / folder).iterdir())
+    tokenizers = sorted(
+        path
+        for folder in ("image_tokenizer", "text_tokenizer")
+        for path in (out / folder).iterdir()
+    )
     return [*map(index_file, tasks), *(path.relative_to(out).as_posix() for path in tokenizers)]
 
 
@@ -178,15 +242,23 @@ def _draw_scenes(recipe: DataRecipe, out: Path) -> None:
     if recipe.draws_scenes and not folder.is_dir():
         partial = out / "synthetic.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        synthetic.write_dataset(partial, recipe.synthetic.images, recipe.synthetic.seed, recipe.synthetic.split)
+        synthetic.write_dataset(
+            partial, recipe.synthetic.images, recipe.synthetic.seed, recipe.synthetic.split
+        )
         os.replace(partial, folder)
 
 
 def _read_pools(recipe: DataRecipe, codec: SequenceCodec, workers: int) -> list[Pool]:
-    """The pool of each task, less what no episode can be made of. Raises InputError where a task is left with nothing."""
+    """The pool of each task, less what no episode can be made of. Raises InputError where a task is
+    left with nothing.
+    """
     pools = []
     if recipe.segmentation is not None:
-        pools.append(coco.read_segmentation(recipe.segmentation, recipe.image_size, recipe.missing_images, workers))
+        pools.append(
+            coco.read_segmentation(
+                recipe.segmentation, recipe.image_size, recipe.missing_images, workers
+            )
+        )
     if recipe.captioning is not None:
         reader = visual_genome if recipe.captioning.source == "visual_genome" else coco_captions
         pools.append(reader.read_captioning(recipe.captioning, recipe.missing_images))
@@ -194,10 +266,14 @@ def _read_pools(recipe: DataRecipe, codec: SequenceCodec, workers: int) -> list[
         _drop_texts_without_room(pool, codec)
         pool.drop_small_classes(images=recipe.examples + 1)
         if not pool.regions:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(pool.skipped.items()) if count)
+            reasons = ", ".join(
+                f"{reason}: {count}" for reason, count in sorted(pool.skipped.items()) if count
+            )
             raise InputError(
-                f"No class of {pool.task} is seen in the {recipe.examples + 1} images that an episode needs"
-                f"{f' (left out: {reasons})' if reasons else ''}; give more data or set examples lower."
+                f"No class of {pool.task} is seen in the {recipe.examples + 1} images that an "
+                "episode needs"
+                f"{f' (left out: {reasons})' if reasons else ''}; give more data or set examples "
+                "lower."
             )
     return pools
 
@@ -207,7 +283,9 @@ def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
     fits = []
     for region in tqdm(pool.regions, desc=f"measuring {pool.task}", unit="region"):
         try:
-            codec.encode(Episode(TASKS[pool.task], region.category, (pair_of(region, codec, image, image),)))  # type: ignore[arg-type]
+            codec.encode(
+                Episode(TASKS[pool.task], region.category, (pair_of(region, codec, image, image),))
+            )  # type: ignore[arg-type]
             fits.append(region)
         except TooLongError:
             pool.skipped["texts_without_room"] += 1
@@ -217,13 +295,17 @@ def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
 def _number_pictures(
     pools: list[Pool], episodes: dict[str, np.ndarray], codec: SequenceCodec
 ) -> tuple[list[Picture], dict[str, TaskEpisodes]]:
-    """All distinct pictures that the episodes need, in the order of the pools, and each region's two by number."""
+    """All distinct pictures that the episodes need, in the order of the pools, and each region's
+    two by number.
+    """
     numbers: dict[Picture, int] = {}
     tasks = {}
     for pool in pools:
         of_region = np.full((len(pool.regions), 2), -1, dtype=np.int64)
         for region in np.unique(episodes[pool.task]).tolist():
-            for place, picture in enumerate(pictures_of(pool.regions[region], draw_box=codec.format.box == "image")):
+            for place, picture in enumerate(
+                pictures_of(pool.regions[region], draw_box=codec.format.box == "image")
+            ):
                 of_region[region, place] = numbers.setdefault(picture, len(numbers))
         tasks[pool.task] = TaskEpisodes(pool.regions, episodes[pool.task], of_region)
     return list(numbers), tasks
@@ -232,5 +314,7 @@ def _number_pictures(
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat

@@ -3,16 +3,21 @@
 import re
 from collections.abc import Iterable
 
-COCO_CLASSES = tuple(
-    """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter,
-    bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee,
-    skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
-    fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
-    potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink,
-    refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n    ", " ").split(", ")
-)
+_COCO_NAMES = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow,
+    elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee,
+    skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana,
+    apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
+    couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+    cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+    scissors, teddy bear, hair drier, toothbrush
+"""
+COCO_CLASSES = tuple(" ".join(_COCO_NAMES.split()).split(", "))
 
-# Only words that mean the class and nothing else in a picture's description; each is taken in the plural too.
+# Only words that mean the class and nothing else in a picture's description; each is taken in the
+# plural too.
 _SYNONYMS = {
     "person": ("man", "woman", "boy", "girl", "child", "kid", "lady", "guy"),
     "bicycle": ("bike",),
@@ -26,12 +31,21 @@ _SYNONYMS = {
     "hair drier": ("hair dryer",),
     "skis": ("ski",),
 }
-_IRREGULAR_PLURALS = {"man": "men", "woman": "women", "child": "children", "person": "people", "knife": "knives", "mouse": "mice"}
+_IRREGULAR_PLURALS = {
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "person": "people",
+    "knife": "knives",
+    "mouse": "mice",
+}
 _PLURALS_OF_THEMSELVES = ("skis", "scissors", "sheep", "broccoli")
 
 
 class ClassFinder:
-    """Finds the names of `classes` in texts, in the singular, in the plural, or as a synonym, whatever the case."""
+    """Finds the names of `classes` in texts, in the singular, in the plural, or as a synonym,
+    whatever the case.
+    """
 
     def __init__(self, classes: Iterable[str]) -> None:
         self._forms: dict[str, tuple[str, bool]] = {}
@@ -41,7 +55,9 @@ class ClassFinder:
                 self._forms[name.lower()] = (category, name == "skis")
         # Longer names come first, so that a hot dog is no dog.
         names = sorted(self._forms, key=lambda form: (-len(form), form))
-        self._pattern = re.compile(r"\b(?:" + "|".join(re.escape(name) for name in names) + r")\b", re.IGNORECASE)
+        self._pattern = re.compile(
+            r"\b(?:" + "|".join(re.escape(name) for name in names) + r")\b", re.IGNORECASE
+        )
 
     def find(self, text: str) -> dict[str, bool]:
         """The classes that `text` names, in order, each with whether it is named in the plural."""

@@ -11,18 +11,43 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
     verbs = parser.add_subparsers(dest="shards_verb", required=True)
 
-    build = verbs.add_parser("build", help="turn annotations and images into shards; goes on where it was interrupted")
-    build.add_argument("recipe", metavar="DATA", help="a data recipe: a path, or the name of a shipped one such as demo")
-    build.add_argument("settings", metavar="key=value", nargs="*", help="settings to change, such as image_size=128")
+    build = verbs.add_parser(
+        "build", help="turn annotations and images into shards; goes on where it was interrupted"
+    )
+    build.add_argument(
+        "recipe",
+        metavar="DATA",
+        help="a data recipe: a path, or the name of a shipped one such as demo",
+    )
+    build.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        help="settings to change, such as image_size=128",
+    )
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shard folder")
-    build.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: %(default)s)")
+    build.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: %(default)s)",
+    )
 
     verify = verbs.add_parser("verify", help="check hashes and read every sample")
     stats = verbs.add_parser("stats", help="say what a shard folder holds")
-    preview = verbs.add_parser("preview", help="draw some samples, decoded from their tokens, on a page")
+    preview = verbs.add_parser(
+        "preview", help="draw some samples, decoded from their tokens, on a page"
+    )
     for verb in (verify, stats, preview):
-        verb.add_argument("folder", metavar="DIR", help="the shard folder, a path or a URL such as s3://bucket/folder")
-    preview.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page, one file")
+        verb.add_argument(
+            "folder",
+            metavar="DIR",
+            help="the shard folder, a path or a URL such as s3://bucket/folder",
+        )
+    preview.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.html", help="the page, one file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,17 +59,26 @@ def run(args: argparse.Namespace) -> int:
         from preprocessing.build import build_shards
         from preprocessing.recipe import DataRecipe
 
-        manifest = build_shards(load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing"), args.out, args.workers)
+        manifest = build_shards(
+            load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing"),
+            args.out,
+            args.workers,
+        )
         process = join_processes()
         if process.is_main_process:
-            counts = " and ".join(f"{count} {task} samples" for task, count in manifest.samples.items())
+            counts = " and ".join(
+                f"{count} {task} samples" for task, count in manifest.samples.items()
+            )
             print(f"{args.out}: {counts} in {len(manifest.shards)} shards.")
         process.destroy_process_group()
     elif args.shards_verb == "verify":
         from preprocessing.verify import verify_shards
 
         manifest = verify_shards(args.folder)
-        print(f"{args.folder}: {len(manifest.shards)} shards with {sum(manifest.samples.values())} samples are whole and right.")
+        print(
+            f"{args.folder}: {len(manifest.shards)} shards with {sum(manifest.samples.values())} "
+            "samples are whole and right."
+        )
     elif args.shards_verb == "stats":
         from preprocessing.verify import shard_stats
 

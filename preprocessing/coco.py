@@ -1,7 +1,9 @@
-"""COCO instances -> the segmentation pool: one region for each image and class, its mask the union of all instances.
+"""COCO instances -> the segmentation pool: one region for each image and class, its mask the union
+of all instances.
 
-Crowds (iscrowd=1, a group of instances under one mask) join the mask of their class, which would otherwise call pixels of the
-class background; but a crowd alone makes no region, since its outline is coarse, and no crop is chosen by a crowd.
+Crowds (iscrowd=1, a group of instances under one mask) join the mask of their class, which would
+otherwise call pixels of the class background; but a crowd alone makes no region, since its outline
+is coarse, and no crop is chosen by a crowd.
 """
 
 import contextlib
@@ -30,8 +32,15 @@ SMALL_AREA = 32**2
 """COCO's bound of small objects, in pixels of the original image."""
 
 
-def read_segmentation(source: SegmentationSource, image_size: int, missing_images: Literal["stop", "skip"], workers: int) -> Pool:
-    """The segmentation pool of a COCO instances file. Raises InputError for whatever is wrong in it or missing."""
+def read_segmentation(
+    source: SegmentationSource,
+    image_size: int,
+    missing_images: Literal["stop", "skip"],
+    workers: int,
+) -> Pool:
+    """The segmentation pool of a COCO instances file. Raises InputError for whatever is wrong in it
+    or missing.
+    """
     coco = load_coco(source.path("annotations"))
     pool = Pool("segmentation", [])
     masks = _class_masks(coco, source, pool.skipped)
@@ -54,13 +63,17 @@ class CheckedCOCO(COCO):
 def load_coco(file: Path) -> CheckedCOCO:
     """A COCO file (instances or captions), indexed by pycocotools.
 
-    Raises InputError where the file is missing or malformed, where an id stands twice, and where an annotation is of an unknown
-    image or category.
+    Raises InputError where the file is missing or malformed, where an id stands twice, and where an
+    annotation is of an unknown image or category.
     """
     tqdm.write(f"reading {file}", file=sys.stderr)
     content = read_json(file)
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
-        raise InputError(f"{file} is not in COCO's format: lists 'images' and 'annotations' belong there.")
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations")
+    ):
+        raise InputError(
+            f"{file} is not in COCO's format: lists 'images' and 'annotations' belong there."
+        )
     coco = CheckedCOCO()
     coco.file = file
     coco.dataset = content
@@ -68,7 +81,9 @@ def load_coco(file: Path) -> CheckedCOCO:
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
     except (KeyError, TypeError) as error:
-        raise InputError(f"{file} has a record without {error}, which COCO's format asks for.") from error
+        raise InputError(
+            f"{file} has a record without {error}, which COCO's format asks for."
+        ) from error
     for kind, index in (("images", coco.imgs), ("annotations", coco.anns)):
         if len(index) != len(content[kind]):
             twice = Counter(record["id"] for record in content[kind]).most_common(1)[0][0]
@@ -76,9 +91,15 @@ def load_coco(file: Path) -> CheckedCOCO:
     for annotation in content["annotations"]:
         where = f"{file}: annotation {annotation['id']}"
         if annotation["image_id"] not in coco.imgs:
-            raise InputError(f"{where} is of image {annotation['image_id']}, which is not among the file's images.")
+            raise InputError(
+                f"{where} is of image {annotation['image_id']}, which is not among the file's "
+                "images."
+            )
         if coco.cats and annotation.get("category_id") not in coco.cats:
-            raise InputError(f"{where} is of category {annotation.get('category_id')}, which is not among the file's categories.")
+            raise InputError(
+                f"{where} is of category {annotation.get('category_id')}, which is not among the "
+                "file's categories."
+            )
     return coco
 
 
@@ -91,7 +112,9 @@ def read_json(file: Path) -> Any:
     except OSError as error:
         raise InputError(f"The file {file} cannot be read: {error.strerror}.") from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {error.lineno}, column {error.colno} is not valid JSON: {error.msg}.") from error
+        raise InputError(
+            f"{file}, line {error.lineno}, column {error.colno} is not valid JSON: {error.msg}."
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not valid JSON: it is not text in UTF-8.") from error
 
@@ -99,13 +122,20 @@ def read_json(file: Path) -> Any:
 def coco_image(coco: CheckedCOCO, folder: Path, image_id: int) -> ImageFile:
     """The file of one of the images."""
     record = coco.imgs[image_id]
-    return image_file(folder, record.get("file_name"), record.get("width"), record.get("height"), f"{coco.file}: image {image_id}")
+    return image_file(
+        folder,
+        record.get("file_name"),
+        record.get("width"),
+        record.get("height"),
+        f"{coco.file}: image {image_id}",
+    )
 
 
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     """The boolean mask (H, W) of COCO's compressed RLE {"size": [H, W], "counts": ...}.
 
-    Raises InputError where the run lengths do not cover H x W pixels exactly: pycocotools hands out uninitialised memory there.
+    Raises InputError where the run lengths do not cover H x W pixels exactly: pycocotools hands out
+    uninitialised memory there.
     """
     height, width = rle["size"]
     try:
@@ -124,7 +154,9 @@ def encode_mask(mask_HW: np.ndarray) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _ClassMask:
-    """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and of the largest."""
+    """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and
+    of the largest.
+    """
 
     image: ImageFile
     category: str
@@ -134,11 +166,16 @@ class _ClassMask:
     largest: PixelRect
 
 
-def _class_masks(coco: CheckedCOCO, source: SegmentationSource, skipped: Counter[str]) -> list[_ClassMask]:
+def _class_masks(
+    coco: CheckedCOCO, source: SegmentationSource, skipped: Counter[str]
+) -> list[_ClassMask]:
     names = {number: record["name"] for number, record in coco.cats.items()}
     wanted = set(names.values()) if source.classes is None else set(source.classes)
     if unknown := sorted(wanted - set(names.values())):
-        raise InputError(f"segmentation.classes names '{unknown[0]}', which is not among the categories of {coco.file}.")
+        raise InputError(
+            f"segmentation.classes names '{unknown[0]}', which is not among the categories of "
+            f"{coco.file}."
+        )
     masks = []
     for image_id in tqdm(coco.imgs, desc="reading masks", unit="image"):
         of_class: dict[str, list[dict[str, Any]]] = {}
@@ -148,15 +185,26 @@ def _class_masks(coco: CheckedCOCO, source: SegmentationSource, skipped: Counter
             continue
         image = coco_image(coco, source.path("images"), image_id)
         for category, annotations in of_class.items():
-            if category in wanted and (mask := _class_mask(coco.file, image, category, annotations, source.small_objects, skipped)):
+            if category in wanted and (
+                mask := _class_mask(
+                    coco.file, image, category, annotations, source.small_objects, skipped
+                )
+            ):
                 masks.append(mask)
     return masks
 
 
 def _class_mask(
-    file: Path, image: ImageFile, category: str, annotations: list[dict[str, Any]], small_objects: bool, skipped: Counter[str]
+    file: Path,
+    image: ImageFile,
+    category: str,
+    annotations: list[dict[str, Any]],
+    small_objects: bool,
+    skipped: Counter[str],
 ) -> _ClassMask | None:
-    """The union of a class's annotations in one image; None, and counted, where no region comes of it."""
+    """The union of a class's annotations in one image; None, and counted, where no region comes of
+    it.
+    """
     rles = [(annotation, _rle(file, image, annotation)) for annotation in annotations]
     drawn = [(annotation, rle) for annotation, rle in rles if rle is not None]
     instances = [rle for annotation, rle in drawn if not annotation.get("iscrowd")]
@@ -169,18 +217,31 @@ def _class_mask(
         return None
     union = rle_tools.merge([rle for _, rle in drawn])
     ids = tuple(annotation["id"] for annotation, _ in drawn)
-    return _ClassMask(image, category, ids, union, tuple(rle_tools.toBbox(union)), tuple(rle_tools.toBbox(largest)))
+    return _ClassMask(
+        image,
+        category,
+        ids,
+        union,
+        tuple(rle_tools.toBbox(union)),
+        tuple(rle_tools.toBbox(largest)),
+    )
 
 
 def _rle(file: Path, image: ImageFile, annotation: dict[str, Any]) -> dict[str, Any] | None:
-    """An annotation's mask as compressed RLE; None where it has no pixel (COCO knows polygons of less than three points)."""
+    """An annotation's mask as compressed RLE; None where it has no pixel (COCO knows polygons of
+    less than three points).
+    """
     where = f"{file}: annotation {annotation['id']}"
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list):
         for polygon in segmentation:
             _check_polygon(polygon, image, where)
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        rle = rle_tools.merge(rle_tools.frPyObjects(polygons, image.height, image.width)) if polygons else None
+        rle = (
+            rle_tools.merge(rle_tools.frPyObjects(polygons, image.height, image.width))
+            if polygons
+            else None
+        )
     elif isinstance(segmentation, dict) and "counts" in segmentation:
         rle = _checked_rle(segmentation, image, where)
     else:
@@ -190,34 +251,50 @@ def _rle(file: Path, image: ImageFile, annotation: dict[str, Any]) -> dict[str, 
 
 def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
     """pycocotools takes any numbers, and with some of them all of the memory."""
-    if not isinstance(polygon, list) or not all(isinstance(value, int | float) for value in polygon):
+    if not isinstance(polygon, list) or not all(
+        isinstance(value, int | float) for value in polygon
+    ):
         raise InputError(f"{where} has a segmentation that is not lists of numbers.")
     if len(polygon) % 2:
-        raise InputError(f"{where} has a polygon of {len(polygon)} numbers; pairs of x and y belong there.")
+        raise InputError(
+            f"{where} has a polygon of {len(polygon)} numbers; pairs of x and y belong there."
+        )
     reach = 2 * max(image.width, image.height)
     if not all(math.isfinite(value) and abs(value) <= reach for value in polygon):
-        raise InputError(f"{where} has a polygon far outside its image of {image.width} x {image.height} pixels.")
+        raise InputError(
+            f"{where} has a polygon far outside its image of {image.width} x {image.height} pixels."
+        )
 
 
 def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> dict[str, Any]:
     size, counts = segmentation.get("size"), segmentation["counts"]
     if size != [image.height, image.width]:
-        raise InputError(f"{where} has an RLE of size {size}; its image has height {image.height} and width {image.width}.")
+        raise InputError(
+            f"{where} has an RLE of size {size}; its image has height {image.height} and width "
+            f"{image.width}."
+        )
     try:
         runs = counts if isinstance(counts, list) else _run_lengths(counts)
-        whole = all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == image.height * image.width
+        whole = (
+            all(isinstance(run, int) and run >= 0 for run in runs)
+            and sum(runs) == image.height * image.width
+        )
     except (IndexError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise InputError(f"{where} has an RLE whose run lengths do not cover its image's {image.height} x {image.width} pixels.")
+        raise InputError(
+            f"{where} has an RLE whose run lengths do not cover its image's {image.height} x "
+            f"{image.width} pixels."
+        )
     if isinstance(counts, list):
         return rle_tools.frPyObjects(segmentation, image.height, image.width)
     return {"size": size, "counts": counts}
 
 
 def _run_lengths(counts: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed form: numbers of 5-bit groups, low group first, from the third on as the difference to
-    the last but one (pycocotools' maskApi.c, rleFrString)."""
+    """The run lengths in COCO's compressed form: numbers of 5-bit groups, low group first, from the
+    third on as the difference to the last but one (pycocotools' maskApi.c, rleFrString).
+    """
     text = counts.encode("ascii") if isinstance(counts, str) else counts
     runs: list[int] = []
     position = 0
@@ -248,7 +325,16 @@ def _cut_masks(settings: tuple[int, ObjectScale], masks: list[_ClassMask]) -> li
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
         mask_HW = crop_and_resize_mask(decode_mask(mask.rle), crop, image_size)
         if mask_HW.any():
-            regions.append(Region(image, mask.category, mask.annotations, crop, float(mask_HW.mean()), mask=encode_mask(mask_HW)))
+            regions.append(
+                Region(
+                    image,
+                    mask.category,
+                    mask.annotations,
+                    crop,
+                    float(mask_HW.mean()),
+                    mask=encode_mask(mask_HW),
+                )
+            )
         else:
             regions.append(None)
     return regions

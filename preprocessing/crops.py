@@ -10,13 +10,21 @@ MARGIN = 1.5
 """Side of a `large` crop / the longer side of the object in it."""
 
 
-def square_crop(scale: ObjectScale, objects: PixelRect, largest: PixelRect, width: int, height: int, image_size: int) -> PixelBox:
+def square_crop(
+    scale: ObjectScale,
+    objects: PixelRect,
+    largest: PixelRect,
+    width: int,
+    height: int,
+    image_size: int,
+) -> PixelBox:
     """The square of a width x height image that a segmentation pair shows.
 
-    any: the largest square, as near to the middle of `objects` (the box of all instances) as the image allows, so that it
-    holds as much of them as a square of this size can.
-    large: a square around `largest` (the box of the largest instance), 1.5 times its longer side, so that the object fills a
-    good part of it; never less than half of image_size, so that pixels are at most doubled, nor more than the image has.
+    any: the largest square, as near to the middle of `objects` (the box of all instances) as the
+    image allows, so that it holds as much of them as a square of this size can.
+    large: a square around `largest` (the box of the largest instance), 1.5 times its longer side,
+    so that the object fills a good part of it; never less than half of image_size, so that pixels
+    are at most doubled, nor more than the image has.
     """
     whole = min(width, height)
     if scale == "any":

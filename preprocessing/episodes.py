@@ -11,10 +11,11 @@ from preprocessing.pool import Pool
 def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> np.ndarray:
     """Region numbers of each episode, int64 (samples, examples + 1), the query last.
 
-    Queries run over the pool in shuffled order, again and again in new orders where more samples are asked for than it has regions
-    (None: one pass). Examples are drawn uniformly from the query's class, each from another image than all others of the episode.
-    An episode is a pure function of (pool, seed, task, its number). Every class must be seen in at least examples + 1 images,
-    as `Pool.drop_small_classes` sees to.
+    Queries run over the pool in shuffled order, again and again in new orders where more samples
+    are asked for than it has regions (None: one pass). Examples are drawn uniformly from the
+    query's class, each from another image than all others of the episode. An episode is a pure
+    function of (pool, seed, task, its number). Every class must be seen in at least examples + 1
+    images, as `Pool.drop_small_classes` sees to.
     """
     count = len(pool.regions) if samples is None else samples
     if not pool.regions:
@@ -22,7 +23,9 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
     task = zlib.crc32(pool.task.encode())
     members = {category: np.array(numbers) for category, numbers in pool.by_class().items()}
     image_numbers: dict[str, int] = {}
-    images = np.array([image_numbers.setdefault(region.image.name, len(image_numbers)) for region in pool.regions])
+    images = np.array(
+        [image_numbers.setdefault(region.image.name, len(image_numbers)) for region in pool.regions]
+    )
     episodes = np.empty((count, examples + 1), dtype=np.int64)
     for index in tqdm(range(count), desc=f"planning {pool.task}", unit="episode"):
         turn, place = divmod(index, len(pool.regions))
@@ -30,12 +33,19 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
             order = np.random.default_rng([seed, task, 0, turn]).permutation(len(pool.regions))
         query = int(order[place])
         rng = np.random.default_rng([seed, task, 1, index])
-        episodes[index] = (*_draw(rng, members[pool.regions[query].category], images, query, examples), query)
+        episodes[index] = (
+            *_draw(rng, members[pool.regions[query].category], images, query, examples),
+            query,
+        )
     return episodes
 
 
-def _draw(rng: np.random.Generator, members: np.ndarray, images: np.ndarray, query: int, examples: int) -> list[int]:
-    """Regions of different images, none of them the query's: uniform draws, thrown away where the image was there before."""
+def _draw(
+    rng: np.random.Generator, members: np.ndarray, images: np.ndarray, query: int, examples: int
+) -> list[int]:
+    """Regions of different images, none of them the query's: uniform draws, thrown away where the
+    image was there before.
+    """
     used = {int(images[query])}
     drawn: list[int] = []
     while len(drawn) < examples:

@@ -1,4 +1,6 @@
-"""Episodes -> webdataset shards. A shard is a pure function of its number, so any number of processes makes the same bytes."""
+"""Episodes -> webdataset shards. A shard is a pure function of its number, so any number of
+processes makes the same bytes.
+"""
 
 import io
 import json
@@ -24,9 +26,11 @@ from preprocessing.quantize import CodeStore
 
 @dataclass(frozen=True)
 class TaskEpisodes:
-    """The episodes of one task: their regions by number (samples, examples + 1), and each region's numbers of its pictures.
+    """The episodes of one task: their regions by number (samples, examples + 1), and each region's
+    numbers of its pictures.
 
-    pictures: int64 (regions, 2), the number in the code store of the image and of the mask or drawn box, -1 where there is none.
+    pictures: int64 (regions, 2), the number in the code store of the image and of the mask or drawn
+    box, -1 where there is none.
     """
 
     regions: Sequence[Region]
@@ -36,7 +40,9 @@ class TaskEpisodes:
 
 @dataclass(frozen=True)
 class Packer:
-    """What every shard is made of. `folder` takes the shards, `notes` a JSON file for each with its index rows."""
+    """What every shard is made of. `folder` takes the shards, `notes` a JSON file for each with its
+    index rows.
+    """
 
     folder: Path
     notes: Path
@@ -61,7 +67,10 @@ class ShardPlan:
 
 
 def plan_shards(task: str, samples: int, shard_size: int) -> list[ShardPlan]:
-    return [ShardPlan(task, n, start, min(start + shard_size, samples)) for n, start in enumerate(range(0, samples, shard_size))]
+    return [
+        ShardPlan(task, n, start, min(start + shard_size, samples))
+        for n, start in enumerate(range(0, samples, shard_size))
+    ]
 
 
 def pack_shard(packer: Packer, plan: ShardPlan) -> int:
@@ -71,12 +80,21 @@ def pack_shard(packer: Packer, plan: ShardPlan) -> int:
         return plan.stop - plan.start
     partial = packer.folder / f"{plan.file}.partial"
     ends, classes = [], Counter[str]()
-    with partial.open("wb") as file, webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
+    with (
+        partial.open("wb") as file,
+        webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer,
+    ):
         for index in range(plan.start, plan.stop):
             category, sequence, meta = _sample(packer, plan.task, index)
             tokens_L = sequence.tokens_L.astype(packer.codec.format.vocabulary.token_dtype)
             raw_tokens, raw_json = _npy_bytes(tokens_L), _json_bytes(meta)
-            writer.write({"__key__": sample_key(plan.task, index), "tokens.npy": raw_tokens, "json": raw_json})
+            writer.write(
+                {
+                    "__key__": sample_key(plan.task, index),
+                    "tokens.npy": raw_tokens,
+                    "json": raw_json,
+                }
+            )
             ends.append((*role_lengths(sequence), sample_checksum(raw_tokens, raw_json)))
             classes[category] += 1
     rows = [[*places, *end] for places, end in zip(_places(partial), ends, strict=True)]
@@ -87,8 +105,12 @@ def pack_shard(packer: Packer, plan: ShardPlan) -> int:
     return info.samples
 
 
-def collect(packer: Packer, plans: Sequence[ShardPlan]) -> tuple[tuple[ShardInfo, ...], dict[str, dict[str, int]]]:
-    """Write the index of all shards from their notes; returns what the manifest says of them: shards and classes of each task."""
+def collect(
+    packer: Packer, plans: Sequence[ShardPlan]
+) -> tuple[tuple[ShardInfo, ...], dict[str, dict[str, int]]]:
+    """Write the index of all shards from their notes; returns what the manifest says of them:
+    shards and classes of each task.
+    """
     shards: list[ShardInfo] = []
     classes: dict[str, Counter[str]] = {task: Counter() for task in packer.tasks}
     rows: dict[str, list[np.ndarray]] = {task: [] for task in packer.tasks}
@@ -96,20 +118,26 @@ def collect(packer: Packer, plans: Sequence[ShardPlan]) -> tuple[tuple[ShardInfo
         notes = json.loads((packer.notes / f"{plan.file}.json").read_bytes())
         shards.append(ShardInfo(**notes["shard"]))
         classes[plan.task].update(notes["classes"])
-        rows[plan.task].append(np.array([(number, *row) for row in notes["rows"]], dtype=INDEX_TYPE))
+        rows[plan.task].append(
+            np.array([(number, *row) for row in notes["rows"]], dtype=INDEX_TYPE)
+        )
     for task, parts in rows.items():
         write_whole(packer.folder / index_file(task), _npy_bytes(np.concatenate(parts)))
     return tuple(shards), {task: dict(sorted(counts.items())) for task, counts in classes.items()}
 
 
-def pair_of(region: Region, codec: SequenceCodec, image: np.ndarray, second: np.ndarray | None) -> SegmentationPair | CaptionPair:
+def pair_of(
+    region: Region, codec: SequenceCodec, image: np.ndarray, second: np.ndarray | None
+) -> SegmentationPair | CaptionPair:
     """The pair of a region, of its image's codes and of its mask's or drawn box's."""
     if region.mask is not None:
         assert second is not None, "a mask has codes"
         return SegmentationPair(image, second)
     assert region.caption is not None, "a region has a mask or a caption"
     category = region.category if codec.format.category != "none" else None
-    return CaptionPair(image, region.caption, category, region.box if codec.format.box == "text" else None, second)
+    return CaptionPair(
+        image, region.caption, category, region.box if codec.format.box == "text" else None, second
+    )
 
 
 def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, dict[str, Any]]:
@@ -118,16 +146,22 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
     numbers = of_task.episodes[index]
     regions = [of_task.regions[number] for number in numbers]
     pairs = tuple(
-        pair_of(region, packer.codec, packer.codes[image], packer.codes[second] if second >= 0 else None)
+        pair_of(
+            region, packer.codec, packer.codes[image], packer.codes[second] if second >= 0 else None
+        )
         for region, (image, second) in zip(regions, of_task.pictures[numbers].tolist(), strict=True)
     )
     query = regions[-1]
-    sequence = packer.codec.encode(Episode(TASKS[task], query.category, pairs))  # type: ignore[arg-type]
+    episode = Episode(TASKS[task], query.category, pairs)  # type: ignore[arg-type]
+    sequence = packer.codec.encode(episode)
     meta = {
         "task": task,
         "class": query.category,
         "spans": [[span.start, span.length, span.attributes, span.role] for span in sequence.spans],
-        "sources": [{"image": region.image.name, "annotations": region.annotations, "crop": region.crop} for region in regions],
+        "sources": [
+            {"image": region.image.name, "annotations": region.annotations, "crop": region.crop}
+            for region in regions
+        ],
         "boxes": [region.box for region in regions],
         "scale": [round(region.scale, 6) for region in regions],
         "captions": [region.caption for region in regions],
@@ -135,7 +169,11 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
     }
     if task == "segmentation":
         size = [packer.image_size, packer.image_size]
-        meta["masks"] = [{"size": size, "counts": region.mask.decode("ascii")} for region in regions if region.mask is not None]
+        meta["masks"] = [
+            {"size": size, "counts": region.mask.decode("ascii")}
+            for region in regions
+            if region.mask is not None
+        ]
     return query.category, sequence, meta
 
 
@@ -153,7 +191,9 @@ def _places(path: Path) -> list[tuple[int, int, int, int]]:
         members = {member.name: member for member in archive}
     keys = [name.removesuffix(".tokens.npy") for name in members if name.endswith(".tokens.npy")]
     pairs = [(members[f"{key}.tokens.npy"], members[f"{key}.json"]) for key in keys]
-    return [(tokens.offset_data, tokens.size, meta.offset_data, meta.size) for tokens, meta in pairs]
+    return [
+        (tokens.offset_data, tokens.size, meta.offset_data, meta.size) for tokens, meta in pairs
+    ]
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:

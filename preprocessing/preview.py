@@ -1,4 +1,6 @@
-"""`icl-moe shards preview`: a page of samples as a model gets them, everything on it decoded from tokens."""
+"""`icl-moe shards preview`: a page of samples as a model gets them, everything on it decoded from
+tokens.
+"""
 
 import html
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ _SHOWN_SIDE = 192
 _BOX_COLOUR = (255, 60, 60)
 
 _STYLE = f"""
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222; }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem;
+  padding: 0 1rem; color: #222; }}
 article {{ border-top: 1px solid #ccc; padding: .8rem 0; }}
 .pairs {{ display: flex; flex-wrap: wrap; gap: 1.6rem; }}
 figure {{ margin: 0; }} figure img {{ width: {_SHOWN_SIDE}px; image-rendering: pixelated; }}
@@ -35,30 +38,40 @@ figcaption {{ max-width: {2 * _SHOWN_SIDE}px; color: #555; }}
 
 
 def write_preview(location: str | Path, out: Path) -> None:
-    """Write a page, one file without references, with samples of each task spread over the shards at a path or a URL."""
+    """Write a page, one file without references, with samples of each task spread over the shards
+    at a path or a URL.
+    """
     shards = ShardSet(location)
     codec = open_codec(shards)
     tokenizer = VQGAN.from_pretrained(shards.fetch("image_tokenizer")).eval()
     title = html.escape(Path(shards.location).name)
     parts = [f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"]
-    parts.append(f"<h1>{title}</h1><p>Pictures are decoded from tokens; the query is framed in blue.</p>")
+    parts.append(
+        f"<h1>{title}</h1><p>Pictures are decoded from tokens; the query is framed in blue.</p>"
+    )
     for task, count in shards.manifest.samples.items():
         parts.append(f"<h2>{html.escape(task)}</h2>")
         numbers = np.unique(np.linspace(0, count - 1, SAMPLES_PER_TASK).astype(int)).tolist()
         parts += [
-            _article(shards.sample(task, number), codec, tokenizer) for number in tqdm(numbers, desc=f"drawing {task}", unit="sample")
+            _article(shards.sample(task, number), codec, tokenizer)
+            for number in tqdm(numbers, desc=f"drawing {task}", unit="sample")
         ]
     _write_text(out, "\n".join(parts))
 
 
 def _article(sample: Sample, codec: SequenceCodec, tokenizer: VQGAN) -> str:
     pairs: Sequence[SegmentationPair | CaptionPair] = codec.decode(sample.sequence).pairs
-    figures = [_figure(sample, number, pair, tokenizer, query=number == len(pairs) - 1) for number, pair in enumerate(pairs)]
+    figures = [
+        _figure(sample, number, pair, tokenizer, query=number == len(pairs) - 1)
+        for number, pair in enumerate(pairs)
+    ]
     title = f"<h3>{html.escape(sample.category)} <small>{html.escape(sample.key)}</small></h3>"
     return f"<article>{title}<div class='pairs'>{''.join(figures)}</div></article>"
 
 
-def _figure(sample: Sample, number: int, pair: SegmentationPair | CaptionPair, tokenizer: VQGAN, query: bool) -> str:
+def _figure(
+    sample: Sample, number: int, pair: SegmentationPair | CaptionPair, tokenizer: VQGAN, query: bool
+) -> str:
     image = _decode(pair.image, tokenizer)
     if isinstance(pair, SegmentationPair):
         truth = Image.fromarray(decode_mask(sample.meta["masks"][number])).convert("RGB")
@@ -68,12 +81,15 @@ def _figure(sample: Sample, number: int, pair: SegmentationPair | CaptionPair, t
         pictures = [_with_box(image, pair.box)] if pair.box else [image]
         pictures += [_decode(pair.box_image, tokenizer)] if pair.box_image is not None else []
         words = f"<b>{html.escape(pair.category or '')}</b> {html.escape(pair.caption)}"
-        others = [text for text in sample.meta["references"][0] if text != pair.caption] if query else []
+        others = (
+            [text for text in sample.meta["references"][0] if text != pair.caption] if query else []
+        )
         words += "".join(f"<br>also: {html.escape(text)}" for text in others)
     name = html.escape(str(sample.meta["sources"][number]["image"]))
     shown = "".join(f"<img alt='' src='{data_url(picture)}'>" for picture in pictures)
     caption = f"{words}<br>{name}, object / crop {sample.meta['scale'][number]:.3f}"
-    return f"<figure{' class=query' if query else ''}>{shown}<figcaption>{caption}</figcaption></figure>"
+    kind = " class=query" if query else ""
+    return f"<figure{kind}>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
 @torch.inference_mode()
@@ -83,7 +99,9 @@ def _decode(codes: np.ndarray, tokenizer: VQGAN) -> Image.Image:
 
 def _with_box(image: Image.Image, box: Box) -> Image.Image:
     shown = image.resize((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.NEAREST)
-    ImageDraw.Draw(shown).rectangle([value * (_SHOWN_SIDE - 1) for value in box], outline=_BOX_COLOUR, width=2)
+    ImageDraw.Draw(shown).rectangle(
+        [value * (_SHOWN_SIDE - 1) for value in box], outline=_BOX_COLOUR, width=2
+    )
     return shown
 
 

@@ -1,9 +1,11 @@
-"""Pixels -> codes: every distinct picture of the episodes once, in batches of fixed make-up, on all devices.
+"""Pixels -> codes: every distinct picture of the episodes once, in batches of fixed make-up, on all
+devices.
 
-Pictures are numbered in the order in which episodes first need them and encoded in chunks; a chunk is one file, written under
-a temporary name and renamed, so a build that was interrupted goes on with the first chunk that is not there. Under
-`accelerate launch` each process takes every n-th chunk. What stands in a batch does not depend on the number of processes, so
-the codes do not either.
+Pictures are numbered in the order in which episodes first need them and encoded in chunks; a chunk
+is one file, written under a temporary name and renamed, so a build that was interrupted goes on
+with the first chunk that is not there. Under `accelerate launch` each process takes every n-th
+chunk. What stands in a batch does not depend on the number of processes, so the codes do not
+either.
 """
 
 import os
@@ -25,7 +27,9 @@ from preprocessing.pool import ImageFile, Region
 from preprocessing.workers import ordered_map
 
 BATCH = 32
-"""Pictures encoded at once; part of the shards' definition, since another batch size may round a code otherwise."""
+"""Pictures encoded at once; part of the shards' definition, since another batch size may round a
+code otherwise.
+"""
 CHUNK = 8 * BATCH
 
 
@@ -55,7 +59,9 @@ Picture = CropPicture | MaskPicture | BoxPicture
 
 
 def pictures_of(region: Region, draw_box: bool) -> tuple[Picture, ...]:
-    """What must be encoded for a region: its image, then its mask, or its box where captions draw it."""
+    """What must be encoded for a region: its image, then its mask, or its box where captions draw
+    it.
+    """
     image = CropPicture(region.image, region.crop)
     if region.mask is not None:
         return image, MaskPicture(region.mask)
@@ -81,7 +87,10 @@ class CodeStore:
     """Codes of all pictures, memory-mapped: `store[n]` is int64 (codes_per_image,)."""
 
     def __init__(self, folder: Path, pictures: int) -> None:
-        self._chunks = [np.load(_chunk_file(folder, n), mmap_mode="r", allow_pickle=False) for n in range(_chunk_count(pictures))]
+        self._chunks = [
+            np.load(_chunk_file(folder, n), mmap_mode="r", allow_pickle=False)
+            for n in range(_chunk_count(pictures))
+        ]
 
     def __getitem__(self, number: int) -> np.ndarray:
         chunk, row = divmod(number, CHUNK)
@@ -89,9 +98,17 @@ class CodeStore:
 
 
 def quantize(
-    pictures: list[Picture], tokenizer: VQGAN, size: int, folder: Path, workers: int, device: torch.device, rank: int = 0, ranks: int = 1
+    pictures: list[Picture],
+    tokenizer: VQGAN,
+    size: int,
+    folder: Path,
+    workers: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> None:
-    """Encode the chunks of `pictures` that are this rank's and not in `folder` yet; `CodeStore` reads them.
+    """Encode the chunks of `pictures` that are this rank's and not in `folder` yet; `CodeStore`
+    reads them.
 
     workers: processes that load, crop and draw. Raises InputError for an image that cannot be used.
     """
@@ -105,8 +122,12 @@ def quantize(
     ]
     tokenizer = tokenizer.to(device).eval()
     done: list[np.ndarray] = []
-    with tqdm(total=sum(map(len, batches)), desc="encoding pictures", unit="picture", disable=rank != 0) as progress:
-        for batch, pixels_BHW3 in zip(batches, ordered_map(_draw_batch, (pictures, size), batches, workers), strict=True):
+    with tqdm(
+        total=sum(map(len, batches)), desc="encoding pictures", unit="picture", disable=rank != 0
+    ) as progress:
+        for batch, pixels_BHW3 in zip(
+            batches, ordered_map(_draw_batch, (pictures, size), batches, workers), strict=True
+        ):
             done.append(_encode(tokenizer, pixels_BHW3, device))
             progress.update(len(batch))
             if (batch[-1] + 1) % CHUNK == 0 or batch[-1] + 1 == len(pictures):
@@ -131,7 +152,8 @@ def _load(file: ImageFile) -> Image.Image:
     image = load_image(file.path)
     if image.size != (file.width, file.height):
         raise InputError(
-            f"The image {file.path} has {image.width} x {image.height} pixels, but its record says {file.width} x {file.height}."
+            f"The image {file.path} has {image.width} x {image.height} pixels, but its record says "
+            f"{file.width} x {file.height}."
         )
     return image
 

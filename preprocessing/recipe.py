@@ -32,7 +32,8 @@ class SegmentationSource(_Source):
     images, annotations: the folder of images and the instances file (source=coco).
     classes: the classes to use; null means all in the file.
     small_objects: keep images in which the class has only instances of less than 32^2 pixels.
-    object_scale: `any`, the largest square of the image; `large`, a square close around the class's largest instance.
+    object_scale: `any`, the largest square of the image; `large`, a square close around the class's
+    largest instance.
     """
 
     source: Literal["coco", "synthetic"] = "coco"
@@ -45,12 +46,16 @@ class SegmentationSource(_Source):
 
 @dataclass(frozen=True)
 class CaptioningSource(_Source):
-    """Where region descriptions come from: Visual Genome, COCO's captions, or drawn scenes in Visual Genome's format.
+    """Where region descriptions come from: Visual Genome, COCO's captions, or drawn scenes in
+    Visual Genome's format.
 
-    images: the folder of images. annotations, instances: the captions and the instances file (source=coco_captions).
-    regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits, split: a JSON file with lists of its
-    image ids by name (such as DenseCap's) and the list to use; Visual Genome has no split of its own.
-    classes: the classes to use; null means COCO's 80. min_descriptions: a class needs more descriptions than this.
+    images: the folder of images. annotations, instances: the captions and the instances file
+    (source=coco_captions).
+    regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits,
+    split: a JSON file with lists of its image ids by name (such as DenseCap's) and the list to use;
+    Visual Genome has no split of its own.
+    classes: the classes to use; null means COCO's 80. min_descriptions: a class needs more
+    descriptions than this.
     """
 
     source: Literal["visual_genome", "coco_captions", "synthetic"] = "visual_genome"
@@ -68,7 +73,9 @@ class CaptioningSource(_Source):
 
 @dataclass(frozen=True)
 class SyntheticScenes:
-    """The drawn data set that `source: synthetic` reads: how many images, from which seed, under which split's name."""
+    """The drawn data set that `source: synthetic` reads: how many images, from which seed, under
+    which split's name.
+    """
 
     images: int = 1000
     seed: int = 0
@@ -79,11 +86,14 @@ class SyntheticScenes:
 class DataRecipe:
     """Settings of one shard folder.
 
-    tokenizer: the folder of a VQGAN, or the name of a shipped one. tokenizer_precision: bf16 encodes faster and changes a few codes of a
-    thousand (docs/tokenizer.md). text_tokenizer: see `TextTokenizer`'s source.
-    image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in each episode.
+    tokenizer: the folder of a VQGAN, or the name of a shipped one. tokenizer_precision: bf16
+    encodes faster and changes a few codes of a thousand (docs/tokenizer.md). text_tokenizer: see
+    `TextTokenizer`'s source.
+    image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in
+    each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
-    shard_size: samples in a shard. missing_images: `stop`, or `skip` annotated images that are not there and count them.
+    shard_size: samples in a shard. missing_images: `stop`, or `skip` annotated images that are not
+    there and count them.
     """
 
     tokenizer: str
@@ -116,14 +126,22 @@ class DataRecipe:
         if self.captioning is not None and self.captioning.source == "visual_genome":
             _require("captioning", self.captioning, ("images", "regions", "objects", "image_data"))
             if (self.captioning.splits is None) != (self.captioning.split is None):
-                raise InputError("captioning.splits and captioning.split go together: a file, and the name of a list in it.")
+                raise InputError(
+                    "captioning.splits and captioning.split go together: a file, and the name of a "
+                    "list in it."
+                )
         if self.captioning is not None and self.captioning.source == "coco_captions":
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
-        self.sequence_format(codes_per_image=1)  # checks the vocabulary against the settings of the text
+        self.sequence_format(
+            codes_per_image=1
+        )  # checks the vocabulary against the settings of the text
 
     @property
     def draws_scenes(self) -> bool:
-        return any(section is not None and section.source == "synthetic" for section in (self.segmentation, self.captioning))
+        return any(
+            section is not None and section.source == "synthetic"
+            for section in (self.segmentation, self.captioning)
+        )
 
     def sequence_format(self, codes_per_image: int) -> SequenceFormat:
         return SequenceFormat(
@@ -136,19 +154,35 @@ class DataRecipe:
         )
 
     def with_scenes_in(self, folder: Path) -> "DataRecipe":
-        """This recipe with `source: synthetic` resolved to the files that `synthetic.write_dataset` wrote into `folder`."""
+        """This recipe with `source: synthetic` resolved to the files that `synthetic.write_dataset`
+        wrote into `folder`.
+        """
         images = str(folder / "images")
         segmentation, captioning = self.segmentation, self.captioning
         if segmentation is not None and segmentation.source == "synthetic":
             annotations = str(folder / f"instances_{self.synthetic.split}.json")
-            segmentation = replace(segmentation, source="coco", images=images, annotations=annotations)
+            segmentation = replace(
+                segmentation, source="coco", images=images, annotations=annotations
+            )
         if captioning is not None and captioning.source == "synthetic":
-            regions, objects, image_data = (str(folder / f"{name}.json") for name in ("region_descriptions", "objects", "image_data"))
-            captioning = replace(captioning, source="visual_genome", images=images, regions=regions, objects=objects, image_data=image_data)
+            regions, objects, image_data = (
+                str(folder / f"{name}.json")
+                for name in ("region_descriptions", "objects", "image_data")
+            )
+            captioning = replace(
+                captioning,
+                source="visual_genome",
+                images=images,
+                regions=regions,
+                objects=objects,
+                image_data=image_data,
+            )
         return replace(self, segmentation=segmentation, captioning=captioning)
 
 
-def _require(section: str, settings: SegmentationSource | CaptioningSource, keys: tuple[str, ...]) -> None:
+def _require(
+    section: str, settings: SegmentationSource | CaptioningSource, keys: tuple[str, ...]
+) -> None:
     given = {f.name: getattr(settings, f.name) for f in fields(settings)}
     for key in keys:
         if given[key] is None:

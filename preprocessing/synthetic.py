@@ -1,7 +1,9 @@
-"""A drawn data set in COCO's and Visual Genome's file formats, for the demo, the tests and the demo's tokenizer.
+"""A drawn data set in COCO's and Visual Genome's file formats, for the demo, the tests and the
+demo's tokenizer.
 
-A scene holds one to four textured objects of twelve classes on a quiet background. Everything, the bytes of the files
-included, is a pure function of the seed, and every phrase is true of its picture.
+A scene holds one to four textured objects of twelve classes on a quiet background. Everything, the
+bytes of the files included, is a pure function of the seed, and every phrase is true of its
+picture.
 """
 
 import json
@@ -27,8 +29,9 @@ DEFAULT_SIZE = (160, 128)
 class SceneObject:
     """One object as it is seen: `mask_HW` (boolean) and `box` cover its visible part only.
 
-    outlines: the drawn polygons, float pixel coordinates (points, 2), before other objects cover them; None where they are
-    not what is seen (covered in part, or with a hole). crowd: a group of small objects under one mask, without phrases.
+    outlines: the drawn polygons, float pixel coordinates (points, 2), before other objects cover
+    them; None where they are not what is seen (covered in part, or with a hole). crowd: a group of
+    small objects under one mask, without phrases.
     """
 
     name: str
@@ -71,7 +74,9 @@ def draw_scene(rng: np.random.Generator, image_size: int | tuple[int, int] = DEF
     canvas_HW3 += rng.normal(0.0, 2.0, canvas_HW3.shape)
     objects = _describe(rng, layers, width, height)
     captions = tuple(_caption(rng, objects) for _ in range(2))
-    return Scene(Image.fromarray(canvas_HW3.clip(0, 255).round().astype(np.uint8)), objects, captions)
+    return Scene(
+        Image.fromarray(canvas_HW3.clip(0, 255).round().astype(np.uint8)), objects, captions
+    )
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[np.ndarray]]:
@@ -80,8 +85,15 @@ def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[np.ndarray
     return scene.image, [scene.class_mask(name) for name in sorted({o.name for o in scene.objects})]
 
 
-def write_dataset(folder: Path, images: int, seed: int, split: str = "train", image_size: int | tuple[int, int] = DEFAULT_SIZE) -> None:
-    """Draw `images` scenes into `folder`; use one folder a split. Equal arguments give byte-equal files.
+def write_dataset(
+    folder: Path,
+    images: int,
+    seed: int,
+    split: str = "train",
+    image_size: int | tuple[int, int] = DEFAULT_SIZE,
+) -> None:
+    """Draw `images` scenes into `folder`; use one folder a split. Equal arguments give byte-equal
+    files.
 
     images/<image_id>.jpg             one folder serves both formats
     instances_<split>.json            COCO 2017 instances: polygons, uncompressed RLE, crowds
@@ -97,7 +109,9 @@ def write_dataset(folder: Path, images: int, seed: int, split: str = "train", im
     width, height = _as_size(image_size)
     writer = _Writer(width, height)
     for image_id in tqdm(range(1, images + 1), desc=f"drawing {split}", unit="image", disable=None):
-        scene = draw_scene(np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]), (width, height))
+        scene = draw_scene(
+            np.random.default_rng([seed, zlib.crc32(split.encode()), image_id]), (width, height)
+        )
         scene.image.save(folder / "images" / f"{image_id}.jpg", quality=92)
         writer.add(image_id, scene)
     for name, content in writer.files(split).items():
@@ -107,14 +121,19 @@ def write_dataset(folder: Path, images: int, seed: int, split: str = "train", im
 def _as_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     width, height = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(width, height) < 32:
-        raise InputError(f"Synthetic images need sides of at least 32 pixels, not {width} x {height}.")
+        raise InputError(
+            f"Synthetic images need sides of at least 32 pixels, not {width} x {height}."
+        )
     return width, height
 
 
-# --- Classes: outlines of radius about 1 around the origin, y downwards; a second polygon is a hole. ---
+# --- Classes: outlines of radius about 1 around the origin, y downwards; a second polygon is a
+# hole. ---
 
 
-def _polygon(radii: Callable[[float], float], points: int, start: float = -math.pi / 2) -> np.ndarray:
+def _polygon(
+    radii: Callable[[float], float], points: int, start: float = -math.pi / 2
+) -> np.ndarray:
     angles = start + np.arange(points) * 2 * math.pi / points
     lengths = np.array([radii(angle - start) for angle in angles])
     return np.stack([lengths * np.cos(angles), lengths * np.sin(angles)], axis=1)
@@ -142,8 +161,28 @@ def _heart() -> np.ndarray:
     return np.stack([x, y], axis=1) / 16
 
 
-_CROSS = np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]) / 3
-_ARROW = np.array([(-1, -0.32), (0.1, -0.32), (0.1, -0.85), (1, 0), (0.1, 0.85), (0.1, 0.32), (-1, 0.32)])
+_CROSS = (
+    np.array(
+        [
+            (-1, -3),
+            (1, -3),
+            (1, -1),
+            (3, -1),
+            (3, 1),
+            (1, 1),
+            (1, 3),
+            (-1, 3),
+            (-1, 1),
+            (-3, 1),
+            (-3, -1),
+            (-1, -1),
+        ]
+    )
+    / 3
+)
+_ARROW = np.array(
+    [(-1, -0.32), (0.1, -0.32), (0.1, -0.85), (1, 0), (0.1, 0.85), (0.1, 0.32), (-1, 0.32)]
+)
 _BOLT = np.array([(0.35, -1), (-0.65, 0.15), (-0.05, 0.15), (-0.35, 1), (0.65, -0.2), (0.05, -0.2)])
 
 
@@ -161,17 +200,33 @@ _CLASSES = (
     _ShapeClass("disc", "round", 1, (_circle(1.0),), ("orange", "white", "blue")),
     _ShapeClass("ring", "round", 2, (_circle(1.0), _circle(0.5)), ("yellow", "pink", "black")),
     _ShapeClass("crescent", "round", 3, (_crescent(),), ("yellow", "white", "purple")),
-    _ShapeClass("square", "angular", 5, (_circle(1.25, 4) @ np.array([[1, 1], [-1, 1]]) / math.sqrt(2),), ("blue", "green", "black")),
+    _ShapeClass(
+        "square",
+        "angular",
+        5,
+        (_circle(1.25, 4) @ np.array([[1, 1], [-1, 1]]) / math.sqrt(2),),
+        ("blue", "green", "black"),
+    ),
     _ShapeClass("triangle", "angular", 6, (_circle(1.1, 3),), ("green", "red", "purple")),
     _ShapeClass("hexagon", "angular", 7, (_circle(1.0, 6),), ("brown", "green", "orange")),
     _ShapeClass("cross", "symbol", 8, (_CROSS,), ("red", "white", "black")),
     _ShapeClass(
-        "star", "symbol", 9, (_polygon(lambda a: 1.1 if round(a / (math.pi / 5)) % 2 == 0 else 0.48, 10),), ("yellow", "red", "blue")
+        "star",
+        "symbol",
+        9,
+        (_polygon(lambda a: 1.1 if round(a / (math.pi / 5)) % 2 == 0 else 0.48, 10),),
+        ("yellow", "red", "blue"),
     ),
     _ShapeClass("heart", "symbol", 11, (_heart(),), ("red", "pink", "purple")),
     _ShapeClass("arrow", "symbol", 12, (_ARROW,), ("black", "blue", "orange")),
     _ShapeClass("bolt", "symbol", 13, (_BOLT,), ("yellow", "orange", "white")),
-    _ShapeClass("flower", "plant", 15, (_polygon(lambda a: 0.72 + 0.3 * math.cos(5 * a), 60),), ("pink", "white", "purple")),
+    _ShapeClass(
+        "flower",
+        "plant",
+        15,
+        (_polygon(lambda a: 0.72 + 0.3 * math.cos(5 * a), 60),),
+        ("pink", "white", "purple"),
+    ),
 )
 CLASS_NAMES = tuple(shape.name for shape in _CLASSES)
 
@@ -187,7 +242,11 @@ _COLOURS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
-_SIZES = {"small": (0.10, 0.14), "medium": (0.17, 0.24), "large": (0.28, 0.36)}  # radius / the image's short side
+_SIZES = {
+    "small": (0.10, 0.14),
+    "medium": (0.17, 0.24),
+    "large": (0.28, 0.36),
+}  # radius / the image's short side
 _TEXTURES = ("plain", "striped", "dotted")
 _TEXTURE_CHANCES = (0.6, 0.25, 0.15)
 
@@ -211,17 +270,24 @@ class _Layer:
 
 
 def _draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Four muted corner colours, blended, with soft clouds or faint stripes over them: float canvas (H, W, 3) in 0..255."""
+    """Four muted corner colours, blended, with soft clouds or faint stripes over them: float canvas
+    (H, W, 3) in 0..255.
+    """
     corners = rng.uniform(90, 170) + rng.uniform(-22, 22, (2, 2, 3))
     canvas_HW3 = _resize(corners, width, height, Image.Resampling.BILINEAR)
     if rng.random() < 0.7:
         clouds = rng.normal(0, rng.uniform(2, 9), (max(2, height // 16), max(2, width // 16), 1))
         return canvas_HW3 + _resize(clouds, width, height, Image.Resampling.BICUBIC)
-    return canvas_HW3 + rng.uniform(4, 10) * np.sign(_waves(rng, width, height, rng.uniform(10, 24)))[..., None]
+    return (
+        canvas_HW3
+        + rng.uniform(4, 10) * np.sign(_waves(rng, width, height, rng.uniform(10, 24)))[..., None]
+    )
 
 
 def _draw_layer(rng: np.random.Generator, width: int, height: int, crowd: bool) -> _Layer | None:
-    """An object (or, as a crowd, three to six small ones of a class) at a random place; None where it fits nowhere."""
+    """An object (or, as a crowd, three to six small ones of a class) at a random place; None where
+    it fits nowhere.
+    """
     shape = _CLASSES[rng.integers(len(_CLASSES))]
     colour = str(rng.choice(shape.colours if rng.random() < 0.7 else tuple(_COLOURS)))
     texture = "plain" if crowd else str(rng.choice(_TEXTURES, p=_TEXTURE_CHANCES))
@@ -243,15 +309,21 @@ def _draw_layer(rng: np.random.Generator, width: int, height: int, crowd: bool) 
     return _Layer(shape, colour, texture, size, tuple(outlines), coverage, paint_HW3, crowd)
 
 
-def _place(rng: np.random.Generator, outlines: tuple[np.ndarray, ...], radius: float, centre: np.ndarray) -> list[np.ndarray]:
-    """The outlines turned and stretched a little, scaled to `radius` pixels and moved to `centre`."""
+def _place(
+    rng: np.random.Generator, outlines: tuple[np.ndarray, ...], radius: float, centre: np.ndarray
+) -> list[np.ndarray]:
+    """The outlines turned and stretched a little, scaled to `radius` pixels and moved to
+    `centre`.
+    """
     angle = rng.uniform(-0.35, 0.35)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     stretch = np.exp(rng.uniform(-0.1, 0.1))
     return [(points * (stretch, 1 / stretch)) @ turn * radius + centre for points in outlines]
 
 
-def _rasterise(outlines: list[np.ndarray], width: int, height: int, oversampling: int = 4) -> np.ndarray:
+def _rasterise(
+    outlines: list[np.ndarray], width: int, height: int, oversampling: int = 4
+) -> np.ndarray:
     """The share of each pixel (H, W) that lies in the first outline and not in the second."""
     low = np.floor(outlines[0].min(axis=0)).astype(int)
     high = np.ceil(outlines[0].max(axis=0)).astype(int)
@@ -264,8 +336,12 @@ def _rasterise(outlines: list[np.ndarray], width: int, height: int, oversampling
     return coverage
 
 
-def _paint(rng: np.random.Generator, base: np.ndarray, texture: str, width: int, height: int, period: float) -> np.ndarray:
-    """The object's surface over the whole canvas, (H, W, 3): its colour, shaded, with the texture in a second shade."""
+def _paint(
+    rng: np.random.Generator, base: np.ndarray, texture: str, width: int, height: int, period: float
+) -> np.ndarray:
+    """The object's surface over the whole canvas, (H, W, 3): its colour, shaded, with the texture
+    in a second shade.
+    """
     shade = np.linspace(rng.uniform(0.9, 1.0), rng.uniform(1.0, 1.1), width)
     surface = np.broadcast_to(base * shade[:, None], (height, width, 3))
     if texture == "plain":
@@ -275,7 +351,9 @@ def _paint(rng: np.random.Generator, base: np.ndarray, texture: str, width: int,
         amount = _waves(rng, width, height, period) * 1.5
     else:
         rows, columns = np.mgrid[0:height, 0:width]
-        amount = np.cos(2 * math.pi * rows / period) * np.cos(2 * math.pi * columns / period) * 4 - 1.0
+        amount = (
+            np.cos(2 * math.pi * rows / period) * np.cos(2 * math.pi * columns / period) * 4 - 1.0
+        )
     blend = np.clip(amount + 0.5, 0, 1)[..., None]
     return surface * (1 - blend) + second * blend
 
@@ -284,11 +362,16 @@ def _waves(rng: np.random.Generator, width: int, height: int, period: float) -> 
     """Parallel waves (H, W) in -1..1 of a random direction; `period` in pixels."""
     angle, phase = rng.uniform(0, math.pi), rng.uniform(0, 2 * math.pi)
     rows, columns = np.mgrid[0:height, 0:width]
-    return np.sin(2 * math.pi / period * (columns * math.cos(angle) + rows * math.sin(angle)) + phase)
+    return np.sin(
+        2 * math.pi / period * (columns * math.cos(angle) + rows * math.sin(angle)) + phase
+    )
 
 
 def _resize(values_hwC: np.ndarray, width: int, height: int, how: Image.Resampling) -> np.ndarray:
-    planes = [Image.fromarray(plane.astype(np.float32)).resize((width, height), how) for plane in np.moveaxis(values_hwC, -1, 0)]
+    planes = [
+        Image.fromarray(plane.astype(np.float32)).resize((width, height), how)
+        for plane in np.moveaxis(values_hwC, -1, 0)
+    ]
     return np.stack([np.asarray(plane, dtype=np.float64) for plane in planes], axis=-1)
 
 
@@ -306,7 +389,9 @@ def _leaves_all_visible(new: _Layer, layers: list[_Layer]) -> bool:
 # --- Words ---
 
 
-def _describe(rng: np.random.Generator, layers: list[_Layer], width: int, height: int) -> tuple[SceneObject, ...]:
+def _describe(
+    rng: np.random.Generator, layers: list[_Layer], width: int, height: int
+) -> tuple[SceneObject, ...]:
     masks: list[np.ndarray] = []
     covered = np.zeros((height, width), dtype=bool)
     for layer in reversed(layers):
@@ -332,8 +417,17 @@ def _describe(rng: np.random.Generator, layers: list[_Layer], width: int, height
     return tuple(objects)
 
 
-def _phrases(rng: np.random.Generator, i: int, layers: list[_Layer], boxes: list[PixelBox], width: int, height: int) -> tuple[str, ...]:
-    """Two phrases: the object with its place in the picture, and with a neighbour (or its attributes alone)."""
+def _phrases(
+    rng: np.random.Generator,
+    i: int,
+    layers: list[_Layer],
+    boxes: list[PixelBox],
+    width: int,
+    height: int,
+) -> tuple[str, ...]:
+    """Two phrases: the object with its place in the picture, and with a neighbour (or its
+    attributes alone).
+    """
     name = _noun_phrase(rng, layers[i])
     others = [j for j in range(len(layers)) if j != i and not layers[j].crowd]
     relations = [(relation, j) for j in others if (relation := _relation(boxes[i], boxes[j]))]
@@ -341,7 +435,11 @@ def _phrases(rng: np.random.Generator, i: int, layers: list[_Layer], boxes: list
     if not relations:
         return placed, _with_article(_noun_phrase(rng, layers[i]))
     relation, j = relations[rng.integers(len(relations))]
-    return placed, f"{_with_article(_noun_phrase(rng, layers[i]))} {relation} {_with_article(f'{layers[j].colour} {layers[j].shape.name}')}"
+    return (
+        placed,
+        f"{_with_article(_noun_phrase(rng, layers[i]))} {relation} "
+        f"{_with_article(f'{layers[j].colour} {layers[j].shape.name}')}",
+    )
 
 
 def _noun_phrase(rng: np.random.Generator, layer: _Layer) -> str:
@@ -366,7 +464,9 @@ def _place_in_picture(box: PixelBox, width: int, height: int) -> str:
 
 
 def _relation(a: PixelBox, b: PixelBox) -> str | None:
-    """How `a` lies to `b`, where one direction is clear: their centres differ by more than either's half there."""
+    """How `a` lies to `b`, where one direction is clear: their centres differ by more than either's
+    half there.
+    """
     dx, dy = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
     if abs(dx) > 1.5 * abs(dy) and abs(dx) > max(a[2] - a[0], b[2] - b[0]) / 2:
         return "left of" if dx < 0 else "right of"
@@ -379,9 +479,16 @@ def _caption(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> str:
     parts = []
     for o in objects:
         texture = "" if o.texture == "plain" or rng.random() < 0.5 else o.texture + " "
-        parts.append(f"a group of {o.colour} {o.name} shapes" if o.crowd else _with_article(f"{texture}{o.colour} {o.name}"))
+        parts.append(
+            f"a group of {o.colour} {o.name} shapes"
+            if o.crowd
+            else _with_article(f"{texture}{o.colour} {o.name}")
+        )
     parts = [parts[i] for i in rng.permutation(len(parts))]
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts).capitalize() + "."
+    return (
+        " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts).capitalize()
+        + "."
+    )
 
 
 def _box(mask_HW: np.ndarray) -> PixelBox:
@@ -406,9 +513,19 @@ class _Writer:
 
     def add(self, image_id: int, scene: Scene) -> None:
         name, size = f"{image_id}.jpg", {"height": self._height, "width": self._width}
-        self._images.append({"license": 1, "file_name": name, **size, "date_captured": "2020-01-01 00:00:00", "id": image_id})
+        self._images.append(
+            {
+                "license": 1,
+                "file_name": name,
+                **size,
+                "date_captured": "2020-01-01 00:00:00",
+                "id": image_id,
+            }
+        )
         for text in scene.captions:
-            self._captions.append({"image_id": image_id, "id": len(self._captions) + 1, "caption": text})
+            self._captions.append(
+                {"image_id": image_id, "id": len(self._captions) + 1, "caption": text}
+            )
         regions, objects = [], []
         for o in scene.objects:
             self._annotations.append(self._coco_annotation(image_id, o))
@@ -417,24 +534,66 @@ class _Writer:
             left, top, right, bottom = o.box
             place = {"w": right - left, "h": bottom - top, "x": left, "y": top}
             object_id = self._annotations[-1]["id"]
-            objects.append({"synsets": [f"{o.name}.n.01"], "object_id": object_id, "merged_object_ids": [], "names": [o.name], **place})
+            objects.append(
+                {
+                    "synsets": [f"{o.name}.n.01"],
+                    "object_id": object_id,
+                    "merged_object_ids": [],
+                    "names": [o.name],
+                    **place,
+                }
+            )
             for phrase in o.phrases:
                 self._region_count += 1
-                region = {"region_id": self._region_count, "image_id": image_id, "phrase": phrase, "x": left, "y": top}
+                region = {
+                    "region_id": self._region_count,
+                    "image_id": image_id,
+                    "phrase": phrase,
+                    "x": left,
+                    "y": top,
+                }
                 regions.append({**region, "width": place["w"], "height": place["h"]})
         self._regions.append({"regions": regions, "id": image_id})
         self._objects.append({"image_id": image_id, "objects": objects, "image_url": name})
 
     def files(self, split: str) -> dict[str, Any]:
         """File name -> content."""
-        info = {"description": "Synthetic scenes in COCO's format", "version": "1.0", "year": 2020, "contributor": "", "url": ""}
-        licenses = [{"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}]
+        info = {
+            "description": "Synthetic scenes in COCO's format",
+            "version": "1.0",
+            "year": 2020,
+            "contributor": "",
+            "url": "",
+        }
+        licenses = [
+            {
+                "url": "https://creativecommons.org/publicdomain/zero/1.0/",
+                "id": 1,
+                "name": "CC0 1.0",
+            }
+        ]
         head = {"info": info, "licenses": licenses, "images": self._images}
-        categories = [{"supercategory": c.supercategory, "id": c.category_id, "name": c.name} for c in _CLASSES]
+        categories = [
+            {"supercategory": c.supercategory, "id": c.category_id, "name": c.name}
+            for c in _CLASSES
+        ]
         size = {"width": self._width, "height": self._height}
-        image_data = [{**size, "url": i["file_name"], "image_id": i["id"], "coco_id": i["id"], "flickr_id": None} for i in self._images]
+        image_data = [
+            {
+                **size,
+                "url": i["file_name"],
+                "image_id": i["id"],
+                "coco_id": i["id"],
+                "flickr_id": None,
+            }
+            for i in self._images
+        ]
         return {
-            f"instances_{split}.json": {**head, "annotations": self._annotations, "categories": categories},
+            f"instances_{split}.json": {
+                **head,
+                "annotations": self._annotations,
+                "categories": categories,
+            },
             f"captions_{split}.json": {**head, "annotations": self._captions},
             "region_descriptions.json": self._regions,
             "objects.json": self._objects,
@@ -442,12 +601,19 @@ class _Writer:
         }
 
     def _coco_annotation(self, image_id: int, o: SceneObject) -> dict[str, Any]:
-        """Polygons where the drawn outline is what is seen, else RLE; a crowd is always RLE, as in COCO."""
+        """Polygons where the drawn outline is what is seen, else RLE; a crowd is always RLE, as in
+        COCO.
+        """
         left, top, right, bottom = o.box
         if o.outlines is None or o.crowd:
-            segmentation: Any = {"counts": _run_lengths(o.mask_HW), "size": [self._height, self._width]}
+            segmentation: Any = {
+                "counts": _run_lengths(o.mask_HW),
+                "size": [self._height, self._width],
+            }
         else:
-            segmentation = [[round(float(value), 2) for value in points.ravel()] for points in o.outlines]
+            segmentation = [
+                [round(float(value), 2) for value in points.ravel()] for points in o.outlines
+            ]
         return {
             "segmentation": segmentation,
             "area": float(o.mask_HW.sum()),
@@ -460,7 +626,9 @@ class _Writer:
 
 
 def _run_lengths(mask_HW: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: lengths of alternating runs of 0 and 1, column by column, beginning with 0."""
+    """COCO's uncompressed RLE: lengths of alternating runs of 0 and 1, column by column, beginning
+    with 0.
+    """
     flat = np.concatenate([[0], mask_HW.ravel(order="F").astype(np.int8), [-1]])
     edges = np.flatnonzero(np.diff(flat))
     return [int(n) for n in np.diff(np.concatenate([[0], edges]))]

@@ -20,9 +20,11 @@ from preprocessing.pack import role_lengths
 
 
 def verify_shards(location: str | Path) -> Manifest:
-    """Check the hash of every file, and read every sample and decode it; returns the manifest. `location` is a path or a URL.
+    """Check the hash of every file, and read every sample and decode it; returns the manifest.
+    `location` is a path or a URL.
 
-    Raises InputError that names what is wrong: all damaged files, or the first sample that is not what it should be.
+    Raises InputError that names what is wrong: all damaged files, or the first sample that is not
+    what it should be.
     """
     folder = open_folder(location)
     manifest = Manifest.read(folder)
@@ -38,38 +40,57 @@ def verify_shards(location: str | Path) -> Manifest:
                 _verify_sample(sample, codec, manifest)
                 _verify_index(sample, shards, index)
             except InputError as error:
-                raise InputError(f"{folder.name}/{sample.shard}: sample {sample.key} is corrupt: {error}") from error
+                raise InputError(
+                    f"{folder.name}/{sample.shard}: sample {sample.key} is corrupt: {error}"
+                ) from error
         if classes != manifest.classes.get(task):
-            raise InputError(f"{folder.name}: the manifest's counts of the classes of {task} are not those of the samples.")
+            raise InputError(
+                f"{folder.name}: the manifest's counts of the classes of {task} are not those of "
+                "the samples."
+            )
     return manifest
 
 
 def open_codec(shards: ShardSet) -> SequenceCodec:
-    """The codec of a shard folder's sequences. Raises InputError where its text tokenizer is not the one of the manifest."""
+    """The codec of a shard folder's sequences. Raises InputError where its text tokenizer is not
+    the one of the manifest.
+    """
     manifest = shards.manifest
-    text = TextTokenizer(manifest.format.vocabulary.text_merges, str(shards.fetch("text_tokenizer")))
+    text = TextTokenizer(
+        manifest.format.vocabulary.text_merges, str(shards.fetch("text_tokenizer"))
+    )
     if text.fingerprint != manifest.text_tokenizer:
-        raise InputError(f"{shards.location}/text_tokenizer is not the text tokenizer that the manifest names.")
+        raise InputError(
+            f"{shards.location}/text_tokenizer is not the text tokenizer that the manifest names."
+        )
     return SequenceCodec(manifest.format, text)
 
 
 def shard_stats(location: str | Path) -> str:
-    """Tables of what a shard folder, at a path or a URL, holds: tasks, lengths, classes, and what was left out."""
+    """Tables of what a shard folder, at a path or a URL, holds: tasks, lengths, classes, and what
+    was left out.
+    """
     shards = ShardSet(location)
     manifest = shards.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     lines = [
-        f"{shards.location}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} px, {manifest.examples} examples, "
-        f"{manifest.format.vocabulary.size} token ids, {manifest.format.length(manifest.examples + 1)} positions",
+        f"{shards.location}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} "
+        f"px, {manifest.examples} examples, "
+        f"{manifest.format.vocabulary.size} token ids, "
+        f"{manifest.format.length(manifest.examples + 1)} positions",
         "",
-        f"{'task':<14}{'samples':>10}{'classes':>9}{'shards':>8}   length without padding: min / mean / max{'':4}targets",
+        f"{'task':<14}{'samples':>10}{'classes':>9}{'shards':>8}   length without padding: min / "
+        f"mean / max{'':4}targets",
     ]
     for task, count in manifest.samples.items():
         lengths = shards.lengths(task)
         of_task = sum(shard.task == task for shard in manifest.shards)
         spread = f"{lengths.min()} / {lengths.mean():.1f} / {lengths.max()}"
         targets = int(shards.target_counts(task, range(count))[:, 1].sum())
-        lines.append(f"{task:<14}{count:>10}{len(manifest.classes[task]):>9}{of_task:>8}   {spread:<45}{targets}")
+        lines.append(
+            f"{task:<14}{count:>10}{len(manifest.classes[task]):>9}{of_task:>8}   "
+            f"{spread:<45}{targets}"
+        )
     for task, classes in manifest.classes.items():
         lines += ["", f"classes of {task}:"]
         ranked = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
@@ -87,7 +108,9 @@ def _verify_files(folder: ShardFolder, manifest: Manifest) -> None:
         try:
             with os.fdopen(folder.open(info), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    damaged.append(f"The sha256 of {folder.name}/{info.file} is not that of the manifest")
+                    damaged.append(
+                        f"The sha256 of {folder.name}/{info.file} is not that of the manifest"
+                    )
         except InputError as error:
             damaged.append(str(error).rstrip("."))
     if damaged:
@@ -95,7 +118,9 @@ def _verify_files(folder: ShardFolder, manifest: Manifest) -> None:
 
 
 def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> None:
-    """The sequence must decode, and encode again to the same; KEY.json must say what the sequence says."""
+    """The sequence must decode, and encode again to the same; KEY.json must say what the sequence
+    says.
+    """
     meta = sample.meta
     pairs = manifest.examples + 1
     for name in ("sources", "boxes", "scale", "captions"):
@@ -107,7 +132,10 @@ def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> 
     if len(episode.pairs) != pairs or episode.task.name != sample.task:
         raise InputError(f"its sequence holds {len(episode.pairs)} pairs of {episode.task.name}.")
     again = codec.encode(Episode(episode.task, sample.category, episode.pairs))
-    if not np.array_equal(again.tokens_L, sample.sequence.tokens_L) or again.spans != sample.sequence.spans:
+    if (
+        not np.array_equal(again.tokens_L, sample.sequence.tokens_L)
+        or again.spans != sample.sequence.spans
+    ):
         raise InputError("its sequence is not the one that its pairs make.")
     for number, pair in enumerate(episode.pairs):
         if isinstance(pair, CaptionPair):
@@ -118,9 +146,13 @@ def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> 
 
 def _verify_caption(pair: CaptionPair, meta: dict[str, Any], number: int, category: str) -> None:
     if pair.caption != meta["captions"][number]:
-        raise InputError(f"pair {number} says '{pair.caption}', its JSON '{meta['captions'][number]}'.")
+        raise InputError(
+            f"pair {number} says '{pair.caption}', its JSON '{meta['captions'][number]}'."
+        )
     if pair.category not in (None, category):
-        raise InputError(f"pair {number} is of class '{pair.category}', the episode of '{category}'.")
+        raise InputError(
+            f"pair {number} is of class '{pair.category}', the episode of '{category}'."
+        )
     if pair.box is not None and box_to_bins(pair.box) != box_to_bins(meta["boxes"][number] or ()):
         raise InputError(f"the box of pair {number} is not that of its JSON.")
 
@@ -129,8 +161,14 @@ def _verify_masks(masks: Any, pairs: int, image_size: int) -> None:
     if not isinstance(masks, list) or len(masks) != pairs:
         raise InputError(f"its JSON must have {pairs} masks.")
     for mask in masks:
-        if not isinstance(mask, dict) or mask.get("size") != [image_size, image_size] or not isinstance(mask.get("counts"), str):
-            raise InputError(f"its JSON has a mask that is not RLE of {image_size} x {image_size} pixels.")
+        if (
+            not isinstance(mask, dict)
+            or mask.get("size") != [image_size, image_size]
+            or not isinstance(mask.get("counts"), str)
+        ):
+            raise InputError(
+                f"its JSON has a mask that is not RLE of {image_size} x {image_size} pixels."
+            )
         decode_mask(mask)
 
 

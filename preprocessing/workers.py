@@ -15,16 +15,28 @@ Context = TypeVar("Context")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def ordered_map(function: Callable[[Context, Item], Result], context: Context, items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`function(context, item)` for each item, in order, on `workers` processes (0 or 1: in this one).
+def ordered_map(
+    function: Callable[[Context, Item], Result],
+    context: Context,
+    items: Iterable[Item],
+    workers: int,
+) -> Iterator[Result]:
+    """`function(context, item)` for each item, in order, on `workers` processes (0 or 1: in this
+    one).
 
-    The context, which may be large, reaches the processes by fork and is never copied. At most two items a worker are under
-    way or waiting to be taken, so memory stays bounded. An exception of `function` is raised here.
+    The context, which may be large, reaches the processes by fork and is never copied. At most two
+    items a worker are under way or waiting to be taken, so memory stays bounded. An exception of
+    `function` is raised here.
     """
     if workers <= 1:
         yield from (function(context, item) for item in items)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_adopt, initargs=(function, context))
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("fork"),
+        initializer=_adopt,
+        initargs=(function, context),
+    )
     try:
         window: deque[Future[Result]] = deque()
         for item in items:
@@ -43,7 +55,9 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None
 def _adopt(function: Callable[[Any, Any], Any], context: Any) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interruption, for all
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves no process waiting for ever
+    ctypes.CDLL(None).prctl(
+        _PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a parent that is killed leaves no process waiting for ever
     _work = (function, context)
 
 

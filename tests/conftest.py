@@ -1,4 +1,6 @@
-"""What several rooms' tests need: the real data folder, the tokenizers, and commands run as a user runs them."""
+"""What several rooms' tests need: the real data folder, the tokenizers, and commands run as a user
+runs them.
+"""
 
 import os
 import subprocess
@@ -14,7 +16,8 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.training.distributed import free_port
 from icl_moe.vocabulary import GPT2_MERGES
 
-# Several ranks and workers share the machine's few cores; more threads than cores only wait for each other.
+# Several ranks and workers share the machine's few cores; more threads than cores only wait for
+# each other.
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,10 +34,15 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data sets that ICL_MOE_REAL_DATA names; the test is skipped where it is unset."""
+    """The folder of real data sets that ICL_MOE_REAL_DATA names; the test is skipped where it is
+    unset.
+    """
     folder = os.environ.get("ICL_MOE_REAL_DATA")
     if not folder:
-        pytest.skip("ICL_MOE_REAL_DATA is unset: it names the folder with the real data sets that this test reads")
+        pytest.skip(
+            "ICL_MOE_REAL_DATA is unset: it names the folder with the real data sets that this "
+            "test reads"
+        )
     path = Path(folder)
     assert path.is_dir(), f"ICL_MOE_REAL_DATA names {folder}, which is no folder"
     return path
@@ -54,11 +62,16 @@ def small_text() -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def run_command() -> Command:
-    """Runs a command in the repository with this interpreter's scripts on the PATH; standard output and error together in `.stdout`."""
+    """Runs a command in the repository with this interpreter's scripts on the PATH; standard output
+    and error together in `.stdout`.
+    """
 
-    def run(command: Sequence[str | Path], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        command: Sequence[str | Path], timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        # A command starts outside the group of ranks that this process may have joined for other tests.
+        # A command starts outside the group of ranks that this process may have joined for other
+        # tests.
         outside = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         # One thread a process: several ranks share the machine's few cores.
         return subprocess.run(

@@ -1,4 +1,6 @@
-"""Damage to a shard folder's samples: bytes that changed where they lie, or that a faulty writer would have put there."""
+"""Damage to a shard folder's samples: bytes that changed where they lie, or that a faulty writer
+would have put there.
+"""
 
 import dataclasses
 import zlib
@@ -11,14 +13,26 @@ from icl_moe.data.location import FileInfo
 from icl_moe.data.shards import Manifest, ShardInfo
 
 
-def overwrite(folder: Path, task: str, index: int, part: str, change: Callable[[bytes], bytes], as_packed: bool = False) -> None:
-    """Change one part (tokens or json) of one sample within its length; `as_packed`: make checksum and hashes agree."""
+def overwrite(
+    folder: Path,
+    task: str,
+    index: int,
+    part: str,
+    change: Callable[[bytes], bytes],
+    as_packed: bool = False,
+) -> None:
+    """Change one part (tokens or json) of one sample within its length; `as_packed`: make checksum
+    and hashes agree.
+    """
     rows = np.load(folder / f"{task}.index.npy")
     row = rows[index]
     manifest = Manifest.read(folder)
     path = folder / manifest.shards[row["shard"]].file
     content = bytearray(path.read_bytes())
-    places = {name: slice(int(row[f"{name}_offset"]), int(row[f"{name}_offset"] + row[f"{name}_size"])) for name in ("tokens", "json")}
+    places = {
+        name: slice(int(row[f"{name}_offset"]), int(row[f"{name}_offset"] + row[f"{name}_size"]))
+        for name in ("tokens", "json")
+    }
     changed = change(bytes(content[places[part]]))
     assert len(changed) == row[f"{part}_size"]
     content[places[part]] = changed
@@ -30,6 +44,9 @@ def overwrite(folder: Path, task: str, index: int, part: str, change: Callable[[
 
 
 def _hash_anew(folder: Path, manifest: Manifest) -> None:
-    shards = [ShardInfo(**vars(FileInfo.of(folder, shard.file)), task=shard.task, samples=shard.samples) for shard in manifest.shards]
+    shards = [
+        ShardInfo(**vars(FileInfo.of(folder, shard.file)), task=shard.task, samples=shard.samples)
+        for shard in manifest.shards
+    ]
     files = [FileInfo.of(folder, info.file) for info in manifest.files]
     dataclasses.replace(manifest, shards=tuple(shards), files=tuple(files)).write(folder)

@@ -1,4 +1,6 @@
-"""The published formula of MT-AdamW, one parameter and one step at a time: the reference of the fast one."""
+"""The published formula of MT-AdamW, one parameter and one step at a time: the reference of the
+fast one.
+"""
 
 
 def plain_step(theta, m, n, gradient, norm, probability, t, lr, betas, eps, decay, omega=1.0):

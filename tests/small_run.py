@@ -7,19 +7,38 @@ from pathlib import Path
 from icl_moe.training.distributed import free_port
 
 SETTINGS = (
-    "model.layers=2", "model.width=32", "model.heads=2", "model.layers_with_experts=[1]", "model.dropout=0.1", "vocabulary.image_codes=64",
-    "training.global_batch=4", "training.micro_batch=1", "training.log_every=1", "training.save_every=100", "optimizer.warmup_steps=2",
-)  # fmt: skip
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.layers_with_experts=[1]",
+    "model.dropout=0.1",
+    "vocabulary.image_codes=64",
+    "training.global_batch=4",
+    "training.micro_batch=1",
+    "training.log_every=1",
+    "training.save_every=100",
+    "optimizer.warmup_steps=2",
+)
 
 
 def launcher() -> tuple[str, ...]:
     """The deepspeed launcher with two ranks, on a port that is free now."""
-    return (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()))
+    return (
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    )
 
 
 def losses(output: Path) -> dict[str, list[list[str]]]:
     found = {}
     for name in ("image_loss", "text_loss", "gradient_norm", "auxiliary_loss"):
         with (output / "csv_monitor" / f"train_{name}.csv").open() as file:
-            found[name] = [row for row in csv.reader(file) if row[0] != "step"]  # A resumed run writes its heads again.
+            found[name] = [
+                row for row in csv.reader(file) if row[0] != "step"
+            ]  # A resumed run writes its heads again.
     return found

@@ -20,7 +20,10 @@ def test_settings_may_stand_before_and_after_options(arguments, tmp_path, capsys
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.parametrize("arguments", [["train", "demo", "--epochs=3"], ["export", "runs/mine", "--out", "model", "steps=3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "demo", "--epochs=3"], ["export", "runs/mine", "--out", "model", "steps=3"]],
+)
 def test_what_no_verb_knows_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -1,18 +1,41 @@
-"""The decoder's benchmark runs and writes every figure and goal; what it finds at toy size means nothing."""
+"""The decoder's benchmark runs and writes every figure and goal; what it finds at toy size means
+nothing.
+"""
 
 import json
 import sys
 
-KINDS = ("stock / ours, mix", "stock / ours, segmentation", "gpt2 / ours, mix", "gpt2 / ours, segmentation", "floor / ours, mix")
+KINDS = (
+    "stock / ours, mix",
+    "stock / ours, segmentation",
+    "gpt2 / ours, mix",
+    "gpt2 / ours, segmentation",
+    "floor / ours, mix",
+)
 
 
 def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp_path):
     file = tmp_path / "figures.json"
-    result = run_command([sys.executable, "benchmarks/decoder.py", "--quick", "--repeat", "1", "--precision", "bf16", "--json", file])
+    result = run_command(
+        [
+            sys.executable,
+            "benchmarks/decoder.py",
+            "--quick",
+            "--repeat",
+            "1",
+            "--precision",
+            "bf16",
+            "--json",
+            file,
+        ]
+    )
     assert result.returncode == 0, result.stdout
     content = json.loads(file.read_text())
     goals = {goal["name"]: goal for goal in content["goals"]}
-    assert goals.keys() == {f"bf16, {kind}" for kind in (*KINDS, "peak memory above weights and gradients, ours / stock")}
+    assert goals.keys() == {
+        f"bf16, {kind}"
+        for kind in (*KINDS, "peak memory above weights and gradients, ours / stock")
+    }
     assert all(goal["value"] > 0 and goal["met"] in (True, False) for goal in goals.values())
     for system in ("ours", "stock", "gpt2"):
         for task in ("segmentation", "captioning", "mix"):
@@ -23,7 +46,18 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
 def test_the_decoder_benchmark_undoes_each_step(run_command, tmp_path):
     file = tmp_path / "figures.json"
     result = run_command(
-        [sys.executable, "benchmarks/decoder.py", "--quick", "--repeat", "1", "--precision", "fp32", "--steps", "--json", file]
+        [
+            sys.executable,
+            "benchmarks/decoder.py",
+            "--quick",
+            "--repeat",
+            "1",
+            "--precision",
+            "fp32",
+            "--steps",
+            "--json",
+            file,
+        ]
     )
     assert result.returncode == 0, result.stdout
     figures = json.loads(file.read_text())["figures"]

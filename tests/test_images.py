@@ -1,4 +1,6 @@
-"""Images of every mode come out as the right RGB, what is no image is refused, and masks survive the way to pixels and back."""
+"""Images of every mode come out as the right RGB, what is no image is refused, and masks survive
+the way to pixels and back.
+"""
 
 import io
 import re
@@ -14,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from icl_moe.errors import InputError
-from icl_moe.images import crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_image, to_pixels
+from icl_moe.images import (
+    crop_and_resize,
+    crop_and_resize_mask,
+    load_image,
+    mask_to_pixels,
+    pixels_to_mask,
+    to_image,
+    to_pixels,
+)
 
 RED = (200, 30, 30)
 
@@ -81,7 +91,9 @@ def test_a_transparent_palette_colour_is_black(tmp_path: Path) -> None:
     assert rgb(tmp_path / "clear.png").max() == 0
 
 
-@pytest.mark.parametrize(("orientation", "left_goes"), [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")])
+@pytest.mark.parametrize(
+    ("orientation", "left_goes"), [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")]
+)
 def test_exif_turns_the_image_upright(tmp_path: Path, orientation: int, left_goes: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -89,16 +101,29 @@ def test_exif_turns_the_image_upright(tmp_path: Path, orientation: int, left_goe
     image = load_image(tmp_path / "turned.jpg")
     assert image.size == ((80, 60) if orientation in (1, 3) else (60, 80))
     width, height = image.size
-    point = {"left": (5, height // 2), "right": (width - 5, height // 2), "top": (width // 2, 5), "bottom": (width // 2, height - 5)}
+    point = {
+        "left": (5, height // 2),
+        "right": (width - 5, height // 2),
+        "top": (width // 2, 5),
+        "bottom": (width // 2, height - 5),
+    }
     for side, (x, y) in point.items():
         red = image.getpixel((x, y))[0] > 150
-        across = side in (left_goes, {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[left_goes])
+        across = side in (
+            left_goes,
+            {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[left_goes],
+        )
         if across:
             assert red == (side == left_goes), f"{side} is wrong"
 
 
 def test_a_camera_file_with_a_second_view_is_a_still(tmp_path: Path) -> None:
-    two_colours().resize((64, 48)).save(tmp_path / "stereo.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))])
+    two_colours().resize((64, 48)).save(
+        tmp_path / "stereo.jpg",
+        format="MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (64, 48))],
+    )
     np.testing.assert_allclose(rgb(tmp_path / "stereo.jpg")[24, 10], RED, atol=12)
 
 
@@ -133,10 +158,14 @@ def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_decompression_bomb_is_refused_before_it_unfolds(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    body = (
+        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     with pytest.raises(InputError, match=r"bomb\.png is too large"):
         load_image(tmp_path / "bomb.png")
@@ -145,11 +174,15 @@ def test_a_decompression_bomb_is_refused_before_it_unfolds(tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP"]))
-def test_damaged_bytes_give_an_image_or_a_sentence(tmp_path: Path, data: st.DataObject, kind: str) -> None:
+def test_damaged_bytes_give_an_image_or_a_sentence(
+    tmp_path: Path, data: st.DataObject, kind: str
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
-    two_colours().resize((32, 24)).save(buffer, format=kind, **({} if kind == "GIF" else {"exif": exif}))
+    two_colours().resize((32, 24)).save(
+        buffer, format=kind, **({} if kind == "GIF" else {"exif": exif})
+    )
     content = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -176,7 +209,10 @@ def test_a_crop_is_of_its_box() -> None:
     assert crop.size == (16, 16)
     # The filter reaches a pixel or two over the box's edge, as it does inside an image.
     assert np.asarray(crop)[:, 3:].max() == 0
-    np.testing.assert_array_equal(np.asarray(crop_and_resize(two_colours(), (0, 0, 8, 6), 16)), np.asarray(two_colours().resize((16, 16))))
+    np.testing.assert_array_equal(
+        np.asarray(crop_and_resize(two_colours(), (0, 0, 8, 6), 16)),
+        np.asarray(two_colours().resize((16, 16))),
+    )
     mask_HW = np.asarray(two_colours())[:, :, 0] > 0
     assert not crop_and_resize_mask(mask_HW, (4, 0, 8, 6), 16).any()
     assert crop_and_resize_mask(mask_HW, (0, 0, 4, 6), 16).all()

@@ -30,7 +30,9 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(run_command: Callable, tmp_path: Path) -> Run:
-    """Runs a command in a folder that has the launch scripts and nothing else; gives exit code and output."""
+    """Runs a command in a folder that has the launch scripts and nothing else; gives exit code and
+    output.
+    """
     (tmp_path / "launch_scripts").symlink_to(REPOSITORY / "launch_scripts")
 
     def run_here(*command: str | Path, **environment: str) -> tuple[int, str]:
@@ -77,18 +79,31 @@ def test_bash_starts_the_launcher(run: Run) -> None:
 
 
 def test_a_wrong_key_is_said_once_with_the_right_one(run: Run) -> None:
-    code, output = run("deepspeed", "--num_gpus", "2", "launch_scripts/pretrain.sh", "ablation_128", "training.stepz=20")
+    code, output = run(
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "launch_scripts/pretrain.sh",
+        "ablation_128",
+        "training.stepz=20",
+    )
     assert code == 2, output
     (sentence,) = sentences(output)
-    assert "ablation_128.yaml: unknown key 'training.stepz' (did you mean 'training.steps'?)" in sentence
+    assert (
+        "ablation_128.yaml: unknown key 'training.stepz' (did you mean 'training.steps'?)"
+        in sentence
+    )
     assert "Traceback" not in output
 
 
 def test_a_signal_to_the_script_reaches_every_rank(tmp_path: Path) -> None:
-    # A program that says when it is ready and takes a second to end stands where training stands in the script.
+    # A program that says when it is ready and takes a second to end stands where training stands in
+    # the script.
     script = (REPOSITORY / "launch_scripts/pretrain.sh").read_text()
     (tmp_path / "launch_scripts").mkdir()
-    (tmp_path / "launch_scripts/pretrain.sh").write_text(script.replace("import icl_moe.training.__main__", "import probe"))
+    (tmp_path / "launch_scripts/pretrain.sh").write_text(
+        script.replace("import icl_moe.training.__main__", "import probe")
+    )
     (tmp_path / "probe.py").write_text(
         "import os, signal, sys, time\n"
         "rank = os.environ['RANK']\n"
@@ -102,7 +117,12 @@ def test_a_signal_to_the_script_reaches_every_rank(tmp_path: Path) -> None:
     )
     path = f"{REPOSITORY}/.venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "NUM_GPUS": "2"}
-    with subprocess.Popen(["bash", "launch_scripts/pretrain.sh"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        ["bash", "launch_scripts/pretrain.sh"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    ) as process:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("ready-*"))) < 2:
             assert process.poll() is None
@@ -119,18 +139,35 @@ def executable(path: Path, text: str) -> None:
 
 
 def test_slurm_starts_a_launcher_a_machine(run: Run, tmp_path: Path) -> None:
-    # Stand-ins for SLURM's two commands: a job of two machines, whose tasks both run here, one after the other.
+    # Stand-ins for SLURM's two commands: a job of two machines, whose tasks both run here, one
+    # after the other.
     tools = tmp_path / "tools"
     tools.mkdir()
     executable(tools / "scontrol", "#!/bin/sh\nprintf 'localhost\\nother\\n'\n")
-    executable(tools / "srun", '#!/bin/sh\nshift\nSLURM_NODEID=1 "$@"; echo "other machine: $?"\nSLURM_NODEID=0 exec "$@"\n')
+    executable(
+        tools / "srun",
+        '#!/bin/sh\nshift\nSLURM_NODEID=1 "$@"; echo "other machine: $?"\nSLURM_NODEID=0 exec '
+        '"$@"\n',
+    )
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
     (bin_folder / "deepspeed").symlink_to(REPOSITORY / ".venv/bin/deepspeed")
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2", "SLURM_JOB_ID": "20007"}
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "x",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "20007",
+    }
     path = f"{tools}:{os.environ['PATH']}"
     code, output = run(
-        "env", f"PATH={path}", "bash", "launch_scripts/pretrain.slurm", "paper_256", "training.output=a b", SLURM_GPUS_ON_NODE="3", **slurm
+        "env",
+        f"PATH={path}",
+        "bash",
+        "launch_scripts/pretrain.slurm",
+        "paper_256",
+        "training.output=a b",
+        SLURM_GPUS_ON_NODE="3",
+        **slurm,
     )
     assert code == 2, output
     assert (tmp_path / "runs/hostfile-20007").read_text() == "localhost slots=3\nother slots=3\n"
@@ -151,7 +188,9 @@ def test_slurm_outside_the_repository_is_said(run: Run, tmp_path: Path) -> None:
     assert "submit from the repository root" in output
 
 
-def test_prepare_data_names_what_is_missing_and_where_it_is_published(run: Run, tmp_path: Path) -> None:
+def test_prepare_data_names_what_is_missing_and_where_it_is_published(
+    run: Run, tmp_path: Path
+) -> None:
     (tmp_path / "coco" / "val2017").mkdir(parents=True)
     code, output = run("bash", "launch_scripts/prepare_data.sh", COCO="coco")
     assert code == 2
@@ -166,7 +205,13 @@ def test_prepare_data_names_what_is_missing_and_where_it_is_published(run: Run, 
 @pytest.mark.slow
 def test_the_three_scripts_lead_from_files_to_metrics(run: Run, tmp_path: Path) -> None:
     lay_out_files(tmp_path)
-    files = {"COCO": "coco", "VG": "genome", "VQGAN": "vqgan", "RECIPE": "./data.yaml", "WORKERS": "1"}
+    files = {
+        "COCO": "coco",
+        "VG": "genome",
+        "VQGAN": "vqgan",
+        "RECIPE": "./data.yaml",
+        "WORKERS": "1",
+    }
     code, output = run("bash", "launch_scripts/prepare_data.sh", "shards", "seed=3", **files)
     assert code == 0, output
     settings = [
@@ -179,7 +224,9 @@ def test_the_three_scripts_lead_from_files_to_metrics(run: Run, tmp_path: Path) 
     ]
     code, output = run("deepspeed", "--num_gpus", "2", "launch_scripts/pretrain.sh", *settings)
     assert code == 0, output
-    code, output = run("bash", "launch_scripts/evaluate.sh", "run", "shards_val", "result", SHOTS="1")
+    code, output = run(
+        "bash", "launch_scripts/evaluate.sh", "run", "shards_val", "result", SHOTS="1"
+    )
     assert code == 0, output
     metrics = (tmp_path / "result/metrics.json").read_text()
     assert "segmentation" in metrics
@@ -188,14 +235,19 @@ def test_the_three_scripts_lead_from_files_to_metrics(run: Run, tmp_path: Path) 
 
 
 def lay_out_files(folder: Path) -> None:
-    """Drawn scenes where prepare_data.sh looks for COCO and Visual Genome, an image tokenizer of random weights, and a data recipe."""
+    """Drawn scenes where prepare_data.sh looks for COCO and Visual Genome, an image tokenizer of
+    random weights, and a data recipe.
+    """
     synthetic.write_dataset(folder / "train", images=24, seed=0, split="train")
     synthetic.write_dataset(folder / "val", images=24, seed=1, split="val")
     coco, genome = folder / "coco", folder / "genome"
     (coco / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
         shutil.copytree(folder / split / "images", coco / f"{split}2017")
-        shutil.copy(folder / split / f"instances_{split}.json", coco / f"annotations/instances_{split}2017.json")
+        shutil.copy(
+            folder / split / f"instances_{split}.json",
+            coco / f"annotations/instances_{split}2017.json",
+        )
     shutil.copytree(folder / "train" / "images", genome / "VG_100K")
     (genome / "VG_100K_2").mkdir()
     for kind in ("region_descriptions", "objects", "image_data"):
@@ -205,12 +257,20 @@ def lay_out_files(folder: Path) -> None:
         image["url"] = f"https://cs.stanford.edu/people/rak248/VG_100K/{image['url']}"
     (genome / "image_data.json").write_text(json.dumps(images))
     ids = [image["image_id"] for image in images]
-    (genome / "densecap_splits.json").write_text(json.dumps({"train": ids[:12], "val": ids[12:], "test": []}))
+    (genome / "densecap_splits.json").write_text(
+        json.dumps({"train": ids[:12], "val": ids[12:], "test": []})
+    )
     recipe = load_recipe(DataRecipe, "demo", package="preprocessing")
     codes = recipe.vocabulary.image_codes
     VQGAN(VQGANConfig(64, codes, 32, 32, 32, (1, 1, 1, 1), 1, ())).save_pretrained(folder / "vqgan")
     assert recipe.captioning is not None
-    text = {"tokenizer": "vqgan", "image_size": 64, "examples": 1, "samples": 8, "vocabulary": to_dict(recipe.vocabulary)}
+    text = {
+        "tokenizer": "vqgan",
+        "image_size": 64,
+        "examples": 1,
+        "samples": 8,
+        "vocabulary": to_dict(recipe.vocabulary),
+    }
     text |= {"segmentation": {"images": "", "annotations": ""}}
     text |= {
         "captioning": {
@@ -231,7 +291,9 @@ def test_evaluate_says_how_to_call_it(run: Run) -> None:
     assert "usage: bash launch_scripts/evaluate.sh MODEL SHARDS [OUT]" in output
 
 
-@pytest.mark.parametrize("path", [path for path in ENGINES if path.stem.startswith("zero")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in ENGINES if path.stem.startswith("zero")], ids=lambda path: path.stem
+)
 def test_an_engine_file_is_what_its_name_says(path: Path) -> None:
     stage, precision = path.stem.removeprefix("zero").split("_")
     config = DeepSpeedConfig({**read_engine(path.stem), "train_micro_batch_size_per_gpu": 1})
@@ -239,7 +301,9 @@ def test_an_engine_file_is_what_its_name_says(path: Path) -> None:
     assert config.zero_config.reduce_scatter
     assert config.bfloat16_config.enabled == (precision == "bf16")
     monitors = config.monitor_config
-    assert not any(monitor.enabled for monitor in (monitors.tensorboard, monitors.csv_monitor, monitors.wandb))
+    assert not any(
+        monitor.enabled for monitor in (monitors.tensorboard, monitors.csv_monitor, monitors.wandb)
+    )
 
 
 def test_every_engine_file_is_explained_and_every_recipe_names_one() -> None:
@@ -247,11 +311,21 @@ def test_every_engine_file_is_explained_and_every_recipe_names_one() -> None:
     assert all(f"`{path.name}`" in readme for path in ENGINES)
     for recipe in (REPOSITORY / "icl_moe/recipes").glob("*.yaml"):
         if "engine:" in recipe.read_text():
-            assert load_recipe(TrainingRecipe, recipe.stem).engine in [path.stem for path in ENGINES]
+            assert load_recipe(TrainingRecipe, recipe.stem).engine in [
+                path.stem for path in ENGINES
+            ]
 
 
 @pytest.mark.parametrize(
-    "key", ["train_batch_size", "gradient_clipping", "steps_per_print", "optimizer", "scheduler", "gradient_accumulation_steps"]
+    "key",
+    [
+        "train_batch_size",
+        "gradient_clipping",
+        "steps_per_print",
+        "optimizer",
+        "scheduler",
+        "gradient_accumulation_steps",
+    ],
 )
 def test_a_key_of_the_recipe_is_refused_in_an_engine_file(tmp_path: Path, key: str) -> None:
     file = tmp_path / "mine.json"

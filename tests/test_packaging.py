@@ -1,4 +1,6 @@
-"""The package, its set-up and its continuous integration: what is installed is whole, and what fails is seen to fail."""
+"""The package, its set-up and its continuous integration: what is installed is whole, and what
+fails is seen to fail.
+"""
 
 import ast
 import importlib.metadata
@@ -26,7 +28,11 @@ def project() -> dict:
 @pytest.fixture(scope="module")
 def pins() -> dict[str, str]:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    matches = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines if line and not line.startswith("#")]
+    matches = [
+        re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
+        for line in lines
+        if line and not line.startswith("#")
+    ]
     assert all(matches), "a constraint is one pin, without a local version"
     return {canonicalize_name(match[1]): match[2] for match in matches if match}
 
@@ -41,9 +47,15 @@ def test_every_dependency_is_pinned_within_its_range(project: dict, pins: dict[s
 def test_every_import_is_a_declared_dependency(project: dict) -> None:
     declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
     distributions = importlib.metadata.packages_distributions()
-    imported = {name for package in ("icl_moe", "preprocessing") for name in imports(REPOSITORY / package)}
+    imported = {
+        name for package in ("icl_moe", "preprocessing") for name in imports(REPOSITORY / package)
+    }
     others = imported - {"icl_moe", "preprocessing"} - sys.stdlib_module_names
-    undeclared = {name for name in others if not declared & {canonicalize_name(found) for found in distributions.get(name, ())}}
+    undeclared = {
+        name
+        for name in others
+        if not declared & {canonicalize_name(found) for found in distributions.get(name, ())}
+    }
     assert undeclared == set()
 
 
@@ -59,23 +71,44 @@ def imports(folder: Path) -> set[str]:
     return found
 
 
-def test_the_wheel_has_code_recipes_and_assets_and_nothing_else(run_command: Callable, tmp_path: Path) -> None:
+def test_the_wheel_has_code_recipes_and_assets_and_nothing_else(
+    run_command: Callable, tmp_path: Path
+) -> None:
     source, target = tmp_path / "source", tmp_path / "installed"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "icl_moe", "preprocessing", "tests"):
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
     done = run_command([*pip, "--target", target, source])
     assert done.returncode == 0, done.stdout
 
     def files(folder: Path) -> set[str]:
-        found = (path for name in ("icl_moe", "preprocessing") for path in (folder / name).rglob("*"))
-        return {str(path.relative_to(folder)) for path in found if path.is_file() and path.suffix != ".pyc"}
+        found = (
+            path for name in ("icl_moe", "preprocessing") for path in (folder / name).rglob("*")
+        )
+        return {
+            str(path.relative_to(folder))
+            for path in found
+            if path.is_file() and path.suffix != ".pyc"
+        }
 
     assert files(target) == files(source)
     assert any(name.startswith("icl_moe/recipes/paper_256") for name in files(target))
-    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"icl_moe", "preprocessing", "bin"}
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {
+        "icl_moe",
+        "preprocessing",
+        "bin",
+    }
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -86,7 +119,10 @@ def test_the_command_line_has_the_verb_and_explains_it(run_command: Callable, ve
 
 
 def test_help_does_not_wait_for_torch(run_command: Callable) -> None:
-    code = "import sys; sys.argv = ['icl-moe', '--help']; import atexit; atexit.register(lambda: print('torch' in sys.modules)); "
+    code = (
+        "import sys; sys.argv = ['icl-moe', '--help']; "
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules)); "
+    )
     done = run_command([sys.executable, "-c", code + "from icl_moe.cli import main; main()"])
     assert done.returncode == 0, done.stdout
     assert all(verb in done.stdout for verb in VERBS)
@@ -120,11 +156,15 @@ class TestContinuousIntegration:
 
         return run
 
-    def test_it_runs_the_tests_and_fails_when_they_fail(self, ci: Callable[..., tuple[int, str]]) -> None:
+    def test_it_runs_the_tests_and_fails_when_they_fail(
+        self, ci: Callable[..., tuple[int, str]]
+    ) -> None:
         assert ci('echo "make $*"') == (0, "make test\n")
         assert ci("exit 3")[0] == 3
 
-    def test_it_finds_the_data_beside_the_checkout(self, ci: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    def test_it_finds_the_data_beside_the_checkout(
+        self, ci: Callable[..., tuple[int, str]], tmp_path: Path
+    ) -> None:
         say = 'echo "${ICL_MOE_REAL_DATA-unset}"'
         assert ci(say) == (0, "unset\n")
         (tmp_path / "shared/data").mkdir(parents=True)
@@ -133,9 +173,12 @@ class TestContinuousIntegration:
 
 
 @pytest.mark.parametrize(
-    ("python", "sentence"), [("", "Python 3.11 or newer is needed"), ("false", "false cannot make a virtual environment")]
+    ("python", "sentence"),
+    [("", "Python 3.11 or newer is needed"), ("false", "false cannot make a virtual environment")],
 )
-def test_set_up_says_what_it_needs(run_command: Callable, tmp_path: Path, python: str, sentence: str) -> None:
+def test_set_up_says_what_it_needs(
+    run_command: Callable, tmp_path: Path, python: str, sentence: str
+) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
     done = run_command(["make", "-C", tmp_path, "setup", f"PYTHON={python}"])

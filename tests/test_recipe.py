@@ -1,4 +1,6 @@
-"""Recipes are read strictly: what is wrong is named, with the nearest right key, and what is right comes back typed."""
+"""Recipes are read strictly: what is wrong is named, with the nearest right key, and what is right
+comes back typed.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -47,15 +49,26 @@ def read(tmp_path: Path, text: str, *overrides: str) -> Outer:
 
 
 def test_values_come_typed_and_defaults_fill_in(tmp_path: Path) -> None:
-    recipe = read(tmp_path, "inner: {steps: 3, rate: 1e-4, mode: null}\nname: 2017\nlayers: [0, 2]\n")
+    recipe = read(
+        tmp_path, "inner: {steps: 3, rate: 1e-4, mode: null}\nname: 2017\nlayers: [0, 2]\n"
+    )
     assert recipe == Outer(Inner(3, 1e-4, "none"), name="2017", layers=(0, 2))
 
 
 def test_overrides_reach_every_level(tmp_path: Path) -> None:
     recipe = read(
-        tmp_path, "inner: {steps: 3}\n", "inner.steps=20", "layers=[5]", "enabled=true", "limit=null", "name=a=b", "inner.mode=written"
+        tmp_path,
+        "inner: {steps: 3}\n",
+        "inner.steps=20",
+        "layers=[5]",
+        "enabled=true",
+        "limit=null",
+        "name=a=b",
+        "inner.mode=written",
     )
-    assert recipe == Outer(Inner(20, mode="written"), name="a=b", limit=None, layers=(5,), enabled=True)
+    assert recipe == Outer(
+        Inner(20, mode="written"), name="a=b", limit=None, layers=(5,), enabled=True
+    )
 
 
 def test_an_override_can_open_a_section_that_the_file_lacks(tmp_path: Path) -> None:
@@ -63,7 +76,12 @@ def test_an_override_can_open_a_section_that_the_file_lacks(tmp_path: Path) -> N
 
 
 def test_a_recipe_comes_back_from_plain_values_and_from_yaml(tmp_path: Path) -> None:
-    recipe = Outer(Inner(2), layers=(), parts=(Part("a.tar", 5), Part("b.tar", 6)), counts={"captioning": {"dog": 4}})
+    recipe = Outer(
+        Inner(2),
+        layers=(),
+        parts=(Part("a.tar", 5), Part("b.tar", 6)),
+        counts={"captioning": {"dog": 4}},
+    )
     values = to_dict(recipe)
     assert values["parts"] == [{"file": "a.tar", "size": 5}, {"file": "b.tar", "size": 6}]
     assert from_dict(Outer, values, "values") == recipe
@@ -75,10 +93,14 @@ def test_a_recipe_comes_back_from_plain_values_and_from_yaml(tmp_path: Path) -> 
     [
         (
             "inner: {stepz: 3}",
-            "recipe.yaml: unknown key 'inner.stepz' (did you mean 'inner.steps'?); known here are inner.steps, inner.rate, inner.mode.",
+            "recipe.yaml: unknown key 'inner.stepz' (did you mean 'inner.steps'?); known here are "
+            "inner.steps, inner.rate, inner.mode.",
         ),
         ("inner: {steps: 3}\nlayer: [1]", "unknown key 'layer' (did you mean 'layers'?)"),
-        ("inner: {steps: 3}\nfrobnicate: 1", "unknown key 'frobnicate'; known here are inner, name"),
+        (
+            "inner: {steps: 3}\nfrobnicate: 1",
+            "unknown key 'frobnicate'; known here are inner, name",
+        ),
         ("inner: {rate: 1}", "recipe.yaml: the key 'inner.steps' is missing."),
         ("name: x", "the key 'inner' is missing"),
         ("inner: {steps: three}", "'inner.steps' must be a whole number, not 'three'"),
@@ -90,15 +112,27 @@ def test_a_recipe_comes_back_from_plain_values_and_from_yaml(tmp_path: Path) -> 
         ("inner: {steps: 3}\nname: [a]", "'name' must be text, not ['a']"),
         ("inner: {steps: 3}\nlayers: 3", "'layers' must be a list, not 3"),
         ("inner: {steps: 3}\nlayers: [a]", "'layers' must be a whole number, not 'a'"),
-        ("inner: {steps: 3}\nparts: [{file: a, size: b}]", "'parts.size' must be a whole number, not 'b'"),
-        ("inner: {steps: 3}\ncounts: {captioning: {dog: many}}", "'counts.captioning.dog' must be a whole number, not 'many'"),
+        (
+            "inner: {steps: 3}\nparts: [{file: a, size: b}]",
+            "'parts.size' must be a whole number, not 'b'",
+        ),
+        (
+            "inner: {steps: 3}\ncounts: {captioning: {dog: many}}",
+            "'counts.captioning.dog' must be a whole number, not 'many'",
+        ),
         ("inner: {steps: 3}\ncounts: [1]", "'counts' must hold keys and values, not [1]"),
-        ("inner: {steps: 3, mode: writen}", "'inner.mode' must be one of none | written, not 'writen' (did you mean 'written'?)"),
+        (
+            "inner: {steps: 3, mode: writen}",
+            "'inner.mode' must be one of none | written, not 'writen' (did you mean 'written'?)",
+        ),
         ("inner: 3", "'inner' must hold keys and values, not 3"),
         ("inner: {steps: 0}", "recipe.yaml: inner.steps must be at least 1, not 0."),
         ("- 1", "must hold keys and values, not a list"),
         ("inner: {steps: 3", "recipe.yaml, line 2 is not valid YAML"),
-        ("inner: {steps: 3}\nname: a\nname: b", "recipe.yaml, line 3 is not valid YAML: the key 'name' stands there twice."),
+        (
+            "inner: {steps: 3}\nname: a\nname: b",
+            "recipe.yaml, line 3 is not valid YAML: the key 'name' stands there twice.",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -120,15 +154,26 @@ def test_an_unknown_override_is_refused_like_an_unknown_key(tmp_path: Path) -> N
 def test_a_file_that_is_not_there_and_a_name_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.yaml does not exist"):
         load_recipe(Outer, str(tmp_path / "absent.yaml"))
-    with pytest.raises(InputError, match=r"no recipe named 'paper_265' \(did you mean 'paper_256'\?\); shipped are .*paper_256"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"no recipe named 'paper_265' \(did you mean 'paper_256'\?\); shipped are "
+            r".*paper_256"
+        ),
+    ):
         load_recipe(TrainingRecipe, "paper_265")
 
 
 def shipped(package: str) -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).resolve().parent.parent / package / "recipes").glob("*.yaml"))
+    return sorted(
+        path.stem
+        for path in (Path(__file__).resolve().parent.parent / package / "recipes").glob("*.yaml")
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in shipped("icl_moe") if not name.startswith("tokenizer_")])
+@pytest.mark.parametrize(
+    "name", [name for name in shipped("icl_moe") if not name.startswith("tokenizer_")]
+)
 def test_every_shipped_training_recipe_loads_and_comes_back(name: str) -> None:
     recipe = load_recipe(TrainingRecipe, name)
     assert from_dict(TrainingRecipe, to_dict(recipe), name) == recipe
@@ -141,7 +186,11 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     assert (model.layers, model.width, model.heads, model.positions) == (12, 768, 12, 2060)
     assert (model.dropout, model.attention_dropout, model.layer_norm_epsilon) == (0.1, 0.1, 1e-12)
     assert (model.feed_forward, model.experts, len(model.sparse_layers)) == ("attributes", 8, 6)
-    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("mt_adamw", 1e-4, 0.05)
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == (
+        "mt_adamw",
+        1e-4,
+        0.05,
+    )
     assert (training.global_batch, training.auxiliary_loss_weight) == (512, 0.02)
 
 
@@ -154,7 +203,10 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
         ("training.micro_batch=7", "must be a multiple of training.micro_batch (7)"),
         ("training.steps=0", "training.steps must be at least 1"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be two numbers"),
-        ("model.feed_forward=sparse", "'model.feed_forward' must be one of dense | token | attributes"),
+        (
+            "model.feed_forward=sparse",
+            "'model.feed_forward' must be one of dense | token | attributes",
+        ),
         ("vocabulary.image_codes=1", "vocabulary.image_codes must be at least 2"),
     ],
 )

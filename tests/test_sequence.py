@@ -1,4 +1,6 @@
-"""Sequences have the paper's lengths, bear loss where they should, and decode into exactly the episode they came from."""
+"""Sequences have the paper's lengths, bear loss where they should, and decode into exactly the
+episode they came from.
+"""
 
 import dataclasses
 import re
@@ -10,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_moe.errors import InputError
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, SequenceFormat, TokenSequence, TooLongError
+from icl_moe.sequence import (
+    CaptionPair,
+    Episode,
+    SegmentationPair,
+    SequenceCodec,
+    SequenceFormat,
+    TokenSequence,
+    TooLongError,
+)
 from icl_moe.tasks import PADDING, TASKS, attribute_class
 from icl_moe.tokenizers.boxes import bins_to_box
 from icl_moe.tokenizers.text import TextTokenizer
@@ -30,21 +40,34 @@ names = st.text(max_size=5)
 @st.composite
 def formats(draw: st.DrawFn) -> SequenceFormat:
     return SequenceFormat(
-        SMALL, CODES, draw(st.sampled_from(CATEGORIES)), draw(st.sampled_from(BOXES)), draw(st.booleans()), prompt_length=24
+        SMALL,
+        CODES,
+        draw(st.sampled_from(CATEGORIES)),
+        draw(st.sampled_from(BOXES)),
+        draw(st.booleans()),
+        prompt_length=24,
     )
 
 
 def image_codes() -> st.SearchStrategy[np.ndarray]:
     # A few seeds stand for all images: what the codes are is no matter to the layout.
-    return st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).integers(0, SMALL.image_codes, CODES))
+    return st.integers(0, 2**32 - 1).map(
+        lambda seed: np.random.default_rng(seed).integers(0, SMALL.image_codes, CODES)
+    )
 
 
 @st.composite
 def episodes(draw: st.DrawFn, format: SequenceFormat) -> Episode:
     category, count = draw(names), draw(st.integers(1, 4))
     if draw(st.booleans()):
-        return Episode(SEGMENTATION, category, tuple(SegmentationPair(draw(image_codes()), draw(image_codes())) for _ in range(count)))
-    return Episode(CAPTIONING, category, tuple(draw(caption_pairs(format, category)) for _ in range(count)))
+        return Episode(
+            SEGMENTATION,
+            category,
+            tuple(SegmentationPair(draw(image_codes()), draw(image_codes())) for _ in range(count)),
+        )
+    return Episode(
+        CAPTIONING, category, tuple(draw(caption_pairs(format, category)) for _ in range(count))
+    )
 
 
 @st.composite
@@ -67,8 +90,16 @@ def written_episodes(draw: st.DrawFn) -> tuple[SequenceCodec, Episode, TokenSequ
         return codec, episode, codec.encode(episode)
     except TooLongError:
         # Rare characters take a token a byte; such a text has no room here and is tested below.
-        short = [dataclasses.replace(pair, caption="a") if isinstance(pair, CaptionPair) else pair for pair in episode.pairs]
-        short = [dataclasses.replace(pair, category=pair.category and "b") if isinstance(pair, CaptionPair) else pair for pair in short]
+        short = [
+            dataclasses.replace(pair, caption="a") if isinstance(pair, CaptionPair) else pair
+            for pair in episode.pairs
+        ]
+        short = [
+            dataclasses.replace(pair, category=pair.category and "b")
+            if isinstance(pair, CaptionPair)
+            else pair
+            for pair in short
+        ]
         episode = Episode(episode.task, "b", tuple(short))  # type: ignore[arg-type]
         return codec, episode, codec.encode(episode)
 
@@ -83,18 +114,24 @@ def same_pair(a: Any, b: Any) -> bool:
 
 @settings(max_examples=300)
 @given(written_episodes(), st.booleans())
-def test_decoding_gives_the_episode_back_in_either_layout(written: tuple[SequenceCodec, Episode, TokenSequence], packed: bool) -> None:
+def test_decoding_gives_the_episode_back_in_either_layout(
+    written: tuple[SequenceCodec, Episode, TokenSequence], packed: bool
+) -> None:
     codec, episode, sequence = written
     again = codec.decode(sequence.unpadded() if packed else sequence)
     assert again.task is episode.task
     assert len(again.pairs) == len(episode.pairs)
     assert all(same_pair(a, b) for a, b in zip(again.pairs, episode.pairs, strict=True))
-    says_class = codec.format.class_prompt or (episode.task is CAPTIONING and codec.format.category != "none")
+    says_class = codec.format.class_prompt or (
+        episode.task is CAPTIONING and codec.format.category != "none"
+    )
     assert again.category == (episode.category if says_class else "")
 
 
 @given(written_episodes())
-def test_spans_cover_the_sequence_in_order_and_every_pair_has_its_place(written: tuple[SequenceCodec, Episode, TokenSequence]) -> None:
+def test_spans_cover_the_sequence_in_order_and_every_pair_has_its_place(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
     codec, episode, sequence = written
     assert len(sequence) == codec.format.length(len(episode.pairs))
     starts = [span.start for span in sequence.spans]
@@ -112,12 +149,17 @@ def test_only_padding_is_padding(written: tuple[SequenceCodec, Episode, TokenSeq
     codec, _, sequence = written
     padded = sequence.attributes() == PADDING
     np.testing.assert_array_equal(padded, sequence.tokens_L == codec.format.vocabulary.pad)
-    roles = np.repeat([span.role == "padding" for span in sequence.spans], [span.length for span in sequence.spans])
+    roles = np.repeat(
+        [span.role == "padding" for span in sequence.spans],
+        [span.length for span in sequence.spans],
+    )
     np.testing.assert_array_equal(padded, roles)
 
 
 @given(written_episodes())
-def test_packing_drops_the_padding_and_keeps_the_rest(written: tuple[SequenceCodec, Episode, TokenSequence]) -> None:
+def test_packing_drops_the_padding_and_keeps_the_rest(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
     _, _, sequence = written
     packed, keep = sequence.unpadded(), sequence.attributes() != PADDING
     np.testing.assert_array_equal(packed.tokens_L, sequence.tokens_L[keep])
@@ -128,7 +170,9 @@ def test_packing_drops_the_padding_and_keeps_the_rest(written: tuple[SequenceCod
 
 
 @given(written_episodes())
-def test_loss_falls_on_outputs_and_by_setting_on_input_codes(written: tuple[SequenceCodec, Episode, TokenSequence]) -> None:
+def test_loss_falls_on_outputs_and_by_setting_on_input_codes(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
     codec, episode, sequence = written
     vocabulary, half = codec.format.vocabulary, sequence.loss_weights(0.5)
     assert set(np.unique(half)) == {0.0, 0.5, 1.0}
@@ -146,7 +190,9 @@ def test_loss_falls_on_outputs_and_by_setting_on_input_codes(written: tuple[Sequ
 
 
 @given(written_episodes())
-def test_every_span_has_the_attribute_class_of_its_stream(written: tuple[SequenceCodec, Episode, TokenSequence]) -> None:
+def test_every_span_has_the_attribute_class_of_its_stream(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
     codec, episode, sequence = written
     format, is_text = codec.format, episode.task is CAPTIONING
     flags = (format.class_prompt, is_text and format.box == "image")
@@ -165,7 +211,9 @@ def test_every_span_has_the_attribute_class_of_its_stream(written: tuple[Sequenc
 
 
 @given(written_episodes())
-def test_a_prompt_is_the_start_of_what_it_asks_for(written: tuple[SequenceCodec, Episode, TokenSequence]) -> None:
+def test_a_prompt_is_the_start_of_what_it_asks_for(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
     codec, episode, sequence = written
     examples = Episode(episode.task, episode.category, episode.pairs[:-1])  # type: ignore[arg-type]
     prompt = codec.encode_prompt(examples, episode.pairs[-1].image)
@@ -174,7 +222,9 @@ def test_a_prompt_is_the_start_of_what_it_asks_for(written: tuple[SequenceCodec,
     np.testing.assert_array_equal(prompt.attributes(), sequence.attributes()[: len(prompt)])
     # What follows is the first token that the model has to write.
     last_image = max(span.stop for span in sequence.spans if span.role == "input")
-    assert len(prompt) == next(span.start for span in sequence.spans if span.role == "output" and span.start >= last_image)
+    assert len(prompt) == next(
+        span.start for span in sequence.spans if span.role == "output" and span.start >= last_image
+    )
 
 
 class TestThePapersSizes:
@@ -187,32 +237,56 @@ class TestThePapersSizes:
     def test_a_pair_is_515_positions_and_four_are_2060(self, codec: SequenceCodec) -> None:
         zeros = np.zeros(256, dtype=np.int64)
         masks = codec.encode(Episode(SEGMENTATION, "dog", (SegmentationPair(zeros, zeros),) * 4))
-        captions = codec.encode(Episode(CAPTIONING, "dog", (CaptionPair(zeros, "a dog", "dog", (0.0, 0.0, 1.0, 1.0)),) * 4))
+        captions = codec.encode(
+            Episode(
+                CAPTIONING, "dog", (CaptionPair(zeros, "a dog", "dog", (0.0, 0.0, 1.0, 1.0)),) * 4
+            )
+        )
         assert codec.format.pair_length == 515
         assert len(masks) == len(captions) == codec.format.length(4) == 2060
 
     def test_a_segmentation_pair_token_by_token(self, codec: SequenceCodec) -> None:
         image, mask = np.arange(256), np.arange(256)[::-1]
         sequence = codec.encode(Episode(SEGMENTATION, "dog", (SegmentationPair(image, mask),)))
-        assert sequence.tokens_L.tolist() == [51281, *(50257 + image), 51281, *(50257 + mask), 51283]
+        assert sequence.tokens_L.tolist() == [
+            51281,
+            *(50257 + image),
+            51281,
+            *(50257 + mask),
+            51283,
+        ]
         assert [(span.role, span.length) for span in sequence.spans] == [
-            ("marker", 1), ("input", 256), ("marker", 1), ("output", 256), ("marker", 1)
-        ]  # fmt: skip
+            ("marker", 1),
+            ("input", 256),
+            ("marker", 1),
+            ("output", 256),
+            ("marker", 1),
+        ]
         assert sequence.loss_weights(0.5).tolist() == [0.0, *[0.5] * 256, 0.0, *[1.0] * 256, 0.0]
 
-    def test_a_caption_reads_as_the_papers_template(self, codec: SequenceCodec, gpt2: TextTokenizer) -> None:
-        pair = CaptionPair(np.zeros(256, dtype=np.int64), "a dog on grass", "dog", (0.1, 0.25, 0.5, 1.0))
+    def test_a_caption_reads_as_the_papers_template(
+        self, codec: SequenceCodec, gpt2: TextTokenizer
+    ) -> None:
+        pair = CaptionPair(
+            np.zeros(256, dtype=np.int64), "a dog on grass", "dog", (0.1, 0.25, 0.5, 1.0)
+        )
         sequence = codec.encode(Episode(CAPTIONING, "dog", (pair,)))
         words = "".join(
-            gpt2.decode([token]) if token < 50257 else codec.format.vocabulary.name(token) for token in sequence.tokens_L[257:].tolist()
+            gpt2.decode([token]) if token < 50257 else codec.format.vocabulary.name(token)
+            for token in sequence.tokens_L[257:].tolist()
         )
-        template = "Category:<c_st>dog<c_ed>. Bboxes:<b_st><bin_100><bin_250><bin_500><bin_1000><b_ed>. Caption: a dog on grass."
+        template = (
+            "Category:<c_st>dog<c_ed>. Bboxes:<b_st><bin_100><bin_250><bin_500><bin_1000><b_ed>. "
+            "Caption: a dog on grass."
+        )
         assert words.replace("[PAD]", "") == "[BOT]" + template + "[EOC]"
         written = [span for span in sequence.spans if span.role == "output"]
         assert len(written) == 1
         assert sequence.tokens_L[written[0].stop - 1] == codec.format.vocabulary.eoc
 
-    def test_the_vocabulary_without_tags_writes_masks_and_plain_captions(self, gpt2: TextTokenizer) -> None:
+    def test_the_vocabulary_without_tags_writes_masks_and_plain_captions(
+        self, gpt2: TextTokenizer
+    ) -> None:
         format = SequenceFormat(Vocabulary(tags=False), category="none", box="none")
         assert format.vocabulary.size == 51290
         codec, zeros = SequenceCodec(format, gpt2), np.zeros(256, dtype=np.int64)
@@ -231,36 +305,80 @@ class TestThePapersSizes:
 
 
 def caption_episode(caption: str, category: str = "dog") -> Episode:
-    return Episode(CAPTIONING, category, (CaptionPair(np.zeros(CODES, dtype=np.int64), caption, category, (0.0, 0.0, 1.0, 1.0)),))
+    return Episode(
+        CAPTIONING,
+        category,
+        (CaptionPair(np.zeros(CODES, dtype=np.int64), caption, category, (0.0, 0.0, 1.0, 1.0)),),
+    )
 
 
 def test_a_caption_that_just_fits_has_no_padding_and_one_more_word_is_too_long() -> None:
     codec = SequenceCodec(SequenceFormat(SMALL, CODES), TEXT)
-    room = next(n for n in range(1, 60) if len(codec.encode(caption_episode(" a" * n)).unpadded()) == codec.format.pair_length)
+    room = next(
+        n
+        for n in range(1, 60)
+        if len(codec.encode(caption_episode(" a" * n)).unpadded()) == codec.format.pair_length
+    )
     assert all(span.role != "padding" for span in codec.encode(caption_episode(" a" * room)).spans)
-    with pytest.raises(TooLongError, match=rf"takes {CODES + 1} tokens; there is room for {CODES}\."):
+    with pytest.raises(
+        TooLongError, match=rf"takes {CODES + 1} tokens; there is room for {CODES}\."
+    ):
         codec.encode(caption_episode(" a" * (room + 1)))
 
 
 def test_a_class_name_without_room_is_too_long() -> None:
-    codec = SequenceCodec(SequenceFormat(SMALL, CODES, "none", "none", class_prompt=True, prompt_length=5), TEXT)
+    codec = SequenceCodec(
+        SequenceFormat(SMALL, CODES, "none", "none", class_prompt=True, prompt_length=5), TEXT
+    )
     with pytest.raises(TooLongError, match="class prompt of 'zzzzz'"):
-        codec.encode(Episode(CAPTIONING, "zzzzz", (CaptionPair(np.zeros(CODES, dtype=np.int64), "a"),)))
+        codec.encode(
+            Episode(CAPTIONING, "zzzzz", (CaptionPair(np.zeros(CODES, dtype=np.int64), "a"),))
+        )
 
 
 @pytest.mark.parametrize(
     ("format", "pair", "message"),
     [
-        (SequenceFormat(SMALL, CODES), CaptionPair(np.zeros(CODES, dtype=np.int64), "a", None, (0.0, 0.0, 1.0, 1.0)), "names the category"),
-        (SequenceFormat(SMALL, CODES, "given"), CaptionPair(np.zeros(CODES, dtype=np.int64), "a"), "names the category"),
-        (SequenceFormat(SMALL, CODES), CaptionPair(np.zeros(CODES, dtype=np.int64), "a", "dog"), "writes the box"),
-        (SequenceFormat(SMALL, CODES, box="image"), CaptionPair(np.zeros(CODES, dtype=np.int64), "a", "dog"), "lacks the image of its box"),
-        (SequenceFormat(SMALL, CODES, "none", "none"), CaptionPair(np.zeros(CODES + 1, dtype=np.int64), "a"), f"{CODES} codes"),
-        (SequenceFormat(SMALL, CODES, "none", "none"), CaptionPair(np.full(CODES, 64), "a"), r"0\.\.63"),
-        (SequenceFormat(SMALL, CODES), SegmentationPair(np.zeros(CODES, dtype=np.int64), np.zeros(CODES, dtype=np.int64)), "writes image"),
+        (
+            SequenceFormat(SMALL, CODES),
+            CaptionPair(np.zeros(CODES, dtype=np.int64), "a", None, (0.0, 0.0, 1.0, 1.0)),
+            "names the category",
+        ),
+        (
+            SequenceFormat(SMALL, CODES, "given"),
+            CaptionPair(np.zeros(CODES, dtype=np.int64), "a"),
+            "names the category",
+        ),
+        (
+            SequenceFormat(SMALL, CODES),
+            CaptionPair(np.zeros(CODES, dtype=np.int64), "a", "dog"),
+            "writes the box",
+        ),
+        (
+            SequenceFormat(SMALL, CODES, box="image"),
+            CaptionPair(np.zeros(CODES, dtype=np.int64), "a", "dog"),
+            "lacks the image of its box",
+        ),
+        (
+            SequenceFormat(SMALL, CODES, "none", "none"),
+            CaptionPair(np.zeros(CODES + 1, dtype=np.int64), "a"),
+            f"{CODES} codes",
+        ),
+        (
+            SequenceFormat(SMALL, CODES, "none", "none"),
+            CaptionPair(np.full(CODES, 64), "a"),
+            r"0\.\.63",
+        ),
+        (
+            SequenceFormat(SMALL, CODES),
+            SegmentationPair(np.zeros(CODES, dtype=np.int64), np.zeros(CODES, dtype=np.int64)),
+            "writes image",
+        ),
     ],
 )
-def test_a_pair_that_the_format_cannot_write_is_refused(format: SequenceFormat, pair: Any, message: str) -> None:
+def test_a_pair_that_the_format_cannot_write_is_refused(
+    format: SequenceFormat, pair: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         SequenceCodec(format, TEXT).encode(Episode(CAPTIONING, "dog", (pair,)))
 
@@ -283,17 +401,27 @@ def test_a_text_tokenizer_of_another_size_is_refused(gpt2: TextTokenizer) -> Non
 
 @settings(max_examples=200)
 @given(formats(), st.data())
-def test_whatever_a_model_writes_is_a_caption_or_a_sentence(format: SequenceFormat, data: st.DataObject) -> None:
+def test_whatever_a_model_writes_is_a_caption_or_a_sentence(
+    format: SequenceFormat, data: st.DataObject
+) -> None:
     codec = SequenceCodec(format, TEXT)
     pair = data.draw(caption_pairs(format, "dog"))
     try:
         sequence = codec.encode(Episode(CAPTIONING, "dog", (pair,)))
     except TooLongError:
         return
-    first = next(i for i, token in enumerate(sequence.tokens_L.tolist()) if token == format.vocabulary.bot and i >= CODES)
-    tokens = sequence.tokens_L[first + 1 : sequence.tokens_L.tolist().index(format.vocabulary.eoc)].tolist()
+    first = next(
+        i
+        for i, token in enumerate(sequence.tokens_L.tolist())
+        if token == format.vocabulary.bot and i >= CODES
+    )
+    tokens = sequence.tokens_L[
+        first + 1 : sequence.tokens_L.tolist().index(format.vocabulary.eoc)
+    ].tolist()
     for _ in range(data.draw(st.integers(1, 3))):
-        tokens[data.draw(st.integers(0, len(tokens) - 1))] = data.draw(st.integers(0, format.vocabulary.size - 1))
+        tokens[data.draw(st.integers(0, len(tokens) - 1))] = data.draw(
+            st.integers(0, format.vocabulary.size - 1)
+        )
     tokens = tokens[: data.draw(st.integers(0, len(tokens)))]
     try:
         category, box, caption = codec.parse_caption(tokens)
@@ -306,11 +434,17 @@ def test_whatever_a_model_writes_is_a_caption_or_a_sentence(format: SequenceForm
 
 def test_a_sequence_of_another_kind_does_not_decode() -> None:
     codec = SequenceCodec(SequenceFormat(SMALL, CODES, "none", "none"), TEXT)
-    sequence = codec.encode(Episode(CAPTIONING, "", (CaptionPair(np.zeros(CODES, dtype=np.int64), "a"),)))
-    broken = dataclasses.replace(sequence, tokens_L=np.where(sequence.tokens_L == SMALL.eoc, SMALL.pad, sequence.tokens_L))
+    sequence = codec.encode(
+        Episode(CAPTIONING, "", (CaptionPair(np.zeros(CODES, dtype=np.int64), "a"),))
+    )
+    broken = dataclasses.replace(
+        sequence, tokens_L=np.where(sequence.tokens_L == SMALL.eoc, SMALL.pad, sequence.tokens_L)
+    )
     with pytest.raises(InputError, match=r"does not end with \[EOC\]"):
         codec.decode(broken)
-    inputs_only = TokenSequence(sequence.tokens_L[: CODES + 1], sequence.positions_L[: CODES + 1], sequence.spans[:2])
+    inputs_only = TokenSequence(
+        sequence.tokens_L[: CODES + 1], sequence.positions_L[: CODES + 1], sequence.spans[:2]
+    )
     with pytest.raises(InputError, match="lacks its image or its output"):
         codec.decode(inputs_only)
 

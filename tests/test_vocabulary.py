@@ -25,8 +25,18 @@ def test_ids_of_the_full_vocabulary_stand_where_the_contract_says() -> None:
     vocabulary = Vocabulary()
     assert vocabulary.text_range == range(0, 50257)
     assert vocabulary.image_range == range(50257, 51281)
-    assert [vocabulary.boi, vocabulary.bot, vocabulary.eoc, vocabulary.pad] == [51281, 51282, 51283, 51284]
-    tags = [vocabulary.category_start, vocabulary.category_end, vocabulary.box_start, vocabulary.box_end]
+    assert [vocabulary.boi, vocabulary.bot, vocabulary.eoc, vocabulary.pad] == [
+        51281,
+        51282,
+        51283,
+        51284,
+    ]
+    tags = [
+        vocabulary.category_start,
+        vocabulary.category_end,
+        vocabulary.box_start,
+        vocabulary.box_end,
+    ]
     assert tags == [51290, 51291, 51292, 51293]
     assert vocabulary.bin_range == range(51294, 52295)
 
@@ -66,7 +76,9 @@ def test_a_smaller_text_vocabulary_keeps_bytes_and_drops_endoftext() -> None:
 
 @given(vocabularies, st.data())
 def test_codes_come_back_from_their_tokens(vocabulary: Vocabulary, data: st.DataObject) -> None:
-    codes = np.array(data.draw(st.lists(st.integers(0, vocabulary.image_codes - 1), max_size=20)), dtype=np.int64)
+    codes = np.array(
+        data.draw(st.lists(st.integers(0, vocabulary.image_codes - 1), max_size=20)), dtype=np.int64
+    )
     tokens = vocabulary.from_codes(codes)
     assert all(int(token) in vocabulary.image_range for token in tokens)
     np.testing.assert_array_equal(vocabulary.to_codes(tokens), codes)
@@ -94,7 +106,11 @@ def test_tags_are_refused_where_the_vocabulary_has_none() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "key"),
-    [({"text_merges": 50_001}, "text_merges"), ({"text_merges": -1}, "text_merges"), ({"image_codes": 1}, "image_codes")],
+    [
+        ({"text_merges": 50_001}, "text_merges"),
+        ({"text_merges": -1}, "text_merges"),
+        ({"image_codes": 1}, "image_codes"),
+    ],
 )
 def test_impossible_sizes_are_refused_by_name(settings: dict[str, int], key: str) -> None:
     with pytest.raises(InputError, match=f"vocabulary.{key}"):

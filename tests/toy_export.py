@@ -1,4 +1,6 @@
-"""A small exported model with random weights, fit for a shard folder: all that inference and evaluation need."""
+"""A small exported model with random weights, fit for a shard folder: all that inference and
+evaluation need.
+"""
 
 import shutil
 from dataclasses import asdict
@@ -13,10 +15,14 @@ from icl_moe.recipe import ModelSettings, to_dict
 
 
 def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) -> Path:
-    """Write a model of two layers for the episodes of `shards` into `folder`, as `icl-moe export` would."""
+    """Write a model of two layers for the episodes of `shards` into `folder`, as `icl-moe export`
+    would.
+    """
     manifest = Manifest.read(shards)
     positions = manifest.format.length(manifest.examples + 1)
-    settings = ModelSettings(layers=2, width=32, heads=2, positions=positions, layers_with_experts=(1,), experts=4)
+    settings = ModelSettings(
+        layers=2, width=32, heads=2, positions=positions, layers_with_experts=(1,), experts=4
+    )
     decoder = InContextDecoder(
         DecoderConfig(
             model=to_dict(settings),
@@ -29,7 +35,9 @@ def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) 
         )
     )
     initialise(decoder, seed)
-    with torch.no_grad():  # Of the size that training gives, so that what is written depends on what was read.
+    with (
+        torch.no_grad()
+    ):  # Of the size that training gives, so that what is written depends on what was read.
         for parameter in decoder.parameters():
             parameter.mul_(4.0)
     decoder.save_pretrained(folder)

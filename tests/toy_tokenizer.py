@@ -1,4 +1,6 @@
-"""A small image tokenizer with random weights, of the real architecture, for tests that need codes and not pictures."""
+"""A small image tokenizer with random weights, of the real architecture, for tests that need codes
+and not pictures.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,9 @@ def save_toy_tokenizer(folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = VQGAN(config)
     # As spread out as the latents are, so that different pictures have different codes.
-    model.quantize.embedding.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    model.quantize.embedding.weight.data.normal_(
+        std=0.3, generator=torch.Generator().manual_seed(seed)
+    )
     model.save_pretrained(folder)
     return folder
 

@@ -1,9 +1,11 @@
-"""A folder of downloaded files that all processes of a machine share, kept below a bound by removing what was used least recently.
+"""A folder of downloaded files that all processes of a machine share, kept below a bound by
+removing what was used least recently.
 
 All that changes names happens under one lock, which is never held while a file comes in:
 
     NAME                   a whole file; its time of modification is the time of its last use
-    NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its room is taken from the start
+    NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its room is
+    taken from the start
 """
 
 import contextlib
@@ -17,7 +19,9 @@ from pathlib import Path
 from icl_moe.errors import InputError
 
 _OWN_FOLDER = "icl_moe"
-"""Everything lies in this part of the folder that a user names: nothing beside it is counted or removed."""
+"""Everything lies in this part of the folder that a user names: nothing beside it is counted or
+removed.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,16 @@ class Cache:
         return self.parent / _OWN_FOLDER
 
     def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
-        """A descriptor to read the file `name` of `size` bytes; `fetch` writes it to the path that it is given, where it is not here yet.
+        """A descriptor to read the file `name` of `size` bytes; `fetch` writes it to the path that
+        it is given, where it is not here yet.
 
-        Whoever holds the descriptor can read on when the file is removed to make room. Raises InputError for a file above the capacity.
+        Whoever holds the descriptor can read on when the file is removed to make room. Raises
+        InputError for a file above the capacity.
         """
         if size > self.capacity:
             raise InputError(
-                f"data.cache_gigabytes: the cache {self.folder} may hold {self.capacity} bytes, but {Path(name).name} alone takes {size}."
+                f"data.cache_gigabytes: the cache {self.folder} may hold {self.capacity} bytes, "
+                f"but {Path(name).name} alone takes {size}."
             )
         path = self.folder / name
         while True:
@@ -47,7 +54,9 @@ class Cache:
                 descriptor = self._fetch(path, size, fetch)
             if descriptor is not None:
                 return descriptor
-            time.sleep(0.02)  # Another process fetches it, or all the room is taken by files on their way.
+            time.sleep(
+                0.02
+            )  # Another process fetches it, or all the room is taken by files on their way.
 
     def _fetch(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int | None:
         """Bring the file here; None where that cannot begin now."""
@@ -71,7 +80,11 @@ class Cache:
     def _claim(self, path: Path, partial: Path, size: int) -> int | None:
         """Make room, create `partial` and lock it; the descriptor that holds the lock, or None."""
         with self._locked():
-            if path.exists() or _is_being_fetched(partial) or not self._make_room(size, keep=partial):
+            if (
+                path.exists()
+                or _is_being_fetched(partial)
+                or not self._make_room(size, keep=partial)
+            ):
                 return None
             partial.parent.mkdir(parents=True, exist_ok=True)
             claim = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -79,8 +92,14 @@ class Cache:
             return claim
 
     def _make_room(self, size: int, keep: Path) -> bool:
-        """Remove files, the least recently used first, until `size` more bytes fit; whether they do. `keep` is the one to come."""
-        files = sorted((_last_use(path), path, _room(path)) for path in self.folder.rglob("*") if path.is_file() and path != keep)
+        """Remove files, the least recently used first, until `size` more bytes fit; whether they
+        do. `keep` is the one to come.
+        """
+        files = sorted(
+            (_last_use(path), path, _room(path))
+            for path in self.folder.rglob("*")
+            if path.is_file() and path != keep
+        )
         excess = sum(room for _, _, room in files) + size - self.capacity
         for _, path, room in files:
             if excess <= 0:
@@ -100,7 +119,9 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise InputError(f"data.cache: the folder {self.folder} cannot be written to ({error.strerror}).") from error
+            raise InputError(
+                f"data.cache: the folder {self.folder} cannot be written to ({error.strerror})."
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -119,7 +140,9 @@ def _open_whole(path: Path, size: int) -> int | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    if os.fstat(descriptor).st_size != size:  # The machine went down before its content was on the disk.
+    if (
+        os.fstat(descriptor).st_size != size
+    ):  # The machine went down before its content was on the disk.
         os.close(descriptor)
         path.unlink(missing_ok=True)
         return None
@@ -128,7 +151,9 @@ def _open_whole(path: Path, size: int) -> int | None:
 
 
 def _is_being_fetched(path: Path) -> bool:
-    """Whether a process holds the lock of a partial file; what a killed one left behind is not locked."""
+    """Whether a process holds the lock of a partial file; what a killed one left behind is not
+    locked.
+    """
     if path.suffix != ".partial":
         return False
     try:

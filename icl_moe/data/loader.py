@@ -15,7 +15,14 @@ from icl_moe.errors import SampleError
 class MicroBatches(Dataset[TokenBatch]):
     """Item i is micro-step i % micro_steps of step i // micro_steps."""
 
-    def __init__(self, shards: ShardSet, schedule: Schedule, part: RankSlice, layout: Layout, input_weight: float) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        schedule: Schedule,
+        part: RankSlice,
+        layout: Layout,
+        input_weight: float,
+    ) -> None:
         self._shards = shards
         self._schedule = schedule
         self._part = part
@@ -27,42 +34,74 @@ class MicroBatches(Dataset[TokenBatch]):
         step, micro_step = divmod(index, self._part.micro_steps)
         samples, total_weight = self._global_batch(step)
         first = (micro_step * self._part.ranks + self._part.rank) * self._part.micro_batch
-        mine = [self._shards.sample(task, i) for task, i in samples[first : first + self._part.micro_batch]]
-        # The engine averages over ranks and micro-steps; this makes that the mean over all targets of the global batch.
+        mine = [
+            self._shards.sample(task, i)
+            for task, i in samples[first : first + self._part.micro_batch]
+        ]
+        # The engine averages over ranks and micro-steps; this makes that the mean over all targets
+        # of the global batch.
         scale = self._part.ranks * self._part.micro_steps / max(total_weight, 1.0)
         vocabulary = self._shards.manifest.format.vocabulary
-        sequences, sources = [sample.sequence for sample in mine], [f"{sample.shard}:{sample.key}" for sample in mine]
-        return collate(sequences, vocabulary, self._schedule.task(step), self._layout, self._input_weight, scale, sources)
+        sequences, sources = (
+            [sample.sequence for sample in mine],
+            [f"{sample.shard}:{sample.key}" for sample in mine],
+        )
+        return collate(
+            sequences,
+            vocabulary,
+            self._schedule.task(step),
+            self._layout,
+            self._input_weight,
+            scale,
+            sources,
+        )
 
     def _global_batch(self, step: int) -> tuple[list[tuple[str, int]], float]:
-        """The samples of a step's global batch, and the sum of their loss weights; kept for the micro-steps that follow."""
+        """The samples of a step's global batch, and the sum of their loss weights; kept for the
+        micro-steps that follow.
+        """
         if self._listed is None or self._listed[0] != step:
             samples = self._schedule.samples(step)
             self._listed = (step, samples, self._total_weight(samples))
         return self._listed[1:]
 
     def _total_weight(self, samples: list[tuple[str, int]]) -> float:
-        """Sum of the loss weights over the global batch, read from the index: no rank needs to ask another."""
+        """Sum of the loss weights over the global batch, read from the index: no rank needs to ask
+        another.
+        """
         total = 0.0
         for task in {task for task, _ in samples}:
-            inputs, outputs = self._shards.target_counts(task, [i for t, i in samples if t == task]).sum(axis=0)
+            inputs, outputs = self._shards.target_counts(
+                task, [i for t, i in samples if t == task]
+            ).sum(axis=0)
             total += self._input_weight * float(inputs) + float(outputs)
         return total
 
 
-def micro_batches(dataset: MicroBatches, micro_steps: int, start: int, stop: int, workers: int) -> Iterator[TokenBatch]:
-    """The micro-batches of steps start..stop-1 in order; `workers` processes read ahead, 0 reads in this one.
+def micro_batches(
+    dataset: MicroBatches, micro_steps: int, start: int, stop: int, workers: int
+) -> Iterator[TokenBatch]:
+    """The micro-batches of steps start..stop-1 in order; `workers` processes read ahead, 0 reads in
+    this one.
 
     Raises SampleError when the turn comes to a sample that cannot be read.
     """
     order = range(start * micro_steps, stop * micro_steps)
-    options: dict[str, Any] = dict(num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_outlive_a_signal)
+    options: dict[str, Any] = dict(
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_outlive_a_signal,
+    )
     # The readers start now, before the first batch is asked for.
-    return _raise_errors(iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options)))
+    return _raise_errors(
+        iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options))
+    )
 
 
 class _ErrorsAsItems(Dataset["TokenBatch | SampleError"]):
-    """Gives a SampleError as an item: one that leaves a worker as an exception has the worker's traceback for its message."""
+    """Gives a SampleError as an item: one that leaves a worker as an exception has the worker's
+    traceback for its message.
+    """
 
     def __init__(self, dataset: MicroBatches) -> None:
         self._dataset = dataset
@@ -82,7 +121,9 @@ def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Iterator[TokenBa
 
 
 def _outlive_a_signal(_: int) -> None:
-    """A cluster may signal every process of a job: a reader goes on for a minute, in which the ranks end their step and save."""
+    """A cluster may signal every process of a job: a reader goes on for a minute, in which the
+    ranks end their step and save.
+    """
 
     def end_later(*_: object) -> None:
         signal.alarm(60)

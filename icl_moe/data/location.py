@@ -1,4 +1,5 @@
-"""Where shards live: in a folder of this machine, or at an fsspec URL, whose files come through a bounded local cache.
+"""Where shards live: in a folder of this machine, or at an fsspec URL, whose files come through a
+bounded local cache.
 
 A folder is never listed: its manifest names every file, with size and sha256.
 """
@@ -32,7 +33,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file of a shard folder: its name (a path with one / at most), its size in bytes and its sha256 (hex)."""
+    """One file of a shard folder: its name (a path with one / at most), its size in bytes and its
+    sha256 (hex).
+    """
 
     file: str
     bytes: int
@@ -41,28 +44,39 @@ class FileInfo:
     @classmethod
     def of(cls, folder: Path, name: str) -> "FileInfo":
         with (folder / name).open("rb") as file:
-            return cls(name, (folder / name).stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            return cls(
+                name,
+                (folder / name).stat().st_size,
+                hashlib.file_digest(file, "sha256").hexdigest(),
+            )
 
 
 class ShardFolder(Protocol):
-    """name: as messages call the folder. manifest_json: the content of its manifest. open_files: how many to hold open at a time."""
+    """name: as messages call the folder. manifest_json: the content of its manifest. open_files:
+    how many to hold open at a time.
+    """
 
     name: str
     manifest_json: bytes
     open_files: int
 
     def check(self, info: FileInfo) -> None:
-        """Raise InputError where it is known without reading the file that it is missing or of another size."""
+        """Raise InputError where it is known without reading the file that it is missing or of
+        another size.
+        """
 
     def open(self, info: FileInfo) -> int:
-        """A descriptor to read a file of the manifest. Raises InputError where it is missing or of another size."""
+        """A descriptor to read a file of the manifest. Raises InputError where it is missing or of
+        another size.
+        """
 
     def fetch(self, name: str, files: tuple[FileInfo, ...]) -> Path:
         """The folder `name` within this one, holding `files`, on this machine."""
 
 
 def open_folder(location: str | Path, cache: Cache | None = None) -> ShardFolder:
-    """The shard folder at a path or URL. `cache`: where a URL's files are kept, by default in the user's cache folder.
+    """The shard folder at a path or URL. `cache`: where a URL's files are kept, by default in the
+    user's cache folder.
 
     Raises InputError where there is no manifest, and where a URL cannot be read.
     """
@@ -71,7 +85,9 @@ def open_folder(location: str | Path, cache: Cache | None = None) -> ShardFolder
     return LocalFolder(Path(location))
 
 
-def make_cache(parent: str | None = DataSettings.cache, gigabytes: float = DataSettings.cache_gigabytes) -> Cache:
+def make_cache(
+    parent: str | None = DataSettings.cache, gigabytes: float = DataSettings.cache_gigabytes
+) -> Cache:
     """The cache of the settings data.cache and data.cache_gigabytes."""
     return Cache(Path(parent).expanduser() if parent else default_parent(), int(gigabytes * 1e9))
 
@@ -89,7 +105,9 @@ class LocalFolder:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise _no_manifest(self.name) from error
         except OSError as error:
-            raise InputError(f"{self._path / MANIFEST_FILE} cannot be read ({error.strerror}).") from error
+            raise InputError(
+                f"{self._path / MANIFEST_FILE} cannot be read ({error.strerror})."
+            ) from error
 
     def check(self, info: FileInfo) -> None:
         path = self._path / info.file
@@ -112,8 +130,8 @@ class LocalFolder:
 class RemoteFolder:
     """A folder at a URL.
 
-    What is downloaded is checked against the manifest, and kept under the manifest's own hash: a folder that changes at its source is
-    another folder in the cache.
+    What is downloaded is checked against the manifest, and kept under the manifest's own hash: a
+    folder that changes at its source is another folder in the cache.
     """
 
     open_files = 1  # A removed file takes room as long as it is open.
@@ -122,7 +140,9 @@ class RemoteFolder:
         self.name = url.rstrip("/")
         self._cache = cache
         try:
-            self.manifest_json: bytes = _with_retries(self._url(MANIFEST_FILE), lambda filesystem, path: filesystem.cat_file(path))
+            self.manifest_json: bytes = _with_retries(
+                self._url(MANIFEST_FILE), lambda filesystem, path: filesystem.cat_file(path)
+            )
         except _MissingError as error:
             raise _no_manifest(self.name) from error
         self._subfolder = hashlib.sha256(self.manifest_json).hexdigest()[:16]
@@ -131,7 +151,9 @@ class RemoteFolder:
         """Files are checked as they come."""
 
     def open(self, info: FileInfo) -> int:
-        return self._cache.open(f"{self._subfolder}/{info.file}", info.bytes, partial(self._download, info))
+        return self._cache.open(
+            f"{self._subfolder}/{info.file}", info.bytes, partial(self._download, info)
+        )
 
     def fetch(self, name: str, files: tuple[FileInfo, ...]) -> Path:
         for info in files:
@@ -148,7 +170,9 @@ class RemoteFolder:
             filesystem.get_file(source, str(path))
             check_size(url, path.stat().st_size, info)
             if FileInfo.of(path.parent, path.name).sha256 != info.sha256:
-                raise InputError(f"The file {url} is corrupt: its sha256 is not that of the manifest.")
+                raise InputError(
+                    f"The file {url} is corrupt: its sha256 is not that of the manifest."
+                )
 
         _with_retries(url, transfer)
 
@@ -157,7 +181,9 @@ def check_size(name: str, size: int, info: FileInfo) -> None:
     """Raise InputError where a file is not of the size that the manifest says."""
     if size != info.bytes:
         kind = "truncated" if size < info.bytes else "too long"
-        raise InputError(f"The file {name} is {kind}: it has {size} bytes, the manifest says {info.bytes}.")
+        raise InputError(
+            f"The file {name} is {kind}: it has {size} bytes, the manifest says {info.bytes}."
+        )
 
 
 class _MissingError(InputError):
@@ -165,7 +191,9 @@ class _MissingError(InputError):
 
 
 def _with_retries(url: str, transfer: Callable[[Any, str], T]) -> T:
-    """What `transfer(filesystem, path)` gives; tried again after a failure that may pass. Raises InputError, naming the URL."""
+    """What `transfer(filesystem, path)` gives; tried again after a failure that may pass. Raises
+    InputError, naming the URL.
+    """
     filesystem, path = _filesystem(url)
     for wait in (*_WAITS, None):
         try:
@@ -173,39 +201,62 @@ def _with_retries(url: str, transfer: Callable[[Any, str], T]) -> T:
         except FileNotFoundError as error:
             raise _MissingError(f"{url} does not exist.") from error
         except PermissionError as error:
-            raise InputError(f"{url} may not be read ({_reason(error)}); check the credentials.") from error
+            raise InputError(
+                f"{url} may not be read ({_reason(error)}); check the credentials."
+            ) from error
         except Exception as error:  # Every protocol's client raises kinds of its own.
             if wait is None or _is_refusal(error):
-                raise error if isinstance(error, InputError) else InputError(f"{url} cannot be read ({_reason(error)}).") from error
+                raise (
+                    error
+                    if isinstance(error, InputError)
+                    else InputError(f"{url} cannot be read ({_reason(error)}).")
+                ) from error
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and its path there. It is one a process: fsspec makes another after a fork."""
+    """fsspec's file system for a URL, and its path there. It is one a process: fsspec makes another
+    after a fork.
+    """
     protocol = url.split("://")[0].split("::")[0]
     try:
         return fsspec.core.url_to_fs(url, **_options(protocol))
     except ImportError as error:
-        raise InputError(f"{url} needs a package for {protocol}:// that is not installed: pip install 'icl-moe[remote]'.") from error
+        raise InputError(
+            f"{url} needs a package for {protocol}:// that is not installed: pip install "
+            "'icl-moe[remote]'."
+        ) from error
     except ValueError as error:
-        raise InputError(f"{url} cannot be read ({_reason(error)}); s3://, gs://, http:// and https:// are known.") from error
+        raise InputError(
+            f"{url} cannot be read ({_reason(error)}); s3://, gs://, http:// and https:// are "
+            "known."
+        ) from error
 
 
 def _options(protocol: str) -> dict[str, Any]:
     """What must differ from the clients' defaults."""
     if protocol in ("http", "https"):
         # By default a whole transfer may take five minutes, however large it is.
-        timeout = importlib.import_module("aiohttp").ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+        timeout = importlib.import_module("aiohttp").ClientTimeout(
+            total=None, sock_connect=_SILENCE, sock_read=_SILENCE
+        )
         return {"client_kwargs": {"timeout": timeout}}
     if protocol in ("s3", "s3a"):
-        # By default ten parts of 50 MB are in memory at a time, and each of s3fs's five tries is five of botocore's.
-        return {"max_concurrency": 4, "default_block_size": 4 << 20, "config_kwargs": {"retries": {"max_attempts": 0}}}
+        # By default ten parts of 50 MB are in memory at a time, and each of s3fs's five tries is
+        # five of botocore's.
+        return {
+            "max_concurrency": 4,
+            "default_block_size": 4 << 20,
+            "config_kwargs": {"retries": {"max_attempts": 0}},
+        }
     return {}
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an HTTP server has answered that the request is wrong: the same answer would come again."""
+    """Whether an HTTP server has answered that the request is wrong: the same answer would come
+    again.
+    """
     status = getattr(error, "status", 0)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
 
@@ -216,4 +267,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _no_manifest(name: str) -> InputError:
-    return InputError(f"there are no shards in {name}, which has no {MANIFEST_FILE}; `icl-moe shards build` makes them.")
+    return InputError(
+        f"there are no shards in {name}, which has no {MANIFEST_FILE}; `icl-moe shards build` "
+        "makes them."
+    )

@@ -1,6 +1,8 @@
-"""Which task and which samples make the global batch of step t: a pure function of (seed, t, sample counts, global batch size).
+"""Which task and which samples make the global batch of step t: a pure function of (seed, t, sample
+counts, global batch size).
 
-No rank waits for another to choose, any number of ranks reads the same batches, and resuming needs the step number alone.
+No rank waits for another to choose, any number of ranks reads the same batches, and resuming needs
+the step number alone.
 """
 
 import math
@@ -22,12 +24,15 @@ _BLOCK = 4096  # Steps whose tasks are drawn together.
 class Schedule:
     """The order of training.
 
-    counts: samples of each task. sampling: `unmixed` draws one task for the whole global batch, with probability proportional to the
-    square root of its count (the paper), or to `weights` where they are given, 0 for a task that is not among them; `mixed` shuffles the
-    samples of all tasks together (the baseline of its Table 3). Each task is shuffled anew every epoch, and its place in the shuffle is
-    the number of its earlier draws times the batch, so every sample comes once an epoch.
+    counts: samples of each task. sampling: `unmixed` draws one task for the whole global batch,
+    with probability proportional to the square root of its count (the paper), or to `weights` where
+    they are given, 0 for a task that is not among them; `mixed` shuffles the samples of all tasks
+    together (the baseline of its Table 3). Each task is shuffled anew every epoch, and its place in
+    the shuffle is the number of its earlier draws times the batch, so every sample comes once an
+    epoch.
 
-    Raises InputError where a task has fewer samples than a global batch, and for weights of tasks that have no samples.
+    Raises InputError where a task has fewer samples than a global batch, and for weights of tasks
+    that have no samples.
     """
 
     def __init__(
@@ -40,7 +45,10 @@ class Schedule:
     ) -> None:
         held = {task: counts[task] for task in sorted(counts) if counts[task]}
         for task in sorted(set(weights or ()) - set(held)):
-            raise InputError(f"training.task_weights names {task}, of which data.shards has no samples; it has {', '.join(held)}.")
+            raise InputError(
+                f"training.task_weights names {task}, of which data.shards has no samples; it has "
+                f"{', '.join(held)}."
+            )
         self.counts = held if weights is None else {task: held[task] for task in sorted(weights)}
         if not self.counts:
             raise InputError("data.shards holds no samples.")
@@ -50,12 +58,20 @@ class Schedule:
         self._pools = {MIXED: sum(self.counts.values())} if sampling == "mixed" else self.counts
         for task, count in self._pools.items():
             if count < global_batch:
-                raise InputError(f"data.shards has {count} {task} samples, fewer than training.global_batch ({global_batch}).")
-        shares = np.array([weights[task] if weights else math.sqrt(count) for task, count in self._pools.items()], dtype=np.float64)
+                raise InputError(
+                    f"data.shards has {count} {task} samples, fewer than training.global_batch "
+                    f"({global_batch})."
+                )
+        shares = np.array(
+            [weights[task] if weights else math.sqrt(count) for task, count in self._pools.items()],
+            dtype=np.float64,
+        )
         self.probabilities = dict(zip(self._pools, (shares / shares.sum()).tolist(), strict=True))
         # Caches belong to this object; a decorated method would keep every Schedule alive.
         self._draws = lru_cache(maxsize=8)(self._draw_block)
-        self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(self._draw_shuffle)  # One a task, two where an epoch ends.
+        self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(
+            self._draw_shuffle
+        )  # One a task, two where an epoch ends.
         self._draws_before: list[np.ndarray] = [np.zeros(len(self._pools), dtype=np.int64)]
 
     def task(self, step: int) -> str:
@@ -83,25 +99,38 @@ class Schedule:
         block, offset = divmod(step, _BLOCK)
         number = list(self._pools).index(task)
         while len(self._draws_before) <= block:
-            counts = np.bincount(self._draws(len(self._draws_before) - 1), minlength=len(self._pools))
+            counts = np.bincount(
+                self._draws(len(self._draws_before) - 1), minlength=len(self._pools)
+            )
             self._draws_before.append(self._draws_before[-1] + counts)
-        return int(self._draws_before[block][number] + np.count_nonzero(self._draws(block)[:offset] == number))
+        return int(
+            self._draws_before[block][number]
+            + np.count_nonzero(self._draws(block)[:offset] == number)
+        )
 
     def _draw_block(self, block: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(stable_seed("task of a step", self.seed, block)))
+        generator = np.random.Generator(
+            np.random.Philox(stable_seed("task of a step", self.seed, block))
+        )
         return generator.choice(len(self._pools), size=_BLOCK, p=list(self.probabilities.values()))
 
     def _draw_shuffle(self, pool: str, epoch: int) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(stable_seed("shuffle", self.seed, pool, epoch)))
-        return generator.permutation(self._pools[pool]).astype(np.uint32)  # Four bytes a sample are all that a reader holds.
+        generator = np.random.Generator(
+            np.random.Philox(stable_seed("shuffle", self.seed, pool, epoch))
+        )
+        return generator.permutation(self._pools[pool]).astype(
+            np.uint32
+        )  # Four bytes a sample are all that a reader holds.
 
 
 @dataclass(frozen=True)
 class RankSlice:
-    """Which part of each global batch this rank reads: `micro_batch` samples in each of `micro_steps` micro-steps.
+    """Which part of each global batch this rank reads: `micro_batch` samples in each of
+    `micro_steps` micro-steps.
 
-    rank, ranks: of data-parallel ones; the tp_size neighbours of a tensor-parallel group share a slice and count as one.
-    Micro-step m of rank r takes the samples from (m * ranks + r) * micro_batch on.
+    rank, ranks: of data-parallel ones; the tp_size neighbours of a tensor-parallel group share a
+    slice and count as one. Micro-step m of rank r takes the samples from (m * ranks + r) *
+    micro_batch on.
     """
 
     rank: int
@@ -110,12 +139,17 @@ class RankSlice:
     micro_steps: int
 
     @classmethod
-    def of(cls, rank: int, world: int, global_batch: int, micro_batch: int, tp_size: int = 1) -> "RankSlice":
-        """The slice of rank `rank` among all `world`. Raises InputError where the global batch is not a whole number of micro-steps."""
+    def of(
+        cls, rank: int, world: int, global_batch: int, micro_batch: int, tp_size: int = 1
+    ) -> "RankSlice":
+        """The slice of rank `rank` among all `world`. Raises InputError where the global batch is
+        not a whole number of micro-steps.
+        """
         ranks = world // tp_size
         if global_batch % (micro_batch * ranks):
             raise InputError(
-                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch x data-parallel ranks "
+                f"training.global_batch ({global_batch}) must be a multiple of "
+                "training.micro_batch x data-parallel ranks "
                 f"({micro_batch} x {ranks})."
             )
         return cls(rank // tp_size, ranks, micro_batch, global_batch // (micro_batch * ranks))

@@ -35,8 +35,9 @@ SCHEMA_VERSION = 2
 class IndexRow(NamedTuple):
     """A row of TASK.index.npy, one sample.
 
-    shard: its number in the manifest. *_offset, *_size: where KEY.tokens.npy and KEY.json lie in it, in bytes. length: tokens without
-    padding. inputs, outputs: tokens of these roles. crc32: of KEY.tokens.npy followed by KEY.json.
+    shard: its number in the manifest. *_offset, *_size: where KEY.tokens.npy and KEY.json lie in
+    it, in bytes. length: tokens without padding. inputs, outputs: tokens of these roles. crc32: of
+    KEY.tokens.npy followed by KEY.json.
     """
 
     shard: int
@@ -50,14 +51,18 @@ class IndexRow(NamedTuple):
     crc32: int
 
 
-INDEX_TYPE = np.dtype([(name, "<u8" if name.endswith("offset") else "<u4") for name in IndexRow._fields])
+INDEX_TYPE = np.dtype(
+    [(name, "<u8" if name.endswith("offset") else "<u4") for name in IndexRow._fields]
+)
 """An `IndexRow` as it is stored."""
 
 _LARGEST_GAP = 4096
 """Bytes between the two parts of a sample in its tar: padding and the second one's headers."""
 
 _SPANS = re.compile(rb'"spans":(\[\[.*?\]\])')
-"""The spans of KEY.json, as it is packed: without a space. A text cannot look like it, since its quotes would be escaped."""
+"""The spans of KEY.json, as it is packed: without a space. A text cannot look like it, since its
+quotes would be escaped.
+"""
 
 _FILE_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
@@ -74,8 +79,10 @@ class ShardInfo(FileInfo):
 class Manifest:
     """What a shard folder holds.
 
-    image_tokenizer, text_tokenizer: fingerprints. recipe: the data recipe. samples: per task. classes: samples per task and class.
-    skipped: how much was left out, by task and reason. files: all files but the shards and the manifest itself.
+    image_tokenizer, text_tokenizer: fingerprints. recipe: the data recipe. samples: per task.
+    classes: samples per task and class.
+    skipped: how much was left out, by task and reason. files: all files but the shards and the
+    manifest itself.
     """
 
     schema_version: int
@@ -93,7 +100,9 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":
-        """The manifest of a folder; raises InputError where there is none, or one of another schema."""
+        """The manifest of a folder; raises InputError where there is none, or one of another
+        schema.
+        """
         opened = open_folder(folder) if isinstance(folder, str | Path) else folder
         origin = f"{opened.name}/{MANIFEST_FILE}"
         try:
@@ -103,12 +112,15 @@ class Manifest:
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise InputError(
-                f"{origin} has schema_version {version!r}; this version of icl-moe reads {SCHEMA_VERSION}: build the shards anew."
+                f"{origin} has schema_version {version!r}; this version of icl-moe reads "
+                f"{SCHEMA_VERSION}: build the shards anew."
             )
         manifest = from_dict(cls, values, origin)
         for info in (*manifest.shards, *manifest.files):
             if not _FILE_NAME.fullmatch(info.file):
-                raise InputError(f"{origin} names the file {info.file!r}; a plain file name belongs there.")
+                raise InputError(
+                    f"{origin} names the file {info.file!r}; a plain file name belongs there."
+                )
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -125,7 +137,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One episode. `shard` is its file's name; `json` is KEY.json as it is stored, since training has no use for most of it."""
+    """One episode. `shard` is its file's name; `json` is KEY.json as it is stored, since training
+    has no use for most of it.
+    """
 
     key: str
     shard: str
@@ -139,9 +153,13 @@ class Sample:
         try:
             meta = json.loads(self.json)
         except ValueError as error:
-            raise SampleError(f"{self.shard}: sample {self.key} cannot be read: its JSON is not valid.") from error
+            raise SampleError(
+                f"{self.shard}: sample {self.key} cannot be read: its JSON is not valid."
+            ) from error
         if not isinstance(meta, dict) or not isinstance(meta.get("class"), str):
-            raise SampleError(f"{self.shard}: sample {self.key} cannot be read: its JSON names no class.")
+            raise SampleError(
+                f"{self.shard}: sample {self.key} cannot be read: its JSON names no class."
+            )
         return meta
 
     @property
@@ -151,12 +169,14 @@ class Sample:
 
 
 class ShardSet:
-    """Random access to the samples of a shard folder, at a path or a URL (see location.py). Holds neither index nor samples in memory.
+    """Random access to the samples of a shard folder, at a path or a URL (see location.py). Holds
+    neither index nor samples in memory.
 
     location: as messages name it. fingerprint: the sha256 of its manifest.
 
-    Raises InputError where the folder, its manifest or its index is missing or broken, and where a shard is missing or has another
-    size than the manifest says; hashes of local files are `icl-moe shards verify`'s to check.
+    Raises InputError where the folder, its manifest or its index is missing or broken, and where a
+    shard is missing or has another size than the manifest says; hashes of local files are `icl-moe
+    shards verify`'s to check.
     """
 
     def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
@@ -180,7 +200,9 @@ class ShardSet:
         return self._rows(task, range(self.count(task)))["length"].astype(np.int64)
 
     def target_counts(self, task: str, indices: Sequence[int]) -> np.ndarray:
-        """Tokens of role input and tokens of role output of the samples `indices`, int64 (len(indices), 2)."""
+        """Tokens of role input and tokens of role output of the samples `indices`, int64
+        (len(indices), 2).
+        """
         rows = self._rows(task, indices)
         return np.stack([rows["inputs"], rows["outputs"]], axis=1).astype(np.int64)
 
@@ -189,17 +211,25 @@ class ShardSet:
         return IndexRow(*self._rows(task, (index,))[0].item())
 
     def sample(self, task: str, index: int) -> Sample:
-        """Sample `index` of `task`, in the padded layout. Raises SampleError, naming shard and key, where it is corrupt.
+        """Sample `index` of `task`, in the padded layout. Raises SampleError, naming shard and key,
+        where it is corrupt.
 
-        The checksum shows what was written over it, cut off or moved. A sample that was packed wrong, with a checksum to match, shows as
-        far as `_check_tokens` and `_parse_spans` look; `icl-moe shards verify` looks further.
+        The checksum shows what was written over it, cut off or moved. A sample that was packed
+        wrong, with a checksum to match, shows as far as `_check_tokens` and `_parse_spans` look;
+        `icl-moe shards verify` looks further.
         """
         if not 0 <= index < self.count(task):
-            raise InputError(f"{self.location} has {self.count(task)} samples of '{task}'; there is no sample {index}.")
+            raise InputError(
+                f"{self.location} has {self.count(task)} samples of '{task}'; there is no sample "
+                f"{index}."
+            )
         row = self.index_row(task, index)
         key = sample_key(task, index)
         if row.shard >= len(self.manifest.shards):
-            raise SampleError(f"{self.location}/{index_file(task)} is damaged: it has {key} in a shard that is not there.")
+            raise SampleError(
+                f"{self.location}/{index_file(task)} is damaged: it has {key} in a shard that is "
+                "not there."
+            )
         shard = self.manifest.shards[row.shard]
         try:
             raw_tokens, raw_json = self._read(shard, row)
@@ -207,14 +237,22 @@ class ShardSet:
             _check_tokens(tokens_L, self.manifest)
             spans = _parse_spans(_SPANS.search(raw_json)[1], len(tokens_L))  # type: ignore[index]
         except (ValueError, TypeError, EOFError) as error:
-            reason = str(error).rstrip(".") if isinstance(error, InputError) else "it is no sample's data"
-            raise SampleError(f"{self.location}/{shard.file}: sample {key} cannot be read: {reason}.") from error
+            reason = (
+                str(error).rstrip(".")
+                if isinstance(error, InputError)
+                else "it is no sample's data"
+            )
+            raise SampleError(
+                f"{self.location}/{shard.file}: sample {key} cannot be read: {reason}."
+            ) from error
         sequence = TokenSequence(tokens_L.astype(np.int64), np.arange(len(tokens_L)), spans)
         return Sample(key, shard.file, task, sequence, raw_json)
 
     def fetch(self, name: str) -> Path:
         """The folder `name` beside the shards, such as image_tokenizer, on this machine."""
-        return self._folder.fetch(name, tuple(info for info in self.manifest.files if info.file.startswith(f"{name}/")))
+        return self._folder.fetch(
+            name, tuple(info for info in self.manifest.files if info.file.startswith(f"{name}/"))
+        )
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -223,7 +261,11 @@ class ShardSet:
                 os.close(files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_indices": {}}  # an open file belongs to its process
+        return {
+            **self.__dict__,
+            "_files": OrderedDict(),
+            "_indices": {},
+        }  # an open file belongs to its process
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor failed
@@ -232,7 +274,10 @@ class ShardSet:
     def _rows(self, task: str, indices: Sequence[int]) -> np.ndarray:
         """Rows of a task's index (INDEX_TYPE), read where they lie."""
         if not self.count(task):
-            raise InputError(f"{self.location} has no samples of '{task}'; it holds {', '.join(self.manifest.samples)}.")
+            raise InputError(
+                f"{self.location} has no samples of '{task}'; it holds "
+                f"{', '.join(self.manifest.samples)}."
+            )
         descriptor, start, size = self._open_index(task), self._first_row[task], INDEX_TYPE.itemsize
         content = b"".join([os.pread(descriptor, size, start + size * index) for index in indices])
         if len(content) != size * len(indices):
@@ -245,16 +290,25 @@ class ShardSet:
         return self._indices[task]
 
     def _check_index(self, task: str) -> int:
-        """Where the first row of a task's index lies in its file. Raises InputError where it is not the index of so many samples."""
+        """Where the first row of a task's index lies in its file. Raises InputError where it is not
+        the index of so many samples.
+        """
         name, count = f"{self.location}/{index_file(task)}", self.count(task)
         with os.fdopen(os.dup(self._open_index(task)), "rb") as file:
             try:
                 version = np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+                shape, _, dtype = (
+                    np.lib.format.read_array_header_1_0(file)
+                    if version == (1, 0)
+                    else ((), False, None)
+                )
             except ValueError as error:
                 raise InputError(f"The index {name} is damaged.") from error
             if shape != (count,) or dtype != INDEX_TYPE:
-                raise InputError(f"The index {name} does not fit its manifest: it must have {count} rows of {IndexRow._fields}.")
+                raise InputError(
+                    f"The index {name} does not fit its manifest: it must have {count} rows of "
+                    f"{IndexRow._fields}."
+                )
             return file.tell()
 
     def _read(self, shard: ShardInfo, row: IndexRow) -> tuple[bytes, bytes]:
@@ -279,10 +333,16 @@ class ShardSet:
         return tokens, meta
 
     def _parse_tokens(self, raw: bytes) -> np.ndarray:
-        """The array of KEY.tokens.npy: by comparing its header with the usual one, several times faster than parsing it."""
+        """The array of KEY.tokens.npy: by comparing its header with the usual one, several times
+        faster than parsing it.
+        """
         if raw.startswith(self._npy_header):
-            return np.frombuffer(raw, self.manifest.format.vocabulary.token_dtype, offset=len(self._npy_header))
-        return np.load(io.BytesIO(raw), allow_pickle=False)  # It is not what it should be: let its true shape be named.
+            return np.frombuffer(
+                raw, self.manifest.format.vocabulary.token_dtype, offset=len(self._npy_header)
+            )
+        return np.load(
+            io.BytesIO(raw), allow_pickle=False
+        )  # It is not what it should be: let its true shape be named.
 
     def _open_shard(self, shard: ShardInfo) -> int:
         if shard.file not in self._files:
@@ -310,7 +370,9 @@ def sample_checksum(tokens: bytes, meta: bytes) -> int:
 
 def _npy_header(manifest: Manifest) -> bytes:
     """What every KEY.tokens.npy of a folder begins with: all are of one type and length."""
-    tokens_L = np.zeros(manifest.format.length(manifest.examples + 1), manifest.format.vocabulary.token_dtype)
+    tokens_L = np.zeros(
+        manifest.format.length(manifest.examples + 1), manifest.format.vocabulary.token_dtype
+    )
     buffer = io.BytesIO()
     np.save(buffer, tokens_L)
     return buffer.getvalue()[: -tokens_L.nbytes]
@@ -320,21 +382,32 @@ def _check_tokens(tokens_L: np.ndarray, manifest: Manifest) -> None:
     vocabulary = manifest.format.vocabulary
     length = manifest.format.length(manifest.examples + 1)
     if tokens_L.dtype != vocabulary.token_dtype or tokens_L.shape != (length,):
-        raise InputError(f"its tokens are {tokens_L.dtype} {tokens_L.shape}; {vocabulary.token_dtype} ({length},) belong there")
+        raise InputError(
+            f"its tokens are {tokens_L.dtype} {tokens_L.shape}; {vocabulary.token_dtype} "
+            f"({length},) belong there"
+        )
     if int(tokens_L.max()) >= vocabulary.size:
-        raise InputError(f"it has the token {int(tokens_L.max())}; the vocabulary has {vocabulary.size}")
+        raise InputError(
+            f"it has the token {int(tokens_L.max())}; the vocabulary has {vocabulary.size}"
+        )
 
 
 @lru_cache(maxsize=1024)  # All episodes of segmentation have the same.
 def _parse_spans(raw: bytes, length: int) -> tuple[Span, ...]:
-    """The spans of a sequence of `length` tokens, from JSON; raises InputError where they do not cover it in order."""
+    """The spans of a sequence of `length` tokens, from JSON; raises InputError where they do not
+    cover it in order.
+    """
     spans = tuple(Span(*span) for span in json.loads(raw))
     position = 0
     for span in spans:
         if span.role not in get_args(Role) or not 0 <= span.attributes <= 255:
-            raise InputError(f"a span has the role {span.role!r} and the attribute class {span.attributes!r}")
+            raise InputError(
+                f"a span has the role {span.role!r} and the attribute class {span.attributes!r}"
+            )
         if span.start != position or span.length < 1:
-            raise InputError(f"a span starts at {span.start} where the one before ends at {position}")
+            raise InputError(
+                f"a span starts at {span.start} where the one before ends at {position}"
+            )
         position = span.stop
     if position != length:
         raise InputError(f"its spans cover {position} of {length} tokens")

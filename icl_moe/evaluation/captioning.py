@@ -1,4 +1,6 @@
-"""How well written captions agree with the references, by the scorers of the COCO caption evaluation."""
+"""How well written captions agree with the references, by the scorers of the COCO caption
+evaluation.
+"""
 
 import re
 import shutil
@@ -13,17 +15,42 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from tqdm import tqdm
 
-_MARKS = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-"""What the COCO evaluation drops. It lists brackets in capitals and lowers the text first, so brackets stay; so they do here."""
+_MARKS = frozenset(
+    [
+        "''",
+        "'",
+        "``",
+        "`",
+        "-LRB-",
+        "-RRB-",
+        "-LCB-",
+        "-RCB-",
+        ".",
+        "?",
+        "!",
+        ",",
+        ":",
+        "-",
+        "--",
+        "...",
+        ";",
+    ]
+)
+"""What the COCO evaluation drops. It lists brackets in capitals and lowers the text first, so
+brackets stay; so they do here.
+"""
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores of a whole set of captions, as pycocoevalcap computes them: in 0..1, CIDEr in 0..10 (papers print 100 times these).
+    """Scores of a whole set of captions, as pycocoevalcap computes them: in 0..1, CIDEr in 0..10
+    (papers print 100 times these).
 
-    bleu: BLEU-1 to BLEU-4 (Papineni et al. 2002), with the closest reference length. rouge_l: ROUGE-L (Lin 2004), beta 1.2.
+    bleu: BLEU-1 to BLEU-4 (Papineni et al. 2002), with the closest reference length. rouge_l:
+    ROUGE-L (Lin 2004), beta 1.2.
     cider: CIDEr-D (Vedantam et al. 2015), sigma 6, document frequencies from these very references.
-    meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None; `meteor_note` then says why. `tokenizer` says what split the texts.
+    meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None; `meteor_note` then says why. `tokenizer`
+    says what split the texts.
     """
 
     episodes: int
@@ -36,22 +63,33 @@ class CaptionScores:
 
 
 def score_captions(
-    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], java: bool = True
+    predictions: Sequence[Mapping[str, str]],
+    references: Mapping[str, Sequence[str]],
+    java: bool = True,
 ) -> list[CaptionScores]:
-    """Scores of each of several sets of plain texts: one prediction a key, against the same references, at least one a key.
+    """Scores of each of several sets of plain texts: one prediction a key, against the same
+    references, at least one a key.
 
-    java: whether Java may be used where it is there. Without it there is no METEOR, and tokens are split plainly, but at once.
+    java: whether Java may be used where it is there. Without it there is no METEOR, and tokens are
+    split plainly, but at once.
     """
     keys = list(references)
-    texts = [said[key] for said in predictions for key in keys] + [text for key in keys for text in references[key]]
+    texts = [said[key] for said in predictions for key in keys] + [
+        text for key in keys for text in references[key]
+    ]
     tokens, tokenizer = tokenise(texts, java)
     rest = iter(tokens)
     candidates = [{key: next(rest) for key in keys} for _ in predictions]
-    return score_tokenised(candidates, {key: [next(rest) for _ in references[key]] for key in keys}, tokenizer, java)
+    return score_tokenised(
+        candidates, {key: [next(rest) for _ in references[key]] for key in keys}, tokenizer, java
+    )
 
 
 def score_tokenised(
-    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], tokenizer: str, java: bool = True
+    predictions: Sequence[Mapping[str, str]],
+    references: Mapping[str, Sequence[str]],
+    tokenizer: str,
+    java: bool = True,
 ) -> list[CaptionScores]:
     """The same of texts whose tokens are separated by spaces; `tokenizer` is noted."""
     truths = {key: list(texts) for key, texts in references.items()}
@@ -62,7 +100,11 @@ def score_tokenised(
         bleu, _ = Bleu(4).compute_score(truths, answers, verbose=0)
         rouge_l, _ = Rouge().compute_score(truths, answers)
         cider, _ = Cider().compute_score(truths, answers)
-        scores.append(CaptionScores(len(answers), tuple(bleu), float(rouge_l), float(cider), meteor, note, tokenizer))
+        scores.append(
+            CaptionScores(
+                len(answers), tuple(bleu), float(rouge_l), float(cider), meteor, note, tokenizer
+            )
+        )
     return scores
 
 
@@ -78,32 +120,43 @@ def java_problem(wanted: bool = True) -> str | None:
 
 
 def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:
-    """Each text lower-cased, its tokens separated by spaces and its punctuation dropped; and what did that.
+    """Each text lower-cased, its tokens separated by spaces and its punctuation dropped; and what
+    did that.
 
-    By the Stanford PTB tokenizer, as the COCO caption evaluation does, where Java is there; else by `tokenise_plainly`.
+    By the Stanford PTB tokenizer, as the COCO caption evaluation does, where Java is there; else by
+    `tokenise_plainly`.
     """
     problem = java_problem(java)
     if problem is None:
         lines = _ptb_lines([" ".join(text.split()) for text in texts])
         if len(lines) == len(texts):
-            return [_without_marks(line.split(" ")) for line in lines], "Stanford PTB tokenizer 3.4.1"
+            return [
+                _without_marks(line.split(" ")) for line in lines
+            ], "Stanford PTB tokenizer 3.4.1"
         problem = "the Stanford tokenizer failed"
-    return [tokenise_plainly(text) for text in texts], f"plain Python, close to the PTB tokenizer but not equal ({problem})"
+    return [
+        tokenise_plainly(text) for text in texts
+    ], f"plain Python, close to the PTB tokenizer but not equal ({problem})"
 
 
 _CONTRACTION = re.compile(r"(?<=\w)(n['’]t|['’](?:s|re|ve|ll|d|m))\b")
 _FUSED = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b")
 _TOKEN = re.compile(
-    r"n't|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)+|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ft|vs)\.|\w+(?:['/&.-]\w+)*|\.{3}|--+|[^\w\s]"
+    r"n't|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:/]\d+)+|(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|ft|vs)\."
+    r"|\w+(?:['/&.-]\w+)*|\.{3}|--+|[^\w\s]"
 )
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
 def tokenise_plainly(text: str) -> str:
-    """What the PTB tokenizer makes of ordinary captions, without Java: lower case, contractions split, punctuation dropped."""
+    """What the PTB tokenizer makes of ordinary captions, without Java: lower case, contractions
+    split, punctuation dropped.
+    """
     text = _CONTRACTION.sub(lambda match: " " + match[1].replace("’", "'"), text.lower())
     text = _FUSED.sub(lambda match: " ".join(part for part in match.groups() if part), text)
-    return _without_marks(_BRACKETS.get(token, token) for token in _TOKEN.findall(text) if token not in '"“”‘’')
+    return _without_marks(
+        _BRACKETS.get(token, token) for token in _TOKEN.findall(text) if token not in '"“”‘’'
+    )
 
 
 def _without_marks(tokens: Iterable[str]) -> str:
@@ -111,13 +164,29 @@ def _without_marks(tokens: Iterable[str]) -> str:
 
 
 def _ptb_lines(texts: Sequence[str]) -> list[str]:
-    """Each text (without line breaks) as the Stanford tokenizer splits it; another number of lines where it fails.
+    """Each text (without line breaks) as the Stanford tokenizer splits it; another number of lines
+    where it fails.
 
-    Not by pycocoevalcap's wrapper, which writes into its own installation and depends on the locale.
+    Not by pycocoevalcap's wrapper, which writes into its own installation and depends on the
+    locale.
     """
-    command = [*_JAVA, "-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = [
+        *_JAVA,
+        "-cp",
+        "stanford-corenlp-3.4.1.jar",
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
     lines = "".join(text + "\n" for text in texts)
-    result = subprocess.run(command, cwd=_folder("tokenizer"), input=lines, capture_output=True, encoding="utf-8", check=False)
+    result = subprocess.run(
+        command,
+        cwd=_folder("tokenizer"),
+        input=lines,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
     return result.stdout.split("\n")[:-1]
 
 
@@ -134,7 +203,14 @@ def _meteor(
     command = [*_JAVA, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
-        with subprocess.Popen(command, cwd=_folder("meteor"), stdin=pipe, stdout=pipe, stderr=nowhere, encoding="utf-8") as process:
+        with subprocess.Popen(
+            command,
+            cwd=_folder("meteor"),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=nowhere,
+            encoding="utf-8",
+        ) as process:
             try:
                 sets = tqdm(predictions, desc="METEOR", unit="set", leave=False)
                 return [_corpus_meteor(process, candidates, references) for candidates in sets], ""
@@ -144,9 +220,15 @@ def _meteor(
         return [None] * len(predictions), f"not computed: METEOR's Java program failed ({error})"
 
 
-def _corpus_meteor(java: subprocess.Popen[str], candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+def _corpus_meteor(
+    java: subprocess.Popen[str],
+    candidates: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+) -> float:
     statistics = [_ask(java, "SCORE", *texts, candidates[key]) for key, texts in references.items()]
-    score = float(_ask(java, "EVAL", *statistics))  # The first text's; the others' follow, and the corpus's comes last.
+    score = float(
+        _ask(java, "EVAL", *statistics)
+    )  # The first text's; the others' follow, and the corpus's comes last.
     for _ in statistics:
         score = float(_read(java))
     return score

@@ -1,4 +1,6 @@
-"""The episodes of a shard folder as evaluation sees them: examples, a query, and the truth about it."""
+"""The episodes of a shard folder as evaluation sees them: examples, a query, and the truth about
+it.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,9 @@ from icl_moe.tokenizers.boxes import Box
 
 @dataclass(frozen=True, eq=False)
 class EvaluationEpisode:
-    """One sample. `pairs`: the examples, then the query with its true output as tokens. `meta`: its KEY.json."""
+    """One sample. `pairs`: the examples, then the query with its true output as tokens. `meta`: its
+    KEY.json.
+    """
 
     key: str
     task: Task
@@ -28,7 +32,9 @@ class EvaluationEpisode:
         return self.pairs[-1]
 
     def true_mask(self, pair: int = -1) -> np.ndarray:
-        """The mask of a pair (by default the query's) as annotated, boolean (image_size, image_size)."""
+        """The mask of a pair (by default the query's) as annotated, boolean (image_size,
+        image_size).
+        """
         return decode_rle(self.meta["masks"][pair])
 
     @property
@@ -43,9 +49,13 @@ class EvaluationEpisode:
 
 
 class EpisodeSet:
-    """The first `limit` episodes of `task` (all by default), read from their shards when asked for."""
+    """The first `limit` episodes of `task` (all by default), read from their shards when
+    asked for.
+    """
 
-    def __init__(self, shards: ShardSet, codec: SequenceCodec, task: str, limit: int | None = None) -> None:
+    def __init__(
+        self, shards: ShardSet, codec: SequenceCodec, task: str, limit: int | None = None
+    ) -> None:
         self.task = TASKS[task]
         self.examples = shards.manifest.examples
         self._shards, self._codec = shards, codec
@@ -65,7 +75,9 @@ class EpisodeSet:
         return [sample_key(self.task.name, index) for index in range(len(self))]
 
     def of_another_class(self, index: int) -> EvaluationEpisode | None:
-        """An episode whose class is another than that of episode `index`, always the same one; None where all are of one class."""
+        """An episode whose class is another than that of episode `index`, always the same one; None
+        where all are of one class.
+        """
         count = len(self)
         for step in range(count):
             other = (index + count // 2 + step) % count
@@ -79,7 +91,9 @@ class EpisodeSet:
 
 
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
-    """The boolean mask (H, W) of COCO's compressed run lengths, {"size": [h, w], "counts": text}."""
+    """The boolean mask (H, W) of COCO's compressed run lengths, {"size": [h, w], "counts":
+    text}.
+    """
     return rle_tools.decode(rle).astype(bool)
 
 

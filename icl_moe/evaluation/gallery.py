@@ -1,4 +1,6 @@
-"""Pictures of some episodes for the report: examples, query, prediction and truth, as the model sees them."""
+"""Pictures of some episodes for the report: examples, query, prediction and truth, as the model
+sees them.
+"""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,24 +19,46 @@ _BOX_COLOUR = (255, 70, 70)
 _LEAST_SIDE = 256
 
 
-def draw_gallery(model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog) -> Gallery:
-    """Episodes at even distances, not chosen by their scores. Images are what the tokenizer makes of their codes."""
-    numbers = np.unique(np.linspace(0, len(episodes) - 1, EPISODES_SHOWN).round().astype(int)).tolist()
+def draw_gallery(
+    model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog
+) -> Gallery:
+    """Episodes at even distances, not chosen by their scores. Images are what the tokenizer makes
+    of their codes.
+    """
+    numbers = np.unique(
+        np.linspace(0, len(episodes) - 1, EPISODES_SHOWN).round().astype(int)
+    ).tolist()
     rows = []
     for number in tqdm(numbers, desc=f"drawing {condition.task}", unit="episode", leave=False):
         episode = episodes[number]
-        images = [to_image(pixels) for pixels in model.decode(np.stack([pair.image for pair in episode.pairs]))]
+        images = [
+            to_image(pixels)
+            for pixels in model.decode(np.stack([pair.image for pair in episode.pairs]))
+        ]
         shown = [*images[: condition.shots], images[-1]]
         draw = _segmentation_cells if episode.task.output == "image" else _caption_cells
-        rows.append((f"{episode.category} · {episode.key}", tuple(draw(episode, log[condition, episode.key], shown))))
-    title = f"{condition.task.capitalize()}, {condition.describe()}: {len(rows)} of {len(episodes)} episodes, at even distances"
+        rows.append(
+            (
+                f"{episode.category} · {episode.key}",
+                tuple(draw(episode, log[condition, episode.key], shown)),
+            )
+        )
+    title = (
+        f"{condition.task.capitalize()}, {condition.describe()}: {len(rows)} of {len(episodes)} "
+        f"episodes, at even distances"
+    )
     return Gallery(title, tuple(rows))
 
 
-def _segmentation_cells(episode: EvaluationEpisode, prediction: Prediction, images: list[Image.Image]) -> list[Cell]:
+def _segmentation_cells(
+    episode: EvaluationEpisode, prediction: Prediction, images: list[Image.Image]
+) -> list[Cell]:
     *examples, query = images
     predicted, true = decode_rle(prediction.mask or {}), episode.true_mask()
-    cells = [Cell("example", _masked(image, episode.true_mask(pair))) for pair, image in enumerate(examples)]
+    cells = [
+        Cell("example", _masked(image, episode.true_mask(pair)))
+        for pair, image in enumerate(examples)
+    ]
     return [
         *cells,
         Cell("query", query),
@@ -43,14 +67,21 @@ def _segmentation_cells(episode: EvaluationEpisode, prediction: Prediction, imag
     ]
 
 
-def _caption_cells(episode: EvaluationEpisode, prediction: Prediction, images: list[Image.Image]) -> list[Cell]:
+def _caption_cells(
+    episode: EvaluationEpisode, prediction: Prediction, images: list[Image.Image]
+) -> list[Cell]:
     *examples, query = images
     cells = [
-        Cell("example", _boxed(image, episode.true_box(pair)), str(episode.meta["captions"][pair])) for pair, image in enumerate(examples)
+        Cell("example", _boxed(image, episode.true_box(pair)), str(episode.meta["captions"][pair]))
+        for pair, image in enumerate(examples)
     ]
     true_box = episode.true_box()
     said = [prediction.category] if prediction.category is not None else []
-    said += [f"box IoU {100 * box_iou(prediction.box, true_box):.1f}"] if prediction.box and true_box else []
+    said += (
+        [f"box IoU {100 * box_iou(prediction.box, true_box):.1f}"]
+        if prediction.box and true_box
+        else []
+    )
     caption = f"{prediction.caption} ({', '.join(said)})" if said else str(prediction.caption)
     return [
         *cells,

@@ -1,4 +1,6 @@
-"""The loss on episodes that the model was not trained on, every pair of them a target, as in training."""
+"""The loss on episodes that the model was not trained on, every pair of them a target, as in
+training.
+"""
 
 from dataclasses import dataclass
 
@@ -15,11 +17,13 @@ from icl_moe.model.loss import target_losses
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Cross-entropy under teacher forcing, in nats per target token. Targets are what is written: mask codes, caption texts.
+    """Cross-entropy under teacher forcing, in nats per target token. Targets are what is written:
+    mask codes, caption texts.
 
-    loss: the mean over all targets. unigram_entropy: -sum over ids v of p(v) ln p(v), p the distribution of these very targets;
-    no model that ignores its context has a lower loss here. pair_loss: the mean over the targets of the first pair, of the
-    second, and so on. It falls along the pairs where a model makes use of its examples, but not only there.
+    loss: the mean over all targets. unigram_entropy: -sum over ids v of p(v) ln p(v), p the
+    distribution of these very targets; no model that ignores its context has a lower loss here.
+    pair_loss: the mean over the targets of the first pair, of the second, and so on. It falls along
+    the pairs where a model makes use of its examples, but not only there.
     """
 
     targets: int
@@ -29,24 +33,39 @@ class HeldOutLoss:
 
 
 @torch.inference_mode()
-def held_out_loss(model: InContextModel, shards: ShardSet, task: str, limit: int | None = None, batch_size: int = 8) -> HeldOutLoss:
-    """The loss on the first `limit` samples of `task` (all by default); shards and model must share their format."""
+def held_out_loss(
+    model: InContextModel,
+    shards: ShardSet,
+    task: str,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> HeldOutLoss:
+    """The loss on the first `limit` samples of `task` (all by default); shards and model must share
+    their format.
+    """
     samples = min(shards.count(task), limit or shards.count(task))
     losses, labels, pairs = [], [], []
     for start in tqdm(range(0, samples, batch_size), desc=f"held-out loss, {task}", unit="batch"):
-        sequences = [shards.sample(task, index).sequence for index in range(start, min(start + batch_size, samples))]
+        sequences = [
+            shards.sample(task, index).sequence
+            for index in range(start, min(start + batch_size, samples))
+        ]
         batch = collate(sequences, model.format.vocabulary, task).to(model.decoder.device)
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         hidden_TM = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
         embedding_VM = model.decoder.token_embedding.weight
-        _, found_P = target_losses(hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P)
+        _, found_P = target_losses(
+            hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P
+        )
         losses.append(found_P.double().cpu().numpy())
         labels.append(batch.labels_P.cpu().numpy())
         positions_P = batch.positions_T[batch.predictors_P].cpu().numpy()
         pairs.append((positions_P - model.format.length(0)) // model.format.pair_length)
     losses_P, pairs_P = np.concatenate(losses), np.concatenate(pairs)
     by_pair = tuple(float(losses_P[pairs_P == pair].mean()) for pair in np.unique(pairs_P))
-    return HeldOutLoss(len(losses_P), float(losses_P.mean()), _entropy(np.concatenate(labels)), by_pair)
+    return HeldOutLoss(
+        len(losses_P), float(losses_P.mean()), _entropy(np.concatenate(labels)), by_pair
+    )
 
 
 def _entropy(labels_P: np.ndarray) -> float:

@@ -1,4 +1,6 @@
-"""What a model writes for every episode, kept batch by batch, so that an interrupted evaluation goes on where it stopped."""
+"""What a model writes for every episode, kept batch by batch, so that an interrupted evaluation
+goes on where it stopped.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ Pair = SegmentationPair | CaptionPair
 
 @dataclass(frozen=True)
 class Condition:
-    """How the queries of a task are asked: after `shots` examples, which are of another class if `shuffled`."""
+    """How the queries of a task are asked: after `shots` examples, which are of another class if
+    `shuffled`.
+    """
 
     task: str
     shots: int
@@ -30,15 +34,20 @@ class Condition:
 
     def describe(self) -> str:
         """Such as "2 examples of another class"."""
-        return f"{self.shots} example{'' if self.shots == 1 else 's'}{' of another class' if self.shuffled else ''}"
+        return (
+            f"{self.shots} "
+            f"example{'' if self.shots == 1 else 's'}{' of another class' if self.shuffled else ''}"
+        )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A line of predictions.jsonl: the condition, the episode's key and class, and what the model wrote.
+    """A line of predictions.jsonl: the condition, the episode's key and class, and what the model
+    wrote.
 
-    codes and mask (COCO's compressed run lengths) in segmentation; caption, category and box (normalised) in captioning, the last
-    two where the format has them. copied: whether it equals an example's output; truth_copied: whether the truth does.
+    codes and mask (COCO's compressed run lengths) in segmentation; caption, category and box
+    (normalised) in captioning, the last two where the format has them. copied: whether it equals an
+    example's output; truth_copied: whether the truth does.
     seconds: the time of its batch / its size.
     """
 
@@ -60,7 +69,8 @@ class Prediction:
 class PredictionLog:
     """predictions.jsonl of the folder `out`, under a temporary name until `finish`.
 
-    header: what the predictions depend on. Earlier lines are used again only where they stand under an equal header.
+    header: what the predictions depend on. Earlier lines are used again only where they stand under
+    an equal header.
     """
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
@@ -68,7 +78,9 @@ class PredictionLog:
         self._lines: dict[tuple[Condition, str], Prediction] = {}
         self._header = json.dumps(header)
         kept = self._read_partial()
-        self._partial.write_text("".join(line + "\n" for line in (self._header, *kept)), encoding="utf-8")
+        self._partial.write_text(
+            "".join(line + "\n" for line in (self._header, *kept)), encoding="utf-8"
+        )
 
     def __contains__(self, place: tuple[Condition, str]) -> bool:
         return place in self._lines
@@ -88,7 +100,9 @@ class PredictionLog:
         os.replace(self._partial, self._path)
 
     def _read_partial(self) -> list[str]:
-        """The whole lines of an earlier run under the same header; a line that was cut off ends them."""
+        """The whole lines of an earlier run under the same header; a line that was cut off ends
+        them.
+        """
         if not self._partial.is_file():
             return []
         header, *lines = self._partial.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -98,12 +112,27 @@ class PredictionLog:
         return kept
 
     def _keep(self, prediction: Prediction) -> None:
-        self._lines[Condition(prediction.task, prediction.shots, prediction.shuffled), prediction.key] = prediction
+        self._lines[
+            Condition(prediction.task, prediction.shots, prediction.shuffled), prediction.key
+        ] = prediction
 
 
-def predict(model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog, batch_size: int) -> None:
-    """Complete every episode under a condition, greedily, in batches of fixed make-up, and log what is new."""
-    with tqdm(total=len(episodes), desc=f"{condition.task}, {condition.describe()}", unit="episode", leave=None) as bar:
+def predict(
+    model: InContextModel,
+    episodes: EpisodeSet,
+    condition: Condition,
+    log: PredictionLog,
+    batch_size: int,
+) -> None:
+    """Complete every episode under a condition, greedily, in batches of fixed make-up, and log what
+    is new.
+    """
+    with tqdm(
+        total=len(episodes),
+        desc=f"{condition.task}, {condition.describe()}",
+        unit="episode",
+        leave=None,
+    ) as bar:
         for start in range(0, len(episodes), batch_size):
             numbers = range(start, min(start + batch_size, len(episodes)))
             batch = [episodes[number] for number in numbers]
@@ -120,11 +149,18 @@ def _examples(episodes: EpisodeSet, number: int, condition: Condition) -> tuple[
 
 
 def _complete(
-    model: InContextModel, condition: Condition, batch: Sequence[EvaluationEpisode], examples: Sequence[tuple[Pair, ...]]
+    model: InContextModel,
+    condition: Condition,
+    batch: Sequence[EvaluationEpisode],
+    examples: Sequence[tuple[Pair, ...]],
 ) -> list[Prediction]:
     started = time.perf_counter()
     requests = [
-        (Episode(episode.task, episode.category, pairs), episode.query.image)  # type: ignore[arg-type]  # All of one task.
+        # All of one task.
+        (
+            Episode(episode.task, episode.category, pairs),  # type: ignore[arg-type]
+            episode.query.image,
+        )
         for episode, pairs in zip(batch, examples, strict=True)
     ]
     outputs = model.complete(requests)
@@ -148,14 +184,26 @@ def _written(model: InContextModel, outputs: Sequence[Pair]) -> list[dict[str, A
     """The fields of a prediction that depend on the task."""
     captions = [pair for pair in outputs if isinstance(pair, CaptionPair)]
     if captions:
-        return [{"caption": pair.caption, "category": pair.category, "box": model.box_of(pair)} for pair in captions]
+        return [
+            {"caption": pair.caption, "category": pair.category, "box": model.box_of(pair)}
+            for pair in captions
+        ]
     codes_BN = np.stack([pair.mask for pair in outputs if isinstance(pair, SegmentationPair)])
     masks_BHW = pixels_to_mask(model.decode(codes_BN))
-    return [{"codes": codes_N.tolist(), "mask": encode_rle(mask_HW)} for codes_N, mask_HW in zip(codes_BN, masks_BHW, strict=True)]
+    return [
+        {"codes": codes_N.tolist(), "mask": encode_rle(mask_HW)}
+        for codes_N, mask_HW in zip(codes_BN, masks_BHW, strict=True)
+    ]
 
 
 def _equals_an_output(output: Pair, examples: Sequence[Pair]) -> bool:
     """Whether it equals the output of an example: all its mask codes, or its caption's text."""
     if isinstance(output, SegmentationPair):
-        return any(isinstance(example, SegmentationPair) and np.array_equal(output.mask, example.mask) for example in examples)
-    return any(isinstance(example, CaptionPair) and output.caption == example.caption for example in examples)
+        return any(
+            isinstance(example, SegmentationPair) and np.array_equal(output.mask, example.mask)
+            for example in examples
+        )
+    return any(
+        isinstance(example, CaptionPair) and output.caption == example.caption
+        for example in examples
+    )

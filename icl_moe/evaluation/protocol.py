@@ -1,4 +1,6 @@
-"""`icl-moe evaluate`: every episode of a shard folder is completed freely from its first examples, then scored."""
+"""`icl-moe evaluate`: every episode of a shard folder is completed freely from its first examples,
+then scored.
+"""
 
 import json
 import platform
@@ -28,9 +30,14 @@ from icl_moe.sequence import SegmentationPair
 from icl_moe.tokenizers.boxes import Box, box_iou
 
 Control = Literal["shuffled"]
-"""`shuffled`: ask each query also with examples of another class. A model that makes use of its examples must do worse then."""
+"""`shuffled`: ask each query also with examples of another class. A model that makes use of its
+examples must do worse then.
+"""
 
-_FIRST_EXAMPLE = {"name": "the first example's output, whatever the query", "prediction": "first example"}
+_FIRST_EXAMPLE = {
+    "name": "the first example's output, whatever the query",
+    "prediction": "first example",
+}
 _TOKENIZER = {"name": "the truth through the image tokenizer (ceiling)", "prediction": "tokenizer"}
 _PACKAGES = ("icl-moe", "torch", "transformers", "numpy", "pillow", "pycocotools", "pycocoevalcap")
 
@@ -46,15 +53,22 @@ def evaluate(
     device: str | None = None,
     sections: Sequence[Section] = (),
 ) -> dict[str, Any]:
-    """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a path or a URL (all by default).
+    """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
+    path or a URL (all by default).
 
-    shots: how many of an episode's examples to show; each number gives a row of the table. sections: more of the report.
-    Writes metrics.json, predictions.jsonl and report.html into `out` and returns what is in metrics.json; docs/evaluation.md
-    describes it. Called again after an interruption, it goes on after the last whole batch.
+    shots: how many of an episode's examples to show; each number gives a row of the table.
+    sections: more of the report. Writes metrics.json, predictions.jsonl and report.html into `out`
+    and returns what is in metrics.json; docs/evaluation.md describes it. Called again after an
+    interruption, it goes on after the last whole batch.
 
-    Raises InputError where the model and the shards do not belong together, or where they cannot be asked with so many examples.
+    Raises InputError where the model and the shards do not belong together, or where they cannot be
+    asked with so many examples.
     """
-    model, shards, out = InContextModel.from_pretrained(model_dir, device), ShardSet(shards_dir), Path(out)
+    model, shards, out = (
+        InContextModel.from_pretrained(model_dir, device),
+        ShardSet(shards_dir),
+        Path(out),
+    )
     _check(model, shards, shots, limit)
     out.mkdir(parents=True, exist_ok=True)
     header = {
@@ -87,7 +101,10 @@ def evaluate(
         "model_folder": Path(model_dir).resolve().name,
         "shards_folder": Path(shards.location).name,
         "decoding": "greedy",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
         "tasks": tasks,
     }
     log.finish()
@@ -96,23 +113,51 @@ def evaluate(
     return metrics
 
 
-def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int], limit: int | None) -> None:
+def _check(
+    model: InContextModel, shards: ShardSet, shots: Sequence[int], limit: int | None
+) -> None:
     manifest = shards.manifest
-    ours = (model.format, model.image_size, model.image_tokenizer.fingerprint, model.codec.text.fingerprint)
-    theirs = (manifest.format, manifest.image_size, manifest.image_tokenizer, manifest.text_tokenizer)
-    for name, mine, other in zip(("sequence format", "image size", "image tokenizer", "text tokenizer"), ours, theirs, strict=True):
+    ours = (
+        model.format,
+        model.image_size,
+        model.image_tokenizer.fingerprint,
+        model.codec.text.fingerprint,
+    )
+    theirs = (
+        manifest.format,
+        manifest.image_size,
+        manifest.image_tokenizer,
+        manifest.text_tokenizer,
+    )
+    for name, mine, other in zip(
+        ("sequence format", "image size", "image tokenizer", "text tokenizer"),
+        ours,
+        theirs,
+        strict=True,
+    ):
         if mine != other:
-            raise InputError(f"The model's {name} is not that of {shards.location}: {mine} and {other}; build the shards with the model's.")
+            raise InputError(
+                f"The model's {name} is not that of {shards.location}: {mine} and {other}; build "
+                "the shards with the model's."
+            )
     if not shots or (limit is not None and limit < 1):
-        raise InputError("There is nothing to evaluate: give at least one number of shots, and a limit of at least 1.")
+        raise InputError(
+            "There is nothing to evaluate: give at least one number of shots, and a limit of at "
+            "least 1."
+        )
     for count in shots:
         if not 0 <= count <= manifest.examples:
             most = manifest.examples
-            raise InputError(f"The episodes of {shards.location} have {most} example(s): shots must lie in 0..{most}, not {count}.")
+            raise InputError(
+                f"The episodes of {shards.location} have {most} example(s): shots must lie in "
+                f"0..{most}, not {count}."
+            )
         model.check_examples(count)
 
 
-def _conditions(episodes: EpisodeSet, shots: Sequence[int], control: Control | None) -> list[Condition]:
+def _conditions(
+    episodes: EpisodeSet, shots: Sequence[int], control: Control | None
+) -> list[Condition]:
     """A row of the table each; the control is left out where there is nothing to exchange."""
     own = [Condition(episodes.task.name, count) for count in dict.fromkeys(shots)]
     shuffle = control == "shuffled" and episodes.of_another_class(0) is not None
@@ -120,16 +165,27 @@ def _conditions(episodes: EpisodeSet, shots: Sequence[int], control: Control | N
 
 
 def _segmentation_rows(
-    model: InContextModel, episodes: EpisodeSet, conditions: Sequence[Condition], log: PredictionLog, batch_size: int
+    model: InContextModel,
+    episodes: EpisodeSet,
+    conditions: Sequence[Condition],
+    log: PredictionLog,
+    batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Scores of the model under each condition, then of the first example's mask, then of the truth after the tokenizer."""
+    """Scores of the model under each condition, then of the first example's mask, then of the truth
+    after the tokenizer.
+    """
     rows = []
     for condition in conditions:
         predictions = {key: log[condition, key] for key in episodes.keys}
-        scores = score_masks((e.category, decode_rle(predictions[e.key].mask or {}), e.true_mask()) for e in _all(episodes, "scoring"))
+        scores = score_masks(
+            (e.category, decode_rle(predictions[e.key].mask or {}), e.true_mask())
+            for e in _all(episodes, "scoring")
+        )
         rows.append(_model_row(condition, list(predictions.values())) | asdict(scores))
     if episodes.examples:
-        copied = score_masks((e.category, e.true_mask(0), e.true_mask()) for e in _all(episodes, "scoring"))
+        copied = score_masks(
+            (e.category, e.true_mask(0), e.true_mask()) for e in _all(episodes, "scoring")
+        )
         rows.append(_FIRST_EXAMPLE | asdict(copied))
     rows.append(_TOKENIZER | asdict(score_masks(_through_tokenizer(model, episodes, batch_size))))
     return rows
@@ -139,14 +195,19 @@ def _captioning_rows(
     model: InContextModel, episodes: EpisodeSet, conditions: Sequence[Condition], log: PredictionLog
 ) -> list[dict[str, Any]]:
     """Scores of the model under each condition, then of the first example's caption."""
-    truths = {e.key: _CaptionTruth(e.references, e.category, e.true_box(), e.meta["captions"][0]) for e in _all(episodes, "reading")}
+    truths = {
+        e.key: _CaptionTruth(e.references, e.category, e.true_box(), e.meta["captions"][0])
+        for e in _all(episodes, "reading")
+    }
     asked = [{key: log[condition, key] for key in episodes.keys} for condition in conditions]
     sets = [{key: p.caption or "" for key, p in predictions.items()} for predictions in asked]
     if episodes.examples:
         sets.append({key: truth.first_example for key, truth in truths.items()})
     scores = score_captions(sets, {key: truth.references for key, truth in truths.items()})
     rows = [
-        _model_row(condition, list(predictions.values())) | asdict(of_set) | _template_scores(model, predictions, truths)
+        _model_row(condition, list(predictions.values()))
+        | asdict(of_set)
+        | _template_scores(model, predictions, truths)
         for condition, predictions, of_set in zip(conditions, asked, scores, strict=False)
     ]
     return rows + [_FIRST_EXAMPLE | asdict(of_set) for of_set in scores[len(rows) :]]
@@ -159,20 +220,31 @@ class _CaptionTruth(NamedTuple):
     first_example: str
 
 
-def _template_scores(model: InContextModel, predictions: dict[str, Prediction], truths: dict[str, _CaptionTruth]) -> dict[str, float]:
-    """How right the category and the box are, where the model writes them: category_accuracy (up to case), box_iou (mean)."""
+def _template_scores(
+    model: InContextModel, predictions: dict[str, Prediction], truths: dict[str, _CaptionTruth]
+) -> dict[str, float]:
+    """How right the category and the box are, where the model writes them: category_accuracy (up to
+    case), box_iou (mean).
+    """
     scores = {}
     if model.format.category == "written":
-        right = [(p.category or "").lower() == truths[key].category.lower() for key, p in predictions.items()]
+        right = [
+            (p.category or "").lower() == truths[key].category.lower()
+            for key, p in predictions.items()
+        ]
         scores["category_accuracy"] = float(np.mean(right))
     if model.format.box != "none":
         boxes = [(p.box, truths[key].box) for key, p in predictions.items()]
-        scores["box_iou"] = float(np.mean([box_iou(box, true) if box and true else 0.0 for box, true in boxes]))
+        scores["box_iou"] = float(
+            np.mean([box_iou(box, true) if box and true else 0.0 for box, true in boxes])
+        )
     return scores
 
 
 def _model_row(condition: Condition, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """What a row says beside its scores. copy_rate: how often an output equals an example's; truth_copy_rate: how often it should."""
+    """What a row says beside its scores. copy_rate: how often an output equals an example's;
+    truth_copy_rate: how often it should.
+    """
     return {
         "name": condition.describe(),
         "prediction": "model",
@@ -180,12 +252,16 @@ def _model_row(condition: Condition, predictions: Sequence[Prediction]) -> dict[
         "shuffled": condition.shuffled,
         "copy_rate": float(np.mean([p.copied for p in predictions])),
         "truth_copy_rate": float(np.mean([p.truth_copied for p in predictions])),
-        "queries_per_second": round(1 / max(float(np.mean([p.seconds for p in predictions])), 1e-4), 3),
+        "queries_per_second": round(
+            1 / max(float(np.mean([p.seconds for p in predictions])), 1e-4), 3
+        ),
     }
 
 
 def _class_overlap(model: InContextModel, shards: ShardSet, task: str) -> dict[str, Any]:
-    """The classes evaluated, and those of them that the model was trained on for this task (None where it does not say)."""
+    """The classes evaluated, and those of them that the model was trained on for this task (None
+    where it does not say).
+    """
     evaluated = sorted(shards.manifest.classes[task])
     trained = getattr(model.decoder.config, "classes", None)
     seen = None if trained is None else sorted(set(evaluated) & set(trained.get(task, ())))
@@ -193,14 +269,25 @@ def _class_overlap(model: InContextModel, shards: ShardSet, task: str) -> dict[s
 
 
 def _all(episodes: EpisodeSet, doing: str) -> Iterator[EvaluationEpisode]:
-    numbers = tqdm(range(len(episodes)), desc=f"{doing}, {episodes.task.name}", unit="episode", leave=False)
+    numbers = tqdm(
+        range(len(episodes)), desc=f"{doing}, {episodes.task.name}", unit="episode", leave=False
+    )
     return (episodes[number] for number in numbers)
 
 
-def _through_tokenizer(model: InContextModel, episodes: EpisodeSet, batch_size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(class, the query's true mask encoded and decoded, the true mask): the best that any model can reach with these codes."""
+def _through_tokenizer(
+    model: InContextModel, episodes: EpisodeSet, batch_size: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(class, the query's true mask encoded and decoded, the true mask): the best that any model
+    can reach with these codes.
+    """
     everything = _all(episodes, "tokenizer's ceiling")
     while batch := list(islice(everything, batch_size)):
-        codes_BN = np.stack([episode.query.mask for episode in batch if isinstance(episode.query, SegmentationPair)])
+        codes_BN = np.stack(
+            [episode.query.mask for episode in batch if isinstance(episode.query, SegmentationPair)]
+        )
         masks_BHW = pixels_to_mask(model.decode(codes_BN))
-        yield from ((episode.category, mask_HW, episode.true_mask()) for episode, mask_HW in zip(batch, masks_BHW, strict=True))
+        yield from (
+            (episode.category, mask_HW, episode.true_mask())
+            for episode, mask_HW in zip(batch, masks_BHW, strict=True)
+        )

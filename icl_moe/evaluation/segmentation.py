@@ -10,10 +10,13 @@ import numpy as np
 class SegmentationScores:
     """Scores of a set of episodes, all in 0..1.
 
-    miou: the mean over classes of IoU_c = sum over episodes e of class c of |P_e and T_e| / the same sum of |P_e or T_e|, the
-        foreground mIoU of few-shot segmentation (Shaban et al. 2017, "One-Shot Learning for Semantic Segmentation").
+    miou: the mean over classes of IoU_c = sum over episodes e of class c of |P_e and T_e| / the
+    same sum of |P_e or T_e|, the
+        foreground mIoU of few-shot segmentation (Shaban et al. 2017, "One-Shot Learning for
+        Semantic Segmentation").
     mean_iou: the mean over episodes of |P_e and T_e| / |P_e or T_e|; 1 where both are empty.
-    mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of salient object detection
+    mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of
+    salient object detection
         (Perazzi et al. 2012), here of binary masks.
     class_iou: IoU_c of each class, and class_episodes how many episodes it had.
     """
@@ -27,7 +30,9 @@ class SegmentationScores:
 
 
 def score_masks(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> SegmentationScores:
-    """Scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one an episode; at least one."""
+    """Scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one an episode; at least
+    one.
+    """
     intersections: dict[str, int] = {}
     unions: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -41,7 +46,14 @@ def score_masks(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> Segmen
         errors.append(float(np.mean(predicted != true)))
     class_iou = {name: _ratio(intersections[name], unions[name]) for name in sorted(counts)}
     miou = float(np.mean(list(class_iou.values())))
-    return SegmentationScores(len(ious), miou, float(np.mean(ious)), float(np.mean(errors)), class_iou, dict(sorted(counts.items())))
+    return SegmentationScores(
+        len(ious),
+        miou,
+        float(np.mean(ious)),
+        float(np.mean(errors)),
+        class_iou,
+        dict(sorted(counts.items())),
+    )
 
 
 def mask_iou(predicted: np.ndarray, true: np.ndarray) -> float:

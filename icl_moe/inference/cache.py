@@ -1,4 +1,6 @@
-"""The keys and values of all positions read so far, so that every token passes through the decoder once."""
+"""The keys and values of all positions read so far, so that every token passes through the decoder
+once.
+"""
 
 import torch
 
@@ -11,22 +13,30 @@ class KeyValueCache:
 
     def __init__(self, capacity: int = 256) -> None:
         self.length = 0
-        """Positions read so far, those of the running pass included once their attributes are appended."""
+        """Positions read so far, those of the running pass included once their attributes are
+        appended.
+        """
         self._capacity = capacity
         self._attributes: torch.Tensor | None = None
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
     def append_attributes(self, attributes_BL: torch.Tensor) -> torch.Tensor:
-        """Note the attribute classes of the L tokens to be read now; returns those of all positions, (B, length)."""
+        """Note the attribute classes of the L tokens to be read now; returns those of all
+        positions, (B, length).
+        """
         self.length += attributes_BL.shape[1]
         if self.length > self._capacity:
             self._capacity = max(self.length, 2 * self._capacity)
         self._attributes = self._write(self._attributes, attributes_BL, dim=1)
         return self._attributes[:, : self.length]
 
-    def update(self, layer: int, keys_BHLD: torch.Tensor, values_BHLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note one layer's keys and values of the L tokens; returns views of those of all positions, (B, H, length, D)."""
+    def update(
+        self, layer: int, keys_BHLD: torch.Tensor, values_BHLD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note one layer's keys and values of the L tokens; returns views of those of all
+        positions, (B, H, length, D).
+        """
         keys = self._keys[layer] = self._write(self._keys.get(layer), keys_BHLD, dim=2)
         values = self._values[layer] = self._write(self._values.get(layer), values_BHLD, dim=2)
         return keys[:, :, : self.length], values[:, :, : self.length]
@@ -40,7 +50,9 @@ class KeyValueCache:
                 buffers[layer] = buffer[rows_b]
 
     def _write(self, buffer: torch.Tensor | None, new: torch.Tensor, dim: int) -> torch.Tensor:
-        """Put `new` at the end of what `buffer` holds along `dim`, in a larger buffer where it has no room."""
+        """Put `new` at the end of what `buffer` holds along `dim`, in a larger buffer where it has
+        no room.
+        """
         start = self.length - new.shape[dim]
         if buffer is None or buffer.shape[dim] < self.length:
             shape = list(new.shape)

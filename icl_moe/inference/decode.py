@@ -1,4 +1,6 @@
-"""Writing outputs token by token: several queries at once, each held to its grammar, with a key-value cache."""
+"""Writing outputs token by token: several queries at once, each held to its grammar, with a
+key-value cache.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from icl_moe.sequence import Episode, SequenceCodec
 from icl_moe.tasks import PADDING
 
 Request = tuple[Episode, np.ndarray]
-"""An episode whose pairs are all examples, and the image codes (N,) of the query to complete it with."""
+"""An episode whose pairs are all examples, and the image codes (N,) of the query to complete it
+with.
+"""
 
 
 class Decoder(Protocol):
@@ -24,7 +28,11 @@ class Decoder(Protocol):
     device: Any
 
     def next_logits(
-        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, attributes_BL: torch.Tensor, cache: KeyValueCache | None = None
+        self,
+        tokens_BL: torch.Tensor,
+        positions_BL: torch.Tensor,
+        attributes_BL: torch.Tensor,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -32,8 +40,9 @@ class Decoder(Protocol):
 class Sampling:
     """How a token is chosen among the allowed ones.
 
-    temperature 0: the most probable one. Above 0: drawn from softmax(logits / temperature), among the `top_k` most probable
-    where given. The n-th query draws from its own generator, seeded with (seed, n), whatever the others write.
+    temperature 0: the most probable one. Above 0: drawn from softmax(logits / temperature), among
+    the `top_k` most probable where given. The n-th query draws from its own generator, seeded with
+    (seed, n), whatever the others write.
     """
 
     temperature: float = 0.0
@@ -42,7 +51,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise InputError(f"The temperature must be 0 (the most probable token) or more, not {self.temperature}.")
+            raise InputError(
+                "The temperature must be 0 (the most probable token) or more, not "
+                f"{self.temperature}."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k must be at least 1, not {self.top_k}.")
 
@@ -52,15 +64,26 @@ GREEDY = Sampling()
 
 @torch.inference_mode()
 def decode_batch(
-    decoder: Decoder, codec: SequenceCodec, requests: Sequence[Request], sampling: Sampling = GREEDY, progress: bool = False
+    decoder: Decoder,
+    codec: SequenceCodec,
+    requests: Sequence[Request],
+    sampling: Sampling = GREEDY,
+    progress: bool = False,
 ) -> list[list[int]]:
-    """The tokens that complete each request's query: all that follows the prompt's marker, so a `given` category too.
+    """The tokens that complete each request's query: all that follows the prompt's marker, so a
+    `given` category too.
 
-    A step reads, for every query that is not complete, its last token and the forced ones after it; queries that have fewer
-    tokens to read are padded on the left, and complete ones leave the batch.
+    A step reads, for every query that is not complete, its last token and the forced ones after it;
+    queries that have fewer tokens to read are padded on the left, and complete ones leave the
+    batch.
     """
-    outputs = [_Output(codec, episode, image, np.random.default_rng((sampling.seed, n))) for n, (episode, image) in enumerate(requests)]
-    cache = KeyValueCache(max((len(output.unread) for output in outputs), default=0) + codec.format.codes_per_image)
+    outputs = [
+        _Output(codec, episode, image, np.random.default_rng((sampling.seed, n)))
+        for n, (episode, image) in enumerate(requests)
+    ]
+    cache = KeyValueCache(
+        max((len(output.unread) for output in outputs), default=0) + codec.format.codes_per_image
+    )
     going = outputs
     with tqdm(desc="writing", unit=" tokens", disable=not progress, delay=2, leave=False) as bar:
         while going:
@@ -78,26 +101,44 @@ def decode_batch(
 class _Output:
     """One query's output in the making.
 
-    tokens: written so far. unread: (token, position, attribute class) that the decoder has yet to read.
-    allowed: what may come next, at least two tokens to choose from; empty once the output is complete.
+    tokens: written so far. unread: (token, position, attribute class) that the decoder has yet to
+    read.
+    allowed: what may come next, at least two tokens to choose from; empty once the output is
+    complete.
     """
 
-    def __init__(self, codec: SequenceCodec, episode: Episode, query_image: np.ndarray, generator: np.random.Generator) -> None:
+    def __init__(
+        self,
+        codec: SequenceCodec,
+        episode: Episode,
+        query_image: np.ndarray,
+        generator: np.random.Generator,
+    ) -> None:
         self._format, self._task = codec.format, episode.task
         self.generator = generator
         prompt = codec.encode_prompt(episode, query_image).unpadded()
-        self.unread = list(zip(prompt.tokens_L.tolist(), prompt.positions_L.tolist(), prompt.attributes().tolist(), strict=True))
+        self.unread = list(
+            zip(
+                prompt.tokens_L.tolist(),
+                prompt.positions_L.tolist(),
+                prompt.attributes().tolist(),
+                strict=True,
+            )
+        )
         self._next_position = int(prompt.positions_L[-1]) + 1
         self.tokens: list[int] = []
         self._grammar = output_grammar(codec, episode.task, episode.category)
         self.allowed: Allowed = next(self._grammar)
         last = prompt.spans[-1]
         for token in prompt.tokens_L[last.start :].tolist() if last.role == "given" else ():
-            self._accept(token)  # The prompt holds it already: the grammar must know, the decoder need not read it twice.
+            # The prompt holds it already: the grammar must know; the decoder need not read it again.
+            self._accept(token)
         self._write_forced()
 
     def write(self, token: int) -> None:
-        """Take the token chosen among the allowed ones, and all that the grammar forces after it."""
+        """Take the token chosen among the allowed ones, and all that the grammar forces
+        after it.
+        """
         self._append(token)
         self._write_forced()
 
@@ -106,7 +147,9 @@ class _Output:
             self._append(self.allowed[0].start)
 
     def _append(self, token: int) -> None:
-        self.unread.append((token, self._next_position, output_attributes(self._format, self._task, token)))
+        self.unread.append(
+            (token, self._next_position, output_attributes(self._format, self._task, token))
+        )
         self._next_position += 1
         self._accept(token)
 
@@ -118,8 +161,12 @@ class _Output:
             self.allowed = ()
 
 
-def _left_padded(outputs: Sequence[_Output], device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens_BL, positions_BL, attributes_BL (all int64) of what is unread, which counts as read from then on."""
+def _left_padded(
+    outputs: Sequence[_Output], device: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens_BL, positions_BL, attributes_BL (all int64) of what is unread, which counts as read
+    from then on.
+    """
     length = max(len(output.unread) for output in outputs)
     block_BL3 = np.zeros((len(outputs), length, 3), dtype=np.int64)
     block_BL3[..., 2] = PADDING
@@ -144,5 +191,8 @@ def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampl
         least_B1 = scores_BV.topk(min(sampling.top_k, scores_BV.shape[1]), dim=1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)
     cumulative_BV = (scores_BV.double() / sampling.temperature).softmax(dim=1).cumsum(dim=1)
-    draws_B1 = cumulative_BV.new_tensor([[output.generator.random()] for output in outputs]) * cumulative_BV[:, -1:]
+    draws_B1 = (
+        cumulative_BV.new_tensor([[output.generator.random()] for output in outputs])
+        * cumulative_BV[:, -1:]
+    )
     return torch.searchsorted(cumulative_BV, draws_B1, right=True).squeeze(1).tolist()

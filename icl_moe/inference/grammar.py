@@ -1,4 +1,5 @@
-"""What may be written next: the format's template as coroutines that yield the allowed tokens and take the chosen one.
+"""What may be written next: the format's template as coroutines that yield the allowed tokens and
+take the chosen one.
 
     allowed = next(grammar)
     while True:
@@ -22,8 +23,9 @@ Grammar = Generator[Allowed, int, None]
 def output_grammar(codec: SequenceCodec, task: Task, category: str) -> Grammar:
     """All that follows the marker which opens the query's output.
 
-    Segmentation: N image codes. Captioning: the caption's text, closed by [EOC]; with box=image, N image codes and [BOT]
-    come before it. category: the class's name, forced where the format gives it (category=given), else unused.
+    Segmentation: N image codes. Captioning: the caption's text, closed by [EOC]; with box=image, N
+    image codes and [BOT] come before it. category: the class's name, forced where the format gives
+    it (category=given), else unused.
     """
     if task.output == "image" or codec.format.box == "image":
         for _ in range(codec.format.codes_per_image):
@@ -38,7 +40,13 @@ def output_attributes(format: SequenceFormat, task: Task, token: int) -> int:
     """The attribute class of a token that a grammar let through."""
     drawn = token in format.vocabulary.image_range
     box_image = task.output == "text" and format.box == "image"
-    return attribute_class(task, "image" if drawn else "text", target=True, class_prompt=format.class_prompt, box_image=box_image)
+    return attribute_class(
+        task,
+        "image" if drawn else "text",
+        target=True,
+        class_prompt=format.class_prompt,
+        box_image=box_image,
+    )
 
 
 def is_forced(allowed: Allowed) -> bool:
@@ -47,12 +55,18 @@ def is_forced(allowed: Allowed) -> bool:
 
 
 def _caption(codec: SequenceCodec, category: str) -> Grammar:
-    """A caption's text and [EOC]. The text takes at most N tokens, so each part leaves the room that the later ones need."""
+    """A caption's text and [EOC]. The text takes at most N tokens, so each part leaves the room
+    that the later ones need.
+    """
     vocabulary = codec.format.vocabulary
-    *parts, _, closing = codec.caption_parts  # The template ends with the caption itself and a full stop.
+    *parts, _, closing = (
+        codec.caption_parts
+    )  # The template ends with the caption itself and a full stop.
     least_left = sum(map(_least, codec.caption_parts))
     room = codec.format.codes_per_image
-    opened = 0  # Tokens of the next fixed part that are written already: the tag that closed a category.
+    opened = (
+        0  # Tokens of the next fixed part that are written already: the tag that closed a category.
+    )
     for part in parts:
         least_left -= _least(part)
         if part.kind == "fixed":
@@ -89,7 +103,9 @@ def _category(vocabulary: Vocabulary, room: int) -> Generator[Allowed, int, int]
 
 def _given(tokens: list[int], room: int, category: str) -> Generator[Allowed, int, int]:
     if len(tokens) > room:
-        raise TooLongError(f"The category '{category}' takes {len(tokens)} tokens; there is room for {room}.")
+        raise TooLongError(
+            f"The category '{category}' takes {len(tokens)} tokens; there is room for {room}."
+        )
     yield from _forced(tokens)
     return len(tokens)
 
@@ -106,7 +122,8 @@ def _box(vocabulary: Vocabulary) -> Grammar:
 def _closed_text(vocabulary: Vocabulary, full_stop: int, room: int) -> Grammar:
     """Text of at most `room` tokens whose last one is the template's full stop, then [EOC].
 
-    A full stop may also be part of the caption; it was the template's if [EOC] follows, which may follow nothing else.
+    A full stop may also be part of the caption; it was the template's if [EOC] follows, which may
+    follow nothing else.
     """
     end = range(vocabulary.eoc, vocabulary.eoc + 1)
     last = None

@@ -14,7 +14,15 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from icl_moe.errors import InputError
-from icl_moe.images import box_to_mask, crop_and_resize, crop_and_resize_mask, load_image, mask_to_pixels, pixels_to_mask, to_pixels
+from icl_moe.images import (
+    box_to_mask,
+    crop_and_resize,
+    crop_and_resize_mask,
+    load_image,
+    mask_to_pixels,
+    pixels_to_mask,
+    to_pixels,
+)
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec
@@ -29,7 +37,9 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Region:
-    """A region of an image. box: x, y, width, height in pixels of that image. What a model's format leaves out is None."""
+    """A region of an image. box: x, y, width, height in pixels of that image. What a model's format
+    leaves out is None.
+    """
 
     caption: str
     category: str | None = None
@@ -37,7 +47,8 @@ class Region:
 
     @classmethod
     def load(cls, path: str | Path) -> "Region":
-        """Read {"caption": ..., "category": ..., "box": [x, y, width, height]}; the last two may be left out.
+        """Read {"caption": ..., "category": ..., "box": [x, y, width, height]}; the last two may be
+        left out.
 
         Raises InputError for a file that is missing or holds anything else.
         """
@@ -49,21 +60,33 @@ class Region:
             raise InputError(f"The region {path} is not valid JSON.") from error
         if not _is_region(values):
             raise InputError(
-                f'{path} must hold {{"caption": text, "category": text, "box": [x, y, width, height] in pixels}} and nothing else.'
+                f"{path} must hold "
+                f'{{"caption": text, "category": text, "box": [x, y, width, height] in pixels}} '
+                "and nothing else."
             )
         box: Any = values.get("box")
-        return cls(values["caption"], values.get("category"), None if box is None else (box[0], box[1], box[2], box[3]))
+        return cls(
+            values["caption"],
+            values.get("category"),
+            None if box is None else (box[0], box[1], box[2], box[3]),
+        )
 
 
 class InContextModel:
     """An exported model with its tokenizers.
 
-    model = InContextModel.from_pretrained("exported")
-    mask = model.segment(examples=[("dog1.jpg", "dog1_mask.png")], query="dog2.jpg")
-    region = model.caption(examples=[("dog1.jpg", Region("a dog on grass", "dog", (40, 60, 200, 120)))], query="dog2.jpg")
+    model = InContextModel.from_pretrained("exported") mask = model.segment(examples=[("dog1.jpg",
+    "dog1_mask.png")], query="dog2.jpg") region = model.caption(examples=[("dog1.jpg", Region("a dog
+    on grass", "dog", (40, 60, 200, 120)))], query="dog2.jpg")
     """
 
-    def __init__(self, decoder: InContextDecoder, image_tokenizer: VQGAN, text: TextTokenizer, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        decoder: InContextDecoder,
+        image_tokenizer: VQGAN,
+        text: TextTokenizer,
+        fingerprint: str = "",
+    ) -> None:
         self.decoder = decoder.eval()
         self.image_tokenizer = image_tokenizer.eval()
         self.format = decoder.sequence_format
@@ -73,18 +96,30 @@ class InContextModel:
         _check_image_tokenizer(decoder.config, self.format.codes_per_image, image_tokenizer)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> "InContextModel":
-        """Load the folder that `icl-moe export` or a training run wrote, onto `device` (by default a GPU where there is one).
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None
+    ) -> "InContextModel":
+        """Load the folder that `icl-moe export` or a training run wrote, onto `device` (by default
+        a GPU where there is one).
 
         Raises InputError where a file is missing, is damaged, or does not belong to the others.
         """
         folder = Path(folder)
         for name in ("config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"):
             if not (folder / name).exists():
-                raise InputError(f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one.")
+                raise InputError(
+                    f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one."
+                )
         decoder = _load_decoder(folder)
-        text = TextTokenizer(decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer"))
-        model = cls(decoder, VQGAN.from_pretrained(str(folder / "image_tokenizer")), text, _fingerprint(folder))
+        text = TextTokenizer(
+            decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
+        )
+        model = cls(
+            decoder,
+            VQGAN.from_pretrained(str(folder / "image_tokenizer")),
+            text,
+            _fingerprint(folder),
+        )
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: str | torch.device) -> "InContextModel":
@@ -102,22 +137,38 @@ class InContextModel:
     ) -> np.ndarray:
         """The mask (H, W), boolean and of the query's own size, of what the examples' masks mark.
 
-        examples: (image, mask) pairs; a mask has its image's size, and a pixel of it counts where it is brighter than half of
-        the mask's brightest one. category: the class's name, needed where the model's format has a class prompt.
-        Raises InputError for input that cannot be read or does not fit the model.
+        examples: (image, mask) pairs; a mask has its image's size, and a pixel of it counts where
+        it is brighter than half of the mask's brightest one. category: the class's name, needed
+        where the model's format has a class prompt. Raises InputError for input that cannot be read
+        or does not fit the model.
         """
         task = TASKS["segmentation"]
         self._check_request(task, len(examples), category)
         image = _open(query)
         pictures = [_open(picture) for picture, _ in examples]
-        masks = [_open_mask(mask, picture.size) for picture, (_, mask) in zip(pictures, examples, strict=True)]
-        *image_codes, query_codes = self.encode([to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)])
-        mask_codes = self.encode([mask_to_pixels(_squared_mask(mask, self.image_size)) for mask in masks])
-        pairs = tuple(SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True))
-        (pair,) = self.complete([(Episode(task, category or "", pairs), query_codes)], sampling, progress)
+        masks = [
+            _open_mask(mask, picture.size)
+            for picture, (_, mask) in zip(pictures, examples, strict=True)
+        ]
+        *image_codes, query_codes = self.encode(
+            [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
+        )
+        mask_codes = self.encode(
+            [mask_to_pixels(_squared_mask(mask, self.image_size)) for mask in masks]
+        )
+        pairs = tuple(
+            SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True)
+        )
+        (pair,) = self.complete(
+            [(Episode(task, category or "", pairs), query_codes)], sampling, progress
+        )
         assert isinstance(pair, SegmentationPair)
         pixels_13HW = self.decode(pair.mask[None])
-        return pixels_to_mask(F.interpolate(pixels_13HW, (image.height, image.width), mode="bilinear", align_corners=False)[0])
+        return pixels_to_mask(
+            F.interpolate(
+                pixels_13HW, (image.height, image.width), mode="bilinear", align_corners=False
+            )[0]
+        )
 
     def caption(
         self,
@@ -127,10 +178,12 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
     ) -> Region:
-        """The query's region of the class that the examples show, with the box in the query's pixels.
+        """The query's region of the class that the examples show, with the box in the query's
+        pixels.
 
-        category: the class's name, by default that of the examples. It, and the examples' categories and boxes, are needed only
-        where the model's format has them. Raises InputError for input that cannot be read or does not fit the model.
+        category: the class's name, by default that of the examples. It, and the examples'
+        categories and boxes, are needed only where the model's format has them. Raises InputError
+        for input that cannot be read or does not fit the model.
         """
         task = TASKS["captioning"]
         named = {region.category for _, region in examples if region.category}
@@ -138,12 +191,18 @@ class InContextModel:
         self._check_request(task, len(examples), category)
         image = _open(query)
         pictures = [_open(picture) for picture, _ in examples]
-        *image_codes, query_codes = self.encode([to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)])
+        *image_codes, query_codes = self.encode(
+            [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
+        )
         pairs = tuple(
             self._caption_pair(number, codes, region, picture.size, category)
-            for number, (codes, (_, region), picture) in enumerate(zip(image_codes, examples, pictures, strict=True), start=1)
+            for number, (codes, (_, region), picture) in enumerate(
+                zip(image_codes, examples, pictures, strict=True), start=1
+            )
         )
-        (pair,) = self.complete([(Episode(task, category or "", pairs), query_codes)], sampling, progress)
+        (pair,) = self.complete(
+            [(Episode(task, category or "", pairs), query_codes)], sampling, progress
+        )
         assert isinstance(pair, CaptionPair)
         return Region(pair.caption, pair.category, _to_pixel_box(self.box_of(pair), image.size))
 
@@ -155,22 +214,33 @@ class InContextModel:
         A request is (an episode whose pairs are the examples, the query's image codes (N,)).
         """
         outputs = decode_batch(self.decoder, self.codec, requests, sampling, progress)
-        return [self._read_output(episode.task, query, tokens) for (episode, query), tokens in zip(requests, outputs, strict=True)]
+        return [
+            self._read_output(episode.task, query, tokens)
+            for (episode, query), tokens in zip(requests, outputs, strict=True)
+        ]
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """Image codes (N,) of each picture, pixels_3HW in [-1, 1] at the model's image size."""
         if not pixels:
             return []
-        return list(self.image_tokenizer.encode(torch.stack(list(pixels)).to(self.decoder.device)).cpu().numpy())
+        return list(
+            self.image_tokenizer.encode(torch.stack(list(pixels)).to(self.decoder.device))
+            .cpu()
+            .numpy()
+        )
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
         """Pixels (B, 3, H, W), float32 in [-1, 1] or a little beyond, of image codes."""
-        return self.image_tokenizer.decode(torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)).float()
+        return self.image_tokenizer.decode(
+            torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
+        ).float()
 
     def box_of(self, pair: CaptionPair) -> Box | None:
-        """The box of a caption, read off its drawing where the format draws it (dark on white); None where there is none."""
+        """The box of a caption, read off its drawing where the format draws it (dark on white);
+        None where there is none.
+        """
         if pair.box_image is None:
             return pair.box
         drawn = ~pixels_to_mask(self.decode(pair.box_image[None])[0])
@@ -179,16 +249,27 @@ class InContextModel:
         rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
         height, width = drawn.shape
         left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        return float(left / width), float(top / height), float(right / width), float(bottom / height)
+        return (
+            float(left / width),
+            float(top / height),
+            float(right / width),
+            float(bottom / height),
+        )
 
     def check_examples(self, count: int) -> None:
         """Raise InputError where the model cannot read `count` examples and a query."""
         positions = self.decoder.settings.positions
         if self.format.length(count + 1) > positions:
             most = (positions - self.format.length(0)) // self.format.pair_length - 1
-            raise InputError(f"{count} examples are more than this model can read: its {positions} positions hold {most}.")
+            raise InputError(
+                f"{count} examples are more than this model can read: its {positions} positions "
+                f"hold {most}."
+            )
         if count == 0 and not self.format.class_prompt:
-            raise InputError("This model needs at least one example: only a model trained with class_prompt=true works with none.")
+            raise InputError(
+                "This model needs at least one example: only a model trained with "
+                "class_prompt=true works with none."
+            )
 
     def _check_request(self, task: Task, examples: int, category: str | None) -> None:
         self.check_examples(examples)
@@ -196,10 +277,19 @@ class InContextModel:
         if category is None and (self.format.class_prompt or given):
             raise InputError("This model is told the class's name: give the category.")
 
-    def _caption_pair(self, number: int, codes: np.ndarray, region: Region, size: tuple[int, int], category: str | None) -> CaptionPair:
+    def _caption_pair(
+        self,
+        number: int,
+        codes: np.ndarray,
+        region: Region,
+        size: tuple[int, int],
+        category: str | None,
+    ) -> CaptionPair:
         name = region.category or category
         if name is None and self.format.category != "none":
-            raise InputError(f"Example {number} lacks the category that this model's captions name.")
+            raise InputError(
+                f"Example {number} lacks the category that this model's captions name."
+            )
         if self.format.box == "none":
             return CaptionPair(codes, region.caption, name)
         if region.box is None:
@@ -207,14 +297,20 @@ class InContextModel:
         box = normalise_box(*region.box, *size)
         if self.format.box == "text":
             return CaptionPair(codes, region.caption, name, box)
-        drawing = mask_to_pixels(~box_to_mask(box, self.image_size))  # The paper: 0 on the object, 1 elsewhere.
+        drawing = mask_to_pixels(
+            ~box_to_mask(box, self.image_size)
+        )  # The paper: 0 on the object, 1 elsewhere.
         return CaptionPair(codes, region.caption, name, box, box_image=self.encode([drawing])[0])
 
-    def _read_output(self, task: Task, query: np.ndarray, tokens: list[int]) -> SegmentationPair | CaptionPair:
+    def _read_output(
+        self, task: Task, query: np.ndarray, tokens: list[int]
+    ) -> SegmentationPair | CaptionPair:
         n = self.format.codes_per_image
         if task.output == "image":
             return SegmentationPair(query, self.format.vocabulary.to_codes(np.array(tokens)))
-        drawn, text = (tokens[:n], tokens[n + 1 : -1]) if self.format.box == "image" else (None, tokens[:-1])
+        drawn, text = (
+            (tokens[:n], tokens[n + 1 : -1]) if self.format.box == "image" else (None, tokens[:-1])
+        )
         category, box, caption = self.codec.parse_caption(text)
         box_image = None if drawn is None else self.format.vocabulary.to_codes(np.array(drawn))
         return CaptionPair(query, caption, category, box, box_image)
@@ -223,14 +319,20 @@ class InContextModel:
 def _load_decoder(folder: Path) -> InContextDecoder:
     result: Any
     try:
-        result = InContextDecoder.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        result = InContextDecoder.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True
+        )
     except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or they disagree.") from error
+        raise InputError(
+            f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
+            "they disagree."
+        ) from error
     decoder, loaded = result
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[kind]:
             raise InputError(
-                f"{folder / 'model.safetensors'} does not fit its config.json: {kind.replace('_', ' ')}, such as {min(loaded[kind])}."
+                f"{folder / 'model.safetensors'} does not fit its config.json: "
+                f"{kind.replace('_', ' ')}, such as {min(loaded[kind])}."
             )
     return decoder
 
@@ -238,11 +340,16 @@ def _load_decoder(folder: Path) -> InContextDecoder:
 def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) -> None:
     if config.image_tokenizer and config.image_tokenizer != tokenizer.fingerprint:
         raise InputError(
-            f"The image tokenizer has the fingerprint {tokenizer.fingerprint}, but the model was trained with {config.image_tokenizer}."
+            f"The image tokenizer has the fingerprint {tokenizer.fingerprint}, but the model was "
+            f"trained with {config.image_tokenizer}."
         )
-    if config.image_size is None or (config.image_size // tokenizer.downsampling) ** 2 != codes_per_image:
+    if (
+        config.image_size is None
+        or (config.image_size // tokenizer.downsampling) ** 2 != codes_per_image
+    ):
         raise InputError(
-            f"The image tokenizer does not turn the model's images of {config.image_size} pixels into {codes_per_image} codes."
+            f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
+            f"into {codes_per_image} codes."
         )
 
 
@@ -266,15 +373,25 @@ def _open_mask(mask: ImageLike, size: tuple[int, int]) -> np.ndarray:
     name = str(mask) if isinstance(mask, str | Path) else "a mask"
     if isinstance(mask, str | Path):
         mask = load_image(mask)
-    levels = np.asarray((_from_array(mask) if isinstance(mask, np.ndarray) else mask).convert("L"), dtype=np.float32)
+    levels = np.asarray(
+        (_from_array(mask) if isinstance(mask, np.ndarray) else mask).convert("L"), dtype=np.float32
+    )
     if levels.shape != size[::-1]:
-        raise InputError(f"{name} is {levels.shape[1]} x {levels.shape[0]} pixels, but its image is {size[0]} x {size[1]}.")
+        raise InputError(
+            f"{name} is {levels.shape[1]} x {levels.shape[0]} pixels, but its image is {size[0]} x "
+            f"{size[1]}."
+        )
     return levels > levels.max(initial=0) / 2
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype not in (np.uint8, np.bool_) or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise InputError(f"An image as an array must be uint8 of shape (H, W) or (H, W, 3), not {array.dtype} of shape {array.shape}.")
+    if array.dtype not in (np.uint8, np.bool_) or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    ):
+        raise InputError(
+            f"An image as an array must be uint8 of shape (H, W) or (H, W, 3), not {array.dtype} "
+            f"of shape {array.shape}."
+        )
     return Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array)
 
 
@@ -287,7 +404,9 @@ def _squared_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
     return crop_and_resize_mask(mask_HW, (0, 0, mask_HW.shape[1], mask_HW.shape[0]), size)
 
 
-def _to_pixel_box(box: Box | None, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+def _to_pixel_box(
+    box: Box | None, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
     if box is None:
         return None
     width, height = size
@@ -300,6 +419,12 @@ def _is_region(values: Any) -> bool:
         return False
     box, category = values.get("box"), values.get("category")
     numbers = box is None or (
-        isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
     )
-    return isinstance(values.get("caption"), str) and (category is None or isinstance(category, str)) and numbers
+    return (
+        isinstance(values.get("caption"), str)
+        and (category is None or isinstance(category, str))
+        and numbers
+    )

@@ -1,7 +1,8 @@
 """Causal self-attention that stays inside an episode, over a flat stream of tokens.
 
-The decoder works on tokens_T, the concatenation of a batch's episodes, in every layout. What differs between training, the padded
-layout and decoding with a cache is only how keys are reached, which an `AttentionPlan` knows.
+The decoder works on tokens_T, the concatenation of a batch's episodes, in every layout. What
+differs between training, the padded layout and decoding with a cache is only how keys are reached,
+which an `AttentionPlan` knows.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from icl_moe.recipe import ModelSettings
 class AttentionPlan(Protocol):
     """Attends for one layer: queries, keys and values (T, H, D) in, values (T, H, D) out."""
 
-    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor: ...
+    def attend(
+        self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
+    ) -> Tensor: ...
 
 
 class Cache(Protocol):
@@ -31,7 +34,9 @@ class Cache(Protocol):
 
     def append_attributes(self, attributes_BL: Tensor) -> Tensor: ...
 
-    def update(self, layer: int, keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]: ...
+    def update(
+        self, layer: int, keys_BHLD: Tensor, values_BHLD: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,33 @@ class EpisodeAttention:
     """Whole episodes, one after the other.
 
     lengths: tokens of each episode, padding included; they add up to T.
-    real_T: False at padding, which is never attended to; None where there is none. Only equal lengths can be padded.
+    real_T: False at padding, which is never attended to; None where there is none. Only equal
+    lengths can be padded.
     """
 
     lengths: tuple[int, ...]
     real_T: Tensor | None = None
 
-    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor:
+    def attend(
+        self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
+    ) -> Tensor:
         if len(set(self.lengths)) == 1:
-            q, k, v = (x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2) for x in (queries_THD, keys_THD, values_THD))
+            q, k, v = (
+                x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
+                for x in (queries_THD, keys_THD, values_THD)
+            )
             if self._mask_B1LL is None:
                 out = causal_attention(q, k, v, dropout)
             else:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout)
+                out = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout
+                )
             return out.transpose(1, 2).flatten(0, 1)
         # An explicit mask over the whole stream would cost T x T; an episode at a time needs none.
-        pieces = [x.transpose(0, 1).split(list(self.lengths), dim=1) for x in (queries_THD, keys_THD, values_THD)]
+        pieces = [
+            x.transpose(0, 1).split(list(self.lengths), dim=1)
+            for x in (queries_THD, keys_THD, values_THD)
+        ]
         attended = [causal_attention(q, k, v, dropout) for q, k, v in zip(*pieces, strict=True)]
         return torch.cat(attended, dim=1).transpose(0, 1)
 
@@ -69,7 +85,8 @@ class EpisodeAttention:
 class CachedAttention:
     """The newest tokens of B rows, attending to all before them through a cache.
 
-    attributes_BL: attribute classes of the new tokens; where they are 0 (padding, on the left) a token is never attended to.
+    attributes_BL: attribute classes of the new tokens; where they are 0 (padding, on the left) a
+    token is never attended to.
     """
 
     def __init__(self, cache: Cache, attributes_BL: Tensor) -> None:
@@ -78,8 +95,13 @@ class CachedAttention:
         real_BL = cache.append_attributes(attributes_BL) != 0
         self._mask_B1LL = _causal_mask(real_BL, queries=self._new)
 
-    def attend(self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float) -> Tensor:
-        q, k, v = (x.unflatten(0, (self._rows, self._new)).transpose(1, 2) for x in (queries_THD, keys_THD, values_THD))
+    def attend(
+        self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
+    ) -> Tensor:
+        q, k, v = (
+            x.unflatten(0, (self._rows, self._new)).transpose(1, 2)
+            for x in (queries_THD, keys_THD, values_THD)
+        )
         k, v = self._cache.update(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout)
         return out.transpose(1, 2).flatten(0, 1)
@@ -103,7 +125,9 @@ class SelfAttention(nn.Module):
 
 
 def _causal_mask(real_BL: Tensor, queries: int) -> Tensor:
-    """Who may see whom, (B, 1, queries, L): the past, but no padding; padding sees itself, lest its softmax be empty."""
+    """Who may see whom, (B, 1, queries, L): the past, but no padding; padding sees itself, lest its
+    softmax be empty.
+    """
     length = real_BL.shape[1]
     positions = torch.arange(length, device=real_BL.device)
     rows = positions[length - queries :, None]

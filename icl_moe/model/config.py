@@ -12,9 +12,10 @@ from icl_moe.vocabulary import Vocabulary
 class DecoderConfig(PretrainedConfig):
     """Everything that an exported model needs to know of itself.
 
-    model, vocabulary: the recipe's sections of those names. format, image_size, examples, image_tokenizer, classes: what its training
-    shards say (SequenceFormat, pixels a side, examples an episode, the VQ-GAN's fingerprint, class names by task); None before training.
-    All are plain values, so that config.json can be read without this package.
+    model, vocabulary: the recipe's sections of those names. format, image_size, examples,
+    image_tokenizer, classes: what its training shards say (SequenceFormat, pixels a side, examples
+    an episode, the VQ-GAN's fingerprint, class names by task); None before training. All are plain
+    values, so that config.json can be read without this package.
     """
 
     model_type = "icl_moe_decoder"
@@ -42,5 +43,7 @@ class DecoderConfig(PretrainedConfig):
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        """How the model's sequences are written; raises InputError where the configuration does not say."""
+        """How the model's sequences are written; raises InputError where the configuration does not
+        say.
+        """
         return from_dict(SequenceFormat, self.format or {}, origin="config.json")

@@ -1,4 +1,6 @@
-"""The decoder: a GPT-2-style trunk whose feed-forwards are dense or sparse, one class for training and inference."""
+"""The decoder: a GPT-2-style trunk whose feed-forwards are dense or sparse, one class for training
+and inference.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,7 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from icl_moe.data.batch import TokenBatch
-from icl_moe.model.attention import AttentionPlan, Cache, CachedAttention, EpisodeAttention, SelfAttention
+from icl_moe.model.attention import (
+    AttentionPlan,
+    Cache,
+    CachedAttention,
+    EpisodeAttention,
+    SelfAttention,
+)
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.feed_forward import FeedForward, SparseFeedForward
 from icl_moe.model.loss import DecoderLoss, combine, target_losses
@@ -21,10 +29,12 @@ from icl_moe.sequence import SequenceFormat
 
 
 class InContextDecoder(PreTrainedModel):
-    """Token ids of both modalities in, logits over the one vocabulary out; input and output embeddings are tied.
+    """Token ids of both modalities in, logits over the one vocabulary out; input and output
+    embeddings are tied.
 
-    sparse_layer: builds the feed-forward of a sparse layer from (settings, layer); training gives deepspeed.moe's here
-    (icl_moe.model.moe), inference leaves the plain one. auxiliary_weight: of the auxiliary loss in `forward`.
+    sparse_layer: builds the feed-forward of a sparse layer from (settings, layer); training gives
+    deepspeed.moe's here (icl_moe.model.moe), inference leaves the plain one. auxiliary_weight: of
+    the auxiliary loss in `forward`.
     """
 
     config_class = DecoderConfig
@@ -41,11 +51,18 @@ class InContextDecoder(PreTrainedModel):
         self.settings = settings
         self.auxiliary_weight = auxiliary_weight
         self.activation_checkpointing = False
-        self.target_losses = target_losses  # Tensor-parallel training puts its own here, for a vocabulary spread over ranks.
+        # Tensor-parallel training puts its own here, for a vocabulary spread over ranks.
+        self.target_losses = target_losses
         self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
         self.layers = nn.ModuleList(
-            DecoderLayer(settings, layer, sparse_layer(settings, layer) if layer in settings.sparse_layers else FeedForward(settings.width))
+            DecoderLayer(
+                settings,
+                layer,
+                sparse_layer(settings, layer)
+                if layer in settings.sparse_layers
+                else FeedForward(settings.width),
+            )
             for layer in range(settings.layers)
         )
         self.norm = nn.LayerNorm(settings.width, eps=settings.layer_norm_epsilon)
@@ -56,16 +73,34 @@ class InContextDecoder(PreTrainedModel):
         return self.config.sequence_format
 
     def forward(self, batch: TokenBatch, noise: tuple[int, int] | None = None) -> DecoderLoss:
-        """The loss of a micro-batch; `noise` is (seed, step) of the gate noise, used in training mode only."""
+        """The loss of a micro-batch; `noise` is (seed, step) of the gate noise, used in training
+        mode only.
+        """
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
         hidden_TM = self.hidden(batch.tokens_T, batch.positions_T, plan, routing)
         predictors_PM = hidden_TM[batch.predictors_P]
-        weighted_sum, losses_P = self.target_losses(predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P)
-        auxiliary = [loss for layer in self.layers if (loss := getattr(layer.feed_forward, "auxiliary_loss", None)) is not None]
-        return combine(weighted_sum, losses_P, batch.weights_P, batch.visual_P, batch.loss_scale, auxiliary, self.auxiliary_weight)
+        weighted_sum, losses_P = self.target_losses(
+            predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P
+        )
+        auxiliary = [
+            loss
+            for layer in self.layers
+            if (loss := getattr(layer.feed_forward, "auxiliary_loss", None)) is not None
+        ]
+        return combine(
+            weighted_sum,
+            losses_P,
+            batch.weights_P,
+            batch.visual_P,
+            batch.loss_scale,
+            auxiliary,
+            self.auxiliary_weight,
+        )
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan
+    ) -> Tensor:
         """Hidden states (T, M) after the last norm, of a stream of tokens."""
         x_TM = self.token_embedding(tokens_T) + self.position_embedding(positions_T)
         x_TM = F.dropout(x_TM, self.settings.dropout, self.training)
@@ -76,32 +111,51 @@ class InContextDecoder(PreTrainedModel):
                 x_TM = layer(x_TM, attention, routing)
         return self.norm(x_TM)
 
-    def forward_logits(self, tokens_BL: Tensor, positions_BL: Tensor, attributes_BL: Tensor) -> Tensor:
-        """Logits (B, L, V), float32, at every position. Tokens of attribute class 0 are padding and never attended to."""
+    def forward_logits(
+        self, tokens_BL: Tensor, positions_BL: Tensor, attributes_BL: Tensor
+    ) -> Tensor:
+        """Logits (B, L, V), float32, at every position. Tokens of attribute class 0 are padding and
+        never attended to.
+        """
         rows, length = tokens_BL.shape
         attributes_T = attributes_BL.flatten()
         real_T = attributes_T != 0
         plan = EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
-        hidden_TM = self.hidden(tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL))
+        hidden_TM = self.hidden(
+            tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL)
+        )
         return self._logits(hidden_TM).unflatten(0, (rows, length))
 
-    def next_logits(self, tokens_BL: Tensor, positions_BL: Tensor, attributes_BL: Tensor, cache: Cache | None = None) -> Tensor:
+    def next_logits(
+        self,
+        tokens_BL: Tensor,
+        positions_BL: Tensor,
+        attributes_BL: Tensor,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, V), float32, of the token after the last position of each row.
 
-        With a cache, the rows hold the tokens that are new since the last call. Padding (attribute class 0) stands on the left.
+        With a cache, the rows hold the tokens that are new since the last call. Padding (attribute
+        class 0) stands on the left.
         """
         if cache is None:
             return self.forward_logits(tokens_BL, positions_BL, attributes_BL)[:, -1]
         plan = CachedAttention(cache, attributes_BL)
-        hidden_TM = self.hidden(tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL))
+        hidden_TM = self.hidden(
+            tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL)
+        )
         return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -1])
 
     def _routing(self, attributes_BL: Tensor) -> RoutingPlan:
         rows, length = attributes_BL.shape
-        return RoutingPlan.from_attributes(attributes_BL.flatten().cpu().numpy(), (length,) * rows).to(attributes_BL.device)
+        return RoutingPlan.from_attributes(
+            attributes_BL.flatten().cpu().numpy(), (length,) * rows
+        ).to(attributes_BL.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        assert self.token_embedding.weight.shape[0] == self.config.vocabulary_size, "a tensor rank has logits of a part of the vocabulary"
+        assert self.token_embedding.weight.shape[0] == self.config.vocabulary_size, (
+            "a tensor rank has logits of a part of the vocabulary"
+        )
         return F.linear(hidden, self.token_embedding.weight).float()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -123,17 +177,23 @@ class DecoderLayer(nn.Module):
         x_TM = x_TM + self._drop(self.attention(self.attention_norm(x_TM), attention))
         normed_TM = self.feed_forward_norm(x_TM)
         dense = isinstance(self.feed_forward, FeedForward)
-        return x_TM + self._drop(self.feed_forward(normed_TM) if dense else self.feed_forward(normed_TM, routing))
+        return x_TM + self._drop(
+            self.feed_forward(normed_TM) if dense else self.feed_forward(normed_TM, routing)
+        )
 
     def _drop(self, x_TM: Tensor) -> Tensor:
         return F.dropout(x_TM, self.dropout, self.training)
 
 
-def initialise(model: InContextDecoder, seed: int, exported_name: Callable[[str], str] = lambda name: name) -> None:
-    """Draw a new model's weights as GPT-2 does: N(0, 0.02^2), residual projections over sqrt(2 x layers), biases 0, norms 1.
+def initialise(
+    model: InContextDecoder, seed: int, exported_name: Callable[[str], str] = lambda name: name
+) -> None:
+    """Draw a new model's weights as GPT-2 does: N(0, 0.02^2), residual projections over sqrt(2 x
+    layers), biases 0, norms 1.
 
-    Every parameter has its own stream, from the seed and its exported name (an expert's is its global id), so the weights
-    do not depend on how the model is spread over ranks, and experts differ from each other.
+    Every parameter has its own stream, from the seed and its exported name (an expert's is its
+    global id), so the weights do not depend on how the model is spread over ranks, and experts
+    differ from each other.
     """
     residual_std = 0.02 / math.sqrt(2 * model.settings.layers)
     with torch.no_grad():
@@ -144,6 +204,10 @@ def initialise(model: InContextDecoder, seed: int, exported_name: Callable[[str]
             elif "norm" in name.split(".")[-2]:
                 parameter.fill_(1.0)
             else:
-                std = residual_std if name.endswith(("attention.out.weight", ".down.weight")) else 0.02
+                std = (
+                    residual_std
+                    if name.endswith(("attention.out.weight", ".down.weight"))
+                    else 0.02
+                )
                 generator = torch.Generator().manual_seed(stable_seed("weights", seed, name))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -1,7 +1,9 @@
 """Linear layers, with the products of float32 on a CPU done by oneDNN.
 
-PyTorch hands products in bfloat16 to oneDNN, which picks its kernel by what the processor can do, but those in float32 to MKL, which
-picks it by who made the processor: on an AMD one with AVX-512 that halves the rate (docs/performance.md has the figures).
+PyTorch hands products in bfloat16 to oneDNN, which picks its kernel by what the processor can do,
+but those in float32 to MKL, which
+picks it by who made the processor: on an AMD one with AVX-512 that halves the rate
+(docs/performance.md has the figures).
 """
 
 from typing import Any
@@ -35,14 +37,22 @@ def product(a_IK: Tensor, b_KJ: Tensor) -> Tensor:
 
 
 def _goes_to_onednn(x: Tensor) -> bool:
-    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    plain = (
+        x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    )
     # oneDNN knows no product of nothing, such as the rows of an idle expert, nor one of a vector.
     matrix = x.dim() > 1 and x.numel() > 0
-    return plain and matrix and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return (
+        plain
+        and matrix
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def _onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    # The operator that torch.compile's CPU backend emits for a linear layer; its last three arguments fuse no function into it.
+    # The operator that torch.compile's CPU backend emits for a linear layer; its last three
+    # arguments fuse no function into it.
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
     return out
 
@@ -57,7 +67,9 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         (dy,) = gradients

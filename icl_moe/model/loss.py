@@ -1,4 +1,6 @@
-"""The training loss: cross-entropy at target positions only, without ever holding the logits of many targets."""
+"""The training loss: cross-entropy at target positions only, without ever holding the logits of
+many targets.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +11,9 @@ from torch.autograd.function import once_differentiable
 from icl_moe.model.linear import product
 
 CHUNK = 1024
-"""Targets whose logits exist at a time: each chunk costs a pass over the whole embedding's gradient, each target V logits."""
+"""Targets whose logits exist at a time: each chunk costs a pass over the whole embedding's
+gradient, each target V logits.
+"""
 ROWS = 64
 """Targets whose softmax is computed at a time, in float32: few enough for a processor's cache."""
 
@@ -17,8 +21,9 @@ ROWS = 64
 class DecoderLoss(NamedTuple):
     """The loss of a micro-batch and its parts, each a scalar tensor.
 
-    total: what is differentiated. auxiliary: the mean of the layers' auxiliary losses, before its weight. image_sum, text_sum:
-    weighted sums of the cross-entropy (nats) over targets of that modality; image_weight, text_weight: the sums of their weights.
+    total: what is differentiated. auxiliary: the mean of the layers' auxiliary losses, before its
+    weight. image_sum, text_sum: weighted sums of the cross-entropy (nats) over targets of that
+    modality; image_weight, text_weight: the sums of their weights.
     """
 
     total: Tensor
@@ -29,8 +34,11 @@ class DecoderLoss(NamedTuple):
     text_weight: Tensor
 
 
-def target_losses(hidden_PM: Tensor, embedding_VM: Tensor, labels_P: Tensor, weights_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the targets in nats, float32: sum(weights * losses), to be differentiated, and losses_P, not to be.
+def target_losses(
+    hidden_PM: Tensor, embedding_VM: Tensor, labels_P: Tensor, weights_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the targets in nats, float32: sum(weights * losses), to be differentiated,
+    and losses_P, not to be.
 
     Logits exist at these P positions only, and at `CHUNK` of them at a time.
     """
@@ -49,8 +57,9 @@ def combine(
 ) -> DecoderLoss:
     """total = scale * weighted_sum + auxiliary_weight * mean over layers of the auxiliary loss.
 
-    weighted_sum, losses_P: of `target_losses`. scale: 1 / (sum of weights) of one batch alone; under the engine, which averages over
-    ranks and micro-steps, (ranks x micro-steps) / (sum of weights over the global batch).
+    weighted_sum, losses_P: of `target_losses`. scale: 1 / (sum of weights) of one batch alone;
+    under the engine, which averages over ranks and micro-steps, (ranks x micro-steps) / (sum of
+    weights over the global batch).
     """
     weighted_P = losses_P * weights_P
     auxiliary = torch.stack(auxiliary_losses).mean() if auxiliary_losses else losses_P.new_zeros(())
@@ -66,28 +75,35 @@ def combine(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum over p of w_p (log sum_v exp z_pv - z_py) with z = h E^T, whose gradient is found in the forward pass, chunk by chunk:
+    """sum over p of w_p (log sum_v exp z_pv - z_py) with z = h E^T, whose gradient is found in the
+    forward pass, chunk by chunk:
 
         dz = w (softmax(z) - onehot(y));   dh = dz E;   dE = sum over chunks of dz^T h
 
-    so that no logits wait for the backward pass, which only multiplies by the gradient of the sum (as Liger Kernel's fused linear
-    cross-entropy, Hsu et al. 2024, arXiv 2410.10989).
+    so that no logits wait for the backward pass, which only multiplies by the gradient of the sum
+    (as Liger Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_PM: Tensor, embedding_VM: Tensor, labels_P: Tensor, weights_P: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden_PM: Tensor, embedding_VM: Tensor, labels_P: Tensor, weights_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad[:2])
         losses_P = torch.empty(len(labels_P), device=hidden_PM.device)
         dhidden_PM, dembedding_VM = torch.empty_like(hidden_PM), None
         for start in range(0, len(labels_P), CHUNK):
             part = slice(start, start + CHUNK)
             logits_NV = product(hidden_PM[part], embedding_VM.t())
-            losses_P[part] = _losses_and_gradient(logits_NV, labels_P[part], weights_P[part], wanted)
+            losses_P[part] = _losses_and_gradient(
+                logits_NV, labels_P[part], weights_P[part], wanted
+            )
             if wanted:
                 dhidden_PM[part] = product(logits_NV, embedding_VM)
                 dchunk_VM = product(logits_NV.t(), hidden_PM[part])
                 # Several chunks are added up in float32, whatever the precision of the model.
-                dembedding_VM = dchunk_VM if dembedding_VM is None else dembedding_VM.float().add_(dchunk_VM)
+                dembedding_VM = (
+                    dchunk_VM if dembedding_VM is None else dembedding_VM.float().add_(dchunk_VM)
+                )
         if dembedding_VM is not None:
             ctx.save_for_backward(dhidden_PM, dembedding_VM.to(embedding_VM.dtype))
         ctx.mark_non_differentiable(losses_P)
@@ -98,19 +114,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dhidden_PM, dembedding_VM = ctx.saved_tensors
         scale = gradients[0]
-        return dhidden_PM * scale.to(dhidden_PM.dtype), dembedding_VM * scale.to(dembedding_VM.dtype), None, None
+        return (
+            dhidden_PM * scale.to(dhidden_PM.dtype),
+            dembedding_VM * scale.to(dembedding_VM.dtype),
+            None,
+            None,
+        )
 
 
-def _losses_and_gradient(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor, wanted: bool) -> Tensor:
-    """The cross-entropy of each target, float32 (N,). Where `wanted`, the logits are overwritten by the gradient w (softmax - onehot).
+def _losses_and_gradient(
+    logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor, wanted: bool
+) -> Tensor:
+    """The cross-entropy of each target, float32 (N,). Where `wanted`, the logits are overwritten by
+    the gradient w (softmax - onehot).
 
-    log sum exp z is read off the likeliest id m, as z_m - log softmax(z)_m, which spares a pass over the logits.
+    log sum exp z is read off the likeliest id m, as z_m - log softmax(z)_m, which spares a pass
+    over the logits.
     """
     losses = []
-    for logits_RV, labels_R, weights_R in zip(*(x.split(ROWS) for x in (logits_NV, labels_N, weights_N)), strict=True):
+    for logits_RV, labels_R, weights_R in zip(
+        *(x.split(ROWS) for x in (logits_NV, labels_N, weights_N)), strict=True
+    ):
         probabilities_RV = torch.softmax(logits_RV, dim=-1, dtype=torch.float32)
         target_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1).float()
-        losses.append(logits_RV.amax(dim=-1).float() - probabilities_RV.amax(dim=-1).log() - target_R)
+        losses.append(
+            logits_RV.amax(dim=-1).float() - probabilities_RV.amax(dim=-1).log() - target_R
+        )
         if wanted:
             rows_R = torch.arange(len(labels_R), device=labels_R.device)
             probabilities_RV[rows_R, labels_R] -= 1.0

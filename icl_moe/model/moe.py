@@ -1,11 +1,15 @@
-"""The sparse layer in training: deepspeed.moe, with our gate and dispatch where the recipe routes by attributes.
+"""The sparse layer in training: deepspeed.moe, with our gate and dispatch where the recipe routes
+by attributes.
 
-Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert groups and parameter tagging are its own.
+Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert groups and parameter
+tagging are its own.
 
-Experts lie on ranks as DeepSpeed puts them: the ep_size ranks of an expert group are neighbours among *all* ranks, tensor ranks
-included, and rank r holds part r % ep_size of the experts (`first_expert`). Tensor ranks hold experts whole and have the same tokens,
-so each of them computes its share of the rows, stock layers and ours alike. The gradient of an expert is then the sum over all ranks
-that hold it, tensor ranks too, divided by the number of data-parallel ranks, which is just what DeepSpeed computes.
+Experts lie on ranks as DeepSpeed puts them: the ep_size ranks of an expert group are neighbours
+among *all* ranks, tensor ranks included, and rank r holds part r % ep_size of the experts
+(`first_expert`). Tensor ranks hold experts whole and have the same tokens, so each of them computes
+its share of the rows, stock layers and ours alike. The gradient of an expert is then the sum over
+all ranks that hold it, tensor ranks too, divided by the number of data-parallel ranks, which is
+just what DeepSpeed computes.
 """
 
 import logging
@@ -37,7 +41,9 @@ from icl_moe.model.tensor_parallel import divide_rows, enter, leave
 from icl_moe.recipe import ModelSettings
 
 
-def sparse_layer_factory(ep_size: int = 1, tp_rank: int = 0, tp_size: int = 1) -> Callable[[ModelSettings, int], nn.Module]:
+def sparse_layer_factory(
+    ep_size: int = 1, tp_rank: int = 0, tp_size: int = 1
+) -> Callable[[ModelSettings, int], nn.Module]:
     """What `InContextDecoder` calls for each sparse layer so that it trains on deepspeed.moe."""
 
     def build(settings: ModelSettings, layer: int) -> nn.Module:
@@ -47,20 +53,28 @@ def sparse_layer_factory(ep_size: int = 1, tp_rank: int = 0, tp_size: int = 1) -
 
 
 def first_expert(rank: int, ep_size: int, experts: int) -> int:
-    """The global id of the first expert that a rank holds, of `experts` in a layer; it holds experts / ep_size from there on."""
+    """The global id of the first expert that a rank holds, of `experts` in a layer; it holds
+    experts / ep_size from there on.
+    """
     return rank % ep_size * (experts // ep_size)
 
 
 class DeepSpeedFeedForward(MoE):
-    """A deepspeed.moe layer that takes and gives the flat stream (T, M), dropless, and keeps its auxiliary loss for the model.
+    """A deepspeed.moe layer that takes and gives the flat stream (T, M), dropless, and keeps its
+    auxiliary loss for the model.
 
-    `token`, and `attributes` whose gate reads tokens: stock top-k with GShard's loss. Stock adds Gumbel noise to the second choice in
-    evaluation too, so that is off. `attributes` otherwise: the inner MOELayer is `AttributeMOELayer`.
+    `token`, and `attributes` whose gate reads tokens: stock top-k with GShard's loss. Stock adds
+    Gumbel noise to the second choice in evaluation too, so that is off. `attributes` otherwise: the
+    inner MOELayer is `AttributeMOELayer`.
     """
 
-    def __init__(self, settings: ModelSettings, layer: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1) -> None:
+    def __init__(
+        self, settings: ModelSettings, layer: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1
+    ) -> None:
         level = deepspeed_logger.level
-        deepspeed_logger.setLevel(logging.WARNING)  # One line a layer on standard output says nothing that the recipe does not.
+        deepspeed_logger.setLevel(
+            logging.WARNING
+        )  # One line a layer on standard output says nothing that the recipe does not.
         super().__init__(
             settings.width,
             FeedForward(settings.width),
@@ -87,30 +101,49 @@ class DeepSpeedFeedForward(MoE):
 
 
 class AttributeMOELayer(MOELayer):
-    """DeepSpeed's MOELayer with a gate that reads the plan of attribute classes, and a dispatch by slices of the stream.
+    """DeepSpeed's MOELayer with a gate that reads the plan of attribute classes, and a dispatch by
+    slices of the stream.
 
-    The plan arrives as the layer's own `used_token` argument. The stock dispatch copies every routed row into an (E, C) buffer whose
-    capacity C is the busiest expert's load, several times the rows that attribute routing needs.
+    The plan arrives as the layer's own `used_token` argument. The stock dispatch copies every
+    routed row into an (E, C) buffer whose capacity C is the busiest expert's load, several times
+    the rows that attribute routing needs.
     """
 
-    def __init__(self, settings: ModelSettings, layer: int, stock: MOELayer, tp_rank: int, tp_size: int) -> None:
-        super().__init__(attribute_gate(settings, layer), stock.experts, stock.ep_group_name, stock.ep_size, stock.num_local_experts)
+    def __init__(
+        self, settings: ModelSettings, layer: int, stock: MOELayer, tp_rank: int, tp_size: int
+    ) -> None:
+        super().__init__(
+            attribute_gate(settings, layer),
+            stock.experts,
+            stock.ep_group_name,
+            stock.ep_size,
+            stock.num_local_experts,
+        )
         self.combination = settings.combination
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
-        self.ep_group = ep_group  # Our gate needs no group: it decides from the attributes, which every rank knows.
+        # Our gate needs no group: it decides from the attributes, which every rank knows.
+        self.ep_group = ep_group
 
     def forward(self, *inputs: object, **_: object) -> Tensor:
         x_TM, plan = inputs
-        assert isinstance(x_TM, Tensor) and isinstance(plan, RoutingPlan) and isinstance(self.gate, AttributeGate)
+        assert (
+            isinstance(x_TM, Tensor)
+            and isinstance(plan, RoutingPlan)
+            and isinstance(self.gate, AttributeGate)
+        )
         decision = self.gate(plan)
         self.l_aux = decision.auxiliary_loss
-        self.exp_counts = None  # Stock counts tokens an expert here; the plan and the gate's table say more.
+        self.exp_counts = (
+            None  # Stock counts tokens an expert here; the plan and the gate's table say more.
+        )
         if self.tp_size == 1:
             return mix_by_segments(x_TM, plan, self._mixture(decision))
         mix = self._mixture(decision._replace(weights_CK=enter(decision.weights_CK)))
-        return leave(mix_by_segments(enter(x_TM), plan, divide_rows(mix, self.tp_rank, self.tp_size)))
+        return leave(
+            mix_by_segments(enter(x_TM), plan, divide_rows(mix, self.tp_rank, self.tp_size))
+        )
 
     def _mixture(self, decision: AttributeDecision) -> Mixture:
         experts = list(self.experts.deepspeed_experts)
@@ -127,7 +160,9 @@ class TokenAttributeGate(nn.Module):
         super().__init__()
         self.attributes = AttributeEmbedding(width)
         self.wg = stock.wg
-        self._stock: list[Any] = [stock]  # In a list, so that its parameters are not registered twice.
+        self._stock: list[Any] = [
+            stock
+        ]  # In a list, so that its parameters are not registered twice.
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         self._stock[0]._set_ep_group(ep_group)
@@ -137,10 +172,14 @@ class TokenAttributeGate(nn.Module):
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
-    """In place of deepspeed.moe.mappings's own, with which stock layers join the tensor ranks' shares: that one hands gloo a flat
-    output for an N-dimensional input, which gloo refuses."""
+    """In place of deepspeed.moe.mappings's own, with which stock layers join the tensor ranks'
+    shares: that one hands gloo a flat output for an N-dimensional input, which gloo refuses.
+    """
     group = groups.mpu.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 
@@ -149,6 +188,8 @@ _EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 
 
 def exported_name(name: str, first_expert: int = 0) -> str:
-    """The name that a training parameter has in an exported model; `first_expert`: the global id of this rank's expert 0."""
+    """The name that a training parameter has in an exported model; `first_expert`: the global id of
+    this rank's expert 0.
+    """
     name = _EXPERT.sub(lambda match: f".experts.{int(match[1]) + first_expert}.", name)
     return name.replace(".deepspeed_moe.gate.", ".gate.")

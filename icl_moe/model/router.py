@@ -1,4 +1,6 @@
-"""Which experts a token goes to: gates, and the plan of a batch's attribute classes that they read."""
+"""Which experts a token goes to: gates, and the plan of a batch's attribute classes that
+they read.
+"""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,8 +19,10 @@ class RoutingPlan:
     """Where the attribute classes of a batch lie, worked out once and read by every sparse layer.
 
     classes: the distinct attribute classes, without padding.
-    segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream order.
-    shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows add up to 1.
+    segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
+    order.
+    shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows
+    add up to 1.
     noise: (seed, step) of the gate noise, or None for none.
     """
 
@@ -29,7 +33,9 @@ class RoutingPlan:
 
     @classmethod
     def from_attributes(cls, attributes_T: np.ndarray, lengths: tuple[int, ...]) -> "RoutingPlan":
-        """The plan of a stream of episodes of the given lengths, from the attribute class of each token."""
+        """The plan of a stream of episodes of the given lengths, from the attribute class of each
+        token.
+        """
         attributes_T = np.asarray(attributes_T, dtype=np.uint8)
         classes = np.setdiff1d(attributes_T, [PADDING])
         starts = np.flatnonzero(np.diff(attributes_T, prepend=-1))
@@ -37,7 +43,9 @@ class RoutingPlan:
         values = attributes_T[starts]
         indices = np.where(values == PADDING, -1, np.searchsorted(classes, values))
         counts = [
-            np.bincount(np.searchsorted(classes, episode[episode != PADDING]), minlength=len(classes))
+            np.bincount(
+                np.searchsorted(classes, episode[episode != PADDING]), minlength=len(classes)
+            )
             for episode in np.split(attributes_T, np.cumsum(lengths)[:-1])
         ]
         counts_BC = torch.from_numpy(np.stack(counts).astype(np.float32))
@@ -55,7 +63,9 @@ class RoutingPlan:
 
 
 class AttributeDecision(NamedTuple):
-    """For each class c of a plan: its experts, best first, their weights_CK (float32), and the auxiliary loss."""
+    """For each class c of a plan: its experts, best first, their weights_CK (float32), and the
+    auxiliary loss.
+    """
 
     experts: list[list[int]]
     weights_CK: Tensor
@@ -63,17 +73,22 @@ class AttributeDecision(NamedTuple):
 
 
 class AttributeGate(nn.Module):
-    """Routes by the attribute vector alone, so it decides once per distinct vector (Uni-Perceiver-MoE).
+    """Routes by the attribute vector alone, so it decides once per distinct vector
+    (Uni-Perceiver-MoE).
 
         h = LayerNorm(W_t a + b_t);  p = softmax(W_g h + noise);  S = top-k(p)
-        k = 2: w_i = p_i / (p_1 + p_2);   k = 1: w_1 = p_1, since a weight of 1 would give the gate no gradient
+        k = 2: w_i = p_i / (p_1 + p_2);   k = 1: w_1 = p_1, since a weight of 1 would give the gate
+        no gradient
 
-    In training noise is N(0, (1/E)^2), drawn from (seed, step, layer, attribute class): equal on every rank and under recomputation.
-    All in float32. The auxiliary loss is GShard's, E * sum_e (mean p_e) (share of tokens whose first expert is e), per episode over
-    its tokens that are no padding, then averaged over the episodes.
+    In training noise is N(0, (1/E)^2), drawn from (seed, step, layer, attribute class): equal on
+    every rank and under recomputation. All in float32. The auxiliary loss is GShard's, E * sum_e
+    (mean p_e) (share of tokens whose first expert is e), per episode over its tokens that are no
+    padding, then averaged over the episodes.
     """
 
-    def __init__(self, width: int, experts: int, experts_per_token: int, layer: int, noise: bool = True) -> None:
+    def __init__(
+        self, width: int, experts: int, experts_per_token: int, layer: int, noise: bool = True
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(ATTRIBUTE_BITS, width)
         self.norm = nn.LayerNorm(width)
@@ -84,21 +99,38 @@ class AttributeGate(nn.Module):
         self.noise = noise
 
     def forward(self, plan: RoutingPlan) -> AttributeDecision:
-        probabilities_CE = self.probabilities(plan.classes, plan.noise if self.training and self.noise else None)
+        probabilities_CE = self.probabilities(
+            plan.classes, plan.noise if self.training and self.noise else None
+        )
         top_CK, experts_CK = probabilities_CE.topk(self.experts_per_token, dim=-1)
-        weights_CK = top_CK / top_CK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_CK
+        weights_CK = (
+            top_CK / top_CK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_CK
+        )
         first_CE = F.one_hot(experts_CK[:, 0], self.experts).float()
         shares_BC = plan.shares_BC
-        auxiliary_loss = self.experts * ((shares_BC @ probabilities_CE) * (shares_BC @ first_CE)).sum(dim=-1).mean()
+        auxiliary_loss = (
+            self.experts
+            * ((shares_BC @ probabilities_CE) * (shares_BC @ first_CE)).sum(dim=-1).mean()
+        )
         return AttributeDecision(experts_CK.tolist(), weights_CK, auxiliary_loss)
 
-    def probabilities(self, classes: tuple[int, ...], noise: tuple[int, int] | None = None) -> Tensor:
+    def probabilities(
+        self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
+    ) -> Tensor:
         """p_CE of the attribute classes, float32; with noise where (seed, step) is given."""
         device = self.wg.weight.device
         with torch.autocast(device.type, enabled=False):
-            bits = torch.tensor([attribute_bits(c) for c in classes], dtype=torch.float32, device=device).view(-1, ATTRIBUTE_BITS)
+            bits = torch.tensor(
+                [attribute_bits(c) for c in classes], dtype=torch.float32, device=device
+            ).view(-1, ATTRIBUTE_BITS)
             hidden = F.linear(bits, self.embed.weight.float(), self.embed.bias.float())
-            hidden = F.layer_norm(hidden, self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float(), self.norm.eps)
+            hidden = F.layer_norm(
+                hidden,
+                self.norm.normalized_shape,
+                self.norm.weight.float(),
+                self.norm.bias.float(),
+                self.norm.eps,
+            )
             logits_CE = F.linear(hidden, self.wg.weight.float())
             if noise is not None:
                 logits_CE = logits_CE + self._noise(classes, noise).to(device)
@@ -107,13 +139,17 @@ class AttributeGate(nn.Module):
     def _noise(self, classes: tuple[int, ...], noise: tuple[int, int]) -> Tensor:
         rows = []
         for attributes in classes:
-            generator = torch.Generator().manual_seed(stable_seed("gate noise", *noise, self.layer, attributes))
+            generator = torch.Generator().manual_seed(
+                stable_seed("gate noise", *noise, self.layer, attributes)
+            )
             rows.append(torch.randn(self.experts, generator=generator))
         return torch.stack(rows) / self.experts
 
 
 class AttributeEmbedding(nn.Module):
-    """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it beside the token; zero at padding."""
+    """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it beside
+    the token; zero at padding.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -122,21 +158,31 @@ class AttributeEmbedding(nn.Module):
 
     def forward(self, plan: RoutingPlan) -> Tensor:
         """(T, M) over the whole stream of the plan."""
-        bits = self.embed.weight.new_tensor([attribute_bits(c) for c in plan.classes]).view(-1, ATTRIBUTE_BITS)
+        bits = self.embed.weight.new_tensor([attribute_bits(c) for c in plan.classes]).view(
+            -1, ATTRIBUTE_BITS
+        )
         rows_CM = self.norm(self.embed(bits))
-        rows = torch.cat([rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])])  # The last row, index -1, is padding's.
-        indices, lengths = (torch.tensor(column, device=rows.device) for column in zip(*plan.segments, strict=True))
+        rows = torch.cat(
+            [rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])]
+        )  # The last row, index -1, is padding's.
+        indices, lengths = (
+            torch.tensor(column, device=rows.device) for column in zip(*plan.segments, strict=True)
+        )
         return rows[indices.repeat_interleave(lengths)]
 
 
 class TokenGate(nn.Module):
-    """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in `AttributeGate`, without noise.
+    """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in
+    `AttributeGate`, without noise.
 
-    Its auxiliary loss is E * sum_e (mean p_e) (share of tokens whose first expert is e) over all tokens of the stream.
+    Its auxiliary loss is E * sum_e (mean p_e) (share of tokens whose first expert is e) over all
+    tokens of the stream.
     with_attributes: the gate reads the sum of the token and of its attributes' embedding.
     """
 
-    def __init__(self, width: int, experts: int, experts_per_token: int, with_attributes: bool = False) -> None:
+    def __init__(
+        self, width: int, experts: int, experts_per_token: int, with_attributes: bool = False
+    ) -> None:
         super().__init__()
         if with_attributes:
             self.attributes = AttributeEmbedding(width)
@@ -149,7 +195,13 @@ class TokenGate(nn.Module):
             x_TM = x_TM + self.attributes(plan)
         probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
         top_TK, experts_TK = probabilities_TE.topk(self.experts_per_token, dim=-1)
-        weights_TK = top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
+        weights_TK = (
+            top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
+        )
         experts = probabilities_TE.shape[1]
         first_TE = F.one_hot(experts_TK[:, 0], experts).float()
-        return experts_TK, weights_TK, experts * (probabilities_TE.mean(dim=0) * first_TE.mean(dim=0)).sum()
+        return (
+            experts_TK,
+            weights_TK,
+            experts * (probabilities_TE.mean(dim=0) * first_TE.mean(dim=0)).sum(),
+        )

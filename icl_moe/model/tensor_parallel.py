@@ -1,13 +1,18 @@
-"""Tensor parallelism: which part of each exported parameter a tensor rank holds, and a decoder spread over tensor ranks.
+"""Tensor parallelism: which part of each exported parameter a tensor rank holds, and a decoder
+spread over tensor ranks.
 
-    split(name, whole, tp_rank, tp_size) -> Tensor        a tensor rank's part of a parameter, or of a moment of its shape
-    join(name, parts, vocabulary_size) -> Tensor          the whole again, from the parts of all tensor ranks, by rank
+    split(name, whole, tp_rank, tp_size) -> Tensor        a tensor rank's part of a parameter, or of
+    a moment of its shape
+    join(name, parts, vocabulary_size) -> Tensor          the whole again, from the parts of all
+    tensor ranks, by rank
 
-Both go by the name that a parameter has in an exported model (`icl_moe.model.moe.exported_name`), and are plain functions of tensors.
-Cut are the vocabulary embedding (by rows, which are ids), attention (by heads) and dense feed-forwards (by hidden units). Everything
-else, experts among it, is whole on every tensor rank.
+Both go by the name that a parameter has in an exported model (`icl_moe.model.moe.exported_name`),
+and are plain functions of tensors. Cut are the vocabulary embedding (by rows, which are ids),
+attention (by heads) and dense feed-forwards (by hidden units). Everything else, experts among it,
+is whole on every tensor rank.
 
-megatron-core is imported only where there is more than one tensor rank: inference and training on one device do without it.
+megatron-core is imported only where there is more than one tensor rank: inference and training on
+one device do without it.
 """
 
 import re
@@ -25,21 +30,28 @@ from icl_moe.model.feed_forward import FeedForward, Mixture
 _VOCABULARY = "token_embedding.weight"
 _QKV = re.compile(r"layers\.\d+\.attention\.qkv\.(weight|bias)")
 _COLUMNS = re.compile(r"layers\.\d+\.feed_forward\.up\.(weight|bias)")
-"""ColumnParallelLinear: output features, which are dimension 0 of torch's (out, in) weights, are spread."""
+"""ColumnParallelLinear: output features, which are dimension 0 of torch's (out, in) weights, are
+spread.
+"""
 _ROWS = re.compile(r"layers\.\d+\.(attention\.out|feed_forward\.down)\.weight")
-"""RowParallelLinear: input features, dimension 1, are spread; the bias is added once, after the sum over the ranks."""
+"""RowParallelLinear: input features, dimension 1, are spread; the bias is added once, after the sum
+over the ranks.
+"""
 
 
 def is_split(name: str) -> bool:
     """Whether the tensor ranks hold different parts of a parameter."""
-    return name == _VOCABULARY or any(pattern.fullmatch(name) for pattern in (_QKV, _COLUMNS, _ROWS))
+    return name == _VOCABULARY or any(
+        pattern.fullmatch(name) for pattern in (_QKV, _COLUMNS, _ROWS)
+    )
 
 
 def split(name: str, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of a parameter that tensor rank `tp_rank` of `tp_size` holds; a view where it can be.
+    """The part of a parameter that tensor rank `tp_rank` of `tp_size` holds; a view where it can
+    be.
 
-    The vocabulary is padded with rows of zeros to a multiple of `tp_size`. Of the fused (3M, ..) projection each rank has the
-    queries, keys and values of its own heads.
+    The vocabulary is padded with rows of zeros to a multiple of `tp_size`. Of the fused (3M, ..)
+    projection each rank has the queries, keys and values of its own heads.
     """
     if not is_split(name):
         return whole
@@ -52,7 +64,9 @@ def split(name: str, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
 
 
 def join(name: str, parts: Sequence[Tensor], vocabulary_size: int) -> Tensor:
-    """The inverse of `split`, from the parts by tensor rank: the vocabulary is cut to its `vocabulary_size` rows."""
+    """The inverse of `split`, from the parts by tensor rank: the vocabulary is cut to its
+    `vocabulary_size` rows.
+    """
     if not is_split(name):
         return parts[0]
     if _QKV.fullmatch(name):
@@ -62,23 +76,32 @@ def join(name: str, parts: Sequence[Tensor], vocabulary_size: int) -> Tensor:
 
 
 def spread(model: InContextDecoder) -> None:
-    """Cut a whole decoder, in place, to this tensor rank's part, on megatron-core's layers; its expert layers stay as they are.
+    """Cut a whole decoder, in place, to this tensor rank's part, on megatron-core's layers; its
+    expert layers stay as they are.
 
-    The whole weights are drawn first and cut then, so they do not depend on the layout. megatron-core's groups must be there.
+    The whole weights are drawn first and cut then, so they do not depend on the layout.
+    megatron-core's groups must be there.
     """
     from megatron.core import parallel_state
 
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     whole = dict(model.named_parameters())
     padded_vocabulary = -(-model.config.vocabulary_size // size) * size
-    model.add_module("token_embedding", _vocabulary_embedding(padded_vocabulary, model.settings.width))
+    model.add_module(
+        "token_embedding", _vocabulary_embedding(padded_vocabulary, model.settings.width)
+    )
     for layer in model.get_submodule("layers").children():
         assert isinstance(layer, DecoderLayer)
         layer.attention.heads //= size
         _spread_linears(layer.attention, "qkv", "out")
         if isinstance(layer.feed_forward, FeedForward):
             _spread_linears(layer.feed_forward, "up", "down")
-    model.target_losses = partial(vocabulary_parallel_losses, vocabulary_size=model.config.vocabulary_size)
+    model.target_losses = partial(
+        vocabulary_parallel_losses, vocabulary_size=model.config.vocabulary_size
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter is not whole[name]:
@@ -86,22 +109,32 @@ def spread(model: InContextDecoder) -> None:
 
 
 def vocabulary_parallel_losses(
-    hidden_PM: Tensor, embedding_VM: Tensor, labels_P: Tensor, weights_P: Tensor, vocabulary_size: int
+    hidden_PM: Tensor,
+    embedding_VM: Tensor,
+    labels_P: Tensor,
+    weights_P: Tensor,
+    vocabulary_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`icl_moe.model.loss.target_losses` where each tensor rank holds its rows V of the embedding, with padding in the last ones'."""
+    """`icl_moe.model.loss.target_losses` where each tensor rank holds its rows V of the embedding,
+    with padding in the last ones'.
+    """
     from megatron.core.parallel_state import get_tensor_model_parallel_rank
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     logits_PV = F.linear(enter(hidden_PM), embedding_VM).float()
     real = max(0, vocabulary_size - get_tensor_model_parallel_rank() * embedding_VM.shape[0])
     if real < embedding_VM.shape[0]:
-        logits_PV[:, real:] = -torch.inf  # Padding is no word: it takes no part in the softmax and gets no gradient.
+        logits_PV[
+            :, real:
+        ] = -torch.inf  # Padding is no word: it takes no part in the softmax and gets no gradient.
     losses_P: Tensor = vocab_parallel_cross_entropy(logits_PV, labels_P)
     return (losses_P * weights_P).sum(), losses_P.detach()
 
 
 def enter(x: Tensor) -> Tensor:
-    """Where work on a value that all tensor ranks have is divided among them: the identity, whose gradient is summed over the ranks."""
+    """Where work on a value that all tensor ranks have is divided among them: the identity, whose
+    gradient is summed over the ranks.
+    """
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     entered: Tensor = copy_to_tensor_model_parallel_region(x)
@@ -109,7 +142,9 @@ def enter(x: Tensor) -> Tensor:
 
 
 def leave(x: Tensor) -> Tensor:
-    """Where divided work comes together again: the sum over the tensor ranks, whose gradient is the identity."""
+    """Where divided work comes together again: the sum over the tensor ranks, whose gradient is the
+    identity.
+    """
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
     # Contiguous, since megatron-core would reduce a copy of anything else, and drop it.
@@ -118,12 +153,22 @@ def leave(x: Tensor) -> Tensor:
 
 
 def divide_rows(mix: Mixture, tp_rank: int, tp_size: int) -> Mixture:
-    """`mix` on this tensor rank's share of each class's rows (N, M), about N / tp_size; the rows of the others come out as zero."""
+    """`mix` on this tensor rank's share of each class's rows (N, M), about N / tp_size; the rows of
+    the others come out as zero.
+    """
 
     def mix_mine(rows_C: list[Tensor]) -> list[Tensor]:
-        bounds = [(len(rows) * tp_rank // tp_size, len(rows) * (tp_rank + 1) // tp_size) for rows in rows_C]
-        mixed_C = mix([rows[start:stop] for rows, (start, stop) in zip(rows_C, bounds, strict=True)])
-        return [F.pad(mixed, (0, 0, start, len(rows) - stop)) for mixed, rows, (start, stop) in zip(mixed_C, rows_C, bounds, strict=True)]
+        bounds = [
+            (len(rows) * tp_rank // tp_size, len(rows) * (tp_rank + 1) // tp_size)
+            for rows in rows_C
+        ]
+        mixed_C = mix(
+            [rows[start:stop] for rows, (start, stop) in zip(rows_C, bounds, strict=True)]
+        )
+        return [
+            F.pad(mixed, (0, 0, start, len(rows) - stop))
+            for mixed, rows, (start, stop) in zip(mixed_C, rows_C, bounds, strict=True)
+        ]
 
     return mix_mine
 
@@ -131,12 +176,16 @@ def divide_rows(mix: Mixture, tp_rank: int, tp_size: int) -> Mixture:
 def _vocabulary_embedding(padded_size: int, width: int) -> nn.Module:
     from megatron.core.tensor_parallel import VocabParallelEmbedding
 
-    embedding: nn.Module = VocabParallelEmbedding(padded_size, width, init_method=nn.init.zeros_, config=_megatron_config())
+    embedding: nn.Module = VocabParallelEmbedding(
+        padded_size, width, init_method=nn.init.zeros_, config=_megatron_config()
+    )
     return embedding
 
 
 def _spread_linears(module: nn.Module, first: str, second: str) -> None:
-    """Replace two linear layers, with something elementwise or headwise between them, by a column- and a row-parallel one."""
+    """Replace two linear layers, with something elementwise or headwise between them, by a column-
+    and a row-parallel one.
+    """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     def sizes(name: str) -> tuple[int, int]:
@@ -144,7 +193,9 @@ def _spread_linears(module: nn.Module, first: str, second: str) -> None:
         assert isinstance(linear, nn.Linear)
         return linear.in_features, linear.out_features
 
-    options: dict[str, Any] = dict(config=_megatron_config(), init_method=nn.init.zeros_, bias=True, skip_bias_add=False)
+    options: dict[str, Any] = dict(
+        config=_megatron_config(), init_method=nn.init.zeros_, bias=True, skip_bias_add=False
+    )
     columns = ColumnParallelLinear(*sizes(first), gather_output=False, **options)
     rows = RowParallelLinear(*sizes(second), input_is_parallel=True, **options)
     for name, linear in ((first, columns), (second, rows)):
@@ -152,16 +203,22 @@ def _spread_linears(module: nn.Module, first: str, second: str) -> None:
         setattr(module, name, linear)
 
 
-def _output_only(_: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]) -> Tensor:
+def _output_only(
+    _: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]
+) -> Tensor:
     """megatron-core's linear layers also give a bias for the caller to add, which here is none."""
     return outputs[0]
 
 
 def _megatron_config() -> object:
-    """No initialisation of its own; "on the CPU" since the weights are drawn there, whichever device trains."""
+    """No initialisation of its own; "on the CPU" since the weights are drawn there, whichever
+    device trains.
+    """
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.parallel_state import get_tensor_model_parallel_world_size
 
     return ModelParallelConfig(
-        tensor_model_parallel_size=get_tensor_model_parallel_world_size(), use_cpu_initialization=True, perform_initialization=False
+        tensor_model_parallel_size=get_tensor_model_parallel_world_size(),
+        use_cpu_initialization=True,
+        perform_initialization=False,
     )

@@ -1,1 +1,3 @@
-"""Parameter groups and learning-rate schedules; the engine owns the optimizer's partitioning and precision."""
+"""Parameter groups and learning-rate schedules; the engine owns the optimizer's partitioning and
+precision.
+"""

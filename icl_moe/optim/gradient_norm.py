@@ -1,13 +1,17 @@
-"""The global gradient norm: computed here where the engine has none, and what the engine must know to compute it rightly.
+"""The global gradient norm: computed here where the engine has none, and what the engine must know
+to compute it rightly.
 
-At ZeRO stage 0 in fp32 DeepSpeed reports no norm, and clips by the mean of the ranks' own norms, which under expert parallelism is not
+At ZeRO stage 0 in fp32 DeepSpeed reports no norm, and clips by the mean of the ranks' own norms,
+which under expert parallelism is not
 the norm of the whole gradient: a rank's own sum of squares misses the experts of the others.
 
-At stages 1 and 2 it sums squares over every rank's partition of the gradient (get_grad_norm_direct in runtime/zero/stage_1_and_2.py),
-but on tensor ranks other than the first it leaves out each parameter that is not marked as model-parallel, since the first one has the
-same. That is true of parameters whose state is partitioned over data-parallel ranks, each tensor rank having its own partitions of them.
-The state of experts is partitioned over *all* ranks that hold them, and expert groups span tensor ranks: what a tensor rank other than
-the first has of an expert's gradient, nobody else has, and it went uncounted. `mark_parts` marks experts, too.
+At stages 1 and 2 it sums squares over every rank's partition of the gradient (get_grad_norm_direct
+in runtime/zero/stage_1_and_2.py), but on tensor ranks other than the first it leaves out each
+parameter that is not marked as model-parallel, since the first one has the same. That is true of
+parameters whose state is partitioned over data-parallel ranks, each tensor rank having its own
+partitions of them. The state of experts is partitioned over *all* ranks that hold them, and expert
+groups span tensor ranks: what a tensor rank other than the first has of an expert's gradient,
+nobody else has, and it went uncounted. `mark_parts` marks experts, too.
 """
 
 import torch
@@ -22,17 +26,27 @@ from icl_moe.model.tensor_parallel import is_split
 
 
 def mark_parts(model: nn.Module) -> None:
-    """Mark what each tensor rank has a part of its own of, so that the norm counts all parts: cut parameters, and experts."""
+    """Mark what each tensor rank has a part of its own of, so that the norm counts all parts: cut
+    parameters, and experts.
+    """
     for name, parameter in model.named_parameters():
-        vars(parameter)["tensor_model_parallel"] = is_split(exported_name(name)) or is_moe_param(parameter)
+        vars(parameter)["tensor_model_parallel"] = is_split(exported_name(name)) or is_moe_param(
+            parameter
+        )
 
 
 def global_norm(model: nn.Module) -> Tensor:
-    """L2 norm of the reduced gradient over all parameters, each part and each expert counted once; float32, equal on every rank."""
-    squares: dict[dist.ProcessGroup | None, list[Tensor]] = {}  # by the group over whose ranks the parts of a parameter lie
+    """L2 norm of the reduced gradient over all parameters, each part and each expert counted once;
+    float32, equal on every rank.
+    """
+    squares: dict[
+        dist.ProcessGroup | None, list[Tensor]
+    ] = {}  # by the group over whose ranks the parts of a parameter lie
     for parameter in model.parameters():
         if parameter.grad is not None:
-            squares.setdefault(_parts_group(parameter), []).append(parameter.grad.float().square().sum())
+            squares.setdefault(_parts_group(parameter), []).append(
+                parameter.grad.float().square().sum()
+            )
     total = torch.zeros((), device=next(model.parameters()).device)
     for group, parts in squares.items():
         held_here = torch.stack(parts).sum()
@@ -45,7 +59,11 @@ def global_norm(model: nn.Module) -> Tensor:
 def _parts_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     if is_moe_param(parameter):
         return groups._get_expert_parallel_group(vars(parameter)["group_name"])
-    return groups.mpu.get_tensor_model_parallel_group() if is_model_parallel_parameter(parameter) else None
+    return (
+        groups.mpu.get_tensor_model_parallel_group()
+        if is_model_parallel_parameter(parameter)
+        else None
+    )
 
 
 def clip(model: nn.Module, norm: Tensor, largest: float) -> None:

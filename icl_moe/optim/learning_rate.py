@@ -6,7 +6,9 @@ from icl_moe.recipe import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """The rate of step t (counted from 0) of `steps`: a linear warm-up, then constant or a half cosine down to zero."""
+    """The rate of step t (counted from 0) of `steps`: a linear warm-up, then constant or a half
+    cosine down to zero.
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":

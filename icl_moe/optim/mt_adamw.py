@@ -1,4 +1,6 @@
-"""Task-balanced AdamW (MT-AdamW): every task pushes the model with the same force, however large its gradients and however rare it is."""
+"""Task-balanced AdamW (MT-AdamW): every task pushes the model with the same force, however large
+its gradients and however rare it is.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,28 +11,36 @@ from torch import Tensor
 
 
 class MTAdamW(torch.optim.Optimizer):
-    """AdamW on gradients normalised per task (Uni-Perceiver v2, section 4.4), for batches of one task each.
+    """AdamW on gradients normalised per task (Uni-Perceiver v2, section 4.4), for batches of one
+    task each.
 
         g = omega_k G / ||G||
         m = b1 m + ((1 - b1) / s_k) g;   n = b2 n + ((1 - b2) / s_k) g^2
         theta = theta - lr (m_hat / (sqrt(n_hat) + eps) + wd theta)
 
-    s_k is the probability with which the step's task was drawn and ||G|| the L2 norm of the gradient over *all* parameters, every
-    expert once. m and n are shared by all tasks. 1 / s_k makes rare tasks count as often ones, and its mean over the draws is 1, so
-    the usual bias correction stays right.
+    s_k is the probability with which the step's task was drawn and ||G|| the L2 norm of the
+    gradient over *all* parameters, every expert once. m and n are shared by all tasks. 1 / s_k
+    makes rare tasks count as often ones, and its mean over the draws is 1, so the usual bias
+    correction stays right.
 
-    The norm must be given, since under ZeRO this optimizer sees one partition of one group at a time: `norm` is asked at every call
-    of `step`. Set `probability` (s_k) and `weight` (omega_k) before each. A norm that is missing, not positive or not finite is no
-    step at all. After normalisation the root mean square of g is 1 / sqrt(number of parameters), so eps must be 1e-8 or less.
+    The norm must be given, since under ZeRO this optimizer sees one partition of one group at a
+    time: `norm` is asked at every call of `step`. Set `probability` (s_k) and `weight` (omega_k)
+    before each. A norm that is missing, not positive or not finite is no step at all. After
+    normalisation the root mean square of g is 1 / sqrt(number of parameters), so eps must be 1e-8
+    or less.
 
-    The arithmetic is done by torch's fused AdamW, one pass over memory. m is a weighted sum of gradients, and so is kept as their
-    weighted mean M (`exp_avg`, float32 where the parameter is) times the sum of the weights Z (`weight`, float64), and n likewise:
+    The arithmetic is done by torch's fused AdamW, one pass over memory. m is a weighted sum of
+    gradients, and so is kept as their weighted mean M (`exp_avg`, float32 where the parameter is)
+    times the sum of the weights Z (`weight`, float64), and n likewise:
 
-        m = Z M;   Z = b1 Z + (1 - b1) w;   M = c M + (1 - c) G    with  w = omega_k / (s_k ||G||)    and  c = b1 Z_before / Z
-        n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2  with  v = omega_k^2 / (s_k ||G||^2)  and  d = b2 Y_before / Y
+        m = Z M;   Z = b1 Z + (1 - b1) w;   M = c M + (1 - c) G    with  w = omega_k / (s_k ||G||)
+        and  c = b1 Z_before / Z
+        n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2  with  v = omega_k^2 / (s_k
+        ||G||^2)  and  d = b2 Y_before / Y
 
-    which are AdamW's own moments of G with c and d for b1 and b2. What is left of the formula goes into its learning rate and eps. Of a
-    norm R times those before, 1 - d keeps a relative error of about 1e-13 R^2: float32's own up to R = 1,000, 1e-5 at 10,000.
+    which are AdamW's own moments of G with c and d for b1 and b2. What is left of the formula goes
+    into its learning rate and eps. Of a norm R times those before, 1 - d keeps a relative error of
+    about 1e-13 R^2: float32's own up to R = 1,000, 1e-5 at 10,000.
     """
 
     def __init__(
@@ -55,7 +65,9 @@ class MTAdamW(torch.optim.Optimizer):
         if not (math.isfinite(norm) and norm > 0):
             return
         for group in self.param_groups:
-            alike: dict[tuple[float, ...], list[Tensor]] = {}  # Parameters that went the same way; one that had no gradient did not.
+            alike: dict[
+                tuple[float, ...], list[Tensor]
+            ] = {}  # Parameters that went the same way; one that had no gradient did not.
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike.setdefault(self._history(parameter), []).append(parameter)
@@ -73,7 +85,15 @@ class MTAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return tuple(float(state[name]) for name in ("step", "weight", "weight_sq"))
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any], norm: float, step: float, weight: float, weight_sq: float) -> None:
+    def _update(
+        self,
+        parameters: list[Tensor],
+        group: dict[str, Any],
+        norm: float,
+        step: float,
+        weight: float,
+        weight_sq: float,
+    ) -> None:
         """One step of parameters with the same history."""
         beta1, beta2 = group["betas"]
         step += 1
@@ -94,7 +114,8 @@ class MTAdamW(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            # The bias correction is in `ratio` and `root`; after infinitely many steps AdamW's own is none.
+            # The bias correction is in `ratio` and `root`; after infinitely many steps AdamW's own
+            # is none.
             [torch.full((), math.inf, device=parameters[0].device)] * len(parameters),
             lr=group["lr"] * ratio,
             beta1=decayed / weight,

@@ -1,4 +1,6 @@
-"""Parameter groups: weight decay on matrices, none on norms, biases and embeddings, experts marked for DeepSpeed."""
+"""Parameter groups: weight decay on matrices, none on norms, biases and embeddings, experts marked
+for DeepSpeed.
+"""
 
 from typing import Any
 
@@ -7,7 +9,9 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for the optimizer, each with a `name`, as DeepSpeed asks where there are experts; empty ones are left out."""
+    """Groups for the optimizer, each with a `name`, as DeepSpeed asks where there are experts;
+    empty ones are left out.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -17,4 +21,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
         {"name": "plain", "params": plain, "weight_decay": 0.0},
     ]
-    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+    return [
+        group
+        for group in split_params_into_different_moe_groups_for_optimizer(groups)
+        if group["params"]
+    ]

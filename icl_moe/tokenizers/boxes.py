@@ -5,15 +5,21 @@ from collections.abc import Sequence
 from icl_moe.errors import InputError
 
 Box = tuple[float, float, float, float]
-"""(x1, y1, x2, y2) as fractions of the image's width and height, 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1."""
+"""(x1, y1, x2, y2) as fractions of the image's width and height, 0 <= x1 <= x2 <= 1 and 0 <= y1 <=
+y2 <= 1.
+"""
 
 _STEPS = 1000
 
 
 def box_to_bins(box: Sequence[float]) -> tuple[int, ...]:
-    """The four bin numbers (0..1000) of a normalised box, rounded to the nearest. Raises InputError outside 0..1."""
+    """The four bin numbers (0..1000) of a normalised box, rounded to the nearest. Raises InputError
+    outside 0..1.
+    """
     if len(box) != 4 or not all(0.0 <= value <= 1.0 for value in box):
-        raise InputError(f"A box must be four fractions (x1, y1, x2, y2) in 0..1, not {tuple(box)}.")
+        raise InputError(
+            f"A box must be four fractions (x1, y1, x2, y2) in 0..1, not {tuple(box)}."
+        )
     return tuple(round(value * _STEPS) for value in box)
 
 
@@ -23,8 +29,12 @@ def bins_to_box(bins: Sequence[int]) -> Box:
     return x1, y1, x2, y2
 
 
-def normalise_box(x: float, y: float, width: float, height: float, image_width: int, image_height: int) -> Box:
-    """A box of x, y, width, height in pixels as fractions of its image, cut at the image's edges."""
+def normalise_box(
+    x: float, y: float, width: float, height: float, image_width: int, image_height: int
+) -> Box:
+    """A box of x, y, width, height in pixels as fractions of its image, cut at the image's
+    edges.
+    """
 
     def fraction(value: float, size: int) -> float:
         return min(max(value / size, 0.0), 1.0)

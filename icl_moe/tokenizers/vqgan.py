@@ -1,7 +1,9 @@
-"""VQ-GAN in plain torch: pictures to codes and back, with the architecture and parameter names of taming-transformers.
+"""VQ-GAN in plain torch: pictures to codes and back, with the architecture and parameter names of
+taming-transformers.
 
-The network is that of Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021); `convert_taming`
-takes its published weights. A saved tokenizer is a folder of config.json and model.safetensors.
+The network is that of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
+(2021); `convert_taming` takes its published weights. A saved tokenizer is a folder of config.json
+and model.safetensors.
 """
 
 import hashlib
@@ -33,9 +35,11 @@ Precision = Literal["fp32", "bf16"]
 class VQGANConfig:
     """The network's sizes; the defaults are the released f16 tokenizer of 1024 codes.
 
-    image_size: the side it was made for, in pixels (larger or smaller multiples of `downsampling` work too).
+    image_size: the side it was made for, in pixels (larger or smaller multiples of `downsampling`
+    work too).
     channel_multipliers: one a level; each level but the last halves the sides.
-    attention_sizes: the feature map sides, counted from image_size, at which levels have self-attention.
+    attention_sizes: the feature map sides, counted from image_size, at which levels have
+    self-attention.
     """
 
     image_size: int = 256
@@ -48,7 +52,14 @@ class VQGANConfig:
     attention_sizes: tuple[int, ...] = (16,)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "codebook_size", "code_channels", "latent_channels", "channels", "blocks_per_level"):
+        for name in (
+            "image_size",
+            "codebook_size",
+            "code_channels",
+            "latent_channels",
+            "channels",
+            "blocks_per_level",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
@@ -56,7 +67,10 @@ class VQGANConfig:
         if self.channels % _NORM_GROUPS:
             raise InputError(f"channels must be a multiple of {_NORM_GROUPS}, not {self.channels}.")
         if self.image_size % self.downsampling:
-            raise InputError(f"image_size must be a multiple of {self.downsampling}, the downsampling, not {self.image_size}.")
+            raise InputError(
+                f"image_size must be a multiple of {self.downsampling}, the downsampling, not "
+                f"{self.image_size}."
+            )
 
     @property
     def downsampling(self) -> int:
@@ -71,8 +85,9 @@ class VQGANConfig:
 class VQGAN(nn.Module):
     """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones.
 
-    precision: what `encode` and `decode` compute in. With bf16 the convolutions of the encoder's finest level and of all of the decoder's
-    levels run in bfloat16, and a few codes of a thousand differ (docs/tokenizer.md). The weights stay float32.
+    precision: what `encode` and `decode` compute in. With bf16 the convolutions of the encoder's
+    finest level and of all of the decoder's levels run in bfloat16, and a few codes of a thousand
+    differ (docs/tokenizer.md). The weights stay float32.
     """
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -88,10 +103,12 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, precision: Precision = "fp32") -> "VQGAN":
-        """The tokenizer in the folder `source`, or the shipped one of that name ("demo"), in eval mode.
+        """The tokenizer in the folder `source`, or the shipped one of that name ("demo"), in eval
+        mode.
 
-        Raises InputError where files are missing or damaged, where keys are missing or surplus, where the config
-        contradicts the weights, and where the weights are not those that the fingerprint was taken of.
+        Raises InputError where files are missing or damaged, where keys are missing or surplus,
+        where the config contradicts the weights, and where the weights are not those that the
+        fingerprint was taken of.
         """
         folder = _find(source)
         config, fingerprint = _read_config(folder / CONFIG_FILE)
@@ -101,29 +118,42 @@ class VQGAN(nn.Module):
             raise InputError(f"{folder / WEIGHTS_FILE} is missing or damaged ({error}).") from error
         model = cls.from_weights(config, weights, origin=str(folder / WEIGHTS_FILE))
         if model.fingerprint != fingerprint:
-            raise InputError(f"The weights in {folder} are not those of the fingerprint {fingerprint} in its {CONFIG_FILE}.")
+            raise InputError(
+                f"The weights in {folder} are not those of the fingerprint {fingerprint} in its "
+                f"{CONFIG_FILE}."
+            )
         model.precision = precision
         return model
 
     @classmethod
     def from_weights(cls, config: VQGANConfig, weights: dict[str, Tensor], origin: str) -> "VQGAN":
-        """A tokenizer of `weights` by parameter name, in eval mode; InputError lists the keys that do not fit."""
+        """A tokenizer of `weights` by parameter name, in eval mode; InputError lists the keys that
+        do not fit.
+        """
         with torch.device("meta"):
             model = cls(config)
         _check_keys(model.state_dict(), weights, origin)
-        model.load_state_dict({key: _channels_last(value.float()) for key, value in weights.items()}, assign=True)
+        model.load_state_dict(
+            {key: _channels_last(value.float()) for key, value in weights.items()}, assign=True
+        )
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder; weights that float16 holds exactly are stored so, and load as the same float32."""
+        """Write the folder; weights that float16 holds exactly are stored so, and load as the same
+        float32.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        weights = {
+            key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()
+        }
         if all(torch.equal(value.half().to(value.dtype), value) for value in weights.values()):
             weights = {key: value.half() for key, value in weights.items()}
         content = {"kind": "vqgan", **to_dict(self.config), "fingerprint": self.fingerprint}
         (folder / (WEIGHTS_FILE + ".partial")).write_bytes(save(weights))
-        (folder / (CONFIG_FILE + ".partial")).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / (CONFIG_FILE + ".partial")).write_text(
+            json.dumps(content, indent=2) + "\n", encoding="utf-8"
+        )
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(folder / (name + ".partial"), folder / name)
 
@@ -148,24 +178,35 @@ class VQGAN(nn.Module):
         """
         height, width = pixels_B3HW.shape[-2:]
         if height % self.downsampling or width % self.downsampling or min(height, width) == 0:
-            raise InputError(f"Image sides must be multiples of {self.downsampling} pixels, not {height} x {width}.")
+            raise InputError(
+                f"Image sides must be multiples of {self.downsampling} pixels, not {height} x "
+                f"{width}."
+            )
         pixels_B3HW = pixels_B3HW.contiguous(memory_format=torch.channels_last)
         latents_BChw = self.quant_conv(self.encoder(pixels_B3HW, self.precision))
         return self.quantize.nearest(latents_BChw).flatten(1)
 
     @torch.inference_mode()
     def decode(self, codes_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes as pixels_B3HW, about [-1, 1], not clipped. `grid`: rows and columns of codes; a square by default.
+        """Codes as pixels_B3HW, about [-1, 1], not clipped. `grid`: rows and columns of codes; a
+        square by default.
 
-        Raises InputError for a count of codes that is not that grid, or a code outside the codebook.
+        Raises InputError for a count of codes that is not that grid, or a code outside the
+        codebook.
         """
         count = codes_BN.shape[1]
         rows, columns = grid or (math.isqrt(count), math.isqrt(count))
         if rows * columns != count:
-            raise InputError(f"{count} codes are no grid of {rows} x {columns}; give its rows and columns.")
-        if codes_BN.numel() and (int(codes_BN.min()) < 0 or int(codes_BN.max()) >= self.config.codebook_size):
+            raise InputError(
+                f"{count} codes are no grid of {rows} x {columns}; give its rows and columns."
+            )
+        if codes_BN.numel() and (
+            int(codes_BN.min()) < 0 or int(codes_BN.max()) >= self.config.codebook_size
+        ):
             raise InputError(f"Codes must lie in 0..{self.config.codebook_size - 1}.")
-        latents_BChw = self.quantize.vectors(codes_BN.unflatten(1, (rows, columns)))  # channels last in memory, as a table's rows are
+        latents_BChw = self.quantize.vectors(
+            codes_BN.unflatten(1, (rows, columns))
+        )  # channels last in memory, as a table's rows are
         return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
     def latents(self, pixels_B3HW: Tensor) -> Tensor:
@@ -178,14 +219,18 @@ class VQGAN(nn.Module):
 
 
 def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
-    """Turn a taming-transformers release (a Lightning checkpoint and its YAML) into a tokenizer folder `out`.
+    """Turn a taming-transformers release (a Lightning checkpoint and its YAML) into a tokenizer
+    folder `out`.
 
-    The loss, discriminator and averaged copies in the checkpoint are left out. Raises InputError for a checkpoint that
-    is damaged or holds anything but tensors and plain values, and for keys that do not fit the YAML.
+    The loss, discriminator and averaged copies in the checkpoint are left out. Raises InputError
+    for a checkpoint that is damaged or holds anything but tensors and plain values, and for keys
+    that do not fit the YAML.
     """
     config = _read_taming_config(Path(config_yaml))
     state = _read_checkpoint(Path(checkpoint))
-    weights = {key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}
+    weights = {
+        key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))
+    }
     model = VQGAN.from_weights(config, weights, origin=str(checkpoint))
     model.save_pretrained(out)
     return model
@@ -202,15 +247,22 @@ class _Codebook(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.code_channels)
-        nn.init.uniform_(self.embedding.weight, -1.0 / config.codebook_size, 1.0 / config.codebook_size)
+        nn.init.uniform_(
+            self.embedding.weight, -1.0 / config.codebook_size, 1.0 / config.codebook_size
+        )
 
     def nearest(self, latents_BChw: Tensor) -> Tensor:
-        """codes_Bhw: the code of least |z|^2 + |e|^2 - 2 z.e, summed in this order so that ties fall as published."""
+        """codes_Bhw: the code of least |z|^2 + |e|^2 - 2 z.e, summed in this order so that ties
+        fall as published.
+        """
         flat_NC = latents_BChw.movedim(1, -1).flatten(0, -2)
         table_KC = self.embedding.weight
         lengths_K = (table_KC**2).sum(dim=1)
         # In slices: 16384 codes against a whole batch would be gigabytes of distances.
-        codes = [((z**2).sum(dim=1, keepdim=True) + lengths_K - 2 * z @ table_KC.T).argmin(dim=1) for z in flat_NC.split(4096)]
+        codes = [
+            ((z**2).sum(dim=1, keepdim=True) + lengths_K - 2 * z @ table_KC.T).argmin(dim=1)
+            for z in flat_NC.split(4096)
+        ]
         return torch.cat(codes).view(latents_BChw.shape[0], *latents_BChw.shape[2:])
 
     def vectors(self, codes_Bhw: Tensor) -> Tensor:
@@ -244,7 +296,9 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
+        )
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
         return x + self.proj_out(attended.reshape(x.shape))
 
@@ -255,7 +309,9 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded at the right and bottom only, as published
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+        )  # padded at the right and bottom only, as published
 
 
 class _Upsample(nn.Module):
@@ -268,11 +324,15 @@ class _Upsample(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one feature map size, each followed by attention where the level has it, then a resize."""
+    """The blocks of one feature map size, each followed by attention where the level has it, then a
+    resize.
+    """
 
     def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(_ResnetBlock(channels_in if i == 0 else channels, channels) for i in range(blocks))
+        self.block = nn.ModuleList(
+            _ResnetBlock(channels_in if i == 0 else channels, channels) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(_Attention(channels) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,7 +365,9 @@ class _Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             attention = config.image_size >> i in config.attention_sizes
-            level = _Level(widths[i - 1] if i else config.channels, width, config.blocks_per_level, attention)
+            level = _Level(
+                widths[i - 1] if i else config.channels, width, config.blocks_per_level, attention
+            )
             if i < len(widths) - 1:
                 level.downsample = _Downsample(width)
             self.down.append(level)
@@ -316,7 +378,8 @@ class _Encoder(nn.Module):
     def forward(self, pixels_B3HW: Tensor, precision: Precision = "fp32") -> Tensor:
         h = self.conv_in(pixels_B3HW)
         for number, level in enumerate(self.down):
-            # The finest level is three fifths of a released encoder's work. Each one more in bf16 would change codes of masks.
+            # The finest level is three fifths of a released encoder's work. Each one more in bf16
+            # would change codes of masks.
             h = _run_level(level, h, precision if number == 0 else "fp32")
         return self.conv_out(_norm_and_silu(self.norm_out, self.mid(h)))
 
@@ -327,10 +390,14 @@ class _Decoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1])
-        self.up = nn.ModuleList()  # finest level first, as the parameters are numbered; run from the last to the first
+        self.up = (
+            nn.ModuleList()
+        )  # finest level first, as the parameters are numbered; run from the last to the first
         for i, width in enumerate(widths):
             attention = config.image_size >> i in config.attention_sizes
-            level = _Level(widths[min(i + 1, len(widths) - 1)], width, config.blocks_per_level + 1, attention)
+            level = _Level(
+                widths[min(i + 1, len(widths) - 1)], width, config.blocks_per_level + 1, attention
+            )
             if i > 0:
                 level.upsample = _Upsample(width)
             self.up.append(level)
@@ -352,13 +419,17 @@ def _run_level(level: nn.Module, h: Tensor, precision: Precision) -> Tensor:
 
 
 def _norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())  # in place it is one feature map less, but has no gradient
+    return F.silu(
+        norm(x), inplace=not torch.is_grad_enabled()
+    )  # in place it is one feature map less, but has no gradient
 
 
 def _initialise(module: nn.Module) -> None:
-    """Start as a chain of resizing convolutions that keep the variance, all residual branches silent.
+    """Start as a chain of resizing convolutions that keep the variance, all residual branches
+    silent.
 
-    With torch's default weights the branches drown the latents, and training stands still for its first hundreds of steps.
+    With torch's default weights the branches drown the latents, and training stands still for its
+    first hundreds of steps.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -380,37 +451,60 @@ def _norm(channels: int) -> nn.GroupNorm:
 def _find(source: str | Path) -> Path:
     shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
     names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
-    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the tokenizer demo. ./demo is a folder.
+    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the
+    # tokenizer demo. ./demo is a folder.
     if source in names:
         return shipped / str(source)
     folder = Path(source)
     if folder.is_dir():
         return folder
-    raise InputError(f"There is no tokenizer folder {source}, nor is one of that name shipped ({', '.join(names)}).")
+    raise InputError(
+        f"There is no tokenizer folder {source}, nor is one of that name shipped "
+        f"({', '.join(names)})."
+    )
 
 
 def _read_config(path: Path) -> tuple[VQGANConfig, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} is missing: a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.") from error
+        raise InputError(
+            f"{path} is missing: a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+        ) from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON.") from error
-    if not isinstance(content, dict) or content.pop("kind", None) != "vqgan" or not isinstance(content.get("fingerprint"), str):
-        raise InputError(f"{path} is not a VQ-GAN's: it needs the keys kind (vqgan) and fingerprint.")
+    if (
+        not isinstance(content, dict)
+        or content.pop("kind", None) != "vqgan"
+        or not isinstance(content.get("fingerprint"), str)
+    ):
+        raise InputError(
+            f"{path} is not a VQ-GAN's: it needs the keys kind (vqgan) and fingerprint."
+        )
     fingerprint = content.pop("fingerprint")
     return from_dict(VQGANConfig, content, origin=str(path)), fingerprint
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    """Laid out in memory as `encode` and `decode` lay out feature maps, so that convolutions need not reorder it."""
-    return weight.contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format)
+    """Laid out in memory as `encode` and `decode` lay out feature maps, so that convolutions need
+    not reorder it.
+    """
+    return weight.contiguous(
+        memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    )
 
 
 def _check_keys(expected: dict[str, Tensor], given: dict[str, Tensor], origin: str) -> None:
-    missing, surplus = [k for k in expected if k not in given], [k for k in given if k not in expected]
+    missing, surplus = (
+        [k for k in expected if k not in given],
+        [k for k in given if k not in expected],
+    )
     if missing or surplus:
-        parts = [f"{word} {_listed(keys)}" for word, keys in (("lacks", missing), ("has the surplus", surplus)) if keys]
+        parts = [
+            f"{word} {_listed(keys)}"
+            for word, keys in (("lacks", missing), ("has the surplus", surplus))
+            if keys
+        ]
         raise InputError(f"{origin} does not fit its config: it {' and '.join(parts)}.")
     for key, value in expected.items():
         if given[key].shape != value.shape:
@@ -423,7 +517,9 @@ def _listed(keys: list[str]) -> str:
 
 
 class _Inert:
-    """Stands for the one class that Lightning's checkpoints name (as a key of their callbacks' states), and does nothing."""
+    """Stands for the one class that Lightning's checkpoints name (as a key of their callbacks'
+    states), and does nothing.
+    """
 
 
 _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
@@ -436,16 +532,22 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"The checkpoint {path} holds more than weights and was not opened, as it could run code.") from error
+        raise InputError(
+            f"The checkpoint {path} holds more than weights and was not opened, as it could run "
+            "code."
+        ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise InputError(f"The checkpoint {path} is damaged or no torch file ({error}).") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
         raise InputError(f"The checkpoint {path} holds no weights by name under 'state_dict'.")
     return state
 
 
-# The published YAML's name -> ours; the first group stands in model.params, the second in model.params.ddconfig.
+# The published YAML's name -> ours; the first group stands in model.params, the second in
+# model.params.ddconfig.
 _TAMING_PARAMS = {"n_embed": "codebook_size", "embed_dim": "code_channels"}
 _TAMING_NETWORK = {
     "resolution": "image_size",
@@ -473,7 +575,9 @@ def _read_taming_config(path: Path) -> VQGANConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML.") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no config of a taming-transformers VQModel: model.params lacks {error}.") from error
+        raise InputError(
+            f"{path} is no config of a taming-transformers VQModel: model.params lacks {error}."
+        ) from error
     if fixed != {"in_channels": 3, "out_ch": 3, "double_z": False}:
         raise InputError(f"{path}: only RGB VQ-GANs without double_z are known, not {fixed}.")
     return from_dict(VQGANConfig, values, origin=str(path))

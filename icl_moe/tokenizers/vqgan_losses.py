@@ -1,4 +1,6 @@
-"""The two optional losses of a VQ-GAN's training: likeness in a network's features, and a judge of patches that learns along."""
+"""The two optional losses of a VQ-GAN's training: likeness in a network's features, and a judge of
+patches that learns along.
+"""
 
 import zipfile
 from pathlib import Path
@@ -17,11 +19,13 @@ _COMPARED = ("conv1", "fire3", "fire5", "fire7", "fire9")
 
 
 class PerceptualLoss(nn.Module):
-    """How far two pictures lie apart in SqueezeNet 1.0's features (Zhang et al., 2018, without learned weights).
+    """How far two pictures lie apart in SqueezeNet 1.0's features (Zhang et al., 2018, without
+    learned weights).
 
-    At five depths the features are brought to unit length over the channels; the loss is the mean over pixels and pictures
-    of their squared distance, summed over the depths. `weights`: an .npz of arrays NAME.w and NAME.b for conv1 and
-    fire2..fire9's _s, _e1 and _e3, in Caffe's conventions (BGR, 0..255, mean taken off). Raises InputError for any other file.
+    At five depths the features are brought to unit length over the channels; the loss is the mean
+    over pixels and pictures of their squared distance, summed over the depths. `weights`: an .npz
+    of arrays NAME.w and NAME.b for conv1 and fire2..fire9's _s, _e1 and _e3, in Caffe's conventions
+    (BGR, 0..255, mean taken off). Raises InputError for any other file.
     """
 
     _mean: Tensor
@@ -30,17 +34,37 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         try:
             with np.load(weights, allow_pickle=False) as arrays:
-                for name in ("conv1", *(f"fire{i}_{part}" for i in range(2, 10) for part in ("s", "e1", "e3"))):
+                for name in (
+                    "conv1",
+                    *(f"fire{i}_{part}" for i in range(2, 10) for part in ("s", "e1", "e3")),
+                ):
                     for suffix in ("w", "b"):
-                        self.register_buffer(f"{name}_{suffix}", torch.from_numpy(arrays[f"{name}.{suffix}"].astype(np.float32)))
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise InputError(f"perceptual_network: {weights} holds no SqueezeNet 1.0 weights as .npz ({error}).") from error
+                        self.register_buffer(
+                            f"{name}_{suffix}",
+                            torch.from_numpy(arrays[f"{name}.{suffix}"].astype(np.float32)),
+                        )
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            AttributeError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise InputError(
+                f"perceptual_network: {weights} holds no SqueezeNet 1.0 weights as .npz ({error})."
+            ) from error
         self.register_buffer("_mean", torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1))
 
     def forward(self, drawn_B3HW: Tensor, given_B3HW: Tensor) -> Tensor:
         distances = []
         for a, b in zip(self._features(drawn_B3HW), self._features(given_B3HW), strict=True):
-            distances.append((F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)).square().sum(dim=1).mean())
+            distances.append(
+                (F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6))
+                .square()
+                .sum(dim=1)
+                .mean()
+            )
         return torch.stack(distances).sum()
 
     def _features(self, pixels_B3HW: Tensor) -> list[Tensor]:
@@ -65,16 +89,24 @@ class PerceptualLoss(nn.Module):
 
 
 class Adversary:
-    """A PatchGAN discriminator (Isola et al., 2017) with its optimizer, trained by the hinge loss beside the tokenizer."""
+    """A PatchGAN discriminator (Isola et al., 2017) with its optimizer, trained by the hinge loss
+    beside the tokenizer.
+    """
 
     def __init__(self, accelerator: Accelerator, learning_rate: float) -> None:
         self._accelerator = accelerator
         self._judge = _PatchDiscriminator()
-        optimizer = torch.optim.AdamW(self._judge.parameters(), lr=learning_rate, betas=(0.5, 0.9), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            self._judge.parameters(), lr=learning_rate, betas=(0.5, 0.9), weight_decay=0.0
+        )
         self._wrapped, self._optimizer = accelerator.prepare(self._judge, optimizer)
 
-    def fooling_loss(self, drawn_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor) -> Tensor:
-        """-mean(D(drawn)), times |d reconstruction / d last layer| / |d this / d last layer| (Esser et al., 2021, eq. 7)."""
+    def fooling_loss(
+        self, drawn_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor
+    ) -> Tensor:
+        """-mean(D(drawn)), times |d reconstruction / d last layer| / |d this / d last layer| (Esser
+        et al., 2021, eq. 7).
+        """
         self._judge.requires_grad_(False)
         loss = -self._judge(drawn_B3HW).float().mean()
         self._judge.requires_grad_(True)
@@ -85,11 +117,16 @@ class Adversary:
         return weight.clamp(0.0, 1e4) * loss
 
     def train_step(self, drawn_B3HW: Tensor, given_B3HW: Tensor, learning_rate: float) -> Tensor:
-        """One step of the discriminator; returns its hinge loss, which is 1 where it cannot tell."""
+        """One step of the discriminator; returns its hinge loss, which is 1 where it cannot
+        tell.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        # One call for both: on several devices a second call before the backward pass is not allowed.
-        drawn_logits, given_logits = self._wrapped(torch.cat([drawn_B3HW.detach().float(), given_B3HW])).float().chunk(2)
+        # One call for both: on several devices a second call before the backward pass is not
+        # allowed.
+        drawn_logits, given_logits = (
+            self._wrapped(torch.cat([drawn_B3HW.detach().float(), given_B3HW])).float().chunk(2)
+        )
         loss = 0.5 * (F.relu(1 + drawn_logits).mean() + F.relu(1 - given_logits).mean())
         self._optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(loss)
@@ -105,11 +142,16 @@ class Adversary:
 
 
 class _PatchDiscriminator(nn.Module):
-    """logits_B1hw, one for each patch of 70 x 70 pixels: high where it looks given, low where it looks drawn."""
+    """logits_B1hw, one for each patch of 70 x 70 pixels: high where it looks given, low where it
+    looks drawn.
+    """
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
         for width_in, stride in ((1, 2), (2, 2), (4, 1)):
             width = 2 * width_in * channels
             layers += [

@@ -1,4 +1,6 @@
-"""Training a VQ-GAN on pictures and masks, and measuring one: fidelity, use of its codes, and how well masks survive it."""
+"""Training a VQ-GAN on pictures and masks, and measuring one: fidelity, use of its codes, and how
+well masks survive it.
+"""
 
 import contextlib
 import io
@@ -48,8 +50,8 @@ class TokenizerData:
     """images: a folder of pictures, or `synthetic` for an endless supply of drawn scenes.
 
     annotations: a COCO instances file of that folder's pictures, from which masks are taken.
-    mask_share: the share of training samples that are masks, white on black. smallest_crop: the least side of a random
-    crop, as a share of the picture's short side.
+    mask_share: the share of training samples that are masks, white on black. smallest_crop: the
+    least side of a random crop, as a share of the picture's short side.
     """
 
     images: str = SYNTHETIC
@@ -59,25 +61,34 @@ class TokenizerData:
 
     def __post_init__(self) -> None:
         if not 0 <= self.mask_share <= 1 or not 0 < self.smallest_crop <= 1:
-            raise InputError("data.mask_share must lie in 0..1 and data.smallest_crop in 0..1 without 0.")
+            raise InputError(
+                "data.mask_share must lie in 0..1 and data.smallest_crop in 0..1 without 0."
+            )
         if self.mask_share and self.images != SYNTHETIC and self.annotations is None:
-            raise InputError("data.mask_share needs data.annotations, a COCO instances file, to take masks from.")
+            raise InputError(
+                "data.mask_share needs data.annotations, a COCO instances file, to take masks from."
+            )
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """What `train_tokenizer` reads. Steps are optimizer steps; batch_size counts samples over all devices.
+    """What `train_tokenizer` reads. Steps are optimizer steps; batch_size counts samples over all
+    devices.
 
-    The learning rate rises over warmup_steps and falls to zero at the last step as a half cosine. For the first
-    unquantised_steps the decoder sees the latents themselves, so that the codes can then start among meaningful ones.
-    A code that is chosen less than revive_below times a batch (a running mean over about 100 steps) is moved onto a latent
-    of the batch, every revive_every steps up to three quarters of the training.
+    The learning rate rises over warmup_steps and falls to zero at the last step as a half cosine.
+    For the first unquantised_steps the decoder sees the latents themselves, so that the codes can
+    then start among meaningful ones. A code that is chosen less than revive_below times a batch (a
+    running mean over about 100 steps) is moved onto a latent of the batch, every revive_every steps
+    up to three quarters of the training.
 
-    mask_weight: of a hinge on the pixels of masks that lie on the wrong side of the threshold, or close to it; none by default.
-    start_from: a tokenizer's folder (or a shipped name) of this network, whose weights to begin with instead of random ones, such as a
-    converted release that is to learn masks; unquantised_steps is best 0 then.
-    perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default. adversarial_from: the step from
-    which a PatchGAN discriminator trains along, none by default. Every loss but the L1 difference has its weight.
+    mask_weight: of a hinge on the pixels of masks that lie on the wrong side of the threshold, or
+    close to it; none by default.
+    start_from: a tokenizer's folder (or a shipped name) of this network, whose weights to begin
+    with instead of random ones, such as a converted release that is to learn masks;
+    unquantised_steps is best 0 then.
+    perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default.
+    adversarial_from: the step from which a PatchGAN discriminator trains along, none by default.
+    Every loss but the L1 difference has its weight.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)
@@ -116,11 +127,14 @@ Draw = Callable[[np.random.Generator], tuple[Image.Image, list[np.ndarray]]]
 
 
 def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQGAN:
-    """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that was saved there.
+    """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that
+    was saved there.
 
-    draw_scene: draws what data.images=synthetic stands for. Beside the tokenizer, `out` gets log.jsonl, samples/*.png and the state
-    from which the same call goes on, exactly, after an interruption. Every sample and choice is a function of (seed, step): under
-    `accelerate launch` all devices share the batch that one would have. Raises InputError where `out` holds the state of another recipe.
+    draw_scene: draws what data.images=synthetic stands for. Beside the tokenizer, `out` gets
+    log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after an
+    interruption. Every sample and choice is a function of (seed, step): under `accelerate launch`
+    all devices share the batch that one would have. Raises InputError where `out` holds the state
+    of another recipe.
     """
     out = Path(out)
     join_processes()
@@ -132,10 +146,17 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQG
     (out / "samples").mkdir(parents=True, exist_ok=True)
     share = recipe.batch_size // accelerator.num_processes
     if share * accelerator.num_processes != recipe.batch_size:
-        raise InputError(f"batch_size {recipe.batch_size} cannot be shared evenly by {accelerator.num_processes} devices.")
+        raise InputError(
+            f"batch_size {recipe.batch_size} cannot be shared evenly by "
+            f"{accelerator.num_processes} devices."
+        )
     mine = range(share * accelerator.process_index, share * (accelerator.process_index + 1))
     bar = tqdm(
-        range(run.step, recipe.steps), initial=run.step, total=recipe.steps, desc="tokenizer", disable=not accelerator.is_main_process
+        range(run.step, recipe.steps),
+        initial=run.step,
+        total=recipe.steps,
+        desc="tokenizer",
+        disable=not accelerator.is_main_process,
     )
     for step in bar:
         losses = run.train_step(*source((recipe.seed, step), mine))
@@ -144,7 +165,11 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQG
         if logged:
             losses = {name: accelerator.reduce(value, "mean") for name, value in losses.items()}
         if logged and accelerator.is_main_process:
-            row = {"step": step + 1, **{name: round(float(value), 5) for name, value in losses.items()}, **run.measure(unseen_B3HW)}
+            row = {
+                "step": step + 1,
+                **{name: round(float(value), 5) for name, value in losses.items()},
+                **run.measure(unseen_B3HW),
+            }
             _log(out, row)
             _save_grid(run.averaged, unseen_B3HW, out / "samples" / f"step_{step + 1:06d}.png")
             bar.set_postfix(psnr=f"{row['psnr']:.2f}", codes=f"{row['codes_used']:.0%}")
@@ -154,18 +179,25 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQG
     return run.finished()
 
 
-def evaluate_tokenizer(folder: str | Path, images: Path, annotations: Path | None = None, batch_size: int = 32) -> dict[str, Any]:
-    """Measure the tokenizer `folder` (or a shipped one by name) on the pictures in `images`, as plain values.
+def evaluate_tokenizer(
+    folder: str | Path, images: Path, annotations: Path | None = None, batch_size: int = 32
+) -> dict[str, Any]:
+    """Measure the tokenizer `folder` (or a shipped one by name) on the pictures in `images`, as
+    plain values.
 
-    Each picture's short side is resized to the tokenizer's image size and its middle square is taken. Reported are the means
-    over pictures of PSNR and SSIM, and the share and perplexity of the codes over the whole set. With `annotations`, a COCO
-    instances file, also the mask ceiling: each class mask of a picture is drawn white on black, encoded, decoded and thresholded;
-    mask_miou is the mean over classes of (sum of a class's intersections with the masks put in) / (sum of its unions), mask_iou
-    the mean over masks of intersection / union, mask_mae the mean share of wrong pixels. By size: mask_iou for COCO's small,
-    medium and large, bounded by 32^2 and 96^2 pixels of the whole mask in the picture as it is in its file.
+    Each picture's short side is resized to the tokenizer's image size and its middle square is
+    taken. Reported are the means over pictures of PSNR and SSIM, and the share and perplexity of
+    the codes over the whole set. With `annotations`, a COCO
+    instances file, also the mask ceiling: each class mask of a picture is drawn white on black,
+    encoded, decoded and thresholded; mask_miou is the mean over classes of (sum of a class's
+    intersections with the masks put in) / (sum of its unions), mask_iou the mean over masks of
+    intersection / union, mask_mae the mean share of wrong pixels. By size: mask_iou for COCO's
+    small, medium and large, bounded by 32^2 and 96^2 pixels of the whole mask in the picture as it
+    is in its file.
 
-    Memory does not grow with the number of pictures. Raises InputError for a folder without pictures, an unreadable picture,
-    annotations that are not COCO's, and a picture whose size disagrees with its record.
+    Memory does not grow with the number of pictures. Raises InputError for a folder without
+    pictures, an unreadable picture, annotations that are not COCO's, and a picture whose size
+    disagrees with its record.
     """
     tokenizer = VQGAN.from_pretrained(folder)
     truth = _ClassMasks(Path(annotations)) if annotations else None
@@ -175,7 +207,9 @@ def evaluate_tokenizer(folder: str | Path, images: Path, annotations: Path | Non
         box, size = middle_square(image.size), tokenizer.config.image_size
         measures.add_picture(to_pixels(crop_and_resize(image, box, size)))
         for category, mask_HW in truth.of(file.name, image.size).items() if truth else ():
-            measures.add_mask(crop_and_resize_mask(mask_HW, box, size), category, int(mask_HW.sum()))
+            measures.add_mask(
+                crop_and_resize_mask(mask_HW, box, size), category, int(mask_HW.sum())
+            )
     return measures.report()
 
 
@@ -189,17 +223,31 @@ class _Run:
         self.use_K = torch.zeros(recipe.network.codebook_size, device=accelerator.device)
         if recipe.start_from is not None:
             trained.load_state_dict(_weights_to_start_from(recipe.start_from, recipe.network))
-            self.use_K.fill_(recipe.revive_below)  # its codes have their meaning: none is dead before it was not chosen
+            self.use_K.fill_(
+                recipe.revive_below
+            )  # its codes have their meaning: none is dead before it was not chosen
         self.averaged = VQGAN(recipe.network).to(accelerator.device).eval().requires_grad_(False)
         self.averaged.load_state_dict(trained.state_dict())
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            trained.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
         self.model, self.optimizer = accelerator.prepare(_Autoencoder(trained), optimizer)
         self.trained = trained
-        self.perceptual = PerceptualLoss(recipe.perceptual_network).to(accelerator.device) if recipe.perceptual_network else None
-        self.adversary = Adversary(accelerator, recipe.learning_rate) if recipe.adversarial_from is not None else None
+        self.perceptual = (
+            PerceptualLoss(recipe.perceptual_network).to(accelerator.device)
+            if recipe.perceptual_network
+            else None
+        )
+        self.adversary = (
+            Adversary(accelerator, recipe.learning_rate)
+            if recipe.adversarial_from is not None
+            else None
+        )
 
     def train_step(self, pixels_B3HW: Tensor, is_mask_B: Tensor) -> dict[str, Tensor]:
-        """One optimizer step on this device's share of the batch; returns the parts of the loss by name."""
+        """One optimizer step on this device's share of the batch; returns the parts of the loss by
+        name.
+        """
         recipe = self.recipe
         learning_rate = recipe.learning_rate * _schedule(self.step, recipe)
         for group in self.optimizer.param_groups:
@@ -209,31 +257,47 @@ class _Run:
         if since >= 0 and since % recipe.revive_every == 0 and self.step < 0.75 * recipe.steps:
             self._revive(pixels_B3HW)
         drawn_B3HW, codebook, commitment, codes_Bhw = self.model(pixels_B3HW, since >= 0)
-        parts = {"l1": (drawn_B3HW.float() - pixels_B3HW).abs().mean(), "codebook": codebook, "commitment": commitment}
+        parts = {
+            "l1": (drawn_B3HW.float() - pixels_B3HW).abs().mean(),
+            "codebook": codebook,
+            "commitment": commitment,
+        }
         reconstruction = parts["l1"]
         if recipe.mask_weight:
-            parts["mask"] = _mask_hinge(drawn_B3HW.float(), pixels_B3HW, is_mask_B.to(pixels_B3HW.device))
+            parts["mask"] = _mask_hinge(
+                drawn_B3HW.float(), pixels_B3HW, is_mask_B.to(pixels_B3HW.device)
+            )
             reconstruction = reconstruction + recipe.mask_weight * parts["mask"]
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual(drawn_B3HW, pixels_B3HW)
             reconstruction = reconstruction + recipe.perceptual_weight * parts["perceptual"]
         loss = reconstruction + codebook + recipe.commitment * commitment
-        judged = self.adversary is not None and recipe.adversarial_from is not None and self.step >= recipe.adversarial_from
+        judged = (
+            self.adversary is not None
+            and recipe.adversarial_from is not None
+            and self.step >= recipe.adversarial_from
+        )
         if self.adversary is not None and judged:
-            parts["fooling"] = self.adversary.fooling_loss(drawn_B3HW, reconstruction, self.trained.decoder.conv_out.weight)
+            parts["fooling"] = self.adversary.fooling_loss(
+                drawn_B3HW, reconstruction, self.trained.decoder.conv_out.weight
+            )
             loss = loss + recipe.adversarial_weight * parts["fooling"]
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         self.optimizer.step()
         if self.adversary is not None and judged:
-            parts["discriminator"] = self.adversary.train_step(drawn_B3HW, pixels_B3HW, learning_rate)
+            parts["discriminator"] = self.adversary.train_step(
+                drawn_B3HW, pixels_B3HW, learning_rate
+            )
         parts["batch_perplexity"] = self._count(codes_Bhw, since)
         self._average()
         self.step += 1
         return {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
 
     def _count(self, codes_Bhw: Tensor, since: int) -> Tensor:
-        """Add this batch to the running use of the codes; returns the batch's perplexity over all devices."""
+        """Add this batch to the running use of the codes; returns the batch's perplexity over all
+        devices.
+        """
         use_K = torch.bincount(codes_Bhw.flatten(), minlength=self.use_K.numel()).float()
         use_K = self.accelerator.reduce(use_K, "sum")
         if since >= 0:
@@ -244,11 +308,15 @@ class _Run:
     def _average(self) -> None:
         # The mean starts short, so that the random beginning is soon forgotten.
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.trained.parameters()), 1 - decay)
+        torch._foreach_lerp_(
+            list(self.averaged.parameters()), list(self.trained.parameters()), 1 - decay
+        )
 
     @torch.no_grad()
     def _revive(self, pixels_B3HW: Tensor) -> None:
-        """Move codes that are hardly used onto latents of this batch, the same on all devices; the first time, all codes."""
+        """Move codes that are hardly used onto latents of this batch, the same on all devices; the
+        first time, all codes.
+        """
         dead_K = self.use_K < self.recipe.revive_below
         if not dead_K.any():
             return
@@ -263,19 +331,31 @@ class _Run:
         self.use_K[dead_K] = self.recipe.revive_below
 
     def measure(self, pixels_B3HW: Tensor) -> dict[str, float]:
-        """How the averaged model draws these pictures: mean PSNR, perplexity and share of the codes that occur in them."""
+        """How the averaged model draws these pictures: mean PSNR, perplexity and share of the codes
+        that occur in them.
+        """
         drawn_B3HW, codes_BN = _through(self.averaged, pixels_B3HW)
         use_K = torch.bincount(codes_BN.flatten(), minlength=self.recipe.network.codebook_size)
         psnr = float(_psnr_B(drawn_B3HW, pixels_B3HW).mean())
         used = float((use_K > 0).float().mean())
-        return {"psnr": round(psnr, 3), "perplexity": round(_perplexity(use_K), 1), "codes_used": round(used, 4)}
+        return {
+            "psnr": round(psnr, 3),
+            "perplexity": round(_perplexity(use_K), 1),
+            "codes_used": round(used, 4),
+        }
 
     def finished(self) -> VQGAN:
-        """The averaged model; its weights rounded to what float16 holds where the recipe asks for the smaller file."""
+        """The averaged model; its weights rounded to what float16 holds where the recipe asks for
+        the smaller file.
+        """
         weights = {key: value.detach().cpu() for key, value in self.averaged.state_dict().items()}
         if self.recipe.half_weights:
             weights = {key: value.half().float() for key, value in weights.items()}
-        return VQGAN.from_weights(self.recipe.network, {k: v.clone() for k, v in weights.items()}, origin="the trained model")
+        return VQGAN.from_weights(
+            self.recipe.network,
+            {k: v.clone() for k, v in weights.items()},
+            origin="the trained model",
+        )
 
     def save(self, out: Path) -> None:
         self.finished().save_pretrained(out)
@@ -300,8 +380,15 @@ class _Run:
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             raise InputError(f"{path} is damaged; remove it to train anew.") from error
         if state["recipe"] != to_dict(self.recipe):
-            changed = [key for key, value in to_dict(self.recipe).items() if state["recipe"].get(key) != value]
-            raise InputError(f"{path} was made with another recipe ({', '.join(changed)} differ); give another folder.")
+            changed = [
+                key
+                for key, value in to_dict(self.recipe).items()
+                if state["recipe"].get(key) != value
+            ]
+            raise InputError(
+                f"{path} was made with another recipe ({', '.join(changed)} differ); give another "
+                "folder."
+            )
         self.trained.load_state_dict(state["trained"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -320,19 +407,27 @@ class _Autoencoder(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
 
-    def forward(self, pixels_B3HW: Tensor, quantised: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """drawn_B3HW, codebook loss, commitment loss, codes_Bhw (van den Oord et al., 2017); gradients pass straight through.
+    def forward(
+        self, pixels_B3HW: Tensor, quantised: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """drawn_B3HW, codebook loss, commitment loss, codes_Bhw (van den Oord et al., 2017);
+        gradients pass straight through.
 
-        Without `quantised` the picture is drawn from the latents themselves, and both losses are zero.
+        Without `quantised` the picture is drawn from the latents themselves, and both losses are
+        zero.
         """
         latents_BChw = self.tokenizer.latents(pixels_B3HW).float()
-        with torch.no_grad(), torch.autocast(latents_BChw.device.type, enabled=False):  # distances in bfloat16 choose wrong codes
+        with (
+            torch.no_grad(),
+            torch.autocast(latents_BChw.device.type, enabled=False),
+        ):  # distances in bfloat16 choose wrong codes
             codes_Bhw = self.tokenizer.quantize.nearest(latents_BChw)
         vectors_BChw = self.tokenizer.quantize.vectors(codes_Bhw)
         codebook = F.mse_loss(vectors_BChw, latents_BChw.detach())
         commitment = F.mse_loss(latents_BChw, vectors_BChw.detach())
         if not quantised:
-            # The zero terms keep every parameter in the graph, as training on several devices needs.
+            # The zero terms keep every parameter in the graph, as training on several devices
+            # needs.
             return self.tokenizer.pixels(latents_BChw), 0.0 * codebook, 0.0 * commitment, codes_Bhw
         passed_BChw = latents_BChw + (vectors_BChw - latents_BChw).detach()
         return self.tokenizer.pixels(passed_BChw), codebook, commitment, codes_Bhw
@@ -342,25 +437,35 @@ def _weights_to_start_from(source: str, network: VQGANConfig) -> dict[str, Tenso
     tokenizer = VQGAN.from_pretrained(source)
     if tokenizer.config != network:
         theirs, ours = to_dict(tokenizer.config), to_dict(network)
-        differences = ", ".join(f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key])
+        differences = ", ".join(
+            f"{key} is {theirs[key]} there and {ours[key]} here"
+            for key in ours
+            if theirs[key] != ours[key]
+        )
         raise InputError(f"start_from: {source} is of another network: {differences}.")
     return tokenizer.state_dict()
 
 
-def _mask_hinge(drawn_B3HW: Tensor, pixels_B3HW: Tensor, is_mask_B: Tensor, margin: float = 0.5) -> Tensor:
-    """Mean over the batch of relu(margin - t y), t = +1 or -1 the mask's colour: what a pixel lacks to lie clearly on its side.
+def _mask_hinge(
+    drawn_B3HW: Tensor, pixels_B3HW: Tensor, is_mask_B: Tensor, margin: float = 0.5
+) -> Tensor:
+    """Mean over the batch of relu(margin - t y), t = +1 or -1 the mask's colour: what a pixel lacks
+    to lie clearly on its side.
 
-    The L1 difference pulls on a pixel that is nearly white as hard as on one that is on the wrong side of the threshold.
+    The L1 difference pulls on a pixel that is nearly white as hard as on one that is on the wrong
+    side of the threshold.
     """
     lacking_B = F.relu(margin - pixels_B3HW * drawn_B3HW).flatten(1).mean(dim=1)
     return (lacking_B * is_mask_B).mean()
 
 
 def _spread(latents_NC: Tensor, taken_MC: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of the latents, each drawn with a chance in proportion to its squared distance from the nearest vector so far.
+    """`count` of the latents, each drawn with a chance in proportion to its squared distance from
+    the nearest vector so far.
 
-    This is the seeding of k-means++ (Arthur and Vassilvitskii, 2007): most latents of masks are alike, and codes drawn evenly
-    would nearly all fall on black. taken_MC: the vectors that are there already.
+    This is the seeding of k-means++ (Arthur and Vassilvitskii, 2007): most latents of masks are
+    alike, and codes drawn evenly would nearly all fall on black. taken_MC: the vectors that are
+    there already.
     """
     distance_N = torch.full_like(latents_NC[:, 0], 1e6)
     if len(taken_MC):
@@ -369,7 +474,9 @@ def _spread(latents_NC: Tensor, taken_MC: Tensor, count: int, generator: torch.G
     for _ in range(count):
         chances_N = distance_N.cpu().double() + 1e-12
         chosen.append(int(torch.multinomial(chances_N, 1, generator=generator)))
-        distance_N = torch.minimum(distance_N, (latents_NC - latents_NC[chosen[-1]]).square().sum(dim=1))
+        distance_N = torch.minimum(
+            distance_N, (latents_NC - latents_NC[chosen[-1]]).square().sum(dim=1)
+        )
     return latents_NC[chosen].contiguous()
 
 
@@ -381,7 +488,9 @@ def _schedule(step: int, recipe: TokenizerRecipe) -> float:
 # --- Samples ---
 
 Source = Callable[[Sequence[int], range], tuple[Tensor, Tensor]]
-"""(key, wanted) -> pixels_B3HW in [-1, 1], is_mask_B: the samples `wanted` of the endless row of samples that `key` stands for."""
+"""(key, wanted) -> pixels_B3HW in [-1, 1], is_mask_B: the samples `wanted` of the endless row of
+samples that `key` stands for.
+"""
 
 _UNSEEN = 2**31  # a step number that no training reaches: its samples are drawn for the log
 _CROPS = 4
@@ -389,7 +498,11 @@ _CROPS = 4
 
 
 def _open_source(recipe: TokenizerRecipe, draw_scene: Draw) -> Source:
-    draw = (lambda rng, _: draw_scene(rng)) if recipe.data.images == SYNTHETIC else _folder_source(recipe.data)
+    draw = (
+        (lambda rng, _: draw_scene(rng))
+        if recipe.data.images == SYNTHETIC
+        else _folder_source(recipe.data)
+    )
     size, smallest = recipe.network.image_size, recipe.data.smallest_crop
 
     def crops(key: Sequence[int], number: int) -> list[tuple[Tensor, bool]]:
@@ -400,22 +513,32 @@ def _open_source(recipe: TokenizerRecipe, draw_scene: Draw) -> Source:
         for masked in is_mask:
             box = _random_crop(rng, image.size, smallest)
             if masked:
-                made.append(mask_to_pixels(crop_and_resize_mask(masks[rng.integers(len(masks))], box, size)))
+                made.append(
+                    mask_to_pixels(crop_and_resize_mask(masks[rng.integers(len(masks))], box, size))
+                )
             else:
                 made.append(to_pixels(crop_and_resize(image, box, size)))
         return list(zip(made, is_mask, strict=True))
 
     def samples(key: Sequence[int], wanted: range) -> tuple[Tensor, Tensor]:
         first = wanted.start // _CROPS
-        made = [crop for number in range(first, -(-wanted.stop // _CROPS)) for crop in crops(key, number)]
+        made = [
+            crop
+            for number in range(first, -(-wanted.stop // _CROPS))
+            for crop in crops(key, number)
+        ]
         pixels, is_mask = zip(*made[wanted.start - first * _CROPS :][: len(wanted)], strict=True)
         return torch.stack(pixels), torch.tensor(is_mask)
 
     return samples
 
 
-def _folder_source(data: TokenizerData) -> Callable[[np.random.Generator, bool], tuple[Image.Image, list[np.ndarray]]]:
-    """Draws a picture of the folder by chance; where masks are wanted, one that has annotations, with its class masks."""
+def _folder_source(
+    data: TokenizerData,
+) -> Callable[[np.random.Generator, bool], tuple[Image.Image, list[np.ndarray]]]:
+    """Draws a picture of the folder by chance; where masks are wanted, one that has annotations,
+    with its class masks.
+    """
     folder = Path(data.images)
     files = _image_files(folder)
     truth = _ClassMasks(Path(data.annotations)) if data.annotations else None
@@ -433,7 +556,11 @@ def _folder_source(data: TokenizerData) -> Callable[[np.random.Generator, bool],
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png")) if folder.is_dir() else []
+    files = (
+        sorted(f for f in folder.glob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if folder.is_dir()
+        else []
+    )
     if not files:
         raise InputError(f"{folder} is no folder with .jpg or .png pictures.")
     return files
@@ -450,31 +577,39 @@ class _ClassMasks:
                 self._coco = COCO(str(path))
             self._ids = {image["file_name"]: image["id"] for image in self._coco.dataset["images"]}
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise InputError(f"{path} is not a COCO instances file ({type(error).__name__}: {error}).") from error
+            raise InputError(
+                f"{path} is not a COCO instances file ({type(error).__name__}: {error})."
+            ) from error
 
     def has(self, file_name: str) -> bool:
         return bool(self._coco.imgToAnns.get(self._ids.get(file_name)))
 
     def of(self, file_name: str, size: tuple[int, int]) -> dict[int, np.ndarray]:
-        """Category id -> mask_HW, all instances in one, for the picture of `size` (width, height)."""
+        """Category id -> mask_HW, all instances in one, for the picture of `size` (width,
+        height).
+        """
         masks: dict[int, np.ndarray] = {}
         for annotation in self._coco.imgToAnns.get(self._ids.get(file_name), []):
             try:
                 mask_HW = self._coco.annToMask(annotation).astype(bool)
             except (ValueError, TypeError, IndexError, KeyError) as error:
                 raise InputError(
-                    f"The segmentation of annotation {annotation.get('id')} of {file_name} cannot be read ({error})."
+                    f"The segmentation of annotation {annotation.get('id')} of {file_name} cannot "
+                    f"be read ({error})."
                 ) from error
             if mask_HW.shape != size[::-1]:
                 raise InputError(
-                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record says {mask_HW.shape[1]} x {mask_HW.shape[0]}."
+                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record says "
+                    f"{mask_HW.shape[1]} x {mask_HW.shape[0]}."
                 )
             kind = annotation["category_id"]
             masks[kind] = masks[kind] | mask_HW if kind in masks else mask_HW
         return dict(sorted(masks.items()))
 
 
-def _random_crop(rng: np.random.Generator, size: tuple[int, int], smallest: float) -> tuple[int, int, int, int]:
+def _random_crop(
+    rng: np.random.Generator, size: tuple[int, int], smallest: float
+) -> tuple[int, int, int, int]:
     width, height = size
     side = max(1, round(min(size) * rng.uniform(smallest, 1.0)))
     left, top = int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1))
@@ -496,7 +631,9 @@ class _Measures:
         self._ssim: list[float] = []
         self._iou: dict[str, list[float]] = {"small": [], "medium": [], "large": []}
         self._wrong: list[float] = []
-        self._by_class: defaultdict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))  # pixels of intersection and of union
+        self._by_class: defaultdict[int, np.ndarray] = defaultdict(
+            lambda: np.zeros(2)
+        )  # pixels of intersection and of union
 
     def add_picture(self, pixels_3HW: Tensor) -> None:
         self._pictures.append(pixels_3HW)
@@ -504,9 +641,17 @@ class _Measures:
             self._measure_pictures()
 
     def add_mask(self, mask_HW: np.ndarray, category: int, area: int) -> None:
-        """`area`: of the whole mask in the original picture. A mask that the crop left empty does not count."""
+        """`area`: of the whole mask in the original picture. A mask that the crop left empty does
+        not count.
+        """
         if mask_HW.any():
-            self._masks.append((mask_HW, category, "small" if area < 32**2 else "medium" if area < 96**2 else "large"))
+            self._masks.append(
+                (
+                    mask_HW,
+                    category,
+                    "small" if area < 32**2 else "medium" if area < 96**2 else "large",
+                )
+            )
         if len(self._masks) == self._batch_size:
             self._measure_masks()
 
@@ -526,10 +671,17 @@ class _Measures:
         if self._wrong:
             ious = [iou for group in self._iou.values() for iou in group]
             per_class = [intersection / union for intersection, union in self._by_class.values()]
-            report |= {"masks": len(ious), "mask_miou": float(np.mean(per_class)), "mask_iou": float(np.mean(ious))}
+            report |= {
+                "masks": len(ious),
+                "mask_miou": float(np.mean(per_class)),
+                "mask_iou": float(np.mean(ious)),
+            }
             report["mask_mae"] = float(np.mean(self._wrong))
             for name, group in self._iou.items():
-                report |= {f"masks_{name}": len(group), f"mask_iou_{name}": float(np.mean(group)) if group else None}
+                report |= {
+                    f"masks_{name}": len(group),
+                    f"mask_iou_{name}": float(np.mean(group)) if group else None,
+                }
         return report
 
     def _measure_pictures(self) -> None:
@@ -539,11 +691,15 @@ class _Measures:
         drawn, given = (drawn_B3HW.double() + 1) / 2, (given_B3HW.double() + 1) / 2
         ssim_B = structural_similarity_index_measure(drawn, given, data_range=1.0, reduction="none")
         assert isinstance(ssim_B, Tensor)
-        self._ssim += ssim_B.reshape(-1).tolist()  # one picture alone comes back without its batch axis
+        self._ssim += ssim_B.reshape(
+            -1
+        ).tolist()  # one picture alone comes back without its batch axis
         self._pictures.clear()
 
     def _measure_masks(self) -> None:
-        drawn_BHW = pixels_to_mask(self._redraw(torch.stack([mask_to_pixels(mask) for mask, _, _ in self._masks])))
+        drawn_BHW = pixels_to_mask(
+            self._redraw(torch.stack([mask_to_pixels(mask) for mask, _, _ in self._masks]))
+        )
         for (mask_HW, category, size), drawn_HW in zip(self._masks, drawn_BHW, strict=True):
             pixels = np.array([(mask_HW & drawn_HW).sum(), (mask_HW | drawn_HW).sum()])
             self._by_class[category] += pixels
@@ -558,7 +714,9 @@ class _Measures:
 
 
 def _through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[Tensor, Tensor]:
-    """Pictures as the tokenizer draws them, clipped to [-1, 1], and their codes_BN; both on the CPU, a few at once for memory's sake."""
+    """Pictures as the tokenizer draws them, clipped to [-1, 1], and their codes_BN; both on the
+    CPU, a few at once for memory's sake.
+    """
     device = next(tokenizer.parameters()).device
     drawn, codes = [], []
     for some in pixels_B3HW.split(at_once):
@@ -568,13 +726,17 @@ def _through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[
 
 
 def _psnr_B(drawn_B3HW: Tensor, pixels_B3HW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in decibels, of 8-bit levels: 10 log10(255^2 / mean squared error)."""
+    """Peak signal-to-noise ratio of each picture in decibels, of 8-bit levels: 10 log10(255^2 /
+    mean squared error).
+    """
     error_B = ((drawn_B3HW - pixels_B3HW) * 127.5).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255.0**2 / error_B.clamp_min(1e-4))
 
 
 def _perplexity(use_K: Tensor) -> float:
-    """exp of the entropy of the codes' frequencies: how many codes it would take if all were used alike."""
+    """exp of the entropy of the codes' frequencies: how many codes it would take if all were used
+    alike.
+    """
     share_K = use_K.double() / use_K.sum()
     return float(torch.exp(-(share_K * share_K.clamp_min(1e-300).log()).sum()))
 
@@ -591,7 +753,11 @@ def _cut_log(out: Path, step: int) -> None:
     """Drop the rows after `step`: training goes on from there and writes them again."""
     path = out / LOG_FILE
     if path.is_file():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        rows = [
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if json.loads(line)["step"] <= step
+        ]
         path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
 

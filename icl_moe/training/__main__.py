@@ -1,4 +1,5 @@
-"""Training as a program: `python -m icl_moe.training [RECIPE] [key=value ...]`, alone or under a launcher.
+"""Training as a program: `python -m icl_moe.training [RECIPE] [key=value ...]`, alone or under a
+launcher.
 
 Importing this module runs it: the Python half of launch_scripts/pretrain.sh is one bare import.
 """
@@ -8,7 +9,11 @@ import sys
 from icl_moe.cli import main
 
 # The launcher puts --local_rank=i first; ranks read their number from the environment.
-_arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
+_arguments = [
+    argument
+    for argument in sys.argv[1:]
+    if not argument.startswith(("--local_rank", "--local-rank"))
+]
 if not _arguments or "=" in _arguments[0]:
     _arguments.insert(0, "paper_256")
 sys.exit(main(["train", *_arguments]))

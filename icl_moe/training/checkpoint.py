@@ -1,8 +1,9 @@
 """Checkpoints of a run, and the exported model that inference reads.
 
-A run's output folder holds run.json, model/ (what an exported model needs besides weights) and checkpoints/, a folder a step. In it are
-the files of training_state.py and, written last, complete.json. DeepSpeed's own files are not among them: they can only be resumed in
-the layout that wrote them, and would hold the same numbers again.
+A run's output folder holds run.json, model/ (what an exported model needs besides weights) and
+checkpoints/, a folder a step. In it are the files of training_state.py and, written last,
+complete.json. DeepSpeed's own files are not among them: they can only be resumed in the layout that
+wrote them, and would hold the same numbers again.
 """
 
 import json
@@ -25,14 +26,17 @@ from icl_moe.training.faults import any_rank
 
 _TAG = "step-{:08d}"
 _COMPLETE = "complete.json"
-"""Written into a checkpoint's folder last: its files and their sizes. Without it, or where they differ, the checkpoint is not whole."""
+"""Written into a checkpoint's folder last: its files and their sizes. Without it, or where they
+differ, the checkpoint is not whole.
+"""
 
 
 def save(engine: Any, output: Path, step: int, keep: int) -> bool:
-    """Save the whole training state after `step` steps, then remove all but the newest `keep` checkpoints. Every rank calls it.
+    """Save the whole training state after `step` steps, then remove all but the newest `keep`
+    checkpoints. Every rank calls it.
 
-    output: a folder that all ranks see. Where its disk has no room, rank 0 says so, and the answer is False: training goes on and tries
-    again later.
+    output: a folder that all ranks see. Where its disk has no room, rank 0 says so, and the answer
+    is False: training goes on and tries again later.
     """
     checkpoints = output / "checkpoints"
     folder = checkpoints / _TAG.format(step)
@@ -47,7 +51,10 @@ def save(engine: Any, output: Path, step: int, keep: int) -> bool:
         return False
     if not training_state.write(engine, folder, step):
         if is_main:
-            _say(f"no checkpoint is saved in {checkpoints}: its files cannot all be written; training goes on.")
+            _say(
+                f"no checkpoint is saved in {checkpoints}: its files cannot all be written; "
+                "training goes on."
+            )
         return False
     if is_main:
         files = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -58,10 +65,12 @@ def save(engine: Any, output: Path, step: int, keep: int) -> bool:
 
 
 def resume(engine: Any, output: Path) -> int:
-    """Load the newest whole checkpoint of a run and return its number of completed steps; 0 where there is none. Every rank calls it.
+    """Load the newest whole checkpoint of a run and return its number of completed steps; 0 where
+    there is none. Every rank calls it.
 
-    The layout may be another than the one that saved. A damaged checkpoint is named, and the one before it is used. Raises InputError
-    where all are damaged, and for one of another model or optimizer.
+    The layout may be another than the one that saved. A damaged checkpoint is named, and the one
+    before it is used. Raises InputError where all are damaged, and for one of another model or
+    optimizer.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:  # It alone looks at the size of every file.
@@ -77,7 +86,9 @@ def resume(engine: Any, output: Path) -> int:
 
 
 def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet) -> None:
-    """Write model/: configuration and both tokenizers, so that an export needs neither shards nor network."""
+    """Write model/: configuration and both tokenizers, so that an export needs neither shards nor
+    network.
+    """
     folder = output / "model"
     config.save_pretrained(folder)
     for name in ("image_tokenizer", "text_tokenizer"):
@@ -85,22 +96,28 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
 
 
 def export(checkpoint: Path, out: Path) -> int:
-    """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of completed steps.
+    """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
+    completed steps.
 
-    checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights keep the precision that they
-    trained in. Raises InputError where there is no checkpoint, or one that cannot be read.
+    checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
+    keep the precision that they trained in. Raises InputError where there is no checkpoint, or one
+    that cannot be read.
     """
     folder = _find(checkpoint)
     run = folder.parent.parent
     if not (run / "model" / "config.json").is_file():
-        raise InputError(f"{run} lacks model/config.json, which training writes beside its checkpoints.")
+        raise InputError(
+            f"{run} lacks model/config.json, which training writes beside its checkpoints."
+        )
     config = DecoderConfig.from_pretrained(run / "model")
     weights, step = training_state.read_weights(folder, config)
     with torch.device("meta"):
         model = InContextDecoder(config)
     model.load_state_dict(weights, assign=True)
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise InputError(f"{out} holds other files; give --out a new folder, or one of an earlier export.")
+        raise InputError(
+            f"{out} holds other files; give --out a new folder, or one of an earlier export."
+        )
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run / "model", temporary)
@@ -121,13 +138,18 @@ def _find(checkpoint: Path) -> Path:
         newest = _newest_whole(base)
         if newest is not None:
             return newest
-    raise InputError(f"{checkpoint} holds no checkpoint; give a run's output folder, or a step-... folder in its checkpoints.")
+    raise InputError(
+        f"{checkpoint} holds no checkpoint; give a run's output folder, or a step-... folder in "
+        "its checkpoints."
+    )
 
 
 def _newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint in a folder that is whole; None where the folder has none at all."""
     damages: dict[str, str] = {}
-    for candidate in sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True):
+    for candidate in sorted(
+        (path for path in folder.glob("step-*") if path.is_dir()), reverse=True
+    ):
         damage = _damage(candidate)
         if damage is None:
             if damages:
@@ -138,7 +160,10 @@ def _newest_whole(folder: Path) -> Path | None:
     finished = {name: what for name, what in damages.items() if what != _UNFINISHED}
     if finished:
         name, what = next(iter(finished.items()))
-        raise InputError(f"The checkpoint {name} is damaged: {what}; remove it to start anew, or put the file back.")
+        raise InputError(
+            f"The checkpoint {name} is damaged: {what}; remove it to start anew, or put the file "
+            "back."
+        )
     return None
 
 
@@ -161,7 +186,9 @@ def _damage(folder: Path) -> str | None:
 
 
 def _has_room(engine: Any, folder: Path) -> bool:
-    """Whether the disk of `folder` can take one more checkpoint, as rank 0 sees it; the same answer on every rank."""
+    """Whether the disk of `folder` can take one more checkpoint, as rank 0 sees it; the same answer
+    on every rank.
+    """
     needed = torch.tensor(training_state.size(engine), device=engine.device)
     dist.all_reduce(needed)
     is_short = False

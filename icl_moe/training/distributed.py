@@ -34,9 +34,11 @@ def launched_rank() -> int:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, answered by megatron-core: it asks for some things under other names than megatron-core has.
+    """What DeepSpeed asks of an `mpu`, answered by megatron-core: it asks for some things under
+    other names than megatron-core has.
 
-    Tensor ranks are neighbours (tp 2 on four ranks: 0 1 | 2 3), and ranks of equal place in them make a data-parallel group (0 2 | 1 3).
+    Tensor ranks are neighbours (tp 2 on four ranks: 0 1 | 2 3), and ranks of equal place in them
+    make a data-parallel group (0 2 | 1 3).
     """
 
     def __init__(self, tp_size: int) -> None:
@@ -46,10 +48,18 @@ class ModelParallelUnit:
 
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(tp_size)
-        assert parallel_state.get_tensor_model_parallel_world_size() == tp_size, "one layout of tensor ranks a process"
-        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
-        self.get_tensor_model_parallel_group = self.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
-        self.get_tensor_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
+        assert parallel_state.get_tensor_model_parallel_world_size() == tp_size, (
+            "one layout of tensor ranks a process"
+        )
+        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = (
+            parallel_state.get_tensor_model_parallel_rank
+        )
+        self.get_tensor_model_parallel_group = self.get_model_parallel_group = (
+            parallel_state.get_tensor_model_parallel_group
+        )
+        self.get_tensor_model_parallel_world_size = (
+            parallel_state.get_tensor_model_parallel_world_size
+        )
         self.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
         self.get_data_parallel_rank = parallel_state.get_data_parallel_rank
         self.get_data_parallel_group = parallel_state.get_data_parallel_group
@@ -61,27 +71,39 @@ class ModelParallelUnit:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or be the only one."""
+    """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
+    be the only one.
+    """
     logger.setLevel("WARNING")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    # A collective for inference on CPUs that would otherwise be compiled here, for half a minute, and needs a C++ compiler.
+    # A collective for inference on CPUs that would otherwise be compiled here, for half a minute,
+    # and needs a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        )
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(
-            f"The ranks cannot meet at {address} ({error}); is another run there? Give --master_port to the launcher."
+            f"The ranks cannot meet at {address} ({error}); is another run there? Give "
+            "--master_port to the launcher."
         ) from error
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    # Without this, ranks now and then die at exit. After an exception it is not tried: the others may not be listening.
+    # Without this, ranks now and then die at exit. After an exception it is not tried: the others
+    # may not be listening.
     dist.destroy_process_group()
 
 

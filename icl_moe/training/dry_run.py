@@ -1,4 +1,6 @@
-"""The dry run: the largest batches come first, so that one that is too large for the device's memory shows in the first minute."""
+"""The dry run: the largest batches come first, so that one that is too large for the device's
+memory shows in the first minute.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,11 +24,19 @@ from icl_moe.training.partitions import held_ranges
 _NO_STEP = -1
 
 
-def dry_run(engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, ranks: Ranks, watchdog: Watchdog) -> None:
-    """One step on the largest batch of every task, which every rank computes alike and which moves nothing.
+def dry_run(
+    engine: TrainingEngine,
+    recipe: TrainingRecipe,
+    shards: ShardSet,
+    ranks: Ranks,
+    watchdog: Watchdog,
+) -> None:
+    """One step on the largest batch of every task, which every rank computes alike and which moves
+    nothing.
 
-    The run that follows is the same bit for bit as without it. Raises RankError, with a micro-batch that would do, where the device's
-    memory does not suffice; the first rank to find that speaks, and others end in silence.
+    The run that follows is the same bit for bit as without it. Raises RankError, with a micro-batch
+    that would do, where the device's memory does not suffice; the first rank to find that speaks,
+    and others end in silence.
     """
     size = recipe.training.micro_batch
     for task, members in _pools(recipe, shards).items():
@@ -36,7 +46,8 @@ def dry_run(engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, ra
             if not _is_first(f"dry run of {recipe.training.output}"):
                 raise SystemExit(2)
             raise RankError(
-                f"training.micro_batch: {size} of the longest {task} episodes do not fit into the memory of {_device(ranks)} "
+                f"training.micro_batch: {size} of the longest {task} episodes do not fit into the "
+                f"memory of {_device(ranks)} "
                 f"(rank {ranks.rank}); {advice}."
             )
 
@@ -44,23 +55,38 @@ def dry_run(engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, ra
 def _pools(recipe: TrainingRecipe, shards: ShardSet) -> dict[str, list[str]]:
     """The tasks whose samples share a batch, by the name of such a batch."""
     tasks = [task for task, count in shards.manifest.samples.items() if count]
-    return {MIXED: tasks} if recipe.training.sampling == "mixed" else {task: [task] for task in tasks}
+    return (
+        {MIXED: tasks} if recipe.training.sampling == "mixed" else {task: [task] for task in tasks}
+    )
 
 
-def _largest(recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str], size: int) -> TokenBatch:
+def _largest(
+    recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str], size: int
+) -> TokenBatch:
     """The `size` longest samples of some tasks as one batch."""
     candidates = []
     for task in tasks:
         lengths = shards.lengths(task)
-        candidates += [(int(lengths[index]), task, int(index)) for index in np.argsort(-lengths, kind="stable")[:size]]
+        candidates += [
+            (int(lengths[index]), task, int(index))
+            for index in np.argsort(-lengths, kind="stable")[:size]
+        ]
     longest = sorted(candidates, reverse=True)[:size]
     sequences = [shards.sample(task, index).sequence for _, task, index in longest]
     settings = recipe.training
-    return collate(sequences, shards.manifest.format.vocabulary, tasks[0], recipe.data.layout, settings.input_loss_weight)
+    return collate(
+        sequences,
+        shards.manifest.format.vocabulary,
+        tasks[0],
+        recipe.data.layout,
+        settings.input_loss_weight,
+    )
 
 
 def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
-    """Whether the memory suffices to compute a batch, beside what the optimizer will keep from its first step on."""
+    """Whether the memory suffices to compute a batch, beside what the optimizer will keep from its
+    first step on.
+    """
     try:
         room = _coming_state(engine)
         with generators_kept(engine.deepspeed.device):
@@ -70,7 +96,8 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
         fitted = False
     else:
         fitted = True
-    if not fitted:  # Only here is the exception gone, which held the tensors of all frames that it went through.
+    # Only here is the exception gone, which held the tensors of all frames that it went through.
+    if not fitted:
         for parameter in engine.model.parameters():
             parameter.grad = None
         if torch.cuda.is_available():
@@ -82,13 +109,21 @@ def _coming_state(engine: TrainingEngine) -> list[Tensor]:
     """As much memory as AdamW's two moments take, where there are none yet."""
     state = engine.deepspeed.basic_optimizer.state
     masters = {id(held.master): held.master for held in held_ranges(engine.deepspeed)}
-    return [torch.empty(2, *master.shape, dtype=master.dtype, device=master.device) for master in masters.values() if not state.get(master)]
+    return [
+        torch.empty(2, *master.shape, dtype=master.dtype, device=master.device)
+        for master in masters.values()
+        if not state.get(master)
+    ]
 
 
 def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
-    """All that a step does but to move the weights; with accumulation its last two micro-steps, since gradients are held between them."""
+    """All that a step does but to move the weights; with accumulation its last two micro-steps,
+    since gradients are held between them.
+    """
     deepspeed = engine.deepspeed
-    counters = {name: vars(deepspeed)[name] for name in ("micro_steps", "global_steps", "global_samples")}
+    counters = {
+        name: vars(deepspeed)[name] for name in ("micro_steps", "global_steps", "global_samples")
+    }
     micro_steps = min(2, deepspeed.gradient_accumulation_steps())
     deepspeed.micro_steps = deepspeed.gradient_accumulation_steps() - micro_steps
     for _ in range(micro_steps):
@@ -98,30 +133,53 @@ def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
     vars(deepspeed).update(counters)
 
 
-def _advice(engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str]) -> str:
-    """What to change, tried as far as one rank can by itself: where ranks compute together, half is a guess."""
+def _advice(
+    engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str]
+) -> str:
+    """What to change, tried as far as one rank can by itself: where ranks compute together, half is
+    a guess.
+    """
     compute = partial(_gradients, engine)
     alone = engine.computes_alone
-    fitting = (size for size in _smaller(recipe) if not alone or _fits(compute, _largest(recipe, shards, tasks, size), engine))
+    fitting = (
+        size
+        for size in _smaller(recipe)
+        if not alone or _fits(compute, _largest(recipe, shards, tasks, size), engine)
+    )
     size = next(fitting, None)
     if size is None:
-        return "no smaller one does: set training.activation_checkpointing=true, or engine to a file with a higher ZeRO stage"
+        return (
+            "no smaller one does: set training.activation_checkpointing=true, or engine to a file "
+            "with a higher ZeRO stage"
+        )
     return f"set training.micro_batch={size}{', which was tried and fits' if alone else ''}"
 
 
 def _smaller(recipe: TrainingRecipe) -> list[int]:
-    """Micro-batches of at most half the size each, which divide the global batch as the present one does."""
+    """Micro-batches of at most half the size each, which divide the global batch as the present one
+    does.
+    """
     sizes, size = [], recipe.training.micro_batch
     while size > 1:
-        size = max(divisor for divisor in range(1, size // 2 + 1) if recipe.training.micro_batch % divisor == 0)
+        size = max(
+            divisor
+            for divisor in range(1, size // 2 + 1)
+            if recipe.training.micro_batch % divisor == 0
+        )
         sizes.append(size)
     return sizes
 
 
 def _gradients(engine: TrainingEngine, batch: TokenBatch) -> None:
-    """Forward and backward on this rank alone: `autograd.grad` sets off none of the hooks with which DeepSpeed reduces gradients."""
+    """Forward and backward on this rank alone: `autograd.grad` sets off none of the hooks with
+    which DeepSpeed reduces gradients.
+    """
     loss = engine.model(batch.to(engine.deepspeed.device), noise=(0, _NO_STEP))
-    torch.autograd.grad(loss.total, [parameter for parameter in engine.model.parameters() if parameter.requires_grad], allow_unused=True)
+    torch.autograd.grad(
+        loss.total,
+        [parameter for parameter in engine.model.parameters() if parameter.requires_grad],
+        allow_unused=True,
+    )
 
 
 def _is_first(name: str) -> bool:

@@ -1,6 +1,7 @@
 """From a recipe to a DeepSpeed engine, and one micro-step on it.
 
-Apart from the loop in trainer.py, because tests and benchmarks step an engine on batches of their own.
+Apart from the loop in trainer.py, because tests and benchmarks step an engine on batches of their
+own.
 """
 
 import contextlib
@@ -34,18 +35,31 @@ from icl_moe.training.preflight import zero_stage
 class TrainingEngine:
     """A freshly initialised decoder on DeepSpeed.
 
-    deepspeed: the engine itself. norm: the global gradient norm of the last whole step before clipping, None where there was none.
+    deepspeed: the engine itself. norm: the global gradient norm of the last whole step before
+    clipping, None where there was none.
     """
 
-    def __init__(self, recipe: TrainingRecipe, manifest: Manifest, engine_config: dict[str, Any], part: RankSlice, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        manifest: Manifest,
+        engine_config: dict[str, Any],
+        part: RankSlice,
+        ranks: Ranks,
+    ) -> None:
         self._recipe = recipe
         self._device = ranks.device
         self.norm: float | None = None
-        # DeepSpeed's expert layers read the unit there, where an earlier engine of this process may have left its own.
-        groups.mpu = ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
+        # DeepSpeed's expert layers read the unit there, where an earlier engine of this process may
+        # have left its own.
+        groups.mpu = (
+            ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
+        )
         model = _build_model(recipe, manifest, ranks, zero_stage(engine_config))
         self._optimizer = _build_optimizer(recipe, model, self._norm_in_step)
-        with contextlib.redirect_stdout(io.StringIO()):  # A line a rank and layer group about process groups being made.
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # A line a rank and layer group about process groups being made.
             self.deepspeed, *_ = deepspeed.initialize(
                 model=nn.Module.to(model, ranks.device),
                 optimizer=self._optimizer,
@@ -62,12 +76,20 @@ class TrainingEngine:
 
     @property
     def computes_alone(self) -> bool:
-        """Whether a forward pass of this rank needs no other rank: it has all weights, and all experts."""
+        """Whether a forward pass of this rank needs no other rank: it has all weights, and all
+        experts.
+        """
         parallel = self._recipe.parallel
-        return bool(parallel.ep_size == 1 and parallel.tp_size == 1 and self.deepspeed.zero_optimization_stage() < 3)
+        return bool(
+            parallel.ep_size == 1
+            and parallel.tp_size == 1
+            and self.deepspeed.zero_optimization_stage() < 3
+        )
 
     def begin_step(self, rate: float, task: str, probability: float) -> None:
-        """Set the learning rate of the coming step, and for MT-AdamW what its task weighs: it was drawn with `probability`."""
+        """Set the learning rate of the coming step, and for MT-AdamW what its task weighs: it was
+        drawn with `probability`.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         if isinstance(self._optimizer, MTAdamW):
@@ -81,7 +103,9 @@ class TrainingEngine:
         return loss
 
     def step(self, skip: bool = False) -> None:
-        """After each micro-step's `backward`; at the last one of a step the optimizer moves, unless `skip`."""
+        """After each micro-step's `backward`; at the last one of a step the optimizer moves, unless
+        `skip`.
+        """
         last = self.deepspeed.is_gradient_accumulation_boundary()
         if last and not self._has_own_norm:
             norm = gradient_norm.global_norm(self.model)
@@ -96,17 +120,23 @@ class TrainingEngine:
 
     @property
     def _has_own_norm(self) -> bool:
-        """Whether the engine computes the norm and clips: not at ZeRO stage 0 in fp32, see optim/gradient_norm.py."""
+        """Whether the engine computes the norm and clips: not at ZeRO stage 0 in fp32, see
+        optim/gradient_norm.py.
+        """
         return bool(self.deepspeed.zero_optimization() or self.deepspeed.bfloat16_enabled())
 
     def _norm_in_step(self) -> float | Tensor | None:
-        """The norm as the optimizer needs it, in the middle of a step, when DeepSpeed has computed but not yet published it."""
+        """The norm as the optimizer needs it, in the middle of a step, when DeepSpeed has computed
+        but not yet published it.
+        """
         return self.deepspeed.optimizer._global_grad_norm if self._has_own_norm else self.norm
 
 
 @contextlib.contextmanager
 def _standing_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it the engine steps as always, and clears its gradients, but the optimizer under it does nothing."""
+    """Within it the engine steps as always, and clears its gradients, but the optimizer under it
+    does nothing.
+    """
     vars(optimizer)["step"] = lambda *_, **__: None
     try:
         yield
@@ -114,8 +144,12 @@ def _standing_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         del vars(optimizer)["step"]
 
 
-def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks, stage: int) -> InContextDecoder:
-    """This rank's part of a new model. At ZeRO stage 3 its experts are plain modules: DeepSpeed refuses its own layers there."""
+def _build_model(
+    recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks, stage: int
+) -> InContextDecoder:
+    """This rank's part of a new model. At ZeRO stage 3 its experts are plain modules: DeepSpeed
+    refuses its own layers there.
+    """
     config = DecoderConfig.from_recipe(
         recipe,
         format=to_dict(manifest.format),
@@ -125,16 +159,23 @@ def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks, stage
         classes={task: sorted(classes) for task, classes in manifest.classes.items()},
     )
     ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size
-    sparse_layer = SparseFeedForward if stage == 3 else sparse_layer_factory(ep_size, ranks.rank % tp_size, tp_size)
+    sparse_layer = (
+        SparseFeedForward
+        if stage == 3
+        else sparse_layer_factory(ep_size, ranks.rank % tp_size, tp_size)
+    )
     model = InContextDecoder(config, sparse_layer, recipe.training.auxiliary_loss_weight)
     model.activation_checkpointing = recipe.training.activation_checkpointing
-    name = partial(exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts))
+    name = partial(
+        exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts)
+    )
     initialise(model, recipe.training.seed, name)
     if tp_size > 1:
         spread(model)
         gradient_norm.mark_parts(model)
     if stage == 3 and recipe.model.sparse_layers:
-        # All experts of a layer are gathered together: ranks whose tokens go to different ones would wait for each other for ever.
+        # All experts of a layer are gathered together: ranks whose tokens go to different ones
+        # would wait for each other for ever.
         set_z3_leaf_modules(model, [SparseFeedForward])
     return model
 
@@ -142,11 +183,21 @@ def _build_model(recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks, stage
 def _build_optimizer(recipe: TrainingRecipe, model: nn.Module, norm: Any) -> torch.optim.Optimizer:
     settings = recipe.optimizer
     groups = parameter_groups(model, settings.weight_decay)
-    options: dict[str, Any] = dict(lr=settings.learning_rate, betas=(settings.betas[0], settings.betas[1]), eps=settings.epsilon)
-    return MTAdamW(groups, norm, **options) if settings.name == "mt_adamw" else torch.optim.AdamW(groups, fused=True, **options)
+    options: dict[str, Any] = dict(
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.epsilon,
+    )
+    return (
+        MTAdamW(groups, norm, **options)
+        if settings.name == "mt_adamw"
+        else torch.optim.AdamW(groups, fused=True, **options)
+    )
 
 
-def _deepspeed_config(recipe: TrainingRecipe, engine_config: dict[str, Any], part: RankSlice) -> dict[str, Any]:
+def _deepspeed_config(
+    recipe: TrainingRecipe, engine_config: dict[str, Any], part: RankSlice
+) -> dict[str, Any]:
     bf16 = engine_config.get("bf16", {}).get("enabled", False)
     config = {
         **engine_config,
@@ -154,12 +205,18 @@ def _deepspeed_config(recipe: TrainingRecipe, engine_config: dict[str, Any], par
         "train_micro_batch_size_per_gpu": recipe.training.micro_batch,
         "gradient_accumulation_steps": part.micro_steps,
         # At ZeRO stage 0 in fp32 we clip ourselves, see optim/gradient_norm.py.
-        "gradient_clipping": (recipe.optimizer.clip or 0.0) if zero_stage(engine_config) or bf16 else 0.0,
+        "gradient_clipping": (recipe.optimizer.clip or 0.0)
+        if zero_stage(engine_config) or bf16
+        else 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
     for section in ("tensorboard", "csv_monitor"):
         if section in config:
-            config[section] = {"output_path": recipe.training.output, "job_name": section, **config[section]}
+            config[section] = {
+                "output_path": recipe.training.output,
+                "job_name": section,
+                **config[section],
+            }
     return config

@@ -1,4 +1,6 @@
-"""Which experts each kind of token goes to: the table that shows what an attribute gate has learned."""
+"""Which experts each kind of token goes to: the table that shows what an attribute gate has
+learned.
+"""
 
 from typing import NamedTuple
 
@@ -14,7 +16,9 @@ HEADS = ["layer", "stream", "experts (weights)"]
 
 
 class Choice(NamedTuple):
-    """What the gate of a layer chooses for an attribute class: the experts' global ids, best first, and their weights."""
+    """What the gate of a layer chooses for an attribute class: the experts' global ids, best first,
+    and their weights.
+    """
 
     layer: int
     attributes: int
@@ -23,25 +27,36 @@ class Choice(NamedTuple):
 
     def cells(self) -> list[str]:
         """A row under `HEADS`."""
-        chosen = ", ".join(f"{expert} ({weight:.2f})" for expert, weight in zip(self.experts, self.weights, strict=True))
+        chosen = ", ".join(
+            f"{expert} ({weight:.2f})"
+            for expert, weight in zip(self.experts, self.weights, strict=True)
+        )
         return [str(self.layer), describe_attributes(self.attributes), chosen]
 
 
 @torch.no_grad()
 def expert_choices(decoder: InContextDecoder) -> list[Choice]:
-    """Of every layer whose gate decides by attributes alone, in its order, without noise; none in other models.
+    """Of every layer whose gate decides by attributes alone, in its order, without noise; none in
+    other models.
 
-    Every rank has the whole gate, whatever experts it holds. At ZeRO stage 3 it must be gathered, so every rank calls it.
+    Every rank has the whole gate, whatever experts it holds. At ZeRO stage 3 it must be gathered,
+    so every rank calls it.
     """
     classes = tuple(streams(decoder.sequence_format))
-    plan = RoutingPlan(classes, (), torch.full((1, len(classes)), 1 / len(classes), device=decoder.device))
+    plan = RoutingPlan(
+        classes, (), torch.full((1, len(classes)), 1 / len(classes), device=decoder.device)
+    )
     choices = []
     for number, layer in enumerate(decoder.layers):
         for gate in (module for module in layer.modules() if isinstance(module, AttributeGate)):
             parameters = list(gate.parameters())
-            with deepspeed.zero.GatheredParameters(parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)):
+            with deepspeed.zero.GatheredParameters(
+                parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)
+            ):
                 decision = gate(plan)
-            for attributes, experts, weights in zip(classes, decision.experts, decision.weights_CK.tolist(), strict=True):
+            for attributes, experts, weights in zip(
+                classes, decision.experts, decision.weights_CK.tolist(), strict=True
+            ):
                 choices.append(Choice(number, attributes, tuple(experts), tuple(weights)))
     return choices
 
@@ -50,7 +65,11 @@ def as_text(choices: list[Choice]) -> str:
     """Columns under each other, for a terminal."""
     rows = [HEADS, *(choice.cells() for choice in choices)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
-    return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows)
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        + "\n"
+        for row in rows
+    )
 
 
 def as_markdown(choices: list[Choice]) -> str:

@@ -1,4 +1,6 @@
-"""What can go wrong in a long run, and how the ranks agree on it: signals, losses that are not finite, ranks that hang."""
+"""What can go wrong in a long run, and how the ranks agree on it: signals, losses that are not
+finite, ranks that hang.
+"""
 
 import os
 import signal
@@ -22,15 +24,18 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
 
 
 class StopSignal:
-    """Whether this process was asked to stop (SIGTERM, as a cluster or `docker stop` sends it, or SIGINT).
+    """Whether this process was asked to stop (SIGTERM, as a cluster or `docker stop` sends it, or
+    SIGINT).
 
-    Used as a context. The first signal only sets `requested`, and the loop ends at a step that all ranks agree on; a second one
-    ends the process as it always would.
+    Used as a context. The first signal only sets `requested`, and the loop ends at a step that all
+    ranks agree on; a second one ends the process as it always would.
     """
 
     def __enter__(self) -> "StopSignal":
         self.requested = False
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,8 +50,9 @@ class StopSignal:
 class Watchdog:
     """Ends a run in which a rank stands still, and says which one and where.
 
-    Every rank beats at each stage of a micro-step and publishes its count of beats. Where this rank has not beaten for `seconds`, the
-    rank with the fewest beats is the one that the others wait for. Used as a context; `seconds` None: no watchdog.
+    Every rank beats at each stage of a micro-step and publishes its count of beats. Where this rank
+    has not beaten for `seconds`, the rank with the fewest beats is the one that the others wait
+    for. Used as a context; `seconds` None: no watchdog.
     """
 
     def __init__(self, ranks: Ranks, seconds: float | None) -> None:
@@ -75,8 +81,8 @@ class Watchdog:
     def on_main(self, step: int, stage: str, work: Callable[[], None]) -> None:
         """Rank 0 does some work while the others wait for it. Every rank must call it together.
 
-        They do not wait in a collective, which would time out, and as long as rank 0 beats they beat with it: work may take longer than
-        `seconds`, but a rank 0 that stands still is found.
+        They do not wait in a collective, which would time out, and as long as rank 0 beats they
+        beat with it: work may take longer than `seconds`, but a rank 0 that stands still is found.
         """
         done = "work of rank 0 is done"
         self.beat(step, stage)
@@ -103,7 +109,8 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
                 self._report()
-                os._exit(1)  # The main thread stands in a collective or in foreign code: nothing softer reaches it.
+                # The main thread is in a collective or in foreign code: nothing softer reaches it.
+                os._exit(1)
 
     def _report(self) -> None:
         beats = {}
@@ -114,6 +121,7 @@ class Watchdog:
         slowest = min(beats, key=lambda rank: beats[rank][0])
         if self._ranks.rank == min(rank for rank in beats if rank != slowest or len(beats) == 1):
             message = (
-                f"icl-moe: rank {slowest} stands still at {beats[slowest][1]}; no progress for {self._seconds:.0f} s, so the run ends."
+                f"icl-moe: rank {slowest} stands still at {beats[slowest][1]}; no progress for "
+                f"{self._seconds:.0f} s, so the run ends."
             )
             print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,6 @@
-"""How hard each task pulls at each part of the model: the figures of the paper's comparison of gradients over tasks (its figure 6)."""
+"""How hard each task pulls at each part of the model: the figures of the paper's comparison of
+gradients over tasks (its figure 6).
+"""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -19,15 +21,19 @@ _HEADS = ["step", "task", "part", "norm", "normalised"]
 
 
 class GradientReport:
-    """Writes, for the first step of each task in every `every` steps, a row a part of the model to gradients.csv and the monitors.
+    """Writes, for the first step of each task in every `every` steps, a row a part of the model to
+    gradients.csv and the monitors.
 
-    norm: the L2 norm ||G_i|| of the gradient of the part's parameters, averaged over the global batch, before clipping.
-    normalised: ||G_i|| / ||G|| with G the gradient of all parameters, each expert once: what task-balanced AdamW works with, whatever the
-    optimizer of this run. Their squares add up to 1 in each step, so tasks can be compared whose losses differ in size.
+    norm: the L2 norm ||G_i|| of the gradient of the part's parameters, averaged over the global
+    batch, before clipping.
+    normalised: ||G_i|| / ||G|| with G the gradient of all parameters, each expert once: what
+    task-balanced AdamW works with, whatever the optimizer of this run. Their squares add up to 1 in
+    each step, so tasks can be compared whose losses differ in size.
 
     start: the steps that the run has behind it.
 
-    Parts are the embeddings, the last norm, and in each layer the attention, the feed-forward (gate and experts too) and their norms.
+    Parts are the embeddings, the last norm, and in each layer the attention, the feed-forward (gate
+    and experts too) and their norms.
     """
 
     def __init__(
@@ -51,14 +57,17 @@ class GradientReport:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the optimizer's part of step t (counted from 0). Every rank enters it, and those of a step that is due reduce together."""
+        """Around the optimizer's part of step t (counted from 0). Every rank enters it, and those
+        of a step that is due reduce together.
+        """
         if not self._is_due(step):
             yield
             return
         squares: dict[str, Tensor] = {}
         optimizer: torch.optim.Optimizer = self._engine.deepspeed.basic_optimizer
         ranges = ranges_to_write(self._engine.deepspeed)
-        # Between the reduction of gradients and the optimizer, at every ZeRO stage, each master weight has its gradient for a moment.
+        # Between the reduction of gradients and the optimizer, at every ZeRO stage, each master
+        # weight has its gradient for a moment.
         hook = optimizer.register_step_pre_hook(lambda *_: _add_squares(ranges, squares))
         try:
             yield
@@ -71,12 +80,21 @@ class GradientReport:
         if self._every is None:
             return False
         first = step // self._every * self._every
-        return all(self._schedule.task(earlier) != self._schedule.task(step) for earlier in range(first, step))
+        return all(
+            self._schedule.task(earlier) != self._schedule.task(step)
+            for earlier in range(first, step)
+        )
 
     def _keep_rows(self, steps: int) -> None:
-        """Drop the rows of steps after the first `steps`, which a run that broke off had written and this one takes again."""
+        """Drop the rows of steps after the first `steps`, which a run that broke off had written
+        and this one takes again.
+        """
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= steps]
+        kept = [
+            line
+            for line in lines[1:]
+            if line.endswith("\n") and int(line.partition(",")[0]) <= steps
+        ]
         write_whole(self._path, "".join([*lines[:1], *kept]))
 
     def _report(self, step: int, squares: dict[str, float]) -> None:
@@ -89,22 +107,31 @@ class GradientReport:
             rows = csv.writer(file, lineterminator="\n")
             if not file.tell():
                 rows.writerow(_HEADS)
-            rows.writerows([step + 1, task, part, f"{self._engine.norm * share:.6g}", f"{share:.6g}"] for part, share in shares.items())
+            rows.writerows(
+                [step + 1, task, part, f"{self._engine.norm * share:.6g}", f"{share:.6g}"]
+                for part, share in shares.items()
+            )
         samples = (step + 1) * self._samples_per_step
-        self._write_events([(f"train/{task}/gradient/{part}", share, samples) for part, share in shares.items()])
+        self._write_events(
+            [(f"train/{task}/gradient/{part}", share, samples) for part, share in shares.items()]
+        )
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, by its exported name: layers.3.attention, token_embedding, and so on."""
+    """The part of the model that a parameter belongs to, by its exported name: layers.3.attention,
+    token_embedding, and so on.
+    """
     pieces = name.split(".")
     return ".".join(pieces[:3] if pieces[0] == "layers" else pieces[:1])
 
 
 @torch.no_grad()
 def _add_squares(ranges: list[HeldRange], squares: dict[str, Tensor]) -> None:
-    """Add the squares of the gradients that the optimizer is about to read; ranges: what this rank has and no other counts.
+    """Add the squares of the gradients that the optimizer is about to read; ranges: what this rank
+    has and no other counts.
 
-    DeepSpeed calls the optimizer group by group, and only that group's master weights have a gradient then.
+    DeepSpeed calls the optimizer group by group, and only that group's master weights have a
+    gradient then.
     """
     for held in ranges:
         if held.master.grad is not None:
@@ -116,6 +143,11 @@ def _add_squares(ranges: list[HeldRange], squares: dict[str, Tensor]) -> None:
 def _sum_over_ranks(squares: dict[str, Tensor], engine: TrainingEngine) -> dict[str, float]:
     """By part, in the model's order; every rank calls it."""
     parts = list(dict.fromkeys(part_of(name) for name, _ in engine.model.named_parameters()))
-    sums = torch.stack([squares.get(part, torch.zeros((), device=engine.deepspeed.device)).float() for part in parts])
+    sums = torch.stack(
+        [
+            squares.get(part, torch.zeros((), device=engine.deepspeed.device)).float()
+            for part in parts
+        ]
+    )
     dist.all_reduce(sums)
     return dict(zip(parts, sums.tolist(), strict=True))

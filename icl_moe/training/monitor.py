@@ -1,4 +1,6 @@
-"""What an operator sees: one progress line every few steps, and the same figures to DeepSpeed's monitors."""
+"""What an operator sees: one progress line every few steps, and the same figures to DeepSpeed's
+monitors.
+"""
 
 import json
 import platform
@@ -21,19 +23,30 @@ from icl_moe.training.distributed import Ranks
 
 _PACKAGES = ("icl-moe", "torch", "deepspeed", "transformers", "webdataset", "numpy")
 
-# What is summed over micro-steps and ranks between two lines, of each task; the first five are parts of a DecoderLoss.
-_SUMS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliary", "micro_steps", "tokens", "flops")
+# What is summed over micro-steps and ranks between two lines, of each task; the first five are
+# parts of a DecoderLoss.
+_SUMS = (
+    "image_sum",
+    "image_weight",
+    "text_sum",
+    "text_weight",
+    "auxiliary",
+    "micro_steps",
+    "tokens",
+    "flops",
+)
 _LOSS_PARTS = _SUMS[:5]
 
 
 class ProgressMonitor:
     """Collects losses on the device and reads them, over all ranks, only when a line is due.
 
-    Modality losses are means in nats a target over the steps since the last line. tokens/s counts real tokens, not padding, over all the
-    time since the last line, evaluation and saving included.
+    Modality losses are means in nats a target over the steps since the last line. tokens/s counts
+    real tokens, not padding, over all the time since the last line, evaluation and saving included.
 
-    tasks: of the schedule. peak_flops: what all devices together could do in a second, None where that is not known (then there is no
-    MFU). write_events: the engine's monitor, called on rank 0 with [(name, value, samples seen)].
+    tasks: of the schedule. peak_flops: what all devices together could do in a second, None where
+    that is not known (then there is no MFU). write_events: the engine's monitor, called on rank 0
+    with [(name, value, samples seen)].
     """
 
     def __init__(
@@ -54,19 +67,33 @@ class ProgressMonitor:
         self._is_main = ranks.is_main
         self._peak_flops = peak_flops
         self._write_events = write_events
-        self._sums_KS = torch.zeros(len(self._tasks), len(_SUMS), dtype=torch.float64, device=ranks.device)
+        self._sums_KS = torch.zeros(
+            len(self._tasks), len(_SUMS), dtype=torch.float64, device=ranks.device
+        )
         self._norms: dict[str, list[float]] = {}
         self._since = time.monotonic()
         self._done = start
-        self._bar = tqdm(total=steps, initial=start, unit="step", disable=None if ranks.is_main else True, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=None if ranks.is_main else True,
+            dynamic_ncols=True,
+        )
 
     def add(self, task: str, loss: DecoderLoss, tokens: int, flops: int) -> None:
-        """Count one micro-step; tokens, flops: of this rank's batch, 0 on a rank that shares it with one that counts them."""
+        """Count one micro-step; tokens, flops: of this rank's batch, 0 on a rank that shares it
+        with one that counts them.
+        """
         values = [getattr(loss, name).double() for name in _LOSS_PARTS]
-        self._sums_KS[self._tasks.index(task)] += torch.stack([*values, *values[0].new_tensor([1.0, tokens, flops])])
+        self._sums_KS[self._tasks.index(task)] += torch.stack(
+            [*values, *values[0].new_tensor([1.0, tokens, flops])]
+        )
 
     def forget(self) -> None:
-        """Drop what was counted since the last line: a loss that is not finite would spoil its means."""
+        """Drop what was counted since the last line: a loss that is not finite would spoil its
+        means.
+        """
         self._sums_KS.zero_()
         self._norms.clear()
 
@@ -89,27 +116,53 @@ class ProgressMonitor:
     def close(self) -> None:
         self._bar.close()
 
-    def _report(self, step: int, task: str, sums_KS: Tensor, norm: float | None, rate: float, seconds: float) -> None:
+    def _report(
+        self, step: int, task: str, sums_KS: Tensor, norm: float | None, rate: float, seconds: float
+    ) -> None:
         steps, total = step - self._done, _named(sums_KS.sum(dim=0))
         figures = _losses(total) | {
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": total["tokens"] / seconds,
             "episodes_per_second": steps * self._global_batch / seconds,
-            "model_flops_utilisation": total["flops"] / seconds / self._peak_flops if self._peak_flops else None,
+            "model_flops_utilisation": total["flops"] / seconds / self._peak_flops
+            if self._peak_flops
+            else None,
         }
         parts = [f"step {step}/{self._steps}", task]
-        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items() if value is not None]
-        tqdm.write("  ".join([*parts, f"ETA {_clock((self._steps - step) * seconds / max(steps, 1))}"]))
-        by_task = {f"{name}/{key}": value for name, of_task in self._task_figures(sums_KS).items() for key, value in of_task.items()}
+        parts += [
+            f"{name.replace('_', ' ')} {value:.4g}"
+            for name, value in figures.items()
+            if value is not None
+        ]
+        tqdm.write(
+            "  ".join([*parts, f"ETA {_clock((self._steps - step) * seconds / max(steps, 1))}"])
+        )
+        by_task = {
+            f"{name}/{key}": value
+            for name, of_task in self._task_figures(sums_KS).items()
+            for key, value in of_task.items()
+        }
         samples = step * self._global_batch
-        self._write_events([(f"train/{name}", value, samples) for name, value in (figures | by_task).items() if value is not None])
+        self._write_events(
+            [
+                (f"train/{name}", value, samples)
+                for name, value in (figures | by_task).items()
+                if value is not None
+            ]
+        )
 
     def _task_figures(self, sums_KS: Tensor) -> dict[str, dict[str, float | None]]:
-        """The same losses of each task that had steps since the last line, and the mean of its gradient norms."""
+        """The same losses of each task that had steps since the last line, and the mean of its
+        gradient norms.
+        """
         of_tasks = {name: _named(sums_S) for name, sums_S in zip(self._tasks, sums_KS, strict=True)}
         norms = {name: sum(norms) / len(norms) for name, norms in self._norms.items()}
-        return {name: _losses(sums) | {"gradient_norm": norms.get(name)} for name, sums in of_tasks.items() if sums["micro_steps"]}
+        return {
+            name: _losses(sums) | {"gradient_norm": norms.get(name)}
+            for name, sums in of_tasks.items()
+            if sums["micro_steps"]
+        }
 
 
 def _named(sums_S: Tensor) -> dict[str, float]:
@@ -125,25 +178,49 @@ def _losses(sums: dict[str, float]) -> dict[str, float | None]:
     }
 
 
-def write_run_description(output: Path, recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any], ranks: Ranks) -> None:
+def write_run_description(
+    output: Path,
+    recipe: TrainingRecipe,
+    shards: ShardSet,
+    engine_config: dict[str, Any],
+    ranks: Ranks,
+) -> None:
     """Write run.json: all that decides what this run computes, and what it ran on."""
     description = {
         "recipe": to_dict(recipe),
         "engine": engine_config,
         "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
         "revision": _git_revision(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
         "ranks": ranks.world,
-        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else platform.processor() or platform.machine(),
     }
     (output / "run.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _git_revision() -> str | None:
-    """The commit that this code is at, with a + where files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--match="]
+    """The commit that this code is at, with a + where files differ from it; None outside a
+    checkout.
+    """
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--match=",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,6 +1,7 @@
 """Where on this rank DeepSpeed keeps each number of the training state, at ZeRO stages 0 to 3.
 
-Here are all the attributes of DeepSpeed's optimizers that the training state rests on; training_state.py says what is written of it.
+Here are all the attributes of DeepSpeed's optimizers that the training state rests on;
+training_state.py says what is written of it.
 """
 
 from collections import defaultdict
@@ -22,10 +23,13 @@ from icl_moe.model.tensor_parallel import is_split
 class HeldRange:
     """A range of a parameter whose state this rank holds.
 
-    part, parts: which of how many tensor-parallel parts of the parameter; 0 of 1 where it is whole on every tensor rank.
+    part, parts: which of how many tensor-parallel parts of the parameter; 0 of 1 where it is whole
+    on every tensor rank.
     start, length: the range, in the flattened part.
-    master, offset: the float32 tensor that the optimizer knows, often of many parameters, and where in it the range begins.
-    owners: the ranks that hold this part, whole at ZeRO stage 0 and each its own range at the others.
+    master, offset: the float32 tensor that the optimizer knows, often of many parameters, and where
+    in it the range begins.
+    owners: the ranks that hold this part, whole at ZeRO stage 0 and each its own range at the
+    others.
     repeated: whether another tensor rank holds the same.
     """
 
@@ -40,7 +44,9 @@ class HeldRange:
     repeated: bool
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This range (length,) of the master tensor, or of an optimizer state of its shape; a view."""
+        """This range (length,) of the master tensor, or of an optimizer state of its shape;
+        a view.
+        """
         return tensor.detach().view(-1)[self.offset : self.offset + self.length]
 
 
@@ -53,15 +59,22 @@ def held_ranges(engine: Any) -> Iterator[HeldRange]:
         name = exported_name(name, first)
         part, parts = (tensor_rank, tensor_ranks) if is_split(name) else (0, 1)
         owners, repeated = engine.seq_data_parallel_group, parts == 1 and tensor_rank > 0
-        if is_moe_param(parameter):  # DeepSpeed spreads copies of an expert over tensor ranks as over others.
-            owners, repeated = groups._get_expert_data_parallel_group(vars(parameter)["group_name"]), False
+        if is_moe_param(
+            parameter
+        ):  # DeepSpeed spreads copies of an expert over tensor ranks as over others.
+            owners, repeated = (
+                groups._get_expert_data_parallel_group(vars(parameter)["group_name"]),
+                False,
+            )
         start, length, master, offset = _place(engine, parameter, masters)
         if length:
             yield HeldRange(name, part, parts, start, length, master, offset, owners, repeated)
 
 
 def ranges_to_write(engine: Any) -> list[HeldRange]:
-    """Of the ranges that this rank holds, those that it writes, so that each number is written once."""
+    """Of the ranges that this rank holds, those that it writes, so that each number is written
+    once.
+    """
     ranges = [r for r in held_ranges(engine) if not r.repeated]
     if engine.zero_optimization_stage():
         return ranges
@@ -72,7 +85,9 @@ def ranges_to_write(engine: Any) -> list[HeldRange]:
 
 
 def _share(copies: list[HeldRange]) -> Iterator[HeldRange]:
-    """This rank's share of what all its owners hold whole: one of equal cuts through all the parameters laid end to end."""
+    """This rank's share of what all its owners hold whole: one of equal cuts through all the
+    parameters laid end to end.
+    """
     owners = copies[0].owners
     rank, ranks = dist.get_rank(owners), dist.get_world_size(owners)
     total, begin = sum(r.length for r in copies), 0
@@ -98,35 +113,65 @@ def refresh_model(engine: Any) -> None:
         parameter.copy_(master)
 
 
-def _place(engine: Any, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> tuple[int, int, Tensor, int]:
-    """Which range of a parameter (start, length) this rank optimizes, and where (master tensor, offset)."""
+def _place(
+    engine: Any, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]
+) -> tuple[int, int, Tensor, int]:
+    """Which range of a parameter (start, length) this rank optimizes, and where (master tensor,
+    offset).
+    """
     optimizer = engine.optimizer
-    if hasattr(parameter, "ds_id"):  # Stage 3: every rank has a piece of every parameter, the last ones padded.
+    if hasattr(
+        parameter, "ds_id"
+    ):  # Stage 3: every rank has a piece of every parameter, the last ones padded.
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = optimizer._get_param_partition_rank(parameter) * length
-        return start, max(0, min(length, vars(parameter)["ds_numel"] - start)), optimizer.fp32_partitioned_groups_flat[group], offset
-    if hasattr(parameter, "_hp_mapping"):  # Stages 1 and 2: a rank has a piece of all parameters of a group, laid end to end.
+        return (
+            start,
+            max(0, min(length, vars(parameter)["ds_numel"] - start)),
+            optimizer.fp32_partitioned_groups_flat[group],
+            offset,
+        )
+    if hasattr(
+        parameter, "_hp_mapping"
+    ):  # Stages 1 and 2: a rank has a piece of all parameters of a group, laid end to end.
         mapping = parameter._hp_mapping
         if mapping is None:
             return 0, 0, parameter, 0
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return here.start, here.numel, engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0], there.start
+        return (
+            here.start,
+            here.numel,
+            engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0],
+            there.start,
+        )
     return 0, parameter.numel(), masters.get(parameter, parameter), 0
 
 
 def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """The master weight of each parameter where there is no ZeRO but bf16; without that, parameters are their own."""
+    """The master weight of each parameter where there is no ZeRO but bf16; without that, parameters
+    are their own.
+    """
     if engine.zero_optimization_stage() or not engine.bfloat16_enabled():
         return {}
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-    return {parameter: master for group, masters in pairs for parameter, master in zip(group, masters, strict=True)}
+    return {
+        parameter: master
+        for group, masters in pairs
+        for parameter, master in zip(group, masters, strict=True)
+    }
 
 
 def ep_size(engine: Any) -> int:
-    return max((module.ep_size for module in engine.module.modules() if isinstance(module, MoE)), default=1)
+    return max(
+        (module.ep_size for module in engine.module.modules() if isinstance(module, MoE)), default=1
+    )
 
 
 def tensor_place(engine: Any) -> tuple[int, int]:
     """This rank's place among the tensor ranks, and their number."""
     mpu = engine.mpu
-    return (0, 1) if mpu is None else (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    return (
+        (0, 1)
+        if mpu is None
+        else (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size())
+    )

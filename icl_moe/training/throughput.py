@@ -1,4 +1,6 @@
-"""How much arithmetic a batch needs, and how much a device could do: what model FLOPs utilisation (MFU) is made of."""
+"""How much arithmetic a batch needs, and how much a device could do: what model FLOPs utilisation
+(MFU) is made of.
+"""
 
 import re
 from typing import Any, NamedTuple
@@ -37,29 +39,41 @@ _PEAKS = {
     "V100-PCIE": _Peak(None, None, 14),
     "V100": _Peak(None, None, 15.7),
 }
-"""By a word of the device's name, the narrower first. NVIDIA's data sheets of these products; figures that they give with sparsity are
-halved. H100 without a suffix is the SXM module, whose name is "NVIDIA H100 80GB HBM3"."""
+"""By a word of the device's name, the narrower first. NVIDIA's data sheets of these products;
+figures that they give with sparsity are halved. H100 without a suffix is the SXM module, whose name
+is "NVIDIA H100 80GB HBM3".
+"""
 
 
 def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBatch) -> int:
     """Floating-point operations of the matrix products of a forward and backward pass over a batch.
 
-    With T tokens of which R are no padding, P targets, episodes of L tokens, width M, V ids, k experts a token and two operations a
-    multiplication and addition, a forward pass takes
+    With T tokens of which R are no padding, P targets, episodes of L tokens, width M, V ids, k
+    experts a token and two operations a multiplication and addition, a forward pass takes
 
-        attention, a layer                 8 T M^2  +  sum over episodes of 2 L (L + 1) M       a token sees itself and the past
+        attention, a layer                 8 T M^2  +  sum over episodes of 2 L (L + 1) M       a
+        token sees itself and the past
         dense feed-forward, a layer       16 T M^2
-        experts, a layer                  16 k R M^2,  with merged weights 16 R M^2;  gates that read tokens take 2 T M E more
-        logits                             2 P M V                                               at targets only
+        experts, a layer                  16 k R M^2,  with merged weights 16 R M^2;  gates that
+        read tokens take 2 T M E more
+        logits                             2 P M V                                               at
+        targets only
 
-    and a backward pass twice as much. Counted is what the model needs, as Chowdhery et al. 2022 (PaLM, appendix B) define MFU: neither
-    what activation checkpointing computes again nor what padded buffers of experts hold, nor gates of attributes, which cost nothing.
+    and a backward pass twice as much. Counted is what the model needs, as Chowdhery et al. 2022
+    (PaLM, appendix B) define MFU: neither what activation checkpointing computes again nor what
+    padded buffers of experts hold, nor gates of attributes, which cost nothing.
     """
     tokens, width = len(batch.tokens_T), settings.width
-    attention = 8 * tokens * width**2 + sum(2 * length * (length + 1) * width for length in batch.lengths)
+    attention = 8 * tokens * width**2 + sum(
+        2 * length * (length + 1) * width for length in batch.lengths
+    )
     dense, sparse = 16 * tokens * width**2, _expert_flops(settings, batch)
     sparse_layers = len(settings.sparse_layers)
-    layers = settings.layers * attention + (settings.layers - sparse_layers) * dense + sparse_layers * sparse
+    layers = (
+        settings.layers * attention
+        + (settings.layers - sparse_layers) * dense
+        + sparse_layers * sparse
+    )
     return 3 * (layers + 2 * len(batch.labels_P) * width * vocabulary_size)
 
 
@@ -69,7 +83,9 @@ def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:
     experts = 1 if settings.combination == "weights" else settings.experts_per_token
     if routes_streams(settings):
         return 16 * experts * real * width**2
-    return 16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts  # Stock layers know no padding.
+    return (
+        16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts
+    )  # Stock layers know no padding.
 
 
 def real_tokens(batch: TokenBatch) -> int:
@@ -78,7 +94,9 @@ def real_tokens(batch: TokenBatch) -> int:
 
 
 def peak_flops(device: torch.device, engine_config: dict[str, Any]) -> float | None:
-    """What `device` could do in a second, in the precision that the run trains in; None where that is not known, as on a CPU."""
+    """What `device` could do in a second, in the precision that the run trains in; None where that
+    is not known, as on a CPU.
+    """
     if device.type != "cuda":
         return None
     bf16 = engine_config.get("bf16", {}).get("enabled", False)

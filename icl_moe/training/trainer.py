@@ -35,7 +35,8 @@ from icl_moe.training.validation import Validation
 
 
 def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]) -> None:
-    """Train until training.steps, or stop_after, resuming from the newest checkpoint in training.output where there is one.
+    """Train until training.steps, or stop_after, resuming from the newest checkpoint in
+    training.output where there is one.
 
     shards, engine_config: what `preflight.check` gave for the recipe and the number of ranks.
     """
@@ -43,14 +44,23 @@ def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any
         train_on(ranks, recipe, shards, engine_config)
 
 
-def train_on(ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]) -> None:
+def train_on(
+    ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]
+) -> None:
     """`train` on ranks that have met already."""
     settings = recipe.training
     with _repeatable(settings.deterministic):
-        part = RankSlice.of(ranks.rank, ranks.world, settings.global_batch, settings.micro_batch, recipe.parallel.tp_size)
+        part = RankSlice.of(
+            ranks.rank,
+            ranks.world,
+            settings.global_batch,
+            settings.micro_batch,
+            recipe.parallel.tp_size,
+        )
         schedule = make_schedule(recipe, shards.manifest)
         engine = TrainingEngine(recipe, shards.manifest, engine_config, part, ranks)
-        engine.deepspeed.monitor.enabled = False  # It would write the learning rate at every step; the monitor here does, at its lines.
+        # It would write the learning rate at every step; the monitor here does, at its lines.
+        engine.deepspeed.monitor.enabled = False
         output = Path(settings.output)
         start = checkpoint.resume(engine.deepspeed, output)
         if ranks.is_main:
@@ -59,28 +69,52 @@ def train_on(ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_conf
         stop = min(settings.steps, settings.stop_after or settings.steps)
         if start >= stop:
             if ranks.is_main:
-                _say(f"{settings.output} is already at step {start} of {stop}; set training.steps higher to go on")
+                _say(
+                    f"{settings.output} is already at step {start} of {stop}; set training.steps "
+                    "higher to go on"
+                )
             return
         write_events = engine.deepspeed.monitor.write_events
         peak = peak_flops(ranks.device, engine_config)
         all_peaks = None if peak is None else peak * ranks.world
         monitor = ProgressMonitor(
-            start, stop, settings.log_every, settings.global_batch, list(schedule.probabilities), ranks, all_peaks, write_events
+            start,
+            stop,
+            settings.log_every,
+            settings.global_batch,
+            list(schedule.probabilities),
+            ranks,
+            all_peaks,
+            write_events,
         )
-        gradients = GradientReport(engine, schedule, settings.gradient_report_every, output, start, settings.global_batch, write_events)
+        gradients = GradientReport(
+            engine,
+            schedule,
+            settings.gradient_report_every,
+            output,
+            start,
+            settings.global_batch,
+            write_events,
+        )
         _Loop(engine, recipe, shards, schedule, part, ranks, monitor, gradients).run(start, stop)
         monitor.close()
 
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Within it, where wanted, torch refuses operations that may give other bits when they are run again."""
+    """Within it, where wanted, torch refuses operations that may give other bits when they are run
+    again.
+    """
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a workspace of fixed size.
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS repeats itself only with a workspace of fixed size.
         torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = False  # It would fill DeepSpeed's buckets, gigabytes, in every step.
+        memory.fill_uninitialized_memory = (
+            False  # It would fill DeepSpeed's buckets, gigabytes, in every step.
+        )
     try:
         yield
     finally:
@@ -90,7 +124,9 @@ def _repeatable(wanted: bool) -> Iterator[None]:
 
 @dataclass
 class _Loop:
-    """The steps of a run. Every rank walks through it in the same way: what one rank finds, all agree on before they act."""
+    """The steps of a run. Every rank walks through it in the same way: what one rank finds, all
+    agree on before they act.
+    """
 
     engine: TrainingEngine
     recipe: TrainingRecipe
@@ -104,8 +140,16 @@ class _Loop:
 
     def run(self, start: int, stop: int) -> None:
         settings = self.recipe.training
-        dataset = MicroBatches(self.shards, self.schedule, self.part, self.recipe.data.layout, settings.input_loss_weight)
-        batches = micro_batches(dataset, self.part.micro_steps, start, stop, self.recipe.data.workers)
+        dataset = MicroBatches(
+            self.shards,
+            self.schedule,
+            self.part,
+            self.recipe.data.layout,
+            settings.input_loss_weight,
+        )
+        batches = micro_batches(
+            dataset, self.part.micro_steps, start, stop, self.recipe.data.workers
+        )
         with StopSignal() as signal, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
             if settings.dry_run:
                 dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
@@ -117,7 +161,10 @@ class _Loop:
                     watchdog.beat(step, "saving a checkpoint")
                     self._save(completed)
                 if stopping:
-                    self._say(f"stopped by a signal after step {completed}; the same command goes on from there")
+                    self._say(
+                        f"stopped by a signal after step {completed}; the same command goes on "
+                        "from there"
+                    )
                     break
                 if validation is not None and completed % (settings.evaluate_every or 1) == 0:
                     validation.run(completed)
@@ -125,9 +172,13 @@ class _Loop:
     def _validation(self, watchdog: Watchdog) -> Validation | None:
         if self.recipe.training.evaluate_every is None:
             return None
-        return Validation(self.engine, self.recipe, open_validation(self.recipe), self.ranks, watchdog)
+        return Validation(
+            self.engine, self.recipe, open_validation(self.recipe), self.ranks, watchdog
+        )
 
-    def _step(self, step: int, batches: Iterator[TokenBatch], signal: StopSignal, watchdog: Watchdog) -> bool:
+    def _step(
+        self, step: int, batches: Iterator[TokenBatch], signal: StopSignal, watchdog: Watchdog
+    ) -> bool:
         """One optimizer step; whether any rank was asked to stop."""
         settings = self.recipe.training
         task = self.schedule.task(step)
@@ -138,11 +189,16 @@ class _Loop:
             watchdog.beat(step, "reading a batch")
             batch = next(batches)
             watchdog.beat(step, "computing")
-            torch.manual_seed(stable_seed("dropout", settings.seed, step, micro_step, self.part.rank))
+            torch.manual_seed(
+                stable_seed("dropout", settings.seed, step, micro_step, self.part.rank)
+            )
             loss = self.engine.backward(batch, noise=(settings.seed, step))
             if not math.isfinite(loss.total.item()):
                 not_finite = True
-                tqdm.write(f"icl-moe: step {step + 1}: the loss is not finite on rank {self.ranks.rank} in {', '.join(batch.sources)}")
+                tqdm.write(
+                    f"icl-moe: step {step + 1}: the loss is not finite on rank {self.ranks.rank} "
+                    f"in {', '.join(batch.sources)}"
+                )
             is_last = micro_step + 1 == self.part.micro_steps
             if is_last:
                 watchdog.beat(step, "agreeing with the other ranks")
@@ -164,20 +220,28 @@ class _Loop:
 
     def _save(self, completed: int) -> None:
         output = Path(self.recipe.training.output)
-        checkpoint.save(self.engine.deepspeed, output, completed, self.recipe.training.keep_checkpoints)
+        checkpoint.save(
+            self.engine.deepspeed, output, completed, self.recipe.training.keep_checkpoints
+        )
         choices = expert_choices(self.engine.model)
         if choices and self.ranks.is_main:
             write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(choices)}")
             tensorboard = self.engine.deepspeed.monitor.tb_monitor
             if tensorboard is not None:
-                tensorboard.summary_writer.add_text("experts", as_markdown(choices), completed * self.recipe.training.global_batch)
+                tensorboard.summary_writer.add_text(
+                    "experts", as_markdown(choices), completed * self.recipe.training.global_batch
+                )
 
     def _skip(self, step: int) -> None:
         self.skipped += 1
-        self._say(f"step {step + 1} is left out ({self.skipped} of at most {self.recipe.training.skipped_steps})")
+        self._say(
+            f"step {step + 1} is left out ({self.skipped} of at most "
+            f"{self.recipe.training.skipped_steps})"
+        )
         if self.skipped > self.recipe.training.skipped_steps:
             raise InputError(
-                f"training.skipped_steps: the loss was not finite in {self.skipped} steps, the last of them step {step + 1}; "
+                f"training.skipped_steps: the loss was not finite in {self.skipped} steps, the "
+                f"last of them step {step + 1}; "
                 "look at the samples named above, or lower optimizer.learning_rate."
             )
 

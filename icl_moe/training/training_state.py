@@ -1,18 +1,26 @@
-"""The training state in files, free of the layout that wrote it: DeepSpeed has no such form for models with experts.
+"""The training state in files, free of the layout that wrote it: DeepSpeed has no such form for
+models with experts.
 
-The state is every parameter's float32 master weight and what the optimizer keeps of it (moments, and counts of steps), under the name
-that the parameter has in an exported model, where an expert has its global id. All else is a function of the step.
+The state is every parameter's float32 master weight and what the optimizer keeps of it (moments,
+and counts of steps), under the name that the parameter has in an exported model, where an expert
+has its global id. All else is a function of the step.
 
-    index.json                     steps, optimizer, precision; of each parameter its shape, its counts, and which rank wrote which range
-    weight-RRRRR.safetensors       the ranges of master weights that rank R wrote, flattened, by parameter
-    exp_avg-RRRRR.safetensors      the same ranges of an optimizer state; a file for each state that the optimizer has
+    index.json                     steps, optimizer, precision; of each parameter its shape, its
+    counts, and which rank wrote which range
+    weight-RRRRR.safetensors       the ranges of master weights that rank R wrote, flattened, by
+    parameter
+    exp_avg-RRRRR.safetensors      the same ranges of an optimizer state; a file for each state that
+    the optimizer has
 
-Under ZeRO a rank writes what its partitions hold; at stage 0 the ranks that hold equal copies write equal shares. So D data-parallel
-ranks write, under AdamW, 12 bytes x parameters in all and 1 / D of it each; nothing is gathered, and on a GPU one state's range at a
-time is copied to the host. A rank reads the ranges that its own partitions hold. Only where the number of tensor ranks changes does it
-put whole parameters together, one at a time. The weights that a bf16 model computes with are its master weights, rounded: not stored.
+Under ZeRO a rank writes what its partitions hold; at stage 0 the ranks that hold equal copies write
+equal shares. So D data-parallel ranks write, under AdamW, 12 bytes x parameters in all and 1 / D of
+it each; nothing is gathered, and on a GPU one state's range at a time is copied to the host. A rank
+reads the ranges that its own partitions hold. Only where the number of tensor ranks changes does it
+put whole parameters together, one at a time. The weights that a bf16 model computes with are its
+master weights, rounded: not stored.
 
-Apart from checkpoint.py, which knows folders and what is whole; where DeepSpeed keeps each number is in partitions.py.
+Apart from checkpoint.py, which knows folders and what is whole; where DeepSpeed keeps each number
+is in partitions.py.
 """
 
 import json
@@ -33,7 +41,14 @@ from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.tensor_parallel import join, split
 from icl_moe.training.faults import any_rank
-from icl_moe.training.partitions import HeldRange, ep_size, held_ranges, ranges_to_write, refresh_model, tensor_place
+from icl_moe.training.partitions import (
+    HeldRange,
+    ep_size,
+    held_ranges,
+    ranges_to_write,
+    refresh_model,
+    tensor_place,
+)
 
 _SCHEMA = 2  # 1 held the moments of MT-AdamW, not means and weights.
 _INDEX = "index.json"
@@ -41,7 +56,9 @@ _WEIGHT = "weight"
 
 
 def write(engine: Any, folder: Path, step: int) -> bool:
-    """Write the state after `step` steps into `folder`. Every rank calls it, and hears whether every rank could write."""
+    """Write the state after `step` steps into `folder`. Every rank calls it, and hears whether
+    every rank could write.
+    """
     rank, ranges = dist.get_rank(), ranges_to_write(engine)
     failed = False
     try:
@@ -54,7 +71,13 @@ def write(engine: Any, folder: Path, step: int) -> bool:
     if any_rank([failed], engine.device)[0]:
         return False
     gathered: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
-    dist.gather_object([(r.name, r.parts, [r.part, r.start, r.length, rank], *_states(engine, r.master)) for r in ranges], gathered)
+    dist.gather_object(
+        [
+            (r.name, r.parts, [r.part, r.start, r.length, rank], *_states(engine, r.master))
+            for r in ranges
+        ],
+        gathered,
+    )
     if gathered is not None:
         write_whole(folder / _INDEX, json.dumps(_index(engine, step, gathered)) + "\n")
     return True
@@ -62,14 +85,20 @@ def write(engine: Any, folder: Path, step: int) -> bool:
 
 def size(engine: Any) -> int:
     """The bytes of numbers that this rank would write."""
-    return sum(t.numel() * t.element_size() for tensors in _tensors(engine, ranges_to_write(engine)).values() for t in tensors.values())
+    return sum(
+        t.numel() * t.element_size()
+        for tensors in _tensors(engine, ranges_to_write(engine)).values()
+        for t in tensors.values()
+    )
 
 
 @torch.no_grad()
 def read(engine: Any, folder: Path) -> int:
-    """Give a fresh engine, of any layout, the state in `folder`; returns its number of steps. Every rank calls it.
+    """Give a fresh engine, of any layout, the state in `folder`; returns its number of steps. Every
+    rank calls it.
 
-    Raises InputError for the state of another model or optimizer, and for files that cannot be read.
+    Raises InputError for the state of another model or optimizer, and for files that cannot be
+    read.
     """
     stored = _Stored(folder)
     _check_fits(stored, engine, folder)
@@ -81,7 +110,10 @@ def read(engine: Any, folder: Path) -> int:
         kinds, counts = stored.states(ranges)
         _fill(master, ranges, _WEIGHT, stored)
         state = {kind: _fill(torch.zeros_like(master), ranges, kind, stored) for kind in kinds}
-        state |= {kind: _count(engine.basic_optimizer, kind, count, master.device) for kind, count in counts.items()}
+        state |= {
+            kind: _count(engine.basic_optimizer, kind, count, master.device)
+            for kind, count in counts.items()
+        }
         engine.basic_optimizer.state[master] = state
     refresh_model(engine)
     steps = int(stored.index["completed_steps"])
@@ -92,18 +124,27 @@ def read(engine: Any, folder: Path) -> int:
 
 
 def read_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Tensor], int]:
-    """Every weight by its exported name, in the precision that it trained in, and the number of steps."""
+    """Every weight by its exported name, in the precision that it trained in, and the number of
+    steps.
+    """
     stored = _Stored(folder)
     shapes = _shapes(config)
     difference = stored.difference(shapes)
     if difference:
-        raise InputError(f"The checkpoint {folder} is not of the model in the model/config.json of its run: {difference}.")
+        raise InputError(
+            f"The checkpoint {folder} is not of the model in the model/config.json of its run: "
+            f"{difference}."
+        )
     precision = getattr(torch, stored.index["precision"])
-    return {name: stored.whole(name, _WEIGHT).to(precision) for name in shapes}, int(stored.index["completed_steps"])
+    return {name: stored.whole(name, _WEIGHT).to(precision) for name in shapes}, int(
+        stored.index["completed_steps"]
+    )
 
 
 class _Stored:
-    """A written state, read by ranges: a file is opened once, and of it only what is asked for is read."""
+    """A written state, read by ranges: a file is opened once, and of it only what is asked for is
+    read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -111,32 +152,50 @@ class _Stored:
         try:
             self.index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"The checkpoint {folder} has no readable {_INDEX}; it was written by another version.") from error
+            raise InputError(
+                f"The checkpoint {folder} has no readable {_INDEX}; it was written by another "
+                "version."
+            ) from error
         if self.index["schema"] != _SCHEMA:
-            raise InputError(f"{folder / _INDEX} has schema {self.index['schema']}, and this version reads schema {_SCHEMA}.")
+            raise InputError(
+                f"{folder / _INDEX} has schema {self.index['schema']}, and this version reads "
+                f"schema {_SCHEMA}."
+            )
         self._parameters: dict[str, dict[str, Any]] = self.index["parameters"]
 
     def difference(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
-        """Where the stored parameters are not those of `shapes`, by the first that differs; None where they are."""
+        """Where the stored parameters are not those of `shapes`, by the first that differs; None
+        where they are.
+        """
         there = {name: tuple(entry["shape"]) for name, entry in self._parameters.items()}
         for name in sorted(there.keys() | shapes.keys()):
             if there.get(name) != shapes.get(name):
-                was, now = (f"has the shape {list(found[name])}" if name in found else "is missing" for found in (there, shapes))
+                was, now = (
+                    f"has the shape {list(found[name])}" if name in found else "is missing"
+                    for found in (there, shapes)
+                )
                 return f"{name} {was} there and {now} here"
         return None
 
     def states(self, ranges: list[HeldRange]) -> tuple[list[str], dict[str, float]]:
-        """The optimizer's states of parameters that share a master tensor: kinds that have its shape, and counts by kind."""
-        found = [(self._parameters[r.name]["states"], self._parameters[r.name]["counts"]) for r in ranges]
+        """The optimizer's states of parameters that share a master tensor: kinds that have its
+        shape, and counts by kind.
+        """
+        found = [
+            (self._parameters[r.name]["states"], self._parameters[r.name]["counts"]) for r in ranges
+        ]
         if any(states != found[0] for states in found):
             raise InputError(
-                f"In the checkpoint {self._folder}, {ranges[0].name} and others took different numbers of optimizer steps; "
+                f"In the checkpoint {self._folder}, {ranges[0].name} and others took different "
+                "numbers of optimizer steps; "
                 "resume at ZeRO stage 0, which keeps a number for each."
             )
         return found[0]
 
     def flat(self, held: HeldRange, kind: str) -> Tensor:
-        """The numbers of a range (length,), whatever the ranges and parts that they were written in."""
+        """The numbers of a range (length,), whatever the ranges and parts that they were written
+        in.
+        """
         if self._parameters[held.name]["parts"] == held.parts:
             return self._flat(held.name, kind, held.part, held.start, held.length)
         part = split(held.name, self.whole(held.name, kind), held.part, held.parts)
@@ -146,8 +205,13 @@ class _Stored:
         """A whole parameter, or an optimizer state of one."""
         entry = self._parameters[name]
         shape, parts = entry["shape"], range(entry["parts"])
-        shapes = [split(name, torch.empty(shape, device="meta"), part, len(parts)).shape for part in parts]
-        pieces = [self._flat(name, kind, part, 0, shapes[part].numel()).view(shapes[part]) for part in parts]
+        shapes = [
+            split(name, torch.empty(shape, device="meta"), part, len(parts)).shape for part in parts
+        ]
+        pieces = [
+            self._flat(name, kind, part, 0, shapes[part].numel()).view(shapes[part])
+            for part in parts
+        ]
         return join(name, pieces, shape[0])
 
     def _flat(self, name: str, kind: str, part: int, start: int, length: int) -> Tensor:
@@ -179,7 +243,8 @@ def _check_fits(stored: _Stored, engine: Any, folder: Path) -> None:
     theirs, ours = stored.index["optimizer"], type(engine.basic_optimizer).__name__
     if theirs != ours:
         raise InputError(
-            f"The checkpoint {folder} holds the state of {theirs}, but optimizer.name makes {ours}; "
+            f"The checkpoint {folder} holds the state of {theirs}, but optimizer.name makes "
+            f"{ours}; "
             "set optimizer.name as it was, or training.output to a new folder."
         )
 
@@ -191,7 +256,9 @@ def _file(kind: str, rank: int) -> str:
 def _index(engine: Any, step: int, gathered: list[list[Any]]) -> dict[str, Any]:
     parameters: dict[str, dict[str, Any]] = {}
     for name, parts, where, states, counts in (entry for entries in gathered for entry in entries):
-        entry = parameters.setdefault(name, {"parts": parts, "states": states, "counts": counts, "ranges": []})
+        entry = parameters.setdefault(
+            name, {"parts": parts, "states": states, "counts": counts, "ranges": []}
+        )
         entry["ranges"].append(where)
     for name, shape in _shapes(engine.module.config).items():
         parameters[name]["shape"] = shape
@@ -213,21 +280,28 @@ def _index(engine: Any, step: int, gathered: list[list[Any]]) -> dict[str, Any]:
 
 
 def _assert_complete(parameters: dict[str, dict[str, Any]]) -> None:
-    """Every number was written, and once: a state with a hole must not be found only when it is needed."""
+    """Every number was written, and once: a state with a hole must not be found only when it is
+    needed.
+    """
     for name, entry in parameters.items():
         for part in range(entry["parts"]):
             end = 0
             for _, start, length, _ in (where for where in entry["ranges"] if where[0] == part):
                 assert start == end, f"{name}: a range begins at {start}, not {end}"
                 end += length
-            expected = split(name, torch.empty(entry["shape"], device="meta"), part, entry["parts"]).numel()
+            expected = split(
+                name, torch.empty(entry["shape"], device="meta"), part, entry["parts"]
+            ).numel()
             assert end == expected, f"{name}: {end} of {expected} numbers were written"
 
 
 def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of the whole model, by its exported name."""
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in InContextDecoder(config).named_parameters()}
+        return {
+            name: tuple(parameter.shape)
+            for name, parameter in InContextDecoder(config).named_parameters()
+        }
 
 
 def _tensors(engine: Any, ranges: list[HeldRange]) -> dict[str, dict[str, Tensor]]:
@@ -235,15 +309,27 @@ def _tensors(engine: Any, ranges: list[HeldRange]) -> dict[str, dict[str, Tensor
     tensors: dict[str, dict[str, Tensor]] = {_WEIGHT: {r.name: r.of(r.master) for r in ranges}}
     for r in ranges:
         for kind in _states(engine, r.master)[0]:
-            tensors.setdefault(kind, {})[r.name] = r.of(engine.basic_optimizer.state[r.master][kind])
+            tensors.setdefault(kind, {})[r.name] = r.of(
+                engine.basic_optimizer.state[r.master][kind]
+            )
     return tensors
 
 
 def _states(engine: Any, master: Tensor) -> tuple[list[str], dict[str, float]]:
-    """What the optimizer keeps of a master tensor: the kinds of states that have its shape, and counts by kind."""
+    """What the optimizer keeps of a master tensor: the kinds of states that have its shape, and
+    counts by kind.
+    """
     state = engine.basic_optimizer.state.get(master, {})
-    kinds = [kind for kind, value in state.items() if isinstance(value, Tensor) and value.shape == master.shape]
-    return kinds, {kind: float(value) for kind, value in state.items() if kind not in kinds and value is not None}
+    kinds = [
+        kind
+        for kind, value in state.items()
+        if isinstance(value, Tensor) and value.shape == master.shape
+    ]
+    return kinds, {
+        kind: float(value)
+        for kind, value in state.items()
+        if kind not in kinds and value is not None
+    }
 
 
 def _fill(tensor: Tensor, ranges: list[HeldRange], kind: str, stored: _Stored) -> Tensor:
@@ -252,9 +338,12 @@ def _fill(tensor: Tensor, ranges: list[HeldRange], kind: str, stored: _Stored) -
     return tensor
 
 
-def _count(optimizer: torch.optim.Optimizer, kind: str, count: float, device: torch.device) -> Tensor:
-    """A number that an optimizer keeps of a whole tensor: sums of weights in float64; steps as torch's own optimizers keep them, in float32
-    and on the host, but for those that run wholly on the device.
+def _count(
+    optimizer: torch.optim.Optimizer, kind: str, count: float, device: torch.device
+) -> Tensor:
+    """A number that an optimizer keeps of a whole tensor: sums of weights in float64; steps as
+    torch's own optimizers keep them, in float32 and on the host, but for those that run wholly on
+    the device.
     """
     if kind != "step":
         return torch.tensor(count, dtype=torch.float64)

@@ -39,8 +39,9 @@ Figures = dict[str, float]
 class Validation:
     """The first training.evaluate_episodes of each task of data.validation.
 
-    The teacher-forced loss is computed by all ranks, each the same batches: it costs no more time than on one of them, and serves every
-    layout. Free decoding and pictures are rank 0's, while the others wait, and only where a rank computes alone.
+    The teacher-forced loss is computed by all ranks, each the same batches: it costs no more time
+    than on one of them, and serves every layout. Free decoding and pictures are rank 0's, while the
+    others wait, and only where a rank computes alone.
     """
 
     engine: TrainingEngine
@@ -65,7 +66,10 @@ class Validation:
         total = weight = 0.0
         for start in range(0, count, size):
             self.watchdog.beat(step - 1, "evaluating")
-            sequences = [self.shards.sample(task, index).sequence for index in range(start, min(start + size, count))]
+            sequences = [
+                self.shards.sample(task, index).sequence
+                for index in range(start, min(start + size, count))
+            ]
             vocabulary = self.shards.manifest.format.vocabulary
             batch = collate(sequences, vocabulary, task, self.recipe.data.layout)
             loss = self.engine.model(batch.to(self.ranks.device))
@@ -74,14 +78,22 @@ class Validation:
         return {"loss": total / weight}
 
     def _decode(self, step: int, figures: dict[str, Figures]) -> None:
-        """Complete every query freely after all its examples; add the scores, and write what was written and drawn."""
+        """Complete every query freely after all its examples; add the scores, and write what was
+        written and drawn.
+        """
         folder = Path(self.recipe.training.output) / "samples" / f"step-{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         log = PredictionLog(folder, {"step": step, "shards": self.shards.fingerprint[:16]})
         self._model.image_tokenizer.to(self.ranks.device)
         for task in figures:
-            episodes = _Episodes(self.shards, self._model, task, self.recipe.training.evaluate_episodes, self._beat(step))
+            episodes = _Episodes(
+                self.shards,
+                self._model,
+                task,
+                self.recipe.training.evaluate_episodes,
+                self._beat(step),
+            )
             condition = Condition(task, self.shards.manifest.examples)
             predict(self._model, episodes, condition, log, _DECODED_TOGETHER)
             figures[task] |= _scores(episodes, condition, log)
@@ -97,28 +109,53 @@ class Validation:
     @cached_property
     def _model(self) -> InContextModel:
         decoder = self.engine.model
-        text = TextTokenizer(decoder.sequence_format.vocabulary.text_merges, source=str(self.shards.fetch("text_tokenizer")))
-        return InContextModel(decoder, VQGAN.from_pretrained(str(self.shards.fetch("image_tokenizer"))), text)
+        text = TextTokenizer(
+            decoder.sequence_format.vocabulary.text_merges,
+            source=str(self.shards.fetch("text_tokenizer")),
+        )
+        return InContextModel(
+            decoder, VQGAN.from_pretrained(str(self.shards.fetch("image_tokenizer"))), text
+        )
 
     def _show(self, task: str, picture: Image.Image, step: int) -> None:
         tensorboard = self.engine.deepspeed.monitor.tb_monitor
         if tensorboard is not None:
             pixels_HW3 = np.asarray(picture)
-            tensorboard.summary_writer.add_image(f"eval/{task}", pixels_HW3, step * self.recipe.training.global_batch, dataformats="HWC")
+            tensorboard.summary_writer.add_image(
+                f"eval/{task}",
+                pixels_HW3,
+                step * self.recipe.training.global_batch,
+                dataformats="HWC",
+            )
 
     def _report(self, step: int, figures: dict[str, Figures]) -> None:
         samples = step * self.recipe.training.global_batch
-        events = [(f"eval/{task}/{name}", value, samples) for task, of_task in figures.items() for name, value in of_task.items()]
+        events = [
+            (f"eval/{task}/{name}", value, samples)
+            for task, of_task in figures.items()
+            for name, value in of_task.items()
+        ]
         self.engine.deepspeed.monitor.write_events(events)
         for task, of_task in figures.items():
-            shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_task.items())
+            shown = "  ".join(
+                f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_task.items()
+            )
             tqdm.write(f"step {step}  evaluation of {task}  {shown}")
 
 
 class _Episodes(EpisodeSet):
-    """The episodes of a task; `beat` is called with each that is read, so that a long evaluation is not taken for a hang."""
+    """The episodes of a task; `beat` is called with each that is read, so that a long evaluation is
+    not taken for a hang.
+    """
 
-    def __init__(self, shards: ShardSet, model: InContextModel, task: str, limit: int, beat: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        model: InContextModel,
+        task: str,
+        limit: int,
+        beat: Callable[[], None],
+    ) -> None:
         super().__init__(shards, model.codec, task, limit)
         self._beat = beat
 
@@ -129,7 +166,9 @@ class _Episodes(EpisodeSet):
 
 @contextmanager
 def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
-    """Within it the model is in evaluation mode, without gradients; afterwards all that training depends on is as before."""
+    """Within it the model is in evaluation mode, without gradients; afterwards all that training
+    depends on is as before.
+    """
     engine.model.eval()
     try:
         with torch.no_grad(), generators_kept(engine.deepspeed.device):
@@ -140,12 +179,23 @@ def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
 
 def _scores(episodes: EpisodeSet, condition: Condition, log: PredictionLog) -> Figures:
     """Of all predictions under a condition; docs/evaluation.md says what they are."""
-    asked = [(episode, log[condition, episode.key]) for episode in (episodes[i] for i in range(len(episodes)))]
+    asked = [
+        (episode, log[condition, episode.key])
+        for episode in (episodes[i] for i in range(len(episodes)))
+    ]
     if episodes.task.output == "image":
-        masks = score_masks((episode.category, decode_rle(said.mask or {}), episode.true_mask()) for episode, said in asked)
+        masks = score_masks(
+            (episode.category, decode_rle(said.mask or {}), episode.true_mask())
+            for episode, said in asked
+        )
         return {"miou": masks.miou, "mean_iou": masks.mean_iou, "mae": masks.mae}
-    written, references = {e.key: said.caption or "" for e, said in asked}, {e.key: e.references for e, _ in asked}
-    (captions,) = score_captions([written], references, java=False)  # METEOR's Java program would want 2 GB and half a minute.
+    written, references = (
+        {e.key: said.caption or "" for e, said in asked},
+        {e.key: e.references for e, _ in asked},
+    )
+    (captions,) = score_captions(
+        [written], references, java=False
+    )  # METEOR's Java program would want 2 GB and half a minute.
     return {"bleu_4": captions.bleu[3], "rouge_l": captions.rouge_l, "cider": captions.cider}
 
 
@@ -158,6 +208,8 @@ def draw_grid(gallery: Gallery) -> Image.Image:
         for column, cell in enumerate(cells):
             left, top = column * _CELL, row * (_CELL + _TEXT_HEIGHT)
             grid.paste(cell.picture.resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top))
-            lines = textwrap.wrap(f"{cell.heading}: {cell.text}".rstrip(": "), _LINE_LENGTH)[:_LINES]
+            lines = textwrap.wrap(f"{cell.heading}: {cell.text}".rstrip(": "), _LINE_LENGTH)[
+                :_LINES
+            ]
             draw.multiline_text((left + 2, top + _CELL), "\n".join(lines), fill="black")
     return grid

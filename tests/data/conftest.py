@@ -13,6 +13,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small shards of each task, of drawn scenes, by a tokenizer with random weights."""
     out = tmp_path_factory.mktemp("shards") / "demo"
     tokenizer = toy_tokenizer.save_toy_tokenizer(out.parent / "tokenizer")
-    settings = ["synthetic.images=40", "samples=25", "shard_size=10", "examples=2", *toy_tokenizer.recipe_settings(tokenizer)]
+    settings = [
+        "synthetic.images=40",
+        "samples=25",
+        "shard_size=10",
+        "examples=2",
+        *toy_tokenizer.recipe_settings(tokenizer),
+    ]
     build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), out, workers=0)
     return out

@@ -1,4 +1,6 @@
-"""What the ranks read together, whatever their number and that of their readers, and what a reader holds in memory."""
+"""What the ranks read together, whatever their number and that of their readers, and what a reader
+holds in memory.
+"""
 
 import shutil
 import subprocess
@@ -22,7 +24,14 @@ from icl_moe.vocabulary import Vocabulary
 GLOBAL_BATCH, STEPS, INPUT_WEIGHT = 8, 6, 0.5
 
 
-def read(folder: Path, rank: int = 0, ranks: int = 1, workers: int = 0, sampling: str = "unmixed", start: int = 0) -> list[TokenBatch]:
+def read(
+    folder: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    sampling: str = "unmixed",
+    start: int = 0,
+) -> list[TokenBatch]:
     shards, part = ShardSet(folder), RankSlice.of(rank, ranks, GLOBAL_BATCH, 2)
     schedule = Schedule(shards.manifest.samples, GLOBAL_BATCH, seed=3, sampling=sampling)
     dataset = MicroBatches(shards, schedule, part, "packed", INPUT_WEIGHT)
@@ -30,14 +39,18 @@ def read(folder: Path, rank: int = 0, ranks: int = 1, workers: int = 0, sampling
 
 
 def global_batches(folder: Path, ranks: int, workers: int, sampling: str) -> list[list[tuple]]:
-    """For each step all samples that the ranks read: name, tokens and loss weight, in the order of the names."""
+    """For each step all samples that the ranks read: name, tokens and loss weight, in the order of
+    the names.
+    """
     micro_steps = GLOBAL_BATCH // (2 * ranks)
     steps: list[list[tuple]] = [[] for _ in range(STEPS)]
     for rank in range(ranks):
         for number, batch in enumerate(read(folder, rank, ranks, workers, sampling)):
             ends = np.cumsum(batch.lengths)
             tokens = np.split(batch.tokens_T.numpy(), ends[:-1])
-            steps[number // micro_steps] += [(name, part.tobytes()) for name, part in zip(batch.sources, tokens, strict=True)]
+            steps[number // micro_steps] += [
+                (name, part.tobytes()) for name, part in zip(batch.sources, tokens, strict=True)
+            ]
     return [sorted(step) for step in steps]
 
 
@@ -56,21 +69,44 @@ def test_a_run_that_goes_on_reads_what_it_would_have_read(folder):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_scaled_by_the_batches_are_means_over_the_global_batch(folder, ranks):
-    """The engine averages over ranks and micro-steps; with the scale, every target of a global batch counts the same."""
+    """The engine averages over ranks and micro-steps; with the scale, every target of a global
+    batch counts the same.
+    """
     by_rank = [read(folder, rank, ranks) for rank in range(ranks)]
     micro_steps = GLOBAL_BATCH // (2 * ranks)
     for step in range(STEPS):
-        batches = [batch for batches in by_rank for batch in batches[step * micro_steps : (step + 1) * micro_steps]]
-        mean = sum(float(batch.weights_P.sum()) * batch.loss_scale for batch in batches) / len(batches)
+        batches = [
+            batch
+            for batches in by_rank
+            for batch in batches[step * micro_steps : (step + 1) * micro_steps]
+        ]
+        mean = sum(float(batch.weights_P.sum()) * batch.loss_scale for batch in batches) / len(
+            batches
+        )
         assert mean == pytest.approx(1.0)
 
 
 def test_a_batch_from_a_reader_is_the_batch(folder):
     for mine, theirs in zip(read(folder), read(folder, workers=1), strict=True):
-        assert (mine.lengths, mine.loss_scale, mine.task, mine.sources) == (theirs.lengths, theirs.loss_scale, theirs.task, theirs.sources)
-        assert (mine.routing.classes, mine.routing.segments) == (theirs.routing.classes, theirs.routing.segments)
+        assert (mine.lengths, mine.loss_scale, mine.task, mine.sources) == (
+            theirs.lengths,
+            theirs.loss_scale,
+            theirs.task,
+            theirs.sources,
+        )
+        assert (mine.routing.classes, mine.routing.segments) == (
+            theirs.routing.classes,
+            theirs.routing.segments,
+        )
         assert torch.equal(mine.routing.shares_BC, theirs.routing.shares_BC)
-        for name in ("tokens_T", "positions_T", "predictors_P", "labels_P", "weights_P", "visual_P"):
+        for name in (
+            "tokens_T",
+            "positions_T",
+            "predictors_P",
+            "labels_P",
+            "weights_P",
+            "visual_P",
+        ):
             one, other = getattr(mine, name), getattr(theirs, name)
             assert one.dtype == other.dtype
             assert torch.equal(one, other), name
@@ -81,7 +117,13 @@ def test_a_reader_says_in_one_sentence_which_sample_it_cannot_read(folder, tmp_p
     for task in ("segmentation", "captioning"):
         for index in range(25):
             overwrite(copy, task, index, "tokens", lambda raw: bytes(len(raw)))
-    with pytest.raises(SampleError, match=r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum is not that of the index\.$"):
+    with pytest.raises(
+        SampleError,
+        match=(
+            r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum is not that of the "
+            r"index\.$"
+        ),
+    ):
         read(copy, workers=1)
 
 
@@ -92,7 +134,8 @@ from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 
 def peak():
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 before = peak()
 shards = ShardSet(sys.argv[1])
@@ -106,7 +149,14 @@ print(peak() - before)
 
 def test_a_reader_holds_little_memory_however_large_the_shards_are(tmp_path):
     format = SequenceFormat(Vocabulary(text_merges=100), codes_per_image=64)
-    manifest = write_shards(tmp_path / "shards", format, samples=200, shard_size=200, mask_bytes=200_000)
+    manifest = write_shards(
+        tmp_path / "shards", format, samples=200, shard_size=200, mask_bytes=200_000
+    )
     assert max(shard.bytes for shard in manifest.shards) > 150e6
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "shards"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "shards"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(done.stdout) < 64

@@ -1,4 +1,6 @@
-"""Shards at a URL, served by a real HTTP server and a real S3-compatible one: what comes is what local disk gives, and faults are named."""
+"""Shards at a URL, served by a real HTTP server and a real S3-compatible one: what comes is what
+local disk gives, and faults are named.
+"""
 
 import os
 import shutil
@@ -25,7 +27,9 @@ LARGE = 10**9
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder; `faults` says for a file name how to fail next, `asked` counts the requests for each."""
+    """Files of a folder; `faults` says for a file name how to fail next, `asked` counts the
+    requests for each.
+    """
 
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[1]
@@ -63,19 +67,27 @@ def server(folder, tmp_path):
 
 @pytest.fixture
 def bucket(folder, monkeypatch):
-    """The URL of the shards in a bucket of moto's server, reached by the environment alone, as a user would."""
+    """The URL of the shards in a bucket of moto's server, reached by the environment alone, as a
+    user would.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
     for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="data")
-    for path in (path for path in folder.rglob("*") if path.is_file() and "synthetic" not in path.parts):
+    for path in (
+        path for path in folder.rglob("*") if path.is_file() and "synthetic" not in path.parts
+    ):
         client.upload_file(str(path), "data", f"shards/{path.relative_to(folder).as_posix()}")
     yield "s3://data/shards"
     moto.stop()
@@ -89,7 +101,9 @@ def quick_retries(monkeypatch):
 def batches(shards: ShardSet, workers: int = 0) -> list:
     """The first ten steps of training, global batches of 4 in micro-batches of 2."""
     part = RankSlice.of(0, 1, 4, 2)
-    dataset = MicroBatches(shards, Schedule(shards.manifest.samples, 4, seed=5), part, "packed", 0.5)
+    dataset = MicroBatches(
+        shards, Schedule(shards.manifest.samples, 4, seed=5), part, "packed", 0.5
+    )
     return list(micro_batches(dataset, part.micro_steps, 0, 10, workers))
 
 
@@ -107,7 +121,9 @@ def held(cache: Cache) -> int:
     return sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
 
 
-def test_batches_over_http_are_those_of_local_disk_and_each_file_comes_once(folder, server, tmp_path):
+def test_batches_over_http_are_those_of_local_disk_and_each_file_comes_once(
+    folder, server, tmp_path
+):
     shards = ShardSet(server.url, Cache(tmp_path / "cache", LARGE))
     expected = batches(ShardSet(folder))
     assert_equal_batches(batches(shards, workers=2), expected)
@@ -118,7 +134,9 @@ def test_batches_over_http_are_those_of_local_disk_and_each_file_comes_once(fold
 def test_batches_from_an_s3_bucket_are_those_of_local_disk(folder, bucket, tmp_path):
     shards = ShardSet(bucket, Cache(tmp_path / "cache", LARGE))
     assert_equal_batches(batches(shards, workers=1), batches(ShardSet(folder)))
-    with pytest.raises(InputError, match=r"there are no shards in s3://data/elsewhere, which has no manifest.json"):
+    with pytest.raises(
+        InputError, match=r"there are no shards in s3://data/elsewhere, which has no manifest.json"
+    ):
         ShardSet("s3://data/elsewhere", Cache(tmp_path / "cache", LARGE))
 
 
@@ -133,7 +151,11 @@ def test_tokenizers_come_as_folders(folder, server, tmp_path):
 
 def test_the_cache_keeps_its_bound_and_what_is_open_stays_readable(folder, server, tmp_path):
     manifest = ShardSet(folder).manifest
-    cache = Cache(tmp_path / "cache", 2 * max(shard.bytes for shard in manifest.shards) + sum(info.bytes for info in manifest.files[:2]))
+    cache = Cache(
+        tmp_path / "cache",
+        2 * max(shard.bytes for shard in manifest.shards)
+        + sum(info.bytes for info in manifest.files[:2]),
+    )
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "mine").write_bytes(b"of the user")
     local, remote = ShardSet(folder), ShardSet(server.url, cache)
@@ -175,11 +197,17 @@ def test_a_download_that_a_killed_process_left_behind_is_no_obstacle(folder, ser
     shards.sample("segmentation", 0)
     whole = next(cache.folder.rglob(shard.file))
     os.replace(whole, whole.with_name(f"{shard.file}.{shard.bytes}.partial"))
-    assert ShardSet(server.url, cache).sample("segmentation", 0).meta == ShardSet(folder).sample("segmentation", 0).meta
+    assert (
+        ShardSet(server.url, cache).sample("segmentation", 0).meta
+        == ShardSet(folder).sample("segmentation", 0).meta
+    )
 
 
 def test_a_cache_that_cannot_hold_a_shard_says_so(server, tmp_path):
-    with pytest.raises(InputError, match=r"data.cache_gigabytes: the cache .* may hold 3000 bytes, but .* alone takes \d+"):
+    with pytest.raises(
+        InputError,
+        match=r"data.cache_gigabytes: the cache .* may hold 3000 bytes, but .* alone takes \d+",
+    ):
         ShardSet(server.url, Cache(tmp_path / "cache", 3000)).sample("segmentation", 0)
 
 
@@ -199,9 +227,13 @@ def test_a_failure_that_passes_is_not_noticed(server, tmp_path, fault):
         ([403], r"segmentation-000000.tar cannot be read \(403", 1),
     ],
 )
-def test_a_failure_that_stays_is_one_sentence_with_the_url(server, tmp_path, faults, message, requests):
+def test_a_failure_that_stays_is_one_sentence_with_the_url(
+    server, tmp_path, faults, message, requests
+):
     server.faults["segmentation-000000.tar"] = faults
-    with pytest.raises(InputError, match=rf"segmentation-00000000 cannot be read: {server.url}/{message}") as raised:
+    with pytest.raises(
+        InputError, match=rf"segmentation-00000000 cannot be read: {server.url}/{message}"
+    ) as raised:
         ShardSet(server.url, Cache(tmp_path / "cache", LARGE)).sample("segmentation", 0)
     assert "\n" not in str(raised.value)
     assert server.asked["segmentation-000000.tar"] == requests
@@ -211,13 +243,23 @@ def test_a_remote_shard_that_is_corrupt_or_truncated_is_named(server, tmp_path):
     overwrite(server.folder, "segmentation", 3, "tokens", lambda raw: raw[:-2] + bytes(2))
     (server.folder / "captioning-000000.tar").write_bytes(b"short")
     shards = ShardSet(server.url, Cache(tmp_path / "cache", LARGE))
-    with pytest.raises(InputError, match=rf"{server.url}/segmentation-000000.tar is corrupt: its sha256 is not that of the manifest"):
+    with pytest.raises(
+        InputError,
+        match=(
+            rf"{server.url}/segmentation-000000.tar is corrupt: its sha256 is not that of the "
+            rf"manifest"
+        ),
+    ):
         shards.sample("segmentation", 0)
-    with pytest.raises(InputError, match=rf"{server.url}/captioning-000000.tar is truncated: it has 5 bytes"):
+    with pytest.raises(
+        InputError, match=rf"{server.url}/captioning-000000.tar is truncated: it has 5 bytes"
+    ):
         shards.sample("captioning", 0)
 
 
-def test_the_command_line_reads_a_url_and_says_in_one_sentence_when_the_server_is_down(server, tmp_path, monkeypatch, capsys):
+def test_the_command_line_reads_a_url_and_says_in_one_sentence_when_the_server_is_down(
+    server, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["shards", "verify", server.url]) == 0
     assert f"{server.url}: 6 shards with 50 samples are whole and right" in capsys.readouterr().out
@@ -225,15 +267,29 @@ def test_the_command_line_reads_a_url_and_says_in_one_sentence_when_the_server_i
     assert server.url in capsys.readouterr().out
     server.shutdown()
     server.server_close()
-    for command in (["shards", "verify", server.url], ["train", "demo", f"data.shards={server.url}"]):
+    for command in (
+        ["shards", "verify", server.url],
+        ["train", "demo", f"data.shards={server.url}"],
+    ):
         assert main(command) == 2
-        (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icl-moe:")]
+        (sentence,) = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("icl-moe:")
+        ]
         assert f"{server.url}/manifest.json cannot be read (" in sentence
 
 
 def test_a_protocol_whose_package_is_missing_or_unknown_is_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
-    with pytest.raises(InputError, match=r"gs://b/f/manifest.json needs a package for gs:// .*: pip install 'icl-moe\[remote\]'"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"gs://b/f/manifest.json needs a package for gs:// .*: pip install "
+            r"'icl-moe\[remote\]'"
+        ),
+    ):
         ShardSet("gs://b/f")
-    with pytest.raises(InputError, match=r"nonsense://b/f/manifest.json cannot be read \(Protocol not known: nonsense\)"):
+    with pytest.raises(
+        InputError,
+        match=r"nonsense://b/f/manifest.json cannot be read \(Protocol not known: nonsense\)",
+    ):
         ShardSet("nonsense://b/f")

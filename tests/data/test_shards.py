@@ -55,7 +55,9 @@ def test_any_sample_can_be_read_and_agrees_with_index_and_manifest(folder):
             assert len(sample.sequence) == format.length(3)
             assert len(sample.sequence.unpadded()) == shards.lengths(task)[index]
             weights = sample.sequence.loss_weights(input_weight=0.5)
-            assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(task, [index])[0].tolist()
+            assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(
+                task, [index]
+            )[0].tolist()
             episode = codec.decode(sample.sequence)
             assert len(episode.pairs) == len(sample.meta["sources"]) == 3
             if task == "captioning":
@@ -101,19 +103,30 @@ def test_many_shards_do_not_hold_many_files_open(folder, monkeypatch):
 def test_a_sample_that_is_not_there_is_refused(folder):
     with pytest.raises(InputError, match="has 25 samples of 'captioning'; there is no sample 25"):
         ShardSet(folder).sample("captioning", 25)
-    with pytest.raises(InputError, match="has no samples of 'depth'; it holds segmentation, captioning"):
+    with pytest.raises(
+        InputError, match="has no samples of 'depth'; it holds segmentation, captioning"
+    ):
         ShardSet(folder).lengths("depth")
 
 
 def test_a_folder_without_shards_says_how_to_make_them(tmp_path):
-    with pytest.raises(InputError, match=r"there are no shards in .*, which has no manifest.json; `icl-moe shards build` makes them"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"there are no shards in .*, which has no manifest.json; `icl-moe shards build` makes "
+            r"them"
+        ),
+    ):
         ShardSet(tmp_path)
 
 
 def test_a_truncated_or_missing_shard_is_named(damaged):
     tar = damaged / "segmentation-000001.tar"
     tar.write_bytes(tar.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"segmentation-000001.tar is truncated: it has 5000 bytes, the manifest says \d+"):
+    with pytest.raises(
+        InputError,
+        match=r"segmentation-000001.tar is truncated: it has 5000 bytes, the manifest says \d+",
+    ):
         ShardSet(damaged)
     tar.unlink()
     with pytest.raises(InputError, match=r"segmentation-000001.tar is missing"):
@@ -125,7 +138,13 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(damaged):
     shards.sample("segmentation", 11)
     tar = damaged / "segmentation-000001.tar"
     tar.write_bytes(tar.read_bytes()[:700])
-    with pytest.raises(InputError, match=r"segmentation-000001.tar: sample segmentation-00000012 cannot be read: it is cut off"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"segmentation-000001.tar: sample segmentation-00000012 cannot be read: it is cut "
+            r"off"
+        ),
+    ):
         shards.sample("segmentation", 12)
 
 
@@ -139,11 +158,31 @@ def npy(array: np.ndarray) -> bytes:
     ("part", "change", "message"),
     [
         ("tokens", lambda raw: b"\0" * len(raw), "it is no sample's data"),
-        ("tokens", lambda raw: npy(np.zeros((len(raw) - 128) // 2, np.int16)), r"its tokens are int16 .*; uint16 .* belong there"),
-        ("tokens", lambda raw: npy(np.zeros((1, (len(raw) - 128) // 2), np.uint16)), r"its tokens are uint16 \(1, "),
-        ("tokens", lambda raw: raw[:-2] + b"\xff\xff", r"it has the token 65535; the vocabulary has \d+"),
-        ("json", lambda raw: raw.replace(b'"spans":[[0,1,', b'"spans":[[0,2,', 1), "a span starts at 1 where the one before ends at 2"),
-        ("json", lambda raw: raw.replace(b'"marker"', b'"outlaw"', 1), "a span has the role 'outlaw'"),
+        (
+            "tokens",
+            lambda raw: npy(np.zeros((len(raw) - 128) // 2, np.int16)),
+            r"its tokens are int16 .*; uint16 .* belong there",
+        ),
+        (
+            "tokens",
+            lambda raw: npy(np.zeros((1, (len(raw) - 128) // 2), np.uint16)),
+            r"its tokens are uint16 \(1, ",
+        ),
+        (
+            "tokens",
+            lambda raw: raw[:-2] + b"\xff\xff",
+            r"it has the token 65535; the vocabulary has \d+",
+        ),
+        (
+            "json",
+            lambda raw: raw.replace(b'"spans":[[0,1,', b'"spans":[[0,2,', 1),
+            "a span starts at 1 where the one before ends at 2",
+        ),
+        (
+            "json",
+            lambda raw: raw.replace(b'"marker"', b'"outlaw"', 1),
+            "a span has the role 'outlaw'",
+        ),
         ("json", lambda raw: raw.replace(b'"spans"', b'"spins"', 1), "it is no sample's data"),
     ],
 )
@@ -151,7 +190,10 @@ def test_a_sample_that_was_packed_wrong_is_named_by_shard_and_key(damaged, part,
     overwrite(damaged, "captioning", 12, part, change, as_packed=True)
     shards = ShardSet(damaged)
     shards.sample("captioning", 11)
-    with pytest.raises(SampleError, match=r"captioning-000001.tar: sample captioning-00000012 cannot be read: " + message):
+    with pytest.raises(
+        SampleError,
+        match=r"captioning-000001.tar: sample captioning-00000012 cannot be read: " + message,
+    ):
         shards.sample("captioning", 12)
 
 
@@ -164,7 +206,10 @@ def test_a_sample_that_was_packed_wrong_is_named_by_shard_and_key(damaged, part,
 )
 def test_json_that_was_packed_wrong_is_named_by_shard_and_key(damaged, change, message):
     overwrite(damaged, "captioning", 12, "json", change, as_packed=True)
-    with pytest.raises(SampleError, match=r"captioning-000001.tar: sample captioning-00000012 cannot be read: " + message):
+    with pytest.raises(
+        SampleError,
+        match=r"captioning-000001.tar: sample captioning-00000012 cannot be read: " + message,
+    ):
         _ = ShardSet(damaged).sample("captioning", 12).meta
 
 
@@ -179,7 +224,10 @@ def test_any_changed_byte_of_a_sample_is_noticed(damaged, part, place):
     overwrite(damaged, "segmentation", 12, part, flip_a_bit)
     shards = ShardSet(damaged)
     shards.sample("segmentation", 11)
-    with pytest.raises(SampleError, match=r"sample segmentation-00000012 cannot be read: its checksum is not that of the index"):
+    with pytest.raises(
+        SampleError,
+        match=r"sample segmentation-00000012 cannot be read: its checksum is not that of the index",
+    ):
         shards.sample("segmentation", 12)
 
 
@@ -194,14 +242,23 @@ def test_an_index_that_is_cut_off_while_it_is_read_is_named(damaged):
 def test_a_shard_that_vanishes_while_it_is_read_is_named_with_the_key(damaged):
     shards = ShardSet(damaged)
     (damaged / "segmentation-000001.tar").unlink()
-    with pytest.raises(SampleError, match=r"sample segmentation-00000012 cannot be read: The file .*segmentation-000001.tar is missing"):
+    with pytest.raises(
+        SampleError,
+        match=(
+            r"sample segmentation-00000012 cannot be read: The file .*segmentation-000001.tar is "
+            r"missing"
+        ),
+    ):
         shards.sample("segmentation", 12)
 
 
 def test_a_manifest_of_another_schema_or_with_strange_contents_is_refused(damaged):
     path = damaged / "manifest.json"
     edit_json(path, schema_version=99)
-    with pytest.raises(InputError, match="has schema_version 99; this version of icl-moe reads 2: build the shards anew"):
+    with pytest.raises(
+        InputError,
+        match="has schema_version 99; this version of icl-moe reads 2: build the shards anew",
+    ):
         ShardSet(damaged)
     edit_json(path, schema_version=2, exmaples=2)
     with pytest.raises(InputError, match="unknown key 'exmaples'"):
@@ -212,13 +269,17 @@ def test_a_manifest_of_another_schema_or_with_strange_contents_is_refused(damage
 
 
 @pytest.mark.parametrize("kind", ["shards", "files"])
-@pytest.mark.parametrize("name", ["../outside.tar", "/outside.tar", "..", ".hidden", "a/b/c.tar", "a/../b", "a?b", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside.tar", "/outside.tar", "..", ".hidden", "a/b/c.tar", "a/../b", "a?b", ""]
+)
 def test_a_file_name_that_leaves_the_folder_is_refused(damaged, kind, name):
     path = damaged / "manifest.json"
     files = json.loads(path.read_text())[kind]
     files[0]["file"] = name
     edit_json(path, **{kind: files})
-    with pytest.raises(InputError, match=f"names the file {re.escape(repr(name))}; a plain file name belongs there"):
+    with pytest.raises(
+        InputError, match=f"names the file {re.escape(repr(name))}; a plain file name belongs there"
+    ):
         ShardSet(damaged)
 
 
@@ -233,11 +294,19 @@ def test_an_index_that_is_missing_damaged_or_of_other_shards_is_refused(damaged)
     with pytest.raises(InputError, match=r"The index .*captioning.index.npy is damaged"):
         ShardSet(damaged)
     path.write_bytes(content.replace(b"(25,)", b"(24,)"))
-    with pytest.raises(InputError, match=r"captioning.index.npy does not fit its manifest: it must have 25 rows"):
+    with pytest.raises(
+        InputError, match=r"captioning.index.npy does not fit its manifest: it must have 25 rows"
+    ):
         ShardSet(damaged)
     rows["shard"] += 6
     np.save(path, rows)
-    with pytest.raises(SampleError, match=r"captioning.index.npy is damaged: it has captioning-00000003 in a shard that is not there"):
+    with pytest.raises(
+        SampleError,
+        match=(
+            r"captioning.index.npy is damaged: it has captioning-00000003 in a shard that is not "
+            r"there"
+        ),
+    ):
         ShardSet(damaged).sample("captioning", 3)
     path.unlink()
     with pytest.raises(InputError, match=r"captioning.index.npy is missing"):

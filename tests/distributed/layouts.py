@@ -1,7 +1,8 @@
-"""A few steps of a toy decoder in any parallel layout, and the same without ranks or engine: what the parity tests compare.
+"""A few steps of a toy decoder in any parallel layout, and the same without ranks or engine: what
+the parity tests compare.
 
-SGD for most of them, because its parameters say what the gradients were; Adam would turn the round-off of zero gradients into whole
-steps.
+SGD for most of them, because its parameters say what the gradients were; Adam would turn the
+round-off of zero gradients into whole steps.
 """
 
 import functools
@@ -36,7 +37,9 @@ PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a toy run is spread, and what it trains. mixed: a global batch has episodes of both tasks, so that ranks route differently."""
+    """How a toy run is spread, and what it trains. mixed: a global batch has episodes of both
+    tasks, so that ranks route differently.
+    """
 
     feed_forward: str = "attributes"
     world: int = 2
@@ -53,12 +56,20 @@ class Layout:
 
     def __str__(self) -> str:
         """What is not as in the plainest layout."""
-        return " ".join(f"{name}={value}" for name, value in vars(self).items() if value != vars(Layout())[name]) or "plain"
+        return (
+            " ".join(
+                f"{name}={value}"
+                for name, value in vars(self).items()
+                if value != vars(Layout())[name]
+            )
+            or "plain"
+        )
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last, by exported name.
+    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last, by
+    exported name.
 
     choices: of each step, the experts that each attribute gate chose for each class.
     """
@@ -71,14 +82,28 @@ class Trajectory:
 
 
 def plain_trajectory(layout: Layout) -> Trajectory:
-    """What `layout` trains, in float32 without ranks, DeepSpeed and megatron-core: the decoder that inference uses, and autograd."""
-    return _plain_trajectory(replace(layout, world=1, stage=0, ep_size=1, tp_size=1, bf16=False, activation_checkpointing=False))
+    """What `layout` trains, in float32 without ranks, DeepSpeed and megatron-core: the decoder that
+    inference uses, and autograd.
+    """
+    return _plain_trajectory(
+        replace(
+            layout,
+            world=1,
+            stage=0,
+            ep_size=1,
+            tp_size=1,
+            bf16=False,
+            activation_checkpointing=False,
+        )
+    )
 
 
 @functools.cache
 def _plain_trajectory(layout: Layout) -> Trajectory:
     recipe = _recipe(layout)
-    decoder = InContextDecoder(DecoderConfig.from_recipe(recipe), auxiliary_weight=recipe.training.auxiliary_loss_weight)
+    decoder = InContextDecoder(
+        DecoderConfig.from_recipe(recipe), auxiliary_weight=recipe.training.auxiliary_loss_weight
+    )
     initialise(decoder, seed=0)
     update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw}[layout.optimizer](decoder)
     losses, auxiliary, norms, choices = [], [], [], []
@@ -87,17 +112,30 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
         decoder.zero_grad(set_to_none=False)
         parts = [decoder(batch, noise=(0, step)) for batch in _micro_batches(layout, step)]
         torch.stack([part.total for part in parts]).mean().backward()
-        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in decoder.named_parameters()}
-        norms.append(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item())
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in decoder.named_parameters()
+        }
+        norms.append(
+            torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
+        )
         losses.append(torch.stack([part.total for part in parts]).mean().item())
         auxiliary.append(torch.stack([part.auxiliary for part in parts]).mean().item())
         choices.append(list(chosen.values()))
         update(step, _task(layout, step), gradients, norms[-1])
-    return Trajectory(losses, auxiliary, norms, {name: p.detach().numpy().copy() for name, p in decoder.named_parameters()}, choices)
+    return Trajectory(
+        losses,
+        auxiliary,
+        norms,
+        {name: p.detach().numpy().copy() for name, p in decoder.named_parameters()},
+        choices,
+    )
 
 
 def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
-    """The same under the engine, on this rank of the layout; `parameters` are what this rank has of them."""
+    """The same under the engine, on this rank of the layout; `parameters` are what this rank has of
+    them.
+    """
     from icl_moe.training import engine as engine_module
 
     recipe = _recipe(layout)
@@ -105,7 +143,11 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
     # Without that threshold stage 3 would leave parameters as small as these whole on every rank.
     zero = {"stage": layout.stage, "reduce_scatter": True, "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
-    with mock.patch.object(engine_module, "_build_optimizer", _sgd) if layout.optimizer == "sgd" else nullcontext():
+    with (
+        mock.patch.object(engine_module, "_build_optimizer", _sgd)
+        if layout.optimizer == "sgd"
+        else nullcontext()
+    ):
         engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks)
     losses, auxiliary, norms, choices = [], [], [], []
     chosen = _choices(engine.model)
@@ -126,38 +168,59 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
     parameters = dict(engine.model.named_parameters())
     first = first_expert(ranks.rank, layout.ep_size, recipe.model.experts)
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=layout.stage == 3):
-        held = {exported_name(name, first): p.detach().float().cpu().numpy().copy() for name, p in parameters.items()}
+        held = {
+            exported_name(name, first): p.detach().float().cpu().numpy().copy()
+            for name, p in parameters.items()
+        }
     engine.deepspeed.destroy()
     return Trajectory(losses, auxiliary, norms, held, choices)
 
 
 def _choices(decoder: InContextDecoder) -> dict[int, list[list[int]]]:
-    """What each attribute gate chose at its last decision, by its number; kept up to date while the decoder computes."""
+    """What each attribute gate chose at its last decision, by its number; kept up to date while the
+    decoder computes.
+    """
     chosen: dict[int, list[list[int]]] = {}
-    for number, gate in enumerate(module for module in decoder.modules() if isinstance(module, AttributeGate)):
-        gate.register_forward_hook(lambda _, __, decision, number=number: chosen.update({number: decision.experts}))
+    for number, gate in enumerate(
+        module for module in decoder.modules() if isinstance(module, AttributeGate)
+    ):
+        gate.register_forward_hook(
+            lambda _, __, decision, number=number: chosen.update({number: decision.experts})
+        )
     return chosen
 
 
 def whole(parts: Sequence[Trajectory], tp_size: int) -> dict[str, np.ndarray]:
-    """The whole parameters, from what each rank has of them; ranks that have the same must agree."""
+    """The whole parameters, from what each rank has of them; ranks that have the same must
+    agree.
+    """
     found: dict[str, np.ndarray] = {}
     for first in range(0, len(parts), tp_size):
         tensor_ranks = [part.parameters for part in parts[first : first + tp_size]]
         for name in {name for held in tensor_ranks for name in held}:
             pieces = [torch.from_numpy(held[name]) for held in tensor_ranks if name in held]
             for one in [join(name, pieces, VOCABULARY.size)] if is_split(name) else pieces:
-                np.testing.assert_allclose(found.setdefault(name, one.numpy()), one.numpy(), atol=1e-7)
+                np.testing.assert_allclose(
+                    found.setdefault(name, one.numpy()), one.numpy(), atol=1e-7
+                )
     return found
 
 
 def _recipe(layout: Layout) -> Any:
-    model = {"feed_forward": layout.feed_forward, "combination": layout.combination, "gate_noise": layout.optimizer == "mt_adamw"}
+    model = {
+        "feed_forward": layout.feed_forward,
+        "combination": layout.combination,
+        "gate_noise": layout.optimizer == "mt_adamw",
+    }
     training = {"micro_batch": layout.micro_batch, "global_batch": GLOBAL_BATCH}
     return replace(
-        make_recipe(model=model, activation_checkpointing=layout.activation_checkpointing, **training),
+        make_recipe(
+            model=model, activation_checkpointing=layout.activation_checkpointing, **training
+        ),
         parallel=ParallelSettings(layout.ep_size, layout.tp_size),
-        optimizer=OptimizerSettings("mt_adamw" if layout.optimizer == "mt_adamw" else "adamw", clip=_clip(layout)),
+        optimizer=OptimizerSettings(
+            "mt_adamw" if layout.optimizer == "mt_adamw" else "adamw", clip=_clip(layout)
+        ),
     )
 
 
@@ -170,12 +233,19 @@ def _task(layout: Layout, step: int) -> str:
 
 
 def _micro_batches(layout: Layout, step: int) -> list[TokenBatch]:
-    """All micro-batches of the global batch of a step, in the order in which RankSlice deals them out."""
+    """All micro-batches of the global batch of a step, in the order in which RankSlice deals them
+    out.
+    """
     task, size = _task(layout, step), layout.micro_batch
     tasks = TASKS[:GLOBAL_BATCH] if layout.mixed else (task,) * GLOBAL_BATCH
-    sequences = [make_sequences(one, 1, seed=GLOBAL_BATCH * step + i)[0] for i, one in enumerate(tasks)]
+    sequences = [
+        make_sequences(one, 1, seed=GLOBAL_BATCH * step + i)[0] for i, one in enumerate(tasks)
+    ]
     scale = GLOBAL_BATCH / size / sum(float(s.loss_weights().sum()) for s in sequences)
-    return [collate(sequences[i : i + size], VOCABULARY, task, loss_scale=scale) for i in range(0, GLOBAL_BATCH, size)]
+    return [
+        collate(sequences[i : i + size], VOCABULARY, task, loss_scale=scale)
+        for i in range(0, GLOBAL_BATCH, size)
+    ]
 
 
 Update = Callable[[int, str, dict[str, torch.Tensor], float], None]
@@ -191,13 +261,23 @@ def _plain_sgd(decoder: InContextDecoder) -> Update:
 
 
 def _plain_mt_adamw(decoder: InContextDecoder) -> Update:
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in decoder.named_parameters()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in decoder.named_parameters()
+    }
 
     def update(step: int, task: str, gradients: dict[str, torch.Tensor], norm: float) -> None:
         for name, parameter in decoder.named_parameters():
             decay = 0.05 if parameter.dim() >= 2 and "embedding" not in name else 0.0
-            values = (parameter.detach(), *moments[name], gradients[name], norm, PROBABILITIES[task])
-            parameter.data, *moments[name] = plain_step(*values, step + 1, lr=RATES["mt_adamw"], betas=(0.9, 0.999), eps=1e-8, decay=decay)
+            values = (
+                parameter.detach(),
+                *moments[name],
+                gradients[name],
+                norm,
+                PROBABILITIES[task],
+            )
+            parameter.data, *moments[name] = plain_step(
+                *values, step + 1, lr=RATES["mt_adamw"], betas=(0.9, 0.999), eps=1e-8, decay=decay
+            )
 
     return update
 

@@ -1,4 +1,6 @@
-"""Real ranks for tests: N processes in one gloo group, started once and given one function after another."""
+"""Real ranks for tests: N processes in one gloo group, started once and given one function after
+another.
+"""
 
 import os
 import traceback
@@ -10,9 +12,11 @@ import torch.multiprocessing as mp
 
 
 class RankGroup:
-    """`run(function, *args)` calls `function(ranks, *args)` on every rank and returns their results, by rank.
+    """`run(function, *args)` calls `function(ranks, *args)` on every rank and returns their
+    results, by rank.
 
-    function: importable by name, since it is pickled. Raises AssertionError with the traceback of the first rank that failed.
+    function: importable by name, since it is pickled. Raises AssertionError with the traceback of
+    the first rank that failed.
     """
 
     def __init__(self, world: int, port: int) -> None:
@@ -20,7 +24,11 @@ class RankGroup:
         self._tasks = [context.SimpleQueue() for _ in range(world)]
         self._results = [context.SimpleQueue() for _ in range(world)]
         self._processes = [
-            context.Process(target=_serve, args=(rank, world, port, self._tasks[rank], self._results[rank]), daemon=False)
+            context.Process(
+                target=_serve,
+                args=(rank, world, port, self._tasks[rank], self._results[rank]),
+                daemon=False,
+            )
             for rank in range(world)
         ]
         for process in self._processes:
@@ -43,7 +51,13 @@ class RankGroup:
 
 def _serve(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     from icl_moe.training.distributed import process_group
 
     with process_group() as ranks:

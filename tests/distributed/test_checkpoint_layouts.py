@@ -1,4 +1,6 @@
-"""Checkpoints under one layout, resumed with the optimizer's state under another: the run goes on as if it had never stopped."""
+"""Checkpoints under one layout, resumed with the optimizer's state under another: the run goes on
+as if it had never stopped.
+"""
 
 import errno
 import shutil
@@ -52,23 +54,36 @@ LAYOUTS = {
 }
 
 
-def train(ranks: Any, layout: Layout, optimizer: str, output: Path, stop: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Go on from the newest checkpoint of `output` to step `stop` and save; the losses of global batches, and this rank's parameters."""
+def train(
+    ranks: Any, layout: Layout, optimizer: str, output: Path, stop: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Go on from the newest checkpoint of `output` to step `stop` and save; the losses of global
+    batches, and this rank's parameters.
+    """
     recipe = replace(
         make_recipe(model={"feed_forward": "attributes", "gate_noise": True, **layout.model}),
         parallel=ParallelSettings(layout.ep_size, layout.tp_size),
-        # A larger epsilon than usual: Adam turns round-off into whole steps where a gradient is nearly zero.
-        optimizer=OptimizerSettings(optimizer, learning_rate=RATE, epsilon=1e-6, clip=0.5 if optimizer == "adamw" else None),
+        # A larger epsilon than usual: Adam turns round-off into whole steps where a gradient is
+        # nearly zero.
+        optimizer=OptimizerSettings(
+            optimizer, learning_rate=RATE, epsilon=1e-6, clip=0.5 if optimizer == "adamw" else None
+        ),
     )
     part = RankSlice.of(ranks.rank, ranks.world, recipe.training.global_batch, 1, layout.tp_size)
-    config = {"zero_optimization": {"stage": layout.stage, "reduce_scatter": True}, "bf16": {"enabled": layout.bf16}}
+    config = {
+        "zero_optimization": {"stage": layout.stage, "reduce_scatter": True},
+        "bf16": {"enabled": layout.bf16},
+    }
     engine = TrainingEngine(recipe, MANIFEST, config, part, ranks)
     try:
         start = checkpoint.resume(engine.deepspeed, output)
         losses = [_step(engine, part, step) for step in range(start, stop)]
         assert checkpoint.save(engine.deepspeed, output, stop, keep=1)
         engine.model.config.save_pretrained(output / "model")
-        return losses, {exported_name(name): parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+        return losses, {
+            exported_name(name): parameter.detach().clone()
+            for name, parameter in engine.model.named_parameters()
+        }
     finally:
         engine.deepspeed.destroy()
 
@@ -82,7 +97,9 @@ def _step(engine: Any, part: RankSlice, step: int) -> float:
     for micro_step in range(part.micro_steps):
         torch.manual_seed(100 * step + 10 * micro_step + part.rank)
         sequence = sequences[micro_step * part.ranks + part.rank]
-        loss = engine.backward(collate([sequence], VOCABULARY, task, loss_scale=scale), noise=(0, step))
+        loss = engine.backward(
+            collate([sequence], VOCABULARY, task, loss_scale=scale), noise=(0, step)
+        )
         engine.step()
         total += loss.total.detach().float() / part.micro_steps
     dist.all_reduce(total)
@@ -105,7 +122,10 @@ def run(rank_group) -> Callable:
 def uninterrupted(run, tmp_path_factory) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
     """By optimizer, a run of one rank."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return {optimizer: run(LAYOUTS["1 rank"], optimizer, folder / optimizer, STEPS) for optimizer in ("adamw", "mt_adamw")}
+    return {
+        optimizer: run(LAYOUTS["1 rank"], optimizer, folder / optimizer, STEPS)
+        for optimizer in ("adamw", "mt_adamw")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -122,27 +142,37 @@ def exported(run_folder: Path, to: Path) -> InContextDecoder:
     return InContextDecoder.from_pretrained(to)
 
 
-def assert_equal_parameters(model: InContextDecoder, expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_equal_parameters(
+    model: InContextDecoder, expected: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         difference = (parameter.detach().float() - expected[name]).abs()
-        if name.endswith("qkv.bias"):  # The keys' biases have no true gradient: Adam follows its round-off, and nothing depends on them.
+        # The keys' biases have no true gradient: Adam follows its round-off, and nothing depends on
+        # them.
+        if name.endswith("qkv.bias"):
             difference = difference.unflatten(0, (3, -1))[[0, 2]]
         assert difference.max() < tolerance, name
 
 
 @pytest.mark.parametrize("resumed", LAYOUTS)
 @pytest.mark.parametrize("written", LAYOUTS)
-def test_a_run_goes_on_under_any_layout_as_if_it_had_never_stopped(run, uninterrupted, saved, tmp_path, written, resumed):
+def test_a_run_goes_on_under_any_layout_as_if_it_had_never_stopped(
+    run, uninterrupted, saved, tmp_path, written, resumed
+):
     losses, parameters = uninterrupted["adamw"]
     shutil.copytree(saved[written], tmp_path / "run")
-    assert run(LAYOUTS[resumed], "adamw", tmp_path / "run", STEPS)[0] == pytest.approx(losses[SAVED_AT:], abs=1e-5)
+    assert run(LAYOUTS[resumed], "adamw", tmp_path / "run", STEPS)[0] == pytest.approx(
+        losses[SAVED_AT:], abs=1e-5
+    )
     assert_equal_parameters(exported(tmp_path / "run", tmp_path / "model"), parameters)
 
 
 @pytest.mark.parametrize(("stage", "ep_size"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1)])
-def test_in_the_layout_that_saved_it_a_run_ends_in_the_same_files_byte_for_byte(run, tmp_path, stage, ep_size):
+def test_in_the_layout_that_saved_it_a_run_ends_in_the_same_files_byte_for_byte(
+    run, tmp_path, stage, ep_size
+):
     layout = Layout(stage=stage, ep_size=ep_size, model={"dropout": 0.1})
     whole, _ = run(layout, "mt_adamw", tmp_path / "whole", STEPS)
     halves = [run(layout, "mt_adamw", tmp_path / "halves", stop)[0] for stop in (SAVED_AT, STEPS)]
@@ -151,7 +181,10 @@ def test_in_the_layout_that_saved_it_a_run_ends_in_the_same_files_byte_for_byte(
 
 
 def contents(run_folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run_folder / f"checkpoints/step-{STEPS:08d}").iterdir()}
+    return {
+        path.name: path.read_bytes()
+        for path in (run_folder / f"checkpoints/step-{STEPS:08d}").iterdir()
+    }
 
 
 def test_task_balanced_adamw_goes_through_four_layouts_a_step_each(run, uninterrupted, tmp_path):
@@ -159,26 +192,46 @@ def test_task_balanced_adamw_goes_through_four_layouts_a_step_each(run, uninterr
     for stop, name in enumerate(names, start=1):
         losses, _ = run(LAYOUTS[name], "mt_adamw", tmp_path / "run", stop)
         assert losses == pytest.approx(uninterrupted["mt_adamw"][0][stop - 1 : stop], abs=1e-5)
-    assert_equal_parameters(exported(tmp_path / "run", tmp_path / "model"), uninterrupted["mt_adamw"][1])
+    assert_equal_parameters(
+        exported(tmp_path / "run", tmp_path / "model"), uninterrupted["mt_adamw"][1]
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_gives_the_logits_of_the_whole_model(saved, tmp_path, layout):
     batch = make_batch("segmentation", 1, layout="padded")
-    arguments = (batch.tokens_T[None], batch.positions_T[None], torch.ones_like(batch.tokens_T)[None])
+    arguments = (
+        batch.tokens_T[None],
+        batch.positions_T[None],
+        torch.ones_like(batch.tokens_T)[None],
+    )
     with torch.no_grad():
-        ours, expected = (exported(saved[name], tmp_path / name).forward_logits(*arguments) for name in (layout, "1 rank"))
+        ours, expected = (
+            exported(saved[name], tmp_path / name).forward_logits(*arguments)
+            for name in (layout, "1 rank")
+        )
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("stage", "ep_size"), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("stage", "ep_size"), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2), (3, 1)]
+)
 def test_a_checkpoint_is_twelve_bytes_a_parameter_in_equal_shares(run, tmp_path, stage, ep_size):
-    """Four of the master weight and eight of the two moments; the largest file of a rank is that of its neighbour, too."""
+    """Four of the master weight and eight of the two moments; the largest file of a rank is that of
+    its neighbour, too.
+    """
     run(Layout(stage=stage, ep_size=ep_size, model={"width": 96}), "adamw", tmp_path, 1)
-    count = sum(parameter.numel() for parameter in exported(tmp_path, tmp_path / "exported").parameters())
+    count = sum(
+        parameter.numel() for parameter in exported(tmp_path, tmp_path / "exported").parameters()
+    )
     folder = tmp_path / "checkpoints/step-00000001"
-    assert sum(path.stat().st_size for path in folder.iterdir()) == pytest.approx(12 * count, rel=0.01)
-    shares = [sum(path.stat().st_size for path in folder.glob(f"*-{rank:05d}.safetensors")) for rank in (0, 1)]
+    assert sum(path.stat().st_size for path in folder.iterdir()) == pytest.approx(
+        12 * count, rel=0.01
+    )
+    shares = [
+        sum(path.stat().st_size for path in folder.glob(f"*-{rank:05d}.safetensors"))
+        for rank in (0, 1)
+    ]
     assert shares == pytest.approx([6 * count] * 2, rel=0.02)
 
 
@@ -194,20 +247,32 @@ def test_a_checkpoint_is_twelve_bytes_a_parameter_in_equal_shares(run, tmp_path,
     ids=["ZeRO 0", "ZeRO 2", "tp 2, ep 2", "ZeRO 3", "fp32"],
 )
 def test_in_bf16_a_run_goes_on_from_its_master_weights(run, tmp_path, resumed):
-    """Within 5e-3 of the uninterrupted run in bf16, whose losses are of about 7: bf16 has three digits. In fp32, too."""
+    """Within 5e-3 of the uninterrupted run in bf16, whose losses are of about 7: bf16 has three
+    digits. In fp32, too.
+    """
     losses, _ = run(Layout(world=1, bf16=True), "adamw", tmp_path / "whole", STEPS)
     run(Layout(ep_size=2, bf16=True), "adamw", tmp_path / "run", SAVED_AT)
-    assert run(resumed, "adamw", tmp_path / "run", STEPS)[0] == pytest.approx(losses[SAVED_AT:], abs=5e-3)
+    assert run(resumed, "adamw", tmp_path / "run", STEPS)[0] == pytest.approx(
+        losses[SAVED_AT:], abs=5e-3
+    )
 
 
 def test_the_momentum_of_another_optimizer_goes_on_too(rank_group, tmp_path):
-    whole, _ = rank_group(1).run(train_with_momentum, LAYOUTS["1 rank"], tmp_path / "whole", STEPS)[0]
-    rank_group(2).run(train_with_momentum, LAYOUTS["2 ranks, ZeRO 0, ep 2"], tmp_path / "run", SAVED_AT)
-    for losses, _ in rank_group(2).run(train_with_momentum, LAYOUTS["2 ranks, ZeRO 2"], tmp_path / "run", STEPS):
+    whole, _ = rank_group(1).run(train_with_momentum, LAYOUTS["1 rank"], tmp_path / "whole", STEPS)[
+        0
+    ]
+    rank_group(2).run(
+        train_with_momentum, LAYOUTS["2 ranks, ZeRO 0, ep 2"], tmp_path / "run", SAVED_AT
+    )
+    for losses, _ in rank_group(2).run(
+        train_with_momentum, LAYOUTS["2 ranks, ZeRO 2"], tmp_path / "run", STEPS
+    ):
         assert losses == pytest.approx(whole[SAVED_AT:], abs=1e-5)
 
 
-def train_with_momentum(ranks: Any, layout: Layout, output: Path, stop: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_with_momentum(
+    ranks: Any, layout: Layout, output: Path, stop: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     def sgd(_: Any, model: torch.nn.Module, norm: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameter_groups(model, 0.0), momentum=0.9)
 
@@ -219,13 +284,27 @@ def train_with_momentum(ranks: Any, layout: Layout, output: Path, stop: int) -> 
     ("layout", "optimizer", "sentence"),
     [
         (Layout(), "mt_adamw", "holds the state of AdamW, but optimizer.name makes MTAdamW"),
-        (Layout(model={"feed_forward": "dense"}), "adamw", "than the recipe's (layers.1.feed_forward.down.bias is missing"),
-        (Layout(model={"layers": 2, "layers_with_experts": (1,)}), "adamw", "has the shape [32] there and is missing here"),
-        (Layout(model={"width": 64}), "adamw", "has the shape [32] there and has the shape [64] here"),
+        (
+            Layout(model={"feed_forward": "dense"}),
+            "adamw",
+            "than the recipe's (layers.1.feed_forward.down.bias is missing",
+        ),
+        (
+            Layout(model={"layers": 2, "layers_with_experts": (1,)}),
+            "adamw",
+            "has the shape [32] there and is missing here",
+        ),
+        (
+            Layout(model={"width": 64}),
+            "adamw",
+            "has the shape [32] there and has the shape [64] here",
+        ),
     ],
     ids=["optimizer", "missing", "surplus", "shape"],
-)  # fmt: skip
-def test_a_checkpoint_of_another_model_or_optimizer_is_refused(rank_group, saved, layout, optimizer, sentence):
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(
+    rank_group, saved, layout, optimizer, sentence
+):
     for refusal in rank_group(2).run(refused, layout, optimizer, saved["4 ranks, tp 2, ep 2"]):
         assert sentence in refusal
 
@@ -246,6 +325,10 @@ def save_on_a_disk_that_fails(ranks: Any, output: Path) -> bool:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe = make_recipe()
-    engine = TrainingEngine(recipe, MANIFEST, {}, RankSlice.of(ranks.rank, 2, recipe.training.global_batch, 1), ranks)
-    with mock.patch.object(training_state, "save_file", full if ranks.rank == 1 else training_state.save_file):
+    engine = TrainingEngine(
+        recipe, MANIFEST, {}, RankSlice.of(ranks.rank, 2, recipe.training.global_batch, 1), ranks
+    )
+    with mock.patch.object(
+        training_state, "save_file", full if ranks.rank == 1 else training_state.save_file
+    ):
         return checkpoint.save(engine.deepspeed, output, 1, keep=1)

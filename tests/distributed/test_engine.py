@@ -1,4 +1,6 @@
-"""The engine on real ranks: in every layout it trains as a plain loop does that knows of no ranks."""
+"""The engine on real ranks: in every layout it trains as a plain loop does that knows of no
+ranks.
+"""
 
 from dataclasses import replace
 
@@ -8,16 +10,24 @@ from distributed.layouts import Layout, Trajectory, plain_trajectory, rank_traje
 
 FEED_FORWARDS = ("dense", "token", "attributes")
 
-ONE_RANK = [Layout(world=1, micro_batch=size) for size in (1, 4)]  # Gradient accumulation over 4 micro-steps, and none.
+ONE_RANK = [
+    Layout(world=1, micro_batch=size) for size in (1, 4)
+]  # Gradient accumulation over 4 micro-steps, and none.
 TWO_RANKS = [
     *(Layout(kind, stage=stage) for kind in FEED_FORWARDS for stage in (0, 1, 2, 3)),
     *(Layout(kind, stage=stage, ep_size=2) for kind in FEED_FORWARDS[1:] for stage in (0, 1, 2)),
     *(Layout(kind, stage=stage, tp_size=2) for kind in FEED_FORWARDS for stage in (0, 1, 2)),
     Layout(tp_size=2, ep_size=2),
     Layout(micro_batch=2),
-    *(Layout(**spread, activation_checkpointing=True) for spread in ({"stage": 1}, {"stage": 3}, {"ep_size": 2}, {"tp_size": 2})),
+    *(
+        Layout(**spread, activation_checkpointing=True)
+        for spread in ({"stage": 1}, {"stage": 3}, {"ep_size": 2}, {"tp_size": 2})
+    ),
     *(Layout(**spread, combination="weights") for spread in ({"stage": 3}, {"tp_size": 2})),
-    *(Layout(**spread, mixed=True) for spread in ({"stage": 3}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2})),
+    *(
+        Layout(**spread, mixed=True)
+        for spread in ({"stage": 3}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2})
+    ),
 ]
 FOUR_RANKS = [
     Layout(world=4),
@@ -31,7 +41,9 @@ FOUR_RANKS = [
 
 
 def check(layout: Layout, parts: list[Trajectory]) -> None:
-    """Losses and norms within 1e-5; parameters within what gradients that agree to 1e-5 do to them."""
+    """Losses and norms within 1e-5; parameters within what gradients that agree to 1e-5 do
+    to them.
+    """
     expected = plain_trajectory(layout)
     for part in parts:
         assert part.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -54,7 +66,11 @@ TASK_BALANCED = Layout(optimizer="mt_adamw", steps=20, micro_batch=2)
 @pytest.mark.parametrize(
     "layout",
     [
-        *(replace(TASK_BALANCED, stage=stage, **spread) for stage in (0, 1, 2) for spread in ({}, {"ep_size": 2}, {"tp_size": 2})),
+        *(
+            replace(TASK_BALANCED, stage=stage, **spread)
+            for stage in (0, 1, 2)
+            for spread in ({}, {"ep_size": 2}, {"tp_size": 2})
+        ),
         replace(TASK_BALANCED, stage=3),
     ],
     ids=str,
@@ -78,11 +94,15 @@ def test_mt_adamw_in_bf16_stays_near_float32_over_twenty_steps(rank_group, sprea
 
 @pytest.mark.parametrize("spread", BF16, ids=str)
 def test_so_does_it_with_experts_while_the_gates_choose_alike(rank_group, spread):
-    """Where a gate's second and third choice are nearly equal, rounding can swap them: then others learn, and only the loss stays near."""
+    """Where a gate's second and third choice are nearly equal, rounding can swap them: then others
+    learn, and only the loss stays near.
+    """
     layout = replace(TASK_BALANCED, bf16=True, **spread)
     expected = plain_trajectory(layout)
     for part in rank_group(layout.world).run(rank_trajectory, layout):
-        alike = [mine == theirs for mine, theirs in zip(part.choices, expected.choices, strict=True)]
+        alike = [
+            mine == theirs for mine, theirs in zip(part.choices, expected.choices, strict=True)
+        ]
         steps = alike.index(False) if False in alike else len(alike)
         assert steps >= 4
         assert part.norms[:steps] == pytest.approx(expected.norms[:steps], rel=1e-2)

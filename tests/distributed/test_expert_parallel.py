@@ -33,16 +33,25 @@ def rows_of(rank: int, route: int, count: int) -> Tensor:
 
 
 def gradients(experts: list[FeedForward]) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad for expert in experts for p in expert.parameters()]
+    return [
+        torch.zeros_like(p) if p.grad is None else p.grad
+        for expert in experts
+        for p in expert.parameters()
+    ]
 
 
 def run_here(ranks: Any, way: str, case: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs and gradients of this rank's rows, and gradients of its experts."""
     local = EXPERTS // ranks.world
     mine = whole_experts()[ranks.rank * local : (ranks.rank + 1) * local]
-    routes = [(expert, rows_of(ranks.rank, i, count)) for i, (expert, count) in enumerate(ROUTES[case][ranks.rank])]
+    routes = [
+        (expert, rows_of(ranks.rank, i, count))
+        for i, (expert, count) in enumerate(ROUTES[case][ranks.rank])
+    ]
     counts_RE = expert_parallel.rows_by_rank(routes, local, dist.group.WORLD, ranks.world)
-    outputs = getattr(expert_parallel, way)(routes, nn.ModuleList(mine), dist.group.WORLD, counts_RE)
+    outputs = getattr(expert_parallel, way)(
+        routes, nn.ModuleList(mine), dist.group.WORLD, counts_RE
+    )
     sum(output.sin().sum() for output in outputs).backward()
     dx = [torch.zeros_like(rows) if rows.grad is None else rows.grad for _, rows in routes]
     return [output.detach() for output in outputs], dx, gradients(mine)
@@ -66,12 +75,16 @@ def test_spread_experts_give_what_all_experts_in_one_place_do(rank_group, way, c
 
 
 def choose(ranks: Any, rows: int) -> str:
-    """Which way `run_spread` goes where each rank has `rows` rows for each of two experts of rank 0."""
+    """Which way `run_spread` goes where each rank has `rows` rows for each of two experts of rank
+    0.
+    """
     chosen = []
     for way in ("run_exchanged", "run_gathered"):
         setattr(expert_parallel, way, lambda routes, *_, way=way: chosen.append(way))
     experts = [FeedForward(WIDTH) for _ in range(EXPERTS // ranks.world)]
-    expert_parallel.run_spread(experts, dist.group.WORLD, ranks.world)([(e, torch.zeros(rows, WIDTH)) for e in (0, 1)])
+    expert_parallel.run_spread(experts, dist.group.WORLD, ranks.world)(
+        [(e, torch.zeros(rows, WIDTH)) for e in (0, 1)]
+    )
     return chosen[0]
 
 
@@ -85,5 +98,7 @@ def choose_and_restore(ranks: Any, rows: int) -> str:
 
 @pytest.mark.parametrize(("rows", "way"), [(30, "run_exchanged"), (40, "run_gathered")])
 def test_whichever_moves_fewer_bytes_is_chosen_alike_on_every_rank(rank_group, rows, way):
-    """Rank 1's 2 x rows rows of 8 numbers cross 4 times; two experts of 2 x 8 x 32 + 32 + 8 = 552 numbers cross twice: equal at 34.5."""
+    """Rank 1's 2 x rows rows of 8 numbers cross 4 times; two experts of 2 x 8 x 32 + 32 + 8 = 552
+    numbers cross twice: equal at 34.5.
+    """
     assert rank_group(2).run(choose_and_restore, rows) == [way, way]

@@ -12,11 +12,21 @@ from preprocessing.recipe import DataRecipe
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory) -> Path:
-    """Eleven drawn episodes a task, two examples each, with class prompts, so that 0 to 2 shots can be asked."""
+    """Eleven drawn episodes a task, two examples each, with class prompts, so that 0 to 2 shots can
+    be asked.
+    """
     tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    settings = ["synthetic.images=40", "samples=11", "examples=2", "class_prompt=true", *toy_tokenizer.recipe_settings(tokenizer)]
+    settings = [
+        "synthetic.images=40",
+        "samples=11",
+        "examples=2",
+        "class_prompt=true",
+        *toy_tokenizer.recipe_settings(tokenizer),
+    ]
     folder = tmp_path_factory.mktemp("shards") / "toy"
-    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), folder, workers=0)
+    build_shards(
+        load_recipe(DataRecipe, "demo", settings, package="preprocessing"), folder, workers=0
+    )
     return folder
 
 

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 
 from icl_moe.evaluation import captioning
-from icl_moe.evaluation.captioning import score_captions, score_tokenised, tokenise, tokenise_plainly
+from icl_moe.evaluation.captioning import (
+    score_captions,
+    score_tokenised,
+    tokenise,
+    tokenise_plainly,
+)
 
-REFERENCES = {"1": ["a dog runs on grass"], "2": ["two cats sleep", "cats asleep on a bed"], "3": ["a red bus"]}
+REFERENCES = {
+    "1": ["a dog runs on grass"],
+    "2": ["two cats sleep", "cats asleep on a bed"],
+    "3": ["a red bus"],
+}
 
 
 @pytest.fixture
@@ -17,7 +26,9 @@ def no_java(monkeypatch, tmp_path):
 
 
 def test_bleu_is_clipped_precision_with_brevity_penalty(no_java):
-    """Of "a a dog", two of three words are in the reference, clipped; three words against five give exp(1 - 5/3)."""
+    """Of "a a dog", two of three words are in the reference, clipped; three words against five give
+    exp(1 - 5/3).
+    """
     (scores,) = score_tokenised([{"1": "a a dog"}], {"1": REFERENCES["1"]}, "")
     assert scores.bleu[0] == pytest.approx(2 / 3 * math.exp(1 - 5 / 3), rel=1e-6)
     assert scores.bleu[1] == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * math.exp(1 - 5 / 3), rel=1e-6)
@@ -34,8 +45,13 @@ def test_the_reference_itself_has_the_best_score_and_nothing_the_worst(no_java):
 
 
 def test_sets_scored_together_have_the_scores_they_have_alone(no_java):
-    sets = [{key: texts[-1] for key, texts in REFERENCES.items()}, {"1": "a dog", "2": "cats, on a bed!", "3": "bus"}]
-    assert score_captions(sets, REFERENCES) == [score_captions([one], REFERENCES)[0] for one in sets]
+    sets = [
+        {key: texts[-1] for key, texts in REFERENCES.items()},
+        {"1": "a dog", "2": "cats, on a bed!", "3": "bus"},
+    ]
+    assert score_captions(sets, REFERENCES) == [
+        score_captions([one], REFERENCES)[0] for one in sets
+    ]
 
 
 def test_without_java_meteor_is_left_out_and_says_why(no_java):
@@ -50,7 +66,10 @@ def test_without_java_meteor_is_left_out_and_says_why(no_java):
     [
         ("exit 1", "`java -version` fails"),
         ('case "$*" in *version*) exit 0;; esac; exit 1', "METEOR's Java program failed"),
-        ('case "$*" in *version*) exit 0;; esac; while read line; do echo nonsense; done', "METEOR's Java program failed"),
+        (
+            'case "$*" in *version*) exit 0;; esac; while read line; do echo nonsense; done',
+            "METEOR's Java program failed",
+        ),
     ],
     ids=["no version", "dies at once", "answers nonsense"],
 )
@@ -69,7 +88,10 @@ CASES = [
     ("A dog's ball (red), can't roll.", "a dog 's ball -lrb- red -rrb- ca n't roll"),
     ('He said: "hi" -- well...', "he said hi well"),
     ("I cannot; they're gonna", "i can not they 're gon na"),
-    ("Mr. Bean's 1/2 x-ray at 10:30 cost $3.50 & more!", "mr. bean 's 1/2 x-ray at 10:30 cost $ 3.50 & more"),
+    (
+        "Mr. Bean's 1/2 x-ray at 10:30 cost $3.50 & more!",
+        "mr. bean 's 1/2 x-ray at 10:30 cost $ 3.50 & more",
+    ),
     ("brown/orange café", "brown/orange café"),
     ("", ""),
 ]

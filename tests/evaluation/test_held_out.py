@@ -9,14 +9,19 @@ from icl_moe.inference.model import InContextModel
 
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
 @torch.inference_mode()
-def test_the_loss_is_the_mean_over_targets_of_what_the_model_gives_the_true_token(task, toy_model_folder, toy_shards):
-    """Against whole sequences in the padded layout, one at a time, by the model's logits at every position."""
+def test_the_loss_is_the_mean_over_targets_of_what_the_model_gives_the_true_token(
+    task, toy_model_folder, toy_shards
+):
+    """Against whole sequences in the padded layout, one at a time, by the model's logits at every
+    position.
+    """
     model, shards = InContextModel.from_pretrained(toy_model_folder), ShardSet(toy_shards)
     losses, targets, pairs = [], [], []
     for index in range(shards.count(task)):
         sequence = shards.sample(task, index).sequence
         inputs = [
-            torch.from_numpy(np.asarray(x, dtype=np.int64))[None] for x in (sequence.tokens_L, sequence.positions_L, sequence.attributes())
+            torch.from_numpy(np.asarray(x, dtype=np.int64))[None]
+            for x in (sequence.tokens_L, sequence.positions_L, sequence.attributes())
         ]
         log_probabilities = model.decoder.forward_logits(*inputs)[0].log_softmax(-1)
         for position in np.flatnonzero(sequence.loss_weights()):
@@ -29,5 +34,8 @@ def test_the_loss_is_the_mean_over_targets_of_what_the_model_gives_the_true_toke
     assert result.targets == len(targets)
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-4)
     assert result.unigram_entropy == pytest.approx(-(shares * np.log(shares)).sum())
-    by_pair = [np.mean([loss for loss, p in zip(losses, pairs, strict=True) if p == pair]) for pair in range(3)]
+    by_pair = [
+        np.mean([loss for loss, p in zip(losses, pairs, strict=True) if p == pair])
+        for pair in range(3)
+    ]
     assert result.pair_loss == pytest.approx(by_pair, rel=1e-4)

@@ -1,4 +1,6 @@
-"""`evaluate` on drawn episodes and a random model: what it writes, what it refuses, and that it goes on after an interruption."""
+"""`evaluate` on drawn episodes and a random model: what it writes, what it refuses, and that it
+goes on after an interruption.
+"""
 
 import json
 import shutil
@@ -16,7 +18,12 @@ from icl_moe.inference.model import InContextModel
 @pytest.fixture
 def run(toy_model_folder, toy_shards, tmp_path, no_java):
     def run(out: str = "out", **settings):
-        return evaluate(toy_model_folder, toy_shards, tmp_path / out, **{"batch_size": 4, "shots": (1,), **settings})
+        return evaluate(
+            toy_model_folder,
+            toy_shards,
+            tmp_path / out,
+            **{"batch_size": 4, "shots": (1,), **settings},
+        )
 
     return run
 
@@ -26,17 +33,36 @@ def truth(toy_shards, toy_model_folder):
     """The query's true pair, by task, class and image codes of the query."""
     codec = InContextModel.from_pretrained(toy_model_folder).codec
     shards = ShardSet(toy_shards)
-    episodes = [e for task in shards.manifest.samples for e in map(EpisodeSet(shards, codec, task).__getitem__, range(11))]
-    return {(episode.task.name, episode.category, episode.query.image.tobytes()): episode.query for episode in episodes}
+    episodes = [
+        e
+        for task in shards.manifest.samples
+        for e in map(EpisodeSet(shards, codec, task).__getitem__, range(11))
+    ]
+    return {
+        (episode.task.name, episode.category, episode.query.image.tobytes()): episode.query
+        for episode in episodes
+    }
 
 
 def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
     metrics = run(shots=(0, 1, 2), control="shuffled")
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "predictions.jsonl", "report.html"}
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == json.loads(
+        json.dumps(metrics)
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "metrics.json",
+        "predictions.jsonl",
+        "report.html",
+    }
     for task in ("segmentation", "captioning"):
         rows = [row for row in metrics["tasks"][task]["rows"] if row["prediction"] == "model"]
-        assert [(row["shots"], row["shuffled"]) for row in rows] == [(0, False), (1, False), (2, False), (1, True), (2, True)]
+        assert [(row["shots"], row["shuffled"]) for row in rows] == [
+            (0, False),
+            (1, False),
+            (2, False),
+            (1, True),
+            (2, True),
+        ]
         assert {row["episodes"] for row in rows} == {11}
         assert metrics["tasks"][task]["held_out"]["loss"] > 0
     header, *lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
@@ -48,9 +74,15 @@ def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
 
 
 def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
-    """A model that writes the true outputs reaches the tokenizer's ceiling, all boxes and categories, and the best captions."""
+    """A model that writes the true outputs reaches the tokenizer's ceiling, all boxes and
+    categories, and the best captions.
+    """
     monkeypatch.setattr(
-        InContextModel, "complete", lambda _, requests: [truth[e.task.name, e.category, query.tobytes()] for e, query in requests]
+        InContextModel,
+        "complete",
+        lambda _, requests: [
+            truth[e.task.name, e.category, query.tobytes()] for e, query in requests
+        ],
     )
     metrics = run()
     model, first_example, ceiling = metrics["tasks"]["segmentation"]["rows"]
@@ -65,7 +97,11 @@ def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
 
 
 def test_a_model_that_copies_its_example_is_found_out(run, monkeypatch):
-    monkeypatch.setattr(InContextModel, "complete", lambda _, requests: [episode.pairs[-1] for episode, _ in requests])
+    monkeypatch.setattr(
+        InContextModel,
+        "complete",
+        lambda _, requests: [episode.pairs[-1] for episode, _ in requests],
+    )
     for results in run(limit=5)["tasks"].values():
         assert results["rows"][0]["copy_rate"] == 1.0
         assert results["rows"][0]["truth_copy_rate"] < 1.0
@@ -79,7 +115,9 @@ def test_the_control_shows_examples_of_another_class_for_the_same_query(run, mon
     def complete(self, requests):
         for episode, query in requests:
             if episode.task.output == "text":
-                seen[episode.pairs[0].category != episode.category].append((episode.category, query.tobytes()))
+                seen[episode.pairs[0].category != episode.category].append(
+                    (episode.category, query.tobytes())
+                )
         return written(self, requests)
 
     monkeypatch.setattr(InContextModel, "complete", complete)
@@ -121,10 +159,16 @@ def test_predictions_of_another_model_are_not_used_again(run, tmp_path, monkeypa
     log = tmp_path / "out/predictions.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     other = {**json.loads(lines[0]), "model": "another"}
-    (tmp_path / "out/predictions.partial.jsonl").write_text(json.dumps(other) + "\n" + "".join(lines[1:]))
+    (tmp_path / "out/predictions.partial.jsonl").write_text(
+        json.dumps(other) + "\n" + "".join(lines[1:])
+    )
     calls = []
     written = InContextModel.complete
-    monkeypatch.setattr(InContextModel, "complete", lambda self, requests: calls.append(1) or written(self, requests))
+    monkeypatch.setattr(
+        InContextModel,
+        "complete",
+        lambda self, requests: calls.append(1) or written(self, requests),
+    )
     run(limit=4)
     assert len(calls) == 2
 
@@ -137,7 +181,9 @@ def test_predictions_of_another_model_are_not_used_again(run, tmp_path, monkeypa
         ({"limit": 0}, "limit of at least 1"),
     ],
 )
-def test_impossible_settings_are_refused_before_anything_is_written(run, tmp_path, settings, message):
+def test_impossible_settings_are_refused_before_anything_is_written(
+    run, tmp_path, settings, message
+):
     with pytest.raises(InputError, match=message):
         run(**settings)
     assert not (tmp_path / "out").exists()
@@ -146,7 +192,9 @@ def test_impossible_settings_are_refused_before_anything_is_written(run, tmp_pat
 def test_shards_of_another_tokenizer_are_refused(toy_model_folder, toy_shards, tmp_path):
     other = shutil.copytree(toy_shards, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "image_tokenizer": "0123456789abcdef"}))
+    (other / "manifest.json").write_text(
+        json.dumps({**manifest, "image_tokenizer": "0123456789abcdef"})
+    )
     with pytest.raises(InputError, match="image tokenizer is not that of"):
         evaluate(toy_model_folder, other, tmp_path / "out")
 
@@ -160,7 +208,11 @@ def test_zero_shots_need_a_class_prompt(toy_shards, tmp_path):
 
     tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
     settings = ["synthetic.images=40", "samples=2", *toy_tokenizer.recipe_settings(tokenizer)]
-    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), tmp_path / "shards", workers=0)
+    build_shards(
+        load_recipe(DataRecipe, "demo", settings, package="preprocessing"),
+        tmp_path / "shards",
+        workers=0,
+    )
     model = toy_export.save_toy_model(tmp_path / "model", tmp_path / "shards")
     with pytest.raises(InputError, match="needs at least one example"):
         evaluate(model, tmp_path / "shards", tmp_path / "out", shots=(0,))

@@ -3,19 +3,60 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from icl_moe.evaluation.report import Cell, Gallery, Section, line_chart, summary, table, write_report
+from icl_moe.evaluation.report import (
+    Cell,
+    Gallery,
+    Section,
+    line_chart,
+    summary,
+    table,
+    write_report,
+)
 
 VOID = {"br", "meta", "img", "path", "polyline"}
-ROW = {"name": "1 example", "prediction": "model", "copy_rate": 0.25, "truth_copy_rate": 0.0, "queries_per_second": 2.0, "episodes": 4}
-CAPTION_SCORES = {"bleu": [0.4, 0.3, 0.2, 0.1], "rouge_l": 0.6, "cider": 0.869, "meteor": None, "tokenizer": "T"}
+ROW = {
+    "name": "1 example",
+    "prediction": "model",
+    "copy_rate": 0.25,
+    "truth_copy_rate": 0.0,
+    "queries_per_second": 2.0,
+    "episodes": 4,
+}
+CAPTION_SCORES = {
+    "bleu": [0.4, 0.3, 0.2, 0.1],
+    "rouge_l": 0.6,
+    "cider": 0.869,
+    "meteor": None,
+    "tokenizer": "T",
+}
 CAPTION_SCORES |= {"meteor_note": "not computed: why"}
 METRICS = {
-    "model": "aaaa", "shards": "bbbb", "limit": None, "batch_size": 8, "decoding": "greedy", "versions": {"torch": "2"},
-    "model_folder": "<model>", "shards_folder": "shards",
+    "model": "aaaa",
+    "shards": "bbbb",
+    "limit": None,
+    "batch_size": 8,
+    "decoding": "greedy",
+    "versions": {"torch": "2"},
+    "model_folder": "<model>",
+    "shards_folder": "shards",
     "tasks": {
         "segmentation": {
-            "rows": [{**ROW, "miou": 0.5, "mean_iou": 0.25, "mae": 0.125, "class_iou": {"cat": 0.75}, "class_episodes": {"cat": 4}}],
-            "held_out": {"targets": 10, "loss": 1.0, "unigram_entropy": 2.0, "pair_loss": [1.25, 0.75]},
+            "rows": [
+                {
+                    **ROW,
+                    "miou": 0.5,
+                    "mean_iou": 0.25,
+                    "mae": 0.125,
+                    "class_iou": {"cat": 0.75},
+                    "class_episodes": {"cat": 4},
+                }
+            ],
+            "held_out": {
+                "targets": 10,
+                "loss": 1.0,
+                "unigram_entropy": 2.0,
+                "pair_loss": [1.25, 0.75],
+            },
             "classes": {"evaluated": ["cat", "dog"], "seen_in_training": ["cat"]},
         },
         "captioning": {
@@ -24,7 +65,7 @@ METRICS = {
             "classes": {"evaluated": ["cat"], "seen_in_training": None},
         },
     },
-}  # fmt: skip
+}
 
 
 class Page(HTMLParser):
@@ -53,9 +94,17 @@ class Page(HTMLParser):
 @pytest.fixture
 def page(tmp_path) -> Page:
     picture = Image.new("RGB", (8, 8), "red")
-    gallery = Gallery("Pictures", (("cat & dog", (Cell("query", picture), Cell("prediction", picture, "IoU <5"))),))
+    gallery = Gallery(
+        "Pictures",
+        (("cat & dog", (Cell("query", picture), Cell("prediction", picture, "IoU <5"))),),
+    )
     chart = line_chart({"loss": ([0, 1, 2], [3.0, 2.0, 1.5])}, "step", "nats")
-    write_report(tmp_path / "report.html", METRICS, [gallery], [Section("Training", chart + table(["expert"], [["<3>"]]))])
+    write_report(
+        tmp_path / "report.html",
+        METRICS,
+        [gallery],
+        [Section("Training", chart + table(["expert"], [["<3>"]]))],
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     return Page((tmp_path / "report.html").read_text())
 

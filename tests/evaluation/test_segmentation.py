@@ -10,7 +10,9 @@ from icl_moe.evaluation.episodes import decode_rle, encode_rle
 from icl_moe.evaluation.segmentation import mask_iou, score_masks
 
 MASKS = arrays.arrays(bool, (3, 4))
-TRIPLES = st.lists(st.tuples(st.sampled_from(["cat", "dog", "bus"]), MASKS, MASKS), min_size=1, max_size=6)
+TRIPLES = st.lists(
+    st.tuples(st.sampled_from(["cat", "dog", "bus"]), MASKS, MASKS), min_size=1, max_size=6
+)
 
 
 def by_loops(triples) -> tuple[float, float, float]:
@@ -40,7 +42,9 @@ def test_scores_equal_plain_loops(triples):
 
 
 def test_a_class_counts_once_and_its_large_objects_count_more():
-    """Dog: 8 of 8 pixels and 0 of 2, so 8/10 together; cat: 1 of 2. The mean over episodes is another number."""
+    """Dog: 8 of 8 pixels and 0 of 2, so 8/10 together; cat: 1 of 2. The mean over episodes is
+    another number.
+    """
     big, small, half = np.zeros((3, 4), bool), np.zeros((3, 4), bool), np.zeros((3, 4), bool)
     big[:2], small[2, :2], half[2, :1] = True, True, True
     scores = score_masks([("dog", big, big), ("dog", ~small & False, small), ("cat", half, small)])

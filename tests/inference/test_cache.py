@@ -4,12 +4,18 @@ from icl_moe.inference.cache import KeyValueCache
 
 
 def test_everything_read_comes_back_in_order_while_the_buffers_grow():
-    cache, blocks = KeyValueCache(capacity=3), [torch.randn(2, 4, length, 5) for length in (2, 1, 7, 1, 30)]
+    cache, blocks = (
+        KeyValueCache(capacity=3),
+        [torch.randn(2, 4, length, 5) for length in (2, 1, 7, 1, 30)],
+    )
     for number, block in enumerate(blocks, start=1):
         attributes = cache.append_attributes(torch.full((2, block.shape[2]), number))
         seen = torch.cat(blocks[:number], dim=2)
         assert cache.length == seen.shape[2]
-        assert attributes.tolist() == [[n for n, b in enumerate(blocks[:number], start=1) for _ in range(b.shape[2])]] * 2
+        assert (
+            attributes.tolist()
+            == [[n for n, b in enumerate(blocks[:number], start=1) for _ in range(b.shape[2])]] * 2
+        )
         for layer in (0, 3):
             keys, values = cache.update(layer, block + layer, -block)
             assert torch.equal(keys, torch.cat([b + layer for b in blocks[:number]], dim=2))

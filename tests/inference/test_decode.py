@@ -1,4 +1,6 @@
-"""Decoding in a batch, with padding and a cache, writes what the plain way writes: one query, all tokens read anew each step."""
+"""Decoding in a batch, with padding and a cache, writes what the plain way writes: one query, all
+tokens read anew each step.
+"""
 
 import numpy as np
 import pytest
@@ -21,21 +23,35 @@ TEXT = TextTokenizer(merges=2000)
 CODES = 32
 FORMATS = [
     SequenceFormat(VOCABULARY, CODES, category="written", box="text"),
-    SequenceFormat(VOCABULARY, CODES, category="given", box="image", class_prompt=True, prompt_length=8),
+    SequenceFormat(
+        VOCABULARY, CODES, category="given", box="image", class_prompt=True, prompt_length=8
+    ),
     SequenceFormat(VOCABULARY, CODES, category="given", box="none"),
 ]
 
 
 def small_decoder(format: SequenceFormat, feed_forward: str = "attributes") -> InContextDecoder:
     settings = ModelSettings(
-        layers=2, width=32, heads=2, positions=format.length(3), feed_forward=feed_forward, layers_with_experts=(1,), experts=4
+        layers=2,
+        width=32,
+        heads=2,
+        positions=format.length(3),
+        feed_forward=feed_forward,
+        layers_with_experts=(1,),
+        experts=4,
     )
     config = DecoderConfig(
-        model=to_dict(settings), vocabulary=to_dict(format.vocabulary), format=to_dict(format), image_size=56, examples=2
+        model=to_dict(settings),
+        vocabulary=to_dict(format.vocabulary),
+        format=to_dict(format),
+        image_size=56,
+        examples=2,
     )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
-    with torch.no_grad():  # Of the size that training gives, so that the choices depend on what was read.
+    with (
+        torch.no_grad()
+    ):  # Of the size that training gives, so that the choices depend on what was read.
         for parameter in decoder.parameters():
             parameter.mul_(4.0)
     return decoder.eval()
@@ -50,7 +66,13 @@ def requests(format: SequenceFormat, rng: np.random.Generator) -> list[tuple[Epi
     def pair(task: str) -> SegmentationPair | CaptionPair:
         if task == "segmentation":
             return SegmentationPair(codes(), codes())
-        return CaptionPair(codes(), "a" * int(rng.integers(1, 4)), "cat", (0.1, 0.1, 0.5, 0.9), codes() if format.box == "image" else None)
+        return CaptionPair(
+            codes(),
+            "a" * int(rng.integers(1, 4)),
+            "cat",
+            (0.1, 0.1, 0.5, 0.9),
+            codes() if format.box == "image" else None,
+        )
 
     return [
         (Episode(TASKS[task], "cat", tuple(pair(task) for _ in range(shots))), codes())
@@ -59,8 +81,12 @@ def requests(format: SequenceFormat, rng: np.random.Generator) -> list[tuple[Epi
     ]
 
 
-def plainly(decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, query: np.ndarray) -> list[int]:
-    """Greedy decoding without batch, padding or cache, positions and attributes taken from the padded layout itself."""
+def plainly(
+    decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, query: np.ndarray
+) -> list[int]:
+    """Greedy decoding without batch, padding or cache, positions and attributes taken from the
+    padded layout itself.
+    """
     prompt = codec.encode_prompt(episode, query)
     tokens, attributes = prompt.tokens_L.tolist(), prompt.attributes().tolist()
     box_image = episode.task.output == "text" and codec.format.box == "image"
@@ -71,14 +97,20 @@ def plainly(decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, q
     for token in output:
         allowed = grammar.send(token)
     while True:
-        everything = torch.tensor([tokens]), torch.arange(len(tokens))[None], torch.tensor([attributes])
+        everything = (
+            torch.tensor([tokens]),
+            torch.arange(len(tokens))[None],
+            torch.tensor([attributes]),
+        )
         logits = decoder.forward_logits(*everything)[0, -1]
         ids = torch.tensor([i for part in allowed for i in part])
         token = int(ids[logits[ids].argmax()])
         modality = "image" if token in VOCABULARY.image_range else "text"
         tokens.append(token)
         output.append(token)
-        attributes.append(attribute_class(episode.task, modality, True, codec.format.class_prompt, box_image))
+        attributes.append(
+            attribute_class(episode.task, modality, True, codec.format.class_prompt, box_image)
+        )
         try:
             allowed = grammar.send(token)
         except StopIteration:
@@ -87,7 +119,13 @@ def plainly(decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, q
 
 @pytest.mark.parametrize(
     ("format", "feed_forward"),
-    [(FORMATS[0], "attributes"), (FORMATS[1], "attributes"), (FORMATS[2], "attributes"), (FORMATS[0], "token"), (FORMATS[2], "dense")],
+    [
+        (FORMATS[0], "attributes"),
+        (FORMATS[1], "attributes"),
+        (FORMATS[2], "attributes"),
+        (FORMATS[0], "token"),
+        (FORMATS[2], "dense"),
+    ],
     ids=["box=text", "box=image", "no box", "token gate", "dense"],
 )
 @torch.inference_mode()
@@ -96,11 +134,15 @@ def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward):
     batch = requests(format, np.random.default_rng(0))
     together = decode_batch(decoder, codec, batch)
     assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
-    assert len({tuple(tokens) for tokens in together}) == len(batch), "outputs that do not depend on the prompt would prove nothing"
+    assert len({tuple(tokens) for tokens in together}) == len(batch), (
+        "outputs that do not depend on the prompt would prove nothing"
+    )
 
 
 class Oracle:
-    """Knows an episode's whole sequence, always says its next token, and keeps what it was given to read."""
+    """Knows an episode's whole sequence, always says its next token, and keeps what it was given to
+    read.
+    """
 
     device = torch.device("cpu")
 
@@ -124,11 +166,22 @@ def test_the_decoder_reads_each_token_once_and_as_training_shows_it(format):
         oracle = Oracle(whole.tokens_L.tolist())
         examples = Episode(episode.task, episode.category, episode.pairs[:-1])
         (output,) = decode_batch(oracle, codec, [(examples, episode.pairs[-1].image)])
-        expected = list(zip(whole.tokens_L.tolist(), whole.positions_L.tolist(), whole.attributes().tolist(), strict=True))
+        expected = list(
+            zip(
+                whole.tokens_L.tolist(),
+                whole.positions_L.tolist(),
+                whole.attributes().tolist(),
+                strict=True,
+            )
+        )
         assert oracle.read == expected[: len(oracle.read)]
-        eoc = [VOCABULARY.eoc] if episode.task.output == "image" else []  # A mask's is nobody's to write.
+        eoc = (
+            [VOCABULARY.eoc] if episode.task.output == "image" else []
+        )  # A mask's is nobody's to write.
         assert (output + eoc) == oracle.tokens[-len(output + eoc) :]
-        assert len(oracle.read) >= len(oracle.tokens) - 2, "only the last choice and what follows it need no reading"
+        assert len(oracle.read) >= len(oracle.tokens) - 2, (
+            "only the last choice and what follows it need no reading"
+        )
 
 
 def test_sampling_repeats_with_its_seed_and_does_not_depend_on_the_batch():
@@ -139,7 +192,9 @@ def test_sampling_repeats_with_its_seed_and_does_not_depend_on_the_batch():
     assert first == decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
     assert first != decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=2))
     assert first[:2] == decode_batch(decoder, codec, batch[:2], Sampling(temperature=1.0, seed=1))
-    assert decode_batch(decoder, codec, batch) == decode_batch(decoder, codec, batch, Sampling(temperature=0.7, top_k=1))
+    assert decode_batch(decoder, codec, batch) == decode_batch(
+        decoder, codec, batch, Sampling(temperature=0.7, top_k=1)
+    )
 
 
 def test_sampling_draws_allowed_tokens_in_proportion():
@@ -149,17 +204,26 @@ def test_sampling_draws_allowed_tokens_in_proportion():
         device = torch.device("cpu")
 
         def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
-            logits_V = torch.full((VOCABULARY.size,), 50.0)  # All that is forbidden looks better than all that is allowed.
+            logits_V = torch.full(
+                (VOCABULARY.size,), 50.0
+            )  # All that is forbidden looks better than all that is allowed.
             logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.stop] = -1e4
-            logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.start + 3] = torch.tensor([0.0, 1.0, 2.0])
+            logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.start + 3] = (
+                torch.tensor([0.0, 1.0, 2.0])
+            )
             return logits_V.expand(len(tokens_BL), -1)
 
     codec = SequenceCodec(SequenceFormat(VOCABULARY, CODES), TEXT)
     request = (Episode(TASKS["segmentation"], "", ()), np.zeros(CODES, int))
-    drawn = np.concatenate(decode_batch(Fixed(), codec, [request] * 100, Sampling(temperature=2.0))) - VOCABULARY.image_range.start
+    drawn = (
+        np.concatenate(decode_batch(Fixed(), codec, [request] * 100, Sampling(temperature=2.0)))
+        - VOCABULARY.image_range.start
+    )
     expected = torch.tensor([0.0, 0.5, 1.0]).softmax(0).numpy()
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / len(drawn), expected, atol=0.03)
-    top = np.concatenate(decode_batch(Fixed(), codec, [request] * 20, Sampling(temperature=2.0, top_k=2)))
+    top = np.concatenate(
+        decode_batch(Fixed(), codec, [request] * 20, Sampling(temperature=2.0, top_k=2))
+    )
     assert set(top - VOCABULARY.image_range.start) == {1, 2}
 
 

@@ -19,7 +19,9 @@ CAPTIONING, SEGMENTATION = TASKS["captioning"], TASKS["segmentation"]
 
 
 def codec(**settings) -> SequenceCodec:
-    return SequenceCodec(SequenceFormat(vocabulary=VOCABULARY, codes_per_image=64, **settings), TEXT)
+    return SequenceCodec(
+        SequenceFormat(vocabulary=VOCABULARY, codes_per_image=64, **settings), TEXT
+    )
 
 
 def walk(grammar, choose) -> list[int]:
@@ -35,14 +37,20 @@ def walk(grammar, choose) -> list[int]:
             return tokens
 
 
-FORMATS = [{"category": c, "box": b} for c in ("none", "written", "given") for b in ("none", "text", "image")]
+FORMATS = [
+    {"category": c, "box": b}
+    for c in ("none", "written", "given")
+    for b in ("none", "text", "image")
+]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @given(seed=st.integers(0, 10**6), eager=st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
 def test_any_walk_through_a_caption_grammar_fits_ends_and_reads_back(format, seed, eager):
-    """`eager`: how often a tag or [EOC] is taken where it may be, so that short and full-length captions both occur."""
+    """`eager`: how often a tag or [EOC] is taken where it may be, so that short and full-length
+    captions both occur.
+    """
     writer, rng = codec(**format), random.Random(seed)
 
     def choose(allowed, _):
@@ -71,17 +79,27 @@ def test_the_grammar_lets_through_exactly_what_the_codec_writes(format):
     box_image = np.arange(64) % 32 if format["box"] == "image" else None
     pair = CaptionPair(np.zeros(64, int), "a dog. no", "dog", (0.1, 0.2, 0.3, 0.4), box_image)
     sequence = writer.encode(Episode(CAPTIONING, "dog", (pair,)))
-    start = next(span.stop for span in sequence.spans if span.role == "input") + 1  # After the marker that opens the output.
+    start = (
+        next(span.stop for span in sequence.spans if span.role == "input") + 1
+    )  # After the marker that opens the output.
     target = sequence.tokens_L[start:].tolist()
     target = target[: target.index(VOCABULARY.eoc) + 1]
-    assert walk(output_grammar(writer, CAPTIONING, "dog"), lambda _, tokens: target[len(tokens)]) == target
+    assert (
+        walk(output_grammar(writer, CAPTIONING, "dog"), lambda _, tokens: target[len(tokens)])
+        == target
+    )
     attributes = sequence.attributes()[start:]
-    assert [output_attributes(writer.format, CAPTIONING, token) for token in target] == attributes[: len(target)].tolist()
+    assert [output_attributes(writer.format, CAPTIONING, token) for token in target] == attributes[
+        : len(target)
+    ].tolist()
 
 
 def test_a_mask_is_image_codes_and_nothing_else():
     steps = []
-    tokens = walk(output_grammar(codec(), SEGMENTATION, ""), lambda allowed, _: steps.append(allowed) or allowed[0][3])
+    tokens = walk(
+        output_grammar(codec(), SEGMENTATION, ""),
+        lambda allowed, _: steps.append(allowed) or allowed[0][3],
+    )
     assert tokens == [VOCABULARY.image_range[3]] * 64
     assert set(steps) == {(VOCABULARY.image_range,)}
 
@@ -101,4 +119,9 @@ def test_a_full_stop_ends_a_caption_only_when_eoc_follows():
 
 def test_a_given_category_without_room_is_refused():
     with pytest.raises(TooLongError, match="there is room for"):
-        walk(output_grammar(codec(category="given"), CAPTIONING, "antidisestablishmentarianism " * 8), lambda allowed, _: allowed[0][0])
+        walk(
+            output_grammar(
+                codec(category="given"), CAPTIONING, "antidisestablishmentarianism " * 8
+            ),
+            lambda allowed, _: allowed[0][0],
+        )

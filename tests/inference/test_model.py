@@ -1,4 +1,6 @@
-"""The public door, with a tokenizer that loses nothing on pictures made of flat 8 x 8 squares, and a decoder that copies."""
+"""The public door, with a tokenizer that loses nothing on pictures made of flat 8 x 8 squares, and
+a decoder that copies.
+"""
 
 import json
 import shutil
@@ -45,8 +47,21 @@ class FlatSquares(torch.nn.Module):
 
 def make_model(small_text: TextTokenizer, **settings) -> InContextModel:
     format = SequenceFormat(VOCABULARY, CODES, **settings)
-    shape = ModelSettings(layers=1, width=16, heads=1, positions=format.length(3), feed_forward="dense", layers_with_experts=())
-    config = DecoderConfig(model=to_dict(shape), vocabulary=to_dict(VOCABULARY), format=to_dict(format), image_size=SIDE, examples=2)
+    shape = ModelSettings(
+        layers=1,
+        width=16,
+        heads=1,
+        positions=format.length(3),
+        feed_forward="dense",
+        layers_with_experts=(),
+    )
+    config = DecoderConfig(
+        model=to_dict(shape),
+        vocabulary=to_dict(VOCABULARY),
+        format=to_dict(format),
+        image_size=SIDE,
+        examples=2,
+    )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
     return InContextModel(decoder, FlatSquares(), small_text)
@@ -64,12 +79,18 @@ def copying(monkeypatch):
 
         def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
             self.read += tokens_BL.shape[1]
-            return torch.nn.functional.one_hot(torch.tensor([self.tokens[self.read]]), VOCABULARY.size).float()
+            return torch.nn.functional.one_hot(
+                torch.tensor([self.tokens[self.read]]), VOCABULARY.size
+            ).float()
 
     def decode(decoder, codec, requests, *rest):
         ((episode, query),) = requests
         prompt = len(codec.encode_prompt(episode, query).unpadded())
-        output = codec.encode(episode).unpadded().tokens_L[len(codec.encode_prompt(_without_last(episode), query).unpadded()) :]
+        output = (
+            codec.encode(episode)
+            .unpadded()
+            .tokens_L[len(codec.encode_prompt(_without_last(episode), query).unpadded()) :]
+        )
         return decode_batch(Copy([0] * prompt + output.tolist()), codec, requests)
 
     monkeypatch.setattr(model_module, "decode_batch", decode)
@@ -86,11 +107,15 @@ def picture(seed: int, width: int = SIDE, height: int = SIDE) -> np.ndarray:
 def blocks(width: int, height: int) -> np.ndarray:
     """A mask of whole squares, for an image that is a whole multiple of the model's size."""
     grid = np.random.default_rng(9).integers(0, 2, (SIDE // SQUARE, SIDE // SQUARE), dtype=np.uint8)
-    return np.kron(grid, np.ones((height * SQUARE // SIDE, width * SQUARE // SIDE), np.uint8)).astype(bool)
+    return np.kron(
+        grid, np.ones((height * SQUARE // SIDE, width * SQUARE // SIDE), np.uint8)
+    ).astype(bool)
 
 
 def test_a_copied_mask_comes_back_at_the_querys_size(small_text, copying):
-    """The query has another size than the example; squares of the mask stay squares, up to a pixel at their borders."""
+    """The query has another size than the example; squares of the mask stay squares, up to a pixel
+    at their borders.
+    """
     model = make_model(small_text)
     mask = model.segment([(picture(0, 128, 64), blocks(128, 64))], query=picture(1, 192, 256))
     assert mask.dtype == np.bool_
@@ -106,10 +131,14 @@ def test_files_arrays_and_pictures_are_read_alike(small_text, copying, tmp_path,
     Image.fromarray(picture(0)).save(tmp_path / "image.png")
     Image.fromarray(blocks(SIDE, SIDE).astype(np.uint8) * levels).save(tmp_path / "mask.png")
     model = make_model(small_text)
-    files = model.segment([(tmp_path / "image.png", str(tmp_path / "mask.png"))], query=str(tmp_path / "image.png"))
+    files = model.segment(
+        [(tmp_path / "image.png", str(tmp_path / "mask.png"))], query=str(tmp_path / "image.png")
+    )
     image = Image.open(tmp_path / "image.png")
     assert np.array_equal(files, blocks(SIDE, SIDE))
-    assert np.array_equal(files, model.segment([(image, Image.open(tmp_path / "mask.png"))], query=image))
+    assert np.array_equal(
+        files, model.segment([(image, Image.open(tmp_path / "mask.png"))], query=image)
+    )
 
 
 BOX = (32.0, 16.0, 64.0, 32.0)
@@ -119,7 +148,9 @@ BOX = (32.0, 16.0, 64.0, 32.0)
 @pytest.mark.parametrize("category", ["written", "given", "none"])
 def test_a_copied_caption_has_its_box_in_the_querys_pixels(small_text, copying, box, category):
     model = make_model(small_text, box=box, category=category)
-    region = model.caption([(picture(0, 128, 64), Region("a dog. on grass", "dog", BOX))], query=picture(1, 256, 192))
+    region = model.caption(
+        [(picture(0, 128, 64), Region("a dog. on grass", "dog", BOX))], query=picture(1, 256, 192)
+    )
     assert region.caption == "a dog. on grass"
     assert region.category == (None if category == "none" else "dog")
     expected = None if box == "none" else pytest.approx((64, 48, 128, 96), abs=2)
@@ -140,7 +171,11 @@ REGION = Region("a dog", "dog", BOX)
     ("settings", "examples", "message"),
     [
         ({}, [], "needs at least one example"),
-        ({}, [REGION] * 3, "3 examples are more than this model can read: its 393 positions hold 2"),
+        (
+            {},
+            [REGION] * 3,
+            "3 examples are more than this model can read: its 393 positions hold 2",
+        ),
         ({}, [Region("a dog", None, BOX)], "Example 1 lacks the category"),
         ({}, [REGION, Region("a dog", "dog")], "Example 2 lacks the box"),
         ({"category": "given"}, [REGION, Region("a cat", "cat", BOX)], "give the category"),
@@ -149,7 +184,9 @@ REGION = Region("a dog", "dog", BOX)
 )
 def test_requests_that_cannot_be_met_are_refused(small_text, settings, examples, message):
     with pytest.raises(InputError, match=message):
-        make_model(small_text, **settings).caption([(picture(n), region) for n, region in enumerate(examples)], query=picture(9))
+        make_model(small_text, **settings).caption(
+            [(picture(n), region) for n, region in enumerate(examples)], query=picture(9)
+        )
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused(small_text):
@@ -163,7 +200,9 @@ def test_an_array_that_is_no_image_is_refused(small_text):
 
 
 def test_a_region_file_is_read(tmp_path):
-    (tmp_path / "region.json").write_text('{"caption": "a dog", "category": "dog", "box": [32, 16, 64, 32]}')
+    (tmp_path / "region.json").write_text(
+        '{"caption": "a dog", "category": "dog", "box": [32, 16, 64, 32]}'
+    )
     assert Region.load(tmp_path / "region.json") == REGION
     (tmp_path / "short.json").write_text('{"caption": "a dog"}')
     assert Region.load(tmp_path / "short.json") == Region("a dog")
@@ -194,18 +233,27 @@ def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
     settings = ["synthetic.images=30", "samples=1", *toy_tokenizer.recipe_settings(tokenizer)]
-    build_shards(load_recipe(DataRecipe, "demo", settings, package="preprocessing"), folder / "shards", workers=0)
+    build_shards(
+        load_recipe(DataRecipe, "demo", settings, package="preprocessing"),
+        folder / "shards",
+        workers=0,
+    )
     return toy_export.save_toy_model(folder / "model", folder / "shards")
 
 
 def test_an_exported_folder_is_all_that_is_needed(exported):
     model = InContextModel.from_pretrained(exported, device="cpu")
     assert len(model.fingerprint) == 16
-    assert model.segment([(picture(0), blocks(SIDE, SIDE))], query=picture(1, 100, 50)).shape == (50, 100)
+    assert model.segment([(picture(0), blocks(SIDE, SIDE))], query=picture(1, 100, 50)).shape == (
+        50,
+        100,
+    )
     assert model.caption([(picture(0), REGION)], query=picture(1)).category
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"])
+@pytest.mark.parametrize(
+    "missing", ["config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"]
+)
 def test_an_incomplete_folder_is_refused_by_what_it_lacks(exported, tmp_path, missing):
     shutil.copytree(exported, tmp_path / "model")
     path = tmp_path / "model" / missing
@@ -233,7 +281,10 @@ def _set(**values):
         (_cut, "cannot be read"),
         (_set(image_tokenizer="0123"), "the model was trained with 0123"),
         (_set(image_size=128), "does not turn the model's images of 128 pixels into 64 codes"),
-        (_set(vocabulary=to_dict(Vocabulary(text_merges=2000, image_codes=64))), "does not fit its config.json|cannot be read"),
+        (
+            _set(vocabulary=to_dict(Vocabulary(text_merges=2000, image_codes=64))),
+            "does not fit its config.json|cannot be read",
+        ),
     ],
     ids=["truncated weights", "another tokenizer", "another size", "another vocabulary"],
 )

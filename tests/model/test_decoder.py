@@ -1,4 +1,6 @@
-"""The decoder against independent references: Hugging Face's GPT-2, and a mixture of experts computed token by token."""
+"""The decoder against independent references: Hugging Face's GPT-2, and a mixture of experts
+computed token by token.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,11 @@ def loss_and_gradients(model, batch, **options: object) -> tuple[float, dict[str
     model.zero_grad()
     loss = model(batch, **options).total
     loss.backward()
-    gradients = {exported_name(name): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        exported_name(name): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     return loss.item(), gradients
 
 
@@ -35,21 +41,38 @@ def gpt2_like(model: InContextDecoder) -> GPT2LMHeadModel:
     """Hugging Face's GPT-2 with the same weights; its Conv1D stores matrices transposed."""
     s = model.settings
     config = GPT2Config(
-        vocab_size=model.config.vocabulary_size, n_positions=s.positions, n_embd=s.width, n_layer=s.layers, n_head=s.heads,
-        layer_norm_epsilon=s.layer_norm_epsilon, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=model.config.vocabulary_size,
+        n_positions=s.positions,
+        n_embd=s.width,
+        n_layer=s.layers,
+        n_head=s.heads,
+        layer_norm_epsilon=s.layer_norm_epsilon,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     peer = GPT2LMHeadModel(config).eval()
     names = {
-        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
-        "feed_forward_norm": "ln_2", "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj",
-    }  # fmt: skip
-    state = {"transformer.wte.weight": model.token_embedding.weight, "transformer.wpe.weight": model.position_embedding.weight}
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.up": "mlp.c_fc",
+        "feed_forward.down": "mlp.c_proj",
+    }
+    state = {
+        "transformer.wte.weight": model.token_embedding.weight,
+        "transformer.wpe.weight": model.position_embedding.weight,
+    }
     state |= {f"transformer.ln_f.{kind}": getattr(model.norm, kind) for kind in ("weight", "bias")}
     for i, layer in enumerate(model.layers):
         for ours, theirs in names.items():
             module = layer.get_submodule(ours)
             weight = module.weight if "norm" in ours else module.weight.T
-            state |= {f"transformer.h.{i}.{theirs}.weight": weight, f"transformer.h.{i}.{theirs}.bias": module.bias}
+            state |= {
+                f"transformer.h.{i}.{theirs}.weight": weight,
+                f"transformer.h.{i}.{theirs}.bias": module.bias,
+            }
     missing, surplus = peer.load_state_dict(state, strict=False)
     assert not surplus and set(missing) <= {"lm_head.weight"}
     return peer
@@ -58,7 +81,9 @@ def gpt2_like(model: InContextDecoder) -> GPT2LMHeadModel:
 def test_dense_equals_hugging_face_gpt2_in_logits_and_gradients():
     model = build(make_config(feed_forward="dense"))
     peer = gpt2_like(model)
-    tokens_BL = torch.randint(0, model.config.vocabulary_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    tokens_BL = torch.randint(
+        0, model.config.vocabulary_size, (2, 40), generator=torch.Generator().manual_seed(0)
+    )
     positions_BL = torch.arange(40).expand(2, -1)
     ours = model.forward_logits(tokens_BL, positions_BL, torch.full_like(tokens_BL, 5))
     theirs = peer(tokens_BL).logits
@@ -66,19 +91,35 @@ def test_dense_equals_hugging_face_gpt2_in_logits_and_gradients():
 
     for logits in (ours, theirs):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()).backward()
-    torch.testing.assert_close(model.token_embedding.weight.grad, peer.transformer.wte.weight.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        model.token_embedding.weight.grad, peer.transformer.wte.weight.grad, atol=1e-6, rtol=1e-4
+    )
     for layer, block in zip(model.layers, peer.transformer.h, strict=True):
-        torch.testing.assert_close(layer.attention.qkv.weight.grad, block.attn.c_attn.weight.grad.T, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(layer.feed_forward.up.weight.grad, block.mlp.c_fc.weight.grad.T, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            layer.attention.qkv.weight.grad, block.attn.c_attn.weight.grad.T, atol=1e-6, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            layer.feed_forward.up.weight.grad, block.mlp.c_fc.weight.grad.T, atol=1e-6, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
     ("feed_forward", "tags", "parameters"),
-    [("attributes", False, 324_458_496), ("attributes", True, 325_230_336), ("token", False, 324_407_808)],
+    [
+        ("attributes", False, 324_458_496),
+        ("attributes", True, 325_230_336),
+        ("token", False, 324_407_808),
+    ],
 )
-@pytest.mark.parametrize("sparse_layer", [SparseFeedForward, sparse_layer_factory()], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "sparse_layer", [SparseFeedForward, sparse_layer_factory()], ids=["inference", "training"]
+)
 def test_paper_256_has_the_papers_parameters(feed_forward, tags, parameters, sparse_layer):
-    recipe = load_recipe(TrainingRecipe, "paper_256", [f"model.feed_forward={feed_forward}", f"vocabulary.tags={tags}"])
+    recipe = load_recipe(
+        TrainingRecipe,
+        "paper_256",
+        [f"model.feed_forward={feed_forward}", f"vocabulary.tags={tags}"],
+    )
     with torch.device("meta"):
         model = InContextDecoder(DecoderConfig.from_recipe(recipe), sparse_layer)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -98,14 +139,18 @@ def merged_expert(experts: list[nn.Module], weights: list[Tensor], x_M: Tensor) 
     """The output of one expert whose weights are the weighted sum of the experts' weights."""
 
     def merged(name: str) -> Tensor:
-        return sum(w * expert.get_parameter(name) for w, expert in zip(weights, experts, strict=True))
+        return sum(
+            w * expert.get_parameter(name) for w, expert in zip(weights, experts, strict=True)
+        )
 
     hidden = F.gelu(merged("up.weight") @ x_M + merged("up.bias"), approximate="tanh")
     return merged("down.weight") @ hidden + merged("down.bias")
 
 
 def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list[int]) -> Tensor:
-    """x_out = sum over the top-k of G(x)_i FFN_i(x), one token after the other, straight from the formula."""
+    """x_out = sum over the top-k of G(x)_i FFN_i(x), one token after the other, straight from the
+    formula.
+    """
     gate, rows = layer.gate, []
     k = gate.experts_per_token
     for x_M, attributes in zip(x_TM, attributes_T, strict=True):
@@ -113,7 +158,9 @@ def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list
             h_M = x_M
             if hasattr(gate, "attributes") and attributes:
                 bits = torch.tensor(attribute_bits(attributes), dtype=torch.float32)
-                h_M = x_M + gate.attributes.norm(gate.attributes.embed.weight @ bits + gate.attributes.embed.bias)
+                h_M = x_M + gate.attributes.norm(
+                    gate.attributes.embed.weight @ bits + gate.attributes.embed.bias
+                )
         elif attributes == 0:
             rows.append(torch.zeros_like(x_M))
             continue
@@ -124,7 +171,9 @@ def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list
         best = sorted(range(len(p_E)), key=lambda i: -p_E[i].item())[:k]
         total = sum(p_E[i] for i in best) if k > 1 else torch.tensor(1.0)
         if layer.combination == "weights":
-            rows.append(merged_expert([layer.experts[i] for i in best], [p_E[i] / total for i in best], x_M))
+            rows.append(
+                merged_expert([layer.experts[i] for i in best], [p_E[i] / total for i in best], x_M)
+            )
         else:
             rows.append(sum(p_E[i] / total * layer.experts[i](x_M) for i in best))
     return torch.stack(rows)
@@ -132,10 +181,20 @@ def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list
 
 @routings
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("attributes_T", [[7] * 9 + [0] * 2 + [3] * 2 + [7, 0, 9], [5] * 6], ids=["uneven", "one class"])
+@pytest.mark.parametrize(
+    "attributes_T", [[7] * 9 + [0] * 2 + [3] * 2 + [7, 0, 9], [5] * 6], ids=["uneven", "one class"]
+)
 def test_sparse_layer_equals_the_formula_token_by_token(routing, k, attributes_T):
     torch.manual_seed(0)
-    settings = ModelSettings(layers=2, layers_with_experts=(1,), width=16, heads=2, experts=8, experts_per_token=k, **routing)
+    settings = ModelSettings(
+        layers=2,
+        layers_with_experts=(1,),
+        width=16,
+        heads=2,
+        experts=8,
+        experts_per_token=k,
+        **routing,
+    )
     layer = SparseFeedForward(settings, 1)
     x_TM = torch.randn(len(attributes_T), 16, requires_grad=True)
     plan = RoutingPlan.from_attributes(attributes_T, (len(attributes_T),))
@@ -159,7 +218,10 @@ def test_deepspeed_layers_equal_the_plain_ones(routing, task, one_rank):
     plain, trained = build(config), one_rank(build(config, sparse_layer=sparse_layer_factory()))
     batch = make_batch(task, 4)
     plain.auxiliary_weight = trained.auxiliary_weight = 0.0
-    (loss, gradients), (expected, reference) = loss_and_gradients(trained, batch), loss_and_gradients(plain, batch)
+    (loss, gradients), (expected, reference) = (
+        loss_and_gradients(trained, batch),
+        loss_and_gradients(plain, batch),
+    )
     assert loss == pytest.approx(expected, abs=1e-6)
     for name, gradient in reference.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
@@ -169,8 +231,14 @@ def test_deepspeed_layers_equal_the_plain_ones(routing, task, one_rank):
 @pytest.mark.parametrize("feed_forward", ["dense", "token", "attributes"])
 def test_packed_and_padded_layouts_give_equal_losses_and_gradients(task, feed_forward):
     # GShard's auxiliary loss, which `token` has, counts padding as it counts any token.
-    model = build(make_config(feed_forward=feed_forward), auxiliary_weight=0.0 if feed_forward == "token" else 0.02)
-    packed, padded = (loss_and_gradients(model, make_batch(task, 4, layout, input_weight=0.5)) for layout in ("packed", "padded"))
+    model = build(
+        make_config(feed_forward=feed_forward),
+        auxiliary_weight=0.0 if feed_forward == "token" else 0.02,
+    )
+    packed, padded = (
+        loss_and_gradients(model, make_batch(task, 4, layout, input_weight=0.5))
+        for layout in ("packed", "padded")
+    )
     assert packed[0] == pytest.approx(padded[0], abs=1e-6)
     for name, gradient in packed[1].items():
         torch.testing.assert_close(gradient, padded[1][name], atol=1e-6, rtol=1e-4)
@@ -179,18 +247,29 @@ def test_packed_and_padded_layouts_give_equal_losses_and_gradients(task, feed_fo
 def test_attention_stays_inside_an_episode():
     model = build(make_config())
     sequences = make_sequences("captioning", 3)
-    alone = sum(model(collate([s], VOCABULARY, "captioning", loss_scale=1.0)).text_sum.item() for s in sequences)
+    alone = sum(
+        model(collate([s], VOCABULARY, "captioning", loss_scale=1.0)).text_sum.item()
+        for s in sequences
+    )
     together = model(collate(sequences, VOCABULARY, "captioning", loss_scale=1.0)).text_sum.item()
     assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(one_rank):
-    model = one_rank(build(make_config(feed_forward="attributes"), sparse_layer=sparse_layer_factory(), auxiliary_weight=1.0))
+    model = one_rank(
+        build(
+            make_config(feed_forward="attributes"),
+            sparse_layer=sparse_layer_factory(),
+            auxiliary_weight=1.0,
+        )
+    )
     batch = make_batch("captioning", 3)
     loss = model(batch)
     plan, expected = batch.routing, []
     for layer in (1, 2):
-        probabilities_CE = model.layers[layer].feed_forward.deepspeed_moe.gate.probabilities(plan.classes)
+        probabilities_CE = model.layers[layer].feed_forward.deepspeed_moe.gate.probabilities(
+            plan.classes
+        )
         for shares_C in plan.shares_BC:
             mean_E = sum(share * p_E for share, p_E in zip(shares_C, probabilities_CE, strict=True))
             first_E = torch.zeros(8)
@@ -199,7 +278,9 @@ def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(one_rank):
             expected.append(8 * (mean_E * first_E).sum())
     assert loss.auxiliary.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
     gate = model.layers[1].feed_forward.deepspeed_moe.gate.wg.weight
-    without = torch.autograd.grad(loss.total - torch.stack(expected).mean(), gate, retain_graph=True)[0]
+    without = torch.autograd.grad(
+        loss.total - torch.stack(expected).mean(), gate, retain_graph=True
+    )[0]
     assert not torch.allclose(torch.autograd.grad(loss.total, gate)[0], without)
 
 
@@ -208,8 +289,12 @@ def test_gate_noise_is_a_function_of_seed_step_layer_and_class_and_absent_in_eva
     gate = model.layers[1].feed_forward.gate
     clean = gate.probabilities((11, 13))
     assert torch.equal(gate.probabilities((11, 13), (0, 5)), gate.probabilities((11, 13), (0, 5)))
-    assert torch.equal(gate.probabilities((13,), (0, 5))[0], gate.probabilities((11, 13), (0, 5))[1])
-    assert not torch.equal(gate.probabilities((11, 13), (0, 5)), gate.probabilities((11, 13), (0, 6)))
+    assert torch.equal(
+        gate.probabilities((13,), (0, 5))[0], gate.probabilities((11, 13), (0, 5))[1]
+    )
+    assert not torch.equal(
+        gate.probabilities((11, 13), (0, 5)), gate.probabilities((11, 13), (0, 6))
+    )
     assert not torch.equal(clean, gate.probabilities((11, 13), (0, 5)))
     batch = make_batch("segmentation", 2)
     model.eval()
@@ -231,7 +316,10 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_experts_start_different_and_weights_do_not_depend_on_the_layout():
     plain = dict(build(make_config()).named_parameters())
-    trained = {exported_name(n): p for n, p in build(make_config(), sparse_layer=sparse_layer_factory()).named_parameters()}
+    trained = {
+        exported_name(n): p
+        for n, p in build(make_config(), sparse_layer=sparse_layer_factory()).named_parameters()
+    }
     assert plain.keys() == trained.keys()
     assert all(torch.equal(parameter, trained[name]) for name, parameter in plain.items())
     name = "layers.1.feed_forward.experts.{}.up.weight"

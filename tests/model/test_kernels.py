@@ -1,4 +1,6 @@
-"""The decoder's own kernels against the plain formulas: linear layers, cross-entropy at targets, causal attention by blocks."""
+"""The decoder's own kernels against the plain formulas: linear layers, cross-entropy at targets,
+causal attention by blocks.
+"""
 
 import math
 
@@ -24,7 +26,9 @@ def gradients(value: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 
 
 @precisions
-@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 16), (16,), (0, 16)], ids=["rows", "batch", "vector", "no rows"])
+@pytest.mark.parametrize(
+    "shape", [(7, 16), (2, 3, 16), (16,), (0, 16)], ids=["rows", "batch", "vector", "no rows"]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_equals_torchs_in_value_and_gradients(shape, bias, dtype):
     (x,) = leaves(shape, dtype=dtype)
@@ -32,7 +36,11 @@ def test_linear_equals_torchs_in_value_and_gradients(shape, bias, dtype):
     theirs = torch.nn.Linear(16, 24, bias=bias).to(dtype)
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(x), theirs(x), **BOUNDS[dtype])
-    for mine, expected in zip(gradients(ours(x), [x, *ours.parameters()]), gradients(theirs(x), [x, *theirs.parameters()]), strict=True):
+    for mine, expected in zip(
+        gradients(ours(x), [x, *ours.parameters()]),
+        gradients(theirs(x), [x, *theirs.parameters()]),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, expected, **BOUNDS[dtype])
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), **BOUNDS[dtype])
@@ -53,7 +61,9 @@ def test_product_equals_torchs_whatever_is_transposed(dtype):
 
 @precisions
 @pytest.mark.parametrize("targets", [1, 5, 16, 23])
-def test_chunked_cross_entropy_equals_the_plain_one_in_value_and_gradients(targets, dtype, monkeypatch):
+def test_chunked_cross_entropy_equals_the_plain_one_in_value_and_gradients(
+    targets, dtype, monkeypatch
+):
     monkeypatch.setattr(loss, "CHUNK", 8)
     monkeypatch.setattr(loss, "ROWS", 3)
     hidden_PM, embedding_VM = leaves((targets, 16), (50, 16), dtype=dtype)
@@ -61,8 +71,12 @@ def test_chunked_cross_entropy_equals_the_plain_one_in_value_and_gradients(targe
     labels_P = torch.randint(0, 50, (targets,), generator=generator)
     weights_P = torch.rand(targets, generator=generator)
     weighted_sum, losses_P = loss.target_losses(hidden_PM, embedding_VM, labels_P, weights_P)
-    expected_P = F.cross_entropy(F.linear(hidden_PM, embedding_VM).float(), labels_P, reduction="none")
-    torch.testing.assert_close(losses_P, expected_P.detach(), atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 1e-2)
+    expected_P = F.cross_entropy(
+        F.linear(hidden_PM, embedding_VM).float(), labels_P, reduction="none"
+    )
+    torch.testing.assert_close(
+        losses_P, expected_P.detach(), atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 1e-2
+    )
     assert weighted_sum.item() == pytest.approx((losses_P * weights_P).sum().item(), rel=1e-6)
     wanted = [hidden_PM, embedding_VM]
     ours = torch.autograd.grad(weighted_sum * 0.3, wanted)
@@ -73,7 +87,9 @@ def test_chunked_cross_entropy_equals_the_plain_one_in_value_and_gradients(targe
 
 def test_cross_entropy_is_finite_where_the_target_is_all_but_impossible():
     hidden_PM = torch.tensor([[100.0]], requires_grad=True)
-    weighted_sum, losses_P = loss.target_losses(hidden_PM, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]), torch.ones(1))
+    weighted_sum, losses_P = loss.target_losses(
+        hidden_PM, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]), torch.ones(1)
+    )
     assert losses_P.tolist() == [200.0]
     weighted_sum.backward()
     assert hidden_PM.grad.tolist() == [[2.0]]
@@ -85,7 +101,9 @@ def test_cross_entropy_without_gradients_leaves_them_out():
     with torch.no_grad():
         found = loss.target_losses(hidden_PM, embedding_VM, labels_P, weights_P)
     assert not found[0].requires_grad
-    assert torch.equal(found[1], loss.target_losses(hidden_PM, embedding_VM, labels_P, weights_P)[1])
+    assert torch.equal(
+        found[1], loss.target_losses(hidden_PM, embedding_VM, labels_P, weights_P)[1]
+    )
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,12 +127,16 @@ def test_attention_by_blocks_equals_the_formula_in_value_and_gradients(length, d
 def test_causal_attention_takes_any_number_of_heads_before_length_and_width():
     q, k, v = leaves(*[(2, 3, 5, 8)] * 3, dtype=torch.bfloat16)
     together = blockwise_attention.causal_attention(q, k, v)
-    alone = torch.stack([blockwise_attention.causal_attention(*parts) for parts in zip(q, k, v, strict=True)])
+    alone = torch.stack(
+        [blockwise_attention.causal_attention(*parts) for parts in zip(q, k, v, strict=True)]
+    )
     torch.testing.assert_close(together, alone)
 
 
 def test_attention_dropout_drops_the_same_weights_in_the_backward_pass(monkeypatch):
-    """With values that are a basis the output is the dropped attention matrix itself, which tells what was kept."""
+    """With values that are a basis the output is the dropped attention matrix itself, which tells
+    what was kept.
+    """
     monkeypatch.setattr(blockwise_attention, "BLOCK", 4)
     q, k = leaves((1, 10, 10), (1, 10, 10))
     v = torch.eye(10)[None].requires_grad_()
@@ -126,7 +148,9 @@ def test_attention_dropout_drops_the_same_weights_in_the_backward_pass(monkeypat
     upstream = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(2))
     found = torch.autograd.grad(weights, [q, k, v], upstream, retain_graph=True)
     mask = kept / 0.6
-    scores = (q @ k.transpose(1, 2) / math.sqrt(10)).masked_fill(torch.ones(10, 10, dtype=torch.bool).triu(1), -math.inf)
+    scores = (q @ k.transpose(1, 2) / math.sqrt(10)).masked_fill(
+        torch.ones(10, 10, dtype=torch.bool).triu(1), -math.inf
+    )
     expected = torch.autograd.grad((scores.softmax(dim=-1) * mask) @ v, [q, k, v], upstream)
     for mine, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)

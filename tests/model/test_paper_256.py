@@ -30,12 +30,22 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
     format = SequenceFormat(recipe.vocabulary)
     manifest = Manifest(SCHEMA_VERSION, format, 3, 256, "", "", {}, {"segmentation": 1}, {}, (), {})
     rng = np.random.default_rng(0)
-    pairs = tuple(SegmentationPair(rng.integers(0, 1024, 256), rng.integers(0, 1024, 256)) for _ in range(4))
-    sequence = SequenceCodec(format, TextTokenizer()).encode(Episode(TASKS["segmentation"], "dog", pairs))
+    pairs = tuple(
+        SegmentationPair(rng.integers(0, 1024, 256), rng.integers(0, 1024, 256)) for _ in range(4)
+    )
+    sequence = SequenceCodec(format, TextTokenizer()).encode(
+        Episode(TASKS["segmentation"], "dog", pairs)
+    )
     assert len(sequence) == 2060 == recipe.model.positions
 
     part = RankSlice.of(0, 1, 1, 1)
-    engine = TrainingEngine(recipe, manifest, {"zero_optimization": {"stage": 1}}, part, Ranks(0, 1, torch.device("cpu")))
+    engine = TrainingEngine(
+        recipe,
+        manifest,
+        {"zero_optimization": {"stage": 1}},
+        part,
+        Ranks(0, 1, torch.device("cpu")),
+    )
     batch = collate([sequence], recipe.vocabulary, "segmentation")
     losses = []
     for _ in range(2):

@@ -7,7 +7,13 @@ from toy_model import make_config
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.tensor_parallel import is_split, join, split
 
-CUT = ("token_embedding.weight", "attention.qkv.weight", "attention.qkv.bias", "attention.out.weight", "layers.0.feed_forward.up.weight")
+CUT = (
+    "token_embedding.weight",
+    "attention.qkv.weight",
+    "attention.qkv.bias",
+    "attention.out.weight",
+    "layers.0.feed_forward.up.weight",
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,9 @@ def test_parts_join_to_the_whole(model, tp_size):
         assert len({part.shape for part in parts}) == 1, "all ranks must hold equally much"
         assert torch.equal(join(name, parts, vocabulary_size), parameter)
         if is_split(name):
-            assert sum(part.numel() for part in parts) - parameter.numel() in range(tp_size * model.settings.width)
+            assert sum(part.numel() for part in parts) - parameter.numel() in range(
+                tp_size * model.settings.width
+            )
         else:
             assert all(part is parameter for part in parts)
 
@@ -34,7 +42,11 @@ def test_parts_join_to_the_whole(model, tp_size):
 def test_what_is_cut_is_the_vocabulary_attention_and_dense_layers(model):
     cut = {name for name, _ in model.named_parameters() if is_split(name)}
     assert all(any(name.endswith(end) for name in cut) for end in CUT)
-    assert not any(word in name for name in cut for word in ("expert", "gate", "norm", "position", "out.bias", "down.bias"))
+    assert not any(
+        word in name
+        for name in cut
+        for word in ("expert", "gate", "norm", "position", "out.bias", "down.bias")
+    )
     assert "layers.0.feed_forward.down.weight" in cut
 
 

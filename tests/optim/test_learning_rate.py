@@ -9,7 +9,10 @@ from icl_moe.recipe import OptimizerSettings
 
 
 def curve(steps: int, **settings: object) -> list[float]:
-    return [learning_rate(OptimizerSettings(learning_rate=2.0, **settings), step, steps) for step in range(steps)]
+    return [
+        learning_rate(OptimizerSettings(learning_rate=2.0, **settings), step, steps)
+        for step in range(steps)
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -25,7 +28,10 @@ def test_cosine_falls_along_half_a_wave_to_nothing():
     rates = curve(104, schedule="cosine", warmup_steps=4)[4:]
     assert rates == pytest.approx([1.0 + math.cos(math.pi * k / 100) for k in range(100)])
     assert rates[0] == 2.0 and rates[50] == pytest.approx(1.0) and 0 < rates[-1] < 1e-3
-    assert learning_rate(OptimizerSettings(learning_rate=2.0, warmup_steps=4), step=104, steps=104) == 0.0
+    assert (
+        learning_rate(OptimizerSettings(learning_rate=2.0, warmup_steps=4), step=104, steps=104)
+        == 0.0
+    )
 
 
 def test_without_warmup_the_first_step_has_the_whole_rate():

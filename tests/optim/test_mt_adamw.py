@@ -11,13 +11,17 @@ from icl_moe.optim.mt_adamw import MTAdamW
 
 @pytest.mark.parametrize(
     ("sizes", "tolerance"),
-    # Where norms differ 10,000-fold, 1 - d is the difference of two numbers that agree in eight digits or more.
+    # Where norms differ 10,000-fold, 1 - d is the difference of two numbers that agree in eight
+    # digits or more.
     [((1.0, 1.0), 1e-12), ((100.0, 0.01), 1e-7)],
 )
 def test_twenty_steps_of_two_tasks_equal_the_formula(sizes, tolerance):
     torch.manual_seed(0)
     settings = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
-    parameters = [torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)]
+    parameters = [
+        torch.randn(7, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, dtype=torch.float64, requires_grad=True),
+    ]
     expected = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     norm = math.nan
     optimizer = MTAdamW(parameters, lambda: norm, weight_decay=0.1, **settings)
@@ -34,25 +38,37 @@ def test_twenty_steps_of_two_tasks_equal_the_formula(sizes, tolerance):
             for state, gradient in zip(expected, gradients, strict=True)
         ]
         for parameter, (theta, _, _) in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(parameter.detach(), theta, atol=tolerance / 10, rtol=tolerance)
+            torch.testing.assert_close(
+                parameter.detach(), theta, atol=tolerance / 10, rtol=tolerance
+            )
 
 
 def test_a_parameter_without_a_gradient_stands_still_and_counts_its_own_steps():
     torch.manual_seed(0)
     always, seldom = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    expected = {p: (p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p), 0) for p in (always, seldom)}
+    expected = {
+        p: (p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p), 0)
+        for p in (always, seldom)
+    }
     optimizer = MTAdamW([always, seldom], lambda: 3.0, lr=1e-2, weight_decay=0.1)
     for t in range(12):
         optimizer.probability = (0.75, 0.25)[t % 3 == 0]
-        always.grad, seldom.grad = torch.randn_like(always), torch.randn_like(seldom) if t % 4 == 3 else None
+        always.grad, seldom.grad = (
+            torch.randn_like(always),
+            torch.randn_like(seldom) if t % 4 == 3 else None,
+        )
         optimizer.step()
         for parameter in (always, seldom):
             if parameter.grad is not None:
                 theta, m, n, steps = expected[parameter]
                 settings = dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, decay=0.1)
-                moved = plain_step(theta, m, n, parameter.grad, 3.0, optimizer.probability, steps + 1, **settings)
+                moved = plain_step(
+                    theta, m, n, parameter.grad, 3.0, optimizer.probability, steps + 1, **settings
+                )
                 expected[parameter] = (*moved, steps + 1)
-            torch.testing.assert_close(parameter.detach(), expected[parameter][0], atol=1e-12, rtol=1e-12)
+            torch.testing.assert_close(
+                parameter.detach(), expected[parameter][0], atol=1e-12, rtol=1e-12
+            )
 
 
 @pytest.mark.parametrize("norm", [None, 0.0, math.nan, math.inf, -1.0])

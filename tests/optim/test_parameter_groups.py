@@ -9,14 +9,31 @@ from icl_moe.optim.parameter_groups import parameter_groups
 def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
     decoder = InContextDecoder(make_config())
     groups = parameter_groups(decoder, weight_decay=0.05)
-    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    assert len(decay) == sum(len(group["params"]) for group in groups) == len(list(decoder.parameters()))
+    decay = {
+        id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]
+    }
+    assert (
+        len(decay)
+        == sum(len(group["params"]) for group in groups)
+        == len(list(decoder.parameters()))
+    )
     decayed = {name for name, parameter in decoder.named_parameters() if decay[id(parameter)]}
-    matrices = ("attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight", "gate.embed.weight", "gate.wg.weight")
+    matrices = (
+        "attention.qkv.weight",
+        "attention.out.weight",
+        "up.weight",
+        "down.weight",
+        "gate.embed.weight",
+        "gate.wg.weight",
+    )
     assert decayed == {name for name, _ in decoder.named_parameters() if name.endswith(matrices)}
     assert {decay[id(parameter)] for parameter in decoder.parameters()} == {0.0, 0.05}
-    assert not any("embedding" in name or "norm" in name or name.endswith("bias") for name in decayed)
+    assert not any(
+        "embedding" in name or "norm" in name or name.endswith("bias") for name in decayed
+    )
 
 
 def test_without_weight_decay_no_group_has_any():
-    assert {group["weight_decay"] for group in parameter_groups(InContextDecoder(make_config()), 0.0)} == {0.0}
+    assert {
+        group["weight_decay"] for group in parameter_groups(InContextDecoder(make_config()), 0.0)
+    } == {0.0}

@@ -25,7 +25,9 @@ def rectangle(x: float, y: float, w: float, h: float) -> list[float]:
 
 
 class CocoFolder:
-    """Six images of 100 x 80. All show a dog of 40 x 30 at (10, 20); images 1 to 3 two cats, 4 has a crowd of cats, 5 and 6 none."""
+    """Six images of 100 x 80. All show a dog of 40 x 30 at (10, 20); images 1 to 3 two cats, 4 has
+    a crowd of cats, 5 and 6 none.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,18 +42,24 @@ class CocoFolder:
         captions: list[dict[str, Any]] = []
         for number in range(1, 7):
             write_image(self.images / f"{number}.jpg", number)
-            self.content["images"].append({"id": number, "file_name": f"{number}.jpg", "width": WIDTH, "height": HEIGHT})
+            self.content["images"].append(
+                {"id": number, "file_name": f"{number}.jpg", "width": WIDTH, "height": HEIGHT}
+            )
             self._annotate(number, 18, [rectangle(10, 20, 40, 30)], (10, 20, 40, 30))
             if number <= 3:
                 self._annotate(number, 17, [rectangle(60, 10, 20, 20)], (60, 10, 20, 20))
                 self._annotate(number, 17, [rectangle(80, 50, 10, 10)], (80, 50, 10, 10))
             if number == 4:
                 runs = [0, 10, WIDTH * HEIGHT - 10]
-                self._annotate(number, 17, {"size": [HEIGHT, WIDTH], "counts": runs}, (0, 0, 1, 10), crowd=1)
+                self._annotate(
+                    number, 17, {"size": [HEIGHT, WIDTH], "counts": runs}, (0, 0, 1, 10), crowd=1
+                )
             for text in ("A dog  on grass.", "Two cats and a dog ", "Nothing to see."):
                 captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
         self.write()
-        self.captions_file.write_text(json.dumps({"images": self.content["images"], "annotations": captions}))
+        self.captions_file.write_text(
+            json.dumps({"images": self.content["images"], "annotations": captions})
+        )
 
     def write(self, edit: Edit | None = None) -> Path:
         if edit:
@@ -59,29 +67,58 @@ class CocoFolder:
         self.file.write_text(json.dumps(self.content))
         return self.file
 
-    def _annotate(self, image: int, category: int, segmentation: Any, box: tuple[int, ...], crowd: int = 0) -> None:
+    def _annotate(
+        self, image: int, category: int, segmentation: Any, box: tuple[int, ...], crowd: int = 0
+    ) -> None:
         number = len(self.content["annotations"]) + 1
-        annotation = {"id": number, "image_id": image, "category_id": category, "iscrowd": crowd, "bbox": list(box)}
-        self.content["annotations"].append({**annotation, "segmentation": segmentation, "area": box[2] * box[3]})
+        annotation = {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "iscrowd": crowd,
+            "bbox": list(box),
+        }
+        self.content["annotations"].append(
+            {**annotation, "segmentation": segmentation, "area": box[2] * box[3]}
+        )
 
 
 class GenomeFolder:
-    """Five images of 100 x 80 in Visual Genome's 1.4 layout, each with the same two dogs, a tree, and four regions."""
+    """Five images of 100 x 80 in Visual Genome's 1.4 layout, each with the same two dogs, a tree,
+    and four regions.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.images = folder / "images"
-        self.content: dict[str, list[Any]] = {"image_data": [], "objects": [], "region_descriptions": []}
+        self.content: dict[str, list[Any]] = {
+            "image_data": [],
+            "objects": [],
+            "region_descriptions": [],
+        }
         self.folder = folder
         for number in range(1, 6):
             write_image(self.images / f"VG_100K/{number}.jpg", number)
             url = f"https://cs.stanford.edu/people/rak248/VG_100K/{number}.jpg"
-            self.content["image_data"].append({"image_id": number, "url": url, "width": WIDTH, "height": HEIGHT, "coco_id": None})
+            self.content["image_data"].append(
+                {"image_id": number, "url": url, "width": WIDTH, "height": HEIGHT, "coco_id": None}
+            )
             boxes = {"dogs": (0, 0, 50, 40), "Dog": (60, 40, 60, 40), "tree": (0, 0, 100, 80)}
             objects = [
-                {"object_id": 10 * number + i, "names": [name], "x": x, "y": y, "w": w, "h": h, "synsets": [], "merged_object_ids": []}
+                {
+                    "object_id": 10 * number + i,
+                    "names": [name],
+                    "x": x,
+                    "y": y,
+                    "w": w,
+                    "h": h,
+                    "synsets": [],
+                    "merged_object_ids": [],
+                }
                 for i, (name, (x, y, w, h)) in enumerate(boxes.items())
             ]
-            self.content["objects"].append({"image_id": number, "objects": objects, "image_url": url})
+            self.content["objects"].append(
+                {"image_id": number, "objects": objects, "image_url": url}
+            )
             regions = [
                 self._region(number, 1, "the dogs  are asleep. ", (0, 0, 50, 36)),
                 self._region(number, 2, "a dog past the edge", (60, 40, 60, 40)),
@@ -101,7 +138,15 @@ class GenomeFolder:
     @staticmethod
     def _region(image: int, number: int, phrase: str, box: tuple[int, ...]) -> dict[str, Any]:
         x, y, width, height = box
-        return {"region_id": 10 * image + number, "image_id": image, "phrase": phrase, "x": x, "y": y, "width": width, "height": height}
+        return {
+            "region_id": 10 * image + number,
+            "image_id": image,
+            "phrase": phrase,
+            "x": x,
+            "y": y,
+            "width": width,
+            "height": height,
+        }
 
 
 @pytest.fixture

@@ -45,7 +45,9 @@ def build(tokenizer) -> Build:
 
     def build(out: Path, *settings: str, recipe: str = "demo", workers: int = 0) -> Manifest:
         overrides = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer), *settings]
-        return build_shards(load_recipe(DataRecipe, recipe, overrides, package="preprocessing"), out, workers)
+        return build_shards(
+            load_recipe(DataRecipe, recipe, overrides, package="preprocessing"), out, workers
+        )
 
     return build
 
@@ -58,7 +60,11 @@ def shards(*arguments: object) -> int:
 
 def hashes(folder: Path) -> dict[str, str]:
     names = ("*.tar", "*.index.npy", "manifest.json")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for name in names for path in folder.glob(name)}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in names
+        for path in folder.glob(name)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,12 @@ def damaged(demo, tmp_path) -> Path:
 def coco_recipe(coco_folder, tmp_path) -> Path:
     """A recipe on the hand-made COCO folder."""
     coco = {"images": str(coco_folder.images), "annotations": str(coco_folder.file)}
-    captions = {**coco, "annotations": str(coco_folder.captions_file), "instances": str(coco_folder.file), "min_descriptions": 0}
+    captions = {
+        **coco,
+        "annotations": str(coco_folder.captions_file),
+        "instances": str(coco_folder.file),
+        "min_descriptions": 0,
+    }
     path = tmp_path / "coco.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -94,23 +105,31 @@ def coco_recipe(coco_folder, tmp_path) -> Path:
     return path
 
 
-def test_equal_seeds_give_equal_bytes_whatever_the_number_of_workers_and_other_seeds_others(build, demo, tmp_path):
+def test_equal_seeds_give_equal_bytes_whatever_the_number_of_workers_and_other_seeds_others(
+    build, demo, tmp_path
+):
     build(tmp_path / "again", workers=3)
     assert hashes(tmp_path / "again") == hashes(demo)
     build(tmp_path / "other", "seed=1")
-    assert hashes(tmp_path / "other")["captioning-000000.tar"] != hashes(demo)["captioning-000000.tar"]
+    assert (
+        hashes(tmp_path / "other")["captioning-000000.tar"] != hashes(demo)["captioning-000000.tar"]
+    )
 
 
 def test_the_folder_stands_alone_and_nothing_unfinished_is_left(demo):
     names = {path.name for path in demo.iterdir()}
     assert names == {"manifest.json", "image_tokenizer", "text_tokenizer", "synthetic"} | {
         f"{task}.index.npy" for task in ("segmentation", "captioning")
-    } | {f"{task}-{number:06d}.tar" for task in ("segmentation", "captioning") for number in range(3)}
+    } | {
+        f"{task}-{number:06d}.tar" for task in ("segmentation", "captioning") for number in range(3)
+    }
     assert not list(demo.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("stage", ["encoding", "packing", "manifest"])
-def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(build, demo, tmp_path, monkeypatch, stage):
+def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
+    build, demo, tmp_path, monkeypatch, stage
+):
     out = tmp_path / "out"
     monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
     calls = 0
@@ -135,15 +154,26 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(build, demo, tmp_
         with pytest.raises(KeyboardInterrupt):
             build(out)
     assert not (out / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for pattern in (".build/codes-*.npy", "*.tar") for path in out.glob(pattern)}
+    kept = {
+        path: path.stat().st_mtime_ns
+        for pattern in (".build/codes-*.npy", "*.tar")
+        for path in out.glob(pattern)
+    }
     assert len([path for path in kept if path.suffix == ".npy"]) >= 2
-    assert len([path for path in kept if path.suffix == ".tar"]) == {"encoding": 0, "packing": 2, "manifest": 6}[stage]
+    assert (
+        len([path for path in kept if path.suffix == ".tar"])
+        == {"encoding": 0, "packing": 2, "manifest": 6}[stage]
+    )
 
     encoded = []
-    monkeypatch.setattr(quantize, "_encode", lambda *args, real=quantize._encode: encoded.append(1) or real(*args))
+    monkeypatch.setattr(
+        quantize, "_encode", lambda *args, real=quantize._encode: encoded.append(1) or real(*args)
+    )
     build(out)
     assert hashes(out) == hashes(demo)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar")
+    assert all(
+        path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar"
+    )
     assert bool(encoded) == (stage == "encoding"), "what was encoded is not encoded again"
 
 
@@ -154,7 +184,10 @@ def test_a_finished_build_is_left_alone(build, demo):
 
 
 def test_a_folder_of_another_recipe_is_refused(build, demo, tmp_path):
-    with pytest.raises(InputError, match=r"holds shards of another recipe \(seed is 0 there, 7 here\); choose another --out"):
+    with pytest.raises(
+        InputError,
+        match=r"holds shards of another recipe \(seed is 0 there, 7 here\); choose another --out",
+    ):
         build(demo, "seed=7")
     (tmp_path / "file.txt").write_text("precious")
     with pytest.raises(InputError, match="exists and holds no shards"):
@@ -162,15 +195,24 @@ def test_a_folder_of_another_recipe_is_refused(build, demo, tmp_path):
     assert (tmp_path / "file.txt").read_text() == "precious"
 
 
-def test_an_unfinished_build_whose_sources_changed_is_refused(build, coco_folder, coco_recipe, tmp_path, monkeypatch):
+def test_an_unfinished_build_whose_sources_changed_is_refused(
+    build, coco_folder, coco_recipe, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            build_module, "quantize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "out", recipe=str(coco_recipe))
-    coco_folder.write(lambda content: content["annotations"][0].update(segmentation=[[0, 0, 50, 0, 50, 50]]))
+    coco_folder.write(
+        lambda content: content["annotations"][0].update(segmentation=[[0, 0, 50, 0, 50, 50]])
+    )
     with pytest.raises(InputError, match="sources have changed since the build"):
         build(tmp_path / "out", recipe=str(coco_recipe))
-    with pytest.raises(InputError, match=r"holds unfinished shards of another recipe \(examples is 2 there, 1 here\)"):
+    with pytest.raises(
+        InputError,
+        match=r"holds unfinished shards of another recipe \(examples is 2 there, 1 here\)",
+    ):
         build(tmp_path / "out", "examples=1", recipe=str(coco_recipe))
 
 
@@ -178,8 +220,14 @@ def test_coco_and_its_captions_make_both_tasks(build, coco_recipe, tmp_path):
     out = tmp_path / "out"
     manifest = build(out, "samples=null", recipe=str(coco_recipe))
     assert manifest.samples == {"segmentation": 9, "captioning": 16}
-    assert manifest.classes == {"segmentation": {"cat": 3, "dog": 6}, "captioning": {"cat": 4, "dog": 12}}
-    assert manifest.skipped == {"segmentation.crowds_alone": 1, "captioning.captions_without_a_seen_class": 6}
+    assert manifest.classes == {
+        "segmentation": {"cat": 3, "dog": 6},
+        "captioning": {"cat": 4, "dog": 12},
+    }
+    assert manifest.skipped == {
+        "segmentation.crowds_alone": 1,
+        "captioning.captions_without_a_seen_class": 6,
+    }
     assert verify_shards(out) == manifest
     sample = ShardSet(out).sample("captioning", 0)
     assert sample.meta["sources"][-1]["crop"] == [0, 0, 100, 80]
@@ -191,7 +239,12 @@ def test_each_setting_of_the_caption_builds_and_verifies(build, coco_recipe, tmp
         (
             ["caption.category=none", "caption.box=none"],
             ["caption.category=given", "caption.box=image"],
-            ["caption.category=none", "caption.box=none", "vocabulary.tags=false", "captioning=null"],
+            [
+                "caption.category=none",
+                "caption.box=none",
+                "vocabulary.tags=false",
+                "captioning=null",
+            ],
             ["class_prompt=true", "prompt_length=8", "segmentation=null"],
         )
     ):
@@ -210,7 +263,11 @@ def test_a_box_as_an_image_is_dark_on_the_object(build, tokenizer, coco_recipe, 
     sample = ShardSet(out).sample("captioning", 0)
     box = sample.meta["boxes"][0]
     drawn = quantize.draw(quantize.BoxPicture(tuple(box)), 64)
-    expected = VQGAN.from_pretrained(tokenizer).encode(torch.from_numpy(drawn / 127.5 - 1.0).float().permute(2, 0, 1)[None]).numpy()
+    expected = (
+        VQGAN.from_pretrained(tokenizer)
+        .encode(torch.from_numpy(drawn / 127.5 - 1.0).float().permute(2, 0, 1)[None])
+        .numpy()
+    )
     np.testing.assert_array_equal(codec.decode(sample.sequence).pairs[0].box_image, expected[0])
 
 
@@ -222,7 +279,9 @@ def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_re
     assert manifest.skipped["captioning.texts_without_room"] == 1
 
 
-def test_missing_images_are_counted_in_the_manifest_on_demand(build, coco_folder, coco_recipe, tmp_path):
+def test_missing_images_are_counted_in_the_manifest_on_demand(
+    build, coco_folder, coco_recipe, tmp_path
+):
     (coco_folder.images / "6.jpg").unlink()
     with pytest.raises(InputError, match="1 of 6 annotated images are missing"):
         build(tmp_path / "out", recipe=str(coco_recipe))
@@ -231,7 +290,9 @@ def test_missing_images_are_counted_in_the_manifest_on_demand(build, coco_folder
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_stops_with_its_name_and_leaves_no_manifest(build, coco_folder, coco_recipe, tmp_path, workers):
+def test_a_damaged_image_stops_with_its_name_and_leaves_no_manifest(
+    build, coco_folder, coco_recipe, tmp_path, workers
+):
     image = coco_folder.images / "3.jpg"
     image.write_bytes(image.read_bytes()[:1500])
     with pytest.raises(InputError, match=r"The image .*3.jpg cannot be read"):
@@ -240,7 +301,9 @@ def test_a_damaged_image_stops_with_its_name_and_leaves_no_manifest(build, coco_
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_an_image_of_another_size_than_its_record_says_is_named(build, coco_folder, coco_recipe, tmp_path):
+def test_an_image_of_another_size_than_its_record_says_is_named(
+    build, coco_folder, coco_recipe, tmp_path
+):
     Image.new("RGB", (90, 80)).save(coco_folder.images / "2.jpg")
     with pytest.raises(InputError, match=r"2.jpg has 90 x 80 pixels, but its record says 100 x 80"):
         build(tmp_path / "out", recipe=str(coco_recipe))
@@ -250,18 +313,39 @@ def test_an_image_of_another_size_than_its_record_says_is_named(build, coco_fold
     ("settings", "message"),
     [
         (["imagesize=64"], r"unknown key 'imagesize' \(did you mean 'image_size'\?\)"),
-        (["segmentation.sorce=coco"], r"unknown key 'segmentation.sorce' \(did you mean 'segmentation.source'\?\)"),
-        (["segmentation.source=coco"], "segmentation.source=coco needs the key 'segmentation.images'"),
-        (["captioning.source=visual_genome"], "captioning.source=visual_genome needs the key 'captioning.images'"),
-        (["captioning.source=coco_captions", "captioning.images=x"], "needs the key 'captioning.annotations'"),
+        (
+            ["segmentation.sorce=coco"],
+            r"unknown key 'segmentation.sorce' \(did you mean 'segmentation.source'\?\)",
+        ),
+        (
+            ["segmentation.source=coco"],
+            "segmentation.source=coco needs the key 'segmentation.images'",
+        ),
+        (
+            ["captioning.source=visual_genome"],
+            "captioning.source=visual_genome needs the key 'captioning.images'",
+        ),
+        (
+            ["captioning.source=coco_captions", "captioning.images=x"],
+            "needs the key 'captioning.annotations'",
+        ),
         (["captioning.split=train"], "captioning.splits and captioning.split go together"),
-        (["segmentation=null", "captioning=null"], "needs a section segmentation, captioning or both"),
+        (
+            ["segmentation=null", "captioning=null"],
+            "needs a section segmentation, captioning or both",
+        ),
         (["examples=-1"], "examples must be at least 0"),
         (["samples=0"], "samples must be null or at least 1"),
         (["vocabulary.tags=false"], "set vocabulary.tags=true"),
-        (["vocabulary.image_codes=7"], r"vocabulary.image_codes is 7, but the tokenizer .* has 64 codes"),
+        (
+            ["vocabulary.image_codes=7"],
+            r"vocabulary.image_codes is 7, but the tokenizer .* has 64 codes",
+        ),
         (["image_size=65"], r"image_size is 65; the tokenizer .* needs a multiple of 8"),
-        (["examples=200"], "No class of segmentation is seen in the 201 images that an episode needs"),
+        (
+            ["examples=200"],
+            "No class of segmentation is seen in the 201 images that an episode needs",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_a_sentence(build, tmp_path, settings, message):
@@ -273,7 +357,9 @@ def test_every_shipped_recipe_is_valid():
     folder = Path(cli.__file__).parent / "recipes"
     names = {path.stem for path in folder.glob("*.yaml")}
     assert {"demo", "coco_vg_256", "ablation_128", "coco_captions_128"} <= names
-    sizes = {name: load_recipe(DataRecipe, name, package="preprocessing").image_size for name in names}
+    sizes = {
+        name: load_recipe(DataRecipe, name, package="preprocessing").image_size for name in names
+    }
     assert sizes["coco_vg_256"] == 256
     paper = load_recipe(DataRecipe, "coco_vg_256", package="preprocessing")
     assert paper.vocabulary.size == 52295
@@ -292,7 +378,11 @@ def test_verify_names_every_damaged_shard(damaged):
     changed.write_bytes(content)
     truncated.write_bytes(truncated.read_bytes()[:-2000])
     with pytest.raises(
-        InputError, match=r"2 of 12 files are damaged: .*segmentation-000002.tar is truncated.*; The sha256 of .*captioning-000001"
+        InputError,
+        match=(
+            r"2 of 12 files are damaged: .*segmentation-000002.tar is truncated.*; The sha256 of "
+            r".*captioning-000001"
+        ),
     ):
         shards("verify", damaged)
 
@@ -300,15 +390,33 @@ def test_verify_names_every_damaged_shard(damaged):
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("captioning", lambda raw: re.sub(rb'"captions":\["..', b'"captions":["!?', raw), "pair 0 says '.*', its JSON '!\\?"),
-        ("captioning", lambda raw: re.sub(rb'"boxes":\[\[0\.\d', b'"boxes":[[0.9', raw), "the box of pair 0 is not that of its JSON"),
-        ("segmentation", lambda raw: raw.replace(b'"size":[64,64]', b'"size":[64,63]', 1), "a mask that is not RLE of 64 x 64"),
-        ("segmentation", lambda raw: raw.replace(b'"task":"s', b'"task":"S', 1), "its JSON names the task 'Segmentation'"),
+        (
+            "captioning",
+            lambda raw: re.sub(rb'"captions":\["..', b'"captions":["!?', raw),
+            "pair 0 says '.*', its JSON '!\\?",
+        ),
+        (
+            "captioning",
+            lambda raw: re.sub(rb'"boxes":\[\[0\.\d', b'"boxes":[[0.9', raw),
+            "the box of pair 0 is not that of its JSON",
+        ),
+        (
+            "segmentation",
+            lambda raw: raw.replace(b'"size":[64,64]', b'"size":[64,63]', 1),
+            "a mask that is not RLE of 64 x 64",
+        ),
+        (
+            "segmentation",
+            lambda raw: raw.replace(b'"task":"s', b'"task":"S', 1),
+            "its JSON names the task 'Segmentation'",
+        ),
     ],
 )
 def test_verify_finds_samples_that_contradict_themselves(damaged, task, change, message):
     overwrite(damaged, task, 0, "json", change, as_packed=True)
-    with pytest.raises(InputError, match=rf"{task}-000000.tar: sample {task}-00000000 is corrupt: .*{message}"):
+    with pytest.raises(
+        InputError, match=rf"{task}-000000.tar: sample {task}-00000000 is corrupt: .*{message}"
+    ):
         verify_shards(damaged)
 
 
@@ -326,7 +434,9 @@ def test_bf16_changes_few_tokens_and_is_on_record(build, demo, tmp_path):
     manifest = build(tmp_path / "bf16", "tokenizer_precision=bf16")
     assert manifest.recipe["tokenizer_precision"] == "bf16"
     exact, fast = (
-        np.concatenate([ShardSet(folder).sample("segmentation", n).sequence.tokens_L for n in range(25)])
+        np.concatenate(
+            [ShardSet(folder).sample("segmentation", n).sequence.tokens_L for n in range(25)]
+        )
         for folder in (demo, tmp_path / "bf16")
     )
     assert (exact == fast).mean() > 0.95
@@ -346,14 +456,19 @@ def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
     "launch",
     [
         # All named, so that a machine's own accelerate configuration does not matter.
-        "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m icl_moe",
+        "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no -m icl_moe",
         "torchrun --standalone --nproc_per_node 2 -m icl_moe",
     ],
 )
-def test_two_launched_processes_make_the_bytes_of_one(demo, tokenizer, tmp_path, run_command, launch):
+def test_two_launched_processes_make_the_bytes_of_one(
+    demo, tokenizer, tmp_path, run_command, launch
+):
     out = tmp_path / "out"
     settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
-    result = run_command([*launch.split(), "shards", "build", "demo", *settings, "--out", out, "--workers", "1"])
+    result = run_command(
+        [*launch.split(), "shards", "build", "demo", *settings, "--out", out, "--workers", "1"]
+    )
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("25 segmentation samples and 25 captioning samples in 6 shards") == 1
     assert hashes(out) == hashes(demo)

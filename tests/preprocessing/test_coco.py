@@ -1,4 +1,6 @@
-"""COCO instances become one region for each image and class, and nothing wrong in the file passes."""
+"""COCO instances become one region for each image and class, and nothing wrong in the file
+passes.
+"""
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ SIZE = 80
 
 
 def read(folder, missing_images="stop", workers=0, **settings) -> Pool:
-    source = SegmentationSource("coco", images=str(folder.images), annotations=str(folder.file), **settings)
+    source = SegmentationSource(
+        "coco", images=str(folder.images), annotations=str(folder.file), **settings
+    )
     return read_segmentation(source, SIZE, missing_images, workers)
 
 
@@ -26,7 +30,8 @@ def test_a_region_is_an_image_and_a_class_with_the_union_of_its_instances(coco_f
     assert {name: len(numbers) for name, numbers in pool.by_class().items()} == {"cat": 3, "dog": 6}
     cat = next(region for region in pool.regions if region.category == "cat")
     assert cat.annotations == (2, 3)
-    # The crop is the largest square, 80 x 80, centred on x = 75 and moved into the image: x from 20 to 100.
+    # The crop is the largest square, 80 x 80, centred on x = 75 and moved into the image: x from 20
+    # to 100.
     assert cat.crop == (20, 0, 100, 80)
     expected = np.zeros((SIZE, SIZE), dtype=bool)
     expected[10:30, 40:60] = True
@@ -44,7 +49,13 @@ def test_a_crowd_makes_no_region_alone_but_joins_the_mask_of_its_class(coco_fold
 
     def add_cat_beside_the_crowd(content):
         content["annotations"].append(
-            {"id": 99, "image_id": 4, "category_id": 17, "iscrowd": 0, "segmentation": [[20, 20, 30, 20, 30, 30, 20, 30]]}
+            {
+                "id": 99,
+                "image_id": 4,
+                "category_id": 17,
+                "iscrowd": 0,
+                "segmentation": [[20, 20, 30, 20, 30, 30, 20, 30]],
+            }
         )
 
     coco_folder.write(add_cat_beside_the_crowd)
@@ -58,19 +69,25 @@ def test_a_crowd_makes_no_region_alone_but_joins_the_mask_of_its_class(coco_fold
 
 def test_uncompressed_and_compressed_rle_give_the_mask_of_the_polygon(coco_folder):
     expected = read(coco_folder).regions
-    rle = rle_tools.merge(rle_tools.frPyObjects(coco_folder.content["annotations"][0]["segmentation"], 80, 100))
+    rle = rle_tools.merge(
+        rle_tools.frPyObjects(coco_folder.content["annotations"][0]["segmentation"], 80, 100)
+    )
     mask = rle_tools.decode(rle)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.ravel(order="F").astype(int), [-1]])))
     runs = np.diff(np.concatenate([[0], edges])).tolist()
     for counts in (runs, rle["counts"].decode()):
         coco_folder.write(
-            lambda content, counts=counts: content["annotations"][0].update(segmentation={"size": [80, 100], "counts": counts})
+            lambda content, counts=counts: content["annotations"][0].update(
+                segmentation={"size": [80, 100], "counts": counts}
+            )
         )
         assert read(coco_folder).regions == expected
 
 
 def test_small_objects_are_left_out_on_demand(coco_folder):
-    pool = read(coco_folder, small_objects=False)  # cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30
+    pool = read(
+        coco_folder, small_objects=False
+    )  # cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30
     assert list(pool.by_class()) == ["dog"]
     assert pool.skipped["small_objects"] == 3
 
@@ -82,7 +99,11 @@ def test_classes_can_be_chosen(coco_folder):
 
 
 def test_a_mask_that_vanishes_at_the_image_size_makes_no_region(coco_folder):
-    coco_folder.write(lambda content: content["annotations"][0].update(segmentation=[[10, 10, 10.2, 10, 10.2, 10.2]]))
+    coco_folder.write(
+        lambda content: content["annotations"][0].update(
+            segmentation=[[10, 10, 10.2, 10, 10.2, 10.2]]
+        )
+    )
     pool = read(coco_folder)
     assert pool.skipped["empty_masks"] == 1
     assert len(pool.by_class()["dog"]) == 5
@@ -91,7 +112,10 @@ def test_a_mask_that_vanishes_at_the_image_size_makes_no_region(coco_folder):
 def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(coco_folder):
     for number in (1, 5):
         (coco_folder.images / f"{number}.jpg").unlink()
-    with pytest.raises(InputError, match=r"2 of 6 annotated images are missing .* first is 1.jpg; .*missing_images=skip"):
+    with pytest.raises(
+        InputError,
+        match=r"2 of 6 annotated images are missing .* first is 1.jpg; .*missing_images=skip",
+    ):
         read(coco_folder)
     pool = read(coco_folder, missing_images="skip")
     assert pool.skipped["missing_images"] == 2
@@ -105,20 +129,50 @@ def annotation(**values):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (annotation(image_id=77), "annotation 1 is of image 77, which is not among the file's images"),
-        (annotation(category_id=5), "annotation 1 is of category 5, which is not among the file's categories"),
+        (
+            annotation(image_id=77),
+            "annotation 1 is of image 77, which is not among the file's images",
+        ),
+        (
+            annotation(category_id=5),
+            "annotation 1 is of category 5, which is not among the file's categories",
+        ),
         (annotation(id=2), "two of the annotations have the id 2"),
-        (annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 1 has a polygon of 7 numbers; pairs of x and y belong there"),
-        (annotation(segmentation=[[1, 2, 3, 4, 5, "6"]]), "annotation 1 has a segmentation that is not lists of numbers"),
-        (annotation(segmentation=[[1, 2, 3, 4, 5, 1e9]]), "annotation 1 has a polygon far outside its image of 100 x 80"),
-        (annotation(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "annotation 1 has a polygon far outside"),
+        (
+            annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+            "annotation 1 has a polygon of 7 numbers; pairs of x and y belong there",
+        ),
+        (
+            annotation(segmentation=[[1, 2, 3, 4, 5, "6"]]),
+            "annotation 1 has a segmentation that is not lists of numbers",
+        ),
+        (
+            annotation(segmentation=[[1, 2, 3, 4, 5, 1e9]]),
+            "annotation 1 has a polygon far outside its image of 100 x 80",
+        ),
+        (
+            annotation(segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
+            "annotation 1 has a polygon far outside",
+        ),
         (annotation(segmentation=None), "annotation 1 has no segmentation"),
-        (annotation(segmentation={"size": [100, 80], "counts": [8000]}), r"has an RLE of size \[100, 80\]; its image has height 80"),
-        (annotation(segmentation={"size": [80, 100], "counts": [10, 20]}), "run lengths do not cover"),
+        (
+            annotation(segmentation={"size": [100, 80], "counts": [8000]}),
+            r"has an RLE of size \[100, 80\]; its image has height 80",
+        ),
+        (
+            annotation(segmentation={"size": [80, 100], "counts": [10, 20]}),
+            "run lengths do not cover",
+        ),
         (annotation(segmentation={"size": [80, 100], "counts": "04"}), "run lengths do not cover"),
         (annotation(segmentation={"size": [80, 100], "counts": "~~~"}), "run lengths do not cover"),
-        (lambda content: content["images"][0].update(file_name="../1.jpg"), "image 1 has the file name '../1.jpg'"),
-        (lambda content: content["images"][0].update(width="wide"), "image 1 has the size 'wide' x 80"),
+        (
+            lambda content: content["images"][0].update(file_name="../1.jpg"),
+            "image 1 has the file name '../1.jpg'",
+        ),
+        (
+            lambda content: content["images"][0].update(width="wide"),
+            "image 1 has the size 'wide' x 80",
+        ),
         (lambda content: content["images"][0].pop("id"), "has a record without 'id'"),
         (lambda content: content.pop("images"), "not in COCO's format"),
     ],

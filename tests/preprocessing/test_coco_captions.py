@@ -14,13 +14,24 @@ from preprocessing.recipe import CaptioningSource
 def read(folder, **settings) -> Pool:
     settings = {"min_descriptions": 0} | settings
     paths = {"images": folder.images, "annotations": folder.captions_file, "instances": folder.file}
-    return read_captioning(CaptioningSource("coco_captions", **{key: str(path) for key, path in paths.items()}, **settings), "stop")
+    return read_captioning(
+        CaptioningSource(
+            "coco_captions", **{key: str(path) for key, path in paths.items()}, **settings
+        ),
+        "stop",
+    )
 
 
 def test_a_caption_belongs_to_each_seen_class_that_it_names(coco_folder):
     pool = read(coco_folder)
-    first = [(region.category, region.caption) for region in pool.regions if region.image.name == "1.jpg"]
-    assert first == [("dog", "A dog on grass"), ("cat", "Two cats and a dog"), ("dog", "Two cats and a dog")]
+    first = [
+        (region.category, region.caption) for region in pool.regions if region.image.name == "1.jpg"
+    ]
+    assert first == [
+        ("dog", "A dog on grass"),
+        ("cat", "Two cats and a dog"),
+        ("dog", "Two cats and a dog"),
+    ]
     assert pool.regions[0].references == ("A dog on grass", "Two cats and a dog")
     assert {region.category for region in pool.regions if region.image.name == "5.jpg"} == {"dog"}
     assert pool.skipped["captions_without_a_seen_class"] == 6
@@ -28,7 +39,11 @@ def test_a_caption_belongs_to_each_seen_class_that_it_names(coco_folder):
 
 def test_a_singular_takes_the_largest_instances_box_and_a_plural_the_box_around_all(coco_folder):
     def boxes() -> dict[str, tuple[float, ...]]:
-        return {region.category: region.box for region in read(coco_folder).regions if region.image.name == "1.jpg"}
+        return {
+            region.category: region.box
+            for region in read(coco_folder).regions
+            if region.image.name == "1.jpg"
+        }
 
     assert boxes()["cat"] == pytest.approx((0.6, 0.125, 0.9, 0.75))
     assert boxes()["dog"] == pytest.approx((0.1, 0.25, 0.5, 0.625))
@@ -41,7 +56,9 @@ def test_a_singular_takes_the_largest_instances_box_and_a_plural_the_box_around_
 def test_captions_of_an_image_without_instances_file_entry_are_refused(coco_folder):
     def drop_image_six(content):
         content["images"] = content["images"][:5]
-        content["annotations"] = [annotation for annotation in content["annotations"] if annotation["image_id"] != 6]
+        content["annotations"] = [
+            annotation for annotation in content["annotations"] if annotation["image_id"] != 6
+        ]
 
     coco_folder.write(drop_image_six)
     with pytest.raises(InputError, match="image 6 has captions but is not among the images of"):
@@ -50,7 +67,10 @@ def test_captions_of_an_image_without_instances_file_entry_are_refused(coco_fold
 
 def test_a_bbox_that_is_no_box_is_named(coco_folder):
     coco_folder.write(lambda content: content["annotations"][0].update(bbox=[1, 2, 3]))
-    with pytest.raises(InputError, match=r"annotation 1 has the bbox \[1, 2, 3\]; x, y, width and height belong there"):
+    with pytest.raises(
+        InputError,
+        match=r"annotation 1 has the bbox \[1, 2, 3\]; x, y, width and height belong there",
+    ):
         read(coco_folder)
 
 

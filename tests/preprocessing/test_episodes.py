@@ -40,7 +40,9 @@ def test_each_region_is_the_query_once_in_each_pass():
     np.testing.assert_array_equal(np.sort(first), everything)
     np.testing.assert_array_equal(np.sort(second), everything)
     assert (first != second).any()
-    np.testing.assert_array_equal(plan_episodes(POOL, examples=1, samples=None, seed=0), episodes[: len(everything)])
+    np.testing.assert_array_equal(
+        plan_episodes(POOL, examples=1, samples=None, seed=0), episodes[: len(everything)]
+    )
 
 
 def test_an_episode_depends_on_seed_and_number_only():
@@ -81,12 +83,19 @@ def test_a_crop_is_a_square_within_the_image_that_holds_what_it_can(width, heigh
     assert bottom <= height
     for start, stop, low, high in ((x1, x2, left, right), (y1, y2, top, bottom)):
         seen = max(0.0, min(stop, high) - max(start, low))
-        assert seen >= min(stop - start, side) - 1.0, "the object fits or fills the crop, but for rounding to whole pixels"
+        assert seen >= min(stop - start, side) - 1.0, (
+            "the object fits or fills the crop, but for rounding to whole pixels"
+        )
 
 
 def test_a_large_crop_is_close_around_the_largest_instance():
     everything, largest = (0, 0, 600, 400), (300, 200, 100, 60)
-    assert square_crop("large", everything, largest, 640, 480, image_size=64) == (275, 155, 425, 305)
+    assert square_crop("large", everything, largest, 640, 480, image_size=64) == (
+        275,
+        155,
+        425,
+        305,
+    )
     assert square_crop("any", everything, largest, 640, 480, image_size=64) == (60, 0, 540, 480)
     tiny = square_crop("large", everything, (300, 200, 2, 2), 640, 480, image_size=256)
     assert tiny[2] - tiny[0] == pytest.approx(128)

@@ -1,4 +1,6 @@
-"""Drawn data sets are true to COCO's and Visual Genome's formats, true to their pictures, and a function of the seed."""
+"""Drawn data sets are true to COCO's and Visual Genome's formats, true to their pictures, and a
+function of the seed.
+"""
 
 import contextlib
 import io
@@ -32,11 +34,20 @@ def _json(path: Path) -> Any:
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_or_splits_do_not(tmp_path: Path) -> None:
-    for name, seed, split in (("a", 1, "train"), ("b", 1, "train"), ("c", 2, "train"), ("d", 1, "val")):
+    for name, seed, split in (
+        ("a", 1, "train"),
+        ("b", 1, "train"),
+        ("c", 2, "train"),
+        ("d", 1, "val"),
+    ):
         write_dataset(tmp_path / name, images=4, seed=seed, split=split)
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()
+    )
     assert len(files) == 4 + 5
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
     first = Path("images/1.jpg")
     assert len({(tmp_path / name / first).read_bytes() for name in "acd"}) == 3
 
@@ -44,7 +55,9 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_or_splits_do_not(tmp_path:
 def test_the_first_images_do_not_depend_on_how_many_follow(tmp_path: Path) -> None:
     write_dataset(tmp_path / "few", images=2, seed=1)
     write_dataset(tmp_path / "many", images=5, seed=1)
-    assert (tmp_path / "few/images/2.jpg").read_bytes() == (tmp_path / "many/images/2.jpg").read_bytes()
+    assert (tmp_path / "few/images/2.jpg").read_bytes() == (
+        tmp_path / "many/images/2.jpg"
+    ).read_bytes()
 
 
 def test_coco_reads_the_instances_and_boxes_and_areas_agree_with_the_masks(folder: Path) -> None:
@@ -58,8 +71,11 @@ def test_coco_reads_the_instances_and_boxes_and_areas_agree_with_the_masks(folde
         with Image.open(folder / "images" / record["file_name"]) as image:
             assert image.size == (record["width"], record["height"]) == mask_HW.shape[::-1]
         kinds.add((type(annotation["segmentation"]).__name__, annotation["iscrowd"]))
-        # A polygon is drawn anew by pycocotools, pixels on its edge may fall either way; RLE is exact.
-        slack = 0 if isinstance(annotation["segmentation"], dict) else 1.5 * sum(annotation["bbox"][2:])
+        # A polygon is drawn anew by pycocotools, pixels on its edge may fall either way; RLE is
+        # exact.
+        slack = (
+            0 if isinstance(annotation["segmentation"], dict) else 1.5 * sum(annotation["bbox"][2:])
+        )
         assert abs(mask_HW.sum() - annotation["area"]) <= slack
         x, y, w, h = (int(v) for v in annotation["bbox"])
         outside = mask_HW.copy()
@@ -79,7 +95,12 @@ def test_masks_of_a_scene_share_no_pixel_and_lie_in_their_boxes(scenes: list[Sce
 
 
 def test_front_objects_hide_parts_of_others(scenes: list[Scene]) -> None:
-    hidden = [o for scene in scenes for o in scene.objects if o.outlines is None and o.name != "ring" and not o.crowd]
+    hidden = [
+        o
+        for scene in scenes
+        for o in scene.objects
+        if o.outlines is None and o.name != "ring" and not o.crowd
+    ]
     assert len(hidden) > 10
 
 
@@ -111,13 +132,22 @@ def test_place_and_relation_words_are_true_of_the_boxes(scenes: list[Scene]) -> 
                 assert f"{o.colour} {o.name}" in phrase
                 assert ("striped" in phrase.split(o.name)[0]) == (o.texture == "striped")
                 if "corner" in phrase or "near the" in phrase:
-                    assert ("top" in phrase) == (y < height / 3) and ("bottom" in phrase) == (y > 2 * height / 3)
+                    assert ("top" in phrase) == (y < height / 3) and ("bottom" in phrase) == (
+                        y > 2 * height / 3
+                    )
                     checked += 1
-                for words, axis, sign in (("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)):
+                for words, axis, sign in (
+                    ("left of", 0, -1),
+                    ("right of", 0, 1),
+                    ("above", 1, -1),
+                    ("below", 1, 1),
+                ):
                     if words in phrase:
                         other = phrase.split(words + " ")[1].split()
                         centres = [
-                            ((p.box[0] + p.box[2]) / 2, (p.box[1] + p.box[3]) / 2) for p in scene.objects if [p.colour, p.name] == other[1:]
+                            ((p.box[0] + p.box[2]) / 2, (p.box[1] + p.box[3]) / 2)
+                            for p in scene.objects
+                            if [p.colour, p.name] == other[1:]
                         ]
                         assert any(((x, y)[axis] - centre[axis]) * sign > 0 for centre in centres)
                         checked += 1
@@ -125,8 +155,15 @@ def test_place_and_relation_words_are_true_of_the_boxes(scenes: list[Scene]) -> 
 
 
 def test_visual_genome_files_hold_the_keys_and_join_to_the_same_images(folder: Path) -> None:
-    regions, objects, images = (_json(folder / f"{name}.json") for name in ("region_descriptions", "objects", "image_data"))
-    assert [r["id"] for r in regions] == [o["image_id"] for o in objects] == [i["image_id"] for i in images] == list(range(1, 61))
+    regions, objects, images = (
+        _json(folder / f"{name}.json") for name in ("region_descriptions", "objects", "image_data")
+    )
+    assert (
+        [r["id"] for r in regions]
+        == [o["image_id"] for o in objects]
+        == [i["image_id"] for i in images]
+        == list(range(1, 61))
+    )
     assert set(images[0]) == {"width", "height", "url", "image_id", "coco_id", "flickr_id"}
     ids = [region["region_id"] for image in regions for region in image["regions"]]
     assert len(ids) == len(set(ids)) > 60
@@ -134,10 +171,23 @@ def test_visual_genome_files_hold_the_keys_and_join_to_the_same_images(folder: P
         assert (folder / "images" / f"{image['id']}.jpg").is_file()
         boxes = {(o["names"][0], o["x"], o["y"], o["w"], o["h"]) for o in there["objects"]}
         for o in there["objects"]:
-            assert set(o) == {"synsets", "object_id", "merged_object_ids", "names", "x", "y", "w", "h"}
+            assert set(o) == {
+                "synsets",
+                "object_id",
+                "merged_object_ids",
+                "names",
+                "x",
+                "y",
+                "w",
+                "h",
+            }
         for region in image["regions"]:
             assert set(region) == {"region_id", "width", "height", "image_id", "phrase", "x", "y"}
-            assert any(name in region["phrase"] and box == [region[key] for key in ("x", "y", "width", "height")] for name, *box in boxes)
+            assert any(
+                name in region["phrase"]
+                and box == [region[key] for key in ("x", "y", "width", "height")]
+                for name, *box in boxes
+            )
 
 
 def test_captions_name_only_what_is_in_the_picture(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Visual Genome's regions get a class from an object of that name and place, and wrong files are named."""
+"""Visual Genome's regions get a class from an object of that name and place, and wrong files are
+named.
+"""
 
 import json
 
@@ -14,7 +16,10 @@ def read(folder, missing_images="stop", **settings) -> Pool:
     settings = {"min_descriptions": 0} | settings
     files = {"regions": "region_descriptions", "objects": "objects", "image_data": "image_data"}
     paths = {key: str(folder.file(name)) for key, name in files.items()}
-    return read_captioning(CaptioningSource("visual_genome", images=str(folder.images), **paths, **settings), missing_images)
+    return read_captioning(
+        CaptioningSource("visual_genome", images=str(folder.images), **paths, **settings),
+        missing_images,
+    )
 
 
 def test_a_region_has_the_class_that_its_phrase_names_and_an_object_at_its_place_has(genome_folder):
@@ -44,13 +49,18 @@ def test_classes_need_more_descriptions_than_the_least(genome_folder):
 
 
 def test_other_classes_than_cocos_can_be_named(genome_folder):
-    assert {region.category for region in read(genome_folder, classes=("tree",)).regions} == {"tree"}
+    assert {region.category for region in read(genome_folder, classes=("tree",)).regions} == {
+        "tree"
+    }
 
 
 def test_a_split_chooses_images(genome_folder, tmp_path):
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"train": [1, 2, 3], "test": [5]}))
-    assert {region.image.name for region in read(genome_folder, splits=str(splits), split="test").regions} == {"VG_100K/5.jpg"}
+    assert {
+        region.image.name
+        for region in read(genome_folder, splits=str(splits), split="test").regions
+    } == {"VG_100K/5.jpg"}
     with pytest.raises(InputError, match="no list of image ids named 'val'"):
         read(genome_folder, splits=str(splits), split="val")
 
@@ -73,14 +83,42 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
 @pytest.mark.parametrize(
     ("file", "edit", "message"),
     [
-        ("region_descriptions", lambda records: records[0].update(id=99), "has regions of image 99, which image_data does not know"),
-        ("objects", lambda records: records[0].update(image_id=99), "has objects of image 99, which image_data does not know"),
-        ("region_descriptions", lambda records: records[1]["regions"][0].pop("x"), "image 2 has a box without x, y, width and height"),
-        ("region_descriptions", lambda records: records[0]["regions"][0].pop("region_id"), "without 'region_id': the layout of .* 1.2"),
-        ("objects", lambda records: records[0]["objects"][0].pop("names"), "without 'names': the layout of .* 1.2"),
-        ("image_data", lambda records: records[0].pop("image_id"), "without 'image_id': the layout of .* 1.2"),
+        (
+            "region_descriptions",
+            lambda records: records[0].update(id=99),
+            "has regions of image 99, which image_data does not know",
+        ),
+        (
+            "objects",
+            lambda records: records[0].update(image_id=99),
+            "has objects of image 99, which image_data does not know",
+        ),
+        (
+            "region_descriptions",
+            lambda records: records[1]["regions"][0].pop("x"),
+            "image 2 has a box without x, y, width and height",
+        ),
+        (
+            "region_descriptions",
+            lambda records: records[0]["regions"][0].pop("region_id"),
+            "without 'region_id': the layout of .* 1.2",
+        ),
+        (
+            "objects",
+            lambda records: records[0]["objects"][0].pop("names"),
+            "without 'names': the layout of .* 1.2",
+        ),
+        (
+            "image_data",
+            lambda records: records[0].pop("image_id"),
+            "without 'image_id': the layout of .* 1.2",
+        ),
         ("image_data", lambda records: records[0].update(height=0), "image 1 has the size 100 x 0"),
-        ("objects", lambda records: records.append(3), "has a record without an image's id and its list of objects"),
+        (
+            "objects",
+            lambda records: records.append(3),
+            "has a record without an image's id and its list of objects",
+        ),
     ],
 )
 def test_a_wrong_record_is_named_in_a_sentence(genome_folder, file, edit, message):
@@ -90,11 +128,15 @@ def test_a_wrong_record_is_named_in_a_sentence(genome_folder, file, edit, messag
         read(genome_folder)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '[{"a": 1},', '[{"a": 1}, {"b": }]', "[1 2", "nonsense", "\ufeff[1]"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '[{"a": 1},', '[{"a": 1}, {"b": }]', "[1 2", "nonsense", "\ufeff[1]"]
+)
 def test_a_list_that_is_malformed_or_cut_off_is_refused(tmp_path, text):
     file = tmp_path / "list.json"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"list.json is not valid JSON, a list of records, after its entry \d"):
+    with pytest.raises(
+        InputError, match=r"list.json is not valid JSON, a list of records, after its entry \d"
+    ):
         list(read_json_list(file))
 
 

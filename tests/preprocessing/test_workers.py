@@ -26,7 +26,9 @@ def refuse_seven(_: None, number: int) -> int:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_results_come_in_the_order_of_the_items(workers):
-    assert list(ordered_map(scaled, 10, range(20), workers)) == [10 * number for number in range(20)]
+    assert list(ordered_map(scaled, 10, range(20), workers)) == [
+        10 * number for number in range(20)
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -54,7 +56,9 @@ def test_a_killed_parent_leaves_no_worker(tmp_path):
         "list(ordered_map(work, None, range(2), 2))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, env=environment, text=True
+    ) as parent:
         assert parent.stdout is not None
         workers = [int(parent.stdout.readline()) for _ in range(2)]
         parent.send_signal(signal.SIGKILL)

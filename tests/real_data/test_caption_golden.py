@@ -1,4 +1,6 @@
-"""The caption scores of 126 real images, against published captions, equal the golden ones to the last digits."""
+"""The caption scores of 126 real images, against published captions, equal the golden ones to the
+last digits.
+"""
 
 import json
 from pathlib import Path
@@ -20,7 +22,10 @@ def corpus(golden: Path) -> dict[str, float]:
 
 
 def plain_texts(golden: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    predictions = {str(entry["image_id"]): entry["caption"] for entry in json.loads((golden / "candidates.json").read_text())}
+    predictions = {
+        str(entry["image_id"]): entry["caption"]
+        for entry in json.loads((golden / "candidates.json").read_text())
+    }
     references: dict[str, list[str]] = {}
     for annotation in json.loads((golden / "references.json").read_text())["annotations"]:
         references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
@@ -28,12 +33,20 @@ def plain_texts(golden: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def as_row(scores: captioning.CaptionScores) -> dict[str, float]:
-    return {**{f"Bleu_{n}": value for n, value in enumerate(scores.bleu, start=1)}, "ROUGE_L": scores.rouge_l, "CIDEr": scores.cider}
+    return {
+        **{f"Bleu_{n}": value for n, value in enumerate(scores.bleu, start=1)},
+        "ROUGE_L": scores.rouge_l,
+        "CIDEr": scores.cider,
+    }
 
 
 def test_scores_of_tokenised_texts_are_the_golden_ones(golden, corpus):
     texts = json.loads((golden / "golden_tokenized.json").read_text())
-    (scores,) = score_tokenised([{key: value[0] for key, value in texts["candidates"].items()}], texts["references"], "golden")
+    (scores,) = score_tokenised(
+        [{key: value[0] for key, value in texts["candidates"].items()}],
+        texts["references"],
+        "golden",
+    )
     assert scores.episodes == corpus["n_images"] == 126
     for name, value in as_row(scores).items():
         assert value == pytest.approx(corpus[name], abs=1e-12), name

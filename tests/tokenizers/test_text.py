@@ -1,4 +1,6 @@
-"""GPT-2's tokenizer: whole and cut, from any of its sources, without loss and without special tokens in plain text."""
+"""GPT-2's tokenizer: whole and cut, from any of its sources, without loss and without special
+tokens in plain text.
+"""
 
 import json
 import re
@@ -55,7 +57,9 @@ def test_half_a_character_decodes_to_the_replacement_character(gpt2: TextTokeniz
     assert "\N{REPLACEMENT CHARACTER}" in gpt2.decode(ids[:1])
 
 
-def test_fewer_merges_keep_the_ids_of_the_rest(gpt2: TextTokenizer, small_text: TextTokenizer) -> None:
+def test_fewer_merges_keep_the_ids_of_the_rest(
+    gpt2: TextTokenizer, small_text: TextTokenizer
+) -> None:
     assert small_text.size == 1256
     # A piece that the cut vocabulary has bears the id that it has in the whole one.
     for piece in (" the", " a", "ing", " on", "q"):
@@ -71,7 +75,9 @@ def test_bytes_alone_encode_every_text(text: str) -> None:
     assert len(TextTokenizer.encode(_BYTES, text)) == len(text.encode())
 
 
-def test_a_saved_tokenizer_reads_back_as_the_same(tmp_path: Path, small_text: TextTokenizer) -> None:
+def test_a_saved_tokenizer_reads_back_as_the_same(
+    tmp_path: Path, small_text: TextTokenizer
+) -> None:
     small_text.save(tmp_path / "text")
     again = TextTokenizer(merges=1000, source=str(tmp_path / "text"))
     assert again.fingerprint == small_text.fingerprint
@@ -96,7 +102,9 @@ def test_files_of_another_tokenizer_are_refused(tmp_path: Path, gpt2: TextTokeni
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"a": 0, "b": 1}), "[]", "3"])
-def test_a_vocabulary_file_that_is_none_is_refused(tmp_path: Path, gpt2: TextTokenizer, content: str) -> None:
+def test_a_vocabulary_file_that_is_none_is_refused(
+    tmp_path: Path, gpt2: TextTokenizer, content: str
+) -> None:
     gpt2.save(tmp_path)
     (tmp_path / "vocab.json").write_text(content)
     with pytest.raises(InputError, match=r"vocab\.json"):

@@ -1,4 +1,6 @@
-"""The VQ-GAN is the published one: same numbers as an independent implementation, its checkpoints taken, wrong ones refused."""
+"""The VQ-GAN is the published one: same numbers as an independent implementation, its checkpoints
+taken, wrong ones refused.
+"""
 
 import json
 import os
@@ -18,27 +20,56 @@ from icl_moe.images import to_pixels
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig, convert_taming
 from preprocessing.synthetic import draw_scene
 
-SMALL = VQGANConfig(image_size=32, codebook_size=64, code_channels=8, latent_channels=16, channels=32, channel_multipliers=(1, 2, 2))
+SMALL = VQGANConfig(
+    image_size=32,
+    codebook_size=64,
+    code_channels=8,
+    latent_channels=16,
+    channels=32,
+    channel_multipliers=(1, 2, 2),
+)
 
 
-def _release(folder: Path, state: dict[str, Tensor], network: dict[str, Any], codes: int, width: int) -> tuple[Path, Path]:
-    """A checkpoint and YAML as they were published: with a loss, and a callback's class as a key."""
+def _release(
+    folder: Path, state: dict[str, Tensor], network: dict[str, Any], codes: int, width: int
+) -> tuple[Path, Path]:
+    """A checkpoint and YAML as they were published: with a loss, and a callback's class as
+    a key.
+    """
     path = "pytorch_lightning.callbacks.model_checkpoint"
     lightning = types.ModuleType(path)
     callback = lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": path})
-    state = {**state, "loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
+    state = {
+        **state,
+        "loss.discriminator.main.0.weight": torch.zeros(2),
+        "loss.logvar": torch.zeros(()),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pytorch_lightning", "pytorch_lightning.callbacks", path):
             patch.setitem(sys.modules, name, lightning)
         torch.save(
-            {"epoch": 1, "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}}, "state_dict": state}, folder / "last.ckpt"
+            {
+                "epoch": 1,
+                "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}},
+                "state_dict": state,
+            },
+            folder / "last.ckpt",
         )
     params = {"embed_dim": width, "n_embed": codes, "ddconfig": network}
-    (folder / "model.yaml").write_text(yaml.safe_dump({"model": {"target": "taming.models.vqgan.VQModel", "params": params}}))
+    (folder / "model.yaml").write_text(
+        yaml.safe_dump({"model": {"target": "taming.models.vqgan.VQModel", "params": params}})
+    )
     return folder / "last.ckpt", folder / "model.yaml"
 
 
-TINY = VQGANConfig(image_size=32, codebook_size=16, code_channels=8, latent_channels=8, channels=32, channel_multipliers=(1, 2))
+TINY = VQGANConfig(
+    image_size=32,
+    codebook_size=16,
+    code_channels=8,
+    latent_channels=8,
+    channels=32,
+    channel_multipliers=(1, 2),
+)
 TINY_NETWORK = {
     "double_z": False,
     "z_channels": 8,
@@ -50,12 +81,21 @@ TINY_NETWORK = {
 }
 
 
-def _tiny_release(folder: Path, without: str = "", extra: dict[str, Any] | None = None) -> tuple[Path, Path]:
+def _tiny_release(
+    folder: Path, without: str = "", extra: dict[str, Any] | None = None
+) -> tuple[Path, Path]:
     state = {key: value for key, value in VQGAN(TINY).state_dict().items() if key != without}
     return _release(folder, {**state, **(extra or {})}, TINY_NETWORK, codes=16, width=8)
 
 
-def _sizes(image: int, channels: int, multipliers: tuple[int, ...], codes: int, attention: tuple[int, ...], width: int = 32) -> VQGANConfig:
+def _sizes(
+    image: int,
+    channels: int,
+    multipliers: tuple[int, ...],
+    codes: int,
+    attention: tuple[int, ...],
+    width: int = 32,
+) -> VQGANConfig:
     return VQGANConfig(image, codes, width, width, channels, multipliers, 2, attention)
 
 
@@ -68,13 +108,21 @@ def _sizes(image: int, channels: int, multipliers: tuple[int, ...], codes: int, 
         pytest.param(VQGANConfig(), id="f16 at its full size", marks=pytest.mark.slow),
     ],
 )
-def test_a_converted_release_gives_the_published_numbers(tmp_path: Path, config: VQGANConfig) -> None:
+def test_a_converted_release_gives_the_published_numbers(
+    tmp_path: Path, config: VQGANConfig
+) -> None:
     pytest.importorskip("taming", reason="pip install --no-deps taming-transformers-rom1504==0.0.6")
     from benchmarks.published_vqgan import PublishedVQGAN
 
     torch.manual_seed(0)
     published = PublishedVQGAN(config)
-    release = _release(tmp_path, published.state_dict(), published.network, config.codebook_size, config.code_channels)
+    release = _release(
+        tmp_path,
+        published.state_dict(),
+        published.network,
+        config.codebook_size,
+        config.code_channels,
+    )
     convert_taming(*release, tmp_path / "out")
     ours = VQGAN.from_pretrained(tmp_path / "out")
     assert ours.config == config
@@ -84,7 +132,9 @@ def test_a_converted_release_gives_the_published_numbers(tmp_path: Path, config:
     torch.testing.assert_close(ours.latents(pixels_B3HW).detach(), latents, atol=1e-5, rtol=1e-4)
     assert codes_BN.unique().numel() > 5
     differ = ours.encode(pixels_B3HW) != codes_BN
-    assert not (differ & (_gap_to_second_nearest(latents, published.quantize.embedding.weight) > 1e-5)).any()
+    assert not (
+        differ & (_gap_to_second_nearest(latents, published.quantize.embedding.weight) > 1e-5)
+    ).any()
     torch.testing.assert_close(ours.decode(codes_BN), published.decode(codes_BN), atol=1e-4, rtol=0)
 
 
@@ -100,14 +150,17 @@ def test_bf16_draws_nearly_the_same_codes_and_pixels_and_is_the_same_tokenizer()
     rng = np.random.default_rng(0)
     pixels_B3HW = torch.stack([to_pixels(draw_scene(rng, 64).image) for _ in range(24)])
     codes_BN = exact.encode(pixels_B3HW)
-    assert 0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1  # 1 would mean that nothing ran in bfloat16
+    assert (
+        0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1
+    )  # 1 would mean that nothing ran in bfloat16
     assert (fast.decode(codes_BN) - exact.decode(codes_BN)).abs().mean() < 0.01
 
 
 def test_the_default_is_the_released_network() -> None:
     with torch.device("meta"):
         model = VQGAN(VQGANConfig())
-    # Encoder, decoder, codebook and the two 1 x 1 convolutions of vqgan_imagenet_f16_1024, without its loss.
+    # Encoder, decoder, codebook and the two 1 x 1 convolutions of vqgan_imagenet_f16_1024, without
+    # its loss.
     assert sum(p.numel() for p in model.parameters()) == 72_141_699
     assert (model.downsampling, model.config.codes_per_image) == (16, 256)
 
@@ -117,7 +170,9 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = VQGAN.from_pretrained(tmp_path)
     assert again.fingerprint == model.fingerprint
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -151,7 +206,9 @@ def test_a_batch_is_encoded_as_its_pictures_are() -> None:
     torch.manual_seed(0)
     model = VQGAN(SMALL).eval()
     pixels_B3HW = torch.rand(4, 3, 32, 32) * 2 - 1
-    assert torch.equal(model.encode(pixels_B3HW), torch.cat([model.encode(pixels[None]) for pixels in pixels_B3HW]))
+    assert torch.equal(
+        model.encode(pixels_B3HW), torch.cat([model.encode(pixels[None]) for pixels in pixels_B3HW])
+    )
 
 
 def test_the_shipped_tokenizer_loads_by_name_and_draws_a_mask() -> None:
@@ -169,19 +226,25 @@ class _Hostile:
         return os.system, ("touch hostile_was_here",)
 
 
-def test_a_hostile_checkpoint_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_checkpoint_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint, config = _tiny_release(tmp_path)
     torch.save({"state_dict": {"encoder.conv_in.weight": _Hostile()}}, checkpoint)
     with pytest.raises(InputError, match="could run code"):
         convert_taming(checkpoint, config, tmp_path / "out")
     assert not (tmp_path / "hostile_was_here").exists() and not (tmp_path / "out").exists()
-    torch.load(checkpoint, weights_only=False)  # the same file does run its code when loaded carelessly
+    torch.load(
+        checkpoint, weights_only=False
+    )  # the same file does run its code when loaded carelessly
     assert (tmp_path / "hostile_was_here").exists()
 
 
 def test_surplus_and_missing_keys_are_listed(tmp_path: Path) -> None:
-    checkpoint, config = _tiny_release(tmp_path, extra={"encoder.conv_extra.weight": torch.zeros(1)})
+    checkpoint, config = _tiny_release(
+        tmp_path, extra={"encoder.conv_extra.weight": torch.zeros(1)}
+    )
     with pytest.raises(InputError, match=r"surplus encoder\.conv_extra\.weight"):
         convert_taming(checkpoint, config, tmp_path / "out")
     checkpoint, config = _tiny_release(tmp_path, without="quant_conv.bias")
@@ -193,7 +256,10 @@ def test_surplus_and_missing_keys_are_listed(tmp_path: Path) -> None:
 def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> None:
     checkpoint, config = _tiny_release(tmp_path)
     config.write_text(config.read_text().replace("n_embed: 16", "n_embed: 32"))
-    with pytest.raises(InputError, match=r"quantize\.embedding\.weight is \(16, 8\) there and \(32, 8\) by the config"):
+    with pytest.raises(
+        InputError,
+        match=r"quantize\.embedding\.weight is \(16, 8\) there and \(32, 8\) by the config",
+    ):
         convert_taming(checkpoint, config, tmp_path / "out")
 
 
@@ -205,7 +271,9 @@ def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> Non
         ("last.ckpt", "no checkpoint", "damaged|more than weights"),
     ],
 )
-def test_a_release_of_another_kind_is_refused(tmp_path: Path, file: str, content: str, message: str) -> None:
+def test_a_release_of_another_kind_is_refused(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
     checkpoint, config = _tiny_release(tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=message):
@@ -216,7 +284,9 @@ def test_a_folder_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
     VQGAN(SMALL).save_pretrained(tmp_path)
     other = VQGAN(SMALL)
     other.save_pretrained(tmp_path / "other")
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(
+        (tmp_path / "other" / "model.safetensors").read_bytes()
+    )
     with pytest.raises(InputError, match="fingerprint"):
         VQGAN.from_pretrained(tmp_path)
 

@@ -1,4 +1,6 @@
-"""Training a tokenizer learns, revives its codes and goes on exactly after an interruption; measuring one tells the truth."""
+"""Training a tokenizer learns, revives its codes and goes on exactly after an interruption;
+measuring one tells the truth.
+"""
 
 import dataclasses
 import json
@@ -17,7 +19,12 @@ from icl_moe.recipe import load_recipe
 from icl_moe.tokenizers import vqgan_training
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
-from icl_moe.tokenizers.vqgan_training import TokenizerData, TokenizerRecipe, evaluate_tokenizer, train_tokenizer
+from icl_moe.tokenizers.vqgan_training import (
+    TokenizerData,
+    TokenizerRecipe,
+    evaluate_tokenizer,
+    train_tokenizer,
+)
 from icl_moe.training.distributed import Ranks
 from preprocessing.synthetic import draw_picture, write_dataset
 
@@ -74,7 +81,9 @@ def test_training_learns_and_logs(trained: Path) -> None:
     assert VQGAN.from_pretrained(trained).config == RECIPE.network
 
 
-def test_an_interrupted_training_ends_where_an_unbroken_one_does(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_ends_where_an_unbroken_one_does(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_step = vqgan_training._Run.train_step
 
     def interrupted(run: vqgan_training._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,40 +96,66 @@ def test_an_interrupted_training_ends_where_an_unbroken_one_does(trained: Path, 
         with pytest.raises(KeyboardInterrupt):
             train_tokenizer(RECIPE, tmp_path, draw_picture)
     torch.manual_seed(123)  # what else was drawn since must not matter
-    assert train_tokenizer(RECIPE, tmp_path, draw_picture).fingerprint == VQGAN.from_pretrained(trained).fingerprint
+    assert (
+        train_tokenizer(RECIPE, tmp_path, draw_picture).fingerprint
+        == VQGAN.from_pretrained(trained).fingerprint
+    )
     assert _rows(tmp_path) == _rows(trained)
 
 
-SHARED = dataclasses.replace(RECIPE, steps=18, batch_size=12, adversarial_from=16, log_every=2, save_every=9)
+SHARED = dataclasses.replace(
+    RECIPE, steps=18, batch_size=12, adversarial_from=16, log_every=2, save_every=9
+)
 
 
 def _train_as_rank(_: Ranks, folder: Path) -> str:
     return train_tokenizer(SHARED, folder, draw_picture).fingerprint
 
 
-def test_two_devices_train_as_one_does(rank_group: Callable[[int], RankGroup], tmp_path: Path) -> None:
-    """Also where codes are moved, from step 10 on, and with shares of 6 samples, which part the 4 crops of a picture."""
+def test_two_devices_train_as_one_does(
+    rank_group: Callable[[int], RankGroup], tmp_path: Path
+) -> None:
+    """Also where codes are moved, from step 10 on, and with shares of 6 samples, which part the 4
+    crops of a picture.
+    """
     fingerprints = rank_group(2).run(_train_as_rank, tmp_path / "two")
     assert fingerprints[0] == fingerprints[1]
     train_tokenizer(SHARED, tmp_path / "one", draw_picture)
     two, one = _rows(tmp_path / "two"), _rows(tmp_path / "one")
     assert [row["step"] for row in two] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
-    for a, b in zip(two[:8], one[:8], strict=True):  # then the judge joins, whose batch norms see a device's share
+    for a, b in zip(
+        two[:8], one[:8], strict=True
+    ):  # then the judge joins, whose batch norms see a device's share
         assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_a_finished_training_is_not_run_again(trained: Path) -> None:
     before = (trained / "training_state.pt").stat().st_mtime_ns
-    assert train_tokenizer(RECIPE, trained, draw_picture).fingerprint == VQGAN.from_pretrained(trained).fingerprint
+    assert (
+        train_tokenizer(RECIPE, trained, draw_picture).fingerprint
+        == VQGAN.from_pretrained(trained).fingerprint
+    )
     assert (trained / "training_state.pt").stat().st_mtime_ns == before
 
 
 def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, start_from=str(trained), unquantised_steps=0, steps=4, log_every=2, learning_rate=1e-4)
+    recipe = dataclasses.replace(
+        RECIPE,
+        start_from=str(trained),
+        unquantised_steps=0,
+        steps=4,
+        log_every=2,
+        learning_rate=1e-4,
+    )
     train_tokenizer(recipe, tmp_path / "on", draw_picture)
-    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(_rows(trained)[-1]["psnr"], abs=0.5)  # from scratch it is 10 dB less
+    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(
+        _rows(trained)[-1]["psnr"], abs=0.5
+    )  # from scratch it is 10 dB less
     other = dataclasses.replace(RECIPE, start_from="demo")
-    with pytest.raises(InputError, match=r"start_from: demo is of another network: image_size is 64 there and 32 here"):
+    with pytest.raises(
+        InputError,
+        match=r"start_from: demo is of another network: image_size is 64 there and 32 here",
+    ):
         train_tokenizer(other, tmp_path / "other", draw_picture)
 
 
@@ -130,20 +165,28 @@ def test_another_recipe_does_not_go_on_from_a_state(trained: Path) -> None:
 
 
 def test_a_damaged_state_is_refused(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "training_state.pt").write_bytes((trained / "training_state.pt").read_bytes()[:5000])
+    (tmp_path / "training_state.pt").write_bytes(
+        (trained / "training_state.pt").read_bytes()[:5000]
+    )
     with pytest.raises(InputError, match="is damaged; remove it"):
         train_tokenizer(RECIPE, tmp_path, draw_picture)
 
 
 def test_half_weights_ship_in_half_the_bytes(tmp_path: Path) -> None:
-    train_tokenizer(dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half", draw_picture)
+    train_tokenizer(
+        dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half", draw_picture
+    )
     train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole", draw_picture)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = dataclasses.replace(RECIPE, steps=12, unquantised_steps=2, adversarial_from=6, log_every=4, save_every=8)
+def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(
+        RECIPE, steps=12, unquantised_steps=2, adversarial_from=6, log_every=4, save_every=8
+    )
     whole = train_tokenizer(recipe, tmp_path / "whole", draw_picture)
     assert [("discriminator" in row) for row in _rows(tmp_path / "whole")] == [False, True, True]
 
@@ -158,7 +201,9 @@ def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(tmp_path: Pat
         patch.setattr(vqgan_training._Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_tokenizer(recipe, tmp_path / "parts", draw_picture)
-    assert train_tokenizer(recipe, tmp_path / "parts", draw_picture).fingerprint == whole.fingerprint
+    assert (
+        train_tokenizer(recipe, tmp_path / "parts", draw_picture).fingerprint == whole.fingerprint
+    )
 
 
 def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
@@ -168,33 +213,56 @@ def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
     losses = []
     for step in range(8):
         given_B3HW, _ = source([step], range(4))
-        losses.append(float(adversary.train_step(torch.rand(4, 3, 32, 32) * 2 - 1, given_B3HW, 1e-3)))
+        losses.append(
+            float(adversary.train_step(torch.rand(4, 3, 32, 32) * 2 - 1, given_B3HW, 1e-3))
+        )
     assert losses[-1] < 0.5 * losses[0]
 
 
 def _squeezenet(path: Path) -> Path:
     """Random weights in the file's format and in the real sizes."""
     rng, arrays, width = np.random.default_rng(0), {"conv1.w": (96, 3, 7, 7)}, 96
-    for i, (squeeze, expand) in enumerate([(16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256)], start=2):
+    for i, (squeeze, expand) in enumerate(
+        [(16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256)],
+        start=2,
+    ):
         arrays |= {
             f"fire{i}_s.w": (squeeze, width, 1, 1),
             f"fire{i}_e1.w": (expand, squeeze, 1, 1),
             f"fire{i}_e3.w": (expand, squeeze, 3, 3),
         }
         width = 2 * expand
-    weights = {name: rng.normal(0, np.prod(shape[1:]) ** -0.5, shape).astype(np.float16) for name, shape in arrays.items()}
-    np.savez(path, **weights, **{name.replace(".w", ".b"): np.zeros(shape[0], np.float32) for name, shape in arrays.items()})
+    weights = {
+        name: rng.normal(0, np.prod(shape[1:]) ** -0.5, shape).astype(np.float16)
+        for name, shape in arrays.items()
+    }
+    np.savez(
+        path,
+        **weights,
+        **{
+            name.replace(".w", ".b"): np.zeros(shape[0], np.float32)
+            for name, shape in arrays.items()
+        },
+    )
     return path
 
 
 def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_path: Path) -> None:
     network = _squeezenet(tmp_path / "net.npz")
     loss = PerceptualLoss(network)
-    given_B3HW, _ = vqgan_training._open_source(dataclasses.replace(RECIPE, data=TokenizerData()), draw_picture)([0], range(4))
+    given_B3HW, _ = vqgan_training._open_source(
+        dataclasses.replace(RECIPE, data=TokenizerData()), draw_picture
+    )([0], range(4))
     noise = torch.randn(given_B3HW.shape, generator=torch.Generator().manual_seed(0))
-    distances = [float(loss(given_B3HW + amount * noise, given_B3HW)) for amount in (0.0, 0.05, 0.3)]
+    distances = [
+        float(loss(given_B3HW + amount * noise, given_B3HW)) for amount in (0.0, 0.05, 0.3)
+    ]
     assert distances[0] == 0 < distances[1] < distances[2]
-    train_tokenizer(dataclasses.replace(RECIPE, steps=2, log_every=1, perceptual_network=str(network)), tmp_path / "out", draw_picture)
+    train_tokenizer(
+        dataclasses.replace(RECIPE, steps=2, log_every=1, perceptual_network=str(network)),
+        tmp_path / "out",
+        draw_picture,
+    )
     assert all(row["perceptual"] > 0 for row in _rows(tmp_path / "out"))
     with pytest.raises(InputError, match="holds no SqueezeNet"):
         PerceptualLoss(tmp_path / "out" / "config.json")
@@ -203,7 +271,12 @@ def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_pa
 def test_new_codes_are_spread_over_unlike_latents() -> None:
     """Of a thousand latents in one spot and five far away, drawing six codes must find all five."""
     generator = torch.Generator().manual_seed(0)
-    latents_NC = torch.cat([torch.randn(1000, 4, generator=generator) * 1e-3, 10 * torch.eye(5, 4) + 5 * torch.arange(5)[:, None]])
+    latents_NC = torch.cat(
+        [
+            torch.randn(1000, 4, generator=generator) * 1e-3,
+            10 * torch.eye(5, 4) + 5 * torch.arange(5)[:, None],
+        ]
+    )
     vectors_DC = vqgan_training._spread(latents_NC, torch.zeros(1, 4), 5, generator)
     nearest = torch.cdist(latents_NC[1000:], vectors_DC).min(dim=1).values
     assert (nearest < 1e-6).all()
@@ -224,7 +297,11 @@ def test_dead_codes_come_back_to_life() -> None:
 def test_masks_are_mixed_in_at_their_share(pictures: Path) -> None:
     for data in (
         TokenizerData(mask_share=0.3),
-        TokenizerData(images=str(pictures / "images"), annotations=str(pictures / "instances_train.json"), mask_share=0.3),
+        TokenizerData(
+            images=str(pictures / "images"),
+            annotations=str(pictures / "instances_train.json"),
+            mask_share=0.3,
+        ),
     ):
         source = vqgan_training._open_source(dataclasses.replace(RECIPE, data=data), draw_picture)
         pixels_B3HW, is_mask_B = source([0], range(200))
@@ -237,7 +314,9 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
     pictures: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fakes of the network's two ends fix what the measures must be."""
-    kept: list[torch.Tensor] = []  # of at most one slice, so that what is decoded is what was just encoded
+    kept: list[
+        torch.Tensor
+    ] = []  # of at most one slice, so that what is decoded is what was just encoded
 
     def remember(self: VQGAN, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         kept[:] = [pixels_B3HW]
@@ -245,7 +324,9 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
 
     monkeypatch.setattr(VQGAN, "encode", remember)
     monkeypatch.setattr(VQGAN, "decode", lambda self, codes_BN: kept[0])
-    report = evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json", batch_size=5)
+    report = evaluate_tokenizer(
+        trained, pictures / "images", pictures / "instances_train.json", batch_size=5
+    )
     assert report["pictures"] == 12 and report["masks"] >= 12
     assert (
         report["psnr"] > 80
@@ -257,11 +338,18 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
     assert report["masks"] == sum(report[f"masks_{size}"] for size in ("small", "medium", "large"))
 
     monkeypatch.setattr(VQGAN, "decode", lambda self, codes_BN: torch.full_like(kept[0], -1.0))
-    assert evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json")["mask_iou"] == 0.0
+    assert (
+        evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json")[
+            "mask_iou"
+        ]
+        == 0.0
+    )
 
 
 def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> None:
-    """Two classes; of the first, a large mask drawn whole and a small one missed; of the second, one mask half drawn."""
+    """Two classes; of the first, a large mask drawn whole and a small one missed; of the second,
+    one mask half drawn.
+    """
     measures = vqgan_training._Measures(VQGAN.from_pretrained(trained), batch_size=8)
     masks = np.zeros((3, 32, 32), dtype=bool)
     masks[0, :30], masks[1, :2], masks[2, :20] = True, True, True
@@ -282,14 +370,23 @@ def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> N
 
 
 def test_the_batch_size_does_not_change_the_measures(pictures: Path, trained: Path) -> None:
-    reports = [evaluate_tokenizer(trained, pictures / "images", pictures / "instances_train.json", batch_size=n) for n in (1, 7)]
+    reports = [
+        evaluate_tokenizer(
+            trained, pictures / "images", pictures / "instances_train.json", batch_size=n
+        )
+        for n in (1, 7)
+    ]
     assert reports[0].pop("tokenizer") == reports[1].pop("tokenizer")
-    numbers = [{name: value for name, value in report.items() if value is not None} for report in reports]
+    numbers = [
+        {name: value for name, value in report.items() if value is not None} for report in reports
+    ]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
 
 
 def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tmp_path: Path) -> None:
-    """On scenes that it never saw: mask ceiling, fidelity and use of its codes, with a little room for other scenes."""
+    """On scenes that it never saw: mask ceiling, fidelity and use of its codes, with a little room
+    for other scenes.
+    """
     write_dataset(tmp_path, images=80, seed=987_654, split="val")
     report = evaluate_tokenizer("demo", tmp_path / "images", tmp_path / "instances_val.json")
     assert report["mask_miou"] >= 0.90
@@ -322,7 +419,9 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "broken.json")
 
 
-def test_a_picture_that_disagrees_with_its_record_is_refused(tmp_path: Path, pictures: Path, trained: Path) -> None:
+def test_a_picture_that_disagrees_with_its_record_is_refused(
+    tmp_path: Path, pictures: Path, trained: Path
+) -> None:
     content = json.loads((pictures / "instances_train.json").read_text())
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 50)).save(tmp_path / "images" / "1.jpg")

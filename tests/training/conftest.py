@@ -19,7 +19,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
     """Shards of 30 drawn scenes, by a tokenizer with random weights."""
     folder = tmp_path_factory.mktemp("shards")
     settings = toy_tokenizer.recipe_settings(toy_tokenizer.save_toy_tokenizer(folder / "tokenizer"))
-    build = ("shards", "build", "demo", "synthetic.images=30", *settings, "--out", folder / "shards", "--workers", "1")
+    build = (
+        "shards",
+        "build",
+        "demo",
+        "synthetic.images=30",
+        *settings,
+        "--out",
+        folder / "shards",
+        "--workers",
+        "1",
+    )
     done = command(sys.executable, "-m", "icl_moe", *build)
     assert done.returncode == 0, done.stdout
     return folder / "shards"
@@ -29,11 +39,25 @@ def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
 def train(command: Callable, shards: Path) -> Callable:
     """Trains on two ranks; gives what was printed."""
 
-    def run(output: Path, *settings: str, expect: int | None = 0, script: tuple[str, ...] = MODULE, **environment: str) -> str:
+    def run(
+        output: Path,
+        *settings: str,
+        expect: int | None = 0,
+        script: tuple[str, ...] = MODULE,
+        **environment: str,
+    ) -> str:
         """`expect`: the exit code, or None for any but 0."""
-        arguments = ("demo", f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings)
+        arguments = (
+            "demo",
+            f"data.shards={shards}",
+            f"training.output={output}",
+            *SETTINGS,
+            *settings,
+        )
         done = command(*launcher(), *script, *arguments, **environment)
-        assert (done.returncode == expect) if expect is not None else (done.returncode != 0), done.stdout
+        assert (done.returncode == expect) if expect is not None else (done.returncode != 0), (
+            done.stdout
+        )
         return done.stdout
 
     return run

@@ -1,4 +1,5 @@
-"""Training with a fault: FAULT=kind:rank:step in the environment; launched in the place of icl_moe.training.
+"""Training with a fault: FAULT=kind:rank:step in the environment; launched in the place of
+icl_moe.training.
 
 FAULT_SHARDS: the folder whose shards `overwrite` and `truncate` damage.
 """
@@ -19,7 +20,9 @@ backward, write = trainer.TrainingEngine.backward, training_state.write
 
 
 def damage(shards):
-    """Every sample: whichever is read next meets it. The files stay open and of the same name, as under a failing disk."""
+    """Every sample: whichever is read next meets it. The files stay open and of the same name, as
+    under a failing disk.
+    """
     for path in shards.glob("*.tar"):
         with path.open("r+b") as file:
             if kind == "truncate":
@@ -40,7 +43,8 @@ def faulty_backward(engine, batch, noise):
         if kind == "nan":
             batch.weights_P.fill_(float("nan"))
         if kind == "terminate":
-            # As a cluster does it: every process of the job, the readers too; here all of this rank, once.
+            # As a cluster does it: every process of the job, the readers too; here all of this
+            # rank, once.
             for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
                 process.terminate()
             faults.clear()
@@ -50,7 +54,9 @@ def faulty_backward(engine, batch, noise):
 def faulty_write(engine, folder, completed):
     written = write(engine, folder, completed)
     if kind == "kill-in-save" and completed == int(step) and os.environ["RANK"] == rank:
-        os.kill(os.getpid(), signal.SIGKILL)  # After its files are written, before the checkpoint is whole.
+        os.kill(
+            os.getpid(), signal.SIGKILL
+        )  # After its files are written, before the checkpoint is whole.
     return written
 
 

@@ -1,4 +1,6 @@
-"""Faults, each injected for real into a run of two ranks: what is lost, what is said, and how the next start goes on."""
+"""Faults, each injected for real into a run of two ranks: what is lost, what is said, and how the
+next start goes on.
+"""
 
 import json
 import os
@@ -21,19 +23,41 @@ def undisturbed(tmp_path_factory, train) -> Path:
     return output
 
 
-def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(train, undisturbed, tmp_path):
+def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
+    train, undisturbed, tmp_path
+):
     started = time.monotonic()
-    printed = train(tmp_path, "training.steps=6", "training.save_every=2", script=FAULTY, FAULT="kill:1:4", expect=None)
-    assert time.monotonic() - started < 90  # The start included; the launcher ends the others within a second or two.
+    printed = train(
+        tmp_path,
+        "training.steps=6",
+        "training.save_every=2",
+        script=FAULTY,
+        FAULT="kill:1:4",
+        expect=None,
+    )
+    assert (
+        time.monotonic() - started < 90
+    )  # The start included; the launcher ends the others within a second or two.
     assert "step 3/6" in printed
     train(tmp_path, "training.steps=6", "training.save_every=2")
     for name, rows in losses(undisturbed).items():
         again = losses(tmp_path)[name]
-        assert again[3:] == rows[2:], name  # Step 3 was logged before the fault; from the checkpoint of step 2 on all repeats.
+        assert again[3:] == rows[2:], (
+            name
+        )  # Step 3 was logged before the fault; from the checkpoint of step 2 on all repeats.
 
 
-def test_a_rank_killed_while_saving_leaves_the_checkpoint_before_whole(train, undisturbed, tmp_path):
-    train(tmp_path, "training.steps=6", "training.save_every=2", script=FAULTY, FAULT="kill-in-save:0:4", expect=None)
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before_whole(
+    train, undisturbed, tmp_path
+):
+    train(
+        tmp_path,
+        "training.steps=6",
+        "training.save_every=2",
+        script=FAULTY,
+        FAULT="kill-in-save:0:4",
+        expect=None,
+    )
     assert (tmp_path / "checkpoints/step-00000004").is_dir()
     assert not (tmp_path / "checkpoints/step-00000004/complete.json").exists()
     train(tmp_path, "training.steps=6", "training.save_every=2")
@@ -57,31 +81,69 @@ def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_pat
 
 
 def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path):
-    printed = train(tmp_path / "run", "training.steps=4", "training.skipped_steps=0", script=FAULTY, FAULT="nan:1:2", expect=2)
-    assert "training.skipped_steps: the loss was not finite in 1 steps, the last of them step 2" in printed
+    printed = train(
+        tmp_path / "run",
+        "training.steps=4",
+        "training.skipped_steps=0",
+        script=FAULTY,
+        FAULT="nan:1:2",
+        expect=2,
+    )
+    assert (
+        "training.skipped_steps: the loss was not finite in 1 steps, the last of them step 2"
+        in printed
+    )
     assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("overwrite", "its checksum is not that of the index"), ("truncate", "it is cut off; the shard is truncated")],
+    [
+        ("overwrite", "its checksum is not that of the index"),
+        ("truncate", "it is cut off; the shard is truncated"),
+    ],
 )
-def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(train, shards, tmp_path, fault, reason):
-    """The rank that reads it says so, in one sentence, though it is not the first rank, and the whole run ends."""
+def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(
+    train, shards, tmp_path, fault, reason
+):
+    """The rank that reads it says so, in one sentence, though it is not the first rank, and the
+    whole run ends.
+    """
     copy = shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("synthetic"))
     settings = (f"data.shards={copy}", "training.steps=60")
-    printed = train(tmp_path / "run", *settings, script=FAULTY, FAULT=f"{fault}:1:2", FAULT_SHARDS=str(copy), expect=None)
+    printed = train(
+        tmp_path / "run",
+        *settings,
+        script=FAULTY,
+        FAULT=f"{fault}:1:2",
+        FAULT_SHARDS=str(copy),
+        expect=None,
+    )
     assert "step 2/60" in printed
     assert "step 60/60" not in printed
-    said = [line for line in printed.splitlines() if line.startswith("icl-moe: ") and "cannot be read" in line]
+    said = [
+        line
+        for line in printed.splitlines()
+        if line.startswith("icl-moe: ") and "cannot be read" in line
+    ]
     assert said, printed
     for line in said:
-        assert re.fullmatch(rf"icl-moe: {copy}/(\w+)-\d{{6}}\.tar: sample \1-\d{{8}} cannot be read: {reason}\.", line)
+        assert re.fullmatch(
+            rf"icl-moe: {copy}/(\w+)-\d{{6}}\.tar: sample \1-\d{{8}} cannot be read: {reason}\.",
+            line,
+        )
     assert "Traceback" not in printed
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
-    printed = train(tmp_path / "run", "training.steps=6", "training.hang_seconds=8", script=FAULTY, FAULT="hang:1:3", expect=1)
+    printed = train(
+        tmp_path / "run",
+        "training.steps=6",
+        "training.hang_seconds=8",
+        script=FAULTY,
+        FAULT="hang:1:3",
+        expect=1,
+    )
     assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
 
 
@@ -90,7 +152,9 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, undis
     damaged = tmp_path / "run/checkpoints/step-00000006/exp_avg-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     printed = train(tmp_path / "run", "training.steps=6", "training.save_every=2")
-    assert "step-00000006 is damaged: its file exp_avg-00000.safetensors has 1000 bytes of" in printed
+    assert (
+        "step-00000006 is damaged: its file exp_avg-00000.safetensors has 1000 bytes of" in printed
+    )
     assert "step-00000004 is used" in printed
     assert losses(tmp_path / "run")["image_loss"][6:] == losses(undisturbed)["image_loss"][4:]
 
@@ -99,7 +163,12 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, undis
 def test_a_full_disk_stops_the_saving_and_not_the_training(train, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:

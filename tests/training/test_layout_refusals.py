@@ -1,4 +1,6 @@
-"""Layouts, precisions and data that cannot work together are refused before any rank starts; those that can are not."""
+"""Layouts, precisions and data that cannot work together are refused before any rank starts; those
+that can are not.
+"""
 
 import json
 import re
@@ -16,7 +18,11 @@ LAYOUT = ("model.heads=4", "training.global_batch=8", "training.micro_batch=2")
 
 
 def check_demo(shards: Path, world: int, *settings: str) -> dict:
-    recipe = load_recipe(TrainingRecipe, "demo", [f"data.shards={shards}", "training.output=unused", *SETTINGS, *LAYOUT, *settings])
+    recipe = load_recipe(
+        TrainingRecipe,
+        "demo",
+        [f"data.shards={shards}", "training.output=unused", *SETTINGS, *LAYOUT, *settings],
+    )
     return check(recipe, world)[1]
 
 
@@ -43,14 +49,43 @@ def test_layouts_that_work_pass(shards, world, settings):
 @pytest.mark.parametrize(
     ("world", "settings", "sentence"),
     [
-        (6, ["parallel.tp_size=3"], "parallel.tp_size (3) must divide model.heads (4) and the number of ranks (6)."),
-        (3, ["parallel.tp_size=2"], "parallel.tp_size (2) must divide model.heads (4) and the number of ranks (3)."),
-        (3, ["parallel.ep_size=2"], "parallel.ep_size (2) must divide model.experts (8) and the number of ranks (3)."),
+        (
+            6,
+            ["parallel.tp_size=3"],
+            "parallel.tp_size (3) must divide model.heads (4) and the number of ranks (6).",
+        ),
+        (
+            3,
+            ["parallel.tp_size=2"],
+            "parallel.tp_size (2) must divide model.heads (4) and the number of ranks (3).",
+        ),
+        (
+            3,
+            ["parallel.ep_size=2"],
+            "parallel.ep_size (2) must divide model.experts (8) and the number of ranks (3).",
+        ),
         (1, ["parallel.ep_size=0"], "parallel.ep_size (0) must divide"),
-        (8, [], "training.global_batch (8) must be a multiple of training.micro_batch x data-parallel ranks (2 x 8)."),
-        (2, ["parallel.ep_size=2", "engine=zero3_bf16"], "parallel.ep_size and parallel.tp_size must be 1 with ZeRO stage 3"),
-        (2, ["parallel.tp_size=2", "engine=zero3_bf16"], "parallel.ep_size and parallel.tp_size must be 1 with ZeRO stage 3"),
-        (2, ["parallel.ep_size=2", "model.combination=weights"], "parallel.ep_size must be 1 with model.combination=weights"),
+        (
+            8,
+            [],
+            "training.global_batch (8) must be a multiple of training.micro_batch x data-parallel "
+            "ranks (2 x 8).",
+        ),
+        (
+            2,
+            ["parallel.ep_size=2", "engine=zero3_bf16"],
+            "parallel.ep_size and parallel.tp_size must be 1 with ZeRO stage 3",
+        ),
+        (
+            2,
+            ["parallel.tp_size=2", "engine=zero3_bf16"],
+            "parallel.ep_size and parallel.tp_size must be 1 with ZeRO stage 3",
+        ),
+        (
+            2,
+            ["parallel.ep_size=2", "model.combination=weights"],
+            "parallel.ep_size must be 1 with model.combination=weights",
+        ),
     ],
 )
 def test_layouts_that_cannot_work_are_refused(shards, world, settings, sentence):
@@ -70,7 +105,9 @@ def test_bf16_without_zero_is_refused(shards, tmp_path):
 
 def test_bf16_is_refused_on_a_gpu_that_lacks_it(shards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     with pytest.raises(InputError, match="engine: zero1_bf16 enables bf16, which Tesla V100 lacks"):
         check_demo(shards, 1, "engine=zero1_bf16")

@@ -1,4 +1,6 @@
-"""What an operator sees of a run: curves, tables, pictures, and an early word of a batch that is too large. None of it changes the run."""
+"""What an operator sees of a run: curves, tables, pictures, and an early word of a batch that is
+too large. None of it changes the run.
+"""
 
 import csv
 import json
@@ -24,11 +26,21 @@ from icl_moe.training.checkpoint import export
 
 STEPS = 5  # Both tasks come up among them.
 EVALUATED = 3  # The run is evaluated after that step, saved, and goes on.
-PLAIN = (f"training.steps={STEPS}", "data.workers=0", "training.seed=1", "training.dry_run=false", "training.micro_batch=2")
+PLAIN = (
+    f"training.steps={STEPS}",
+    "data.workers=0",
+    "training.seed=1",
+    "training.dry_run=false",
+    "training.micro_batch=2",
+)
 EVERYTHING = (
-    "training.dry_run=true", f"training.evaluate_every={EVALUATED}", f"training.save_every={EVALUATED}", "training.evaluate_episodes=3",
-    "training.gradient_report_every=2", "training.deterministic=true",
-)  # fmt: skip
+    "training.dry_run=true",
+    f"training.evaluate_every={EVALUATED}",
+    f"training.save_every={EVALUATED}",
+    "training.evaluate_episodes=3",
+    "training.gradient_report_every=2",
+    "training.deterministic=true",
+)
 
 
 LAYOUTS = {
@@ -41,17 +53,25 @@ LAYOUTS = {
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, tmp_path) -> tuple[str, ...]:
-    """Settings of a layout in which a rank has not all that the engine trains, or is not given it by ZeRO 1."""
+    """Settings of a layout in which a rank has not all that the engine trains, or is not given it
+    by ZeRO 1.
+    """
     engine = tmp_path / "zero3_fp32.json"
-    engine.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    return tuple(setting.replace("zero3_fp32.json", str(engine)) for setting in LAYOUTS[request.param])
+    engine.write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    )
+    return tuple(
+        setting.replace("zero3_fp32.json", str(engine)) for setting in LAYOUTS[request.param]
+    )
 
 
 @pytest.fixture(scope="session")
 def observed(tmp_path_factory, rank_group, shards) -> tuple[Path, list[dict[str, str]]]:
     """A run of two ranks that reports all that there is; its folder, and what the ranks said."""
     output = tmp_path_factory.mktemp("observed") / "run"
-    return output, rank_group(2).run(training_on_ranks.run, shards, output, (*PLAIN, *EVERYTHING, f"data.validation={shards}"))
+    return output, rank_group(2).run(
+        training_on_ranks.run, shards, output, (*PLAIN, *EVERYTHING, f"data.validation={shards}")
+    )
 
 
 def curve(output: Path, name: str) -> dict[int, float]:
@@ -60,7 +80,9 @@ def curve(output: Path, name: str) -> dict[int, float]:
     if not path.is_file():
         return {}
     with path.open() as file:
-        return {int(samples): float(value) for samples, value in csv.reader(file) if samples != "step"}
+        return {
+            int(samples): float(value) for samples, value in csv.reader(file) if samples != "step"
+        }
 
 
 def step_tasks(shards: Path) -> list[str]:
@@ -72,14 +94,20 @@ def test_nothing_that_is_reported_changes_the_run(observed, rank_group, shards, 
     plain = rank_group(2).run(training_on_ranks.run, shards, tmp_path / "run", PLAIN)
     assert [rank["ended"] for rank in plain + observed[1]] == ["well"] * 4
     assert [rank["state"] for rank in plain] == [rank["state"] for rank in observed[1]]
-    assert curve(tmp_path / "run", "train/gradient_norm") == curve(observed[0], "train/gradient_norm")
+    assert curve(tmp_path / "run", "train/gradient_norm") == curve(
+        observed[0], "train/gradient_norm"
+    )
 
 
-def test_an_observed_run_that_was_interrupted_goes_on_bit_for_bit(observed, rank_group, shards, tmp_path):
+def test_an_observed_run_that_was_interrupted_goes_on_bit_for_bit(
+    observed, rank_group, shards, tmp_path
+):
     settings = (*PLAIN, *EVERYTHING, f"data.validation={shards}")
     rank_group(2).run(training_on_ranks.run, shards, tmp_path, (*settings, "training.stop_after=2"))
     with (tmp_path / "gradients.csv").open("a") as file:
-        file.write("3,captioning,norm,1,1\n4,segm")  # What a run leaves that was killed later than its last checkpoint.
+        file.write(
+            "3,captioning,norm,1,1\n4,segm"
+        )  # What a run leaves that was killed later than its last checkpoint.
     resumed = rank_group(2).run(training_on_ranks.run, shards, tmp_path, settings)
     assert [rank["state"] for rank in resumed] == [rank["state"] for rank in observed[1]]
     assert gradient_rows(tmp_path) == gradient_rows(observed[0])
@@ -95,9 +123,13 @@ def test_nor_does_it_in_other_layouts(rank_group, shards, tmp_path, layout):
     assert "evaluation of captioning  loss" in observed[0]["printed"]
 
 
-def test_deterministic_operations_are_asked_for_in_the_run_alone(observed, rank_group, shards, tmp_path):
+def test_deterministic_operations_are_asked_for_in_the_run_alone(
+    observed, rank_group, shards, tmp_path
+):
     assert [rank["deterministic"] for rank in observed[1]] == ["{True}"] * 2
-    after = rank_group(2).run(training_on_ranks.run, shards, tmp_path, (*PLAIN, "training.stop_after=1"))
+    after = rank_group(2).run(
+        training_on_ranks.run, shards, tmp_path, (*PLAIN, "training.stop_after=1")
+    )
     assert [rank["deterministic"] for rank in after] == ["{False}"] * 2
 
 
@@ -105,14 +137,21 @@ def test_each_task_has_its_own_curves(observed, shards):
     output, _ = observed
     tasks = step_tasks(shards)
     assert set(tasks) == {"segmentation", "captioning"}
-    whole = {"segmentation": curve(output, "train/image_loss"), "captioning": curve(output, "train/text_loss")}
+    whole = {
+        "segmentation": curve(output, "train/image_loss"),
+        "captioning": curve(output, "train/text_loss"),
+    }
     for task, modality in (("segmentation", "image"), ("captioning", "text")):
         samples = [4 * (step + 1) for step, name in enumerate(tasks) if name == task]
-        assert curve(output, f"train/{task}/{modality}_loss") == {at: whole[task][at] for at in samples}
+        assert curve(output, f"train/{task}/{modality}_loss") == {
+            at: whole[task][at] for at in samples
+        }
         norms = curve(output, "train/gradient_norm")
         assert curve(output, f"train/{task}/gradient_norm") == {at: norms[at] for at in samples}
     assert curve(output, "train/segmentation/text_loss") == {}
-    names = {path.name.removesuffix(".csv").split("_")[0] for path in (output / "csv_monitor").iterdir()}
+    names = {
+        path.name.removesuffix(".csv").split("_")[0] for path in (output / "csv_monitor").iterdir()
+    }
     assert names == {"train", "eval"}  # The engine writes nothing of its own beside them.
 
 
@@ -122,7 +161,9 @@ def test_tensorboard_has_the_curves_the_table_and_the_pictures(observed):
     events.Reload()
     for task in ("segmentation", "captioning"):
         for name in (f"train/{task}/auxiliary_loss", f"eval/{task}/loss"):
-            assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(curve(output, name), rel=1e-6)
+            assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(
+                curve(output, name), rel=1e-6
+            )
         picture = Image.open(output / f"samples/step-0000000{EVALUATED}/{task}.png")
         (shown,) = events.Images(f"eval/{task}")
         assert (shown.width, shown.height) == picture.size
@@ -135,7 +176,14 @@ def test_the_progress_line_says_it_all_once(observed):
     assert other == []
     lines = [line for line in main if line.startswith(f"step {STEPS}/{STEPS} ")]
     assert len(lines) == 1
-    for part in ("loss", "auxiliary loss", "gradient norm", "tokens per second", "episodes per second", "ETA"):
+    for part in (
+        "loss",
+        "auxiliary loss",
+        "gradient norm",
+        "tokens per second",
+        "episodes per second",
+        "ETA",
+    ):
         assert part in lines[0]
     assert "utilisation" not in lines[0]  # Nobody knows what this CPU could do.
     assert len(main) == STEPS + 2  # A line a step, and one a task that was evaluated.
@@ -150,23 +198,35 @@ def test_the_table_of_experts_is_what_the_exported_models_gate_chooses(observed,
     for attributes in streams(decoder.sequence_format):
         probabilities, experts = gate.probabilities((attributes,))[0].topk(2)
         weights = (probabilities / probabilities.sum()).tolist()
-        chosen = ", ".join(f"{expert} ({weight:.2f})" for expert, weight in zip(experts.tolist(), weights, strict=True))
+        chosen = ", ".join(
+            f"{expert} ({weight:.2f})"
+            for expert, weight in zip(experts.tolist(), weights, strict=True)
+        )
         assert any(
-            line.split("  ")[0] == "1" and describe_attributes(attributes) in line and line.endswith(chosen) for line in text.splitlines()
+            line.split("  ")[0] == "1"
+            and describe_attributes(attributes) in line
+            and line.endswith(chosen)
+            for line in text.splitlines()
         )
 
 
-def test_evaluation_while_training_scores_as_the_evaluation_of_the_exported_model(observed, shards, tmp_path, monkeypatch):
+def test_evaluation_while_training_scores_as_the_evaluation_of_the_exported_model(
+    observed, shards, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))  # Without Java, as the scores while training.
     export(observed[0] / f"checkpoints/step-0000000{EVALUATED}", tmp_path / "model")
     metrics = evaluate(tmp_path / "model", shards, tmp_path / "report", shots=(1,), limit=3)
     at = 4 * EVALUATED
-    (masks, *_), (captions, *_) = (metrics["tasks"][task]["rows"] for task in ("segmentation", "captioning"))
+    (masks, *_), (captions, *_) = (
+        metrics["tasks"][task]["rows"] for task in ("segmentation", "captioning")
+    )
     for name in ("miou", "mean_iou", "mae"):
         assert curve(observed[0], f"eval/segmentation/{name}") == {at: pytest.approx(masks[name])}
     assert curve(observed[0], "eval/captioning/cider") == {at: pytest.approx(captions["cider"])}
     for task in ("segmentation", "captioning"):
-        assert curve(observed[0], f"eval/{task}/loss") == {at: pytest.approx(metrics["tasks"][task]["held_out"]["loss"], rel=1e-5)}
+        assert curve(observed[0], f"eval/{task}/loss") == {
+            at: pytest.approx(metrics["tasks"][task]["held_out"]["loss"], rel=1e-5)
+        }
 
 
 def gradient_rows(output: Path) -> list[dict[str, str]]:
@@ -179,37 +239,67 @@ def test_gradients_are_reported_for_the_first_step_of_a_task_in_each_window(obse
     tasks = step_tasks(shards)
     due = [step for step in range(STEPS) if tasks[step] not in tasks[step // 2 * 2 : step]]
     rows = gradient_rows(output)
-    assert list(dict.fromkeys((int(row["step"]), row["task"]) for row in rows)) == [(step + 1, tasks[step]) for step in due]
+    assert list(dict.fromkeys((int(row["step"]), row["task"]) for row in rows)) == [
+        (step + 1, tasks[step]) for step in due
+    ]
     for step in due:
         mine = [row for row in rows if int(row["step"]) == step + 1]
-        assert math.fsum(float(row["normalised"]) ** 2 for row in mine) == pytest.approx(1, rel=1e-4)
+        assert math.fsum(float(row["normalised"]) ** 2 for row in mine) == pytest.approx(
+            1, rel=1e-4
+        )
         norm = math.sqrt(math.fsum(float(row["norm"]) ** 2 for row in mine))
         assert norm == pytest.approx(curve(output, "train/gradient_norm")[4 * (step + 1)], rel=1e-4)
 
 
 def test_reported_gradients_are_those_of_plain_autograd(rank_group, shards, tmp_path, layout):
-    smooth = ("model.dropout=0", "model.gate_noise=false", "training.gradient_report_every=1", "training.steps=1", "optimizer.clip=0.01")
+    smooth = (
+        "model.dropout=0",
+        "model.gate_noise=false",
+        "training.gradient_report_every=1",
+        "training.steps=1",
+        "optimizer.clip=0.01",
+    )
     arguments = (*PLAIN, *smooth, *layout, "training.micro_batch=1")
     rank_group(2).run(training_on_ranks.run, shards, tmp_path, arguments)
     recipe, shard_set = training_on_ranks.load(shards, tmp_path, *arguments), ShardSet(shards)
-    dataset = MicroBatches(shard_set, Schedule(shard_set.manifest.samples, 4, seed=1), RankSlice.of(0, 1, 4, 4), "packed", 0.0)
-    decoder = InContextDecoder(DecoderConfig.from_recipe(recipe, format=to_dict(shard_set.manifest.format)))
+    dataset = MicroBatches(
+        shard_set,
+        Schedule(shard_set.manifest.samples, 4, seed=1),
+        RankSlice.of(0, 1, 4, 4),
+        "packed",
+        0.0,
+    )
+    decoder = InContextDecoder(
+        DecoderConfig.from_recipe(recipe, format=to_dict(shard_set.manifest.format))
+    )
     initialise(decoder, seed=1)
     decoder(dataset[0]).total.backward()
     expected: dict[str, float] = {}
     for name, parameter in decoder.named_parameters():
         part = ".".join(name.split(".")[:3]) if name.startswith("layers") else name.split(".")[0]
-        expected[part] = expected.get(part, 0.0) + (0.0 if parameter.grad is None else parameter.grad.square().sum().item())
+        expected[part] = expected.get(part, 0.0) + (
+            0.0 if parameter.grad is None else parameter.grad.square().sum().item()
+        )
     found = {row["part"]: float(row["norm"]) for row in gradient_rows(tmp_path)}
-    assert found == pytest.approx({part: math.sqrt(square) for part, square in expected.items()}, rel=1e-4)
+    assert found == pytest.approx(
+        {part: math.sqrt(square) for part, square in expected.items()}, rel=1e-4
+    )
 
 
-def test_a_micro_batch_that_does_not_fit_ends_the_run_at_once_with_one_that_does(rank_group, shards, tmp_path):
-    settings = (*PLAIN, "training.dry_run=true", "training.global_batch=16", "training.micro_batch=8")
+def test_a_micro_batch_that_does_not_fit_ends_the_run_at_once_with_one_that_does(
+    rank_group, shards, tmp_path
+):
+    settings = (
+        *PLAIN,
+        "training.dry_run=true",
+        "training.global_batch=16",
+        "training.micro_batch=8",
+    )
     ranks = rank_group(2).run(training_on_ranks.run, shards, tmp_path, settings, 3)
     (sentence,) = (rank["ended"] for rank in ranks if rank["ended"] != "exit code 2")
     assert sentence.startswith(
-        "training.micro_batch: 8 of the longest segmentation episodes do not fit into the memory of this machine (rank "
+        "training.micro_batch: 8 of the longest segmentation episodes do not fit into the memory "
+        "of this machine (rank "
     )
     assert sentence.endswith("); set training.micro_batch=2, which was tried and fits.")
     assert "step" not in "".join(rank["printed"] for rank in ranks)
@@ -217,7 +307,12 @@ def test_a_micro_batch_that_does_not_fit_ends_the_run_at_once_with_one_that_does
 
 
 def test_without_any_micro_batch_that_fits_other_ways_are_named(rank_group, shards, tmp_path):
-    settings = (*PLAIN, "training.dry_run=true", "training.global_batch=4", "training.micro_batch=2")
+    settings = (
+        *PLAIN,
+        "training.dry_run=true",
+        "training.global_batch=4",
+        "training.micro_batch=2",
+    )
     ranks = rank_group(2).run(training_on_ranks.run, shards, tmp_path, settings, 0)
     (sentence,) = (rank["ended"] for rank in ranks if rank["ended"] != "exit code 2")
     assert "no smaller one does: set training.activation_checkpointing=true" in sentence
@@ -231,9 +326,18 @@ def test_evaluation_needs_validation_shards_of_the_same_kind(shards, tmp_path):
     for file in shards.iterdir():
         (other / file.name).symlink_to(file)
     (other / "manifest.json").unlink()
-    (other / "manifest.json").write_text(json.dumps(json.loads((shards / "manifest.json").read_text()) | {"image_tokenizer": "0ther"}))
-    recipe = training_on_ranks.load(shards, tmp_path, "training.evaluate_every=5", f"data.validation={other}")
-    with pytest.raises(ValueError, match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both alike"):
+    (other / "manifest.json").write_text(
+        json.dumps(
+            json.loads((shards / "manifest.json").read_text()) | {"image_tokenizer": "0ther"}
+        )
+    )
+    recipe = training_on_ranks.load(
+        shards, tmp_path, "training.evaluate_every=5", f"data.validation={other}"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both alike",
+    ):
         training_on_ranks.check(recipe, 2)
 
 

@@ -12,7 +12,9 @@ from icl_moe.training.throughput import peak_flops, peak_of, real_tokens, traini
 
 
 def counted(batch, backward: bool, monkeypatch, **settings: object) -> tuple[int, int]:
-    """What PyTorch counts: in linear layers and logits, and in attention, whose kernels it counts without the causal mask."""
+    """What PyTorch counts: in linear layers and logits, and in attention, whose kernels it counts
+    without the causal mask.
+    """
     # Its counter knows neither oneDNN's operator nor fused attention on a CPU.
     monkeypatch.setattr(linear, "_goes_to_onednn", lambda _: False)
     decoder = InContextDecoder(make_config(**settings))
@@ -21,7 +23,9 @@ def counted(batch, backward: bool, monkeypatch, **settings: object) -> tuple[int
         loss = decoder(batch).total
         if backward:
             loss.backward()
-    by_operation = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
+    by_operation = {
+        str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()
+    }
     attention = by_operation.pop("aten.bmm", 0)
     return sum(by_operation.values()), attention
 
@@ -46,11 +50,15 @@ def test_flops_are_those_that_pytorch_counts(settings, task, layout, monkeypatch
     assert attention == 3 * layers * sum(4 * length**2 * width for length in batch.lengths)
     causal = 3 * layers * sum(2 * length * (length + 1) * width for length in batch.lengths)
     # The formula leaves out the gate of attributes, which decides once a class.
-    assert training_flops(model_settings(**settings), VOCABULARY.size, batch) == pytest.approx(products + causal, rel=2e-3)
+    assert training_flops(model_settings(**settings), VOCABULARY.size, batch) == pytest.approx(
+        products + causal, rel=2e-3
+    )
 
 
 def test_padding_is_not_counted_as_tokens():
-    padded, packed = (make_batch("captioning", episodes=3, layout=layout) for layout in ("padded", "packed"))
+    padded, packed = (
+        make_batch("captioning", episodes=3, layout=layout) for layout in ("padded", "packed")
+    )
     assert real_tokens(padded) == real_tokens(packed) == len(packed.tokens_T) < len(padded.tokens_T)
 
 

@@ -1,4 +1,6 @@
-"""Training as a user starts it, on small real shards: what is written, resumed, exported and refused."""
+"""Training as a user starts it, on small real shards: what is written, resumed, exported and
+refused.
+"""
 
 import json
 import shutil
@@ -36,7 +38,10 @@ def test_an_interrupted_run_ends_as_the_whole_one_bit_for_bit(train, command, wh
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000003"]
     train(output, "training.steps=6")
     assert losses(output) == losses(whole_run)
-    resumed, whole = export(command, output, tmp_path / "a"), export(command, whole_run, tmp_path / "b")
+    resumed, whole = (
+        export(command, output, tmp_path / "a"),
+        export(command, whole_run, tmp_path / "b"),
+    )
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
@@ -49,10 +54,19 @@ def test_any_number_of_ranks_reads_the_same_global_batches(shards):
         parts = [RankSlice.of(rank, ranks, 8, 2) for rank in range(ranks)]
         datasets = [MicroBatches(shard_set, schedule, part, "packed", 0.5) for part in parts]
         micro_steps = parts[0].micro_steps
-        batches = [dataset[step * micro_steps + m] for dataset in datasets for m in range(micro_steps)]
-        episodes = [e.numpy().tobytes() for batch in batches for e in batch.tokens_T.split(list(batch.lengths))]
-        # The engine averages over ranks and micro-steps; then the weights of the global batch add up to 1.
-        return sorted(episodes), sum(float(b.weights_P.sum()) * b.loss_scale for b in batches) / len(batches)
+        batches = [
+            dataset[step * micro_steps + m] for dataset in datasets for m in range(micro_steps)
+        ]
+        episodes = [
+            e.numpy().tobytes()
+            for batch in batches
+            for e in batch.tokens_T.split(list(batch.lengths))
+        ]
+        # The engine averages over ranks and micro-steps; then the weights of the global batch add
+        # up to 1.
+        return sorted(episodes), sum(
+            float(b.weights_P.sum()) * b.loss_scale for b in batches
+        ) / len(batches)
 
     for step in (0, 1, 7):
         one = global_batch(step, 1)
@@ -81,7 +95,9 @@ def test_a_truncated_checkpoint_file_is_named(command, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     path = tmp_path / "run/checkpoints/step-00000006/weight-00001.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    done = command(sys.executable, "-m", "icl_moe", "export", tmp_path / "run", "--out", tmp_path / "model")
+    done = command(
+        sys.executable, "-m", "icl_moe", "export", tmp_path / "run", "--out", tmp_path / "model"
+    )
     assert done.returncode == 2
     assert path.name in done.stdout
     assert not (tmp_path / "model").exists()
@@ -92,21 +108,45 @@ def test_a_truncated_checkpoint_file_is_named(command, whole_run, tmp_path):
     [
         (["vocabulary.text_merges=900"], "was built for a vocabulary of"),
         (["model.positions=200"], "model.positions is 200, but the sequences"),
-        (["training.global_batch=1000000", "training.micro_batch=8"], "fewer than training.global_batch"),
+        (
+            ["training.global_batch=1000000", "training.micro_batch=8"],
+            "fewer than training.global_batch",
+        ),
         (["training.micro_batch=3"], "must be a multiple of training.micro_batch"),
         (["parallel.ep_size=2"], r"parallel.ep_size (2) must divide"),
         (["engine=nonsense"], "ds_configs/nonsense.json"),
         (["model.layers_with_experts=[9]"], "names layer 9"),
         (["training.stepz=3"], "did you mean 'training.steps'"),
-        (["training.task_weights={segmentatoin: 1}"], "names the task segmentatoin (did you mean 'segmentation'?)"),
-        (["training.task_weights={segmentation: 0}"], "training.task_weights.segmentation must be a positive number, not 0"),
-        (["training.task_weights={segmentation: 1}", "training.sampling=mixed", "optimizer.name=adamw"], "draws no tasks"),
-        (["optimizer.task_weights={segmentation: 2}", "optimizer.name=adamw"], "only mt_adamw weighs tasks"),
+        (
+            ["training.task_weights={segmentatoin: 1}"],
+            "names the task segmentatoin (did you mean 'segmentation'?)",
+        ),
+        (
+            ["training.task_weights={segmentation: 0}"],
+            "training.task_weights.segmentation must be a positive number, not 0",
+        ),
+        (
+            [
+                "training.task_weights={segmentation: 1}",
+                "training.sampling=mixed",
+                "optimizer.name=adamw",
+            ],
+            "draws no tasks",
+        ),
+        (
+            ["optimizer.task_weights={segmentation: 2}", "optimizer.name=adamw"],
+            "only mt_adamw weighs tasks",
+        ),
         (["data.shards=/nowhere"], "data.shards: there are no shards in /nowhere"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(capsys, shards, tmp_path, settings, sentence):
-    arguments = [f"data.shards={shards}", f"training.output={tmp_path / 'run'}", *SETTINGS, *settings]
+    arguments = [
+        f"data.shards={shards}",
+        f"training.output={tmp_path / 'run'}",
+        *SETTINGS,
+        *settings,
+    ]
     assert main(["train", "demo", *arguments]) == 2
     said = capsys.readouterr().err
     assert sentence in said
@@ -116,7 +156,12 @@ def test_what_cannot_work_is_refused_in_one_sentence(capsys, shards, tmp_path, s
 
 def test_a_run_of_two_ranks_goes_on_alone(command, shards, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
-    arguments = [f"data.shards={shards}", f"training.output={tmp_path / 'run'}", *SETTINGS, "training.steps=8"]
+    arguments = [
+        f"data.shards={shards}",
+        f"training.output={tmp_path / 'run'}",
+        *SETTINGS,
+        "training.steps=8",
+    ]
     done = command(sys.executable, "-m", "icl_moe", "train", "demo", *arguments)
     assert done.returncode == 0, done.stdout
     assert "step 7/8" in done.stdout and "step 8/8" in done.stdout and "step 6/8" not in done.stdout

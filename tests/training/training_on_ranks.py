@@ -1,4 +1,6 @@
-"""A training run on ranks that are there already, as tests/distributed/rank_group.py keeps them: nothing to launch or to import."""
+"""A training run on ranks that are there already, as tests/distributed/rank_group.py keeps them:
+nothing to launch or to import.
+"""
 
 import contextlib
 import hashlib
@@ -21,12 +23,22 @@ from icl_moe.training.preflight import check
 
 
 def load(shards: Path, output: Path, *settings: str) -> TrainingRecipe:
-    return load_recipe(TrainingRecipe, "demo", [f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings])
+    return load_recipe(
+        TrainingRecipe,
+        "demo",
+        [f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings],
+    )
 
 
-def run(ranks: Any, shards: Path, output: Path, settings: tuple[str, ...], episodes_that_fit: int | None = None) -> dict[str, str]:
-    """Trains. What this rank printed, how it ended, a digest of the weights and optimizer state that it holds, and whether torch was told
-    to be deterministic.
+def run(
+    ranks: Any,
+    shards: Path,
+    output: Path,
+    settings: tuple[str, ...],
+    episodes_that_fit: int | None = None,
+) -> dict[str, str]:
+    """Trains. What this rank printed, how it ended, a digest of the weights and optimizer state
+    that it holds, and whether torch was told to be deterministic.
 
     episodes_that_fit: a forward pass of more of them runs out of memory, as on a GPU.
     """
@@ -58,7 +70,12 @@ def run(ranks: Any, shards: Path, output: Path, settings: tuple[str, ...], episo
             ended = f"exit code {error.code}"
     digest = _digest(engines[0])
     engines[0].deepspeed.destroy()
-    return {"printed": printed.getvalue(), "ended": ended, "state": digest, "deterministic": str(deterministic)}
+    return {
+        "printed": printed.getvalue(),
+        "ended": ended,
+        "state": digest,
+        "deterministic": str(deterministic),
+    }
 
 
 def _digest(engine: Any) -> str:
@@ -82,6 +99,8 @@ def beats_while_rank_0_works(ranks: Any, beats: int) -> int:
             watchdog.beat(1, "working")
         time.sleep(1)
 
-    with mock.patch.object(watchdog, "beat", lambda *args: (counted.append(args), Watchdog.beat(watchdog, *args))):
+    with mock.patch.object(
+        watchdog, "beat", lambda *args: (counted.append(args), Watchdog.beat(watchdog, *args))
+    ):
         watchdog.on_main(1, "working", work)
     return len(counted)
