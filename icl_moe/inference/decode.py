@@ -131,7 +131,7 @@ class _Output:
         self.allowed: Allowed = next(self._grammar)
         last = prompt.spans[-1]
         for token in prompt.tokens_L[last.start :].tolist() if last.role == "given" else ():
-            # The prompt holds it already: the grammar must know; the decoder need not read it again.
+            # The prompt holds it already: the grammar must know, the decoder need not.
             self._accept(token)
         self._write_forced()
 
