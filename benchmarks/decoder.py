@@ -35,7 +35,7 @@ from measure import Goal, in_turns, report, run_apart
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icl_moe.data.batch import Layout, TokenBatch, collate
+from icl_moe.batch import Layout, TokenBatch, collate
 from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise

@@ -30,7 +30,7 @@ from measure import Goal, report
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from icl_moe.data.batch import TokenBatch
+from icl_moe.batch import TokenBatch
 from icl_moe.model import expert_parallel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder

@@ -24,7 +24,7 @@ from measure import Goal, report
 from random_shards import write_shards
 from torch.utils.data import DataLoader, IterableDataset
 
-from icl_moe.data.batch import TokenBatch, collate
+from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet

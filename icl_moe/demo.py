@@ -11,14 +11,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from icl_moe.errors import InputError
 from icl_moe.evaluation.protocol import evaluate
-from icl_moe.evaluation.report import Section, line_chart, summary, table
+from icl_moe.evaluation.report import Section, summary
+from icl_moe.evaluation.results import Metrics
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.pages.chart import Chart, line_chart
 from icl_moe.training.distributed import free_port
-from icl_moe.training.expert_table import HEADS, expert_choices
+from icl_moe.training.expert_table import choices_table, expert_choices
 
 RANKS = 2
 _TRAIN_IMAGES, _VALIDATION_IMAGES = 1000, 100
@@ -65,7 +66,7 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     )
 
 
-def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> dict[str, Any]:
+def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> Metrics:
     """As `icl-moe evaluate` does, with two more sections in the report: the course of training, and
     the experts of each stream.
     """
@@ -76,11 +77,15 @@ def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> dict[str, A
         ),
         flush=True,
     )
-    sections = [Section("Training", _loss_curve(run)), Section("Experts", _expert_table(model))]
+    experts = choices_table(expert_choices(InContextDecoder.from_pretrained(model)))
+    sections = [
+        Section("Training", charts=(_loss_curve(run),)),
+        Section("Experts", tables=(experts,)),
+    ]
     return evaluate(model, shards, report, shots=(1,), sections=sections)
 
 
-def _loss_curve(run: Path) -> str:
+def _loss_curve(run: Path) -> Chart:
     """What DeepSpeed's CSV monitor wrote, as a chart over the steps."""
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for name in ("image_loss", "text_loss"):
@@ -93,13 +98,6 @@ def _loss_curve(run: Path) -> str:
             [float(value) for _, value in rows],
         )
     return line_chart(series, "episodes seen", "nats a target")
-
-
-def _expert_table(model: Path) -> str:
-    return table(
-        HEADS,
-        [choice.cells() for choice in expert_choices(InContextDecoder.from_pretrained(model))],
-    )
 
 
 def _say(stage: str) -> None:

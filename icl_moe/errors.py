@@ -2,6 +2,9 @@
 bug of ours.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """What the user gave cannot be used.
@@ -12,8 +15,18 @@ class InputError(ValueError):
 
 
 class RankError(InputError):
-    """What one rank alone may find, so that rank says it, whichever it is."""
+    """An input error that only one rank can detect; that rank prints it, even if it is not rank
+    0.
+    """
 
 
 class SampleError(RankError):
     """A sample cannot be read: only the rank whose turn it is finds that."""
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a sentence about an unknown name: " (did you mean 'NAME'?)", or nothing where no
+    known name is near.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from icl_moe.boxes import Box
 from icl_moe.errors import InputError
-from icl_moe.tokenizers.boxes import Box
 
 PixelBox = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels, right and bottom exclusive."""

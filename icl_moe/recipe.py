@@ -6,7 +6,6 @@ and the nearest right one.
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -17,8 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from icl_moe.errors import InputError
-from icl_moe.tasks import TASKS
+from icl_moe.errors import InputError, nearest
+from icl_moe.tasks import find_task
 from icl_moe.vocabulary import Vocabulary
 
 Recipe = TypeVar("Recipe")
@@ -220,11 +219,7 @@ class TrainingSettings:
 
 def _check_weights(key: str, weights: dict[str, float]) -> None:
     for task, weight in weights.items():
-        if task not in TASKS:
-            raise InputError(
-                f"{key} names the task {task}{_nearest(task, list(TASKS))}; known are "
-                f"{', '.join(TASKS)}."
-            )
+        find_task(task, key)
         if not (0 < weight < math.inf):
             raise InputError(f"{key}.{task} must be a positive number, not {weight}.")
     if not weights:
@@ -300,7 +295,7 @@ def find_recipe(source: str, package: str) -> Path:
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         raise InputError(
-            f"There is no recipe named '{source}'{_nearest(source, names)}; shipped are "
+            f"There is no recipe named '{source}'{nearest(source, names)}; shipped are "
             f"{', '.join(names)}."
         )
     return path
@@ -389,7 +384,7 @@ def _build(kind: Any, values: Any, origin: str, prefix: str) -> Any:
         if key not in fields:
             known = ", ".join(prefix + name for name in fields)
             raise InputError(
-                f"{origin}: unknown key '{prefix}{key}'{_nearest(str(key), list(fields), prefix)}; "
+                f"{origin}: unknown key '{prefix}{key}'{nearest(str(key), list(fields), prefix)}; "
                 f"known here are {known}."
             )
     arguments = {
@@ -427,7 +422,7 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
             choices = " | ".join(str(option) for option in options)
             raise InputError(
                 f"{origin}: '{key}' must be one of {choices}, not "
-                f"{value!r}{_nearest(str(value), [str(o) for o in options])}."
+                f"{value!r}{nearest(str(value), [str(o) for o in options])}."
             )
         return value
     if typing.get_origin(kind) is tuple:
@@ -460,8 +455,3 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
         dict: "keys and values",
     }
     raise InputError(f"{origin}: '{key}' must be {names.get(kind, kind.__name__)}, not {value!r}.")
-
-
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""

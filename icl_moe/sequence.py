@@ -1,32 +1,39 @@
 """Episode <-> token sequence.
 
-A sequence is a list of spans, and a span says where it lies, which attribute class its tokens have
-and what role they play; loss mask, positions and routing all derive from spans. Sequences are built
-in the padded layout, in which every pair has the same length; the packed layout is the same
-sequence less its padding, with the same position ids.
+A sequence is a list of spans. A span says where it lies, which attribute class its tokens have and
+which role they play; the loss mask, the positions and the routing all derive from spans. Sequences
+are built in the padded layout, in which every pair has the same length; the packed layout is the
+same sequence without its padding, with the same position ids.
 
-    segmentation pair: [BOI] image [BOI] mask [EOC]
-    caption pair:      [BOI] image [BOT] text [EOC] padding         (box=image: [BOI] image [BOI]
-    box [BOT] text [EOC] padding)
-    class prompt:      [BOT] <c_st> name <c_ed> padding             once, at the start, where the
-    format asks for it
+A segmentation episode of one example and a query, with 2 x 2 codes an image (N = 4):
+
+    tokens     [BOI] i i i i [BOI] m m m m [EOC] [BOI] i i i i [BOI] m m m m [EOC]
+    roles        -   input     -   output    -     -   input     -   output    -
+    positions    0   1 .. 4    5   6 .. 9   10    11   12..15   16   17..20   21
+
+What follows the image of a pair is the task's matter (see icl_moe/tasks/). This file knows tasks
+only by what it calls on them. Where the format asks for it, a class prompt opens the sequence:
+
+    [BOT] <c_st> name <c_ed> padding
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from icl_moe.attributes import PADDING, Modality, attribute_class, is_target
 from icl_moe.errors import InputError
-from icl_moe.tasks import PADDING, TASKS, Modality, Task, attribute_class
-from icl_moe.tokenizers.boxes import Box, bins_to_box, box_to_bins
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from icl_moe.tasks.task import Task
+
 Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
-"""What a span is for. Its loss weight follows: 1 for `output`, a setting (w_in) for `input`, 0 for
-the rest.
+"""What a span is for. Its loss weight follows from it: 1 for `output`, a setting (w_in) for
+`input`, and 0 for the rest.
 """
 
 
@@ -36,8 +43,8 @@ class TooLongError(InputError):
 
 @dataclass(frozen=True)
 class Span:
-    """`length` tokens from `start`, all of one attribute class (a byte, see tasks.py) and
-    one role.
+    """`length` tokens from `start`, all of one attribute class (a byte, see attributes.py) and one
+    role.
     """
 
     start: int
@@ -68,20 +75,15 @@ class TokenSequence:
 
     def loss_weights(self, input_weight: float = 0.0) -> np.ndarray:
         """Weight of each token *as a target* (float32, L)."""
-        return np.repeat(
-            np.array([span.loss_weight(input_weight) for span in self.spans], dtype=np.float32),
-            [span.length for span in self.spans],
-        )
+        weights = [span.loss_weight(input_weight) for span in self.spans]
+        return self._spread(weights, np.float32)
 
     def attributes(self) -> np.ndarray:
         """Attribute class of each token (uint8, L)."""
-        return np.repeat(
-            np.array([span.attributes for span in self.spans], dtype=np.uint8),
-            [span.length for span in self.spans],
-        )
+        return self._spread([span.attributes for span in self.spans], np.uint8)
 
     def unpadded(self) -> "TokenSequence":
-        """The packed layout: the same tokens and position ids without the padding, spans
+        """The packed layout: the same tokens and position ids without the padding, and the spans
         moved up.
         """
         keep = self.attributes() != PADDING
@@ -92,29 +94,17 @@ class TokenSequence:
                 start += span.length
         return TokenSequence(self.tokens_L[keep], self.positions_L[keep], tuple(spans))
 
-
-@dataclass(frozen=True, eq=False)
-class SegmentationPair:
-    """Image codes and mask codes, each (N,), 0..image_codes-1."""
-
-    image: np.ndarray
-    mask: np.ndarray
+    def _spread(self, values: list[Any], dtype: Any) -> np.ndarray:
+        return np.repeat(np.array(values, dtype), [span.length for span in self.spans])
 
 
-@dataclass(frozen=True, eq=False)
-class CaptionPair:
-    """Image codes (N,), and what the caption says. `category` and `box` are None where the format
-    leaves them out.
-
-    `box_image`: codes (N,) of the box drawn as an image (the paper: 0 on the object, 1 elsewhere);
-    box=image only.
+class Pair(Protocol):
+    """One pair of an episode, as tokens: its image's codes (N,), 0..image_codes-1, and what its
+    task adds.
     """
 
-    image: np.ndarray
-    caption: str
-    category: str | None = None
-    box: Box | None = None
-    box_image: np.ndarray | None = None
+    @property
+    def image(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -123,9 +113,9 @@ class Episode:
     name.
     """
 
-    task: Task
+    task: "Task"
     category: str
-    pairs: tuple[SegmentationPair, ...] | tuple[CaptionPair, ...]
+    pairs: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ class SequenceFormat:
 
     @property
     def pair_length(self) -> int:
-        """Positions of a pair of either task: 1 + N + 1 + N + 1; with box=image, 1 + N more."""
+        """Positions of a pair of any task: 1 + N + 1 + N + 1; with box=image, 1 + N more."""
         n = self.codes_per_image
         return 3 + 2 * n + (1 + n if self.box == "image" else 0)
 
@@ -170,32 +160,8 @@ class SequenceFormat:
         return (self.prompt_length if self.class_prompt else 0) + pairs * self.pair_length
 
 
-def streams(format: SequenceFormat) -> list[int]:
-    """The attribute classes that sequences of a format have, task by task."""
-    found = []
-    for task in TASKS.values():
-        box_image = format.box == "image" and task.output == "text"
-        outputs: tuple[Modality, ...] = ("image", "text") if box_image else (task.output,)
-        inputs: tuple[Modality, ...] = ("text", "image") if format.class_prompt else ("image",)
-        kinds = [
-            *((modality, False) for modality in inputs),
-            *((modality, True) for modality in outputs),
-        ]
-        found += [
-            attribute_class(task, modality, target, format.class_prompt, box_image)
-            for modality, target in kinds
-        ]
-    return found
-
-
-@dataclass(frozen=True)
-class CaptionPart:
-    """A part of a caption's text: `fixed` tokens, or the place of the `category`, `box` or
-    `caption`.
-    """
-
-    kind: Literal["fixed", "category", "box", "caption"]
-    tokens: tuple[int, ...] = ()
+Part = tuple[Span, np.ndarray]
+"""A span of a sequence, and its tokens."""
 
 
 class SequenceCodec:
@@ -209,358 +175,156 @@ class SequenceCodec:
             )
         self.format = format
         self.text = text
-        self.caption_parts = _caption_parts(format, text)
 
     def encode(self, episode: Episode) -> TokenSequence:
         """The sequence of a whole episode, in the padded layout. Raises TooLongError where a text
         has no room.
         """
-        writer = _Writer(self, episode.task, episode.category)
-        for pair in episode.pairs:
-            writer.pair(pair)
-        return writer.finish()
+        return self._write(episode).finish()
 
     def encode_prompt(self, episode: Episode, query_image: np.ndarray) -> TokenSequence:
         """What a model reads before it writes: all pairs of `episode` as examples, then the query
         up to its output.
 
-        It ends with the [BOI] or [BOT] that opens the output, or, with category=given, with the
-        category.
+        It ends with what the task puts before its output, such as the [BOI] that opens a mask.
         """
-        writer = _Writer(self, episode.task, episode.category)
-        for pair in episode.pairs:
-            writer.pair(pair)
-        writer.query(query_image)
+        writer = self._write(episode)
+        writer.image(query_image)
+        episode.task.open_output(writer, episode.category)
         return writer.finish()
 
-    def decode(self, sequence: TokenSequence) -> Episode:
-        """The inverse of `encode`, of either layout. Raises InputError where the sequence is not of
-        this format.
+    def decode(self, sequence: TokenSequence, task: "Task") -> Episode:
+        """The inverse of `encode`, of either layout. Raises InputError where the sequence is not
+        one of this task in this format.
         """
-        return _read_episode(self, sequence)
+        pairs = tuple(self._read_pair(parts, task) for parts in _pairs(sequence))
+        if not pairs:
+            raise InputError("The sequence holds no pair.")
+        category = self._prompt(sequence)
+        if category is None:
+            category = task.category_of(pairs[-1])
+        return Episode(task, category, pairs)
 
-    def parse_caption(self, tokens: Iterable[int]) -> tuple[str | None, Box | None, str]:
-        """(category, box, caption) of a caption's text tokens, without [BOT] and [EOC].
+    def read_text(self, tokens: Iterable[int]) -> str:
+        """The text of tokens. Raises InputError where one of them is no text."""
+        tokens = list(tokens)
+        if any(token not in self.format.vocabulary.text_range for token in tokens):
+            raise InputError("A token where text belongs is of another range.")
+        return self.text.decode(tokens)
 
-        Raises InputError where the tokens do not follow the format's template.
-        """
-        return _parse_caption(self, list(tokens))
+    def _write(self, episode: Episode) -> "SequenceWriter":
+        writer = SequenceWriter(self, episode.task)
+        if self.format.class_prompt:
+            writer.class_prompt(episode.category)
+        for pair in episode.pairs:
+            writer.pair(pair)
+        return writer
+
+    def _read_pair(self, parts: list[Part], task: "Task") -> Pair:
+        image = next((tokens for span, tokens in parts if span.role == "input"), None)
+        outputs = [part for part in parts if part[0].role in ("output", "given")]
+        if image is None or not outputs:
+            raise InputError("A pair of the sequence lacks its image or its output.")
+        return task.read_pair(self, self.format.vocabulary.to_codes(image), outputs)
+
+    def _prompt(self, sequence: TokenSequence) -> str | None:
+        """The class's name in the class prompt, None where there is no prompt."""
+        for span in sequence.spans:
+            if span.role == "prompt":
+                return self.read_text(sequence.tokens_L[span.start + 2 : span.stop - 1].tolist())
+        return None
 
 
-def _caption_parts(format: SequenceFormat, text: TextTokenizer) -> tuple[CaptionPart, ...]:
-    """`Category: <c>. Bboxes: <box>. Caption: <text>.`, each piece encoded apart, so that reading
-    it back is exact.
+def _pairs(sequence: TokenSequence) -> list[list[Part]]:
+    """The parts of each pair. A pair begins with the marker on the input side that opens its
+    image.
     """
-    parts: list[CaptionPart] = []
-    lead = ""
-    if format.category != "none":
-        parts += [
-            CaptionPart("fixed", (*text.encode("Category:"), format.vocabulary.category_start)),
-            CaptionPart("category"),
-        ]
-        parts.append(CaptionPart("fixed", (format.vocabulary.category_end,)))
-        lead = ". "
-    if format.box == "text":
-        parts += [
-            CaptionPart("fixed", (*text.encode(lead + "Bboxes:"), format.vocabulary.box_start)),
-            CaptionPart("box"),
-        ]
-        parts.append(CaptionPart("fixed", (format.vocabulary.box_end,)))
-        lead = ". "
-    parts += [CaptionPart("fixed", tuple(text.encode(lead + "Caption:"))), CaptionPart("caption")]
-    parts.append(CaptionPart("fixed", tuple(text.encode("."))))
-    return tuple(_merge_fixed(parts))
+    pairs: list[list[Part]] = []
+    for span in sequence.spans:
+        if span.role in ("prompt", "padding"):
+            continue
+        if span.role == "marker" and not is_target(span.attributes):
+            pairs.append([])
+        if not pairs:
+            raise InputError("The sequence does not begin with an image.")
+        pairs[-1].append((span, sequence.tokens_L[span.start : span.stop]))
+    return pairs
 
 
-def _merge_fixed(parts: Iterable[CaptionPart]) -> list[CaptionPart]:
-    merged: list[CaptionPart] = []
-    for part in parts:
-        if merged and part.kind == "fixed" and merged[-1].kind == "fixed":
-            merged[-1] = CaptionPart("fixed", merged[-1].tokens + part.tokens)
-        else:
-            merged.append(part)
-    return merged
+class SequenceWriter:
+    """Appends the spans of a sequence. Tasks write their outputs with it."""
 
-
-class _Writer:
-    """Appends spans; one method a building block of the formats above."""
-
-    def __init__(self, codec: SequenceCodec, task: Task, category: str) -> None:
-        self._codec = codec
-        self._format = codec.format
+    def __init__(self, codec: SequenceCodec, task: "Task") -> None:
+        self.codec = codec
+        self.format = codec.format
         self._vocabulary = codec.format.vocabulary
         self._task = task
-        self._category = category
+        self._outputs = task.outputs(codec.format)
         self._tokens: list[np.ndarray] = []
         self._spans: list[Span] = []
         self._length = 0
-        if self._format.class_prompt:
-            self._class_prompt()
 
-    def pair(self, pair: SegmentationPair | CaptionPair) -> None:
+    def pair(self, pair: Pair) -> None:
+        """A whole pair, padded to the length that pairs have."""
         start = self._length
-        self._image(pair.image)
-        if isinstance(pair, SegmentationPair):
-            self._check_task("image")
-            self._append([self._vocabulary.boi], "image", "marker", target=True)
-            self._codes(pair.mask, "output", target=True)
-            self._append([self._vocabulary.eoc], "image", "marker", target=True)
-        else:
-            self._check_task("text")
-            if self._format.box == "image":
-                if pair.box_image is None:
-                    raise InputError(
-                        "A caption pair lacks the image of its box, which caption.box=image asks "
-                        "for."
-                    )
-                self._append([self._vocabulary.boi], "image", "marker", target=True)
-                self._codes(pair.box_image, "output", target=True)
-            self._caption(pair)
-        self._pad(start + self._format.pair_length)
+        self.image(pair.image)
+        self._task.write_output(self, pair)
+        self._pad(start + self.format.pair_length)
 
-    def query(self, image: np.ndarray) -> None:
-        self._image(image)
-        if self._task.output == "image" or self._format.box == "image":
-            self._append([self._vocabulary.boi], "image", "marker", target=True)
-            return
-        self._append([self._vocabulary.bot], "text", "marker", target=True)
-        if self._format.category == "given":
-            self._append(_given_category(self._codec, self._category), "text", "given", target=True)
+    def image(self, codes: np.ndarray) -> None:
+        """[BOI] and the codes (N,) of an input image."""
+        self._append([self._vocabulary.boi], "image", "marker", target=False)
+        self._append(self._image_tokens(codes), "image", "input", target=False)
+
+    def marker(self, token: int, modality: Modality) -> None:
+        """A marker on the target side, which bears no loss."""
+        self._append([token], modality, "marker", target=True)
+
+    def drawn(self, codes: np.ndarray) -> None:
+        """The codes (N,) of an image on the target side, which bear loss."""
+        self._append(self._image_tokens(codes), "image", "output", target=True)
+
+    def text(self, tokens: Sequence[int], role: Literal["given", "output"]) -> None:
+        """Text on the target side, which bears loss as `output` and none as `given`."""
+        self._append(tokens, "text", role, target=True)
+
+    def class_prompt(self, category: str) -> None:
+        """[BOT] <c_st> name <c_ed>, padded to prompt_length."""
+        vocabulary, name = self._vocabulary, self.codec.text.encode(category)
+        tokens = [vocabulary.bot, vocabulary.category_start, *name, vocabulary.category_end]
+        room = self.format.prompt_length
+        if len(tokens) > room:
+            raise TooLongError(
+                f"The class prompt of '{category}' takes {len(tokens)} tokens; there is room "
+                f"for {room}."
+            )
+        self._append(tokens, "text", "prompt", target=False)
+        self._pad(room)
 
     def finish(self) -> TokenSequence:
         tokens_L = np.concatenate(self._tokens).astype(np.int64)
         return TokenSequence(tokens_L, np.arange(len(tokens_L)), tuple(self._spans))
 
-    def _class_prompt(self) -> None:
-        name = self._codec.text.encode(self._category)
-        tokens = [
-            self._vocabulary.bot,
-            self._vocabulary.category_start,
-            *name,
-            self._vocabulary.category_end,
-        ]
-        room = self._format.prompt_length
-        if len(tokens) > room:
-            raise TooLongError(
-                f"The class prompt of '{self._category}' takes {len(tokens)} tokens; there is room "
-                f"for {room}."
-            )
-        self._append(tokens, "text", "prompt", target=False)
-        self._pad(self._format.prompt_length)
-
-    def _image(self, codes: np.ndarray) -> None:
-        self._append([self._vocabulary.boi], "image", "marker", target=False)
-        self._codes(codes, "input", target=False)
-
-    def _codes(self, codes: np.ndarray, role: Role, target: bool) -> None:
-        if np.shape(codes) != (self._format.codes_per_image,):
+    def _image_tokens(self, codes: np.ndarray) -> np.ndarray:
+        if np.shape(codes) != (self.format.codes_per_image,):
             raise InputError(
-                f"An image must be {self._format.codes_per_image} codes in this format, not of "
+                f"An image must be {self.format.codes_per_image} codes in this format, not of "
                 f"shape {np.shape(codes)}."
             )
-        self._append(self._vocabulary.from_codes(codes), "image", role, target)
-
-    def _caption(self, pair: CaptionPair) -> None:
-        self._append([self._vocabulary.bot], "text", "marker", target=True)
-        tokens = _caption_tokens(self._codec, pair)
-        room = self._format.codes_per_image
-        if len(tokens) > room:
-            raise TooLongError(
-                f"The caption '{pair.caption}' takes {len(tokens)} tokens; there is room for "
-                f"{room}."
-            )
-        given = (
-            len(_given_category(self._codec, pair.category))
-            if self._format.category == "given"
-            else 0
-        )
-        if given:
-            self._append(tokens[:given], "text", "given", target=True)
-        self._append([*tokens[given:], self._vocabulary.eoc], "text", "output", target=True)
+        return self._vocabulary.from_codes(codes)
 
     def _append(
-        self, tokens: Iterable[int] | np.ndarray, modality: Modality, role: Role, target: bool
+        self, tokens: Sequence[int] | np.ndarray, modality: Modality, role: Role, target: bool
     ) -> None:
-        values = np.asarray(tokens, dtype=np.int64)
-        attributes = attribute_class(
-            self._task, modality, target, self._format.class_prompt, self._box_image
-        )
-        self._add(values, attributes, role)
+        attributes = attribute_class(self._outputs, modality, target, self.format.class_prompt)
+        self._add(np.asarray(tokens, dtype=np.int64), attributes, role)
 
     def _pad(self, stop: int) -> None:
         if stop > self._length:
-            self._add(
-                np.full(stop - self._length, self._vocabulary.pad, dtype=np.int64),
-                PADDING,
-                "padding",
-            )
+            padding = np.full(stop - self._length, self._vocabulary.pad, dtype=np.int64)
+            self._add(padding, PADDING, "padding")
 
     def _add(self, values: np.ndarray, attributes: int, role: Role) -> None:
         self._tokens.append(values)
         self._spans.append(Span(self._length, len(values), attributes, role))
         self._length += len(values)
-
-    @property
-    def _box_image(self) -> bool:
-        return self._task.output == "text" and self._format.box == "image"
-
-    def _check_task(self, output: Modality) -> None:
-        if self._task.output != output:
-            raise InputError(
-                f"A pair that writes {output} cannot stand in an episode of the task "
-                f"'{self._task.name}'."
-            )
-
-
-def _given_category(codec: SequenceCodec, category: str | None) -> list[int]:
-    """`Category: <c_st> name <c_ed>`, the part of a caption that category=given puts into the
-    prompt.
-    """
-    if category is None:
-        raise InputError("This caption format names the category, but none was given.")
-    head = codec.caption_parts[0].tokens
-    return [*head, *codec.text.encode(category), codec.format.vocabulary.category_end]
-
-
-def _caption_tokens(codec: SequenceCodec, pair: CaptionPair) -> list[int]:
-    bins = codec.format.vocabulary.bin_range
-    tokens: list[int] = []
-    for part in codec.caption_parts:
-        if part.kind == "fixed":
-            tokens += part.tokens
-        elif part.kind == "category":
-            if pair.category is None:
-                raise InputError("This caption format names the category, but none was given.")
-            tokens += codec.text.encode(pair.category)
-        elif part.kind == "box":
-            if pair.box is None:
-                raise InputError("This caption format writes the box, but none was given.")
-            tokens += [bins[i] for i in box_to_bins(pair.box)]
-        else:
-            tokens += codec.text.encode(" " + pair.caption)
-    return tokens
-
-
-def _parse_caption(codec: SequenceCodec, tokens: list[int]) -> tuple[str | None, Box | None, str]:
-    vocabulary = codec.format.vocabulary
-    found: dict[str, list[int]] = {}
-    parts = codec.caption_parts
-    position = 0
-    for part, following in zip(parts, (*parts[1:], None), strict=True):
-        if part.kind == "fixed":
-            if tuple(tokens[position : position + len(part.tokens)]) != part.tokens:
-                raise InputError("The caption's text does not follow its template.")
-            position += len(part.tokens)
-            continue
-        assert following is not None, "a template ends with fixed tokens"
-        if part.kind == "caption":
-            stop = len(tokens) - len(following.tokens)
-        else:  # Category and box are closed by a tag, which no text contains.
-            try:
-                stop = tokens.index(following.tokens[0], position)
-            except ValueError:
-                raise InputError(f"The caption's {part.kind} is not closed.") from None
-        found[part.kind] = tokens[position:stop]
-        position = stop
-    if position != len(tokens):
-        raise InputError("The caption's text does not follow its template.")
-    return (
-        _category_text(codec, found),
-        _box_of(vocabulary, found),
-        _caption_text(codec, found["caption"]),
-    )
-
-
-def _category_text(codec: SequenceCodec, found: dict[str, list[int]]) -> str | None:
-    return codec.text.decode(_only_text(codec, found["category"])) if "category" in found else None
-
-
-def _caption_text(codec: SequenceCodec, tokens: list[int]) -> str:
-    return codec.text.decode(_only_text(codec, tokens)).removeprefix(" ")
-
-
-def _only_text(codec: SequenceCodec, tokens: list[int]) -> list[int]:
-    if any(token not in codec.format.vocabulary.text_range for token in tokens):
-        raise InputError("A token where text belongs is of another range.")
-    return tokens
-
-
-def _box_of(vocabulary: Vocabulary, found: dict[str, list[int]]) -> Box | None:
-    if "box" not in found:
-        return None
-    bins = [token - vocabulary.bin_range.start for token in found["box"]]
-    if len(bins) != 4 or not all(token in vocabulary.bin_range for token in found["box"]):
-        raise InputError("A caption's box must be four bins.")
-    return bins_to_box(bins)
-
-
-def _read_episode(codec: SequenceCodec, sequence: TokenSequence) -> Episode:
-    spans = [span for span in sequence.spans if span.role != "padding"]
-    prompt = next((span for span in spans if span.role == "prompt"), None)
-    pairs: list[SegmentationPair | CaptionPair] = []
-    current: list[tuple[Span, np.ndarray]] = []
-    for span in spans:
-        if span.role == "prompt":
-            continue
-        tokens = sequence.tokens_L[span.start : span.stop]
-        if span.role == "marker" and current and _closes(codec, current, tokens):
-            pairs.append(_read_pair(codec, current))
-            current = []
-        current.append((span, tokens))
-    pairs.append(_read_pair(codec, current))
-    task = TASKS["segmentation" if isinstance(pairs[0], SegmentationPair) else "captioning"]
-    category = _episode_category(codec, sequence, prompt, pairs)
-    return Episode(task, category, tuple(pairs))  # type: ignore[arg-type]
-
-
-def _closes(
-    codec: SequenceCodec, current: list[tuple[Span, np.ndarray]], tokens: np.ndarray
-) -> bool:
-    """Whether a [BOI] opens the next pair: the current one has its output and this marker is on the
-    input side.
-    """
-    has_output = any(span.role == "output" for span, _ in current)
-    last = int(current[-1][1][-1])
-    return (
-        has_output
-        and last == codec.format.vocabulary.eoc
-        and int(tokens[0]) == codec.format.vocabulary.boi
-    )
-
-
-def _read_pair(
-    codec: SequenceCodec, parts: list[tuple[Span, np.ndarray]]
-) -> SegmentationPair | CaptionPair:
-    vocabulary = codec.format.vocabulary
-    image = next((tokens for span, tokens in parts if span.role == "input"), None)
-    outputs = [(span, tokens) for span, tokens in parts if span.role in ("output", "given")]
-    if image is None or not outputs:
-        raise InputError("A pair of the sequence lacks its image or its output.")
-    is_text = [int(tokens[0]) not in vocabulary.image_range for _, tokens in outputs]
-    if not any(is_text):
-        return SegmentationPair(vocabulary.to_codes(image), vocabulary.to_codes(outputs[0][1]))
-    text = np.concatenate(
-        [tokens for (_, tokens), textual in zip(outputs, is_text, strict=True) if textual]
-    )
-    if int(text[-1]) != vocabulary.eoc:
-        raise InputError("A caption does not end with [EOC].")
-    category, box, caption = codec.parse_caption(int(token) for token in text[:-1])
-    box_image = None if all(is_text) else vocabulary.to_codes(outputs[0][1])
-    return CaptionPair(vocabulary.to_codes(image), caption, category, box, box_image)
-
-
-def _episode_category(
-    codec: SequenceCodec,
-    sequence: TokenSequence,
-    prompt: Span | None,
-    pairs: list[SegmentationPair | CaptionPair],
-) -> str:
-    """The class's name where the sequence says it (class prompt, captions with a category), else
-    ''.
-    """
-    if prompt is not None:
-        return codec.text.decode(
-            _only_text(codec, sequence.tokens_L[prompt.start + 2 : prompt.stop - 1].tolist())
-        )
-    last = pairs[-1]
-    return last.category or "" if isinstance(last, CaptionPair) else ""

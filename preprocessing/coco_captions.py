@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from icl_moe.boxes import Box, normalise_box
 from icl_moe.errors import InputError
-from icl_moe.tokenizers.boxes import Box, normalise_box
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco import CheckedCOCO, coco_image, load_coco
 from preprocessing.pool import ImageFile, Pool, Region, keep_present

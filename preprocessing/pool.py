@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
+from icl_moe.boxes import Box
 from icl_moe.errors import InputError
 from icl_moe.images import PixelBox
-from icl_moe.tokenizers.boxes import Box
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from icl_moe.boxes import Box
 from icl_moe.data.shards import Sample, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.report import data_url
 from icl_moe.files import write_whole
 from icl_moe.images import to_image
 from icl_moe.sequence import CaptionPair, SegmentationPair, SequenceCodec
-from icl_moe.tokenizers.boxes import Box
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.coco import decode_mask
 from preprocessing.verify import open_codec

@@ -19,9 +19,9 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
+from icl_moe.boxes import Box
 from icl_moe.errors import InputError
 from icl_moe.images import PixelBox, box_to_mask, crop_and_resize, load_image
-from icl_moe.tokenizers.boxes import Box
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.pool import ImageFile, Region
 from preprocessing.workers import ordered_map

@@ -18,8 +18,8 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
+from icl_moe.boxes import Box, box_iou, normalise_box
 from icl_moe.errors import InputError
-from icl_moe.tokenizers.boxes import Box, box_iou, normalise_box
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco import read_json
 from preprocessing.pool import ImageFile, Pool, Region, image_file, keep_present

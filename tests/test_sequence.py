@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icl_moe.boxes import bins_to_box
 from icl_moe.errors import InputError
 from icl_moe.sequence import (
     CaptionPair,
@@ -22,7 +23,6 @@ from icl_moe.sequence import (
     TooLongError,
 )
 from icl_moe.tasks import PADDING, TASKS, attribute_class
-from icl_moe.tokenizers.boxes import bins_to_box
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 

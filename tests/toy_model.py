@@ -4,7 +4,7 @@ them by name).
 
 import numpy as np
 
-from icl_moe.data.batch import TokenBatch, collate
+from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.recipe import DataSettings, ModelSettings, TrainingRecipe, TrainingSettings, to_dict

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from icl_moe.data.batch import Layout, TokenBatch, collate
+from icl_moe.batch import Layout, TokenBatch, collate
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as rle_tools
-
 from icl_moe.data.shards import ShardSet, sample_key
-from icl_moe.sequence import CaptionPair, SegmentationPair, SequenceCodec
+from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS, Task
-from icl_moe.tokenizers.boxes import Box
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,33 +20,18 @@ class EvaluationEpisode:
     key: str
     task: Task
     category: str
-    pairs: tuple[SegmentationPair, ...] | tuple[CaptionPair, ...]
+    pairs: tuple[Any, ...]
     meta: dict[str, Any]
 
     @property
-    def query(self) -> SegmentationPair | CaptionPair:
+    def query(self) -> Any:
+        """The last pair."""
         return self.pairs[-1]
-
-    def true_mask(self, pair: int = -1) -> np.ndarray:
-        """The mask of a pair (by default the query's) as annotated, boolean (image_size,
-        image_size).
-        """
-        return decode_rle(self.meta["masks"][pair])
-
-    @property
-    def references(self) -> list[str]:
-        """All captions that are right for the query."""
-        return list(self.meta["references"][0])
-
-    def true_box(self, pair: int = -1) -> Box | None:
-        """The box of a pair (by default the query's)."""
-        box = self.meta["boxes"][pair]
-        return None if box is None else (box[0], box[1], box[2], box[3])
 
 
 class EpisodeSet:
-    """The first `limit` episodes of `task` (all by default), read from their shards when
-    asked for.
+    """The first `limit` episodes of `task` (all by default), read from their shards when asked
+    for.
     """
 
     def __init__(
@@ -65,8 +46,10 @@ class EpisodeSet:
         return self._count
 
     def __getitem__(self, index: int) -> EvaluationEpisode:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         sample = self._shards.sample(self.task.name, index)
-        pairs = self._codec.decode(sample.sequence).pairs
+        pairs = self._codec.decode(sample.sequence, self.task).pairs
         return EvaluationEpisode(sample.key, self.task, sample.category, pairs, sample.meta)
 
     @property
@@ -88,16 +71,3 @@ class EpisodeSet:
     @cached_property
     def _categories(self) -> list[str]:
         return [self._shards.sample(self.task.name, index).category for index in range(len(self))]
-
-
-def decode_rle(rle: dict[str, Any]) -> np.ndarray:
-    """The boolean mask (H, W) of COCO's compressed run lengths, {"size": [h, w], "counts":
-    text}.
-    """
-    return rle_tools.decode(rle).astype(bool)
-
-
-def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
-    """The inverse of `decode_rle`."""
-    rle = rle_tools.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    return {"size": list(mask_HW.shape), "counts": rle["counts"].decode("ascii")}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_moe.data.batch import collate
+from icl_moe.batch import collate
 from icl_moe.data.shards import ShardSet
 from icl_moe.inference.model import InContextModel
 from icl_moe.model.attention import EpisodeAttention

@@ -6,64 +6,66 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, encode_rle
-from icl_moe.images import pixels_to_mask
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.inference.model import InContextModel
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair
-from icl_moe.tokenizers.boxes import Box
+from icl_moe.sequence import Episode
+from icl_moe.tasks.task import Output
 
-Pair = SegmentationPair | CaptionPair
+Control = Literal["shuffled"]
+"""`shuffled`: each query is asked with examples of another class. A model that makes use of its
+examples must do worse then.
+"""
 
 
-@dataclass(frozen=True)
-class Condition:
-    """How the queries of a task are asked: after `shots` examples, which are of another class if
-    `shuffled`.
-    """
+class Condition(NamedTuple):
+    """How the queries of a task are asked: after `shots` examples, exchanged as `control` says."""
 
     task: str
     shots: int
-    shuffled: bool = False
+    control: Control | None = None
 
     def describe(self) -> str:
         """Such as "2 examples of another class"."""
-        return (
-            f"{self.shots} "
-            f"example{'' if self.shots == 1 else 's'}{' of another class' if self.shuffled else ''}"
-        )
+        plural = "" if self.shots == 1 else "s"
+        exchanged = "" if self.control is None else " of another class"
+        return f"{self.shots} example{plural}{exchanged}"
 
 
 @dataclass(frozen=True)
 class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and what the model
-    wrote.
+    said, whose keys are the task's.
 
-    codes and mask (COCO's compressed run lengths) in segmentation; caption, category and box
-    (normalised) in captioning, the last two where the format has them. copied: whether it equals an
-    example's output; truth_copied: whether the truth does.
-    seconds: the time of its batch / its size.
+    copied: whether it equals an example's output; truth_copied: whether the truth does. seconds:
+    the time of its batch / the batch's size.
     """
 
-    task: str
-    shots: int
-    shuffled: bool
+    condition: Condition
     key: str
     true_category: str
     copied: bool
     truth_copied: bool
     seconds: float
-    codes: list[int] | None = None
-    mask: dict[str, Any] | None = None
-    caption: str | None = None
-    category: str | None = None
-    box: Box | None = None
+    said: Output
+
+    def to_json(self) -> dict[str, Any]:
+        own = {
+            name: value for name, value in vars(self).items() if name not in ("condition", "said")
+        }
+        return self.condition._asdict() | own | self.said
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Prediction":
+        condition = Condition(*(values.pop(name) for name in Condition._fields))
+        names = ("key", "true_category", "copied", "truth_copied", "seconds")
+        own = {name: values.pop(name) for name in names}
+        return cls(condition, **own, said=values)
 
 
 class PredictionLog:
@@ -91,7 +93,9 @@ class PredictionLog:
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         with self._partial.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(asdict(prediction)) + "\n" for prediction in predictions))
+            file.write(
+                "".join(json.dumps(prediction.to_json()) + "\n" for prediction in predictions)
+            )
         for prediction in predictions:
             self._keep(prediction)
 
@@ -108,13 +112,11 @@ class PredictionLog:
         header, *lines = self._partial.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = lines[:-1] if header == self._header else []
         for line in kept:
-            self._keep(Prediction(**json.loads(line)))
+            self._keep(Prediction.from_json(json.loads(line)))
         return kept
 
     def _keep(self, prediction: Prediction) -> None:
-        self._lines[
-            Condition(prediction.task, prediction.shots, prediction.shuffled), prediction.key
-        ] = prediction
+        self._lines[prediction.condition, prediction.key] = prediction
 
 
 def predict(
@@ -142,8 +144,8 @@ def predict(
             bar.update(len(batch))
 
 
-def _examples(episodes: EpisodeSet, number: int, condition: Condition) -> tuple[Pair, ...]:
-    source = episodes.of_another_class(number) if condition.shuffled else episodes[number]
+def _examples(episodes: EpisodeSet, number: int, condition: Condition) -> tuple[Any, ...]:
+    source = episodes.of_another_class(number) if condition.control else episodes[number]
     assert source is not None, "shuffling was planned for episodes of several classes only"
     return source.pairs[: condition.shots]
 
@@ -152,58 +154,26 @@ def _complete(
     model: InContextModel,
     condition: Condition,
     batch: Sequence[EvaluationEpisode],
-    examples: Sequence[tuple[Pair, ...]],
+    examples: Sequence[tuple[Any, ...]],
 ) -> list[Prediction]:
     started = time.perf_counter()
+    task = batch[0].task
     requests = [
-        # All of one task.
-        (
-            Episode(episode.task, episode.category, pairs),  # type: ignore[arg-type]
-            episode.query.image,
-        )
+        (Episode(task, episode.category, pairs), episode.query.image)
         for episode, pairs in zip(batch, examples, strict=True)
     ]
     outputs = model.complete(requests)
-    written = _written(model, outputs)
+    said = task.said(model, outputs)
     seconds = round((time.perf_counter() - started) / len(batch), 4)
     return [
         Prediction(
-            **asdict(condition),
-            key=episode.key,
-            true_category=episode.category,
-            copied=_equals_an_output(output, pairs),
-            truth_copied=_equals_an_output(episode.query, pairs),
+            condition,
+            episode.key,
+            episode.category,
+            copied=any(task.repeats(output, pair) for pair in pairs),
+            truth_copied=any(task.repeats(episode.query, pair) for pair in pairs),
             seconds=seconds,
-            **values,
+            said=words,
         )
-        for episode, pairs, output, values in zip(batch, examples, outputs, written, strict=True)
+        for episode, pairs, output, words in zip(batch, examples, outputs, said, strict=True)
     ]
-
-
-def _written(model: InContextModel, outputs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The fields of a prediction that depend on the task."""
-    captions = [pair for pair in outputs if isinstance(pair, CaptionPair)]
-    if captions:
-        return [
-            {"caption": pair.caption, "category": pair.category, "box": model.box_of(pair)}
-            for pair in captions
-        ]
-    codes_BN = np.stack([pair.mask for pair in outputs if isinstance(pair, SegmentationPair)])
-    masks_BHW = pixels_to_mask(model.decode(codes_BN))
-    return [
-        {"codes": codes_N.tolist(), "mask": encode_rle(mask_HW)}
-        for codes_N, mask_HW in zip(codes_BN, masks_BHW, strict=True)
-    ]
-
-
-def _equals_an_output(output: Pair, examples: Sequence[Pair]) -> bool:
-    """Whether it equals the output of an example: all its mask codes, or its caption's text."""
-    if isinstance(output, SegmentationPair):
-        return any(
-            isinstance(example, SegmentationPair) and np.array_equal(output.mask, example.mask)
-            for example in examples
-        )
-    return any(
-        isinstance(example, CaptionPair) and output.caption == example.caption
-        for example in examples
-    )

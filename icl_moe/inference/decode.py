@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from icl_moe.attributes import PADDING
 from icl_moe.errors import InputError
 from icl_moe.inference.cache import KeyValueCache
-from icl_moe.inference.grammar import Allowed, is_forced, output_attributes, output_grammar
 from icl_moe.sequence import Episode, SequenceCodec
-from icl_moe.tasks import PADDING
+from icl_moe.tasks.grammar import Allowed, is_forced
 
 Request = tuple[Episode, np.ndarray]
 """An episode whose pairs are all examples, and the image codes (N,) of the query to complete it
@@ -127,7 +127,7 @@ class _Output:
         )
         self._next_position = int(prompt.positions_L[-1]) + 1
         self.tokens: list[int] = []
-        self._grammar = output_grammar(codec, episode.task, episode.category)
+        self._grammar = episode.task.grammar(codec, episode.category)
         self.allowed: Allowed = next(self._grammar)
         last = prompt.spans[-1]
         for token in prompt.tokens_L[last.start :].tolist() if last.role == "given" else ():
@@ -148,7 +148,7 @@ class _Output:
 
     def _append(self, token: int) -> None:
         self.unread.append(
-            (token, self._next_position, output_attributes(self._format, self._task, token))
+            (token, self._next_position, self._task.output_attributes(self._format, token))
         )
         self._next_position += 1
         self._accept(token)

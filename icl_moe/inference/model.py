@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 
+from icl_moe.boxes import Box, normalise_box
 from icl_moe.errors import InputError
 from icl_moe.images import (
     box_to_mask,
@@ -25,9 +26,10 @@ from icl_moe.images import (
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec
-from icl_moe.tasks import TASKS, Task
-from icl_moe.tokenizers.boxes import Box, normalise_box
+from icl_moe.sequence import Episode, SequenceCodec
+from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
+from icl_moe.tasks.captioning import CaptionPair, box_of
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 
@@ -142,7 +144,7 @@ class InContextModel:
         where the model's format has a class prompt. Raises InputError for input that cannot be read
         or does not fit the model.
         """
-        task = TASKS["segmentation"]
+        task = SEGMENTATION
         self._check_request(task, len(examples), category)
         image = _open(query)
         pictures = [_open(picture) for picture, _ in examples]
@@ -162,7 +164,6 @@ class InContextModel:
         (pair,) = self.complete(
             [(Episode(task, category or "", pairs), query_codes)], sampling, progress
         )
-        assert isinstance(pair, SegmentationPair)
         pixels_13HW = self.decode(pair.mask[None])
         return pixels_to_mask(
             F.interpolate(
@@ -185,7 +186,7 @@ class InContextModel:
         categories and boxes, are needed only where the model's format has them. Raises InputError
         for input that cannot be read or does not fit the model.
         """
-        task = TASKS["captioning"]
+        task = CAPTIONING
         named = {region.category for _, region in examples if region.category}
         category = category or (named.pop() if len(named) == 1 else None)
         self._check_request(task, len(examples), category)
@@ -203,19 +204,18 @@ class InContextModel:
         (pair,) = self.complete(
             [(Episode(task, category or "", pairs), query_codes)], sampling, progress
         )
-        assert isinstance(pair, CaptionPair)
-        return Region(pair.caption, pair.category, _to_pixel_box(self.box_of(pair), image.size))
+        return Region(pair.caption, pair.category, _to_pixel_box(box_of(pair, self), image.size))
 
     def complete(
         self, requests: Sequence[Request], sampling: Sampling = GREEDY, progress: bool = False
-    ) -> list[SegmentationPair | CaptionPair]:
+    ) -> list[Any]:
         """The query's pair of each request, written by the model; all requests are one batch.
 
         A request is (an episode whose pairs are the examples, the query's image codes (N,)).
         """
         outputs = decode_batch(self.decoder, self.codec, requests, sampling, progress)
         return [
-            self._read_output(episode.task, query, tokens)
+            episode.task.read_output(self.codec, query, tokens)
             for (episode, query), tokens in zip(requests, outputs, strict=True)
         ]
 
@@ -237,25 +237,6 @@ class InContextModel:
             torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
         ).float()
 
-    def box_of(self, pair: CaptionPair) -> Box | None:
-        """The box of a caption, read off its drawing where the format draws it (dark on white);
-        None where there is none.
-        """
-        if pair.box_image is None:
-            return pair.box
-        drawn = ~pixels_to_mask(self.decode(pair.box_image[None])[0])
-        if not drawn.any():
-            return None
-        rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
-        height, width = drawn.shape
-        left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        return (
-            float(left / width),
-            float(top / height),
-            float(right / width),
-            float(bottom / height),
-        )
-
     def check_examples(self, count: int) -> None:
         """Raise InputError where the model cannot read `count` examples and a query."""
         positions = self.decoder.settings.positions
@@ -273,8 +254,7 @@ class InContextModel:
 
     def _check_request(self, task: Task, examples: int, category: str | None) -> None:
         self.check_examples(examples)
-        given = task.output == "text" and self.format.category == "given"
-        if category is None and (self.format.class_prompt or given):
+        if category is None and task.needs_category(self.format):
             raise InputError("This model is told the class's name: give the category.")
 
     def _caption_pair(
@@ -301,19 +281,6 @@ class InContextModel:
             ~box_to_mask(box, self.image_size)
         )  # The paper: 0 on the object, 1 elsewhere.
         return CaptionPair(codes, region.caption, name, box, box_image=self.encode([drawing])[0])
-
-    def _read_output(
-        self, task: Task, query: np.ndarray, tokens: list[int]
-    ) -> SegmentationPair | CaptionPair:
-        n = self.format.codes_per_image
-        if task.output == "image":
-            return SegmentationPair(query, self.format.vocabulary.to_codes(np.array(tokens)))
-        drawn, text = (
-            (tokens[:n], tokens[n + 1 : -1]) if self.format.box == "image" else (None, tokens[:-1])
-        )
-        category, box, caption = self.codec.parse_caption(text)
-        box_image = None if drawn is None else self.format.vocabulary.to_codes(np.array(drawn))
-        return CaptionPair(query, caption, category, box, box_image)
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from icl_moe.data.batch import TokenBatch
+from icl_moe.batch import RoutingPlan, TokenBatch
 from icl_moe.model.attention import (
     AttentionPlan,
     Cache,
@@ -22,7 +22,6 @@ from icl_moe.model.attention import (
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.feed_forward import FeedForward, SparseFeedForward
 from icl_moe.model.loss import DecoderLoss, combine, target_losses
-from icl_moe.model.router import RoutingPlan
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import SequenceFormat
@@ -147,10 +146,7 @@ class InContextDecoder(PreTrainedModel):
         return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -1])
 
     def _routing(self, attributes_BL: Tensor) -> RoutingPlan:
-        rows, length = attributes_BL.shape
-        return RoutingPlan.from_attributes(
-            attributes_BL.flatten().cpu().numpy(), (length,) * rows
-        ).to(attributes_BL.device)
+        return RoutingPlan.of_rows(attributes_BL.cpu().numpy()).to(attributes_BL.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         assert self.token_embedding.weight.shape[0] == self.config.vocabulary_size, (

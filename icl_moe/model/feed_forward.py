@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from icl_moe.batch import RoutingPlan
 from icl_moe.model.linear import Linear
-from icl_moe.model.router import AttributeDecision, AttributeGate, RoutingPlan, TokenGate
+from icl_moe.model.router import AttributeDecision, AttributeGate, TokenGate
 from icl_moe.recipe import ModelSettings
 
 ExpertRunner = Callable[[list[tuple[int, Tensor]]], list[Tensor]]

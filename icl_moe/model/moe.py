@@ -26,6 +26,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from icl_moe.batch import RoutingPlan
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import (
     FeedForward,
@@ -36,7 +37,7 @@ from icl_moe.model.feed_forward import (
     routes_streams,
     weighted_outputs,
 )
-from icl_moe.model.router import AttributeDecision, AttributeEmbedding, AttributeGate, RoutingPlan
+from icl_moe.model.router import AttributeDecision, AttributeEmbedding, AttributeGate
 from icl_moe.model.tensor_parallel import divide_rows, enter, leave
 from icl_moe.recipe import ModelSettings
 

@@ -1,65 +1,14 @@
-"""Which experts a token goes to: gates, and the plan of a batch's attribute classes that
-they read.
-"""
+"""Which experts a token goes to: the gates."""
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icl_moe.attributes import ATTRIBUTE_BITS, attribute_bits
+from icl_moe.batch import RoutingPlan
 from icl_moe.seeds import stable_seed
-from icl_moe.tasks import ATTRIBUTE_BITS, PADDING, attribute_bits
-
-
-@dataclass(frozen=True)
-class RoutingPlan:
-    """Where the attribute classes of a batch lie, worked out once and read by every sparse layer.
-
-    classes: the distinct attribute classes, without padding.
-    segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
-    order.
-    shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows
-    add up to 1.
-    noise: (seed, step) of the gate noise, or None for none.
-    """
-
-    classes: tuple[int, ...]
-    segments: tuple[tuple[int, int], ...]
-    shares_BC: Tensor
-    noise: tuple[int, int] | None = None
-
-    @classmethod
-    def from_attributes(cls, attributes_T: np.ndarray, lengths: tuple[int, ...]) -> "RoutingPlan":
-        """The plan of a stream of episodes of the given lengths, from the attribute class of each
-        token.
-        """
-        attributes_T = np.asarray(attributes_T, dtype=np.uint8)
-        classes = np.setdiff1d(attributes_T, [PADDING])
-        starts = np.flatnonzero(np.diff(attributes_T, prepend=-1))
-        runs = np.diff(starts, append=len(attributes_T))
-        values = attributes_T[starts]
-        indices = np.where(values == PADDING, -1, np.searchsorted(classes, values))
-        counts = [
-            np.bincount(
-                np.searchsorted(classes, episode[episode != PADDING]), minlength=len(classes)
-            )
-            for episode in np.split(attributes_T, np.cumsum(lengths)[:-1])
-        ]
-        counts_BC = torch.from_numpy(np.stack(counts).astype(np.float32))
-        return cls(
-            tuple(classes.tolist()),
-            tuple(zip(indices.tolist(), runs.tolist(), strict=True)),
-            counts_BC / counts_BC.sum(dim=1, keepdim=True).clamp(min=1),
-        )
-
-    def with_noise(self, noise: tuple[int, int] | None) -> "RoutingPlan":
-        return replace(self, noise=noise)
-
-    def to(self, device: torch.device | str) -> "RoutingPlan":
-        return replace(self, shares_BC=self.shares_BC.to(device, non_blocking=True))
 
 
 class AttributeDecision(NamedTuple):

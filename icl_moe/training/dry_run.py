@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from icl_moe.data.batch import TokenBatch, collate
+from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.schedule import MIXED
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import RankError

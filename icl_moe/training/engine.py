@@ -15,7 +15,7 @@ import torch
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from icl_moe.data.batch import TokenBatch
+from icl_moe.batch import TokenBatch
 from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import deepspeed
 import torch
 
+from icl_moe.attributes import describe_attributes
+from icl_moe.batch import RoutingPlan
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.model.router import AttributeGate, RoutingPlan
-from icl_moe.sequence import streams
-from icl_moe.tasks import describe_attributes
-
-HEADS = ["layer", "stream", "experts (weights)"]
+from icl_moe.model.router import AttributeGate
+from icl_moe.tables import Table
+from icl_moe.tasks import streams
 
 
 class Choice(NamedTuple):
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
     weights: tuple[float, ...]
 
     def cells(self) -> list[str]:
-        """A row under `HEADS`."""
+        """A row of `choices_table`."""
         chosen = ", ".join(
             f"{expert} ({weight:.2f})"
             for expert, weight in zip(self.experts, self.weights, strict=True)
@@ -61,18 +61,6 @@ def expert_choices(decoder: InContextDecoder) -> list[Choice]:
     return choices
 
 
-def as_text(choices: list[Choice]) -> str:
-    """Columns under each other, for a terminal."""
-    rows = [HEADS, *(choice.cells() for choice in choices)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        + "\n"
-        for row in rows
-    )
-
-
-def as_markdown(choices: list[Choice]) -> str:
-    """The same as TensorBoard shows it."""
-    rows = [HEADS, ["---"] * len(HEADS), *(choice.cells() for choice in choices)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def choices_table(choices: list[Choice]) -> Table:
+    """A row for each layer and kind of token."""
+    return Table(["layer", "stream", "experts (weights)"], [choice.cells() for choice in choices])

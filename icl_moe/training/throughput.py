@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from icl_moe.data.batch import TokenBatch
+from icl_moe.batch import TokenBatch
 from icl_moe.model.feed_forward import routes_streams
 from icl_moe.recipe import ModelSettings
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from icl_moe.data.batch import TokenBatch
+from icl_moe.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
@@ -21,11 +21,12 @@ from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.seeds import stable_seed
+from icl_moe.tables import as_markdown, as_text
 from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
-from icl_moe.training.expert_table import as_markdown, as_text, expert_choices
+from icl_moe.training.expert_table import choices_table, expert_choices
 from icl_moe.training.faults import StopSignal, Watchdog, any_rank
 from icl_moe.training.gradients import GradientReport
 from icl_moe.training.monitor import ProgressMonitor, write_run_description
@@ -225,11 +226,14 @@ class _Loop:
         )
         choices = expert_choices(self.engine.model)
         if choices and self.ranks.is_main:
-            write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(choices)}")
+            table = choices_table(choices)
+            write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(table)}\n")
             tensorboard = self.engine.deepspeed.monitor.tb_monitor
             if tensorboard is not None:
                 tensorboard.summary_writer.add_text(
-                    "experts", as_markdown(choices), completed * self.recipe.training.global_batch
+                    "experts",
+                    as_markdown(table),
+                    completed * self.recipe.training.global_batch,
                 )
 
     def _skip(self, step: int) -> None:

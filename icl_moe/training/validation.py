@@ -1,7 +1,6 @@
 """Evaluation while training: the same episodes every so many steps, without a trace in the run."""
 
 import shutil
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,18 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from icl_moe.data.batch import collate
+from icl_moe.batch import collate
 from icl_moe.data.shards import ShardSet
-from icl_moe.evaluation.captioning import score_captions
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, decode_rle
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.gallery import draw_gallery
 from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
-from icl_moe.evaluation.report import Gallery
-from icl_moe.evaluation.segmentation import score_masks
 from icl_moe.inference.model import InContextModel
+from icl_moe.pictures import draw_grid
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
@@ -30,7 +27,6 @@ from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
 
 _DECODED_TOGETHER = 8
-_CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
 
 Figures = dict[str, float]
 
@@ -96,8 +92,9 @@ class Validation:
             )
             condition = Condition(task, self.shards.manifest.examples)
             predict(self._model, episodes, condition, log, _DECODED_TOGETHER)
-            figures[task] |= _scores(episodes, condition, log)
-            picture = draw_grid(draw_gallery(self._model, episodes, condition, log))
+            figures[task] |= _scores(episodes, condition, log, self._model)
+            gallery = draw_gallery(self._model, episodes, condition, log)
+            picture = draw_grid([cells for _, cells in gallery.rows])
             picture.save(folder / f"{task}.png")
             self._show(task, picture, step)
         log.finish()
@@ -177,39 +174,12 @@ def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
         engine.model.train()
 
 
-def _scores(episodes: EpisodeSet, condition: Condition, log: PredictionLog) -> Figures:
+def _scores(
+    episodes: EpisodeSet, condition: Condition, log: PredictionLog, model: InContextModel
+) -> Figures:
     """Of all predictions under a condition; docs/evaluation.md says what they are."""
-    asked = [
-        (episode, log[condition, episode.key])
-        for episode in (episodes[i] for i in range(len(episodes)))
-    ]
-    if episodes.task.output == "image":
-        masks = score_masks(
-            (episode.category, decode_rle(said.mask or {}), episode.true_mask())
-            for episode, said in asked
-        )
-        return {"miou": masks.miou, "mean_iou": masks.mean_iou, "mae": masks.mae}
-    written, references = (
-        {e.key: said.caption or "" for e, said in asked},
-        {e.key: e.references for e, _ in asked},
-    )
-    (captions,) = score_captions(
-        [written], references, java=False
-    )  # METEOR's Java program would want 2 GB and half a minute.
-    return {"bleu_4": captions.bleu[3], "rouge_l": captions.rouge_l, "cider": captions.cider}
-
-
-def draw_grid(gallery: Gallery) -> Image.Image:
-    """A gallery as one picture: a row an episode, each cell with its heading and text below."""
-    columns = max(len(cells) for _, cells in gallery.rows)
-    grid = Image.new("RGB", (columns * _CELL, len(gallery.rows) * (_CELL + _TEXT_HEIGHT)), "white")
-    draw = ImageDraw.Draw(grid)
-    for row, (_, cells) in enumerate(gallery.rows):
-        for column, cell in enumerate(cells):
-            left, top = column * _CELL, row * (_CELL + _TEXT_HEIGHT)
-            grid.paste(cell.picture.resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top))
-            lines = textwrap.wrap(f"{cell.heading}: {cell.text}".rstrip(": "), _LINE_LENGTH)[
-                :_LINES
-            ]
-            draw.multiline_text((left + 2, top + _CELL), "\n".join(lines), fill="black")
-    return grid
+    truths = [episodes[index] for index in range(len(episodes))]
+    said = [log[condition, truth.key].said for truth in truths]
+    # METEOR's Java program would want 2 GB and half a minute.
+    (scores,) = episodes.task.score([said], truths, model.format, quick=True)
+    return scores.figures()

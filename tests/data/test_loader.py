@@ -13,7 +13,7 @@ import torch
 from damage import overwrite
 
 from benchmarks.random_shards import write_shards
-from icl_moe.data.batch import TokenBatch
+from icl_moe.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet

@@ -19,7 +19,7 @@ from plain_mt_adamw import plain_step
 from torch import distributed as dist
 from toy_model import MANIFEST, VOCABULARY, make_recipe, make_sequences
 
-from icl_moe.data.batch import TokenBatch, collate
+from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.schedule import RankSlice
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise

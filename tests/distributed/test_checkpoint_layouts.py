@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from toy_model import MANIFEST, VOCABULARY, make_batch, make_recipe, make_sequences
 
-from icl_moe.data.batch import collate
+from icl_moe.batch import collate
 from icl_moe.data.schedule import RankSlice
 from icl_moe.errors import InputError
 from icl_moe.model.decoder import InContextDecoder

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from icl_moe.data.batch import collate
+from icl_moe.batch import collate
 from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest
 from icl_moe.recipe import TrainingRecipe, load_recipe

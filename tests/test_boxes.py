@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icl_moe.boxes import Box, bins_to_box, box_iou, box_to_bins, normalise_box
 from icl_moe.errors import InputError
-from icl_moe.tokenizers.boxes import Box, bins_to_box, box_iou, box_to_bins, normalise_box
 
 bins = st.tuples(*[st.integers(0, 1000)] * 4)
 fractions = st.floats(0, 1)

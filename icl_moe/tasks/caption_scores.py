@@ -10,32 +10,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 from tqdm import tqdm
 
-_MARKS = frozenset(
-    [
-        "''",
-        "'",
-        "``",
-        "`",
-        "-LRB-",
-        "-RRB-",
-        "-LCB-",
-        "-RCB-",
-        ".",
-        "?",
-        "!",
-        ",",
-        ":",
-        "-",
-        "--",
-        "...",
-        ";",
-    ]
-)
+from icl_moe.tables import percent
+
+_MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_MARKS |= {"-LRB-", "-RRB-", "-LCB-", "-RCB-"}
 """What the COCO evaluation drops. It lists brackets in capitals and lowers the text first, so
 brackets stay; so they do here.
 """
@@ -51,6 +31,8 @@ class CaptionScores:
     cider: CIDEr-D (Vedantam et al. 2015), sigma 6, document frequencies from these very references.
     meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None; `meteor_note` then says why. `tokenizer`
     says what split the texts.
+    category_accuracy: how often the category is right, up to case; box_iou: the mean intersection
+    over union of the boxes. None where captions do not have them.
     """
 
     episodes: int
@@ -60,6 +42,28 @@ class CaptionScores:
     meteor: float | None
     meteor_note: str
     tokenizer: str
+    category_accuracy: float | None = None
+    box_iou: float | None = None
+
+    def cells(self) -> dict[str, str]:
+        shown = dict(zip(("B@1", "B@2", "B@3", "B@4"), self.bleu, strict=True)) | {
+            "ROUGE-L": self.rouge_l,
+            "METEOR": self.meteor,
+            "CIDEr": self.cider,
+            "category": self.category_accuracy,
+            "box IoU": self.box_iou,
+        }
+        return {heading: percent(value) for heading, value in shown.items()}
+
+    def figures(self) -> dict[str, float]:
+        return {"bleu_4": self.bleu[3], "rouge_l": self.rouge_l, "cider": self.cider}
+
+    def by_class(self) -> dict[str, tuple[int, float]]:
+        return {}
+
+    def notes(self) -> list[str]:
+        notes = [f"Texts were split by: {self.tokenizer}."]
+        return notes if self.meteor is not None else [*notes, f"METEOR was {self.meteor_note}."]
 
 
 def score_captions(
@@ -92,6 +96,10 @@ def score_tokenised(
     java: bool = True,
 ) -> list[CaptionScores]:
     """The same of texts whose tokens are separated by spaces; `tokenizer` is noted."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     truths = {key: list(texts) for key, texts in references.items()}
     meteors, note = _meteor(predictions, truths, java)
     scores = []

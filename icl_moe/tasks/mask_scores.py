@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from icl_moe.tables import percent
+
 
 @dataclass(frozen=True)
 class SegmentationScores:
@@ -27,6 +29,22 @@ class SegmentationScores:
     mae: float
     class_iou: dict[str, float]
     class_episodes: dict[str, int]
+
+    def cells(self) -> dict[str, str]:
+        return {
+            "mIoU": percent(self.miou),
+            "mean IoU": percent(self.mean_iou),
+            "MAE": f"{self.mae:.3f}",
+        }
+
+    def figures(self) -> dict[str, float]:
+        return {"miou": self.miou, "mean_iou": self.mean_iou, "mae": self.mae}
+
+    def by_class(self) -> dict[str, tuple[int, float]]:
+        return {name: (self.class_episodes[name], iou) for name, iou in self.class_iou.items()}
+
+    def notes(self) -> list[str]:
+        return ["MAE is not times 100."]
 
 
 def score_masks(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> SegmentationScores:

@@ -1,23 +1,94 @@
 """A micro-batch: episodes of one step, laid end to end, as tensors that the decoder reads.
 
-A room of its own because the loader makes batches, the decoder reads them and the benchmarks need
-both without any files.
+The loader makes batches and the decoder reads them, so that neither needs the other. Beside the
+tokens, a batch knows where each attribute class lies. For one segmentation episode of one example,
+with 4 codes an image, in the packed layout:
+
+    spans     [BOI] i i i i [BOI] m m m m [EOC] [BOI] i i i i [BOI] m m m m [EOC]
+    classes   input side is class 0, target side is class 1
+    segments  (0, 5) (1, 6) (0, 5) (1, 6)
+    shares    0.45 0.55
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from icl_moe.model.router import RoutingPlan
+from icl_moe.attributes import PADDING
 from icl_moe.sequence import TokenSequence
-from icl_moe.tasks import PADDING
 from icl_moe.vocabulary import Vocabulary
 
 Layout = Literal["packed", "padded"]
+
+
+Run = tuple[int, int]
+"""(attribute class, tokens) of neighbouring tokens of one class."""
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Where the attribute classes of a batch lie, worked out once and read by every sparse layer.
+
+    classes: the distinct attribute classes, without padding.
+    segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
+    order.
+    shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows
+    add up to 1.
+    noise: (seed, step) of the gate noise, or None for none.
+    """
+
+    classes: tuple[int, ...]
+    segments: tuple[tuple[int, int], ...]
+    shares_BC: Tensor
+    noise: tuple[int, int] | None = None
+
+    @classmethod
+    def of_runs(cls, episodes: Sequence[Sequence[Run]]) -> "RoutingPlan":
+        """The plan of a stream of episodes, from the runs of each."""
+        counts = [_tokens_of_classes(runs) for runs in episodes]
+        classes = sorted({attributes for of_episode in counts for attributes in of_episode})
+        place = {attributes: number for number, attributes in enumerate(classes)} | {PADDING: -1}
+        joined = groupby((run for runs in episodes for run in runs), key=lambda run: run[0])
+        segments = tuple(
+            (place[attributes], sum(tokens for _, tokens in runs)) for attributes, runs in joined
+        )
+        counts_BC = torch.tensor(
+            [[of_episode[attributes] for attributes in classes] for of_episode in counts],
+            dtype=torch.float32,
+        ).view(len(counts), len(classes))
+        shares_BC = counts_BC / counts_BC.sum(dim=1, keepdim=True).clamp(min=1)
+        return cls(tuple(classes), segments, shares_BC)
+
+    @classmethod
+    def of_rows(cls, attributes_BL: np.ndarray) -> "RoutingPlan":
+        """The plan of B rows of L tokens, one after the other, from the class of each token."""
+        return cls.of_runs([_runs(attributes_L) for attributes_L in attributes_BL])
+
+    def with_noise(self, noise: tuple[int, int] | None) -> "RoutingPlan":
+        return replace(self, noise=noise)
+
+    def to(self, device: torch.device | str) -> "RoutingPlan":
+        return replace(self, shares_BC=self.shares_BC.to(device, non_blocking=True))
+
+
+def _tokens_of_classes(runs: Iterable[Run]) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for attributes, tokens in runs:
+        if attributes != PADDING:
+            counts[attributes] += tokens
+    return counts
+
+
+def _runs(attributes_L: np.ndarray) -> list[Run]:
+    starts = np.flatnonzero(np.diff(attributes_L, prepend=-1))
+    lengths = np.diff(starts, append=len(attributes_L))
+    return list(zip(attributes_L[starts].tolist(), lengths.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -107,10 +178,9 @@ def collate(
         sequences = [sequence.unpadded() for sequence in sequences]
     lengths = tuple(len(sequence) for sequence in sequences)
     tokens_T = np.concatenate([sequence.tokens_L for sequence in sequences])
-    attributes_T = np.concatenate([sequence.attributes() for sequence in sequences])
     weights_T = np.concatenate([sequence.loss_weights(input_weight) for sequence in sequences])
     targets = np.flatnonzero(weights_T > 0)
-    real_T = attributes_T != PADDING
+    real_T = np.concatenate([sequence.attributes() for sequence in sequences]) != PADDING
     labels = tokens_T[targets]
     image = vocabulary.image_range
     total = float(weights_T.sum())
@@ -121,7 +191,9 @@ def collate(
         ),
         lengths=lengths,
         real_T=None if real_T.all() else torch.from_numpy(real_T),
-        routing=RoutingPlan.from_attributes(attributes_T, lengths),
+        routing=RoutingPlan.of_runs(
+            [[(span.attributes, span.length) for span in each.spans] for each in sequences]
+        ),
         predictors_P=torch.from_numpy(targets - 1),
         labels_P=torch.from_numpy(labels.astype(np.int64)),
         weights_P=torch.from_numpy(weights_T[targets]),

@@ -1,0 +1,90 @@
+"""What an evaluation found, as metrics.json has it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+from icl_moe.evaluation.held_out import HeldOutLoss
+from icl_moe.evaluation.predictions import Control
+from icl_moe.tasks.task import Scores
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a model was asked, and how it went.
+
+    copy_rate: how often an output equals an example's; truth_copy_rate: how often it should.
+    """
+
+    shots: int
+    control: Control | None
+    copy_rate: float
+    truth_copy_rate: float
+    queries_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.control is None:
+            del values["control"]
+        return values
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a task's table. prediction: whose outputs they are, those of the `model`, the
+    `first example` for every query, or the truth through the image `tokenizer`. asked: of a model.
+    """
+
+    name: str
+    prediction: Literal["model", "first example", "tokenizer"]
+    scores: Scores
+    asked: Asked | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        head = {"name": self.name, "prediction": self.prediction}
+        asked = self.asked.to_json() if self.asked else {}
+        return head | asked | asdict(self.scores)  # type: ignore[call-overload]
+
+
+class Classes(NamedTuple):
+    """The classes evaluated, and those of them that the model was trained on for this task (None
+    where it does not say).
+    """
+
+    evaluated: list[str]
+    seen_in_training: list[str] | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All that was found of one task."""
+
+    rows: tuple[Row, ...]
+    held_out: HeldOutLoss
+    classes: Classes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "held_out": asdict(self.held_out),
+            "classes": self.classes._asdict(),
+        }
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all."""
+
+    model: str
+    shards: str
+    limit: int | None
+    batch_size: int
+    model_folder: str
+    shards_folder: str
+    decoding: str
+    versions: dict[str, str]
+    tasks: dict[str, TaskResult]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of metrics.json; docs/evaluation.md describes it."""
+        tasks = {name: result.to_json() for name, result in self.tasks.items()}
+        return vars(self) | {"tasks": tasks}

@@ -1,0 +1,30 @@
+"""Pages for people: one HTML file each that needs nothing else, from templates that escape what
+they are given.
+"""
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from icl_moe.pictures import data_url
+
+
+def render(template: str, **content: Any) -> str:
+    """The page that a template of this folder makes of its content. Texts are escaped; HTML of our
+    own is `markupsafe.Markup`.
+    """
+    return _environment().get_template(template).render(**content)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("icl_moe.pages", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_url"] = data_url
+    return environment

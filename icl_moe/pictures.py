@@ -1,0 +1,71 @@
+"""Pictures for people: masks and boxes drawn over images, cells with words, and grids of them."""
+
+import base64
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from icl_moe.boxes import Box
+
+BOX_COLOUR = (255, 70, 70)
+_LEAST_SIDE = 256
+_CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture with a word above it and text below."""
+
+    heading: str
+    picture: Image.Image
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Rows of cells, an episode each, under a title of their own."""
+
+    title: str
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def masked(image: Image.Image, mask_HW: np.ndarray) -> Image.Image:
+    """The image in its colours where the mask is, and dark and grey elsewhere."""
+    grey = np.asarray(image.convert("L").convert("RGB")) * 0.35
+    return Image.fromarray(np.where(mask_HW[..., None], np.asarray(image), grey).astype(np.uint8))
+
+
+def boxed(image: Image.Image, box: Box | None) -> Image.Image:
+    """The image with a thin frame at a normalised box, enlarged so that the frame shows."""
+    factor = -(-_LEAST_SIDE // image.width)
+    shown = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    if box is not None:
+        corners = [value * (side - 1) for value, side in zip(box, shown.size * 2, strict=True)]
+        ImageDraw.Draw(shown).rectangle(corners, outline=BOX_COLOUR, width=3)
+    return shown
+
+
+def draw_grid(rows: Sequence[Sequence[Cell]]) -> Image.Image:
+    """Rows of cells as one picture, each cell with its heading and text below it."""
+    columns = max(len(cells) for cells in rows)
+    grid = Image.new("RGB", (columns * _CELL, len(rows) * (_CELL + _TEXT_HEIGHT)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, cells in enumerate(rows):
+        for column, cell in enumerate(cells):
+            left, top = column * _CELL, row * (_CELL + _TEXT_HEIGHT)
+            grid.paste(cell.picture.resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top))
+            lines = textwrap.wrap(f"{cell.heading}: {cell.text}".rstrip(": "), _LINE_LENGTH)
+            text = "\n".join(lines[:_LINES])
+            draw.multiline_text((left + 2, top + _CELL), text, fill="black")
+    return grid
+
+
+def data_url(picture: Image.Image) -> str:
+    """A picture as the source of an <img>, PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

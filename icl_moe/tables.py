@@ -1,0 +1,36 @@
+"""Tables of texts, and numbers as tables print them."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_NUMBERS = re.compile(r"[\d\s.,()%–-]*")
+
+
+class Table(NamedTuple):
+    """Column headings, and rows of as many texts."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def percent(value: float | None) -> str:
+    """A share times 100, as papers print it; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def as_text(table: Table) -> str:
+    """A table for a terminal: columns of numbers to the right, others to the left."""
+    lines = [table.head, *table.rows]
+    columns = []
+    for column, cells in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, cells))
+        to_right = column > 0 and all(_NUMBERS.fullmatch(cell) for cell in cells[1:])
+        columns.append([cell.rjust(width) if to_right else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def as_markdown(table: Table) -> str:
+    """A table in Markdown."""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,54 @@
+"""The tasks: what a model can be shown by examples. Each task is one object in one file.
+
+`Task` (task.py) says what the rest of the code asks of a task. A new task is a new subclass of it,
+registered here or from anywhere else:
+
+    from icl_moe.tasks import register
+
+    register(MyTask())
+
+docs/add_a_task.md walks through one.
+"""
+
+from icl_moe.attributes import Modality, attribute_class
+from icl_moe.errors import InputError, nearest
+from icl_moe.sequence import SequenceFormat
+from icl_moe.tasks.captioning import Captioning
+from icl_moe.tasks.segmentation import Segmentation
+from icl_moe.tasks.task import Task
+
+SEGMENTATION = Segmentation()
+CAPTIONING = Captioning()
+
+TASKS: dict[str, Task] = {}
+"""All tasks by name, in the order in which tables list them."""
+
+
+def register(task: Task) -> None:
+    """Make a task known. Its name must be new."""
+    assert task.name not in TASKS, f"the task {task.name} is registered twice"
+    TASKS[task.name] = task
+
+
+def find_task(name: str, where: str) -> Task:
+    """The task of a name. Raises InputError, in which `where` says what names it."""
+    if name not in TASKS:
+        raise InputError(
+            f"{where} names the task {name}{nearest(name, TASKS)}; known are {', '.join(TASKS)}."
+        )
+    return TASKS[name]
+
+
+def streams(format: SequenceFormat) -> list[int]:
+    """The attribute classes that sequences of a format have, task by task."""
+    inputs: tuple[Modality, ...] = ("text", "image") if format.class_prompt else ("image",)
+    return [
+        attribute_class(task.outputs(format), modality, target, format.class_prompt)
+        for task in TASKS.values()
+        for target, modalities in ((False, inputs), (True, task.outputs(format)))
+        for modality in modalities
+    ]
+
+
+register(SEGMENTATION)
+register(CAPTIONING)

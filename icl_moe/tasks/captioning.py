@@ -1,0 +1,280 @@
+"""Captioning: the description of a region of the class that the examples show, with its box.
+
+    pair:            [BOI] image [BOT] text [EOC] padding
+    with box=image:  [BOI] image [BOI] box [BOT] text [EOC] padding
+
+The text's template is in caption_template.py. A box drawn as an image is 0 on the object and 1
+elsewhere, as in the paper.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from icl_moe.attributes import Modality
+from icl_moe.boxes import Box, box_iou, box_to_bins
+from icl_moe.errors import InputError
+from icl_moe.images import box_to_mask, pixels_to_mask, to_image
+from icl_moe.pictures import Cell, boxed
+from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tasks.caption_scores import CaptionScores, score_captions
+from icl_moe.tasks.caption_template import (
+    CaptionText,
+    caption_grammar,
+    given_category,
+    read_caption,
+    write_caption,
+)
+from icl_moe.tasks.grammar import Grammar, forced, image_codes
+from icl_moe.tasks.task import CodeReader, Output, Task, Truth
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionPair:
+    """Image codes (N,), and what the caption says. `category` and `box` are None where the format
+    leaves them out.
+
+    `box_image`: codes (N,) of the box drawn as an image; box=image only.
+    """
+
+    image: np.ndarray
+    caption: str
+    category: str | None = None
+    box: Box | None = None
+    box_image: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionTarget:
+    """What is known of a region: its box in fractions of the crop, its text, and all texts that a
+    prediction is measured against.
+    """
+
+    box: Box
+    caption: str
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BoxPicture:
+    """A box drawn as the paper's binary image: 0 on the object and 1 elsewhere."""
+
+    box: Box
+
+    def draw(self, size: int) -> np.ndarray:
+        plane_HW = np.where(box_to_mask(self.box, size), np.uint8(0), np.uint8(255))
+        return np.broadcast_to(plane_HW[..., None], (size, size, 3))
+
+
+class Captioning(Task):
+    """Predictions: `caption`, and `category` and `box` (normalised) where the format has them.
+    KEY.json has `boxes`, `captions` and `references`.
+    """
+
+    name: ClassVar[str] = "captioning"
+
+    def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
+        return ("image", "text") if format.box == "image" else ("text",)
+
+    def write_output(self, writer: SequenceWriter, pair: CaptionPair) -> None:
+        vocabulary = writer.format.vocabulary
+        if writer.format.box == "image":
+            if pair.box_image is None:
+                raise InputError(
+                    "A caption pair lacks the image of its box, which caption.box=image asks for."
+                )
+            writer.marker(vocabulary.boi, "image")
+            writer.drawn(pair.box_image)
+        writer.marker(vocabulary.bot, "text")
+        said = CaptionText(pair.category, pair.box, pair.caption)
+        tokens = write_caption(writer.codec, said)
+        given = 0
+        if writer.format.category == "given":
+            given = len(given_category(writer.codec, pair.category))
+            writer.text(tokens[:given], "given")
+        writer.text([*tokens[given:], vocabulary.eoc], "output")
+
+    def open_output(self, writer: SequenceWriter, category: str) -> None:
+        if writer.format.box == "image":
+            writer.marker(writer.format.vocabulary.boi, "image")
+            return
+        writer.marker(writer.format.vocabulary.bot, "text")
+        if writer.format.category == "given":
+            writer.text(given_category(writer.codec, category), "given")
+
+    def read_pair(
+        self, codec: SequenceCodec, image: np.ndarray, outputs: Sequence[Part]
+    ) -> CaptionPair:
+        vocabulary = codec.format.vocabulary
+        drawn = [tokens for _, tokens in outputs if int(tokens[0]) in vocabulary.image_range]
+        texts = [tokens for _, tokens in outputs if int(tokens[0]) not in vocabulary.image_range]
+        if not texts or int(texts[-1][-1]) != vocabulary.eoc:
+            raise InputError("A caption does not end with [EOC].")
+        said = read_caption(codec, (int(token) for token in np.concatenate(texts)[:-1]))
+        box_image = vocabulary.to_codes(drawn[0]) if drawn else None
+        return CaptionPair(image, said.caption, said.category, said.box, box_image)
+
+    def category_of(self, pair: CaptionPair) -> str:
+        return pair.category or ""
+
+    def grammar(self, codec: SequenceCodec, category: str) -> Grammar:
+        if codec.format.box == "image":
+            yield from image_codes(codec.format)
+            yield from forced([codec.format.vocabulary.bot])
+        yield from caption_grammar(codec, category)
+
+    def read_output(
+        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]
+    ) -> CaptionPair:
+        n, vocabulary = codec.format.codes_per_image, codec.format.vocabulary
+        box_image = None
+        if codec.format.box == "image":
+            box_image, tokens = vocabulary.to_codes(np.array(tokens[:n])), tokens[n + 1 :]
+        said = read_caption(codec, tokens[:-1])
+        return CaptionPair(image, said.caption, said.category, said.box, box_image)
+
+    def needs_category(self, format: SequenceFormat) -> bool:
+        return format.class_prompt or format.category == "given"
+
+    def pictures(self, target: CaptionTarget, format: SequenceFormat) -> tuple[BoxPicture, ...]:
+        return (BoxPicture(target.box),) if format.box == "image" else ()
+
+    def pair(
+        self,
+        format: SequenceFormat,
+        category: str,
+        image: np.ndarray,
+        target: CaptionTarget,
+        drawn: Sequence[np.ndarray],
+    ) -> CaptionPair:
+        return CaptionPair(
+            image,
+            target.caption,
+            category if format.category != "none" else None,
+            target.box if format.box == "text" else None,
+            drawn[0] if drawn else None,
+        )
+
+    def describe(self, targets: Sequence[CaptionTarget], image_size: int) -> dict[str, Any]:
+        references = targets[-1].references
+        return {
+            "boxes": [target.box for target in targets],
+            "captions": [target.caption for target in targets],
+            "references": [references] if references else [],
+        }
+
+    def verify(self, truth: Truth, image_size: int) -> None:
+        meta = truth.meta
+        for name in ("boxes", "captions"):
+            if not isinstance(meta.get(name), list) or len(meta[name]) != len(truth.pairs):
+                raise InputError(f"its JSON must have {len(truth.pairs)} {name}.")
+        for number, pair in enumerate(truth.pairs):
+            if pair.caption != meta["captions"][number]:
+                raise InputError(
+                    f"pair {number} says '{pair.caption}', its JSON '{meta['captions'][number]}'."
+                )
+            if pair.category not in (None, truth.category):
+                raise InputError(
+                    f"pair {number} is of class '{pair.category}', the episode of "
+                    f"'{truth.category}'."
+                )
+            box = meta["boxes"][number] or ()
+            if pair.box is not None and box_to_bins(pair.box) != box_to_bins(box):
+                raise InputError(f"the box of pair {number} is not that of its JSON.")
+
+    def said(self, model: CodeReader, pairs: Sequence[CaptionPair]) -> list[Output]:
+        return [
+            {"caption": pair.caption, "category": pair.category, "box": box_of(pair, model)}
+            for pair in pairs
+        ]
+
+    def true_output(self, truth: Truth, pair: int = -1) -> Output:
+        box = truth.meta["boxes"][pair]
+        return {
+            "caption": str(truth.meta["captions"][pair]),
+            "category": truth.category,
+            "box": None if box is None else tuple(box),
+        }
+
+    def repeats(self, pair: CaptionPair, example: CaptionPair) -> bool:
+        return pair.caption == example.caption
+
+    def score(
+        self,
+        sets: Sequence[Sequence[Output]],
+        truths: Sequence[Truth],
+        format: SequenceFormat,
+        quick: bool = False,
+    ) -> list[CaptionScores]:
+        references = {str(n): truth.meta["references"][0] for n, truth in enumerate(truths)}
+        texts = [{str(n): said["caption"] or "" for n, said in enumerate(of)} for of in sets]
+        scores = score_captions(texts, references, java=not quick)
+        true = [self.true_output(truth) for truth in truths]
+        return [
+            replace(
+                of_set,
+                category_accuracy=_category_accuracy(outputs, true)
+                if format.category == "written"
+                else None,
+                box_iou=_mean_box_iou(outputs, true) if format.box != "none" else None,
+            )
+            for of_set, outputs in zip(scores, sets, strict=True)
+        ]
+
+    def show(self, image: Image.Image, output: Output) -> Image.Image:
+        return boxed(image, output["box"])
+
+    def caption_of(self, output: Output, truth: Output | None = None) -> str:
+        if truth is None:
+            return str(output["caption"])
+        details = [output["category"]] if output["category"] is not None else []
+        if output["box"] and truth["box"]:
+            details.append(f"box IoU {100 * box_iou(output['box'], truth['box']):.1f}")
+        return f"{output['caption']} ({', '.join(details)})" if details else str(output["caption"])
+
+    def preview(self, truth: Truth, number: int, model: CodeReader) -> tuple[list[Cell], str]:
+        pair = truth.pairs[number]
+        cells = [Cell("image", boxed(to_image(model.decode(pair.image[None])[0]), pair.box))]
+        if pair.box_image is not None:
+            cells.append(Cell("box", to_image(model.decode(pair.box_image[None])[0])))
+        words = f"{pair.category or ''} {pair.caption}".strip()
+        if number == len(truth.pairs) - 1:
+            others = [text for text in truth.meta["references"][0] if text != pair.caption]
+            words += "".join(f"\nalso: {text}" for text in others)
+        return cells, words
+
+
+def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:
+    """The box of a caption, read off its drawing where the format draws it (dark on white); None
+    where there is none.
+    """
+    if pair.box_image is None:
+        return pair.box
+    drawn_HW = ~pixels_to_mask(model.decode(pair.box_image[None])[0])
+    if not drawn_HW.any():
+        return None
+    rows = np.flatnonzero(drawn_HW.any(axis=1))
+    columns = np.flatnonzero(drawn_HW.any(axis=0))
+    height, width = drawn_HW.shape
+    return (
+        float(columns[0] / width),
+        float(rows[0] / height),
+        float((columns[-1] + 1) / width),
+        float((rows[-1] + 1) / height),
+    )
+
+
+def _category_accuracy(outputs: Sequence[Output], true: Sequence[Output]) -> float:
+    """How often the category is right, up to case."""
+    pairs = zip(outputs, true, strict=True)
+    return float(
+        np.mean([(said["category"] or "").lower() == t["category"].lower() for said, t in pairs])
+    )
+
+
+def _mean_box_iou(outputs: Sequence[Output], true: Sequence[Output]) -> float:
+    boxes = [(said["box"], t["box"]) for said, t in zip(outputs, true, strict=True)]
+    return float(np.mean([box_iou(box, t) if box and t else 0.0 for box, t in boxes]))

@@ -1,0 +1,36 @@
+"""What may be written next: grammars as coroutines that yield the allowed tokens and take the
+chosen one.
+
+    allowed = next(grammar)
+    while True:
+        allowed = grammar.send(token)  # StopIteration: the output is complete
+
+An output that follows its task's grammar fits into its place in the sequence and can be read back
+exactly.
+"""
+
+from collections.abc import Generator, Sequence
+
+from icl_moe.sequence import SequenceFormat
+
+Allowed = tuple[range, ...]
+"""Ranges of token ids, disjoint and none empty. A single id means that the token is forced."""
+
+Grammar = Generator[Allowed, int, None]
+
+
+def is_forced(allowed: Allowed) -> bool:
+    """Whether there is nothing to choose."""
+    return len(allowed) == 1 and len(allowed[0]) == 1
+
+
+def forced(tokens: Sequence[int]) -> Grammar:
+    """Exactly these tokens."""
+    for token in tokens:
+        yield (range(token, token + 1),)
+
+
+def image_codes(format: SequenceFormat) -> Grammar:
+    """The N codes of an image."""
+    for _ in range(format.codes_per_image):
+        yield (format.vocabulary.image_range,)

@@ -1,0 +1,169 @@
+"""Segmentation: the mask of what the examples' masks mark.
+
+    pair: [BOI] image [BOI] mask [EOC]
+
+The mask is an image too, white on black, and its codes are the output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from icl_moe.attributes import Modality
+from icl_moe.errors import InputError
+from icl_moe.images import pixels_to_mask, to_image
+from icl_moe.pictures import Cell, masked
+from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tasks.grammar import Grammar, image_codes
+from icl_moe.tasks.mask_scores import SegmentationScores, mask_iou, score_masks
+from icl_moe.tasks.task import CodeReader, Output, Task, Truth
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationPair:
+    """Image codes and mask codes, each (N,), 0..image_codes-1."""
+
+    image: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTarget:
+    """The mask of a region's crop at image_size, in COCO's compressed run lengths."""
+
+    counts: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPicture:
+    """A mask at image_size (COCO's compressed run lengths), drawn white on black."""
+
+    counts: bytes
+
+    def draw(self, size: int) -> np.ndarray:
+        plane_HW = decode_rle({"size": [size, size], "counts": self.counts}) * np.uint8(255)
+        return np.broadcast_to(plane_HW[..., None], (size, size, 3))
+
+
+class Segmentation(Task):
+    """Predictions: `codes` (N numbers) and `mask` (COCO's RLE). KEY.json has `masks`."""
+
+    name: ClassVar[str] = "segmentation"
+
+    def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
+        return ("image",)
+
+    def write_output(self, writer: SequenceWriter, pair: SegmentationPair) -> None:
+        vocabulary = writer.format.vocabulary
+        writer.marker(vocabulary.boi, "image")
+        writer.drawn(pair.mask)
+        writer.marker(vocabulary.eoc, "image")
+
+    def open_output(self, writer: SequenceWriter, category: str) -> None:
+        writer.marker(writer.format.vocabulary.boi, "image")
+
+    def read_pair(
+        self, codec: SequenceCodec, image: np.ndarray, outputs: Sequence[Part]
+    ) -> SegmentationPair:
+        if len(outputs) != 1:
+            raise InputError("A segmentation pair must have one output, its mask.")
+        return SegmentationPair(image, codec.format.vocabulary.to_codes(outputs[0][1]))
+
+    def grammar(self, codec: SequenceCodec, category: str) -> Grammar:
+        return image_codes(codec.format)
+
+    def read_output(
+        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]
+    ) -> SegmentationPair:
+        return SegmentationPair(image, codec.format.vocabulary.to_codes(np.array(tokens)))
+
+    def pictures(self, target: MaskTarget, format: SequenceFormat) -> tuple[MaskPicture, ...]:
+        return (MaskPicture(target.counts),)
+
+    def pair(
+        self,
+        format: SequenceFormat,
+        category: str,
+        image: np.ndarray,
+        target: MaskTarget,
+        drawn: Sequence[np.ndarray],
+    ) -> SegmentationPair:
+        (mask,) = drawn
+        return SegmentationPair(image, mask)
+
+    def describe(self, targets: Sequence[MaskTarget], image_size: int) -> dict[str, Any]:
+        size = [image_size, image_size]
+        return {
+            "masks": [{"size": size, "counts": target.counts.decode("ascii")} for target in targets]
+        }
+
+    def verify(self, truth: Truth, image_size: int) -> None:
+        masks, pairs = truth.meta.get("masks"), len(truth.pairs)
+        if not isinstance(masks, list) or len(masks) != pairs:
+            raise InputError(f"its JSON must have {pairs} masks.")
+        for mask in masks:
+            if (
+                not isinstance(mask, dict)
+                or mask.get("size") != [image_size, image_size]
+                or not isinstance(mask.get("counts"), str)
+            ):
+                raise InputError(
+                    f"its JSON has a mask that is not RLE of {image_size} x {image_size} pixels."
+                )
+            decode_rle(mask)
+
+    def said(self, model: CodeReader, pairs: Sequence[SegmentationPair]) -> list[Output]:
+        codes_BN = np.stack([pair.mask for pair in pairs])
+        masks_BHW = pixels_to_mask(model.decode(codes_BN))
+        return [
+            {"codes": codes_N.tolist(), "mask": encode_rle(mask_HW)}
+            for codes_N, mask_HW in zip(codes_BN, masks_BHW, strict=True)
+        ]
+
+    def true_output(self, truth: Truth, pair: int = -1) -> Output:
+        return {"mask": truth.meta["masks"][pair]}
+
+    def repeats(self, pair: SegmentationPair, example: SegmentationPair) -> bool:
+        return np.array_equal(pair.mask, example.mask)
+
+    def score(
+        self,
+        sets: Sequence[Sequence[Output]],
+        truths: Sequence[Truth],
+        format: SequenceFormat,
+        quick: bool = False,
+    ) -> list[SegmentationScores]:
+        return [
+            score_masks(
+                (truth.category, _mask(said), _mask(self.true_output(truth)))
+                for truth, said in zip(truths, outputs, strict=True)
+            )
+            for outputs in sets
+        ]
+
+    def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output]:
+        """The true masks, encoded and decoded: no model does better with these codes."""
+        return self.said(model, [truth.pairs[-1] for truth in truths])
+
+    def show(self, image: Image.Image, output: Output) -> Image.Image:
+        return masked(image, _mask(output))
+
+    def caption_of(self, output: Output, truth: Output | None = None) -> str:
+        return "" if truth is None else f"IoU {100 * mask_iou(_mask(output), _mask(truth)):.1f}"
+
+    def preview(self, truth: Truth, number: int, model: CodeReader) -> tuple[list[Cell], str]:
+        pair = truth.pairs[number]
+        image, mask = (
+            to_image(pixels) for pixels in model.decode(np.stack([pair.image, pair.mask]))
+        )
+        before = Image.fromarray(_mask(self.true_output(truth, number))).convert("RGB")
+        cells = [Cell("image", image), Cell("mask as tokens", mask), Cell("mask", before)]
+        return cells, ""
+
+
+def _mask(output: Output) -> np.ndarray:
+    return decode_rle(output["mask"])

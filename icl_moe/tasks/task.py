@@ -1,0 +1,227 @@
+"""What the rest of the code asks of a task.
+
+A task owns all that is particular to it: its pair and how that is written and read, what may be
+decoded, what an annotated region must have encoded, its scores and its pictures. The input of every
+task is an image (with a class prompt, also the name of the class).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from icl_moe.attributes import Modality, attribute_class
+from icl_moe.pictures import Cell
+from icl_moe.sequence import Pair, Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tasks.grammar import Grammar
+
+Output = dict[str, Any]
+"""What a query's output says, as predictions.jsonl has it: plain JSON values by name."""
+
+
+class Picture(Protocol):
+    """A picture that the image tokenizer encodes. Equal pictures are encoded once, so it must be
+    hashable.
+    """
+
+    def draw(self, size: int) -> np.ndarray:
+        """The picture at `size` x `size` pixels, uint8 (size, size, 3)."""
+        ...
+
+
+class Truth(Protocol):
+    """An episode of a shard as scores and pictures see it. meta: its KEY.json."""
+
+    @property
+    def category(self) -> str: ...
+
+    @property
+    def pairs(self) -> tuple[Any, ...]: ...
+
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
+
+
+class CodeReader(Protocol):
+    """What reading an output needs of a model: image codes (B, N) -> pixels (B, 3, H, W)."""
+
+    def decode(self, codes_BN: np.ndarray) -> torch.Tensor: ...
+
+
+class Scores(Protocol):
+    """The scores of a set of outputs: a dataclass, whose fields go into metrics.json."""
+
+    @property
+    def episodes(self) -> int: ...
+
+    def cells(self) -> dict[str, str]:
+        """The columns of the report's table: heading -> text. The same headings for every row."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """The few numbers that training's curves show, by name."""
+        ...
+
+    def by_class(self) -> dict[str, tuple[int, float]]:
+        """(episodes, main score) of each class; empty where scores are not by class."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What must be known to read the table, a sentence each."""
+        ...
+
+
+class Task(ABC):
+    """A task; `name` is its name in recipes, shards and tables."""
+
+    name: ClassVar[str]
+
+    # The sequence ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
+        """The modalities on the target side, in the order in which they are written."""
+
+    @abstractmethod
+    def write_output(self, writer: SequenceWriter, pair: Any) -> None:
+        """Write what follows the image of a pair."""
+
+    @abstractmethod
+    def open_output(self, writer: SequenceWriter, category: str) -> None:
+        """Write what stands between the query's image and the first token that is decoded."""
+
+    @abstractmethod
+    def read_pair(self, codec: SequenceCodec, image: np.ndarray, outputs: Sequence[Part]) -> Pair:
+        """The pair of an image's codes (N,) and the spans of role `output` and `given` after it.
+
+        Raises InputError where they are not what `write_output` writes.
+        """
+
+    def category_of(self, pair: Any) -> str:
+        """The class's name where a pair says it, else an empty text."""
+        return ""
+
+    # Decoding ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def grammar(self, codec: SequenceCodec, category: str) -> Grammar:
+        """What may be decoded after `open_output`. `category`: the class's name where it is
+        given.
+        """
+
+    @abstractmethod
+    def read_output(self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]) -> Pair:
+        """The query's pair, of its image's codes (N,) and the tokens that the grammar let
+        through.
+        """
+
+    def needs_category(self, format: SequenceFormat) -> bool:
+        """Whether a query cannot be asked without the name of its class."""
+        return format.class_prompt
+
+    def output_attributes(self, format: SequenceFormat, token: int) -> int:
+        """The attribute class of a token that the grammar let through."""
+        modality: Modality = "image" if token in format.vocabulary.image_range else "text"
+        return attribute_class(self.outputs(format), modality, True, format.class_prompt)
+
+    # Building shards ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def pictures(self, target: Any, format: SequenceFormat) -> tuple[Picture, ...]:
+        """What must be encoded of a region's target, beside the region's image."""
+
+    @abstractmethod
+    def pair(
+        self,
+        format: SequenceFormat,
+        category: str,
+        image: np.ndarray,
+        target: Any,
+        drawn: Sequence[np.ndarray],
+    ) -> Any:
+        """The pair of a region: its image's codes (N,), its target, and the codes of
+        `pictures`.
+        """
+
+    @abstractmethod
+    def describe(self, targets: Sequence[Any], image_size: int) -> dict[str, Any]:
+        """What KEY.json says of the targets of an episode, the query's last; docs/shards.md."""
+
+    @abstractmethod
+    def verify(self, truth: Truth, image_size: int) -> None:
+        """Check the pairs of an episode against its KEY.json. Raises InputError where they
+        differ.
+        """
+
+    # Evaluation --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def said(self, model: CodeReader, pairs: Sequence[Any]) -> list[Output]:
+        """What pairs that a model wrote say."""
+
+    @abstractmethod
+    def true_output(self, truth: Truth, pair: int = -1) -> Output:
+        """What a pair of an episode says in truth; by default the query."""
+
+    @abstractmethod
+    def repeats(self, pair: Any, example: Any) -> bool:
+        """Whether a pair's output equals that of an example."""
+
+    @abstractmethod
+    def score(
+        self,
+        sets: Sequence[Sequence[Output]],
+        truths: Sequence[Truth],
+        format: SequenceFormat,
+        quick: bool = False,
+    ) -> Sequence[Scores]:
+        """Scores of several sets of outputs, each with one output an episode of `truths`.
+
+        quick: without scores that take another program.
+        """
+
+    def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output] | None:
+        """The best outputs that a model can give with its tokenizers; None where there is no
+        bound.
+        """
+        return None
+
+    # Pictures ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def show(self, image: Image.Image, output: Output) -> Image.Image:
+        """An output drawn over its image."""
+
+    @abstractmethod
+    def caption_of(self, output: Output, truth: Output | None = None) -> str:
+        """An output in words, with how far it agrees with the truth; empty where it is all
+        shown.
+        """
+
+    def cells(
+        self, truth: Truth, images: Sequence[Image.Image], said: Output, shots: int
+    ) -> list[Cell]:
+        """A row of a gallery: `shots` examples, the query, what was said and what is true.
+
+        images: those of the examples, then the query's.
+        """
+        *examples, query = images
+        true = self.true_output(truth)
+        shown = [
+            Cell("example", self.show(image, output), self.caption_of(output))
+            for number, image in enumerate(examples[:shots])
+            for output in [self.true_output(truth, number)]
+        ]
+        return [
+            *shown,
+            Cell("query", query),
+            Cell("prediction", self.show(query, said), self.caption_of(said, true)),
+            Cell("truth", self.show(query, true), self.caption_of(true)),
+        ]
+
+    @abstractmethod
+    def preview(self, truth: Truth, number: int, model: CodeReader) -> tuple[list[Cell], str]:
+        """Pictures of a pair as its tokens have it, and words about it, for `shards preview`."""
