@@ -39,9 +39,9 @@ from icl_moe.batch import Layout, TokenBatch, collate
 from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.model.linear import Linear, product
-from icl_moe.model.loss import target_losses
-from icl_moe.model.moe import exported_name, sparse_layer_factory
+from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
+from icl_moe.model.kernels import cross_entropy
+from icl_moe.model.kernels.linear import Linear, product
 from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe, to_dict
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, SequenceFormat
 from icl_moe.tasks import TASKS
@@ -253,7 +253,7 @@ def decoder(workload: Workload, parts: Parts) -> System:
             * torch.stack([layer.auxiliary_loss for layer in _sparse_layers(model)]).mean()
         )
         if parts.loss:
-            weighted_sum, _ = target_losses(
+            weighted_sum, _ = cross_entropy(
                 hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P
             )
             return weighted_sum * batch.loss_scale + auxiliary

@@ -12,7 +12,7 @@ from icl_moe.batch import collate
 from icl_moe.data.shards import ShardSet
 from icl_moe.inference.model import InContextModel
 from icl_moe.model.attention import EpisodeAttention
-from icl_moe.model.loss import target_losses
+from icl_moe.model.kernels import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def held_out_loss(
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         hidden_TM = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
         embedding_VM = model.decoder.token_embedding.weight
-        _, found_P = target_losses(
+        _, found_P = cross_entropy(
             hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P
         )
         losses.append(found_P.double().cpu().numpy())

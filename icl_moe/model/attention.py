@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icl_moe.model.blockwise_attention import causal_attention
-from icl_moe.model.linear import Linear
+from icl_moe.model.kernels import Linear, causal_attention
 from icl_moe.recipe import ModelSettings
 
 

@@ -21,7 +21,10 @@ from icl_moe.model.attention import (
 )
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.feed_forward import FeedForward, SparseFeedForward
-from icl_moe.model.loss import DecoderLoss, combine, target_losses
+from icl_moe.model.kernels import cross_entropy
+from icl_moe.model.loss import DecoderLoss, combine
+from icl_moe.model.moe import Decision
+from icl_moe.model.router import decide
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import SequenceFormat
@@ -32,7 +35,7 @@ class InContextDecoder(PreTrainedModel):
     embeddings are tied.
 
     sparse_layer: builds the feed-forward of a sparse layer from (settings, layer); training gives
-    deepspeed.moe's here (icl_moe.model.moe), inference leaves the plain one. auxiliary_weight: of
+    deepspeed.moe's here (icl_moe.model.deepspeed_moe), inference leaves the plain one. auxiliary_weight: of
     the auxiliary loss in `forward`.
     """
 
@@ -51,7 +54,7 @@ class InContextDecoder(PreTrainedModel):
         self.auxiliary_weight = auxiliary_weight
         self.activation_checkpointing = False
         # Tensor-parallel training puts its own here, for a vocabulary spread over ranks.
-        self.target_losses = target_losses
+        self.target_losses = cross_entropy
         self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
         self.layers = nn.ModuleList(
@@ -77,16 +80,11 @@ class InContextDecoder(PreTrainedModel):
         """
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
-        hidden_TM = self.hidden(batch.tokens_T, batch.positions_T, plan, routing)
+        hidden_TM, auxiliary = self._run(batch.tokens_T, batch.positions_T, plan, routing)
         predictors_PM = hidden_TM[batch.predictors_P]
         weighted_sum, losses_P = self.target_losses(
             predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P
         )
-        auxiliary = [
-            loss
-            for layer in self.layers
-            if (loss := getattr(layer.feed_forward, "auxiliary_loss", None)) is not None
-        ]
         return combine(
             weighted_sum,
             losses_P,
@@ -101,14 +99,29 @@ class InContextDecoder(PreTrainedModel):
         self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan
     ) -> Tensor:
         """Hidden states (T, M) after the last norm, of a stream of tokens."""
+        return self._run(tokens_T, positions_T, attention, routing)[0]
+
+    def _run(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, and the auxiliary loss of each layer that has one."""
+        gates = {
+            number: gate
+            for number, layer in enumerate(self.layers)
+            if (gate := getattr(layer.feed_forward, "stream_gate", None)) is not None
+        }
+        decisions, auxiliary = decide(gates, routing)
         x_TM = self.token_embedding(tokens_T) + self.position_embedding(positions_T)
         x_TM = F.dropout(x_TM, self.settings.dropout, self.training)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            inputs = x_TM, attention, routing, decisions.get(number)
             if self.activation_checkpointing and self.training:
-                x_TM = checkpoint(layer, x_TM, attention, routing, use_reentrant=False)
+                x_TM = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x_TM = layer(x_TM, attention, routing)
-        return self.norm(x_TM)
+                x_TM = layer(*inputs)
+            if (loss := getattr(layer.feed_forward, "auxiliary_loss", None)) is not None:
+                auxiliary.append(loss)
+        return self.norm(x_TM), auxiliary
 
     def forward_logits(
         self, tokens_BL: Tensor, positions_BL: Tensor, attributes_BL: Tensor
@@ -169,12 +182,21 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(settings.width, eps=settings.layer_norm_epsilon)
         self.feed_forward = feed_forward
 
-    def forward(self, x_TM: Tensor, attention: AttentionPlan, routing: RoutingPlan) -> Tensor:
+    def forward(
+        self,
+        x_TM: Tensor,
+        attention: AttentionPlan,
+        routing: RoutingPlan,
+        decision: Decision | None = None,
+    ) -> Tensor:
+        """decision: of the feed-forward's gate, where it decides for whole streams."""
         x_TM = x_TM + self._drop(self.attention(self.attention_norm(x_TM), attention))
         normed_TM = self.feed_forward_norm(x_TM)
         dense = isinstance(self.feed_forward, FeedForward)
         return x_TM + self._drop(
-            self.feed_forward(normed_TM) if dense else self.feed_forward(normed_TM, routing)
+            self.feed_forward(normed_TM)
+            if dense
+            else self.feed_forward(normed_TM, routing, decision)
         )
 
     def _drop(self, x_TM: Tensor) -> Tensor:

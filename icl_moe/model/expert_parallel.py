@@ -16,30 +16,25 @@ from torch import distributed as dist
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from icl_moe.model.feed_forward import ExpertRunner
+from icl_moe.model.moe import Route
 
-Routes = list[tuple[int, Tensor]]
+Routes = list[Route]
 
 
 def run_spread(
-    experts: Sequence[nn.Module], group: dist.ProcessGroup, ep_size: int
-) -> ExpertRunner:
-    """Runs routes by whichever moves fewer bytes. Both give equal numbers, and every rank of the
+    routes: Routes, experts: Sequence[nn.Module], group: dist.ProcessGroup, ep_size: int
+) -> list[Tensor]:
+    """Run routes by whichever moves fewer bytes. Both give equal numbers, and every rank of the
     group comes to the same choice.
 
     experts: this rank's; rank r of the group holds the global ids r * len(experts) and on. All
     ranks of the group must call it together.
     """
-
-    def run(routes: Routes) -> list[Tensor]:
-        counts_RE = rows_by_rank(routes, len(experts), group, ep_size)
-        parameters, width = sum(p.numel() for p in experts[0].parameters()), routes[0][1].shape[-1]
-        rows, weights = moved_rows(counts_RE) * width, moved_weights(counts_RE) * parameters
-        return (run_exchanged if rows <= weights else run_gathered)(
-            routes, experts, group, counts_RE
-        )
-
-    return run
+    counts_RE = rows_by_rank(routes, len(experts), group, ep_size)
+    parameters, width = sum(p.numel() for p in experts[0].parameters()), routes[0][1].shape[-1]
+    rows, weights = moved_rows(counts_RE) * width, moved_weights(counts_RE) * parameters
+    run = run_exchanged if rows <= weights else run_gathered
+    return run(routes, experts, group, counts_RE)
 
 
 def rows_by_rank(routes: Routes, local: int, group: dist.ProcessGroup, ep_size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Which experts a token goes to: the gates."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,17 +9,37 @@ from torch import Tensor, nn
 
 from icl_moe.attributes import ATTRIBUTE_BITS, attribute_bits
 from icl_moe.batch import RoutingPlan
+from icl_moe.model.moe import Decision
 from icl_moe.seeds import stable_seed
 
 
-class AttributeDecision(NamedTuple):
-    """For each class c of a plan: its experts, best first, their weights_CK (float32), and the
-    auxiliary loss.
+class StreamChoice(NamedTuple):
+    """For each class c of a plan: its experts_CK (int64), best first, their weights_CK (float32),
+    and the auxiliary loss.
     """
 
-    experts: list[list[int]]
+    experts_CK: Tensor
     weights_CK: Tensor
     auxiliary_loss: Tensor
+
+
+def decide(
+    gates: Mapping[int, "AttributeGate"], plan: RoutingPlan
+) -> tuple[dict[int, Decision], list[Tensor]]:
+    """The decision of each layer whose gate reads attributes alone, and the auxiliary losses.
+
+    No gate reads the tokens, so all of them decide before the first layer runs, and the experts'
+    numbers come to the host in one transfer.
+    """
+    choices = [gate(plan) for gate in gates.values()]
+    if not choices:
+        return {}, []
+    experts_GCK = torch.stack([choice.experts_CK for choice in choices]).tolist()
+    decisions = {
+        layer: Decision(experts_CK, choice.weights_CK)
+        for layer, experts_CK, choice in zip(gates, experts_GCK, choices, strict=True)
+    }
+    return decisions, [choice.auxiliary_loss for choice in choices]
 
 
 class AttributeGate(nn.Module):
@@ -47,7 +68,7 @@ class AttributeGate(nn.Module):
         self.layer = layer
         self.noise = noise
 
-    def forward(self, plan: RoutingPlan) -> AttributeDecision:
+    def forward(self, plan: RoutingPlan) -> StreamChoice:
         probabilities_CE = self.probabilities(
             plan.classes, plan.noise if self.training and self.noise else None
         )
@@ -61,7 +82,7 @@ class AttributeGate(nn.Module):
             self.experts
             * ((shares_BC @ probabilities_CE) * (shares_BC @ first_CE)).sum(dim=-1).mean()
         )
-        return AttributeDecision(experts_CK.tolist(), weights_CK, auxiliary_loss)
+        return StreamChoice(experts_CK, weights_CK, auxiliary_loss)
 
     def probabilities(
         self, classes: tuple[int, ...], noise: tuple[int, int] | None = None

@@ -6,7 +6,7 @@ spread over tensor ranks.
     join(name, parts, vocabulary_size) -> Tensor          the whole again, from the parts of all
     tensor ranks, by rank
 
-Both go by the name that a parameter has in an exported model (`icl_moe.model.moe.exported_name`),
+Both go by the name that a parameter has in an exported model (`icl_moe.model.deepspeed_moe.exported_name`),
 and are plain functions of tensors. Cut are the vocabulary embedding (by rows, which are ids),
 attention (by heads) and dense feed-forwards (by hidden units). Everything else, experts among it,
 is whole on every tensor rank.
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icl_moe.model.decoder import DecoderLayer, InContextDecoder
-from icl_moe.model.feed_forward import FeedForward, Mixture
+from icl_moe.model.feed_forward import FeedForward
 
 _VOCABULARY = "token_embedding.weight"
 _QKV = re.compile(r"layers\.\d+\.attention\.qkv\.(weight|bias)")
@@ -115,7 +115,7 @@ def vocabulary_parallel_losses(
     weights_P: Tensor,
     vocabulary_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`icl_moe.model.loss.target_losses` where each tensor rank holds its rows V of the embedding,
+    """`icl_moe.model.kernels.cross_entropy` where each tensor rank holds its rows V of the embedding,
     with padding in the last ones'.
     """
     from megatron.core.parallel_state import get_tensor_model_parallel_rank
@@ -152,25 +152,17 @@ def leave(x: Tensor) -> Tensor:
     return left
 
 
-def divide_rows(mix: Mixture, tp_rank: int, tp_size: int) -> Mixture:
-    """`mix` on this tensor rank's share of each class's rows (N, M), about N / tp_size; the rows of
-    the others come out as zero.
+def share_of_rows(rows: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """This tensor rank's share, about N / tp_size, of rows (N, M)."""
+    return rows[len(rows) * tp_rank // tp_size : len(rows) * (tp_rank + 1) // tp_size]
+
+
+def place_share(share: Tensor, rows: int, tp_rank: int, tp_size: int) -> Tensor:
+    """A share of `rows` rows at its place among them, (rows, M); the rows of the other ranks are
+    zero.
     """
-
-    def mix_mine(rows_C: list[Tensor]) -> list[Tensor]:
-        bounds = [
-            (len(rows) * tp_rank // tp_size, len(rows) * (tp_rank + 1) // tp_size)
-            for rows in rows_C
-        ]
-        mixed_C = mix(
-            [rows[start:stop] for rows, (start, stop) in zip(rows_C, bounds, strict=True)]
-        )
-        return [
-            F.pad(mixed, (0, 0, start, len(rows) - stop))
-            for mixed, rows, (start, stop) in zip(mixed_C, rows_C, bounds, strict=True)
-        ]
-
-    return mix_mine
+    start = rows * tp_rank // tp_size
+    return F.pad(share, (0, 0, start, rows - start - len(share)))
 
 
 def _vocabulary_embedding(padded_size: int, width: int) -> nn.Module:

@@ -21,7 +21,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from icl_moe.model.moe import exported_name
+from icl_moe.model.deepspeed_moe import exported_name
 from icl_moe.model.tensor_parallel import is_split
 
 

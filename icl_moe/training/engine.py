@@ -20,9 +20,9 @@ from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.model.feed_forward import SparseFeedForward
+from icl_moe.model.deepspeed_moe import exported_name, first_expert, sparse_layer_factory
+from icl_moe.model.feed_forward import Experts, SparseFeedForward
 from icl_moe.model.loss import DecoderLoss
-from icl_moe.model.moe import exported_name, first_expert, sparse_layer_factory
 from icl_moe.model.tensor_parallel import spread
 from icl_moe.optim import gradient_norm
 from icl_moe.optim.mt_adamw import MTAdamW
@@ -176,7 +176,7 @@ def _build_model(
     if stage == 3 and recipe.model.sparse_layers:
         # All experts of a layer are gathered together: ranks whose tokens go to different ones
         # would wait for each other for ever.
-        set_z3_leaf_modules(model, [SparseFeedForward])
+        set_z3_leaf_modules(model, [Experts])
     return model
 
 

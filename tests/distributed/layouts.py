@@ -23,7 +23,7 @@ from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.schedule import RankSlice
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.model.moe import exported_name, first_expert
+from icl_moe.model.deepspeed_moe import exported_name, first_expert
 from icl_moe.model.router import AttributeGate
 from icl_moe.model.tensor_parallel import is_split, join
 from icl_moe.recipe import OptimizerSettings, ParallelSettings

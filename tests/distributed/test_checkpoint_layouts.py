@@ -19,7 +19,7 @@ from icl_moe.batch import collate
 from icl_moe.data.schedule import RankSlice
 from icl_moe.errors import InputError
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.model.moe import exported_name
+from icl_moe.model.deepspeed_moe import exported_name
 from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import OptimizerSettings, ParallelSettings
 from icl_moe.training import checkpoint, training_state

@@ -1,0 +1,203 @@
+"""The sparse layer in training: deepspeed.moe, with our gate and dispatch where the recipe routes
+by attributes.
+
+Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert groups and parameter
+tagging are its own.
+
+Experts lie on ranks as DeepSpeed puts them: the ep_size ranks of an expert group are neighbours
+among *all* ranks, tensor ranks included, and rank r holds part r % ep_size of the experts
+(`first_expert`). Tensor ranks hold experts whole and have the same tokens, so each of them computes
+its share of the rows, stock layers and ours alike. The gradient of an expert is then the sum over
+all ranks that hold it, tensor ranks too, divided by the number of data-parallel ranks, which is
+just what DeepSpeed computes.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.moe import mappings
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from icl_moe.batch import RoutingPlan
+from icl_moe.model.expert_parallel import run_spread
+from icl_moe.model.feed_forward import FeedForward, attribute_gate, routes_streams
+from icl_moe.model.moe import Decision, Route, combine, dispatch, mix_outputs, mix_weights
+from icl_moe.model.router import AttributeEmbedding, AttributeGate
+from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
+from icl_moe.recipe import ModelSettings
+
+
+def sparse_layer_factory(
+    ep_size: int = 1, tp_rank: int = 0, tp_size: int = 1
+) -> Callable[[ModelSettings, int], nn.Module]:
+    """What `InContextDecoder` calls for each sparse layer so that it trains on deepspeed.moe."""
+
+    def build(settings: ModelSettings, layer: int) -> nn.Module:
+        return DeepSpeedFeedForward(settings, layer, ep_size, tp_rank, tp_size)
+
+    return build
+
+
+def first_expert(rank: int, ep_size: int, experts: int) -> int:
+    """The global id of the first expert that a rank holds, of `experts` in a layer; it holds
+    experts / ep_size from there on.
+    """
+    return rank % ep_size * (experts // ep_size)
+
+
+class DeepSpeedFeedForward(MoE):
+    """A deepspeed.moe layer that takes and gives the flat stream (T, M), dropless, and keeps its
+    auxiliary loss for the model.
+
+    `token`, and `attributes` whose gate reads tokens: stock top-k with GShard's loss. Stock adds
+    Gumbel noise to the second choice in evaluation too, so that is off. `attributes` otherwise: the
+    inner MOELayer is `AttributeMOELayer`.
+    """
+
+    def __init__(
+        self, settings: ModelSettings, layer: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1
+    ) -> None:
+        level = deepspeed_logger.level
+        deepspeed_logger.setLevel(
+            logging.WARNING
+        )  # One line a layer on standard output says nothing that the recipe does not.
+        super().__init__(
+            settings.width,
+            FeedForward(settings.width),
+            num_experts=settings.experts,
+            ep_size=ep_size,
+            k=settings.experts_per_token,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        deepspeed_logger.setLevel(level)
+        if tp_size > 1:
+            mappings._gather_tokens = _gather_tokens
+        stock: MOELayer = self.get_submodule("deepspeed_moe")
+        if routes_streams(settings):
+            self.deepspeed_moe = AttributeMOELayer(settings, layer, stock, tp_rank, tp_size)
+        elif settings.feed_forward == "attributes" and settings.gate_input == "token+attributes":
+            stock.gate = TokenAttributeGate(stock.gate, settings.width)
+        self.auxiliary_loss: Tensor | None = None
+
+    @property
+    def stream_gate(self) -> AttributeGate | None:
+        """The gate, where it decides for whole streams, so that the decoder asks it beforehand."""
+        gate = self.deepspeed_moe.gate
+        return gate if isinstance(gate, AttributeGate) else None
+
+    def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
+        """decision: of `stream_gate`, where there is one."""
+        if decision is not None:
+            # What MoE hands on unchanged to the layer within it.
+            out_TM, *_ = super().forward(x_TM, (plan, decision))
+            return out_TM
+        out_TM, self.auxiliary_loss, _ = super().forward(x_TM, plan)
+        return out_TM
+
+
+class AttributeMOELayer(MOELayer):
+    """DeepSpeed's MOELayer with a gate that reads the plan of attribute classes, and a dispatch by
+    slices of the stream.
+
+    The stock dispatch copies every routed row into an (E, C) buffer whose capacity C is the busiest
+    expert's load, several times the rows that attribute routing needs. The plan and the gate's
+    decision arrive as the layer's own `used_token` argument.
+    """
+
+    def __init__(
+        self, settings: ModelSettings, layer: int, stock: MOELayer, tp_rank: int, tp_size: int
+    ) -> None:
+        super().__init__(
+            attribute_gate(settings, layer),
+            stock.experts,
+            stock.ep_group_name,
+            stock.ep_size,
+            stock.num_local_experts,
+        )
+        self.combination = settings.combination
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        # MoE reads both after every pass. The decoder has the auxiliary loss from the gate itself,
+        # and the gate's table says more than counts of tokens.
+        self.l_aux = self.exp_counts = None
+
+    def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
+        # Our gate needs no group: it decides from the attributes, which every rank knows.
+        self.ep_group = ep_group
+
+    def forward(self, *inputs: Any, **_: object) -> Tensor:
+        x_TM, (plan, decision) = inputs
+        if self.tp_size == 1:
+            return combine(self._mix(dispatch(x_TM, plan), decision), x_TM, plan)
+        # Each tensor rank has all rows, and computes its share of them.
+        x_TM, decision = enter(x_TM), decision._replace(weights_CK=enter(decision.weights_CK))
+        rows_C = dispatch(x_TM, plan)
+        mine_C = [share_of_rows(rows, self.tp_rank, self.tp_size) for rows in rows_C]
+        mixed_C = [
+            place_share(mixed, len(rows), self.tp_rank, self.tp_size)
+            for mixed, rows in zip(self._mix(mine_C, decision), rows_C, strict=True)
+        ]
+        return leave(combine(mixed_C, x_TM, plan))
+
+    def _mix(self, rows_C: list[Tensor], decision: Decision) -> list[Tensor]:
+        experts = list(self.experts.deepspeed_experts)
+        if self.combination == "weights":
+            return mix_weights(rows_C, decision, experts)
+
+        def run(routes: list[Route]) -> list[Tensor]:
+            if self.ep_size == 1:
+                return [experts[expert](rows) for expert, rows in routes]
+            return run_spread(routes, experts, self.ep_group, self.ep_size)
+
+        return mix_outputs(rows_C, decision, run)
+
+
+class TokenAttributeGate(nn.Module):
+    """Stock's gate, reading the sum of each token and of its attributes' embedding."""
+
+    def __init__(self, stock: nn.Module, width: int) -> None:
+        super().__init__()
+        self.attributes = AttributeEmbedding(width)
+        self.wg = stock.wg
+        self._stock: list[Any] = [
+            stock
+        ]  # In a list, so that its parameters are not registered twice.
+
+    def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
+        self._stock[0]._set_ep_group(ep_group)
+
+    def forward(self, x_TM: Tensor, plan: RoutingPlan, sparse_routes: bool, use_tutel: bool) -> Any:
+        return self._stock[0](x_TM + self.attributes(plan), None, sparse_routes, use_tutel)
+
+
+def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
+    """In place of deepspeed.moe.mappings's own, with which stock layers join the tensor ranks'
+    shares: that one hands gloo a flat output for an N-dimensional input, which gloo refuses.
+    """
+    group = groups.mpu.get_tensor_model_parallel_group()
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for _ in range(dist.get_world_size(group))
+    ]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
+
+
+def exported_name(name: str, first_expert: int = 0) -> str:
+    """The name that a training parameter has in an exported model; `first_expert`: the global id of
+    this rank's expert 0.
+    """
+    name = _EXPERT.sub(lambda match: f".experts.{int(match[1]) + first_expert}.", name)
+    return name.replace(".deepspeed_moe.gate.", ".gate.")
