@@ -41,7 +41,7 @@ from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.kernels import cross_entropy
-from icl_moe.model.kernels.linear import Linear, product
+from icl_moe.model.kernels.onednn_linear import Linear, product
 from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe, to_dict
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, SequenceFormat
 from icl_moe.tasks import TASKS

@@ -35,8 +35,8 @@ class InContextDecoder(PreTrainedModel):
     embeddings are tied.
 
     sparse_layer: builds the feed-forward of a sparse layer from (settings, layer); training gives
-    deepspeed.moe's here (icl_moe.model.deepspeed_moe), inference leaves the plain one. auxiliary_weight: of
-    the auxiliary loss in `forward`.
+    deepspeed.moe's here (icl_moe.model.deepspeed_moe), inference leaves the plain one.
+    auxiliary_weight: of the auxiliary loss in `forward`.
     """
 
     config_class = DecoderConfig

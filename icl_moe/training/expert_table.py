@@ -55,7 +55,7 @@ def expert_choices(decoder: InContextDecoder) -> list[Choice]:
             ):
                 decision = gate(plan)
             for attributes, experts, weights in zip(
-                classes, decision.experts, decision.weights_CK.tolist(), strict=True
+                classes, decision.experts_CK.tolist(), decision.weights_CK.tolist(), strict=True
             ):
                 choices.append(Choice(number, attributes, tuple(experts), tuple(weights)))
     return choices

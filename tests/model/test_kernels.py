@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_moe.model.kernels import attention, cross_entropy
-from icl_moe.model.kernels.linear import Linear, product
+from icl_moe.model.kernels import blockwise_attention, chunked_cross_entropy, cross_entropy
+from icl_moe.model.kernels.onednn_linear import Linear, product
 
 BOUNDS = {torch.float32: dict(atol=1e-6, rtol=1e-5), torch.bfloat16: dict(atol=3e-2, rtol=3e-2)}
 precisions = pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "bf16"])
@@ -64,8 +64,8 @@ def test_product_equals_torchs_whatever_is_transposed(dtype):
 def test_chunked_cross_entropy_equals_the_plain_one_in_value_and_gradients(
     targets, dtype, monkeypatch
 ):
-    monkeypatch.setattr(loss, "CHUNK", 8)
-    monkeypatch.setattr(loss, "ROWS", 3)
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 8)
+    monkeypatch.setattr(chunked_cross_entropy, "ROWS", 3)
     hidden_PM, embedding_VM = leaves((targets, 16), (50, 16), dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     labels_P = torch.randint(0, 50, (targets,), generator=generator)
@@ -113,10 +113,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @precisions
 @pytest.mark.parametrize("length", [1, 4, 11])
 def test_attention_by_blocks_equals_the_formula_in_value_and_gradients(length, dtype, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 4)
     qkv = leaves(*[(3, length, 8)] * 3, dtype=dtype)
     exact = [x.detach().float().requires_grad_() for x in qkv]
-    ours, expected = attention.blockwise_attention(*qkv, 0.0), plain_attention(*exact)
+    ours, expected = blockwise_attention.blockwise_attention(*qkv, 0.0), plain_attention(*exact)
     torch.testing.assert_close(ours.float(), expected, **BOUNDS[dtype])
     for mine, reference in zip(gradients(ours, qkv), gradients(expected, exact), strict=True):
         torch.testing.assert_close(mine.float(), reference, **BOUNDS[dtype])
@@ -124,8 +124,10 @@ def test_attention_by_blocks_equals_the_formula_in_value_and_gradients(length, d
 
 def test_causal_attention_takes_any_number_of_heads_before_length_and_width():
     q, k, v = leaves(*[(2, 3, 5, 8)] * 3, dtype=torch.bfloat16)
-    together = attention.causal_attention(q, k, v)
-    alone = torch.stack([attention.causal_attention(*parts) for parts in zip(q, k, v, strict=True)])
+    together = blockwise_attention.causal_attention(q, k, v)
+    alone = torch.stack(
+        [blockwise_attention.causal_attention(*parts) for parts in zip(q, k, v, strict=True)]
+    )
     torch.testing.assert_close(together, alone)
 
 
@@ -133,11 +135,11 @@ def test_attention_dropout_drops_the_same_weights_in_the_backward_pass(monkeypat
     """With values that are a basis the output is the dropped attention matrix itself, which tells
     what was kept.
     """
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 4)
     q, k = leaves((1, 10, 10), (1, 10, 10))
     v = torch.eye(10)[None].requires_grad_()
     torch.manual_seed(0)
-    weights = attention.causal_attention(q, k, v, dropout=0.4)
+    weights = blockwise_attention.causal_attention(q, k, v, dropout=0.4)
     kept = weights != 0
     torch.testing.assert_close(weights, torch.where(kept, plain_attention(q, k, v) / 0.6, 0.0))
     assert 0.4 < kept.sum() / 55 < 0.8
@@ -157,6 +159,6 @@ def test_attention_dropout_follows_torchs_seed():
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        drawn.append(attention.causal_attention(q, k, v, dropout=0.5))
+        drawn.append(blockwise_attention.causal_attention(q, k, v, dropout=0.5))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

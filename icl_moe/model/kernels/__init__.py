@@ -8,8 +8,8 @@ Where torch's own kernel is the fastest, it is called; on CPUs ours are, and doc
 the figures. tests/model/test_kernels.py holds each to torch's values and gradients.
 """
 
-from icl_moe.model.kernels.attention import causal_attention
-from icl_moe.model.kernels.cross_entropy import cross_entropy
-from icl_moe.model.kernels.linear import Linear, linear
+from icl_moe.model.kernels.blockwise_attention import causal_attention
+from icl_moe.model.kernels.chunked_cross_entropy import cross_entropy
+from icl_moe.model.kernels.onednn_linear import Linear, linear
 
 __all__ = ["Linear", "causal_attention", "cross_entropy", "linear"]

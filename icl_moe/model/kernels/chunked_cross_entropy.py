@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from icl_moe.model.kernels.linear import product
+from icl_moe.model.kernels.onednn_linear import product
 
 CHUNK = 1024
 """Targets whose logits exist at a time: each chunk costs a pass over the whole embedding's
