@@ -43,8 +43,10 @@ from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.kernels import cross_entropy
 from icl_moe.model.kernels.onednn_linear import Linear, product
 from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe, to_dict
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, SequenceFormat
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.training.distributed import process_group
 from icl_moe.training.throughput import peak_of, training_flops

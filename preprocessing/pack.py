@@ -18,8 +18,10 @@ import webdataset
 from icl_moe.data.location import FileInfo
 from icl_moe.data.shards import INDEX_TYPE, ShardInfo, index_file, sample_checksum, sample_key
 from icl_moe.files import write_whole
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, TokenSequence
+from icl_moe.sequence import Episode, SequenceCodec, TokenSequence
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from preprocessing.pool import Region
 from preprocessing.quantize import CodeStore
 

@@ -17,7 +17,9 @@ from icl_moe.errors import InputError
 from icl_moe.evaluation.report import data_url
 from icl_moe.files import write_whole
 from icl_moe.images import to_image
-from icl_moe.sequence import CaptionPair, SegmentationPair, SequenceCodec
+from icl_moe.sequence import SequenceCodec
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.coco import decode_mask
 from preprocessing.verify import open_codec

@@ -13,7 +13,8 @@ from icl_moe.boxes import box_to_bins
 from icl_moe.data.location import ShardFolder, open_folder
 from icl_moe.data.shards import Manifest, Sample, ShardSet
 from icl_moe.errors import InputError
-from icl_moe.sequence import CaptionPair, Episode, SequenceCodec
+from icl_moe.sequence import Episode, SequenceCodec
+from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tokenizers.text import TextTokenizer
 from preprocessing.coco import decode_mask
 from preprocessing.pack import role_lengths

@@ -11,18 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icl_moe.attributes import PADDING, attribute_class
 from icl_moe.boxes import bins_to_box
 from icl_moe.errors import InputError
-from icl_moe.sequence import (
-    CaptionPair,
-    Episode,
-    SegmentationPair,
-    SequenceCodec,
-    SequenceFormat,
-    TokenSequence,
-    TooLongError,
-)
-from icl_moe.tasks import PADDING, TASKS, attribute_class
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TokenSequence, TooLongError
+from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 

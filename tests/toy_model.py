@@ -8,15 +8,10 @@ from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.recipe import DataSettings, ModelSettings, TrainingRecipe, TrainingSettings, to_dict
-from icl_moe.sequence import (
-    CaptionPair,
-    Episode,
-    SegmentationPair,
-    SequenceCodec,
-    SequenceFormat,
-    TokenSequence,
-)
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TokenSequence
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 

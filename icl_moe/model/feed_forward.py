@@ -66,9 +66,8 @@ class SparseFeedForward(nn.Module):
                 mixed_C = mix_outputs(rows_C, decision, self.experts)
             return combine(mixed_C, x_TM, plan)
         experts_TK, weights_TK, self.auxiliary_loss = self.gate(x_TM, plan)
-        routes = [
-            (experts_TK == expert).nonzero(as_tuple=True) for expert in range(len(self.experts))
-        ]
+        numbers = range(len(self.experts))
+        routes = [(experts_TK == number).nonzero(as_tuple=True) for number in numbers]
         outputs = self.experts([(expert, x_TM[token]) for expert, (token, _) in enumerate(routes)])
         out_TM = torch.zeros_like(x_TM)
         for (token, choice), output in zip(routes, outputs, strict=True):

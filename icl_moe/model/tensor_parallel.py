@@ -1,15 +1,12 @@
 """Tensor parallelism: which part of each exported parameter a tensor rank holds, and a decoder
 spread over tensor ranks.
 
-    split(name, whole, tp_rank, tp_size) -> Tensor        a tensor rank's part of a parameter, or of
-    a moment of its shape
-    join(name, parts, vocabulary_size) -> Tensor          the whole again, from the parts of all
-    tensor ranks, by rank
+`split` gives a tensor rank's part of a parameter, or of a moment of its shape; `join` makes the
+whole again of the parts of all tensor ranks. Both go by the name that a parameter has in an
+exported model (`icl_moe.model.deepspeed_moe.exported_name`), and are plain functions of tensors.
 
-Both go by the name that a parameter has in an exported model (`icl_moe.model.deepspeed_moe.exported_name`),
-and are plain functions of tensors. Cut are the vocabulary embedding (by rows, which are ids),
-attention (by heads) and dense feed-forwards (by hidden units). Everything else, experts among it,
-is whole on every tensor rank.
+Cut are the vocabulary embedding (by rows, which are ids), attention (by heads) and dense
+feed-forwards (by hidden units). Everything else, experts among it, is whole on every tensor rank.
 
 megatron-core is imported only where there is more than one tensor rank: inference and training on
 one device do without it.
@@ -115,8 +112,8 @@ def vocabulary_parallel_losses(
     weights_P: Tensor,
     vocabulary_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`icl_moe.model.kernels.cross_entropy` where each tensor rank holds its rows V of the embedding,
-    with padding in the last ones'.
+    """`icl_moe.model.kernels.cross_entropy` where each tensor rank holds its rows V of the
+    embedding, with padding in the last ones'.
     """
     from megatron.core.parallel_state import get_tensor_model_parallel_rank
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy

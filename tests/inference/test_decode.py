@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from icl_moe.attributes import PADDING, attribute_class
 from icl_moe.errors import InputError
 from icl_moe.inference.decode import Sampling, decode_batch
 from icl_moe.inference.grammar import output_grammar
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings, to_dict
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, SequenceFormat
-from icl_moe.tasks import PADDING, TASKS, attribute_class
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
+from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_moe.inference.grammar import is_forced, output_attributes, output_grammar
-from icl_moe.sequence import CaptionPair, Episode, SequenceCodec, SequenceFormat, TooLongError
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 

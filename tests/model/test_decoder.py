@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from toy_model import VOCABULARY, make_batch, make_config, make_sequences
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from icl_moe.attributes import attribute_bits
 from icl_moe.batch import RoutingPlan, collate
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
@@ -16,7 +17,6 @@ from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.model.router import TokenGate
 from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe
-from icl_moe.tasks import attribute_bits
 
 
 def build(config, **options: object) -> InContextDecoder:

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import training_on_ranks
 
+from icl_moe.attributes import describe_attributes
 from icl_moe.data.loader import MicroBatches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
@@ -20,8 +21,7 @@ from icl_moe.evaluation.protocol import evaluate
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import to_dict
-from icl_moe.sequence import streams
-from icl_moe.tasks import describe_attributes
+from icl_moe.tasks import streams
 from icl_moe.training.checkpoint import export
 
 STEPS = 5  # Both tasks come up among them.
