@@ -248,12 +248,11 @@ def decoder(workload: Workload, parts: Parts) -> System:
             if parts.attention
             else _StockAttention(len(batch.lengths))
         )
-        hidden_TM = model.hidden(batch.tokens_T, batch.positions_T, attention, batch.routing)
-        embedding_VM = model.token_embedding.weight
-        auxiliary = (
-            model.auxiliary_weight
-            * torch.stack([layer.auxiliary_loss for layer in _sparse_layers(model)]).mean()
+        hidden_TM, losses = model.hidden(
+            batch.tokens_T, batch.positions_T, attention, batch.routing
         )
+        embedding_VM = model.token_embedding.weight
+        auxiliary = model.auxiliary_weight * torch.stack(losses).mean()
         if parts.loss:
             weighted_sum, _ = cross_entropy(
                 hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P

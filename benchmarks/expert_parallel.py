@@ -127,7 +127,7 @@ def layers() -> tuple[int, list[Case]]:
     for task in SAMPLES:
         batch = workload.batch(task, "packed")
         cases += [
-            Case(task, _rows(batch), tuple(map(tuple, gate(batch.routing).experts)))
+            Case(task, _rows(batch), tuple(map(tuple, gate(batch.routing).experts_CK.tolist())))
             for gate in gates.values()
         ]
     return workload.recipe.model.experts, cases

@@ -52,7 +52,7 @@ def held_out_loss(
         ]
         batch = collate(sequences, model.format.vocabulary, task).to(model.decoder.device)
         plan = EpisodeAttention(batch.lengths, batch.real_T)
-        hidden_TM = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
+        hidden_TM, _ = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
         embedding_VM = model.decoder.token_embedding.weight
         _, found_P = cross_entropy(
             hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P

@@ -80,7 +80,7 @@ class InContextDecoder(PreTrainedModel):
         """
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
-        hidden_TM, auxiliary = self._run(batch.tokens_T, batch.positions_T, plan, routing)
+        hidden_TM, auxiliary = self.hidden(batch.tokens_T, batch.positions_T, plan, routing)
         predictors_PM = hidden_TM[batch.predictors_P]
         weighted_sum, losses_P = self.target_losses(
             predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P
@@ -97,14 +97,10 @@ class InContextDecoder(PreTrainedModel):
 
     def hidden(
         self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan
-    ) -> Tensor:
-        """Hidden states (T, M) after the last norm, of a stream of tokens."""
-        return self._run(tokens_T, positions_T, attention, routing)[0]
-
-    def _run(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same, and the auxiliary loss of each layer that has one."""
+        """Hidden states (T, M) after the last norm, of a stream of tokens, and the auxiliary loss
+        of each layer that has one.
+        """
         gates = {
             number: gate
             for number, layer in enumerate(self.layers)
@@ -133,7 +129,7 @@ class InContextDecoder(PreTrainedModel):
         attributes_T = attributes_BL.flatten()
         real_T = attributes_T != 0
         plan = EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
-        hidden_TM = self.hidden(
+        hidden_TM, _ = self.hidden(
             tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL)
         )
         return self._logits(hidden_TM).unflatten(0, (rows, length))
@@ -153,7 +149,7 @@ class InContextDecoder(PreTrainedModel):
         if cache is None:
             return self.forward_logits(tokens_BL, positions_BL, attributes_BL)[:, -1]
         plan = CachedAttention(cache, attributes_BL)
-        hidden_TM = self.hidden(
+        hidden_TM, _ = self.hidden(
             tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL)
         )
         return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -1])

@@ -16,6 +16,7 @@ from damage import overwrite
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError, SampleError
 from icl_moe.sequence import SequenceCodec
+from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 
 SAMPLES = {"segmentation": 25, "captioning": 25}
@@ -58,7 +59,7 @@ def test_any_sample_can_be_read_and_agrees_with_index_and_manifest(folder):
             assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(
                 task, [index]
             )[0].tolist()
-            episode = codec.decode(sample.sequence)
+            episode = codec.decode(sample.sequence, TASKS[sample.task])
             assert len(episode.pairs) == len(sample.meta["sources"]) == 3
             if task == "captioning":
                 assert [pair.caption for pair in episode.pairs] == sample.meta["captions"]

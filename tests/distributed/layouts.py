@@ -185,7 +185,7 @@ def _choices(decoder: InContextDecoder) -> dict[int, list[list[int]]]:
         module for module in decoder.modules() if isinstance(module, AttributeGate)
     ):
         gate.register_forward_hook(
-            lambda _, __, decision, number=number: chosen.update({number: decision.experts})
+            lambda _, __, choice, number=number: chosen.update({number: choice.experts_CK.tolist()})
         )
     return chosen
 

@@ -10,9 +10,11 @@ import toy_tokenizer
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, decode_rle
+from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.inference.model import InContextModel
+from icl_moe.rle import decode_rle
+from icl_moe.tasks import CAPTIONING
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def run(toy_model_folder, toy_shards, tmp_path, no_java):
             toy_shards,
             tmp_path / out,
             **{"batch_size": 4, "shots": (1,), **settings},
-        )
+        ).to_json()
 
     return run
 
@@ -56,12 +58,12 @@ def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
     }
     for task in ("segmentation", "captioning"):
         rows = [row for row in metrics["tasks"][task]["rows"] if row["prediction"] == "model"]
-        assert [(row["shots"], row["shuffled"]) for row in rows] == [
-            (0, False),
-            (1, False),
-            (2, False),
-            (1, True),
-            (2, True),
+        assert [(row["shots"], row.get("control")) for row in rows] == [
+            (0, None),
+            (1, None),
+            (2, None),
+            (1, "shuffled"),
+            (2, "shuffled"),
         ]
         assert {row["episodes"] for row in rows} == {11}
         assert metrics["tasks"][task]["held_out"]["loss"] > 0
@@ -114,7 +116,7 @@ def test_the_control_shows_examples_of_another_class_for_the_same_query(run, mon
 
     def complete(self, requests):
         for episode, query in requests:
-            if episode.task.output == "text":
+            if episode.task is CAPTIONING:
                 seen[episode.pairs[0].category != episode.category].append(
                     (episode.category, query.tobytes())
                 )

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from icl_moe.attributes import PADDING, attribute_class
 from icl_moe.errors import InputError
 from icl_moe.inference.decode import Sampling, decode_batch
-from icl_moe.inference.grammar import output_grammar
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings, to_dict
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
-from icl_moe.tasks import TASKS
+from icl_moe.tasks import SEGMENTATION, TASKS
 from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
@@ -92,10 +91,9 @@ def plainly(
     """
     prompt = codec.encode_prompt(episode, query)
     tokens, attributes = prompt.tokens_L.tolist(), prompt.attributes().tolist()
-    box_image = episode.task.output == "text" and codec.format.box == "image"
     given = prompt.spans[-1].length if prompt.spans[-1].role == "given" else 0
     output = tokens[len(tokens) - given :]
-    grammar = output_grammar(codec, episode.task, episode.category)
+    grammar = episode.task.grammar(codec, episode.category)
     allowed = next(grammar)
     for token in output:
         allowed = grammar.send(token)
@@ -112,7 +110,9 @@ def plainly(
         tokens.append(token)
         output.append(token)
         attributes.append(
-            attribute_class(episode.task, modality, True, codec.format.class_prompt, box_image)
+            attribute_class(
+                episode.task.outputs(codec.format), modality, True, codec.format.class_prompt
+            )
         )
         try:
             allowed = grammar.send(token)
@@ -179,7 +179,7 @@ def test_the_decoder_reads_each_token_once_and_as_training_shows_it(format):
         )
         assert oracle.read == expected[: len(oracle.read)]
         eoc = (
-            [VOCABULARY.eoc] if episode.task.output == "image" else []
+            [VOCABULARY.eoc] if episode.task is SEGMENTATION else []
         )  # A mask's is nobody's to write.
         assert (output + eoc) == oracle.tokens[-len(output + eoc) :]
         assert len(oracle.read) >= len(oracle.tokens) - 2, (

@@ -2,6 +2,7 @@
 computed token by token.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
-from icl_moe.model.router import TokenGate
+from icl_moe.model.router import TokenGate, decide
 from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe
 
 
@@ -197,8 +198,9 @@ def test_sparse_layer_equals_the_formula_token_by_token(routing, k, attributes_T
     )
     layer = SparseFeedForward(settings, 1)
     x_TM = torch.randn(len(attributes_T), 16, requires_grad=True)
-    plan = RoutingPlan.from_attributes(attributes_T, (len(attributes_T),))
-    out = layer(x_TM, plan)
+    plan = RoutingPlan.of_rows(np.array([attributes_T]))
+    gates = {} if layer.stream_gate is None else {1: layer.stream_gate}
+    out = layer(x_TM, plan, decide(gates, plan)[0].get(1))
     reference = reference_mixture(layer, x_TM, attributes_T)
     torch.testing.assert_close(out, reference, atol=1e-6, rtol=1e-5)
 

@@ -20,6 +20,7 @@ from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.recipe import load_recipe
 from icl_moe.sequence import SequenceCodec
+from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import build as build_module
@@ -268,7 +269,9 @@ def test_a_box_as_an_image_is_dark_on_the_object(build, tokenizer, coco_recipe, 
         .encode(torch.from_numpy(drawn / 127.5 - 1.0).float().permute(2, 0, 1)[None])
         .numpy()
     )
-    np.testing.assert_array_equal(codec.decode(sample.sequence).pairs[0].box_image, expected[0])
+    np.testing.assert_array_equal(
+        codec.decode(sample.sequence, TASKS[sample.task]).pairs[0].box_image, expected[0]
+    )
 
 
 def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_recipe, tmp_path):

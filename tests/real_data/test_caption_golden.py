@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icl_moe.evaluation import captioning
-from icl_moe.evaluation.captioning import score_captions, score_tokenised
+from icl_moe.tasks.caption_scores import score_captions, score_tokenised
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from icl_moe.evaluation.episodes import decode_rle, encode_rle
-from icl_moe.evaluation.segmentation import mask_iou, score_masks
+from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.tasks.mask_scores import mask_iou, score_masks
 
 MASKS = arrays.arrays(bool, (3, 4))
 TRIPLES = st.lists(

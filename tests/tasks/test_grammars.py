@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icl_moe.inference.grammar import is_forced, output_attributes, output_grammar
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
-from icl_moe.tasks import TASKS
+from icl_moe.tasks import CAPTIONING, SEGMENTATION
+from icl_moe.tasks.caption_template import read_caption
 from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.grammar import is_forced
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(text_merges=300, image_codes=32)
 TEXT = TextTokenizer(merges=300)
-CAPTIONING, SEGMENTATION = TASKS["captioning"], TASKS["segmentation"]
 
 
 def codec(**settings) -> SequenceCodec:
@@ -58,7 +58,7 @@ def test_any_walk_through_a_caption_grammar_fits_ends_and_reads_back(format, see
         ids = allowed[-1] if rng.random() < eager else rng.choice(allowed)
         return rng.choice(ids)
 
-    tokens = walk(output_grammar(writer, CAPTIONING, "dog"), choose)
+    tokens = walk(CAPTIONING.grammar(writer, "dog"), choose)
     image, text = [], tokens
     if format["box"] == "image":
         image, text = tokens[:64], tokens[65:]
@@ -66,7 +66,7 @@ def test_any_walk_through_a_caption_grammar_fits_ends_and_reads_back(format, see
         assert all(token in VOCABULARY.image_range for token in image)
     assert text[-1] == VOCABULARY.eoc
     assert len(text) - 1 <= writer.format.codes_per_image
-    category, box, _ = writer.parse_caption(text[:-1])
+    category, box, _ = read_caption(writer, text[:-1])
     assert (category is None) == (format["category"] == "none")
     assert category == "dog" or format["category"] != "given"
     if format["box"] == "text":
@@ -85,12 +85,9 @@ def test_the_grammar_lets_through_exactly_what_the_codec_writes(format):
     )  # After the marker that opens the output.
     target = sequence.tokens_L[start:].tolist()
     target = target[: target.index(VOCABULARY.eoc) + 1]
-    assert (
-        walk(output_grammar(writer, CAPTIONING, "dog"), lambda _, tokens: target[len(tokens)])
-        == target
-    )
+    assert walk(CAPTIONING.grammar(writer, "dog"), lambda _, tokens: target[len(tokens)]) == target
     attributes = sequence.attributes()[start:]
-    assert [output_attributes(writer.format, CAPTIONING, token) for token in target] == attributes[
+    assert [CAPTIONING.output_attributes(writer.format, token) for token in target] == attributes[
         : len(target)
     ].tolist()
 
@@ -98,7 +95,7 @@ def test_the_grammar_lets_through_exactly_what_the_codec_writes(format):
 def test_a_mask_is_image_codes_and_nothing_else():
     steps = []
     tokens = walk(
-        output_grammar(codec(), SEGMENTATION, ""),
+        SEGMENTATION.grammar(codec(), ""),
         lambda allowed, _: steps.append(allowed) or allowed[0][3],
     )
     assert tokens == [VOCABULARY.image_range[3]] * 64
@@ -107,7 +104,7 @@ def test_a_mask_is_image_codes_and_nothing_else():
 
 def test_a_full_stop_ends_a_caption_only_when_eoc_follows():
     stop = TEXT.encode(".")[0]
-    grammar = output_grammar(codec(category="none", box="none"), CAPTIONING, "")
+    grammar = CAPTIONING.grammar(codec(category="none", box="none"), "")
     allowed = next(grammar)
     while is_forced(allowed):
         allowed = grammar.send(allowed[0][0])
@@ -121,8 +118,6 @@ def test_a_full_stop_ends_a_caption_only_when_eoc_follows():
 def test_a_given_category_without_room_is_refused():
     with pytest.raises(TooLongError, match="there is room for"):
         walk(
-            output_grammar(
-                codec(category="given"), CAPTIONING, "antidisestablishmentarianism " * 8
-            ),
+            CAPTIONING.grammar(codec(category="given"), "antidisestablishmentarianism " * 8),
             lambda allowed, _: allowed[0][0],
         )

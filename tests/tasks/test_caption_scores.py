@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from icl_moe.evaluation import captioning
-from icl_moe.evaluation.captioning import (
+from icl_moe.tasks import caption_scores
+from icl_moe.tasks.caption_scores import (
     score_captions,
     score_tokenised,
     tokenise,
@@ -103,8 +103,8 @@ def test_the_plain_tokeniser_splits_as_the_ptb_tokenizer_does(text, expected):
 
 
 def test_the_ptb_tokenizer_splits_so_too_whatever_the_locale(monkeypatch):
-    if captioning.java_problem():
-        pytest.skip(f"{captioning.java_problem()}: the PTB tokenizer needs Java")
+    if caption_scores.java_problem():
+        pytest.skip(f"{caption_scores.java_problem()}: the PTB tokenizer needs Java")
     monkeypatch.setenv("LC_ALL", "C")
     texts, tokenizer = tokenise([text.replace(" ", "\n", 1) for text, _ in CASES])
     assert tokenizer.startswith("Stanford")
@@ -112,5 +112,5 @@ def test_the_ptb_tokenizer_splits_so_too_whatever_the_locale(monkeypatch):
 
 
 def test_the_scorers_files_are_found():
-    assert isinstance(captioning._folder("meteor"), Path)
-    assert (captioning._folder("meteor") / "meteor-1.5.jar").is_file()
+    assert isinstance(caption_scores._folder("meteor"), Path)
+    assert (caption_scores._folder("meteor") / "meteor-1.5.jar").is_file()
