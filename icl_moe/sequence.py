@@ -266,6 +266,11 @@ class SequenceWriter:
 
     def pair(self, pair: Pair) -> None:
         """A whole pair, padded to the length that pairs have."""
+        if not isinstance(pair, self._task.pair_type):
+            raise InputError(
+                f"A {type(pair).__name__} cannot stand in an episode of the task "
+                f"'{self._task.name}'."
+            )
         start = self._length
         self.image(pair.image)
         self._task.write_output(self, pair)

@@ -365,7 +365,7 @@ def test_a_class_name_without_room_is_too_long() -> None:
         (
             SequenceFormat(SMALL, CODES),
             SegmentationPair(np.zeros(CODES, dtype=np.int64), np.zeros(CODES, dtype=np.int64)),
-            "writes image",
+            "SegmentationPair cannot stand",
         ),
     ],
 )

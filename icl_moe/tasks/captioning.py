@@ -75,6 +75,7 @@ class Captioning(Task):
     """
 
     name: ClassVar[str] = "captioning"
+    pair_type: ClassVar[type] = CaptionPair
 
     def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
         return ("image", "text") if format.box == "image" else ("text",)

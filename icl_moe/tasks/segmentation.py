@@ -53,6 +53,7 @@ class Segmentation(Task):
     """Predictions: `codes` (N numbers) and `mask` (COCO's RLE). KEY.json has `masks`."""
 
     name: ClassVar[str] = "segmentation"
+    pair_type: ClassVar[type] = SegmentationPair
 
     def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
         return ("image",)

@@ -75,9 +75,12 @@ class Scores(Protocol):
 
 
 class Task(ABC):
-    """A task; `name` is its name in recipes, shards and tables."""
+    """A task; `name` is its name in recipes, shards and tables. `pair_type`: the class of its
+    pairs.
+    """
 
     name: ClassVar[str]
+    pair_type: ClassVar[type]
 
     # The sequence ------------------------------------------------------------------------------
 

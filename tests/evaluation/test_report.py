@@ -3,69 +3,41 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from icl_moe.evaluation.report import (
-    Cell,
-    Gallery,
-    Section,
-    line_chart,
-    summary,
-    table,
-    write_report,
-)
+from icl_moe.evaluation.held_out import HeldOutLoss
+from icl_moe.evaluation.report import Section, summary, write_report
+from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, TaskResult
+from icl_moe.pages.chart import line_chart
+from icl_moe.pictures import Cell, Gallery
+from icl_moe.tables import Table
+from icl_moe.tasks.caption_scores import CaptionScores
+from icl_moe.tasks.mask_scores import SegmentationScores
 
 VOID = {"br", "meta", "img", "path", "polyline"}
-ROW = {
-    "name": "1 example",
-    "prediction": "model",
-    "copy_rate": 0.25,
-    "truth_copy_rate": 0.0,
-    "queries_per_second": 2.0,
-    "episodes": 4,
-}
-CAPTION_SCORES = {
-    "bleu": [0.4, 0.3, 0.2, 0.1],
-    "rouge_l": 0.6,
-    "cider": 0.869,
-    "meteor": None,
-    "tokenizer": "T",
-}
-CAPTION_SCORES |= {"meteor_note": "not computed: why"}
-METRICS = {
-    "model": "aaaa",
-    "shards": "bbbb",
-    "limit": None,
-    "batch_size": 8,
-    "decoding": "greedy",
-    "versions": {"torch": "2"},
-    "model_folder": "<model>",
-    "shards_folder": "shards",
-    "tasks": {
-        "segmentation": {
-            "rows": [
-                {
-                    **ROW,
-                    "miou": 0.5,
-                    "mean_iou": 0.25,
-                    "mae": 0.125,
-                    "class_iou": {"cat": 0.75},
-                    "class_episodes": {"cat": 4},
-                }
-            ],
-            "held_out": {
-                "targets": 10,
-                "loss": 1.0,
-                "unigram_entropy": 2.0,
-                "pair_loss": [1.25, 0.75],
-            },
-            "classes": {"evaluated": ["cat", "dog"], "seen_in_training": ["cat"]},
-        },
-        "captioning": {
-            "rows": [{**ROW, **CAPTION_SCORES}],
-            "held_out": {"targets": 10, "loss": 1.0, "unigram_entropy": 1.0, "pair_loss": [1.0]},
-            "classes": {"evaluated": ["cat"], "seen_in_training": None},
-        },
+ASKED = Asked(1, None, copy_rate=0.25, truth_copy_rate=0.0, queries_per_second=2.0)
+MASKS = SegmentationScores(4, 0.5, 0.25, 0.125, {"cat": 0.75}, {"cat": 4})
+CAPTIONS = CaptionScores(4, (0.4, 0.3, 0.2, 0.1), 0.6, 0.869, None, "not computed: why", "T")
+METRICS = Metrics(
+    model="aaaa",
+    shards="bbbb",
+    limit=None,
+    batch_size=8,
+    model_folder="<model>",
+    shards_folder="shards",
+    decoding="greedy",
+    versions={"torch": "2"},
+    tasks={
+        "segmentation": TaskResult(
+            (Row("1 example", "model", MASKS, ASKED),),
+            HeldOutLoss(10, 1.0, 2.0, (1.25, 0.75)),
+            Classes(["cat", "dog"], ["cat"]),
+        ),
+        "captioning": TaskResult(
+            (Row("1 example", "model", CAPTIONS, ASKED),),
+            HeldOutLoss(10, 1.0, 1.0, (1.0,)),
+            Classes(["cat"], None),
+        ),
     },
-}
+)
 
 
 class Page(HTMLParser):
@@ -75,7 +47,7 @@ class Page(HTMLParser):
         super().__init__()
         self.texts, self.open, self.images = [], [], []
         self.feed(text)
-        assert self.open == ["html"], self.open
+        assert self.open == [], self.open
 
     def handle_starttag(self, tag, attributes):
         if tag == "img":
@@ -103,7 +75,7 @@ def page(tmp_path) -> Page:
         tmp_path / "report.html",
         METRICS,
         [gallery],
-        [Section("Training", chart + table(["expert"], [["<3>"]]))],
+        [Section("Training", (chart,), (Table(["expert"], [["<3>"]]),))],
     )
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     return Page((tmp_path / "report.html").read_text())
@@ -143,4 +115,5 @@ def test_the_summary_has_the_same_numbers_in_columns():
 
 
 def test_a_chart_of_a_single_point_is_drawn():
-    assert "polyline" in line_chart({"loss": ([1], [2.0])}, "step", "nats")
+    (line,) = line_chart({"loss": ([1], [2.0])}, "step", "nats").lines
+    assert line.points == "360.0,150.0"

@@ -1,0 +1,76 @@
+"""The floors of the house: no import runs upward, and rooms on one floor do not need each other."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = [
+    {"errors", "seeds", "processes", "attributes", "boxes", "tables"},
+    {"files", "images", "rle", "vocabulary"},
+    {"pictures", "recipe"},
+    {"pages", "tokenizers"},
+    {"sequence"},
+    {"tasks"},
+    {"batch"},
+    {"data", "model"},
+    {"inference", "optim"},
+    {"evaluation"},
+    {"training"},
+    {"demo"},
+    {"cli"},
+]
+"""The modules and packages of icl_moe, from the ground up."""
+
+
+def rooms(package: str) -> set[str]:
+    found = {path.stem for path in (ROOT / package).glob("*.py")}
+    found |= {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    return found - {"__init__", "__main__"}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """The modules that a file imports, wherever in it, but for those that only types need."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_every_room_has_its_floor():
+    assert rooms("icl_moe") == set().union(*FLOORS)
+    assert sum(map(len, FLOORS)) == len(set().union(*FLOORS))
+
+
+@pytest.mark.parametrize("room", sorted(set().union(*FLOORS)))
+def test_no_import_runs_upward_or_to_a_neighbour(room):
+    floor = next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+    below = set().union(*FLOORS[:floor])
+    home = ROOT / "icl_moe" / room
+    for path in home.rglob("*.py") if home.is_dir() else [home.with_suffix(".py")]:
+        for line, name in imports(path):
+            if name.startswith("icl_moe."):
+                needed = name.split(".")[1]
+                assert needed == room or needed in below, (
+                    f"{path.relative_to(ROOT)}:{line} imports {name}, which is not below it"
+                )
+
+
+def test_the_online_half_does_not_import_the_offline_half():
+    """The command line alone loads it, by name and when it is asked for."""
+    for path in (ROOT / "icl_moe").rglob("*.py"):
+        if path.name != "cli.py":
+            assert not any(name.startswith("preprocessing") for _, name in imports(path)), path
