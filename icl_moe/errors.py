@@ -2,6 +2,9 @@
 bug of ours.
 """
 
+import reprlib
+from typing import Any, Literal
+
 
 class InputError(ValueError):
     """What the user gave cannot be used.
@@ -17,3 +20,23 @@ class RankError(InputError):
 
 class SampleError(RankError):
     """A sample cannot be read: only the rank whose turn it is finds that."""
+
+
+BadImage = Literal["unreadable", "truncated", "animated", "too_large", "of_another_size"]
+
+
+class ImageError(InputError):
+    """An image cannot be used; `reason` is the kind of fault, by which such images are counted."""
+
+    def __init__(self, message: str, reason: BadImage = "unreadable") -> None:
+        super().__init__(message)  # The reason apart, so that the error survives pickling.
+        self.reason: BadImage = reason
+
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
+
+
+def shown(value: Any) -> str:
+    """A value of the user's as a message shows it: cut where it is long."""
+    return _short.repr(value)
