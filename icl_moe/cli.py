@@ -79,7 +79,11 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         "recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo"
     )
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings that override the recipe's"
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that override the recipe's",
     )
     parser.add_argument(
         "--out",
@@ -114,7 +118,11 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as paper_256")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings that override the recipe's"
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that override the recipe's",
     )
     parser.set_defaults(run=_train)
 

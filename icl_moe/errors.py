@@ -3,7 +3,9 @@ bug of ours.
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any, Literal
 
 
 class InputError(ValueError):
@@ -30,3 +32,23 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""
+
+
+BadImage = Literal["unreadable", "truncated", "animated", "too_large", "of_another_size"]
+
+
+class ImageError(InputError):
+    """An image cannot be used; `reason` is the kind of fault, by which such images are counted."""
+
+    def __init__(self, message: str, reason: BadImage = "unreadable") -> None:
+        super().__init__(message)  # The reason apart, so that the error survives pickling.
+        self.reason: BadImage = reason
+
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
+
+
+def shown(value: Any) -> str:
+    """A value of the user's as a message shows it: cut where it is long."""
+    return _short.repr(value)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from icl_moe.errors import InputError, nearest
+from icl_moe.files import check_is_file
 from icl_moe.tasks import find_task
 from icl_moe.vocabulary import Vocabulary
 
@@ -287,8 +288,7 @@ def find_recipe(source: str, package: str) -> Path:
     """The file that `source` (a path, or a shipped recipe's name) stands for."""
     if source.endswith((".yaml", ".yml")) or "/" in source:
         path = Path(source)
-        if not path.is_file():
-            raise InputError(f"The recipe {path} does not exist.")
+        check_is_file(path)
         return path
     folder = Path(str(resources.files(package))) / "recipes"
     path = folder / f"{source}.yaml"
@@ -343,7 +343,9 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None)
@@ -360,7 +362,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse_scalar(override: str, text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"The value in '{override}' is not valid YAML.") from error
 
 

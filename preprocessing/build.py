@@ -18,14 +18,16 @@ from tqdm import tqdm
 from icl_moe.data.location import MANIFEST_FILE, FileInfo
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
 from icl_moe.errors import InputError
+from icl_moe.files import read_json
 from icl_moe.processes import join_processes
-from icl_moe.recipe import to_dict
+from icl_moe.recipe import from_dict, to_dict
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import coco, coco_captions, synthetic, visual_genome
 from preprocessing.episodes import plan_episodes
+from preprocessing.image_check import ImageCheck
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, pair_of, plan_shards
 from preprocessing.pool import Pool
 from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
@@ -53,7 +55,8 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
         if process.is_main_process:
             folder.open()
             _draw_scenes(recipe, out)
-    pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, workers)
+    check = ImageCheck(recipe.missing_images, recipe.bad_images, folder.work, workers, process)
+    pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, workers, check)
     with process.main_process_first():
         folder.check_pools(pools)
 
@@ -108,6 +111,7 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
                 for reason, count in sorted(pool.skipped.items())
                 if count
             },
+            bad_images={pool.task: pool.bad_images for pool in pools if pool.bad_images},
         )
         manifest.write(out)
         shutil.rmtree(folder.work)
@@ -139,7 +143,7 @@ class _WorkFolder:
             return False
         manifest = Manifest.read(self.out)
         found = _settings(
-            manifest.recipe,
+            _with_newer_keys(manifest.recipe),
             manifest.image_tokenizer,
             manifest.text_tokenizer,
             manifest.schema_version,
@@ -155,10 +159,14 @@ class _WorkFolder:
         else.
         """
         if self._state_file.is_file():
-            self._check_settings(
-                json.loads(self._state_file.read_bytes())["settings"], "unfinished shards"
-            )
-            return
+            found = self._read_state()["settings"]
+            if found == self._settings:
+                return
+            if self._has_results():
+                self._check_settings(found, "unfinished shards")
+            # Nothing was made by that other recipe, which was refused, say.
+            shutil.rmtree(self.work)
+            shutil.rmtree(self.out / "synthetic", ignore_errors=True)
         if self.out.exists() and (
             not self.out.is_dir() or any(path.name != ".build" for path in self.out.iterdir())
         ):
@@ -169,18 +177,28 @@ class _WorkFolder:
         self._write({"settings": self._settings})
 
     def check_pools(self, pools: list[Pool]) -> None:
-        """Raise InputError where the sources have changed since the build began."""
+        """Raise InputError where the sources have changed since the first results of the build."""
         digest = hashlib.sha256(f"batch {BATCH}".encode())
         for pool in pools:
             for region in pool.regions:
                 digest.update(repr(region).encode())
-        state = json.loads(self._state_file.read_bytes())
-        if state.setdefault("pools", digest.hexdigest()) != digest.hexdigest():
+        state = self._read_state()
+        if state.get("pools", digest.hexdigest()) != digest.hexdigest() and self._has_results():
             raise InputError(
                 f"The data's sources have changed since the build in {self.out} began; delete that "
                 "folder to begin anew."
             )
-        self._write(state)
+        self._write({**state, "pools": digest.hexdigest()})
+
+    def _has_results(self) -> bool:
+        """Whether anything was made that a build can go on from."""
+        return any(self.work.glob("codes-*.npy")) or any(self.out.glob("*.tar"))
+
+    def _read_state(self) -> dict[str, Any]:
+        state = read_json(self._state_file)
+        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+            raise InputError(f"{self._state_file} is damaged; delete {self.out} to begin anew.")
+        return state
 
     def _check_settings(self, found: dict[str, Any], what: str) -> None:
         then, now = _flatten(found), _flatten(self._settings)
@@ -208,6 +226,14 @@ def _settings(
         "schema version": schema_version,
     }
     return {**recipe, **versions}
+
+
+def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's recipe with the defaults of the keys that came to be after it was built."""
+    try:
+        return to_dict(from_dict(DataRecipe, recipe, MANIFEST_FILE))
+    except InputError:
+        return recipe
 
 
 def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
@@ -248,34 +274,46 @@ def _draw_scenes(recipe: DataRecipe, out: Path) -> None:
         os.replace(partial, folder)
 
 
-def _read_pools(recipe: DataRecipe, codec: SequenceCodec, workers: int) -> list[Pool]:
+def _read_pools(
+    recipe: DataRecipe, codec: SequenceCodec, workers: int, check: ImageCheck
+) -> list[Pool]:
     """The pool of each task, less what no episode can be made of. Raises InputError where a task is
     left with nothing.
     """
     pools = []
     if recipe.segmentation is not None:
-        pools.append(
-            coco.read_segmentation(
-                recipe.segmentation, recipe.image_size, recipe.missing_images, workers
-            )
-        )
+        pools.append(coco.read_segmentation(recipe.segmentation, recipe.image_size, check, workers))
     if recipe.captioning is not None:
         reader = visual_genome if recipe.captioning.source == "visual_genome" else coco_captions
-        pools.append(reader.read_captioning(recipe.captioning, recipe.missing_images))
+        pools.append(reader.read_captioning(recipe.captioning, check))
     for pool in pools:
         _drop_texts_without_room(pool, codec)
         pool.drop_small_classes(images=recipe.examples + 1)
         if not pool.regions:
-            reasons = ", ".join(
-                f"{reason}: {count}" for reason, count in sorted(pool.skipped.items()) if count
-            )
-            raise InputError(
-                f"No class of {pool.task} is seen in the {recipe.examples + 1} images that an "
-                "episode needs"
-                f"{f' (left out: {reasons})' if reasons else ''}; give more data or set examples "
-                "lower."
-            )
+            raise _nothing_left(pool, recipe.examples)
     return pools
+
+
+_REMEDIES = {
+    "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
+    "small_objects": "set segmentation.small_objects=true",
+    "missing_images": "put the missing images there",
+    "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
+    "texts_without_room": "shorten the texts or set image_size higher",
+}
+"""What helps against a reason for which things are left out; else, more data does."""
+
+
+def _nothing_left(pool: Pool, examples: int) -> InputError:
+    reasons = {reason: count for reason, count in sorted(pool.skipped.items()) if count}
+    left_out = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    remedies = [_REMEDIES[reason] for reason in reasons if reason in _REMEDIES]
+    if not remedies or "classes_with_too_few_images" in reasons:
+        remedies.append("give more data or set examples lower")
+    return InputError(
+        f"No class of {pool.task} is seen in the {examples + 1} images that an episode needs"
+        f"{f' (left out: {left_out})' if left_out else ''}; {', or '.join(remedies)}."
+    )
 
 
 def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
@@ -283,9 +321,8 @@ def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
     fits = []
     for region in tqdm(pool.regions, desc=f"measuring {pool.task}", unit="region"):
         try:
-            codec.encode(
-                Episode(TASKS[pool.task], region.category, (pair_of(region, codec, image, image),))
-            )  # type: ignore[arg-type]
+            pairs: Any = (pair_of(region, codec, image, image),)
+            codec.encode(Episode(TASKS[pool.task], region.category, pairs))
             fits.append(region)
         except TooLongError:
             pool.skipped["texts_without_room"] += 1

@@ -8,49 +8,52 @@ is coarse, and no crop is chosen by a crowd.
 
 import contextlib
 import io
-import json
-import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from itertools import starmap
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
+from icl_moe.files import read_json
 from icl_moe.images import crop_and_resize_mask
 from preprocessing.crops import PixelRect, square_crop
-from preprocessing.pool import ImageFile, Pool, Region, image_file, keep_present
+from preprocessing.image_check import UsableImages
+from preprocessing.pool import ImageFile, Pool, Region
 from preprocessing.recipe import ObjectScale, SegmentationSource
+from preprocessing.records import image_file, is_id, is_number, kinds_of_id
 from preprocessing.workers import ordered_map
 
 SMALL_AREA = 32**2
 """COCO's bound of small objects, in pixels of the original image."""
 
+_LONGEST_OUTLINE = 4e6
+"""Pixels along a polygon: pycocotools takes some hundred bytes of memory for each."""
+
 
 def read_segmentation(
-    source: SegmentationSource,
-    image_size: int,
-    missing_images: Literal["stop", "skip"],
-    workers: int,
+    source: SegmentationSource, image_size: int, usable: UsableImages, workers: int
 ) -> Pool:
     """The segmentation pool of a COCO instances file. Raises InputError for whatever is wrong in it
     or missing.
     """
-    coco = load_coco(source.path("annotations"))
+    coco = load_instances(source.path("annotations"))
     pool = Pool("segmentation", [])
-    masks = _class_masks(coco, source, pool.skipped)
-    masks = keep_present(masks, source.path("images"), missing_images, pool.skipped)
+    masks = usable.keep(_class_masks(coco, source, pool.skipped), source.path("images"), pool)
     chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
     with tqdm(total=len(masks), desc="cutting masks", unit="mask") as progress:
         for regions in ordered_map(_cut_masks, (image_size, source.object_scale), chunks, workers):
             pool.regions += [region for region in regions if region is not None]
             pool.skipped["empty_masks"] += regions.count(None)
             progress.update(len(regions))
+    pool.count_classes_without_a_region(source.classes)
     return pool
 
 
@@ -60,66 +63,113 @@ class CheckedCOCO(COCO):
     file: Path
 
 
-def load_coco(file: Path) -> CheckedCOCO:
-    """A COCO file (instances or captions), indexed by pycocotools.
+def load_instances(file: Path) -> CheckedCOCO:
+    """A COCO instances file, indexed by pycocotools.
 
-    Raises InputError where the file is missing or malformed, where an id stands twice, and where an
-    annotation is of an unknown image or category.
+    Raises InputError where the file is missing or malformed, where an id or an image's file name
+    stands twice, and where an annotation is of an unknown image or category.
     """
-    tqdm.write(f"reading {file}", file=sys.stderr)
-    content = read_json(file)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("images", "annotations")
-    ):
-        raise InputError(
-            f"{file} is not in COCO's format: lists 'images' and 'annotations' belong there."
-        )
-    coco = CheckedCOCO()
-    coco.file = file
-    coco.dataset = content
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} has a record without {error}, which COCO's format asks for."
-        ) from error
-    for kind, index in (("images", coco.imgs), ("annotations", coco.anns)):
-        if len(index) != len(content[kind]):
-            twice = Counter(record["id"] for record in content[kind]).most_common(1)[0][0]
-            raise InputError(f"{file}: two of the {kind} have the id {twice}.")
-    for annotation in content["annotations"]:
-        where = f"{file}: annotation {annotation['id']}"
-        if annotation["image_id"] not in coco.imgs:
+    coco = _load(file, ("images", "annotations", "categories"))
+    for place, record in enumerate(coco.dataset["categories"]):
+        name = record.get("name")
+        if not isinstance(name, str) or not name.strip():
             raise InputError(
-                f"{where} is of image {annotation['image_id']}, which is not among the file's "
-                "images."
+                f"{file}: entry {place} of 'categories' has the name {shown(name)}; text belongs "
+                "there."
             )
-        if coco.cats and annotation.get("category_id") not in coco.cats:
+    _check_file_names(coco)
+    for annotation in coco.dataset["annotations"]:
+        where = f"{file}: annotation {annotation['id']}"
+        category = annotation.get("category_id")
+        if not is_id(category) or category not in coco.cats:
             raise InputError(
-                f"{where} is of category {annotation.get('category_id')}, which is not among the "
-                "file's categories."
+                f"{where} is of category {shown(category)}, which is not among the file's "
+                f"categories{kinds_of_id(coco.cats, category)}."
+            )
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise InputError(
+                f"{where} has the iscrowd {shown(annotation['iscrowd'])}; 0 or 1 belongs there."
             )
     return coco
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; raises InputError where it is missing or malformed."""
-    try:
-        return json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"The file {file} does not exist.") from error
-    except OSError as error:
-        raise InputError(f"The file {file} cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
+def load_captions(file: Path) -> CheckedCOCO:
+    """A COCO captions file, indexed by pycocotools. Raises InputError as `load_instances` does, and
+    where an annotation has no caption.
+    """
+    coco = _load(file, ("images", "annotations"))
+    for annotation in coco.dataset["annotations"]:
+        caption = annotation.get("caption", 0)
+        if caption is not None and not isinstance(caption, str):
+            raise InputError(
+                f"{file}: annotation {annotation['id']} has no text as its caption; a captions "
+                "file belongs there."
+            )
+    return coco
+
+
+def _load(file: Path, lists: tuple[str, ...]) -> CheckedCOCO:
+    tqdm.write(f"reading {file}", file=sys.stderr)
+    content = read_json(file)
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(kind), list) for kind in ("images", "annotations")
+    ):
         raise InputError(
-            f"{file}, line {error.lineno}, column {error.colno} is not valid JSON: {error.msg}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: it is not text in UTF-8.") from error
+            f"{file} is not in COCO's format: lists 'images' and 'annotations' belong there."
+        )
+    if "categories" in lists and not content.get("categories"):
+        raise InputError(
+            f"{file} has no categories; a COCO instances file, which names them, belongs there."
+        )
+    for kind in lists:
+        _check_records(file, kind, content[kind])
+    coco = CheckedCOCO()
+    coco.file = file
+    coco.dataset = {kind: content[kind] for kind in lists}
+    images = {record["id"] for record in content["images"]}
+    for annotation in content["annotations"]:
+        image = annotation.get("image_id")
+        if not is_id(image) or image not in images:
+            raise InputError(
+                f"{file}: annotation {annotation['id']} is of image {shown(image)}, which is not "
+                f"among the file's images{kinds_of_id(images, image)}."
+            )
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
 
 
-def coco_image(coco: CheckedCOCO, folder: Path, image_id: int) -> ImageFile:
+def _check_records(file: Path, kind: str, records: Any) -> None:
+    """Each image, annotation or category must be a record, with an id of its own."""
+    if not isinstance(records, list):
+        raise InputError(f"{file} is not in COCO's format: '{kind}' must be a list.")
+    seen = set()
+    for place, record in enumerate(records):
+        number = record.get("id") if isinstance(record, dict) else None
+        if not is_id(number):
+            found = f"has the id {shown(number)}" if isinstance(record, dict) else "is no record"
+            raise InputError(
+                f"{file}: entry {place} of '{kind}' {found}; a record with a whole number or text "
+                "as its id belongs there."
+            )
+        if number in seen:
+            raise InputError(f"{file}: two of the {kind} have the id {shown(number)}.")
+        seen.add(number)
+
+
+def _check_file_names(coco: CheckedCOCO) -> None:
+    """An image that stands there twice would have the masks of half of its instances each time."""
+    ids: dict[PurePosixPath, Any] = {}
+    for number, record in coco.imgs.items():
+        name = record.get("file_name")
+        if isinstance(name, str) and ids.setdefault(PurePosixPath(name), number) != number:
+            raise InputError(
+                f"{coco.file}: the images {shown(ids[PurePosixPath(name)])} and {shown(number)} "
+                f"have the same file name {shown(name)}; one record for each file belongs there."
+            )
+
+
+def coco_image(coco: CheckedCOCO, folder: Path, image_id: Any) -> ImageFile:
     """The file of one of the images."""
     record = coco.imgs[image_id]
     return image_file(
@@ -160,7 +210,7 @@ class _ClassMask:
 
     image: ImageFile
     category: str
-    annotations: tuple[int, ...]
+    annotations: tuple[Any, ...]
     rle: dict[str, Any]
     objects: PixelRect
     largest: PixelRect
@@ -168,91 +218,103 @@ class _ClassMask:
 
 def _class_masks(
     coco: CheckedCOCO, source: SegmentationSource, skipped: Counter[str]
-) -> list[_ClassMask]:
+) -> Iterator[_ClassMask]:
+    """The masks of the wanted classes in each image."""
     names = {number: record["name"] for number, record in coco.cats.items()}
     wanted = set(names.values()) if source.classes is None else set(source.classes)
-    if unknown := sorted(wanted - set(names.values())):
+    check_classes("segmentation.classes", wanted, coco)
+    annotations = [a for a in coco.anns.values() if names[a["category_id"]] in wanted]
+    if source.crowds == "join" and annotations and all(a.get("iscrowd") for a in annotations):
         raise InputError(
-            f"segmentation.classes names '{unknown[0]}', which is not among the categories of "
-            f"{coco.file}."
+            f"{coco.file}: all instances are crowds (iscrowd=1), of which no region is made; set "
+            "segmentation.crowds=instances to take each as an instance."
         )
-    masks = []
-    for image_id in tqdm(coco.imgs, desc="reading masks", unit="image"):
-        of_class: dict[str, list[dict[str, Any]]] = {}
-        for annotation in coco.imgToAnns.get(image_id, ()):
-            of_class.setdefault(names[annotation["category_id"]], []).append(annotation)
-        if not of_class:
-            continue
-        image = coco_image(coco, source.path("images"), image_id)
-        for category, annotations in of_class.items():
-            if category in wanted and (
-                mask := _class_mask(
-                    coco.file, image, category, annotations, source.small_objects, skipped
-                )
-            ):
-                masks.append(mask)
-    return masks
+    of_image: dict[Any, dict[str, list[dict[str, Any]]]] = {number: {} for number in coco.imgs}
+    for annotation in annotations:
+        of_class = of_image[annotation["image_id"]]
+        of_class.setdefault(names[annotation["category_id"]], []).append(annotation)
+    for image_id, of_class in tqdm(of_image.items(), desc="reading masks", unit="image"):
+        if of_class:
+            image = coco_image(coco, source.path("images"), image_id)
+            masks = _OfImage(coco.file, image, source, skipped)
+            yield from filter(None, starmap(masks.of_class, of_class.items()))
 
 
-def _class_mask(
-    file: Path,
-    image: ImageFile,
-    category: str,
-    annotations: list[dict[str, Any]],
-    small_objects: bool,
-    skipped: Counter[str],
-) -> _ClassMask | None:
-    """The union of a class's annotations in one image; None, and counted, where no region comes of
-    it.
-    """
-    rles = [(annotation, _rle(file, image, annotation)) for annotation in annotations]
-    drawn = [(annotation, rle) for annotation, rle in rles if rle is not None]
-    instances = [rle for annotation, rle in drawn if not annotation.get("iscrowd")]
-    if not instances:
-        skipped["crowds_alone" if drawn else "empty_masks"] += 1
-        return None
-    largest = max(instances, key=rle_tools.area)
-    if not small_objects and rle_tools.area(largest) < SMALL_AREA:
-        skipped["small_objects"] += 1
-        return None
-    union = rle_tools.merge([rle for _, rle in drawn])
-    ids = tuple(annotation["id"] for annotation, _ in drawn)
-    return _ClassMask(
-        image,
-        category,
-        ids,
-        union,
-        tuple(rle_tools.toBbox(union)),
-        tuple(rle_tools.toBbox(largest)),
-    )
+def check_classes(key: str, wanted: set[str], coco: CheckedCOCO) -> None:
+    """Raise InputError where a recipe's classes are not all among the categories of a file."""
+    if unknown := sorted(wanted - {record["name"] for record in coco.cats.values()}):
+        raise InputError(
+            f"{key} names '{unknown[0]}', which is not among the categories of {coco.file}."
+        )
 
 
-def _rle(file: Path, image: ImageFile, annotation: dict[str, Any]) -> dict[str, Any] | None:
-    """An annotation's mask as compressed RLE; None where it has no pixel (COCO knows polygons of
-    less than three points).
-    """
-    where = f"{file}: annotation {annotation['id']}"
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list):
+@dataclass(frozen=True)
+class _OfImage:
+    """Draws the masks of one image."""
+
+    file: Path
+    image: ImageFile
+    source: SegmentationSource
+    skipped: Counter[str]
+
+    def of_class(self, category: str, annotations: list[dict[str, Any]]) -> _ClassMask | None:
+        """The union of a class's annotations; None, and counted, where no region comes of it.
+
+        Where an instance has no outline, its pixels would count as background: no region either.
+        """
+        if self.image.is_too_large:  # The check of the images finds that out; there is no memory
+            return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))  # for it.
+        rles = [(annotation, self._rle(annotation)) for annotation in annotations]
+        drawn = [(a, rle) for a, rle in rles if rle is not None and rle_tools.area(rle)]
+        if not drawn:
+            self.skipped["empty_masks"] += 1
+            return None
+        if any(rle is None for _, rle in rles):
+            self.skipped["masks_lacking_an_instance"] += 1
+            return None
+        self.skipped["instances_without_a_pixel"] += len(rles) - len(drawn)
+        joins = self.source.crowds == "join"
+        instances = [rle for annotation, rle in drawn if not (joins and annotation.get("iscrowd"))]
+        if not instances:
+            self.skipped["crowds_alone"] += 1
+            return None
+        largest = max(instances, key=rle_tools.area)
+        if not self.source.small_objects and rle_tools.area(largest) < SMALL_AREA:
+            self.skipped["small_objects"] += 1
+            return None
+        union = rle_tools.merge([rle for _, rle in drawn])
+        return _ClassMask(
+            self.image,
+            category,
+            tuple(annotation["id"] for annotation, _ in drawn),
+            union,
+            tuple(rle_tools.toBbox(union)),
+            tuple(rle_tools.toBbox(largest)),
+        )
+
+    def _rle(self, annotation: dict[str, Any]) -> dict[str, Any] | None:
+        """An annotation's mask as compressed RLE; None where it has no outline: no polygon, or none
+        of three points.
+        """
+        where = f"{self.file}: annotation {annotation['id']}"
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, dict) and "counts" in segmentation:
+            return _checked_rle(segmentation, self.image, where)
+        if not isinstance(segmentation, list):
+            raise InputError(f"{where} has no segmentation; polygons or RLE belong there.")
         for polygon in segmentation:
-            _check_polygon(polygon, image, where)
+            _check_polygon(polygon, self.image, where)
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        rle = (
-            rle_tools.merge(rle_tools.frPyObjects(polygons, image.height, image.width))
-            if polygons
-            else None
-        )
-    elif isinstance(segmentation, dict) and "counts" in segmentation:
-        rle = _checked_rle(segmentation, image, where)
-    else:
-        raise InputError(f"{where} has no segmentation; polygons or RLE belong there.")
-    return rle if rle is not None and rle_tools.area(rle) else None
+        if not polygons:
+            return None
+        self.skipped["polygons_without_an_area"] += len(segmentation) - len(polygons)
+        return rle_tools.merge(rle_tools.frPyObjects(polygons, self.image.height, self.image.width))
 
 
 def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
     """pycocotools takes any numbers, and with some of them all of the memory."""
     if not isinstance(polygon, list) or not all(
-        isinstance(value, int | float) for value in polygon
+        isinstance(value, int | float) and not isinstance(value, bool) for value in polygon
     ):
         raise InputError(f"{where} has a segmentation that is not lists of numbers.")
     if len(polygon) % 2:
@@ -260,35 +322,41 @@ def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
             f"{where} has a polygon of {len(polygon)} numbers; pairs of x and y belong there."
         )
     reach = 2 * max(image.width, image.height)
-    if not all(math.isfinite(value) and abs(value) <= reach for value in polygon):
+    if not all(is_number(value, largest=reach) for value in polygon):
         raise InputError(
             f"{where} has a polygon far outside its image of {image.width} x {image.height} pixels."
         )
+    if len(polygon) * reach > _LONGEST_OUTLINE:
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        length = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+        if length > _LONGEST_OUTLINE:
+            raise InputError(
+                f"{where} has a polygon whose outline is {length:.0f} pixels long; it is no object."
+            )
 
 
 def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> dict[str, Any]:
-    size, counts = segmentation.get("size"), segmentation["counts"]
-    if size != [image.height, image.width]:
+    counts, size = segmentation["counts"], [image.height, image.width]
+    if segmentation.get("size") != size:
         raise InputError(
-            f"{where} has an RLE of size {size}; its image has height {image.height} and width "
-            f"{image.width}."
+            f"{where} has an RLE of size {shown(segmentation.get('size'))}; its image has height "
+            f"{image.height} and width {image.width}."
         )
     try:
         runs = counts if isinstance(counts, list) else _run_lengths(counts)
         whole = (
-            all(isinstance(run, int) and run >= 0 for run in runs)
+            all(type(run) is int and run >= 0 for run in runs)
             and sum(runs) == image.height * image.width
         )
-    except (IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, TypeError, ValueError):
         whole = False
     if not whole:
         raise InputError(
             f"{where} has an RLE whose run lengths do not cover its image's {image.height} x "
             f"{image.width} pixels."
         )
-    if isinstance(counts, list):
-        return rle_tools.frPyObjects(segmentation, image.height, image.width)
-    return {"size": size, "counts": counts}
+    rle = {"size": size, "counts": counts}
+    return rle_tools.frPyObjects(rle, *size) if isinstance(counts, list) else rle
 
 
 def _run_lengths(counts: str | bytes) -> list[int]:
@@ -303,8 +371,8 @@ def _run_lengths(counts: str | bytes) -> list[int]:
         group = 0x20
         while group & 0x20:
             group = text[position] - 48
-            if not 0 <= group < 64:
-                raise ValueError("not a character of run lengths")
+            if not 0 <= group < 64 or shift > 60:  # Longer numbers would take for ever.
+                raise ValueError("not run lengths")
             value |= (group & 0x1F) << shift
             shift += 5
             position += 1

@@ -6,27 +6,33 @@ The box is that of the class's largest instance where the caption names the clas
 zebras"). The references of a region are all captions of the image that name the class.
 """
 
+from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from icl_moe.boxes import Box, normalise_box
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
 from preprocessing.classes import COCO_CLASSES, ClassFinder
-from preprocessing.coco import CheckedCOCO, coco_image, load_coco
-from preprocessing.pool import ImageFile, Pool, Region, keep_present
+from preprocessing.coco import CheckedCOCO, check_classes, coco_image, load_captions, load_instances
+from preprocessing.image_check import UsableImages
+from preprocessing.pool import ImageFile, Pool, Region
 from preprocessing.recipe import CaptioningSource
+from preprocessing.records import kinds_of_id, read_rect
 from preprocessing.visual_genome import caption_region, clean_phrase, drop_rare_classes
 
 
-def read_captioning(source: CaptioningSource, missing_images: Literal["stop", "skip"]) -> Pool:
+def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     """The captioning pool of a COCO captions file and the instances file of the same images.
 
     Raises InputError for whatever is wrong in them, and for captions of an image that the instances
     file does not know.
     """
-    captions, instances = load_coco(source.path("annotations")), load_coco(source.path("instances"))
+    captions = load_captions(source.path("annotations"))
+    instances = load_instances(source.path("instances"))
+    if source.classes is not None:
+        check_classes("captioning.classes", set(source.classes), instances)
     finder = ClassFinder(source.classes or COCO_CLASSES)
     pool = Pool("captioning", [])
     for image_id, annotations in tqdm(
@@ -34,28 +40,25 @@ def read_captioning(source: CaptioningSource, missing_images: Literal["stop", "s
     ):
         if image_id not in instances.imgs:
             raise InputError(
-                f"{captions.file}: image {image_id} has captions but is not among the images of "
-                f"{instances.file}."
+                f"{captions.file}: image {shown(image_id)} has captions but is not among the "
+                f"images of {instances.file}{kinds_of_id(instances.imgs, image_id)}."
             )
         image = coco_image(instances, source.path("images"), image_id)
-        pool.regions += _regions(captions, instances, image, image_id, annotations, finder, pool)
-    pool.regions = keep_present(pool.regions, source.path("images"), missing_images, pool.skipped)
+        seen = _boxes(instances, image, image_id, pool.skipped)
+        pool.regions += _regions(image, annotations, seen, finder, pool)
+    pool.regions = usable.keep(pool.regions, source.path("images"), pool)
+    pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool
 
 
 def _regions(
-    captions: CheckedCOCO,
-    instances: CheckedCOCO,
     image: ImageFile,
-    image_id: int,
     annotations: list[dict[str, Any]],
+    seen: dict[str, tuple[Box, Box]],
     finder: ClassFinder,
     pool: Pool,
 ) -> Iterable[Region]:
-    seen: dict[str, list[dict[str, Any]]] = {}
-    for instance in instances.imgToAnns.get(image_id, ()):
-        seen.setdefault(instances.cats[instance["category_id"]]["name"], []).append(instance)
     phrases = [
         (annotation["id"], clean_phrase(annotation.get("caption"))) for annotation in annotations
     ]
@@ -64,41 +67,44 @@ def _regions(
         named = {category: plural for category, plural in classes.items() if category in seen}
         pool.skipped["captions_without_a_seen_class"] += not named
         for category, plural in named.items():
-            box = _box(instances, image, seen[category], plural)
             references = tuple(text for _, text, others in found if category in others)
-            region = caption_region(image, category, number, box, phrase, references)
+            region = caption_region(
+                image, category, number, seen[category][plural], phrase, references
+            )
             if region is None:
                 pool.skipped["empty_boxes"] += 1
             else:
                 yield region
 
 
-def _box(
-    instances: CheckedCOCO, image: ImageFile, annotations: list[dict[str, Any]], plural: bool
-) -> Box:
-    rects = {annotation["id"]: _rect(instances, annotation) for annotation in annotations}
-    singles = [annotation["id"] for annotation in annotations if not annotation.get("iscrowd")]
-    if plural or not singles:
-        boxes = [normalise_box(*rect, image.width, image.height) for rect in rects.values()]
-        return (
-            min(b[0] for b in boxes),
-            min(b[1] for b in boxes),
-            max(b[2] for b in boxes),
-            max(b[3] for b in boxes),
+def _boxes(
+    coco: CheckedCOCO, image: ImageFile, image_id: Any, skipped: Counter[str]
+) -> dict[str, tuple[Box, Box]]:
+    """Class -> the box of its largest instance, and the box around all of them and its crowds; that
+    box twice where there are crowds alone.
+    """
+    rects: dict[str, list[tuple[bool, tuple[float, float, float, float]]]] = {}
+    for annotation in coco.imgToAnns.get(image_id, ()):
+        values = annotation.get("bbox")
+        rect = read_rect(
+            values if isinstance(values, list) else [values],
+            f"{coco.file}: annotation {annotation['id']}",
+            skipped,
         )
-    largest = max(singles, key=lambda number: rects[number][2] * rects[number][3])
-    return normalise_box(*rects[largest], image.width, image.height)
-
-
-def _rect(instances: CheckedCOCO, annotation: dict[str, Any]) -> tuple[float, float, float, float]:
-    rect = annotation.get("bbox")
-    if (
-        not isinstance(rect, list)
-        or len(rect) != 4
-        or not all(isinstance(value, int | float) for value in rect)
-    ):
-        raise InputError(
-            f"{instances.file}: annotation {annotation['id']} has the bbox {rect!r}; x, y, width "
-            "and height belong there."
+        if rect is not None:
+            category = coco.cats[annotation["category_id"]]["name"]
+            rects.setdefault(category, []).append((bool(annotation.get("iscrowd")), rect))
+    boxes = {}
+    for category, of_class in rects.items():
+        each = [normalise_box(*rect, image.width, image.height) for _, rect in of_class]
+        union = (
+            min(b[0] for b in each),
+            min(b[1] for b in each),
+            max(b[2] for b in each),
+            max(b[3] for b in each),
         )
-    return rect[0], rect[1], rect[2], rect[3]
+        single = [rect for is_crowd, rect in of_class if not is_crowd]
+        largest = max(single, key=lambda rect: rect[2] * rect[3], default=None)
+        one = normalise_box(*largest, image.width, image.height) if largest else union
+        boxes[category] = (one, union)
+    return boxes

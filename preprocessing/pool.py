@@ -1,13 +1,15 @@
 """The pool: what every source becomes, regions of one class each, from which episodes are drawn."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any
+
+from PIL import Image
 
 from icl_moe.boxes import Box
-from icl_moe.errors import InputError
 from icl_moe.images import PixelBox
 
 
@@ -21,6 +23,11 @@ class ImageFile:
     name: str
     width: int
     height: int
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether Pillow refuses to read an image of this size, as a decompression bomb."""
+        return self.width * self.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class Region:
 
     image: ImageFile
     category: str
-    annotations: tuple[int, ...]
+    annotations: tuple[Any, ...]
     crop: PixelBox
     scale: float
     mask: bytes | None = None
@@ -49,13 +56,14 @@ class Region:
 
 @dataclass
 class Pool:
-    """The regions of one task in the order of their source, and how many things were left out, by
-    reason.
+    """The regions of one task in the order of their source, how many things were left out, by
+    reason, and which images could not be used: name -> why.
     """
 
     task: str
     regions: list[Region]
     skipped: Counter[str] = field(default_factory=Counter)
+    bad_images: dict[str, str] = field(default_factory=dict)
 
     def by_class(self) -> dict[str, list[int]]:
         """Class -> numbers of its regions, classes in alphabetical order."""
@@ -63,6 +71,11 @@ class Pool:
         for number, region in enumerate(self.regions):
             numbers.setdefault(region.category, []).append(number)
         return dict(sorted(numbers.items()))
+
+    def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
+        """Count the classes that a recipe asks for by name and the source has nothing of."""
+        unseen = set(asked or ()) - {region.category for region in self.regions}
+        self.skipped["classes_without_a_region"] += len(unseen)
 
     def drop_small_classes(self, images: int) -> None:
         """Leave out classes that are seen in fewer than `images` different images: no episode can
@@ -80,60 +93,3 @@ class Pool:
         if classes:
             self.regions = [region for region in self.regions if region.category not in classes]
             self.skipped[reason] += len(classes)
-
-
-class HasImage(Protocol):
-    """Anything that stands on an image file."""
-
-    @property
-    def image(self) -> ImageFile: ...
-
-
-Item = TypeVar("Item", bound=HasImage)
-
-
-def keep_present(
-    items: Iterable[Item],
-    folder: Path,
-    missing_images: Literal["stop", "skip"],
-    skipped: Counter[str],
-) -> list[Item]:
-    """The items whose image file is there.
-
-    Missing files raise an InputError that counts them, or with `skip` are counted in `skipped`.
-    """
-    items = list(items)
-    files = {item.image.name: item.image for item in items}
-    missing = {name for name, file in files.items() if not file.path.is_file()}
-    if not missing:
-        return items
-    if missing_images == "stop":
-        raise InputError(
-            f"{len(missing)} of {len(files)} annotated images are missing from {folder}, the first "
-            f"is {min(missing)}; "
-            "put them there, or set missing_images=skip."
-        )
-    skipped["missing_images"] += len(missing)
-    return [item for item in items if item.image.name not in missing]
-
-
-def image_file(folder: Path, name: object, width: object, height: object, where: str) -> ImageFile:
-    """The image of a record, checked; `where` names the record in error messages.
-
-    Raises InputError for a name that leaves the folder and for a size that is not two positive
-    whole numbers.
-    """
-    if (
-        not isinstance(name, str)
-        or not name
-        or Path(name).is_absolute()
-        or ".." in Path(name).parts
-    ):
-        raise InputError(
-            f"{where} has the file name {name!r}; a path inside the images' folder belongs there."
-        )
-    if not (isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0):
-        raise InputError(
-            f"{where} has the size {width!r} x {height!r}; positive whole numbers belong there."
-        )
-    return ImageFile(folder / name, name, width, height)

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from icl_moe.boxes import Box
-from icl_moe.errors import InputError
-from icl_moe.images import PixelBox, box_to_mask, crop_and_resize, load_image
+from icl_moe.images import PixelBox, box_to_mask, crop_and_resize
 from icl_moe.tokenizers.vqgan import VQGAN
+from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile, Region
 from preprocessing.workers import ordered_map
 
@@ -75,7 +74,7 @@ def draw(picture: Picture, size: int) -> np.ndarray:
     Raises InputError where the image cannot be read, or has another size than its record says.
     """
     if isinstance(picture, CropPicture):
-        return np.asarray(crop_and_resize(_load(picture.image), picture.crop, size))
+        return np.asarray(crop_and_resize(_open_image(picture.image), picture.crop, size))
     if isinstance(picture, MaskPicture):
         plane = rle_tools.decode({"size": [size, size], "counts": picture.counts}) * np.uint8(255)
     else:
@@ -147,15 +146,7 @@ def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> np.ndarra
     return np.stack([draw(pictures[number], size) for number in numbers])
 
 
-@lru_cache(maxsize=8)  # pictures of one image follow one another
-def _load(file: ImageFile) -> Image.Image:
-    image = load_image(file.path)
-    if image.size != (file.width, file.height):
-        raise InputError(
-            f"The image {file.path} has {image.width} x {image.height} pixels, but its record says "
-            f"{file.width} x {file.height}."
-        )
-    return image
+_open_image = lru_cache(maxsize=8)(open_image)  # pictures of one image follow one another
 
 
 def _chunk_count(pictures: int) -> int:

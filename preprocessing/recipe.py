@@ -34,6 +34,8 @@ class SegmentationSource(_Source):
     small_objects: keep images in which the class has only instances of less than 32^2 pixels.
     object_scale: `any`, the largest square of the image; `large`, a square close around the class's
     largest instance.
+    crowds: what is marked iscrowd=1 `join`s the mask of its class's instances, or is taken for
+    `instances` itself, where a tool marks all masks so.
     """
 
     source: Literal["coco", "synthetic"] = "coco"
@@ -42,6 +44,7 @@ class SegmentationSource(_Source):
     classes: tuple[str, ...] | None = None
     small_objects: bool = True
     object_scale: ObjectScale = "any"
+    crowds: Literal["join", "instances"] = "join"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class DataRecipe:
     each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
     shard_size: samples in a shard. missing_images: `stop`, or `skip` annotated images that are not
-    there and count them.
+    there and count them. bad_images: the same for images that cannot be read or have another size
+    than their record; the manifest lists them.
     """
 
     tokenizer: str
@@ -106,6 +110,7 @@ class DataRecipe:
     samples: int | None = None
     shard_size: int = 4096
     missing_images: Literal["stop", "skip"] = "stop"
+    bad_images: Literal["stop", "skip"] = "stop"
     tokenizer_precision: Literal["fp32", "bf16"] = "fp32"
     vocabulary: Vocabulary = Vocabulary()
     text_tokenizer: str = "auto"

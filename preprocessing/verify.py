@@ -99,6 +99,9 @@ def shard_stats(location: str | Path) -> str:
     if manifest.skipped:
         lines += ["", "left out:"]
         lines += [f"  {reason:<50}{number:>10}" for reason, number in manifest.skipped.items()]
+    for task, images in manifest.bad_images.items():
+        lines += ["", f"images of {task} that cannot be used:"]
+        lines += [f"  {name}: {why}" for name, why in images.items()]
     return "\n".join(lines)
 
 

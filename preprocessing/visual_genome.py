@@ -14,37 +14,47 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
 from icl_moe.boxes import Box, box_iou, normalise_box
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
+from icl_moe.files import (
+    check_is_file,
+    json_encoding,
+    json_error,
+    read_json,
+    with_whole_characters,
+)
 from preprocessing.classes import COCO_CLASSES, ClassFinder
-from preprocessing.coco import read_json
-from preprocessing.pool import ImageFile, Pool, Region, image_file, keep_present
+from preprocessing.image_check import UsableImages, is_file
+from preprocessing.pool import ImageFile, Pool, Region
 from preprocessing.recipe import CaptioningSource
+from preprocessing.records import image_file, is_id, kinds_of_id, read_rect
 
 LEAST_OVERLAP = 0.5
 _READ_CHARACTERS = 1 << 22
 _GAP = re.compile(r"[\s,]*")
 
 
-def read_captioning(source: CaptioningSource, missing_images: Literal["stop", "skip"]) -> Pool:
+def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     """The captioning pool of Visual Genome's image_data, objects and region_descriptions. Raises
     InputError for bad input.
     """
     finder = ClassFinder(source.classes or COCO_CLASSES)
-    images = _read_images(source.path("image_data"), source.path("images"))
-    used = (
-        set(images) if source.splits is None else _read_split(source.path("splits"), source.split)
-    )
-    objects = _read_objects(source.path("objects"), images, finder)
     pool = Pool("captioning", [])
+    images = _read_images(source.path("image_data"), source.path("images"))
+    used = set(images)
+    if source.splits is not None:
+        used = _read_split(source, images, pool.skipped)
+    objects = _read_objects(source.path("objects"), images, finder, pool.skipped)
     pool.regions += _read_regions(
         source.path("regions"), images, used, objects, finder, pool.skipped
     )
-    pool.regions = keep_present(pool.regions, source.path("images"), missing_images, pool.skipped)
+    pool.regions = usable.keep(pool.regions, source.path("images"), pool)
+    pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool
 
@@ -59,7 +69,7 @@ def clean_phrase(text: Any) -> str:
 def caption_region(
     image: ImageFile,
     category: str,
-    annotation: int,
+    annotation: Any,
     box: Box,
     phrase: str,
     references: tuple[str, ...],
@@ -90,90 +100,130 @@ def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
 
 def read_json_list(file: Path) -> Iterator[Any]:
     """The entries of a JSON file that is one list, one after another, so that only one is held at a
-    time.
+    time. Read as `read_json` reads, with its errors.
     """
-    if not file.is_file():
-        raise InputError(f"The file {file} does not exist.")
-    decoder = json.JSONDecoder()
-    with (
-        file.open(encoding="utf-8") as stream,
-        tqdm(total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True) as progress,
-    ):
-        text, position, count = "", 0, -1  # count is -1 before the list's bracket
-        while True:
-            position = _GAP.match(text, position).end()  # type: ignore[union-attr]
-            try:
-                if count < 0 and text.startswith("[", position):
-                    position, count = position + 1, 0
-                elif count >= 0 and text.startswith("]", position):
-                    return
-                elif count < 0 and position < len(text):
-                    break
-                else:
-                    entry, position = decoder.raw_decode(text, position)
-                    count += 1
-                    yield entry
-            except json.JSONDecodeError:
-                # Not whole yet, or malformed; what follows tells.
-                more = _read(stream)
-                if not more:
-                    break
-                progress.update(len(more))
-                text, position = text[position:] + more, 0
-    raise InputError(
-        f"{file} is not valid JSON, a list of records, after its entry {max(count, 0)}."
-    )
-
-
-def _read(stream: TextIO) -> str:
+    check_is_file(file)
     try:
-        return stream.read(_READ_CHARACTERS)
-    except UnicodeDecodeError:
-        return ""
+        with (
+            file.open("rb") as start,
+            file.open(encoding=json_encoding(start.read(4))) as stream,
+            tqdm(total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True) as progress,
+        ):
+            yield from _entries_of_list(file, stream, progress)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not valid JSON: it is not text in UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"The file {file} cannot be read: {error.strerror}.") from error
 
 
-def _read_images(file: Path, folder: Path) -> dict[int, ImageFile]:
-    images = {}
+def _entries_of_list(file: Path, stream: TextIO, progress: Any) -> Iterator[Any]:
+    decoder = json.JSONDecoder()
+    text, position, count = "", 0, -1  # count is -1 before the list's bracket
+    while True:
+        position = _GAP.match(text, position).end()  # type: ignore[union-attr]
+        if count < 0 and position < len(text) and text[position] != "[":
+            raise InputError(f"{file} is not a list of records, as Visual Genome's files are.")
+        try:
+            if count < 0 and text.startswith("[", position):
+                position, count = position + 1, 0
+            elif count >= 0 and text.startswith("]", position):
+                break
+            else:
+                entry, position = decoder.raw_decode(text, position)
+                count += 1
+                yield with_whole_characters(entry, text)
+        except json.JSONDecodeError:
+            # Not whole yet, or malformed; what follows tells. At least as much again is read, so
+            # that one long entry is not decoded over and over.
+            more = stream.read(max(_READ_CHARACTERS, len(text) - position))
+            if not more and count < 0:
+                raise InputError(f"The file {file} is empty; JSON belongs there.") from None
+            if not more:
+                raise InputError(
+                    f"{file} is not valid JSON, a list of records, after its entry {count}."
+                ) from None
+            progress.update(len(more))
+            text, position = text[position:] + more, 0
+        except (ValueError, RecursionError) as error:
+            raise json_error(file, error) from error
+    if text[position + 1 :].strip() or stream.read(_READ_CHARACTERS).strip():
+        raise InputError(
+            f"{file} is not valid JSON: something follows after the list of {count} records, such "
+            "as a second list."
+        )
+
+
+def _read_images(file: Path, folder: Path) -> dict[Any, ImageFile]:
+    """Image id -> its file."""
+    images: dict[Any, ImageFile] = {}
+    ids: dict[str, Any] = {}
     for record in read_json_list(file):
-        if not isinstance(record, dict) or "image_id" not in record:
+        if not isinstance(record, dict) or not is_id(record.get("image_id")):
             raise InputError(
                 f"{file} has a record without 'image_id': the layout of Visual Genome 1.2 or 1.4 "
                 "belongs there, not that of 1.0."
             )
         number = record["image_id"]
-        name = _image_name(folder, str(record.get("url") or f"{number}.jpg"))
-        images[number] = image_file(
-            folder, name, record.get("width"), record.get("height"), f"{file}: image {number}"
-        )
+        where = f"{file}: image {number}"
+        if number in images:
+            raise InputError(f"{where} stands there twice; one record for each belongs there.")
+        name = _image_name(folder, record.get("url") or f"{number}.jpg", where)
+        image = image_file(folder, name, record.get("width"), record.get("height"), where)
+        if ids.setdefault(image.name, number) != number:
+            raise InputError(
+                f"{where} has the file name {image.name} of image {ids[image.name]}; one record "
+                "for each file belongs there."
+            )
+        images[number] = image
     return images
 
 
-def _read_split(file: Path, name: str | None) -> set[int]:
+def _read_split(
+    source: CaptioningSource, images: dict[Any, ImageFile], skipped: Counter[str]
+) -> set[Any]:
+    """The images of the recipe's split. Raises InputError where its ids are not those of
+    image_data.
+    """
+    file, name = source.path("splits"), source.split
     splits = read_json(file)
     if not isinstance(splits, dict) or not isinstance(splits.get(name), list):
         raise InputError(f"{file} has no list of image ids named '{name}'.")
-    return set(splits[name])
+    split = splits[name]
+    for number in split:
+        if not is_id(number) or (number not in images and kinds_of_id(images, number)):
+            raise InputError(
+                f"{file}: '{name}' has the image id {shown(number)}, and the ids of "
+                f"{source.image_data} are such as {shown(next(iter(images), 1))}."
+            )
+    used = set(split) & set(images)
+    if not used:
+        raise InputError(
+            f"{file}: none of the {len(split)} images of '{name}' is in {source.image_data}."
+        )
+    skipped["images_of_the_split_without_a_record"] += len(set(split) - used)
+    return used
 
 
-def _image_name(folder: Path, url: str) -> str:
+def _image_name(folder: Path, url: Any, where: str) -> str:
     """Where an image lies: in the folder itself, or in VG_100K or VG_100K_2 as the archives
     unpack.
     """
+    if not isinstance(url, str):
+        raise InputError(f"{where} has the url {shown(url)}; text belongs there.")
     *_, part, name = ("", *url.split("/"))
-    return (
-        name
-        if part not in ("VG_100K", "VG_100K_2") or (folder / name).is_file()
-        else f"{part}/{name}"
-    )
+    if "%" in name and not is_file(folder / name):
+        name = unquote(name)
+    if part in ("VG_100K", "VG_100K_2") and not is_file(folder / name):
+        return f"{part}/{name}"
+    return name
 
 
 def _read_objects(
-    file: Path, images: dict[int, ImageFile], finder: ClassFinder
-) -> dict[int, list[tuple[str, Box]]]:
+    file: Path, images: dict[Any, ImageFile], finder: ClassFinder, skipped: Counter[str]
+) -> dict[Any, list[tuple[str, Box]]]:
     """Image id -> (class, box) of the objects that have a class."""
-    objects: dict[int, list[tuple[str, Box]]] = {}
-    for record in read_json_list(file):
-        where, number, entries = _entries(file, record, "objects", images)
+    objects: dict[Any, list[tuple[str, Box]]] = {}
+    for where, number, entries in _records(file, "objects", images):
         kept = objects.setdefault(number, [])
         for entry in entries:
             names = entry.get("names") if isinstance(entry, dict) else None
@@ -184,39 +234,49 @@ def _read_objects(
                 )
             category = next((found for name in names if (found := finder.exact(str(name)))), None)
             if category is not None:
-                kept.append((category, _box(where, entry, "w", "h", images[number])))
+                where_object = f"{where}, object {shown(entry.get('object_id'))}"
+                box = _box(where_object, entry, ("w", "h"), images[number], skipped)
+                if box is not None:
+                    kept.append((category, box))
     return objects
 
 
 def _read_regions(
     file: Path,
-    images: dict[int, ImageFile],
-    used: set[int],
-    objects: dict[int, list[tuple[str, Box]]],
+    images: dict[Any, ImageFile],
+    used: set[Any],
+    objects: dict[Any, list[tuple[str, Box]]],
     finder: ClassFinder,
     skipped: Counter[str],
 ) -> Iterator[Region]:
     """The regions of `used` images that have a class."""
-    for record in read_json_list(file):
-        where, number, entries = _entries(file, record, "regions", images)
+    for where, number, entries in _records(file, "regions", images):
         if number not in used:
             continue
-        image = images[number]
+        image, seen = images[number], set()
         for entry in entries:
-            if not isinstance(entry, dict) or "region_id" not in entry:
+            region_id = entry.get("region_id") if isinstance(entry, dict) else None
+            if not is_id(region_id):
                 raise InputError(
                     f"{where} has a region without 'region_id': the layout of Visual Genome 1.2 or "
                     "1.4 belongs there."
                 )
-            phrase = clean_phrase(entry.get("phrase"))
-            box = _box(where, entry, "width", "height", image)
-            category = _class_of(finder.find(phrase), box, objects.get(number, []))
-            if category is None:
-                skipped["regions_without_a_class"] += 1
-                continue
-            region = caption_region(image, category, entry["region_id"], box, phrase, (phrase,))
-            assert region is not None, "an empty box overlaps nothing"
-            yield region
+            where_region = f"{where}, region {region_id}"
+            phrase = _phrase(entry, where_region)
+            box = _box(where_region, entry, ("width", "height"), image, skipped)
+            if entry.get("image_id") not in (None, number):
+                skipped["regions_of_another_image"] += 1
+            elif region_id in seen:
+                skipped["regions_with_the_id_of_another"] += 1
+            elif box is not None:
+                seen.add(region_id)
+                category = _class_of(finder.find(phrase), box, objects.get(number, []))
+                if category is None:
+                    skipped["regions_without_a_class"] += 1
+                    continue
+                region = caption_region(image, category, region_id, box, phrase, (phrase,))
+                assert region is not None, "an empty box overlaps nothing"
+                yield region
 
 
 def _class_of(named: dict[str, bool], box: Box, objects: list[tuple[str, Box]]) -> str | None:
@@ -225,28 +285,44 @@ def _class_of(named: dict[str, bool], box: Box, objects: list[tuple[str, Box]]) 
     return category if overlap >= LEAST_OVERLAP else None
 
 
-def _entries(
-    file: Path, record: Any, key: str, images: dict[int, ImageFile]
-) -> tuple[str, int, list[Any]]:
-    """Of one image's record: its name for error messages, the image's id, and the list
+def _records(
+    file: Path, key: str, images: dict[Any, ImageFile]
+) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Of each image's record: its name for error messages, the image's id, and the list
     under `key`.
     """
-    number = record.get("image_id", record.get("id")) if isinstance(record, dict) else None
-    if number is None or not isinstance(record.get(key), list):
-        raise InputError(
-            f"{file} has a record without an image's id and its list of {key}: Visual Genome's "
-            "layout belongs there."
-        )
-    if number not in images:
-        raise InputError(f"{file} has {key} of image {number}, which image_data does not know.")
-    return f"{file}: image {number}", number, record[key]
+    seen = set()
+    for record in read_json_list(file):
+        number = record.get("image_id", record.get("id")) if isinstance(record, dict) else None
+        if not is_id(number) or not isinstance(record.get(key), list):
+            raise InputError(
+                f"{file} has a record without an image's id and its list of {key}: Visual Genome's "
+                "layout belongs there."
+            )
+        if number not in images:
+            raise InputError(
+                f"{file} has {key} of image {shown(number)}, which image_data does not "
+                f"know{kinds_of_id(images, number)}."
+            )
+        if number in seen:
+            raise InputError(f"{file} has two records of image {number}; one belongs there.")
+        seen.add(number)
+        yield f"{file}: image {number}", number, record[key]
+
+
+def _phrase(entry: dict[str, Any], where: str) -> str:
+    phrase = entry.get("phrase", 0)
+    if phrase is not None and not isinstance(phrase, str):
+        raise InputError(f"{where} has no text as its 'phrase'.")
+    return clean_phrase(phrase)
 
 
 def _box(
-    where: str, entry: dict[str, Any], width_key: str, height_key: str, image: ImageFile
-) -> Box:
-    values = [entry.get(key) for key in ("x", "y", width_key, height_key)]
-    if not all(isinstance(value, int | float) for value in values):
-        raise InputError(f"{where} has a box without x, y, {width_key} and {height_key}.")
-    x, y, width, height = (float(value) for value in values)  # type: ignore[arg-type]
-    return normalise_box(x, y, width, height, image.width, image.height)
+    where: str,
+    entry: dict[str, Any],
+    sides: tuple[str, str],
+    image: ImageFile,
+    skipped: Counter[str],
+) -> Box | None:
+    rect = read_rect([entry.get(key) for key in ("x", "y", *sides)], where, skipped)
+    return None if rect is None else normalise_box(*rect, image.width, image.height)

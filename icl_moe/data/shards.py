@@ -15,7 +15,7 @@ import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -82,7 +82,8 @@ class Manifest:
     image_tokenizer, text_tokenizer: fingerprints. recipe: the data recipe. samples: per task.
     classes: samples per task and class.
     skipped: how much was left out, by task and reason. files: all files but the shards and the
-    manifest itself.
+    manifest itself. bad_images: of each task, the images that were left out because they cannot be
+    used, each with why.
     """
 
     schema_version: int
@@ -97,6 +98,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     skipped: dict[str, int]
     files: tuple[FileInfo, ...] = ()
+    bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":

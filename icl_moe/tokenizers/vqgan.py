@@ -532,6 +532,10 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _is_torch_file(path):
+            raise InputError(
+                f"{path} is no torch checkpoint; it may be the page of a download that failed."
+            ) from error
         raise InputError(
             f"The checkpoint {path} holds more than weights and was not opened, as it could run "
             "code."
@@ -544,6 +548,12 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     ):
         raise InputError(f"The checkpoint {path} holds no weights by name under 'state_dict'.")
     return state
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether a file begins as an archive or as a pickle does: what torch.save writes."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
 
 # The published YAML's name -> ours; the first group stands in model.params, the second in
@@ -575,8 +585,10 @@ def _read_taming_config(path: Path) -> VQGANConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML.") from error
     except (KeyError, TypeError, AttributeError) as error:
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else "it has not those keys"
         raise InputError(
-            f"{path} is no config of a taming-transformers VQModel: model.params lacks {error}."
+            f"{path} is no config of a taming-transformers VQModel, with its sizes under "
+            f"model.params and model.params.ddconfig: {lacks}."
         ) from error
     if fixed != {"in_channels": 3, "out_ch": 3, "double_z": False}:
         raise InputError(f"{path}: only RGB VQ-GANs without double_z are known, not {fixed}.")

@@ -8,6 +8,7 @@ from pycocotools import mask as rle_tools
 
 from icl_moe.errors import InputError
 from preprocessing.coco import decode_mask, encode_mask, read_segmentation
+from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource
 
@@ -18,7 +19,8 @@ def read(folder, missing_images="stop", workers=0, **settings) -> Pool:
     source = SegmentationSource(
         "coco", images=str(folder.images), annotations=str(folder.file), **settings
     )
-    return read_segmentation(source, SIZE, missing_images, workers)
+    check = ImageCheck(missing_images, "stop", folder.folder / "notes", workers)
+    return read_segmentation(source, SIZE, check, workers)
 
 
 def mask_of(region) -> np.ndarray:
@@ -173,7 +175,7 @@ def annotation(**values):
             lambda content: content["images"][0].update(width="wide"),
             "image 1 has the size 'wide' x 80",
         ),
-        (lambda content: content["images"][0].pop("id"), "has a record without 'id'"),
+        (lambda content: content["images"][0].pop("id"), "entry 0 of 'images' has the id None"),
         (lambda content: content.pop("images"), "not in COCO's format"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from icl_moe.errors import InputError
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco_captions import read_captioning
+from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource
 
@@ -18,7 +19,7 @@ def read(folder, **settings) -> Pool:
         CaptioningSource(
             "coco_captions", **{key: str(path) for key, path in paths.items()}, **settings
         ),
-        "stop",
+        ImageCheck("stop", "stop", folder.folder / "notes"),
     )
 
 
@@ -69,7 +70,7 @@ def test_a_bbox_that_is_no_box_is_named(coco_folder):
     coco_folder.write(lambda content: content["annotations"][0].update(bbox=[1, 2, 3]))
     with pytest.raises(
         InputError,
-        match=r"annotation 1 has the bbox \[1, 2, 3\]; x, y, width and height belong there",
+        match=r"annotation 1 has the box \[1, 2, 3\]; x, y, width and height in pixels belong",
     ):
         read(coco_folder)
 

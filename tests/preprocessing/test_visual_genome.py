@@ -7,6 +7,8 @@ import json
 import pytest
 
 from icl_moe.errors import InputError
+from icl_moe.files import read_json
+from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource
 from preprocessing.visual_genome import read_captioning, read_json_list
@@ -18,7 +20,7 @@ def read(folder, missing_images="stop", **settings) -> Pool:
     paths = {key: str(folder.file(name)) for key, name in files.items()}
     return read_captioning(
         CaptioningSource("visual_genome", images=str(folder.images), **paths, **settings),
-        missing_images,
+        ImageCheck(missing_images, "stop", folder.folder / "notes"),
     )
 
 
@@ -96,7 +98,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[1]["regions"][0].pop("x"),
-            "image 2 has a box without x, y, width and height",
+            r"image 2, region 21 has the box \[None, 0, 50, 36\]; x, y, width and height",
         ),
         (
             "region_descriptions",
@@ -129,15 +131,37 @@ def test_a_wrong_record_is_named_in_a_sentence(genome_folder, file, edit, messag
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '[{"a": 1},', '[{"a": 1}, {"b": }]', "[1 2", "nonsense", "\ufeff[1]"]
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("{}", "is not a list of records"),
+        ("nonsense", "is not a list of records"),
+        ('[{"a": 1},', "is not valid JSON, a list of records, after its entry 1"),
+        ('[{"a": 1}, {"b": }]', "is not valid JSON, a list of records, after its entry 1"),
+        ("[1 2", "is not valid JSON, a list of records, after its entry 2"),
+        ("[1] [2]", "something follows after the list of 1 records"),
+        ("[1]]", "something follows after the list of 1 records"),
+        ("[1, " + "9" * 5000 + "]", "a number of too many digits"),
+        ("[" * 100_000, "nested too deep"),
+    ],
 )
-def test_a_list_that_is_malformed_or_cut_off_is_refused(tmp_path, text):
+def test_a_list_that_is_malformed_or_cut_off_is_refused(tmp_path, text, message):
     file = tmp_path / "list.json"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(
-        InputError, match=r"list.json is not valid JSON, a list of records, after its entry \d"
-    ):
+    with pytest.raises(InputError, match=rf"list.json .*{message}"):
         list(read_json_list(file))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_the_encoding_and_is_no_text(tmp_path, encoding):
+    file = tmp_path / "list.json"
+    file.write_text(' ["ä"] \n', encoding=encoding)
+    assert list(read_json_list(file)) == ["ä"] == read_json(file)
+    file.write_bytes("ä".encode("latin-1"))
+    for read_file in (read_json, lambda file: list(read_json_list(file))):
+        with pytest.raises(InputError, match="it is not text in UTF-8"):
+            read_file(file)
 
 
 def test_a_list_is_read_whole_across_the_borders_of_its_pieces(tmp_path, monkeypatch):

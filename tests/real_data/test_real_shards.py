@@ -4,7 +4,9 @@ files' own.
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,18 @@ from icl_moe.recipe import load_recipe
 from preprocessing.build import build_shards
 from preprocessing.classes import COCO_CLASSES
 from preprocessing.coco import decode_mask, read_segmentation
+from preprocessing.image_check import ImageCheck
+from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
 from preprocessing.verify import verify_shards
 from preprocessing.visual_genome import read_captioning, read_json_list
+
+
+class AllUsable:
+    """Takes every image for usable: of Visual Genome there are annotations alone."""
+
+    def keep(self, items: Iterable[Any], folder: Path, pool: Pool) -> list[Any]:
+        return list(items)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +60,7 @@ def test_coco_gives_a_region_for_each_image_and_class(coco, split, images, annot
     source = segmentation(coco, split)
     content = json.loads(Path(source.annotations).read_text())
     assert (len(content["images"]), len(content["annotations"])) == (images, annotations)
-    pool = read_segmentation(source, 64, "stop", workers=0)
+    pool = read_segmentation(source, 64, AllUsable(), workers=0)
     seen = {
         (record["image_id"], record["category_id"])
         for record in content["annotations"]
@@ -67,7 +78,9 @@ def test_a_mask_of_the_whole_image_is_the_union_that_pycocotools_draws(coco):
     names = {record["name"]: number for number, record in api.cats.items()}
     side = 480
     checked = 0
-    for region in read_segmentation(segmentation(coco, "val"), side, "stop", workers=0).regions:
+    for region in read_segmentation(
+        segmentation(coco, "val"), side, AllUsable(), workers=0
+    ).regions:
         if min(region.image.width, region.image.height) != side:
             continue
         image_id = next(
@@ -137,9 +150,8 @@ def test_coco_with_its_captions_becomes_shards_that_verify(coco, tmp_path):
 def genome_source(genome: Path, **settings: object) -> CaptioningSource:
     files = {"regions": "region_descriptions", "objects": "objects", "image_data": "image_data"}
     paths = {key: str(genome / f"{name}.json") for key, name in files.items()}
-    return CaptioningSource(
-        "visual_genome", images="no images", **{**paths, "min_descriptions": 0, **settings}
-    )
+    given = {"images": "no images", **paths, "min_descriptions": 0, **settings}
+    return CaptioningSource("visual_genome", **given)
 
 
 def is_past_the_edge(region: dict, sizes: dict[int, tuple[int, int]]) -> bool:
@@ -168,17 +180,8 @@ def test_visual_genomes_files_are_read_whole(genome):
     assert sum(len(record["objects"]) for record in read_json_list(genome / "objects.json")) == 2484
 
 
-@pytest.fixture
-def all_present(monkeypatch) -> None:
-    """The sample has annotations only; the reader is to believe that the images are there."""
-    monkeypatch.setattr(
-        Path, "is_file", lambda path, real=Path.is_file: path.suffix == ".jpg" or real(path)
-    )
-
-
-@pytest.mark.usefixtures("all_present")
 def test_visual_genomes_regions_get_the_classes_of_objects(genome):
-    pool = read_captioning(genome_source(genome), "stop")
+    pool = read_captioning(genome_source(genome), AllUsable())
     classes = Counter(region.category for region in pool.regions)
     assert len(pool.regions) == 846
     assert pool.skipped["regions_without_a_class"] == 7278 - 846
@@ -196,13 +199,14 @@ def test_visual_genomes_regions_get_the_classes_of_objects(genome):
     red_shirt = next(region for region in pool.regions if region.caption == "A man in a red shirt")
     assert red_shirt.category == "person"
     # The paper's rule: classes with more than 100 descriptions.
-    assert set(read_captioning(genome_source(genome, min_descriptions=100), "stop").by_class()) == {
+    assert set(
+        read_captioning(genome_source(genome, min_descriptions=100), AllUsable()).by_class()
+    ) == {
         "person",
         "chair",
     }
 
 
-@pytest.mark.usefixtures("all_present")
 def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
     """None of the four joins an object of the sample, so one gets an object at its place."""
     records = list(read_json_list(genome / "objects.json"))
@@ -212,7 +216,7 @@ def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
     )
     objects = tmp_path / "objects.json"
     objects.write_text(json.dumps(records))
-    pool = read_captioning(genome_source(genome, objects=str(objects)), "stop")
+    pool = read_captioning(genome_source(genome, objects=str(objects)), AllUsable())
     couch = next(
         region for region in pool.regions if region.annotations == (5517289,)
     )  # x -2, width 390, of 800 pixels
@@ -220,13 +224,14 @@ def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
     assert couch.box == pytest.approx((0.0, 367 / 533, 388 / 800, 529 / 533))
 
 
-@pytest.mark.usefixtures("all_present")
 def test_densecaps_split_chooses_visual_genomes_images(genome):
     splits = {"splits": str(genome / "densecap_splits.json")}
     names = {
         split: {
             r.image.name
-            for r in read_captioning(genome_source(genome, **splits, split=split), "stop").regions
+            for r in read_captioning(
+                genome_source(genome, **splits, split=split), AllUsable()
+            ).regions
         }
         for split in ("train", "test")
     }
@@ -236,13 +241,15 @@ def test_densecaps_split_chooses_visual_genomes_images(genome):
     assert not names["train"] & names["test"]
 
 
-def test_missing_images_of_visual_genome_are_counted(genome):
+def test_missing_images_of_visual_genome_are_counted(genome, tmp_path):
+    source = genome_source(genome, images=str(tmp_path))
     with pytest.raises(
         InputError,
-        match=r"83 of 83 annotated images are missing from no images, the first is VG_100K/10.jpg",
+        match=rf"83 of 83 annotated images are missing from {tmp_path}, the first is "
+        r"VG_100K/10.jpg",
     ):
-        read_captioning(genome_source(genome), "stop")
-    pool = read_captioning(genome_source(genome), "skip")
+        read_captioning(source, ImageCheck("stop", "stop", tmp_path))
+    pool = read_captioning(source, ImageCheck("skip", "stop", tmp_path))
     assert pool.regions == []
     assert pool.skipped["missing_images"] == 83
 
@@ -255,4 +262,4 @@ def test_the_layout_of_visual_genome_1_0_is_refused_in_a_sentence(genome, key, f
     with pytest.raises(
         InputError, match=rf"{file}.*the layout of Visual Genome 1.2 or 1.4 belongs there"
     ):
-        read_captioning(genome_source(genome, **{key: str(genome / file)}), "stop")
+        read_captioning(genome_source(genome, **{key: str(genome / file)}), AllUsable())

@@ -1,0 +1,221 @@
+"""Which of the annotated images can be used: those that are there, can be read to their end, and
+have the size of their record. Found out before anything is encoded, so that one bad image neither
+ends a build after hours nor changes what stands in the shards of the others.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+from urllib.parse import unquote
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from icl_moe.errors import ImageError, InputError
+from icl_moe.files import read_json, write_whole
+from icl_moe.images import load_image
+from preprocessing.pool import ImageFile, Pool
+from preprocessing.workers import ordered_map
+
+CHUNK = 128
+"""Images that one worker reads at a time, and whose verdicts make one file."""
+
+Choice = Literal["stop", "skip"]
+
+
+class HasImage(Protocol):
+    """Anything that stands on an image file."""
+
+    @property
+    def image(self) -> ImageFile: ...
+
+
+Item = TypeVar("Item", bound=HasImage)
+
+
+class UsableImages(Protocol):
+    """Chooses the items whose images can be used; see `ImageCheck.keep`."""
+
+    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]: ...
+
+
+class ImageCheck:
+    """Looks for the annotated images and reads each of them once.
+
+    missing_images, bad_images: whether images that are not there, or cannot be used, end the build
+    or are left out and counted.
+    notes: a folder for what was found, so that a build that goes on need not read them again; an
+    image that has changed since is read again. workers: processes that read. With several
+    `processes`, which share the notes, each reads its part.
+    """
+
+    def __init__(
+        self,
+        missing_images: Choice,
+        bad_images: Choice,
+        notes: Path,
+        workers: int = 1,
+        processes: PartialState | None = None,
+    ) -> None:
+        self._missing_images, self._bad_images = missing_images, bad_images
+        self._notes, self._workers = notes, workers
+        self._processes = processes
+        self._faults: dict[ImageFile, ImageError | None] = {}
+
+    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
+        """The items whose image, in `folder`, can be used.
+
+        Others raise an InputError that counts them and names the first, or with `skip` are counted
+        in the pool's `skipped` and, if they are there, listed in its `bad_images`.
+        """
+        items = list(items)
+        images = list(dict.fromkeys(item.image for item in items))
+        _check_folder(folder)
+        present = self._present(images, folder, pool)
+        self._read(present)
+        bad = {image: fault for image in present if (fault := self._faults[image]) is not None}
+        if bad and self._bad_images == "stop":
+            others = (
+                f" (and {len(bad) - 1} more of {len(images)} annotated images cannot be used)"
+                if len(bad) > 1
+                else ""
+            )
+            first = str(next(iter(bad.values()))).rstrip(".")
+            raise InputError(f"{first}{others}; correct that, or set bad_images=skip.")
+        for image, fault in bad.items():
+            pool.skipped[f"images_{fault.reason}"] += 1
+            pool.bad_images[image.name] = str(fault)
+        return [item for item in items if item.image in present and item.image not in bad]
+
+    def _present(
+        self, images: list[ImageFile], folder: Path, pool: Pool
+    ) -> dict[ImageFile, os.stat_result]:
+        found = {image: _file_status(image.path) for image in images}
+        missing = sorted(image.name for image, status in found.items() if status is None)
+        if missing and self._missing_images == "stop":
+            raise InputError(
+                f"{len(missing)} of {len(images)} annotated images are missing from {folder}, the "
+                f"first is {missing[0]}{_other_spelling(folder, missing[0])}; put them there, or "
+                "set missing_images=skip."
+            )
+        pool.skipped["missing_images"] += len(missing)
+        return {image: status for image, status in found.items() if status is not None}
+
+    def _read(self, present: dict[ImageFile, os.stat_result]) -> None:
+        """Find out the faults of images that were not read before, on all workers of all
+        processes.
+        """
+        self._notes.mkdir(parents=True, exist_ok=True)
+        new = [image for image in present if image not in self._faults]
+        chunks = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
+        files = [self._notes / f"images-{_digest(chunk, present)}.json" for chunk in chunks]
+        rank, ranks = (
+            (self._processes.process_index, self._processes.num_processes)
+            if self._processes
+            else (0, 1)
+        )
+        mine = list(zip(files, chunks, strict=True))[rank::ranks]
+        todo = [(file, chunk) for file, chunk in mine if not file.is_file()]
+        with tqdm(
+            total=sum(len(chunk) for _, chunk in todo),
+            desc="checking images",
+            unit="image",
+            disable=rank != 0,
+        ) as progress:
+            for count in ordered_map(_note_faults, None, todo, self._workers):
+                progress.update(count)
+        if self._processes:
+            self._processes.wait_for_everyone()
+        for file, chunk in zip(files, chunks, strict=True):
+            faults = {place: ImageError(*fault) for place, *fault in read_json(file)}
+            self._faults |= {image: faults.get(place) for place, image in enumerate(chunk)}
+
+
+def open_image(file: ImageFile) -> Image.Image:
+    """The picture of a record, 8-bit RGB, with width and height as its annotations have them.
+
+    Where its EXIF tag says that the picture is to be turned, and the record has the size that it
+    has without that, its annotations were made on the picture as it is stored; so that is taken.
+    Raises ImageError where it cannot be read or has another size than its record says.
+    """
+    image, size = load_image(file.path), (file.width, file.height)
+    if image.size != size and image.size == size[::-1]:
+        image = load_image(file.path, upright=False)
+    if image.size != size:
+        raise ImageError(
+            f"The image {file.path} has {image.width} x {image.height} pixels, but its record says "
+            f"{file.width} x {file.height}.",
+            "of_another_size",
+        )
+    return image
+
+
+def _note_faults(_: None, work: tuple[Path, list[ImageFile]]) -> int:
+    """Read the images of a chunk and write down the faulty: place in the chunk, sentence, kind."""
+    notes, images = work
+    faults = []
+    for place, image in enumerate(images):
+        try:
+            open_image(image)
+        except ImageError as error:
+            faults.append((place, str(error), error.reason))
+    write_whole(notes, json.dumps(faults))
+    return len(images)
+
+
+def _digest(images: list[ImageFile], present: dict[ImageFile, os.stat_result]) -> str:
+    """Of the records of a chunk and the state of their files."""
+    states = [(repr(image), present[image].st_size, present[image].st_mtime_ns) for image in images]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+
+
+def _check_folder(folder: Path) -> None:
+    status = _status(folder)
+    if status is None:
+        raise InputError(f"The folder of images {folder} does not exist.")
+    if not stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{folder} is no folder; the folder of the images belongs there.")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file. Raises InputError where that cannot be found out."""
+    return _file_status(path) is not None
+
+
+def _file_status(path: Path) -> os.stat_result | None:
+    status = _status(path)
+    return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no possible name
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _other_spelling(folder: Path, name: str) -> str:
+    """A hint where there is a file whose name differs in case, folders, form of accented letters
+    or quoting.
+    """
+    for place in dict.fromkeys(((folder / name).parent, folder)):
+        try:
+            names = sorted(path.name for path in place.iterdir())
+        except OSError:  # It is not there, or one may look up files in it, but not list them.
+            continue
+        if like := next((other for other in names if _plain(other) == _plain(name)), None):
+            return f" (there is a file {place / like})"
+    return ""
+
+
+def _plain(name: str) -> str:
+    last = unquote(name).replace("\\", "/").rsplit("/", 1)[-1]
+    return unicodedata.normalize("NFC", last).casefold()
