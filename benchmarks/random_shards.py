@@ -11,7 +11,7 @@ from icl_moe.data.shards import SCHEMA_VERSION, Manifest, index_file
 from icl_moe.sequence import SequenceCodec, SequenceFormat
 from icl_moe.tokenizers.text import TextTokenizer
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
-from preprocessing.pool import ImageFile, Region
+from preprocessing.pool import ImageFile, PoolRegion
 
 _WORDS = [
     "a",
@@ -87,9 +87,9 @@ def write_shards(
     return manifest
 
 
-def _with_masks(mask_bytes: int) -> list[Region]:
+def _with_masks(mask_bytes: int) -> list[PoolRegion]:
     return [
-        Region(
+        PoolRegion(
             ImageFile(Path(), f"{n:012d}.jpg", 640, 480),
             category,
             (n,),
@@ -101,7 +101,7 @@ def _with_masks(mask_bytes: int) -> list[Region]:
     ]
 
 
-def _with_captions(rng: np.random.Generator) -> list[Region]:
+def _with_captions(rng: np.random.Generator) -> list[PoolRegion]:
     """Phrases of the length of Visual Genome's, 5 words in the mean."""
     regions = []
     for n in range(200):
@@ -109,7 +109,7 @@ def _with_captions(rng: np.random.Generator) -> list[Region]:
         phrase = " ".join(rng.choice(_WORDS, size=int(rng.integers(2, 9))))
         image = ImageFile(Path(), f"VG_100K/{n}.jpg", 800, 600)
         regions.append(
-            Region(
+            PoolRegion(
                 image,
                 category,
                 (n,),
@@ -124,7 +124,7 @@ def _with_captions(rng: np.random.Generator) -> list[Region]:
 
 
 def _episodes(
-    regions: list[Region], samples: int, pairs: int, rng: np.random.Generator
+    regions: list[PoolRegion], samples: int, pairs: int, rng: np.random.Generator
 ) -> TaskEpisodes:
     """Pictures 2n and 2n + 1 stand for region n's image and mask; an episode's class is its
     query's, as everywhere.

@@ -52,8 +52,8 @@ def run_lengths(counts: str | bytes) -> list[int]:
         group = 0x20
         while group & 0x20:
             group = text[position] - 48
-            if not 0 <= group < 64:
-                raise ValueError("not a character of run lengths")
+            if not 0 <= group < 64 or shift > 60:  # Longer numbers would take for ever.
+                raise ValueError("not run lengths")
             value |= (group & 0x1F) << shift
             shift += 5
             position += 1

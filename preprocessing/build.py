@@ -25,13 +25,14 @@ from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongErro
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
-from preprocessing import coco, coco_captions, synthetic, visual_genome
+from preprocessing import synthetic
 from preprocessing.episodes import plan_episodes
 from preprocessing.image_check import ImageCheck
-from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, pair_of, plan_shards
+from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
 from preprocessing.pool import Pool
 from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
 from preprocessing.recipe import DataRecipe
+from preprocessing.sources import Reading, check_sections, read_pools
 from preprocessing.workers import ordered_map
 
 
@@ -42,6 +43,7 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     Goes on where an earlier build with the same settings stopped. Raises InputError for bad input,
     and where `out` holds something else.
     """
+    check_sections(recipe)
     process = join_processes()
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
     codec = SequenceCodec(
@@ -280,12 +282,7 @@ def _read_pools(
     """The pool of each task, less what no episode can be made of. Raises InputError where a task is
     left with nothing.
     """
-    pools = []
-    if recipe.segmentation is not None:
-        pools.append(coco.read_segmentation(recipe.segmentation, recipe.image_size, check, workers))
-    if recipe.captioning is not None:
-        reader = visual_genome if recipe.captioning.source == "visual_genome" else coco_captions
-        pools.append(reader.read_captioning(recipe.captioning, check))
+    pools = list(read_pools(recipe, Reading(recipe.image_size, check, workers)))
     for pool in pools:
         _drop_texts_without_room(pool, codec)
         pool.drop_small_classes(images=recipe.examples + 1)
@@ -317,12 +314,13 @@ def _nothing_left(pool: Pool, examples: int) -> InputError:
 
 
 def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
-    image = np.zeros(codec.format.codes_per_image, dtype=np.int64)
+    task, image = TASKS[pool.task], np.zeros(codec.format.codes_per_image, dtype=np.int64)
     fits = []
     for region in tqdm(pool.regions, desc=f"measuring {pool.task}", unit="region"):
         try:
-            pairs: Any = (pair_of(region, codec, image, image),)
-            codec.encode(Episode(TASKS[pool.task], region.category, pairs))
+            drawn = [image] * len(task.pictures(region.target, codec.format))
+            pair = task.pair(codec.format, region.category, image, region.target, drawn)
+            codec.encode(Episode(task, region.category, (pair,)))
             fits.append(region)
         except TooLongError:
             pool.skipped["texts_without_room"] += 1
@@ -333,18 +331,22 @@ def _number_pictures(
     pools: list[Pool], episodes: dict[str, np.ndarray], codec: SequenceCodec
 ) -> tuple[list[Picture], dict[str, TaskEpisodes]]:
     """All distinct pictures that the episodes need, in the order of the pools, and each region's
-    two by number.
+    by number.
     """
     numbers: dict[Picture, int] = {}
     tasks = {}
     for pool in pools:
-        of_region = np.full((len(pool.regions), 2), -1, dtype=np.int64)
-        for region in np.unique(episodes[pool.task]).tolist():
-            for place, picture in enumerate(
-                pictures_of(pool.regions[region], draw_box=codec.format.box == "image")
-            ):
-                of_region[region, place] = numbers.setdefault(picture, len(numbers))
-        tasks[pool.task] = TaskEpisodes(pool.regions, episodes[pool.task], of_region)
+        task = TASKS[pool.task]
+        used = {
+            number: pictures_of(pool.regions[number], task, codec.format)
+            for number in np.unique(episodes[pool.task]).tolist()
+        }
+        width = max(map(len, used.values()), default=1)
+        of_region = np.full((len(pool.regions), width), -1, dtype=np.int64)
+        for number, pictures in used.items():
+            places = [numbers.setdefault(picture, len(numbers)) for picture in pictures]
+            of_region[number, : len(places)] = places
+        tasks[pool.task] = TaskEpisodes(task, pool.regions, episodes[pool.task], of_region)
     return list(numbers), tasks
 
 

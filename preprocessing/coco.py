@@ -24,9 +24,11 @@ from tqdm import tqdm
 from icl_moe.errors import InputError, shown
 from icl_moe.files import read_json
 from icl_moe.images import crop_and_resize_mask
+from icl_moe.rle import decode_rle, encode_rle, run_lengths
+from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
-from preprocessing.pool import ImageFile, Pool, Region
+from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ObjectScale, SegmentationSource
 from preprocessing.records import image_file, is_id, is_number, kinds_of_id
 from preprocessing.workers import ordered_map
@@ -181,27 +183,6 @@ def coco_image(coco: CheckedCOCO, folder: Path, image_id: Any) -> ImageFile:
     )
 
 
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """The boolean mask (H, W) of COCO's compressed RLE {"size": [H, W], "counts": ...}.
-
-    Raises InputError where the run lengths do not cover H x W pixels exactly: pycocotools hands out
-    uninitialised memory there.
-    """
-    height, width = rle["size"]
-    try:
-        covered = sum(_run_lengths(rle["counts"]))
-    except (IndexError, TypeError, ValueError):
-        covered = -1
-    if covered != height * width:
-        raise InputError(f"run lengths do not cover the {height} x {width} pixels of their mask.")
-    return rle_tools.decode(rle).astype(bool)
-
-
-def encode_mask(mask_HW: np.ndarray) -> bytes:
-    """COCO's compressed run lengths of a boolean mask."""
-    return rle_tools.encode(np.asfortranarray(mask_HW, dtype=np.uint8))["counts"]
-
-
 @dataclass(frozen=True, slots=True)
 class _ClassMask:
     """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and
@@ -343,7 +324,7 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
             f"{image.height} and width {image.width}."
         )
     try:
-        runs = counts if isinstance(counts, list) else _run_lengths(counts)
+        runs = counts if isinstance(counts, list) else run_lengths(counts)
         whole = (
             all(type(run) is int and run >= 0 for run in runs)
             and sum(runs) == image.height * image.width
@@ -359,48 +340,25 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
     return rle_tools.frPyObjects(rle, *size) if isinstance(counts, list) else rle
 
 
-def _run_lengths(counts: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed form: numbers of 5-bit groups, low group first, from the
-    third on as the difference to the last but one (pycocotools' maskApi.c, rleFrString).
-    """
-    text = counts.encode("ascii") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    position = 0
-    while position < len(text):
-        value = shift = 0
-        group = 0x20
-        while group & 0x20:
-            group = text[position] - 48
-            if not 0 <= group < 64 or shift > 60:  # Longer numbers would take for ever.
-                raise ValueError("not run lengths")
-            value |= (group & 0x1F) << shift
-            shift += 5
-            position += 1
-        if group & 0x10:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    if any(run < 0 for run in runs):
-        raise ValueError("a run length is negative")
-    return runs
-
-
-def _cut_masks(settings: tuple[int, ObjectScale], masks: list[_ClassMask]) -> list[Region | None]:
+def _cut_masks(
+    settings: tuple[int, ObjectScale], masks: list[_ClassMask]
+) -> list[PoolRegion | None]:
     """Each mask cut to its crop and drawn at image_size; None where nothing is left to see."""
     image_size, scale = settings
-    regions: list[Region | None] = []
+    regions: list[PoolRegion | None] = []
     for mask in masks:
         image = mask.image
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
-        mask_HW = crop_and_resize_mask(decode_mask(mask.rle), crop, image_size)
+        mask_HW = crop_and_resize_mask(decode_rle(mask.rle), crop, image_size)
         if mask_HW.any():
             regions.append(
-                Region(
+                PoolRegion(
                     image,
                     mask.category,
                     mask.annotations,
                     crop,
                     float(mask_HW.mean()),
-                    mask=encode_mask(mask_HW),
+                    MaskTarget(encode_rle(mask_HW)["counts"].encode("ascii")),
                 )
             )
         else:

@@ -17,7 +17,7 @@ from icl_moe.errors import InputError, shown
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco import CheckedCOCO, check_classes, coco_image, load_captions, load_instances
 from preprocessing.image_check import UsableImages
-from preprocessing.pool import ImageFile, Pool, Region
+from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.records import kinds_of_id, read_rect
 from preprocessing.visual_genome import caption_region, clean_phrase, drop_rare_classes
@@ -58,7 +58,7 @@ def _regions(
     seen: dict[str, tuple[Box, Box]],
     finder: ClassFinder,
     pool: Pool,
-) -> Iterable[Region]:
+) -> Iterable[PoolRegion]:
     phrases = [
         (annotation["id"], clean_phrase(annotation.get("caption"))) for annotation in annotations
     ]

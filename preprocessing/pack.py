@@ -19,23 +19,22 @@ from icl_moe.data.location import FileInfo
 from icl_moe.data.shards import INDEX_TYPE, ShardInfo, index_file, sample_checksum, sample_key
 from icl_moe.files import write_whole
 from icl_moe.sequence import Episode, SequenceCodec, TokenSequence
-from icl_moe.tasks import TASKS
-from icl_moe.tasks.captioning import CaptionPair
-from icl_moe.tasks.segmentation import SegmentationPair
-from preprocessing.pool import Region
+from icl_moe.tasks import Task
+from preprocessing.pool import PoolRegion
 from preprocessing.quantize import CodeStore
 
 
 @dataclass(frozen=True)
 class TaskEpisodes:
     """The episodes of one task: their regions by number (samples, examples + 1), and each region's
-    numbers of its pictures.
+    pictures.
 
-    pictures: int64 (regions, 2), the number in the code store of the image and of the mask or drawn
-    box, -1 where there is none.
+    pictures: int64 (regions, most pictures of a region), the numbers in the code store of the image
+    and of what the task draws, -1 where there is none.
     """
 
-    regions: Sequence[Region]
+    task: Task
+    regions: Sequence[PoolRegion]
     episodes: np.ndarray
     pictures: np.ndarray
 
@@ -128,55 +127,31 @@ def collect(
     return tuple(shards), {task: dict(sorted(counts.items())) for task, counts in classes.items()}
 
 
-def pair_of(
-    region: Region, codec: SequenceCodec, image: np.ndarray, second: np.ndarray | None
-) -> SegmentationPair | CaptionPair:
-    """The pair of a region, of its image's codes and of its mask's or drawn box's."""
-    if region.mask is not None:
-        assert second is not None, "a mask has codes"
-        return SegmentationPair(image, second)
-    assert region.caption is not None, "a region has a mask or a caption"
-    category = region.category if codec.format.category != "none" else None
-    return CaptionPair(
-        image, region.caption, category, region.box if codec.format.box == "text" else None, second
-    )
-
-
 def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, dict[str, Any]]:
     """Class, sequence and KEY.json of one episode; docs/shards.md says what stands in KEY.json."""
     of_task = packer.tasks[task]
     numbers = of_task.episodes[index]
     regions = [of_task.regions[number] for number in numbers]
-    pairs = tuple(
-        pair_of(
-            region, packer.codec, packer.codes[image], packer.codes[second] if second >= 0 else None
+    pairs = []
+    for region, pictures in zip(regions, of_task.pictures[numbers].tolist(), strict=True):
+        image, *drawn = (packer.codes[picture] for picture in pictures if picture >= 0)
+        pairs.append(
+            of_task.task.pair(packer.codec.format, region.category, image, region.target, drawn)
         )
-        for region, (image, second) in zip(regions, of_task.pictures[numbers].tolist(), strict=True)
-    )
-    query = regions[-1]
-    episode = Episode(TASKS[task], query.category, pairs)  # type: ignore[arg-type]
-    sequence = packer.codec.encode(episode)
+    category = regions[-1].category
+    sequence = packer.codec.encode(Episode(of_task.task, category, tuple(pairs)))
     meta = {
         "task": task,
-        "class": query.category,
+        "class": category,
         "spans": [[span.start, span.length, span.attributes, span.role] for span in sequence.spans],
         "sources": [
             {"image": region.image.name, "annotations": region.annotations, "crop": region.crop}
             for region in regions
         ],
-        "boxes": [region.box for region in regions],
         "scale": [round(region.scale, 6) for region in regions],
-        "captions": [region.caption for region in regions],
-        "references": [query.references] if query.references else [],
+        **of_task.task.describe([region.target for region in regions], packer.image_size),
     }
-    if task == "segmentation":
-        size = [packer.image_size, packer.image_size]
-        meta["masks"] = [
-            {"size": size, "counts": region.mask.decode("ascii")}
-            for region in regions
-            if region.mask is not None
-        ]
-    return query.category, sequence, meta
+    return category, sequence, meta
 
 
 def role_lengths(sequence: TokenSequence) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import Image
 
-from icl_moe.boxes import Box
 from icl_moe.images import PixelBox
 
 
@@ -31,16 +30,13 @@ class ImageFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """One pair in waiting: an image, the class it shows, and the mask or the caption that belongs
-    to it.
+class PoolRegion:
+    """What one pair of an episode is made of: an image, the class that it shows, and what the task
+    asks about it.
 
-    crop: the part of the image that the model sees, stretched to image_size x image_size.
-    scale: area of the object / area of the crop.
-    mask: of segmentation, the class's mask in the crop at image_size, COCO's compressed run
-    lengths.
-    box, caption, references: of captioning; the box in fractions of the crop, the text, and all
-    texts that a prediction is measured against. annotations: ids in the source.
+    annotations: ids in the source. crop: the part of the image that the model sees, stretched to
+    image_size x image_size. scale: area of the object / area of the crop. target: what the pair's
+    output says, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`).
     """
 
     image: ImageFile
@@ -48,10 +44,7 @@ class Region:
     annotations: tuple[Any, ...]
     crop: PixelBox
     scale: float
-    mask: bytes | None = None
-    box: Box | None = None
-    caption: str | None = None
-    references: tuple[str, ...] = ()
+    target: Any
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Pool:
     """
 
     task: str
-    regions: list[Region]
+    regions: list[PoolRegion]
     skipped: Counter[str] = field(default_factory=Counter)
     bad_images: dict[str, str] = field(default_factory=dict)
 

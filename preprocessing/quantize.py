@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from icl_moe.boxes import Box
-from icl_moe.images import PixelBox, box_to_mask, crop_and_resize
+from icl_moe.images import PixelBox, crop_and_resize
+from icl_moe.sequence import SequenceFormat
+from icl_moe.tasks import Task
+from icl_moe.tasks.task import Picture
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.image_check import open_image
-from preprocessing.pool import ImageFile, Region
+from preprocessing.pool import ImageFile, PoolRegion
 from preprocessing.workers import ordered_map
 
 BATCH = 32
@@ -39,47 +40,16 @@ class CropPicture:
     image: ImageFile
     crop: PixelBox
 
-
-@dataclass(frozen=True, slots=True)
-class MaskPicture:
-    """A mask at image_size (COCO's compressed run lengths), drawn white on black."""
-
-    counts: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BoxPicture:
-    """A box drawn as the paper's binary image: 0 on the object and 1 elsewhere."""
-
-    box: Box
+    def draw(self, size: int) -> np.ndarray:
+        """Raises ImageError where the image cannot be read, or has another size than its record
+        says.
+        """
+        return np.asarray(crop_and_resize(_open_image(self.image), self.crop, size))
 
 
-Picture = CropPicture | MaskPicture | BoxPicture
-
-
-def pictures_of(region: Region, draw_box: bool) -> tuple[Picture, ...]:
-    """What must be encoded for a region: its image, then its mask, or its box where captions draw
-    it.
-    """
-    image = CropPicture(region.image, region.crop)
-    if region.mask is not None:
-        return image, MaskPicture(region.mask)
-    assert region.box is not None, "a region has a mask or a box"
-    return (image, BoxPicture(region.box)) if draw_box else (image,)
-
-
-def draw(picture: Picture, size: int) -> np.ndarray:
-    """A picture as the tokenizer gets it, uint8 (size, size, 3).
-
-    Raises InputError where the image cannot be read, or has another size than its record says.
-    """
-    if isinstance(picture, CropPicture):
-        return np.asarray(crop_and_resize(_open_image(picture.image), picture.crop, size))
-    if isinstance(picture, MaskPicture):
-        plane = rle_tools.decode({"size": [size, size], "counts": picture.counts}) * np.uint8(255)
-    else:
-        plane = np.where(box_to_mask(picture.box, size), np.uint8(0), np.uint8(255))
-    return np.broadcast_to(plane[..., None], (size, size, 3))
+def pictures_of(region: PoolRegion, task: Task, format: SequenceFormat) -> tuple[Picture, ...]:
+    """What must be encoded for a region: its image, then what its task draws."""
+    return CropPicture(region.image, region.crop), *task.pictures(region.target, format)
 
 
 class CodeStore:
@@ -143,7 +113,7 @@ def _encode(tokenizer: VQGAN, pixels_BHW3: np.ndarray, device: torch.device) -> 
 
 def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> np.ndarray:
     pictures, size = context
-    return np.stack([draw(pictures[number], size) for number in numbers])
+    return np.stack([pictures[number].draw(size) for number in numbers])
 
 
 _open_image = lru_cache(maxsize=8)(open_image)  # pictures of one image follow one another

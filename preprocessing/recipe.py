@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from icl_moe.errors import InputError
 from icl_moe.sequence import SequenceFormat
@@ -89,6 +89,7 @@ class SyntheticScenes:
 class DataRecipe:
     """Settings of one shard folder.
 
+    tasks: the sections of tasks that are registered from elsewhere, see sources.py.
     tokenizer: the folder of a VQGAN, or the name of a shipped one. tokenizer_precision: bf16
     encodes faster and changes a few codes of a thousand (docs/tokenizer.md). text_tokenizer: see
     `TextTokenizer`'s source.
@@ -103,6 +104,7 @@ class DataRecipe:
     tokenizer: str
     segmentation: SegmentationSource | None = None
     captioning: CaptioningSource | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
     synthetic: SyntheticScenes = SyntheticScenes()
     image_size: int = 256
     examples: int = 3
@@ -124,7 +126,7 @@ class DataRecipe:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         if self.samples is not None and self.samples < 1:
             raise InputError(f"samples must be null or at least 1, not {self.samples}.")
-        if self.segmentation is None and self.captioning is None:
+        if self.segmentation is None and self.captioning is None and not self.tasks:
             raise InputError("a data recipe needs a section segmentation, captioning or both.")
         if self.segmentation is not None and self.segmentation.source == "coco":
             _require("segmentation", self.segmentation, ("images", "annotations"))

@@ -4,19 +4,17 @@ import hashlib
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from icl_moe.boxes import box_to_bins
 from icl_moe.data.location import ShardFolder, open_folder
 from icl_moe.data.shards import Manifest, Sample, ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import EvaluationEpisode
 from icl_moe.sequence import Episode, SequenceCodec
-from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks import find_task
 from icl_moe.tokenizers.text import TextTokenizer
-from preprocessing.coco import decode_mask
 from preprocessing.pack import role_lengths
 
 
@@ -127,53 +125,23 @@ def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> 
     """
     meta = sample.meta
     pairs = manifest.examples + 1
-    for name in ("sources", "boxes", "scale", "captions"):
+    for name in ("sources", "scale"):
         if not isinstance(meta.get(name), list) or len(meta[name]) != pairs:
             raise InputError(f"its JSON must have {pairs} {name}.")
     if meta.get("task") != sample.task:
         raise InputError(f"its JSON names the task {meta.get('task')!r}.")
-    episode = codec.decode(sample.sequence)
-    if len(episode.pairs) != pairs or episode.task.name != sample.task:
-        raise InputError(f"its sequence holds {len(episode.pairs)} pairs of {episode.task.name}.")
-    again = codec.encode(Episode(episode.task, sample.category, episode.pairs))
+    task = find_task(sample.task, "the manifest")
+    episode = codec.decode(sample.sequence, task)
+    if len(episode.pairs) != pairs:
+        raise InputError(f"its sequence holds {len(episode.pairs)} pairs.")
+    again = codec.encode(Episode(task, sample.category, episode.pairs))
     if (
         not np.array_equal(again.tokens_L, sample.sequence.tokens_L)
         or again.spans != sample.sequence.spans
     ):
         raise InputError("its sequence is not the one that its pairs make.")
-    for number, pair in enumerate(episode.pairs):
-        if isinstance(pair, CaptionPair):
-            _verify_caption(pair, meta, number, sample.category)
-    if sample.task == "segmentation":
-        _verify_masks(meta.get("masks"), pairs, manifest.image_size)
-
-
-def _verify_caption(pair: CaptionPair, meta: dict[str, Any], number: int, category: str) -> None:
-    if pair.caption != meta["captions"][number]:
-        raise InputError(
-            f"pair {number} says '{pair.caption}', its JSON '{meta['captions'][number]}'."
-        )
-    if pair.category not in (None, category):
-        raise InputError(
-            f"pair {number} is of class '{pair.category}', the episode of '{category}'."
-        )
-    if pair.box is not None and box_to_bins(pair.box) != box_to_bins(meta["boxes"][number] or ()):
-        raise InputError(f"the box of pair {number} is not that of its JSON.")
-
-
-def _verify_masks(masks: Any, pairs: int, image_size: int) -> None:
-    if not isinstance(masks, list) or len(masks) != pairs:
-        raise InputError(f"its JSON must have {pairs} masks.")
-    for mask in masks:
-        if (
-            not isinstance(mask, dict)
-            or mask.get("size") != [image_size, image_size]
-            or not isinstance(mask.get("counts"), str)
-        ):
-            raise InputError(
-                f"its JSON has a mask that is not RLE of {image_size} x {image_size} pixels."
-            )
-        decode_mask(mask)
+    truth = EvaluationEpisode(sample.key, task, sample.category, episode.pairs, meta)
+    task.verify(truth, manifest.image_size)
 
 
 def _verify_index(sample: Sample, shards: ShardSet, index: int) -> None:

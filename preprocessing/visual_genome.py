@@ -28,9 +28,10 @@ from icl_moe.files import (
     read_json,
     with_whole_characters,
 )
+from icl_moe.tasks.captioning import CaptionTarget
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.image_check import UsableImages, is_file
-from preprocessing.pool import ImageFile, Pool, Region
+from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.records import image_file, is_id, kinds_of_id, read_rect
 
@@ -73,7 +74,7 @@ def caption_region(
     box: Box,
     phrase: str,
     references: tuple[str, ...],
-) -> Region | None:
+) -> PoolRegion | None:
     """A region of the captioning pool; None where the box is empty.
 
     It shows the whole image, stretched to a square as the paper's captions have it: each box is
@@ -84,9 +85,8 @@ def caption_region(
     if area <= 0:
         return None
     crop = (0, 0, image.width, image.height)
-    return Region(
-        image, category, (annotation,), crop, area, box=box, caption=phrase, references=references
-    )
+    target = CaptionTarget(box, phrase, references)
+    return PoolRegion(image, category, (annotation,), crop, area, target)
 
 
 def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
@@ -248,7 +248,7 @@ def _read_regions(
     objects: dict[Any, list[tuple[str, Box]]],
     finder: ClassFinder,
     skipped: Counter[str],
-) -> Iterator[Region]:
+) -> Iterator[PoolRegion]:
     """The regions of `used` images that have a class."""
     for where, number, entries in _records(file, "regions", images):
         if number not in used:

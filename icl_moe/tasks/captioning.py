@@ -236,9 +236,11 @@ class Captioning(Task):
             details.append(f"box IoU {100 * box_iou(output['box'], truth['box']):.1f}")
         return f"{output['caption']} ({', '.join(details)})" if details else str(output["caption"])
 
-    def preview(self, truth: Truth, number: int, model: CodeReader) -> tuple[list[Cell], str]:
+    def preview(
+        self, truth: Truth, number: int, image: Image.Image, model: CodeReader
+    ) -> tuple[list[Cell], str]:
         pair = truth.pairs[number]
-        cells = [Cell("image", boxed(to_image(model.decode(pair.image[None])[0]), pair.box))]
+        cells = [Cell("image", boxed(image, pair.box))]
         if pair.box_image is not None:
             cells.append(Cell("box", to_image(model.decode(pair.box_image[None])[0])))
         words = f"{pair.category or ''} {pair.caption}".strip()

@@ -99,7 +99,10 @@ class Segmentation(Task):
     def describe(self, targets: Sequence[MaskTarget], image_size: int) -> dict[str, Any]:
         size = [image_size, image_size]
         return {
-            "masks": [{"size": size, "counts": target.counts.decode("ascii")} for target in targets]
+            "boxes": [None for _ in targets],
+            "masks": [
+                {"size": size, "counts": target.counts.decode("ascii")} for target in targets
+            ],
         }
 
     def verify(self, truth: Truth, image_size: int) -> None:
@@ -156,11 +159,10 @@ class Segmentation(Task):
     def caption_of(self, output: Output, truth: Output | None = None) -> str:
         return "" if truth is None else f"IoU {100 * mask_iou(_mask(output), _mask(truth)):.1f}"
 
-    def preview(self, truth: Truth, number: int, model: CodeReader) -> tuple[list[Cell], str]:
-        pair = truth.pairs[number]
-        image, mask = (
-            to_image(pixels) for pixels in model.decode(np.stack([pair.image, pair.mask]))
-        )
+    def preview(
+        self, truth: Truth, number: int, image: Image.Image, model: CodeReader
+    ) -> tuple[list[Cell], str]:
+        mask = to_image(model.decode(truth.pairs[number].mask[None])[0])
         before = Image.fromarray(_mask(self.true_output(truth, number))).convert("RGB")
         cells = [Cell("image", image), Cell("mask as tokens", mask), Cell("mask", before)]
         return cells, ""

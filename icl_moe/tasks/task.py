@@ -226,5 +226,9 @@ class Task(ABC):
         ]
 
     @abstractmethod
-    def preview(self, truth: Truth, number: int, model: CodeReader) -> tuple[list[Cell], str]:
-        """Pictures of a pair as its tokens have it, and words about it, for `shards preview`."""
+    def preview(
+        self, truth: Truth, number: int, image: Image.Image, model: CodeReader
+    ) -> tuple[list[Cell], str]:
+        """Pictures of a pair of an episode as its tokens have it, and words about it, for `shards
+        preview`. image: the pair's image.
+        """

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from preprocessing.crops import square_crop
 from preprocessing.episodes import plan_episodes
-from preprocessing.pool import ImageFile, Pool, Region
+from preprocessing.pool import ImageFile, Pool, PoolRegion
 
 
 def make_pool(images_of: dict[str, list[int]]) -> Pool:
@@ -19,7 +19,7 @@ def make_pool(images_of: dict[str, list[int]]) -> Pool:
     for category, images in images_of.items():
         for number in images:
             file = ImageFile(Path(f"{number}.jpg"), f"{number}.jpg", 10, 10)
-            regions.append(Region(file, category, (len(regions),), (0, 0, 10, 10), 0.5, mask=b"x"))
+            regions.append(PoolRegion(file, category, (len(regions),), (0, 0, 10, 10), 0.5, None))
     return Pool("segmentation", regions)
 
 

@@ -1,0 +1,107 @@
+"""Where the regions of a task come from: the readers, by task and by the name of their source.
+
+A data recipe has a section for each task. Those of segmentation and captioning are keys of the
+recipe; a task that is registered from elsewhere has its section under `tasks`, and registers the
+settings of that section and their reader here:
+
+    register_source("edges", "folder", EdgesFolder, read_edges)
+
+    tasks:
+      edges: {source: folder, images: pictures}
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from icl_moe.errors import InputError, nearest
+from icl_moe.recipe import from_dict
+from icl_moe.tasks import find_task
+from preprocessing import coco, coco_captions, visual_genome
+from preprocessing.image_check import UsableImages
+from preprocessing.pool import Pool
+from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What readers are given beside their settings.
+
+    image_size: side in pixels of what the model sees. usable: which images can be used. workers:
+    processes that may read.
+    """
+
+    image_size: int
+    usable: UsableImages
+    workers: int
+
+
+Reader = Callable[[Any, Reading], Pool]
+"""Reads the settings of a task's section into the task's pool."""
+
+
+class _Source(NamedTuple):
+    settings: type
+    read: Reader
+
+
+_SOURCES: dict[str, dict[str, _Source]] = {}
+
+
+def register_source(task: str, name: str, settings: type, read: Reader) -> None:
+    """Make a source of a task known. settings: a frozen dataclass, the keys of the recipe's section
+    beside `source`. The first source of a task is the one that is meant where none is named.
+    """
+    _SOURCES.setdefault(task, {})[name] = _Source(settings, read)
+
+
+def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
+    """The pool of each task of a recipe. Raises InputError for whatever is wrong in its files."""
+    if recipe.segmentation is not None:
+        yield _SOURCES["segmentation"]["coco"].read(recipe.segmentation, reading)
+    if recipe.captioning is not None:
+        yield _SOURCES["captioning"][recipe.captioning.source].read(recipe.captioning, reading)
+    for task, values in recipe.tasks.items():
+        name, settings = _section(task, values)
+        yield _SOURCES[task][name].read(settings, reading)
+
+
+def check_sections(recipe: DataRecipe) -> None:
+    """Raise InputError where a section under `tasks` is of an unknown task or source, or has wrong
+    keys.
+    """
+    for task, values in recipe.tasks.items():
+        _section(task, values)
+
+
+def _section(task: str, values: Any) -> tuple[str, Any]:
+    """The source of a section under `tasks`, and its settings."""
+    find_task(task, "tasks")
+    sources = _SOURCES.get(task, {})
+    if not isinstance(values, dict):
+        raise InputError(f"tasks.{task} must hold keys and values, not {values!r}.")
+    keys = dict(values)
+    name = keys.pop("source", next(iter(sources), None))
+    if name not in sources:
+        raise InputError(
+            f"tasks.{task}.source names {name}{nearest(str(name), sources)}; known are "
+            f"{', '.join(sources) or 'none'}."
+        )
+    return name, from_dict(sources[name].settings, keys, f"tasks.{task}")
+
+
+def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
+    return coco.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
+
+
+def _read_visual_genome(source: CaptioningSource, reading: Reading) -> Pool:
+    return visual_genome.read_captioning(source, reading.usable)
+
+
+def _read_coco_captions(source: CaptioningSource, reading: Reading) -> Pool:
+    return coco_captions.read_captioning(source, reading.usable)
+
+
+register_source("segmentation", "coco", SegmentationSource, _read_coco)
+register_source("captioning", "visual_genome", CaptioningSource, _read_visual_genome)
+register_source("captioning", "coco_captions", CaptioningSource, _read_coco_captions)
