@@ -9,6 +9,9 @@ import numpy as np
 from icl_moe.data.location import FileInfo
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest, index_file
 from icl_moe.sequence import SequenceCodec, SequenceFormat
+from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
+from icl_moe.tasks.captioning import CaptionTarget
+from icl_moe.tasks.segmentation import MaskTarget
 from icl_moe.tokenizers.text import TextTokenizer
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
 from preprocessing.pool import ImageFile, PoolRegion
@@ -57,9 +60,10 @@ def write_shards(
     folder.mkdir(parents=True)
     codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges))
     rng = np.random.default_rng(0)
-    regions = {"segmentation": _with_masks(mask_bytes), "captioning": _with_captions(rng)}
+    regions = {SEGMENTATION: _with_masks(mask_bytes), CAPTIONING: _with_captions(rng)}
     tasks = {
-        task: _episodes(of_task, samples, examples + 1, rng) for task, of_task in regions.items()
+        task.name: _episodes(task, of_task, samples, examples + 1, rng)
+        for task, of_task in regions.items()
     }
     image_size = 16 * int(format.codes_per_image**0.5)
     pictures = max(int(of_task.pictures.max()) for of_task in tasks.values()) + 1
@@ -95,7 +99,7 @@ def _with_masks(mask_bytes: int) -> list[PoolRegion]:
             (n,),
             (80, 0, 560, 480),
             0.25,
-            mask=b"0" * mask_bytes,
+            MaskTarget(b"0" * mask_bytes),
         )
         for n, category in enumerate(_CLASSES)
     ]
@@ -115,21 +119,19 @@ def _with_captions(rng: np.random.Generator) -> list[PoolRegion]:
                 (n,),
                 (0, 0, 800, 600),
                 0.1,
-                box=(0.1, 0.2, 0.5, 0.75),
-                caption=phrase,
-                references=(phrase,),
+                CaptionTarget((0.1, 0.2, 0.5, 0.75), phrase, (phrase,)),
             )
         )
     return regions
 
 
 def _episodes(
-    regions: list[PoolRegion], samples: int, pairs: int, rng: np.random.Generator
+    task: Task, regions: list[PoolRegion], samples: int, pairs: int, rng: np.random.Generator
 ) -> TaskEpisodes:
     """Pictures 2n and 2n + 1 stand for region n's image and mask; an episode's class is its
     query's, as everywhere.
     """
     pictures = np.arange(2 * len(regions)).reshape(-1, 2)
-    if regions[0].mask is None:
+    if task is CAPTIONING:
         pictures[:, 1] = -1
-    return TaskEpisodes(regions, rng.integers(0, len(regions), (samples, pairs)), pictures)
+    return TaskEpisodes(task, regions, rng.integers(0, len(regions), (samples, pairs)), pictures)

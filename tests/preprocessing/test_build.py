@@ -21,6 +21,7 @@ from icl_moe.errors import InputError
 from icl_moe.recipe import load_recipe
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import BoxPicture
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import build as build_module
@@ -258,12 +259,12 @@ def test_a_box_as_an_image_is_dark_on_the_object(build, tokenizer, coco_recipe, 
     out = tmp_path / "out"
     manifest = build(out, "caption.box=image", "segmentation=null", recipe=str(coco_recipe))
     codec = SequenceCodec(manifest.format, TextTokenizer(1000))
-    picture = quantize.draw(quantize.BoxPicture((0.25, 0.5, 0.75, 1.0)), 64)
+    picture = BoxPicture((0.25, 0.5, 0.75, 1.0)).draw(64)
     assert picture[32:, 16:48].max() == 0
     assert picture[:32].min() == picture[32:, :16].min() == picture[32:, 48:].min() == 255
     sample = ShardSet(out).sample("captioning", 0)
     box = sample.meta["boxes"][0]
-    drawn = quantize.draw(quantize.BoxPicture(tuple(box)), 64)
+    drawn = BoxPicture(tuple(box)).draw(64)
     expected = (
         VQGAN.from_pretrained(tokenizer)
         .encode(torch.from_numpy(drawn / 127.5 - 1.0).float().permute(2, 0, 1)[None])

@@ -7,7 +7,8 @@ import pytest
 from pycocotools import mask as rle_tools
 
 from icl_moe.errors import InputError
-from preprocessing.coco import decode_mask, encode_mask, read_segmentation
+from icl_moe.rle import decode_rle, encode_rle
+from preprocessing.coco import read_segmentation
 from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource
@@ -24,7 +25,7 @@ def read(folder, missing_images="stop", workers=0, **settings) -> Pool:
 
 
 def mask_of(region) -> np.ndarray:
-    return decode_mask({"size": [SIZE, SIZE], "counts": region.mask})
+    return decode_rle({"size": [SIZE, SIZE], "counts": region.target.counts})
 
 
 def test_a_region_is_an_image_and_a_class_with_the_union_of_its_instances(coco_folder):
@@ -197,7 +198,7 @@ def test_a_file_that_is_missing_or_no_json_is_named_in_a_sentence(coco_folder):
 
 def test_masks_survive_their_run_lengths_and_wrong_run_lengths_do_not_pass():
     mask = np.random.default_rng(0).random((13, 7)) < 0.3
-    rle = {"size": [13, 7], "counts": encode_mask(mask)}
-    np.testing.assert_array_equal(decode_mask(rle), mask)
+    rle = encode_rle(mask)
+    np.testing.assert_array_equal(decode_rle(rle), mask)
     with pytest.raises(InputError, match="do not cover the 13 x 8 pixels"):
-        decode_mask({**rle, "size": [13, 8]})
+        decode_rle({**rle, "size": [13, 8]})

@@ -26,7 +26,9 @@ def read(folder, **settings) -> Pool:
 def test_a_caption_belongs_to_each_seen_class_that_it_names(coco_folder):
     pool = read(coco_folder)
     first = [
-        (region.category, region.caption) for region in pool.regions if region.image.name == "1.jpg"
+        (region.category, region.target.caption)
+        for region in pool.regions
+        if region.image.name == "1.jpg"
     ]
     assert first == [
         ("dog", "A dog on grass"),
@@ -41,7 +43,7 @@ def test_a_caption_belongs_to_each_seen_class_that_it_names(coco_folder):
 def test_a_singular_takes_the_largest_instances_box_and_a_plural_the_box_around_all(coco_folder):
     def boxes() -> dict[str, tuple[float, ...]]:
         return {
-            region.category: region.box
+            region.category: region.target.box
             for region in read(coco_folder).regions
             if region.image.name == "1.jpg"
         }

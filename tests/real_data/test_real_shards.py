@@ -17,9 +17,10 @@ from pycocotools.coco import COCO
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.recipe import load_recipe
+from icl_moe.rle import decode_rle
 from preprocessing.build import build_shards
 from preprocessing.classes import COCO_CLASSES
-from preprocessing.coco import decode_mask, read_segmentation
+from preprocessing.coco import read_segmentation
 from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
@@ -94,7 +95,7 @@ def test_a_mask_of_the_whole_image_is_the_union_that_pycocotools_draws(coco):
         )
         left, top, right, bottom = region.crop
         np.testing.assert_array_equal(
-            decode_mask({"size": [side, side], "counts": region.mask}),
+            decode_rle({"size": [side, side], "counts": region.target.counts}),
             union[top:bottom, left:right],
         )
         checked += 1
@@ -194,9 +195,11 @@ def test_visual_genomes_regions_get_the_classes_of_objects(genome):
     assert all(
         0.0 <= low < high <= 1.0
         for region in pool.regions
-        for low, high in (region.box[::2], region.box[1::2])
+        for low, high in (region.target.box[::2], region.target.box[1::2])
     )
-    red_shirt = next(region for region in pool.regions if region.caption == "A man in a red shirt")
+    red_shirt = next(
+        region for region in pool.regions if region.target.caption == "A man in a red shirt"
+    )
     assert red_shirt.category == "person"
     # The paper's rule: classes with more than 100 descriptions.
     assert set(
