@@ -35,7 +35,7 @@ def test_a_caption_belongs_to_each_seen_class_that_it_names(coco_folder):
         ("cat", "Two cats and a dog"),
         ("dog", "Two cats and a dog"),
     ]
-    assert pool.regions[0].references == ("A dog on grass", "Two cats and a dog")
+    assert pool.regions[0].target.references == ("A dog on grass", "Two cats and a dog")
     assert {region.category for region in pool.regions if region.image.name == "5.jpg"} == {"dog"}
     assert pool.skipped["captions_without_a_seen_class"] == 6
 

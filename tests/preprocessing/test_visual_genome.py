@@ -28,19 +28,19 @@ def test_a_region_has_the_class_that_its_phrase_names_and_an_object_at_its_place
     pool = read(genome_folder)
     assert [region.category for region in pool.regions] == ["dog"] * 10
     first, second = pool.regions[:2]
-    assert first.caption == "the dogs are asleep"
-    assert first.references == ("the dogs are asleep",)
-    assert first.box == (0.0, 0.0, 0.5, 0.45)
+    assert first.target.caption == "the dogs are asleep"
+    assert first.target.references == ("the dogs are asleep",)
+    assert first.target.box == (0.0, 0.0, 0.5, 0.45)
     assert first.annotations == (11,)
     assert first.crop == (0, 0, 100, 80)
     assert first.scale == pytest.approx(0.225)
-    assert second.caption == "a dog past the edge"
+    assert second.target.caption == "a dog past the edge"
     # Of each image, one region names a dog where there is none, and one names no class.
     assert pool.skipped["regions_without_a_class"] == 10
 
 
 def test_a_box_past_the_images_edge_is_cut(genome_folder):
-    assert read(genome_folder).regions[1].box == (0.6, 0.5, 1.0, 1.0)
+    assert read(genome_folder).regions[1].target.box == (0.6, 0.5, 1.0, 1.0)
 
 
 def test_classes_need_more_descriptions_than_the_least(genome_folder):
