@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icl_moe.errors import InputError, RankError
+from icl_moe.signals import listening
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,6 +203,11 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    with listening():
+        return _train_until_stopped(options)
+
+
+def _train_until_stopped(options: argparse.Namespace) -> int:
     from icl_moe.recipe import TrainingRecipe, load_recipe
     from icl_moe.training.preflight import check
 
