@@ -3,12 +3,14 @@ that --help answers at once.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from icl_moe.errors import InputError, RankError
+from icl_moe.files import locked
 from icl_moe.signals import listening
 
 
@@ -233,9 +235,9 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
     from preprocessing.synthetic import draw_picture
 
-    train_tokenizer(
-        load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out, draw_picture
-    )
+    recipe = load_recipe(TokenizerRecipe, options.recipe, options.settings)
+    with _locked_by_first(options.out):
+        train_tokenizer(recipe, options.out, draw_picture)
     return 0
 
 
@@ -264,17 +266,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     from icl_moe.evaluation.protocol import evaluate
     from icl_moe.evaluation.report import summary
 
-    metrics = evaluate(
-        options.model,
-        options.shards,
-        options.out,
-        shots,
-        options.limit,
-        options.batch,
-        options.control,
-    )
+    with _locked_by_first(options.out):
+        metrics = evaluate(
+            options.model,
+            options.shards,
+            options.out,
+            shots,
+            options.limit,
+            options.batch,
+            options.control,
+        )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
     return 0
+
+
+def _locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of --out; of several processes that share the work the first one has it."""
+    return locked(out, "--out") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

@@ -14,6 +14,7 @@ would pass them on to its ranks for 30 seconds, kill what is left, and exit with
 
 import contextlib
 import ctypes
+import enum
 import multiprocessing
 import os
 import signal
@@ -29,8 +30,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 _ONE_REQUEST = 2.5
 """Seconds from a request's first signal in which all others belong to it."""
 
-_LONE_WAIT = 10.0
-"""Seconds after which a process that was asked to stop no longer waits for others to come."""
+_MEETING = 3.0
+"""Seconds that a process which was asked to stop waits for other ranks that are not there yet."""
 
 _WORKER_REST = 60.0
 """Seconds that a loader worker which its own rank terminates has left."""
@@ -38,39 +39,47 @@ _WORKER_REST = 60.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class _Phase(enum.Enum):
+    """How far a run has come: until its ranks meet nothing is lost where one of them ends, and then
+    they have to agree.
+    """
+
+    BEFORE = enum.auto()
+    MEETING = enum.auto()
+    TOGETHER = enum.auto()
+
+
 class _Requests:
     """The requests to stop that reached this process."""
 
     def __init__(self) -> None:
         self.launcher: int | None = None
-        self._first: float | None = None
-        self._lone_since: float | None = None
+        self.phase = _Phase.BEFORE
+        self.first: float | None = None
         self._listener: threading.Thread | None = None
         self._ended = threading.Event()
-
-    @property
-    def came(self) -> bool:
-        return self._first is not None
 
     def note(self, number: int, sender: int | None = None) -> None:
         """Count a signal; `sender` is the process that sent it, where that is known."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
+        if self.phase is _Phase.BEFORE:
+            _say_on_main(f"{_name(number)}: stopped before the run began.")
+            self._end(number)
+        elif self.first is None:
+            self.first = now
             _say_on_main(
-                f"{signal.Signals(number).name}: asked to stop, which the run does as soon as its "
-                "ranks agree; a second signal, some seconds from now, ends it at once."
+                f"{_name(number)}: asked to stop, which the run does as soon as its ranks agree; a "
+                "second signal, some seconds from now, ends it at once."
             )
         # The launcher signals its ranks one after another, each when the one before has ended: its
         # signal may be late, and is never a request of its own.
-        elif now - self._first > _ONE_REQUEST and (sender is None or sender != self.launcher):
+        elif now - self.first > _ONE_REQUEST and (sender is None or sender != self.launcher):
             _say_on_main("a second signal: the run ends at once.")
-            # The main thread may be in a collective: nothing softer reaches it.
             os._exit(128 + number)
 
     def listen(self) -> None:
         """From now on a thread of its own takes the signals: it knows who sent them, and is heard
-        while the main thread is in foreign code.
+        while the main thread is in foreign code, such as a collective.
         """
         # Threads that start from here on inherit the mask, so that no other is given a signal.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -86,34 +95,46 @@ class _Requests:
         assert self._listener is not None
         self._ended.set()
         self._listener.join()
-        self._listener = self._first = None
+        self._listener = self.first = None
+        self.phase = _Phase.BEFORE
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
-    @contextlib.contextmanager
-    def lone(self) -> Iterator[None]:
-        self._lone_since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._lone_since = None
-
     def _listen(self) -> None:
+        meeting_since = 0.0
         while not self._ended.is_set():
             received = signal.sigtimedwait(STOPPING, 0.5)
             if received is not None:
                 self.note(received.si_signo, received.si_pid)
-            since, first = self._lone_since, self._first
-            if since and first and time.monotonic() - max(since, first) > _LONE_WAIT:
-                _say("asked to stop while it waited for other ranks, which did not come.")
-                os._exit(128 + signal.SIGTERM)
+            if self.phase is not _Phase.MEETING or self.first is None:
+                meeting_since = time.monotonic()
+            elif time.monotonic() - meeting_since > _MEETING:
+                _say("stopped before the run began, while it waited for the other ranks.")
+                self._end(signal.SIGTERM)
+
+    def _end(self, number: int) -> None:
+        """End before the ranks have met. The launcher takes no notice of a rank that ends well, so
+        that the others would wait for this one: it does not end well where there are others.
+        """
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        os._exit(0 if is_alone else 128 + number)
 
 
 _requests = _Requests()
 
 
 def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
-    return _requests.came
+    """Whether this process was asked to stop since its ranks have met."""
+    return _requests.first is not None
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Within it this process waits for the other ranks. Before, a request to stop ends it at once;
+    from here on it is for the ranks to agree on, unless they do not come.
+    """
+    _requests.phase = _Phase.MEETING
+    yield
+    _requests.phase = _Phase.TOGETHER
 
 
 def hear() -> None:
@@ -155,13 +176,6 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def waiting_for_others() -> contextlib.AbstractContextManager[None]:
-    """Within it this process waits for others that may never come: where it is asked to stop, it
-    waits ten seconds more and ends.
-    """
-    return _requests.lone()
-
-
 def end_with_parent() -> None:
     """This process, a child of multiprocessing, is killed when its parent dies, however that
     dies.
@@ -195,20 +209,27 @@ def _handle(number: int, _: FrameType | None) -> None:
 
 
 def _held_back() -> int | None:
-    """A signal that waits in a process above this one. The launch scripts start the launcher with
-    these signals blocked, so that its ranks alone act on them; one that came while there were no
-    ranks still waits there.
+    """A signal that waits in a process above this one, which holds it back: `python -m
+    icl_moe.signals`, or a launcher that it started. One that came while there were no ranks yet
+    waits there.
     """
     pid = os.getppid()
     with contextlib.suppress(OSError, KeyError, ValueError):
-        while pid > 1:
+        while True:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
             status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            waiting, blocked = int(status["ShdPnd"], 16), int(status["SigBlk"], 16)
             for number in STOPPING:
-                if int(status["ShdPnd"], 16) >> (number - 1) & 1:
+                if waiting >> (number - 1) & 1:
                     return number
+            if not blocked >> (signal.SIGTERM - 1) & 1:
+                return None
             pid = int(status["PPid"])
     return None
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
 
 
 def _say_on_main(what: str) -> None:

@@ -75,6 +75,9 @@ while kill -0 "$launcher" 2>/dev/null; do  # a signal ends a wait early
     status=0
     wait "$launcher" || status=$?
 done
+if [[ -n "$asked" && $status -eq 143 ]]; then  # stopped before the ranks had met: nothing was begun
+    status=0
+fi
 exit "$status"
 ":"""
 import icl_moe.hear_signals

@@ -3,10 +3,8 @@ then scored.
 """
 
 import json
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +26,7 @@ from icl_moe.images import pixels_to_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.sequence import SegmentationPair
 from icl_moe.tokenizers.boxes import Box, box_iou
+from icl_moe.versions import installed_versions
 
 Control = Literal["shuffled"]
 """`shuffled`: ask each query also with examples of another class. A model that makes use of its
@@ -101,10 +100,7 @@ def evaluate(
         "model_folder": Path(model_dir).resolve().name,
         "shards_folder": Path(shards.location).name,
         "decoding": "greedy",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "versions": installed_versions(_PACKAGES),
         "tasks": tasks,
     }
     log.finish()

@@ -16,7 +16,7 @@ from deepspeed.utils import logger
 from torch import distributed as dist
 
 from icl_moe.errors import InputError, RankError
-from icl_moe.signals import stop_requested, waiting_for_others
+from icl_moe.signals import meeting, stop_requested
 
 _REASON = "the reason that a rank gave for its end"
 
@@ -109,7 +109,7 @@ def process_group() -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(device)
     try:
-        with waiting_for_others():
+        with meeting():
             deepspeed.init_distributed(
                 dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
             )

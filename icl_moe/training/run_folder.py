@@ -3,7 +3,6 @@ that began in it, and run.json says what each stretch of it was computed with.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -18,6 +17,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.files import locked, write_whole
 from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.versions import installed_versions
 
 if TYPE_CHECKING:
     from icl_moe.training.distributed import Ranks  # With DeepSpeed, which a refusal must not need.
@@ -62,7 +62,7 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(output: Path, ranks: 'Ranks') -> Iterator[None]:
+def alone_in(output: Path, ranks: "Ranks") -> Iterator[None]:
     """Within it no other run writes `output`. Every rank must enter it together; rank 0 keeps the
     lock. Raises InputError on every rank where another run has it.
     """
@@ -84,7 +84,7 @@ def record_stretch(
     recipe: TrainingRecipe,
     shards: ShardSet,
     engine_config: dict[str, Any],
-    ranks: 'Ranks',
+    ranks: "Ranks",
     start: int,
 ) -> None:
     """Write into run.json all that decides what is computed from the step after `start` on.
@@ -97,10 +97,7 @@ def record_stretch(
         "engine": engine_config,
         "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
         "revision": _git_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": installed_versions(_PACKAGES),
         "ranks": ranks.world,
         "device": torch.cuda.get_device_name(ranks.device)
         if ranks.device.type == "cuda"
@@ -129,14 +126,6 @@ def _read(output: Path) -> list[dict[str, Any]]:
             "without a record of what was trained before."
         ) from error
     return stretches
-
-
-def _version(package: str) -> str | None:
-    """The version of an installed package; None where its code is there without its metadata."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_revision() -> str | None:
