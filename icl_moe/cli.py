@@ -5,6 +5,7 @@ that --help answers at once.
 import argparse
 import contextlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except InputError as error:
-        # Under a launcher every rank finds the same fault, and one of them says it; but some faults
-        # one rank finds alone.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"icl-moe: {error}", file=sys.stderr)
+        _say_once(error)
         return 2
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -33,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
+
+
+def _say_once(error: InputError) -> None:
+    """Under a launcher every rank finds the same fault, and the first one says it. But a fault may
+    be one machine's alone, so the first rank of every other machine says it with that machine's
+    name, and a RankError is said by the rank that has it.
+    """
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        print(f"icl-moe: {error}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK") == "0":
+        print(f"{platform.node()}: icl-moe: {error}", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
