@@ -3,12 +3,16 @@ that --help answers at once.
 """
 
 import argparse
+import contextlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from icl_moe.errors import InputError, RankError
+from icl_moe.locks import locked
+from icl_moe.signals import listening
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,10 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except InputError as error:
-        # Under a launcher every rank finds the same fault, and one of them says it; but some faults
-        # one rank finds alone.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"icl-moe: {error}", file=sys.stderr)
+        _say_once(error)
         return 2
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -30,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
+
+
+def _say_once(error: InputError) -> None:
+    """Under a launcher every rank finds the same fault, and the first one says it. But a fault may
+    be one machine's alone, so the first rank of every other machine says it with that machine's
+    name, and a RankError is said by the rank that has it.
+    """
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        print(f"icl-moe: {error}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK") == "0":
+        print(f"{platform.node()}: icl-moe: {error}", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -210,6 +222,11 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    with listening():
+        return _train_until_stopped(options)
+
+
+def _train_until_stopped(options: argparse.Namespace) -> int:
     from icl_moe.recipe import TrainingRecipe, load_recipe
     from icl_moe.training.preflight import check
 
@@ -235,9 +252,9 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
     from preprocessing.synthetic import draw_picture
 
-    train_tokenizer(
-        load_recipe(TokenizerRecipe, options.recipe, options.settings), options.out, draw_picture
-    )
+    recipe = load_recipe(TokenizerRecipe, options.recipe, options.settings)
+    with _locked_by_first(options.out):
+        train_tokenizer(recipe, options.out, draw_picture)
     return 0
 
 
@@ -266,17 +283,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     from icl_moe.evaluation.protocol import evaluate
     from icl_moe.evaluation.report import summary
 
-    metrics = evaluate(
-        options.model,
-        options.shards,
-        options.out,
-        shots,
-        options.limit,
-        options.batch,
-        options.control,
-    )
+    with _locked_by_first(options.out):
+        metrics = evaluate(
+            options.model,
+            options.shards,
+            options.out,
+            shots,
+            options.limit,
+            options.batch,
+            options.control,
+        )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
     return 0
+
+
+def _locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of --out; of several processes that share the work the first one has it."""
+    return locked(out, "--out") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

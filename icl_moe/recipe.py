@@ -156,6 +156,8 @@ class TrainingSettings:
     null to wait for ever.
     dry_run: before the first step, compute the largest batch of every task, so that one that is too
     large for the memory shows at once.
+    accept_changes: whether a run may go on with other shards, or another seed, global batch,
+    sampling or task weights, than it has trained with so far.
     evaluate_every, evaluate_episodes: every so many steps, ask the first so many episodes of each
     task of data.validation; null for never.
     gradient_report_every: how often the gradient's norm is written by task and part of the model;
@@ -181,6 +183,7 @@ class TrainingSettings:
     skipped_steps: int = 5
     hang_seconds: float | None = 1800.0
     dry_run: bool = True
+    accept_changes: bool = False
     evaluate_every: int | None = None
     evaluate_episodes: int = 32
     gradient_report_every: int | None = None

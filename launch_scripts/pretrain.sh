@@ -21,18 +21,64 @@ if ! command -v deepspeed >/dev/null; then
     exit 2
 fi
 
-# The launcher's front end would die of a signal and leave its processes behind. So it ignores signals, and this shell hands
-# them to all that it started.
+# With a HOSTFILE that it does not find the launcher would train on this machine alone.
+machines=1
+if [[ -n "${HOSTFILE:-}" ]]; then
+    if [[ ! -f "$HOSTFILE" || ! -r "$HOSTFILE" ]]; then
+        echo "icl-moe: HOSTFILE: there is no readable file $HOSTFILE; name one with a line for each machine, such as: worker-1 slots=8" >&2
+        exit 2
+    fi
+    machines=0
+    names=" "
+    entry="^[[:space:]]*([^[:space:]]+)[[:space:]]+slots=[1-9]"
+    while read -r line || [[ -n "$line" ]]; do
+        if [[ "$line" =~ ^[[:space:]]*(#|$) ]]; then
+            continue
+        fi
+        if [[ ! "$line" =~ $entry || "$names" == *" ${BASH_REMATCH[1]} "* ]]; then
+            echo "icl-moe: HOSTFILE: in $HOSTFILE the line '$line' is not right; each machine has one line, such as: worker-1 slots=8" >&2
+            exit 2
+        fi
+        names+="${BASH_REMATCH[1]} "
+        machines=$((machines + 1))
+    done <"$HOSTFILE"
+    if [[ $machines -eq 0 ]]; then
+        echo "icl-moe: HOSTFILE: $HOSTFILE names no machine; write a line for each, such as: worker-1 slots=8" >&2
+        exit 2
+    fi
+fi
+
+# On one machine the launcher starts with signals held back from it: the ranks alone act on them, and it ends when they have
+# ended, with exit code 0 where they have saved. To other machines its front end passes signals on, so there it gets them. It
+# ignores them until it has begun: it would die of them and leave its processes behind.
 set -m
-(trap "" INT TERM; exec deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} "$0" "$@") &
+arguments=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} "$0" "$@")
+if [[ $machines -eq 1 ]]; then
+    python -m icl_moe.signals deepspeed "${arguments[@]}" &
+else
+    (trap "" INT TERM; exec deepspeed "${arguments[@]}") &
+fi
 launcher=$!
-trap 'kill -TERM -- "-$launcher"' INT TERM
+asked=""
+stop() {
+    if [[ -n "$asked" ]] && ((SECONDS - asked > 2)); then  # a second request ends the run at once
+        kill -KILL -- "-$launcher"
+    else
+        asked="${asked:-$SECONDS}"
+        kill -TERM -- "-$launcher"
+    fi
+}
+trap stop INT TERM
 status=0
 wait "$launcher" || status=$?
 while kill -0 "$launcher" 2>/dev/null; do  # a signal ends a wait early
     status=0
     wait "$launcher" || status=$?
 done
+if [[ -n "$asked" && $status -eq 143 ]]; then  # stopped before the ranks had met: nothing was begun
+    status=0
+fi
 exit "$status"
 ":"""
+import icl_moe.hear_signals
 import icl_moe.training.__main__

@@ -4,6 +4,7 @@ What is finished stays: encoded chunks and packed shards lie in the output folde
 command goes on from there. The manifest is written last, so a folder with a manifest is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from tqdm import tqdm
 
 from icl_moe.data.location import MANIFEST_FILE, FileInfo
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
 from icl_moe.errors import InputError
 from icl_moe.files import read_json
+from icl_moe.locks import LOCK_FILE, locked
 from icl_moe.processes import join_processes
 from icl_moe.recipe import from_dict, to_dict
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
@@ -51,7 +54,27 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
         TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer),
     )
     folder = _WorkFolder(out, recipe, tokenizer.fingerprint, codec.text.fingerprint)
-    if folder.is_complete():
+    if folder.is_complete() and not folder.work.exists():
+        return ShardSet(out).manifest
+    with locked(out, "--out") if process.is_main_process else contextlib.nullcontext():
+        return _build(process, folder, recipe, tokenizer, codec, workers)
+
+
+def _build(
+    process: PartialState,
+    folder: "_WorkFolder",
+    recipe: DataRecipe,
+    tokenizer: VQGAN,
+    codec: SequenceCodec,
+    workers: int,
+) -> Manifest:
+    """`build_shards` in a folder that no other build writes meanwhile."""
+    out = folder.out
+    with process.main_process_first():
+        is_complete = folder.is_complete()
+    if is_complete:
+        # Here a build was stopped between its last two steps, or another has just ended.
+        shutil.rmtree(folder.work, ignore_errors=True)
         return ShardSet(out).manifest
     with process.main_process_first():
         if process.is_main_process:
@@ -151,9 +174,6 @@ class _WorkFolder:
             manifest.schema_version,
         )
         self._check_settings(found, "shards")
-        shutil.rmtree(
-            self.work, ignore_errors=True
-        )  # where the build was stopped between its last two steps
         return True
 
     def open(self) -> None:
@@ -170,7 +190,8 @@ class _WorkFolder:
             shutil.rmtree(self.work)
             shutil.rmtree(self.out / "synthetic", ignore_errors=True)
         if self.out.exists() and (
-            not self.out.is_dir() or any(path.name != ".build" for path in self.out.iterdir())
+            not self.out.is_dir()
+            or any(path.name not in (".build", LOCK_FILE) for path in self.out.iterdir())
         ):
             raise InputError(
                 f"{self.out} exists and holds no shards; choose another --out or an empty folder."

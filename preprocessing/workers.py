@@ -1,6 +1,5 @@
 """Ordered work on several processes."""
 
-import ctypes
 import multiprocessing
 import signal
 from collections import deque
@@ -8,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
+from icl_moe.signals import end_with_parent
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Context = TypeVar("Context")
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def ordered_map(
@@ -55,9 +54,7 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None
 def _adopt(function: Callable[[Any, Any], Any], context: Any) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interruption, for all
-    ctypes.CDLL(None).prctl(
-        _PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # a parent that is killed leaves no process waiting for ever
+    end_with_parent()  # a parent that is killed leaves no process waiting for ever
     _work = (function, context)
 
 

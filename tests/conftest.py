@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.rank_group import RankGroup
+from small_run import RANK_VARIABLES, REPOSITORY
 
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.training.distributed import free_port
@@ -19,10 +20,6 @@ from icl_moe.vocabulary import GPT2_MERGES
 # Several ranks and workers share the machine's few cores; more threads than cores only wait for
 # each other.
 torch.set_num_threads(1)
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

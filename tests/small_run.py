@@ -6,6 +6,13 @@ from pathlib import Path
 
 from icl_moe.training.distributed import free_port
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+FAULTY = (str(Path(__file__).with_name("training") / "faulty_training.py"),)
+"""What to launch for a run with the fault that the variable FAULT names."""
+
 SETTINGS = (
     "model.layers=2",
     "model.width=32",

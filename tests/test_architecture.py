@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"attributes", "errors", "processes", "seeds", "tables"},
-    {"boxes", "files"},
-    {" "images", "rle", "vocabulary"},
+    {"attributes", "errors", "seeds", "signals", "tables", "versions"},
+    {"boxes", "files", "locks", "processes"},
+    {"images", "rle", "vocabulary"},
     {"pictures", "recipe"},
     {"pages", "tokenizers"},
     {"sequence"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -78,6 +79,28 @@ def test_bash_starts_the_launcher(run: Run) -> None:
     assert "nowhere" in sentence
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no readable file hosts; name one with a line for each machine"),
+        ("# none\n\n", "hosts names no machine; write a line for each"),
+        ("one slots=2\ntwo\n", "in hosts the line 'two' is not right; each machine has one line"),
+        ("one slots=2\none slots=2", "in hosts the line 'one slots=2' is not right"),
+        ("one slots=0\n", "in hosts the line 'one slots=0' is not right"),
+    ],
+)
+def test_a_hostfile_that_names_no_machines_is_refused(
+    run: Run, tmp_path: Path, content: str | None, sentence: str
+) -> None:
+    """The launcher would train on this machine alone, or end in a traceback."""
+    if content is not None:
+        (tmp_path / "hosts").write_text(content)
+    code, output = run("bash", "launch_scripts/pretrain.sh", HOSTFILE="hosts")
+    assert code == 2, output
+    (said,) = output.splitlines()
+    assert said.startswith(f"icl-moe: HOSTFILE: {sentence}")
+
+
 def test_a_wrong_key_is_said_once_with_the_right_one(run: Run) -> None:
     code, output = run(
         "deepspeed",
@@ -116,7 +139,8 @@ def test_a_signal_to_the_script_reaches_every_rank(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     path = f"{REPOSITORY}/.venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "NUM_GPUS": "2"}
+    modules = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": modules, "NUM_GPUS": "2"}
     with subprocess.Popen(
         ["bash", "launch_scripts/pretrain.sh"],
         cwd=tmp_path,
@@ -129,7 +153,7 @@ def test_a_signal_to_the_script_reaches_every_rank(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.terminate()
-        process.wait(timeout=30)
+        assert process.wait(timeout=30) == 0
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
@@ -176,9 +200,10 @@ def test_slurm_starts_a_launcher_a_machine(run: Run, tmp_path: Path) -> None:
     assert "nnodes=2, num_local_procs=3, node_rank=0" in output
     assert "--master_addr=localhost --master_port=20007" in output
     assert "'training.output=a b'" in output, "an argument with a space arrives whole"
-    # Rank 0 is on the first machine, and it alone speaks.
+    # Rank 0 is on the first machine; the other one says it too, in case that it is there alone.
     before, after = output.split("other machine: 2")
     assert sentences(before) == []
+    assert before.count(f"{platform.node()}: icl-moe: data.shards: ") == 1
     assert len(sentences(after)) == 1
 
 

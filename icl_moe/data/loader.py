@@ -1,7 +1,6 @@
 """Micro-batches of one rank, in the schedule's order."""
 
-import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -10,6 +9,7 @@ from icl_moe.batch import Layout, TokenBatch, collate
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError
+from icl_moe.signals import obey_parent_alone
 
 
 class MicroBatches(Dataset[TokenBatch]):
@@ -80,9 +80,9 @@ class MicroBatches(Dataset[TokenBatch]):
 
 def micro_batches(
     dataset: MicroBatches, micro_steps: int, start: int, stop: int, workers: int
-) -> Iterator[TokenBatch]:
+) -> Generator[TokenBatch]:
     """The micro-batches of steps start..stop-1 in order; `workers` processes read ahead, 0 reads in
-    this one.
+    this one. To close it ends them.
 
     Raises SampleError when the turn comes to a sample that cannot be read.
     """
@@ -90,7 +90,7 @@ def micro_batches(
     options: dict[str, Any] = dict(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlive_a_signal,
+        worker_init_fn=_obey_the_rank,
     )
     # The readers start now, before the first batch is asked for.
     return _raise_errors(
@@ -113,20 +113,13 @@ class _ErrorsAsItems(Dataset["TokenBatch | SampleError"]):
             return error
 
 
-def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Iterator[TokenBatch]:
+def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Generator[TokenBatch]:
     for item in items:
         if isinstance(item, SampleError):
             raise item
         yield item
 
 
-def _outlive_a_signal(_: int) -> None:
-    """A cluster may signal every process of a job: a reader goes on for a minute, in which the
-    ranks end their step and save.
-    """
-
-    def end_later(*_: object) -> None:
-        signal.alarm(60)
-
-    signal.signal(signal.SIGTERM, end_later)
-    signal.signal(signal.SIGINT, end_later)
+def _obey_the_rank(_: int) -> None:
+    """A cluster may signal every process of a job: a reader goes on until its rank ends it."""
+    obey_parent_alone()

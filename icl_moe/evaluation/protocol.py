@@ -3,9 +3,7 @@ then scored.
 """
 
 import json
-import platform
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from icl_moe.files import write_whole
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import Gallery
 from icl_moe.tasks.task import Output
+from icl_moe.versions import installed_versions
 
 _PACKAGES = ("icl-moe", "torch", "transformers", "numpy", "pillow", "pycocotools", "pycocoevalcap")
 
@@ -82,13 +81,12 @@ def evaluate(
         )
         shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
         galleries.append(draw_gallery(model, episodes, shown, log))
-    versions = {name: version(name) for name in _PACKAGES}
     metrics = Metrics(
         **header,
         model_folder=Path(model_dir).resolve().name,
         shards_folder=Path(shards.location).name,
         decoding="greedy",
-        versions={"python": platform.python_version(), **versions},
+        versions=installed_versions(_PACKAGES),
         tasks=tasks,
     )
     log.finish()

@@ -81,7 +81,7 @@ class Metrics:
     model_folder: str
     shards_folder: str
     decoding: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     tasks: dict[str, TaskResult]
 
     def to_json(self) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """The process group of a run: one process alone, or one of the ranks that a launcher started."""
 
+import contextlib
 import os
+import re
 import socket
+import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import deepspeed
@@ -12,7 +15,16 @@ import torch
 from deepspeed.utils import logger
 from torch import distributed as dist
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, RankError
+from icl_moe.signals import meeting, stop_requested
+
+_REASON = "the reason that a rank gave for its end"
+
+_LOST = re.compile("Connection (closed|reset) by|Broken pipe|ncclRemoteError")
+"""What gloo and NCCL say where another rank has ended."""
+
+_LAUNCHER_NOTICES = 5.0
+"""Seconds in which the launcher notices that a rank has ended; it looks every second."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,15 @@ class ModelParallelUnit:
         return dist.get_process_group_ranks(self.get_data_parallel_group())
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
     be the only one.
+
+    An InputError that leaves it is a RankError of the first rank that has one: all ranks may find
+    the same fault, or any of them alone, and one says it. The others end with exit code 2 in
+    silence, also where a collective fails because that rank has ended. Where a rank ended for
+    another reason, the others say that they lost it, without a traceback.
     """
     logger.setLevel("WARNING")
     for name, value in (
@@ -92,22 +109,58 @@ def process_group() -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(device)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        with meeting():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+            )
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(
             f"The ranks cannot meet at {address} ({error}); is another run there? Give "
             "--master_port to the launcher."
         ) from error
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    except InputError as error:
+        if not is_first(_REASON):
+            raise SystemExit(2) from error
+        raise RankError(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)):
+            _end_after_another(error)
+        raise
     # Without this, ranks now and then die at exit. After an exception it is not tried: the others
     # may not be listening.
     dist.destroy_process_group()
 
 
-def generators_kept(device: torch.device) -> AbstractContextManager[None]:
+def is_first(name: str) -> bool:
+    """Whether this rank is the first to ask."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add(name, 1) == 1)
+    except dist.DistError:
+        return False  # The rank that keeps the store has spoken and ended.
+
+
+def _end_after_another(error: RuntimeError) -> None:
+    """End this rank, which has lost another one."""
+    with contextlib.suppress(dist.DistError):
+        if dist.distributed_c10d._get_default_store().check([_REASON]):
+            raise SystemExit(2) from error
+    print(
+        f"icl-moe: rank {dist.get_rank()} has lost the connection to another rank and ends "
+        f"({str(error).splitlines()[0]}).",
+        file=sys.stderr,
+    )
+    # The launcher signals all when one has ended, and exits with the code of the first that it
+    # finds: that should be the one that ended by itself.
+    deadline = time.monotonic() + _LAUNCHER_NOTICES
+    while not stop_requested() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    raise SystemExit(1) from error
+
+
+def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Within it torch's random generators may be drawn from: afterwards they are as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.schedule import MIXED
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import RankError
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.training.distributed import Ranks, generators_kept
+from icl_moe.training.distributed import Ranks, generators_kept, is_first
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges
@@ -43,7 +42,7 @@ def dry_run(
         watchdog.beat(_NO_STEP, f"trying the largest {task} batch")
         if not _fits(partial(_whole_step, engine), _largest(recipe, shards, members, size), engine):
             advice = _advice(engine, recipe, shards, members)
-            if not _is_first(f"dry run of {recipe.training.output}"):
+            if not is_first(f"dry run of {recipe.training.output}"):
                 raise SystemExit(2)
             raise RankError(
                 f"training.micro_batch: {size} of the longest {task} episodes do not fit into the "
@@ -180,14 +179,6 @@ def _gradients(engine: TrainingEngine, batch: TokenBatch) -> None:
         [parameter for parameter in engine.model.parameters() if parameter.requires_grad],
         allow_unused=True,
     )
-
-
-def _is_first(name: str) -> bool:
-    """Whether this rank is the first to ask."""
-    try:
-        return bool(dist.distributed_c10d._get_default_store().add(name, 1) == 1)
-    except dist.DistError:
-        return False  # The rank that keeps the store has spoken and ended.
 
 
 def _device(ranks: Ranks) -> str:

@@ -1,19 +1,23 @@
-"""What can go wrong in a long run, and how the ranks agree on it: signals, losses that are not
-finite, ranks that hang.
+"""What can go wrong in a long run, and how the ranks agree on it: requests to stop, losses that are
+not finite, ranks that hang.
 """
 
+import contextlib
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 
 import torch
 from torch import distributed as dist
 
+from icl_moe.signals import stop_requested
 from icl_moe.training.distributed import Ranks
+
+_BEFORE = "before the first step"
+_STORE_PATIENCE = 10.0
+"""Seconds in which the store, which lives in rank 0, must answer a watchdog."""
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
@@ -23,28 +27,9 @@ def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [value > 0 for value in values.tolist()]
 
 
-class StopSignal:
-    """Whether this process was asked to stop (SIGTERM, as a cluster or `docker stop` sends it, or
-    SIGINT).
-
-    Used as a context. The first signal only sets `requested`, and the loop ends at a step that all
-    ranks agree on; a second one ends the process as it always would.
-    """
-
-    def __enter__(self) -> "StopSignal":
-        self.requested = False
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, self._before[signal.Signals(number)])
+def agreed_to_stop(ranks: Ranks) -> bool:
+    """Whether any rank was asked to stop. Every rank must call it together."""
+    return any_rank([stop_requested()], ranks.device)[0]
 
 
 class Watchdog:
@@ -60,6 +45,7 @@ class Watchdog:
         self._seconds = seconds
         self._beats = 0
         self._last = time.monotonic()
+        self._where = _BEFORE
         self._ended = threading.Event()
         self._store = dist.distributed_c10d._get_default_store()
 
@@ -75,8 +61,9 @@ class Watchdog:
         """This rank is at `stage` of the step that follows `step` whole ones."""
         self._beats += 1
         self._last = time.monotonic()
+        self._where = f"at step {step + 1}, {stage}"
         if self._seconds is not None:
-            self._store.set(f"beat/{self._ranks.rank}", f"{self._beats}|step {step + 1}, {stage}")
+            self._store.set(f"beat/{self._ranks.rank}", f"{self._beats}|{self._where}")
 
     def on_main(self, step: int, stage: str, work: Callable[[], None]) -> None:
         """Rank 0 does some work while the others wait for it. Every rank must call it together.
@@ -108,20 +95,38 @@ class Watchdog:
         assert self._seconds is not None
         while not self._ended.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
-                self._report()
-                # The main thread is in a collective or in foreign code: nothing softer reaches it.
+                # The main thread is in a collective or in foreign code, and the store may be gone
+                # or hang with rank 0: nothing may keep this process from its end.
+                reported = threading.Event()
+                report = threading.Thread(target=self._report, args=(reported,), daemon=True)
+                report.start()
+                report.join(_STORE_PATIENCE)
+                if not reported.is_set():
+                    self._say(
+                        f"rank {self._ranks.rank} stands still {self._where}, and rank 0, which "
+                        "knows of all ranks, does not answer"
+                    )
                 os._exit(1)
 
-    def _report(self) -> None:
-        beats = {}
-        for rank in range(self._ranks.world):
-            if self._store.check([f"beat/{rank}"]):
-                count, where = self._store.get(f"beat/{rank}").decode().split("|")
-                beats[rank] = (int(count), where)
-        slowest = min(beats, key=lambda rank: beats[rank][0])
-        if self._ranks.rank == min(rank for rank in beats if rank != slowest or len(beats) == 1):
-            message = (
-                f"icl-moe: rank {slowest} stands still at {beats[slowest][1]}; no progress for "
-                f"{self._seconds:.0f} s, so the run ends."
-            )
-            print(message, file=sys.stderr, flush=True)
+    def _report(self, reported: threading.Event) -> None:
+        """Name the rank with the fewest beats, once for all ranks."""
+        with contextlib.suppress(dist.DistError):
+            beats = [self._beats_of(rank) for rank in range(self._ranks.world)]
+            slowest = min(range(self._ranks.world), key=lambda rank: beats[rank][0])
+            if self._store.add("hang reported", 1) == 1:
+                self._say(f"rank {slowest} stands still {beats[slowest][1]}")
+            reported.set()
+
+    def _beats_of(self, rank: int) -> tuple[int, str]:
+        if not self._store.check([f"beat/{rank}"]):
+            return 0, _BEFORE
+        count, where = self._store.get(f"beat/{rank}").decode().split("|")
+        return int(count), where
+
+    def _say(self, what: str) -> None:
+        seconds = f"{self._seconds:.0f} s"
+        print(
+            f"icl-moe: {what}; no progress for {seconds}, so the run ends.",
+            file=sys.stderr,
+            flush=True,
+        )

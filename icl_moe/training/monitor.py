@@ -2,26 +2,16 @@
 monitors.
 """
 
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
-from icl_moe.data.shards import ShardSet
 from icl_moe.model.loss import DecoderLoss
-from icl_moe.recipe import TrainingRecipe, to_dict
 from icl_moe.training.distributed import Ranks
-
-_PACKAGES = ("icl-moe", "torch", "deepspeed", "transformers", "webdataset", "numpy")
 
 # What is summed over micro-steps and ranks between two lines, of each task; the first five are
 # parts of a DecoderLoss.
@@ -176,53 +166,6 @@ def _losses(sums: dict[str, float]) -> dict[str, float | None]:
         "text_loss": sums["text_sum"] / sums["text_weight"] if sums["text_weight"] else None,
         "auxiliary_loss": sums["auxiliary"] / sums["micro_steps"] if sums["micro_steps"] else None,
     }
-
-
-def write_run_description(
-    output: Path,
-    recipe: TrainingRecipe,
-    shards: ShardSet,
-    engine_config: dict[str, Any],
-    ranks: Ranks,
-) -> None:
-    """Write run.json: all that decides what this run computes, and what it ran on."""
-    description = {
-        "recipe": to_dict(recipe),
-        "engine": engine_config,
-        "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
-        "revision": _git_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
-        "ranks": ranks.world,
-        "device": torch.cuda.get_device_name(ranks.device)
-        if ranks.device.type == "cuda"
-        else platform.processor() or platform.machine(),
-    }
-    (output / "run.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
-def _git_revision() -> str | None:
-    """The commit that this code is at, with a + where files differ from it; None outside a
-    checkout.
-    """
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--match=",
-    ]
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _clock(seconds: float) -> str:

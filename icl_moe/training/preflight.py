@@ -11,6 +11,7 @@ from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.training.run_folder import check_same_run
 
 # Keys of a DeepSpeed configuration that follow from the recipe; an engine file must leave them out.
 _RECIPE_KEYS = (
@@ -36,6 +37,7 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
     if recipe.training.evaluate_every is not None:
         _check_validation(recipe, shards.manifest, open_validation(recipe).manifest)
     _check_earlier_run(recipe, shards.manifest)
+    check_same_run(recipe, shards)
     engine_config = read_engine(recipe.engine)
     _check_layout(recipe, world, zero_stage(engine_config))
     _check_precision(recipe, engine_config)

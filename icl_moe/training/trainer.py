@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,18 @@ from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.seeds import stable_seed
+from icl_moe.signals import stop_requested
 from icl_moe.tables import as_markdown, as_text
 from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.expert_table import choices_table, expert_choices
-from icl_moe.training.faults import StopSignal, Watchdog, any_rank
+from icl_moe.training.faults import Watchdog, agreed_to_stop, any_rank
 from icl_moe.training.gradients import GradientReport
-from icl_moe.training.monitor import ProgressMonitor, write_run_description
+from icl_moe.training.monitor import ProgressMonitor
 from icl_moe.training.preflight import make_schedule, open_validation
+from icl_moe.training.run_folder import alone_in, record_stretch
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
 from icl_moe.training.validation import Validation
 
@@ -42,7 +44,11 @@ def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any
     shards, engine_config: what `preflight.check` gave for the recipe and the number of ranks.
     """
     with process_group() as ranks:
-        train_on(ranks, recipe, shards, engine_config)
+        if agreed_to_stop(ranks):
+            if ranks.is_main:
+                _say("stopped by a signal before it began; the same command starts it")
+        else:
+            train_on(ranks, recipe, shards, engine_config)
 
 
 def train_on(
@@ -50,7 +56,8 @@ def train_on(
 ) -> None:
     """`train` on ranks that have met already."""
     settings = recipe.training
-    with _repeatable(settings.deterministic):
+    output = Path(settings.output)
+    with alone_in(output, ranks), _repeatable(settings.deterministic):
         part = RankSlice.of(
             ranks.rank,
             ranks.world,
@@ -62,11 +69,9 @@ def train_on(
         engine = TrainingEngine(recipe, shards.manifest, engine_config, part, ranks)
         # It would write the learning rate at every step; the monitor here does, at its lines.
         engine.deepspeed.monitor.enabled = False
-        output = Path(settings.output)
         start = checkpoint.resume(engine.deepspeed, output)
         if ranks.is_main:
             checkpoint.write_model_folder(output, engine.model.config, shards)
-            write_run_description(output, recipe, shards, engine_config, ranks)
         stop = min(settings.steps, settings.stop_after or settings.steps)
         if start >= stop:
             if ranks.is_main:
@@ -75,6 +80,8 @@ def train_on(
                     "higher to go on"
                 )
             return
+        if ranks.is_main:
+            record_stretch(output, recipe, shards, engine_config, ranks, start)
         write_events = engine.deepspeed.monitor.write_events
         peak = peak_flops(ranks.device, engine_config)
         all_peaks = None if peak is None else peak * ranks.world
@@ -148,15 +155,18 @@ class _Loop:
             self.recipe.data.layout,
             settings.input_loss_weight,
         )
-        batches = micro_batches(
+        reading = micro_batches(
             dataset, self.part.micro_steps, start, stop, self.recipe.data.workers
         )
-        with StopSignal() as signal, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
+        with closing(reading) as batches, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
             if settings.dry_run:
                 dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
             validation = self._validation(watchdog)
+            if agreed_to_stop(self.ranks):
+                self._say(f"stopped by a signal before step {start + 1}; the same command goes on")
+                return
             for step in range(start, stop):
-                stopping = self._step(step, batches, signal, watchdog)
+                stopping = self._step(step, batches, watchdog)
                 completed = step + 1
                 if completed % settings.save_every == 0 or completed == stop or stopping:
                     watchdog.beat(step, "saving a checkpoint")
@@ -177,9 +187,7 @@ class _Loop:
             self.engine, self.recipe, open_validation(self.recipe), self.ranks, watchdog
         )
 
-    def _step(
-        self, step: int, batches: Iterator[TokenBatch], signal: StopSignal, watchdog: Watchdog
-    ) -> bool:
+    def _step(self, step: int, batches: Iterator[TokenBatch], watchdog: Watchdog) -> bool:
         """One optimizer step; whether any rank was asked to stop."""
         settings = self.recipe.training
         task = self.schedule.task(step)
@@ -203,7 +211,7 @@ class _Loop:
             is_last = micro_step + 1 == self.part.micro_steps
             if is_last:
                 watchdog.beat(step, "agreeing with the other ranks")
-                not_finite, stopping = any_rank([not_finite, signal.requested], self.ranks.device)
+                not_finite, stopping = any_rank([not_finite, stop_requested()], self.ranks.device)
             with self.gradients.step(step) if is_last else nullcontext():
                 self.engine.step(skip=not_finite)
             self._count(task, loss, batch)

@@ -2,12 +2,15 @@
 holds in memory.
 """
 
+import multiprocessing
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from damage import overwrite
@@ -160,3 +163,57 @@ def test_a_reader_holds_little_memory_however_large_the_shards_are(tmp_path):
         check=True,
     )
     assert float(done.stdout) < 64
+
+
+READERS = """
+import multiprocessing, sys
+from icl_moe.data.loader import MicroBatches, micro_batches
+from icl_moe.data.schedule import RankSlice, Schedule
+from icl_moe.data.shards import ShardSet
+
+shards, part = ShardSet(sys.argv[1]), RankSlice.of(0, 1, 8, 2)
+dataset = MicroBatches(shards, Schedule(shards.manifest.samples, 8, 0), part, "packed", 0.0)
+batches = micro_batches(dataset, part.micro_steps, 0, 1000, workers=2)
+print(*(reader.pid for reader in multiprocessing.active_children()), flush=True)
+for line in sys.stdin:
+    for _ in range(20):
+        next(batches)
+    print("read", flush=True)
+"""
+
+
+def test_readers_outlive_every_signal_but_the_death_of_their_rank(folder):
+    with subprocess.Popen(
+        [sys.executable, "-c", READERS, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as rank:
+        assert rank.stdin is not None and rank.stdout is not None
+        readers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
+        assert len(readers) == 2
+        rank.stdin.write("read until the readers have begun\n")
+        rank.stdin.flush()
+        assert rank.stdout.readline() == "read\n"
+        for reader in readers:
+            reader.send_signal(signal.SIGINT)
+            reader.send_signal(signal.SIGTERM)
+        rank.stdin.write("go on\n")
+        rank.stdin.flush()
+        assert rank.stdout.readline() == "read\n"
+        rank.kill()
+        assert psutil.wait_procs(readers, timeout=3)[1] == []
+
+
+def test_readers_end_when_the_batches_are_closed(folder):
+    shards, part = ShardSet(folder), RankSlice.of(0, 1, GLOBAL_BATCH, 2)
+    dataset = MicroBatches(
+        shards, Schedule(shards.manifest.samples, GLOBAL_BATCH, 0), part, "packed", 0.0
+    )
+    before = set(multiprocessing.active_children())
+    batches = micro_batches(dataset, part.micro_steps, 0, 1000, workers=2)
+    next(batches)
+    readers = set(multiprocessing.active_children()) - before
+    assert len(readers) == 2
+    batches.close()
+    assert not any(reader.is_alive() for reader in readers)

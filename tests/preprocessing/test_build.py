@@ -5,6 +5,10 @@ import hashlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from PIL import Image
 
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError
+from icl_moe.locks import LOCK_FILE
 from icl_moe.recipe import load_recipe
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
@@ -177,6 +182,29 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
         path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar"
     )
     assert bool(encoded) == (stage == "encoding"), "what was encoded is not encoded again"
+
+
+def test_two_builds_do_not_share_a_folder_and_a_killed_one_does_not_keep_it(
+    build, demo, tokenizer, tmp_path
+):
+    out = tmp_path / "out"
+    settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
+    command = [sys.executable, "-m", "icl_moe", "shards", "build", "demo", *settings]
+    with subprocess.Popen([*command, "--out", out, "--workers", "1"]) as first:
+        try:
+            while not (out / LOCK_FILE).is_file() or not (out / LOCK_FILE).read_text():
+                assert first.poll() is None
+                time.sleep(0.05)
+            first.send_signal(signal.SIGSTOP)
+            with pytest.raises(
+                InputError, match=rf"^--out: process {first.pid} on \S+ is writing to {out}; wait"
+            ):
+                build(out)
+        finally:
+            first.kill()
+    build(out)
+    assert hashes(out) == hashes(demo)
+    assert not (out / LOCK_FILE).exists()
 
 
 def test_a_finished_build_is_left_alone(build, demo):

@@ -61,3 +61,11 @@ def train(command: Callable, shards: Path) -> Callable:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, train: Callable) -> Path:
+    """The folder of a run of six steps that nothing happened to."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(output, "training.steps=6", "training.save_every=2")
+    return output

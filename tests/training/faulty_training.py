@@ -1,8 +1,10 @@
 """Training with a fault: FAULT=kind:rank:step in the environment; launched in the place of
-icl_moe.training.
+icl_moe.training. What `slow`, `slow-save` and `hang` make last says "the fault begins".
 
 FAULT_SHARDS: the folder whose shards `overwrite` and `truncate` damage.
 """
+
+import icl_moe.hear_signals  # noqa: I001  (as launch_scripts/pretrain.sh does)
 
 import os
 import signal
@@ -35,8 +37,10 @@ def faulty_backward(engine, batch, noise):
     if faults and noise[1] + 1 == int(step) and os.environ["RANK"] == rank:
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "hang":
-            time.sleep(600)
+        if kind in ("hang", "slow"):
+            faults.clear()
+            print("the fault begins", flush=True)
+            time.sleep(600 if kind == "hang" else 3)
         if kind in ("overwrite", "truncate"):
             damage(Path(os.environ["FAULT_SHARDS"]))
             faults.clear()
@@ -52,6 +56,9 @@ def faulty_backward(engine, batch, noise):
 
 
 def faulty_write(engine, folder, completed):
+    if kind == "slow-save" and completed == int(step) and os.environ["RANK"] == rank:
+        print("the fault begins", flush=True)
+        time.sleep(3)
     written = write(engine, folder, completed)
     if kind == "kill-in-save" and completed == int(step) and os.environ["RANK"] == rank:
         os.kill(
@@ -60,6 +67,12 @@ def faulty_write(engine, folder, completed):
     return written
 
 
+def hang_before_the_first_step(loop, watchdog):
+    if kind == "hang-before" and os.environ["RANK"] == rank:
+        time.sleep(600)
+
+
+trainer._Loop._validation = hang_before_the_first_step
 trainer.TrainingEngine.backward = faulty_backward
 training_state.write = faulty_write
 

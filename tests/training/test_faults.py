@@ -6,21 +6,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from small_run import losses
-
-FAULTY = (str(Path(__file__).with_name("faulty_training.py")),)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, train) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(output, "training.steps=6", "training.save_every=2")
-    return output
+from processes import arguments, two_ranks, wait_for
+from small_run import FAULTY, REPOSITORY, losses
 
 
 def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
@@ -39,6 +32,8 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
         time.monotonic() - started < 90
     )  # The start included; the launcher ends the others within a second or two.
     assert "step 3/6" in printed
+    assert "icl-moe: rank 0 has lost the connection to another rank and ends (" in printed
+    assert "Traceback" not in printed
     train(tmp_path, "training.steps=6", "training.save_every=2")
     for name, rows in losses(undisturbed).items():
         again = losses(tmp_path)[name]
@@ -145,6 +140,52 @@ def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
         expect=1,
     )
     assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
+
+
+def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
+    command = arguments(
+        shards, tmp_path / "run", "training.dry_run=false", "training.hang_seconds=4"
+    )
+    with two_ranks(tmp_path, Path(FAULTY[0]), *command, FAULT="hang-before:1:0") as ranks:
+        assert [rank.wait() for rank in ranks] == [1, 1]
+    assert (
+        printed(tmp_path).count(
+            "rank 1 stands still before the first step; no progress for 4 s, so the run ends."
+        )
+        == 1
+    )
+    assert "Traceback" not in printed(tmp_path)
+
+
+def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path):
+    """Rank 0 keeps the ranks' store, which says who stands still."""
+    command = arguments(shards, tmp_path / "run", "training.hang_seconds=4")
+    with two_ranks(tmp_path, Path(FAULTY[0]), *command, FAULT="slow:0:2") as (main, other):
+        wait_for(lambda: "the fault begins" in printed(tmp_path), lambda: printed(tmp_path))
+        main.send_signal(signal.SIGSTOP)
+        assert other.wait(timeout=60) == 1
+    said = (tmp_path / "rank-1.log").read_text()
+    assert "rank 1 stands still at step 2, " in said
+    assert ", and rank 0, which knows of all ranks, does not answer; no progress for 4 s" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_that_one_rank_finds_is_said_once(shards, undisturbed, tmp_path, rank):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    damaged = tmp_path / f"run/checkpoints/step-00000006/exp_avg-0000{rank}.safetensors"
+    damaged.write_bytes(b"?" * damaged.stat().st_size)
+    command = arguments(shards, tmp_path / "run", "training.steps=8")
+    with two_ranks(tmp_path, REPOSITORY / "launch_scripts/pretrain.sh", *command) as ranks:
+        codes = [process.wait() for process in ranks]
+    said = [line for line in printed(tmp_path).splitlines() if line.startswith("icl-moe: ")]
+    assert codes[rank] == 2
+    assert sum(f"The checkpoint file {damaged} cannot be read (" in line for line in said) == 1
+    assert "Traceback" not in printed(tmp_path)
+
+
+def printed(folder: Path) -> str:
+    """What two ranks without a launcher said."""
+    return "".join((folder / f"rank-{rank}.log").read_text() for rank in (0, 1))
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, undisturbed, tmp_path):

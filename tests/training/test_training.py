@@ -3,15 +3,20 @@ refused.
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from processes import arguments, session, wait_for
 from safetensors.torch import load_file
 from small_run import SETTINGS, losses
+from training import training_on_ranks
 
 from icl_moe.cli import main
 from icl_moe.data.loader import MicroBatches
@@ -172,3 +177,128 @@ def test_a_checkpoint_of_another_model_is_refused(train, whole_run, tmp_path):
     printed = train(tmp_path / "run", "training.steps=8", "model.width=64", expect=2)
     assert "is of another model than the recipe's" in printed
     assert json.loads((tmp_path / "run/model/config.json").read_text())["model"]["width"] == 32
+
+
+def goes_on(shards: Path, output: Path, *settings: str) -> list[str]:
+    """The command that goes on with a run of these settings for two steps more."""
+    return ["train", *arguments(shards, output, "training.steps=8", *settings)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        (["training.seed=1"], "training.seed is 0 there and 1 here"),
+        (
+            ["training.global_batch=8"],
+            "training.global_batch is 4 there and 8 here",
+        ),
+        (
+            ["training.task_weights={captioning: 1}"],
+            "training.task_weights is None there and {'captioning': 1.0} here",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_samples_in_silence(
+    capsys, shards, whole_run, settings, difference
+):
+    before = (whole_run / "run.json").read_text()
+    assert main(goes_on(shards, whole_run, *settings)) == 2
+    said = capsys.readouterr().err
+    assert f"training.output: {whole_run} holds a run on other samples ({difference});" in said
+    assert "training.accept_changes=true to go on all the same" in said
+    assert len(said.strip().splitlines()) == 1
+    assert (whole_run / "run.json").read_text() == before
+
+
+def other_shards(shards: Path, folder: Path) -> Path:
+    """The same samples under a manifest of other bytes."""
+    folder.mkdir()
+    for file in shards.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text((shards / "manifest.json").read_text() + "\n")
+    return folder
+
+
+def test_a_run_goes_on_with_other_shards_only_where_that_is_asked_for(
+    capsys, rank_group, shards, tmp_path
+):
+    """And run.json then says what each stretch of it was computed with."""
+    output, other = tmp_path / "run", other_shards(shards, tmp_path / "shards")
+    quick = ("data.workers=0", "training.dry_run=false", "training.micro_batch=2")
+
+    def train_on(folder: Path, *settings: str) -> str:
+        ended = {
+            rank["ended"]
+            for rank in rank_group(2).run(
+                training_on_ranks.run, folder, output, (*quick, *settings)
+            )
+        }
+        return ended.pop() if len(ended) == 1 else str(ended)
+
+    assert train_on(shards, "training.steps=1") == "well"
+    assert main(goes_on(other, output)) == 2
+    said = capsys.readouterr().err
+    assert "the sha256 of the shards' manifest is " in said
+    changed = (*quick, "training.accept_changes=true", "training.seed=7")
+    assert train_on(other, "training.steps=2", *changed) == "well"
+    assert train_on(other, "training.steps=3", *changed) == "well"
+    assert train_on(other, "training.steps=3", *changed) == "well"  # Nothing is left to do.
+
+    last = json.loads((output / "run.json").read_text())
+    stretches = [*last["earlier"], last]
+    assert [stretch["from_step"] for stretch in stretches] == [0, 1, 2]
+    assert [stretch["recipe"]["training"]["seed"] for stretch in stretches] == [0, 7, 7]
+    digests = [stretch["shards"]["manifest_sha256"] for stretch in stretches]
+    assert digests == [ShardSet(folder).fingerprint for folder in (shards, other, other)]
+    assert all("earlier" not in stretch for stretch in last["earlier"])
+
+
+def test_a_run_json_that_cannot_be_read_is_named(capsys, shards, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    (tmp_path / "run/run.json").write_text("{")
+    assert main(goes_on(shards, tmp_path / "run")) == 2
+    assert f"{tmp_path / 'run/run.json'} cannot be read" in capsys.readouterr().err
+
+
+WITHOUT_METADATA = """
+from importlib import metadata
+
+def hide(cls, name, found=metadata.Distribution.from_name.__func__):
+    if name == "icl-moe":
+        raise metadata.PackageNotFoundError(name)
+    return found(cls, name)
+
+metadata.Distribution.from_name = classmethod(hide)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(shards, tmp_path):
+    """One of two that start together is refused. The other, alone and without its package's
+    metadata, trains, and stops in order at a signal.
+    """
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_METADATA)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    output, hidden = tmp_path / "run", {"PYTHONPATH": paths}
+    command = [sys.executable, "-m", "icl_moe", "train"]
+    command += arguments(shards, output, "training.steps=500")
+    with (
+        session(tmp_path / "first", *command, **hidden) as first,
+        session(tmp_path / "second", *command, **hidden) as second,
+    ):
+        both = (first, second)
+        wait_for(lambda: any("step 1/500" in run.log for run in both), lambda: second.log)
+        first, second = both if "step 1/500" in first.log else reversed(both)
+        assert second.wait_for_end() == 2
+        said = second.log.splitlines()[-1]
+        assert said.startswith(f"icl-moe: training.output: process {first.leader.pid} on ")
+        assert said.endswith(
+            f"is writing to {output}; wait until it has ended, or choose another folder."
+        )
+        first.signal(signal.SIGTERM)
+        assert first.wait_for_end() == 0
+    assert "stopped by a signal after step" in first.log
+    assert "Traceback" not in first.log + second.log
+    assert not (output / ".lock").exists()
+    versions = json.loads((output / "run.json").read_text())["versions"]
+    assert versions["icl-moe"] is None and versions["torch"] == version("torch")

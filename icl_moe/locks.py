@@ -1,0 +1,80 @@
+"""Folders that one process at a time writes."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from icl_moe.errors import InputError
+
+LOCK_FILE = ".lock"
+"""Stands in a folder while a process writes there, and names that process."""
+
+_PATIENCE = 5.0
+"""Seconds in which a process that is about to end may free its folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, key: str) -> Iterator[None]:
+    """Within it this process alone writes `folder`, which is made where it is missing.
+
+    The lock ends with the process, however that ends, and holds between machines where their file
+    system has locks. key: the setting that names the folder, for messages. Raises InputError where
+    another process has the lock, and where the folder cannot be written.
+    """
+    is_new = not folder.exists()
+    path = folder / LOCK_FILE
+    file = _wait_for_lock(path, key)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # It stays where anything was written.
+
+
+def _wait_for_lock(path: Path, key: str) -> int:
+    """The lock file, open and locked."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(
+                f"{key}: {path.parent} cannot be written ({error.strerror})."
+            ) from error
+        if _try_lock(file, path):
+            return file
+        holder = os.read(file, 200).decode(errors="replace").strip()
+        os.close(file)
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{key}: {holder or 'another process'} is writing to {path.parent}; wait until it "
+                "has ended, or choose another folder."
+            )
+        time.sleep(0.1)
+
+
+def _try_lock(file: int, path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file), path.stat()):
+            return False
+    except (BlockingIOError, FileNotFoundError):
+        return False  # Another process has it, or had it and has just removed it.
+    except OSError as error:
+        print(
+            f"icl-moe: warning: {path.parent} cannot be locked ({error.strerror}); see to it that "
+            "no other process writes there.",
+            file=sys.stderr,
+        )
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+    return True

@@ -1,0 +1,247 @@
+"""Requests to stop a run, and processes that end with the one that they serve.
+
+SIGTERM, as a cluster or `docker stop` sends it, and SIGINT, as Ctrl-C does, ask a run to stop. One
+request comes as several signals: where the whole process group gets one, each rank gets it from
+there and once more from its launcher, which passes on what it got itself. A second request ends the
+process at once.
+
+Apart from training/ because it must be in force before torch is imported, which takes seconds.
+
+`python -m icl_moe.signals COMMAND ...` runs a command from which these signals are held back, and
+so from all that it starts, until that hears them. The launch scripts start the launcher so, which
+would pass them on to its ranks for 30 seconds, kill what is left, and exit with 1.
+"""
+
+import contextlib
+import ctypes
+import enum
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+_ONE_REQUEST = 2.5
+"""Seconds from a request's first signal in which all others belong to it."""
+
+_MEETING = 3.0
+"""Seconds that a process which was asked to stop waits for other ranks that are not there yet."""
+
+_WORKER_REST = 60.0
+"""Seconds that a loader worker which its own rank terminates has left."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class _Phase(enum.Enum):
+    """How far a run has come: until its ranks meet nothing is lost where one of them ends, and then
+    they have to agree.
+    """
+
+    BEFORE = enum.auto()
+    MEETING = enum.auto()
+    TOGETHER = enum.auto()
+
+
+class _Requests:
+    """The requests to stop that reached this process."""
+
+    def __init__(self) -> None:
+        self.launcher: int | None = None
+        self.phase = _Phase.BEFORE
+        self.first: float | None = None
+        self._listener: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def note(self, number: int, sender: int | None = None) -> None:
+        """Count a signal; `sender` is the process that sent it, where that is known."""
+        now = time.monotonic()
+        if self.phase is _Phase.BEFORE:
+            _say_on_main(f"{_name(number)}: stopped before the run began.")
+            self._end(number)
+        elif self.first is None:
+            self.first = now
+            _say_on_main(
+                f"{_name(number)}: asked to stop, which the run does as soon as its ranks agree; a "
+                "second signal, some seconds from now, ends it at once."
+            )
+        # The launcher signals its ranks one after another, each when the one before has ended: its
+        # signal may be late, and is never a request of its own.
+        elif now - self.first > _ONE_REQUEST and (sender is None or sender != self.launcher):
+            _say_on_main("a second signal: the run ends at once.")
+            os._exit(128 + number)
+
+    def listen(self) -> None:
+        """From now on a thread of its own takes the signals: it knows who sent them, and is heard
+        while the main thread is in foreign code, such as a collective.
+        """
+        # Threads that start from here on inherit the mask, so that no other is given a signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        self._ended.clear()
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+
+    @property
+    def listens(self) -> bool:
+        return self._listener is not None
+
+    def stop_listening(self) -> None:
+        assert self._listener is not None
+        self._ended.set()
+        self._listener.join()
+        self._listener = self.first = None
+        self.phase = _Phase.BEFORE
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    def _listen(self) -> None:
+        meeting_since = 0.0
+        while not self._ended.is_set():
+            received = signal.sigtimedwait(STOPPING, 0.5)
+            if received is not None:
+                self.note(received.si_signo, received.si_pid)
+            if self.phase is not _Phase.MEETING or self.first is None:
+                meeting_since = time.monotonic()
+            elif time.monotonic() - meeting_since > _MEETING:
+                _say("stopped before the run began, while it waited for the other ranks.")
+                self._end(signal.SIGTERM)
+
+    def _end(self, number: int) -> None:
+        """End before the ranks have met. The launcher takes no notice of a rank that ends well, so
+        that the others would wait for this one: it does not end well where there are others.
+        """
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        os._exit(0 if is_alone else 128 + number)
+
+
+_requests = _Requests()
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop since its ranks have met."""
+    return _requests.first is not None
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Within it this process waits for the other ranks. Before, a request to stop ends it at once;
+    from here on it is for the ranks to agree on, unless they do not come.
+    """
+    _requests.phase = _Phase.MEETING
+    yield
+    _requests.phase = _Phase.TOGETHER
+
+
+def hear() -> None:
+    """From now on a signal is a request to stop, and nothing more, until the process ends.
+
+    For a program's first line: what runs before `listen` need not know of signals. Signals that a
+    launcher of ours holds back from this process are let through, and one that came before this
+    process was there counts.
+    """
+    for number in STOPPING:
+        signal.signal(number, _handle)
+    _requests.launcher = os.getppid() if "RANK" in os.environ else None
+    held = _held_back()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    if held is not None:
+        _requests.note(held)
+
+
+def listen() -> None:
+    """`hear` for good, with a thread of its own, to the very end of the process."""
+    if not _requests.listens:
+        hear()
+        _requests.listen()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Within it signals are requests to stop; afterwards they do again what they did before."""
+    if _requests.listens:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    listen()
+    try:
+        yield
+    finally:
+        _requests.stop_listening()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """This process, a child of multiprocessing, is killed when its parent dies, however that
+    dies.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+
+
+def obey_parent_alone() -> None:
+    """This process, a child of multiprocessing, outlives the signals that others send, and ends
+    with its parent, or a minute after its parent told it to.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    threading.Thread(target=_await_parent, name="signals", daemon=True).start()
+    end_with_parent()
+
+
+def _await_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo(STOPPING).si_pid != parent.pid:
+        pass
+    time.sleep(_WORKER_REST)
+    os._exit(0)
+
+
+def _handle(number: int, _: FrameType | None) -> None:
+    _requests.note(number)
+
+
+def _held_back() -> int | None:
+    """A signal that waits in a process above this one, which holds it back: `python -m
+    icl_moe.signals`, or a launcher that it started. One that came while there were no ranks yet
+    waits there.
+    """
+    pid = os.getppid()
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        while True:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            waiting, blocked = int(status["ShdPnd"], 16), int(status["SigBlk"], 16)
+            for number in STOPPING:
+                if waiting >> (number - 1) & 1:
+                    return number
+            if not blocked >> (signal.SIGTERM - 1) & 1:
+                return None
+            pid = int(status["PPid"])
+    return None
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _say_on_main(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _say(what)
+
+
+def _say(what: str) -> None:
+    with contextlib.suppress(OSError):  # The terminal may be gone.
+        print(f"icl-moe: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    os.execvp(sys.argv[1], sys.argv[1:])

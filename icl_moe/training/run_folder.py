@@ -1,0 +1,151 @@
+"""The folder of a run, training.output: one run at a time writes it, what goes on in it is the run
+that began in it, and run.json says what each stretch of it was computed with.
+"""
+
+import contextlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.files import write_whole
+from icl_moe.locks import locked
+from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.versions import installed_versions
+
+if TYPE_CHECKING:
+    from icl_moe.training.distributed import Ranks  # With DeepSpeed, which a refusal must not need.
+
+_FILE = "run.json"
+
+_PACKAGES = ("icl-moe", "torch", "deepspeed", "transformers", "webdataset", "numpy")
+
+_SAME = ("seed", "global_batch", "sampling", "task_weights")
+"""Settings of `training` that decide, with the shards, which samples a step takes."""
+
+
+def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
+    """Raise InputError where the run in training.output has checkpoints, and takes other samples
+    than this recipe would; it names what differs.
+    """
+    output = Path(recipe.training.output)
+    stretches = _read(output)
+    if not stretches or not any((output / "checkpoints").glob("step-*")):
+        return
+    last = stretches[-1]
+    differences = [
+        (f"training.{name}", last["recipe"]["training"].get(name), getattr(recipe.training, name))
+        for name in _SAME
+    ]
+    differences.append(
+        (
+            "the sha256 of the shards' manifest",
+            last["shards"]["manifest_sha256"],
+            shards.fingerprint,
+        )
+    )
+    named = [
+        f"{name} is {was} there and {now} here" for name, was, now in differences if was != now
+    ]
+    if named and not recipe.training.accept_changes:
+        raise InputError(
+            f"training.output: {output} holds a run on other samples ({'; '.join(named)}); make "
+            "them equal, set training.output to a new folder, or training.accept_changes=true to "
+            "go on all the same."
+        )
+
+
+@contextlib.contextmanager
+def alone_in(output: Path, ranks: "Ranks") -> Iterator[None]:
+    """Within it no other run writes `output`. Every rank must enter it together; rank 0 keeps the
+    lock. Raises InputError on every rank where another run has it.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal: list[str | None] = [None]
+        if ranks.is_main:
+            try:
+                stack.enter_context(locked(output, "training.output"))
+            except InputError as error:
+                refusal[0] = str(error)
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise InputError(refusal[0])
+        yield
+
+
+def record_stretch(
+    output: Path,
+    recipe: TrainingRecipe,
+    shards: ShardSet,
+    engine_config: dict[str, Any],
+    ranks: "Ranks",
+    start: int,
+) -> None:
+    """Write into run.json all that decides what is computed from the step after `start` on.
+
+    Earlier stretches stay there, but for those of which no step is left.
+    """
+    stretch = {
+        "from_step": start,
+        "recipe": to_dict(recipe),
+        "engine": engine_config,
+        "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
+        "revision": _git_revision(),
+        "versions": installed_versions(_PACKAGES),
+        "ranks": ranks.world,
+        "device": torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+    }
+    earlier = [known for known in _read(output) if known["from_step"] < start]
+    content = json.dumps(stretch | {"earlier": earlier}, indent=2)
+    write_whole(output / _FILE, content + "\n")
+
+
+def _read(output: Path) -> list[dict[str, Any]]:
+    """The stretches of the run in a folder, the last one last; none where it has no run.json."""
+    path = output / _FILE
+    if not path.is_file():
+        return []
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+        stretches = [*last.pop("earlier", []), last]
+        for stretch in stretches:
+            # A version before this one kept the last stretch alone, without its first step.
+            stretch.setdefault("from_step", 0)
+            stretch["recipe"]["training"], stretch["shards"]["manifest_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"training.output: {path} cannot be read ({error}); put it back, or remove it to go on "
+            "without a record of what was trained before."
+        ) from error
+    return stretches
+
+
+def _git_revision() -> str | None:
+    """The commit that this code is at, with a + where files differ from it; None outside a
+    checkout.
+    """
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--match=",
+    ]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
