@@ -1,7 +1,10 @@
 """Micro-batches of one rank, in the schedule's order."""
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -10,6 +13,8 @@ from icl_moe.data.batch import Layout, TokenBatch, collate
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class MicroBatches(Dataset[TokenBatch]):
@@ -93,9 +98,10 @@ def micro_batches(
         worker_init_fn=_outlive_a_signal,
     )
     # The readers start now, before the first batch is asked for.
-    return _raise_errors(
-        iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options))
-    )
+    with _signals_held_back():
+        return _raise_errors(
+            iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options))
+        )
 
 
 class _ErrorsAsItems(Dataset["TokenBatch | SampleError"]):
@@ -120,6 +126,21 @@ def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Iterator[TokenBa
         yield item
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that are started within it get no signal to stop until they ask for it: one to the
+    whole job would end a reader before it can heed it, or the process that starts readers.
+    """
+    if multiprocessing.get_start_method() != "fork":
+        # To start this helper lets the signals through again, so it must be there already.
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlive_a_signal(_: int) -> None:
     """A cluster may signal every process of a job: a reader goes on for a minute, in which the
     ranks end their step and save.
@@ -128,5 +149,6 @@ def _outlive_a_signal(_: int) -> None:
     def end_later(*_: object) -> None:
         signal.alarm(60)
 
-    signal.signal(signal.SIGTERM, end_later)
-    signal.signal(signal.SIGINT, end_later)
+    for number in _STOPPING:
+        signal.signal(number, end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
