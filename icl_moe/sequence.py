@@ -14,11 +14,12 @@ sequence less its padding, with the same position ids.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from icl_moe.errors import InputError
+from icl_moe.ranges import Count, Range
 from icl_moe.tasks import PADDING, TASKS, Modality, Task, attribute_class
 from icl_moe.tokenizers.boxes import Box, bins_to_box, box_to_bins
 from icl_moe.tokenizers.text import TextTokenizer
@@ -128,6 +129,10 @@ class Episode:
     pairs: tuple[SegmentationPair, ...] | tuple[CaptionPair, ...]
 
 
+PromptLength = Annotated[int, Range(4)]
+"""Positions of a class prompt: its three markers and at least one token of a name."""
+
+
 @dataclass(frozen=True)
 class SequenceFormat:
     """How episodes are written; part of the data recipe, the manifest and the exported model.
@@ -140,11 +145,11 @@ class SequenceFormat:
     """
 
     vocabulary: Vocabulary = Vocabulary()
-    codes_per_image: int = 256
+    codes_per_image: Count = 256
     category: Literal["none", "written", "given"] = "written"
     box: Literal["none", "text", "image"] = "text"
     class_prompt: bool = False
-    prompt_length: int = 16
+    prompt_length: PromptLength = 16
 
     def __post_init__(self) -> None:
         uses = {

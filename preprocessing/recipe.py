@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from icl_moe.errors import InputError
-from icl_moe.sequence import SequenceFormat
+from icl_moe.ranges import Count, ImageSide, Natural
+from icl_moe.sequence import PromptLength, SequenceFormat
 from icl_moe.vocabulary import Vocabulary
 
 ObjectScale = Literal["any", "large"]
@@ -68,7 +69,7 @@ class CaptioningSource(_Source):
     splits: str | None = None
     split: str | None = None
     classes: tuple[str, ...] | None = None
-    min_descriptions: int = 100
+    min_descriptions: Natural = 100
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class SyntheticScenes:
     which split's name.
     """
 
-    images: int = 1000
-    seed: int = 0
+    images: Count = 1000
+    seed: Natural = 0
     split: Literal["train", "val"] = "train"
 
 
@@ -100,25 +101,20 @@ class DataRecipe:
     segmentation: SegmentationSource | None = None
     captioning: CaptioningSource | None = None
     synthetic: SyntheticScenes = SyntheticScenes()
-    image_size: int = 256
-    examples: int = 3
-    seed: int = 0
-    samples: int | None = None
-    shard_size: int = 4096
+    image_size: ImageSide = 256
+    examples: Natural = 3
+    seed: Natural = 0
+    samples: Count | None = None
+    shard_size: Count = 4096
     missing_images: Literal["stop", "skip"] = "stop"
     tokenizer_precision: Literal["fp32", "bf16"] = "fp32"
     vocabulary: Vocabulary = Vocabulary()
     text_tokenizer: str = "auto"
     caption: CaptionText = field(default_factory=CaptionText)
     class_prompt: bool = False
-    prompt_length: int = 16
+    prompt_length: PromptLength = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 1), ("examples", 0), ("shard_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.samples is not None and self.samples < 1:
-            raise InputError(f"samples must be null or at least 1, not {self.samples}.")
         if self.segmentation is None and self.captioning is None:
             raise InputError("a data recipe needs a section segmentation, captioning or both.")
         if self.segmentation is not None and self.segmentation.source == "coco":

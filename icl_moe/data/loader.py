@@ -131,11 +131,12 @@ def _signals_held_back() -> Iterator[None]:
     """Processes that are started within it get no signal to stop until they ask for it: one to the
     whole job would end a reader before it can heed it, or the process that starts readers.
     """
-    if multiprocessing.get_start_method() != "fork":
-        # To start this helper lets the signals through again, so it must be there already.
-        resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        if multiprocessing.get_start_method() != "fork":
+            # To start this helper lets the signals through, so it must be there already.
+            resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

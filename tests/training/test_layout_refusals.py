@@ -64,7 +64,7 @@ def test_layouts_that_work_pass(shards, world, settings):
             ["parallel.ep_size=2"],
             "parallel.ep_size (2) must divide model.experts (8) and the number of ranks (3).",
         ),
-        (1, ["parallel.ep_size=0"], "parallel.ep_size (0) must divide"),
+        (1, ["parallel.ep_size=0"], "parallel.ep_size must be at least 1, not 0."),
         (
             8,
             [],
