@@ -2,6 +2,9 @@
 bug of ours.
 """
 
+import reprlib
+from typing import Any
+
 
 class InputError(ValueError):
     """What the user gave cannot be used.
@@ -17,3 +20,12 @@ class RankError(InputError):
 
 class SampleError(RankError):
     """A sample cannot be read: only the rank whose turn it is finds that."""
+
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
+
+
+def shown(value: Any) -> str:
+    """A value of the user's as a message shows it: cut where it is long."""
+    return _short.repr(value)

@@ -8,7 +8,6 @@ and the nearest right one.
 import dataclasses
 import difflib
 import math
-import reprlib
 import types
 import typing
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
 from icl_moe.ranges import Count, Natural, Range, Weight
 from icl_moe.tasks import TASKS
 from icl_moe.vocabulary import Vocabulary
@@ -90,10 +89,12 @@ class ModelSettings:
                 f"model.experts_per_token ({self.experts_per_token}) must be at most model.experts "
                 f"({self.experts})."
             )
-        if self.combination == "weights" and self.gate_input != "attributes":
+        if self.combination == "weights" and (
+            self.gate_input != "attributes" or self.feed_forward == "token"
+        ):
             raise InputError(
-                "model.combination=weights needs model.gate_input=attributes: only whole streams "
-                "share merged experts."
+                "model.combination=weights needs model.feed_forward=attributes and "
+                "model.gate_input=attributes: only whole streams share merged experts."
             )
         outside = [layer for layer in self.layers_with_experts if layer >= self.layers]
         if outside:
@@ -417,7 +418,7 @@ def _convert(kind: Any, value: Any, origin: str, key: str, or_null: bool = False
         number = _convert(options[0], value, origin, key)
         if demand := options[1].demand(number):
             demand = f"be null or {demand.removeprefix('be ')}" if or_null else demand
-            raise InputError(f"{origin}: {key} must {demand}, not {reprlib.repr(value)}.")
+            raise InputError(f"{origin}: {key} must {demand}, not {shown(value)}.")
         return number
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None and type(None) in options:

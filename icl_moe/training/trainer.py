@@ -74,6 +74,12 @@ def train_on(
                     "higher to go on"
                 )
             return
+        if ranks.is_main and recipe.optimizer.warmup_steps > settings.steps:
+            _say(
+                f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) is more than "
+                f"training.steps ({settings.steps}): the learning rate climbs to the end and does "
+                "not reach optimizer.learning_rate"
+            )
         write_events = engine.deepspeed.monitor.write_events
         peak = peak_flops(ranks.device, engine_config)
         all_peaks = None if peak is None else peak * ranks.world
