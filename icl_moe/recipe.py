@@ -12,16 +12,22 @@ import typing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
-from icl_moe.errors import InputError, nearest
+from icl_moe.errors import InputError, nearest, shown
 from icl_moe.files import check_is_file
+from icl_moe.ranges import Count, Natural, Range, Weight
 from icl_moe.tasks import find_task
 from icl_moe.vocabulary import Vocabulary
 
 Recipe = TypeVar("Recipe")
+
+DropoutRate = Annotated[float, Range(0, below=1)]
+LearningRate = Annotated[float, Range(above=0, most=1)]
+Epsilon = Annotated[float, Range(above=0, most=1)]
+TaskWeight = Annotated[float, Range(above=0)]
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,9 @@ class DataSettings:
     shards: str
     validation: str | None = None
     layout: Literal["packed", "padded"] = "packed"
-    workers: int = 1
+    workers: Natural = 1
     cache: str | None = None
-    cache_gigabytes: float = 100.0
+    cache_gigabytes: Annotated[float, Range(above=0)] = 100.0
 
 
 @dataclass(frozen=True)
@@ -58,17 +64,17 @@ class ModelSettings:
     gate_noise: whether the gate of the attributes is noisy in training.
     """
 
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    positions: int = 2060
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    layer_norm_epsilon: float = 1e-12
+    layers: Annotated[int, Range(1, 1024)] = 12
+    width: Annotated[int, Range(1, 65_536)] = 768
+    heads: Count = 12
+    positions: Annotated[int, Range(1, 1 << 20)] = 2060
+    dropout: DropoutRate = 0.1
+    attention_dropout: DropoutRate = 0.1
+    layer_norm_epsilon: Epsilon = 1e-12
     feed_forward: Literal["dense", "token", "attributes"] = "attributes"
-    layers_with_experts: tuple[int, ...] = (1, 3, 5, 7, 9, 11)
-    experts: int = 8
-    experts_per_token: int = 2
+    layers_with_experts: tuple[Natural, ...] = (1, 3, 5, 7, 9, 11)
+    experts: Annotated[int, Range(1, 4096)] = 8
+    experts_per_token: Annotated[int, Range(1, 2)] = 2
     gate_input: Literal["attributes", "token", "token+attributes"] = "attributes"
     combination: Literal["outputs", "weights"] = "outputs"
     gate_noise: bool = True
@@ -78,17 +84,19 @@ class ModelSettings:
             raise InputError(
                 f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})."
             )
-        if self.experts_per_token not in (1, 2) or self.experts < self.experts_per_token:
+        if self.experts < self.experts_per_token:
             raise InputError(
-                "model.experts_per_token must be 1 or 2 and at most model.experts, not "
-                f"{self.experts_per_token}."
+                f"model.experts_per_token ({self.experts_per_token}) must be at most model.experts "
+                f"({self.experts})."
             )
-        if self.combination == "weights" and self.gate_input != "attributes":
+        if self.combination == "weights" and (
+            self.gate_input != "attributes" or self.feed_forward == "token"
+        ):
             raise InputError(
-                "model.combination=weights needs model.gate_input=attributes: only whole streams "
-                "share merged experts."
+                "model.combination=weights needs model.feed_forward=attributes and "
+                "model.gate_input=attributes: only whole streams share merged experts."
             )
-        outside = [layer for layer in self.layers_with_experts if not 0 <= layer < self.layers]
+        outside = [layer for layer in self.layers_with_experts if layer >= self.layers]
         if outside:
             raise InputError(
                 f"model.layers_with_experts names layer {outside[0]}, but the layers are "
@@ -112,14 +120,14 @@ class OptimizerSettings:
     """
 
     name: Literal["adamw", "mt_adamw"] = "adamw"
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.05
-    betas: tuple[float, ...] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    learning_rate: LearningRate = 1e-4
+    weight_decay: Annotated[float, Range(0)] = 0.05
+    betas: tuple[Annotated[float, Range(0, below=1)], ...] = (0.9, 0.999)
+    epsilon: Epsilon = 1e-8
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: int = 1000
-    clip: float | None = 0.5
-    task_weights: dict[str, float] | None = None
+    warmup_steps: Natural = 1000
+    clip: Annotated[float, Range(above=0)] | None = 0.5
+    task_weights: dict[str, TaskWeight] | None = None
 
     def __post_init__(self) -> None:
         if self.task_weights is not None:
@@ -134,10 +142,8 @@ class OptimizerSettings:
                 "optimizer.clip must be null with optimizer.name=mt_adamw, which divides by the "
                 "gradient's norm anyway."
             )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(
-                f"optimizer.betas must be two numbers in [0, 1), not {list(self.betas)}."
-            )
+        if len(self.betas) != 2:
+            raise InputError(f"optimizer.betas must be two numbers, not {list(self.betas)}.")
 
 
 @dataclass(frozen=True)
@@ -166,47 +172,30 @@ class TrainingSettings:
     by slower ones that repeat it.
     """
 
-    steps: int
+    steps: Count
     output: str
-    stop_after: int | None = None
-    global_batch: int = 512
-    micro_batch: int = 8
-    seed: int = 0
+    stop_after: Count | None = None
+    global_batch: Count = 512
+    micro_batch: Count = 8
+    seed: Natural = 0
     sampling: Literal["unmixed", "mixed"] = "unmixed"
-    task_weights: dict[str, float] | None = None
-    input_loss_weight: float = 0.0
-    auxiliary_loss_weight: float = 0.02
-    save_every: int = 1000
-    keep_checkpoints: int = 2
-    log_every: int = 10
+    task_weights: dict[str, TaskWeight] | None = None
+    input_loss_weight: Weight = 0.0
+    auxiliary_loss_weight: Weight = 0.02
+    save_every: Count = 1000
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
     activation_checkpointing: bool = False
-    skipped_steps: int = 5
-    hang_seconds: float | None = 1800.0
+    skipped_steps: Natural = 5
+    hang_seconds: Annotated[float, Range(1)] | None = 1800.0
     dry_run: bool = True
     accept_changes: bool = False
-    evaluate_every: int | None = None
-    evaluate_episodes: int = 32
-    gradient_report_every: int | None = None
+    evaluate_every: Count | None = None
+    evaluate_episodes: Count = 32
+    gradient_report_every: Count | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "global_batch",
-            "micro_batch",
-            "save_every",
-            "keep_checkpoints",
-            "log_every",
-            "evaluate_episodes",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"training.{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("evaluate_every", "gradient_report_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(
-                    f"training.{name} must be at least 1, or null for never, not "
-                    f"{getattr(self, name)}."
-                )
         if self.task_weights is not None:
             if self.sampling == "mixed":
                 raise InputError(
@@ -222,10 +211,8 @@ class TrainingSettings:
 
 
 def _check_weights(key: str, weights: dict[str, float]) -> None:
-    for task, weight in weights.items():
+    for task in weights:
         find_task(task, key)
-        if not (0 < weight < math.inf):
-            raise InputError(f"{key}.{task} must be a positive number, not {weight}.")
     if not weights:
         raise InputError(f"{key} must name a task, or be null.")
 
@@ -236,8 +223,8 @@ class ParallelSettings:
     layer's matrices are split.
     """
 
-    ep_size: int = 1
-    tp_size: int = 1
+    ep_size: Count = 1
+    tp_size: Count = 1
 
 
 @dataclass(frozen=True)
@@ -327,9 +314,17 @@ def _plain(value: Any) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as safe_load reads it, but a key that stands twice is an error: plain YAML takes the
-    last one in silence.
+    """YAML as safe_load reads it, but a key that stands twice is an error (plain YAML takes the
+    last one in silence), and so is a whole number of absurd length. What looks like a date is text,
+    such as a folder's name.
     """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(str(node.value)) > 1000:  # Python itself refuses to print the longest ones.
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number has too many digits", node.start_mark
+            )
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -341,6 +336,13 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -364,9 +366,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_scalar(override: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else None
+        return yaml.load(text, _StrictLoader) if text else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"The value in '{override}' is not valid YAML.") from error
+        what = getattr(error, "problem", None)
+        raise InputError(
+            f"The value in '{override}' is not valid YAML{f': {what}' if what else ''}."
+        ) from error
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -383,7 +388,7 @@ def _build(kind: Any, values: Any, origin: str, prefix: str) -> Any:
         raise InputError(
             f"{origin}: '{prefix.rstrip('.')}' must hold keys and values, not {values!r}."
         )
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
@@ -405,10 +410,16 @@ def _build(kind: Any, values: Any, origin: str, prefix: str) -> Any:
         raise InputError(f"{origin}: {error}") from error
 
 
-def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
+def _convert(kind: Any, value: Any, origin: str, key: str, or_null: bool = False) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value if value is not None else {}, origin, key + ".")
     options = typing.get_args(kind)
+    if typing.get_origin(kind) is Annotated:
+        number = _convert(options[0], value, origin, key)
+        if demand := options[1].demand(number):
+            demand = f"be null or {demand.removeprefix('be ')}" if or_null else demand
+            raise InputError(f"{origin}: {key} must {demand}, not {shown(value)}.")
+        return number
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
@@ -418,7 +429,7 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
                 return _convert(option, value, origin, key)
             except InputError:
                 continue
-        return _convert(inner[-1], value, origin, key)
+        return _convert(inner[-1], value, origin, key, or_null=type(None) in options)
     if typing.get_origin(kind) is Literal:
         # YAML reads a bare `none` as text but `no`, `off` and `null` as values: take null to mean
         # the choice "none".
@@ -444,6 +455,8 @@ def _convert(kind: Any, value: Any, origin: str, key: str) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4, without a point, as text.
+        except OverflowError:
+            return math.inf if isinstance(value, int) and value > 0 else -math.inf
         except ValueError:
             pass
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):

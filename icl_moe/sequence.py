@@ -19,12 +19,13 @@ only by what it calls on them. Where the format asks for it, a class prompt open
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 
 from icl_moe.attributes import PADDING, Modality, attribute_class, is_target
 from icl_moe.errors import InputError
+from icl_moe.ranges import Count, Range
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
@@ -118,6 +119,10 @@ class Episode:
     pairs: tuple[Any, ...]
 
 
+PromptLength = Annotated[int, Range(4)]
+"""Positions of a class prompt: its three markers and at least one token of a name."""
+
+
 @dataclass(frozen=True)
 class SequenceFormat:
     """How episodes are written; part of the data recipe, the manifest and the exported model.
@@ -130,11 +135,11 @@ class SequenceFormat:
     """
 
     vocabulary: Vocabulary = Vocabulary()
-    codes_per_image: int = 256
+    codes_per_image: Count = 256
     category: Literal["none", "written", "given"] = "written"
     box: Literal["none", "text", "image"] = "text"
     class_prompt: bool = False
-    prompt_length: int = 16
+    prompt_length: PromptLength = 16
 
     def __post_init__(self) -> None:
         uses = {

@@ -3,10 +3,12 @@ token-id ranges.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from icl_moe.errors import InputError
+from icl_moe.ranges import Range
 
 GPT2_MERGES = 50_000
 GPT2_SIZE = 50_257
@@ -39,17 +41,9 @@ class Vocabulary:
     (52295 ids with them, 51290 without, at full size).
     """
 
-    text_merges: int = GPT2_MERGES
-    image_codes: int = 1024
+    text_merges: Annotated[int, Range(0, GPT2_MERGES)] = GPT2_MERGES
+    image_codes: Annotated[int, Range(2)] = 1024
     tags: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.text_merges <= GPT2_MERGES:
-            raise InputError(
-                f"vocabulary.text_merges must lie in 0..{GPT2_MERGES}, not {self.text_merges}."
-            )
-        if self.image_codes < 2:
-            raise InputError(f"vocabulary.image_codes must be at least 2, not {self.image_codes}.")
 
     @property
     def text_size(self) -> int:

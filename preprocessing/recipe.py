@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icl_moe.errors import InputError
-from icl_moe.sequence import SequenceFormat
+from icl_moe.ranges import Count, ImageSide, Natural
+from icl_moe.sequence import PromptLength, SequenceFormat
 from icl_moe.vocabulary import Vocabulary
 
 ObjectScale = Literal["any", "large"]
@@ -71,7 +72,7 @@ class CaptioningSource(_Source):
     splits: str | None = None
     split: str | None = None
     classes: tuple[str, ...] | None = None
-    min_descriptions: int = 100
+    min_descriptions: Natural = 100
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class SyntheticScenes:
     which split's name.
     """
 
-    images: int = 1000
-    seed: int = 0
+    images: Count = 1000
+    seed: Natural = 0
     split: Literal["train", "val"] = "train"
 
 
@@ -106,11 +107,11 @@ class DataRecipe:
     captioning: CaptioningSource | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
     synthetic: SyntheticScenes = SyntheticScenes()
-    image_size: int = 256
-    examples: int = 3
-    seed: int = 0
-    samples: int | None = None
-    shard_size: int = 4096
+    image_size: ImageSide = 256
+    examples: Natural = 3
+    seed: Natural = 0
+    samples: Count | None = None
+    shard_size: Count = 4096
     missing_images: Literal["stop", "skip"] = "stop"
     bad_images: Literal["stop", "skip"] = "stop"
     tokenizer_precision: Literal["fp32", "bf16"] = "fp32"
@@ -118,14 +119,9 @@ class DataRecipe:
     text_tokenizer: str = "auto"
     caption: CaptionText = field(default_factory=CaptionText)
     class_prompt: bool = False
-    prompt_length: int = 16
+    prompt_length: PromptLength = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 1), ("examples", 0), ("shard_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.samples is not None and self.samples < 1:
-            raise InputError(f"samples must be null or at least 1, not {self.samples}.")
         if self.segmentation is None and self.captioning is None and not self.tasks:
             raise InputError("a data recipe needs a section segmentation, captioning or both.")
         if self.segmentation is not None and self.segmentation.source == "coco":

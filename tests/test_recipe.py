@@ -2,16 +2,22 @@
 comes back typed.
 """
 
+import dataclasses
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 
 from icl_moe.errors import InputError
+from icl_moe.ranges import Range
 from icl_moe.recipe import TrainingRecipe, find_recipe, from_dict, load_recipe, to_dict
+from icl_moe.tokenizers.vqgan_training import TokenizerRecipe
+from preprocessing.recipe import DataRecipe
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,8 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     [
         ("model.heads=5", "model.width (768) must be a multiple of model.heads (5)"),
         ("model.layers_with_experts=[12]", "names layer 12, but the layers are 0..11"),
-        ("model.experts_per_token=3", "model.experts_per_token must be 1 or 2"),
+        ("model.experts_per_token=3", "model.experts_per_token must lie in 1..2, not 3."),
+        ("model.experts=1", "model.experts_per_token (2) must be at most model.experts (1)."),
         ("training.micro_batch=7", "must be a multiple of training.micro_batch (7)"),
         ("training.steps=0", "training.steps must be at least 1"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be two numbers"),
@@ -213,6 +220,115 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
 def test_settings_that_cannot_work_together_are_refused(override: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         load_recipe(TrainingRecipe, "paper_256", [override])
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a recipe: its key, its type, its range, and how a value of it is written."""
+
+    key: str
+    type: type
+    range: Range | None
+    written: str = "{}"
+
+    def setting(self, value: object) -> str:
+        return f"{self.key}={self.written.replace('{}', str(value))}"
+
+    def wrong_values(self) -> list[object]:
+        range, wrong = self.range, [math.nan, "-.inf", "true", "several", "[[1]]"]
+        for bound, beside in ((range.least, -1), (range.most, 1)):
+            wrong += [self.type(bound) + beside] if bound is not None else []
+        wrong += [bound for bound in (range.above, range.below) if bound is not None]
+        return [*wrong, 10**12, 10**400, *([1.5] if self.type is int else [1e-40])]
+
+
+def numbers(kind: object, key: str = "", written: str = "{}") -> Iterator[Number]:
+    """Every number that a recipe of type `kind` has, those in lists and tables too."""
+    if dataclasses.is_dataclass(kind):
+        for name, inner in get_type_hints(kind, include_extras=True).items():
+            yield from numbers(inner, f"{key}.{name}".lstrip("."))
+    elif get_origin(kind) is Annotated:
+        yield Number(key, get_args(kind)[0], get_args(kind)[1], written)
+    elif kind in (int, float):
+        yield Number(key, kind, None, written)
+    elif get_origin(kind) is tuple:
+        yield from numbers(get_args(kind)[0], key, "[{}]")
+    elif get_origin(kind) is dict:
+        yield from numbers(get_args(kind)[1], key, "{segmentation: {}}")
+    else:
+        for inner in get_args(kind):
+            yield from numbers(inner, key, written) if get_origin(kind) is not Literal else ()
+
+
+READ = {
+    TrainingRecipe: ("demo", "icl_moe"),
+    TokenizerRecipe: ("tokenizer_demo", "icl_moe"),
+    DataRecipe: ("demo", "preprocessing"),
+}
+NUMBERS = [(kind, number) for kind in READ for number in numbers(kind)]
+
+
+def test_every_kind_of_number_is_found() -> None:
+    found = {(kind.__name__, number.key) for kind, number in NUMBERS}
+    assert ("TrainingRecipe", "optimizer.task_weights") in found
+    assert ("TrainingRecipe", "optimizer.clip") in found
+    assert ("TokenizerRecipe", "network.channel_multipliers") in found
+    assert ("DataRecipe", "captioning.min_descriptions") in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    NUMBERS,
+    ids=[f"{READ[kind][1]} {READ[kind][0]} {number.key}" for kind, number in NUMBERS],
+)
+def test_every_number_of_every_recipe_has_a_range_that_it_is_held_to(
+    kind: type, number: Number
+) -> None:
+    assert number.range is not None
+    source, package = READ[kind]
+    for value in number.wrong_values():
+        with pytest.raises(InputError) as refusal:
+            load_recipe(kind, source, [number.setting(value)], package)
+        said = str(refusal.value)
+        assert re.match(rf"{source}\.yaml: '?{number.key}(\.segmentation)?'? must .*, not ", said)
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("model.dropout=10", "model.dropout must lie in 0..1 without 1, not 10."),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate must lie in 0..1 without 0"),
+        ("optimizer.clip=0", "optimizer.clip must be null or a positive number, not 0."),
+        ("training.stop_after=0", "training.stop_after must be null or at least 1, not 0."),
+        ("training.seed=5000000000", "training.seed must be at most 2147483647, not 5000000000."),
+        (
+            "optimizer.weight_decay=1e-40",
+            "optimizer.weight_decay must be of a size between 1e-30 and 1e+09, not '1e-40'.",
+        ),
+        (f"training.steps={'9' * 2000}", "is not valid YAML: a number has too many digits."),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_with_the_range(value: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        load_recipe(TrainingRecipe, "demo", [value])
+
+
+@pytest.mark.parametrize("value", ["model.dropout=0", "training.seed=0", "optimizer.betas=[0, 0]"])
+def test_the_ends_of_a_range_belong_to_it(value: str) -> None:
+    load_recipe(TrainingRecipe, "demo", [value])
+
+
+def test_a_name_that_looks_like_a_date_is_a_name() -> None:
+    recipe = load_recipe(TrainingRecipe, "demo", ["training.output=2026-11-26"])
+    assert recipe.training.output == "2026-11-26"
+
+
+def test_a_task_that_stands_twice_in_a_setting_is_refused() -> None:
+    with pytest.raises(InputError, match="the key 'captioning' stands there twice"):
+        load_recipe(
+            TrainingRecipe, "demo", ["training.task_weights={captioning: 1, captioning: 2}"]
+        )
 
 
 def test_a_path_is_told_from_a_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl_moe.errors import InputError
+from icl_moe.recipe import TrainingRecipe, load_recipe
 from icl_moe.vocabulary import BIN_COUNT, GPT2_MERGES, SPECIALS, TAGS, Vocabulary
 
 vocabularies = st.builds(
@@ -114,4 +115,8 @@ def test_tags_are_refused_where_the_vocabulary_has_none() -> None:
 )
 def test_impossible_sizes_are_refused_by_name(settings: dict[str, int], key: str) -> None:
     with pytest.raises(InputError, match=f"vocabulary.{key}"):
-        Vocabulary(**settings)
+        load_recipe(
+            TrainingRecipe,
+            "demo",
+            [f"vocabulary.{name}={value}" for name, value in settings.items()],
+        )

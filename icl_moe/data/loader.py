@@ -1,6 +1,10 @@
 """Micro-batches of one rank, in the schedule's order."""
 
+import multiprocessing
+import signal
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -9,7 +13,7 @@ from icl_moe.batch import Layout, TokenBatch, collate
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError
-from icl_moe.signals import obey_parent_alone
+from icl_moe.signals import STOPPING, obey_parent_alone
 
 
 class MicroBatches(Dataset[TokenBatch]):
@@ -93,9 +97,10 @@ def micro_batches(
         worker_init_fn=_obey_the_rank,
     )
     # The readers start now, before the first batch is asked for.
-    return _raise_errors(
-        iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options))
-    )
+    with _signals_held_back():
+        return _raise_errors(
+            iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options))
+        )
 
 
 class _ErrorsAsItems(Dataset["TokenBatch | SampleError"]):
@@ -118,6 +123,22 @@ def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Generator[TokenB
         if isinstance(item, SampleError):
             raise item
         yield item
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that are started within it get no signal to stop until they ask for it: one to the
+    whole job would end a reader before it can heed it, or the process that starts readers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        if multiprocessing.get_start_method() != "fork":
+            # To start this helper lets the signals through, so it must be there already.
+            resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _obey_the_rank(_: int) -> None:

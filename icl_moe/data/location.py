@@ -18,6 +18,7 @@ import fsspec
 
 from icl_moe.data.cache import Cache, default_parent
 from icl_moe.errors import InputError
+from icl_moe.ranges import Natural
 from icl_moe.recipe import DataSettings
 
 MANIFEST_FILE = "manifest.json"
@@ -38,7 +39,7 @@ class FileInfo:
     """
 
     file: str
-    bytes: int
+    bytes: Natural
     sha256: str
 
     @classmethod

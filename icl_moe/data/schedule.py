@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -67,12 +67,23 @@ class Schedule:
             dtype=np.float64,
         )
         self.probabilities = dict(zip(self._pools, (shares / shares.sum()).tolist(), strict=True))
+        self._draws_before: list[np.ndarray] = [np.zeros(len(self._pools), dtype=np.int64)]
+        self._open_caches()
+
+    def _open_caches(self) -> None:
         # Caches belong to this object; a decorated method would keep every Schedule alive.
         self._draws = lru_cache(maxsize=8)(self._draw_block)
         self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(
             self._draw_shuffle
         )  # One a task, two where an epoch ends.
-        self._draws_before: list[np.ndarray] = [np.zeros(len(self._pools), dtype=np.int64)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A reader that is not forked gets its copy pickled, which such a cache cannot be.
+        return {k: v for k, v in vars(self).items() if k not in ("_draws", "_shuffle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_caches()
 
     def task(self, step: int) -> str:
         """The task of step t (counted from 0); "mixed" where tasks are mixed."""

@@ -26,6 +26,7 @@ from icl_moe.data.cache import Cache
 from icl_moe.data.location import MANIFEST_FILE, FileInfo, ShardFolder, open_folder
 from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
+from icl_moe.ranges import ImageSide, Natural
 from icl_moe.recipe import from_dict
 from icl_moe.sequence import Role, SequenceFormat, Span, TokenSequence
 
@@ -72,7 +73,7 @@ class ShardInfo(FileInfo):
     """One tar: also its task and its number of samples."""
 
     task: str
-    samples: int
+    samples: Natural
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,15 @@ class Manifest:
 
     schema_version: int
     format: SequenceFormat
-    examples: int
-    image_size: int
+    examples: Natural
+    image_size: ImageSide
     image_tokenizer: str
     text_tokenizer: str
     recipe: dict[str, Any]
-    samples: dict[str, int]
-    classes: dict[str, dict[str, int]]
+    samples: dict[str, Natural]
+    classes: dict[str, dict[str, Natural]]
     shards: tuple[ShardInfo, ...]
-    skipped: dict[str, int]
+    skipped: dict[str, Natural]
     files: tuple[FileInfo, ...] = ()
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
 

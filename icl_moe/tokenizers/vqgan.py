@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
+from icl_moe.ranges import Count, ImageSide
 from icl_moe.recipe import from_dict, to_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -42,28 +43,18 @@ class VQGANConfig:
     self-attention.
     """
 
-    image_size: int = 256
-    codebook_size: int = 1024
-    code_channels: int = 256
-    latent_channels: int = 256
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks_per_level: int = 2
-    attention_sizes: tuple[int, ...] = (16,)
+    image_size: ImageSide = 256
+    codebook_size: Count = 1024
+    code_channels: Count = 256
+    latent_channels: Count = 256
+    channels: Count = 128
+    channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)
+    blocks_per_level: Count = 2
+    attention_sizes: tuple[Count, ...] = (16,)
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size",
-            "codebook_size",
-            "code_channels",
-            "latent_channels",
-            "channels",
-            "blocks_per_level",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise InputError("channel_multipliers must be a list of whole numbers of at least 1.")
+        if not self.channel_multipliers:
+            raise InputError("channel_multipliers must have a number for each level, at least one.")
         if self.channels % _NORM_GROUPS:
             raise InputError(f"channels must be a multiple of {_NORM_GROUPS}, not {self.channels}.")
         if self.image_size % self.downsampling:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ from icl_moe.images import (
     to_pixels,
 )
 from icl_moe.processes import join_processes
-from icl_moe.recipe import to_dict
+from icl_moe.ranges import Count, Natural, Range, Weight
+from icl_moe.recipe import LearningRate, to_dict
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
 
@@ -56,14 +57,10 @@ class TokenizerData:
 
     images: str = SYNTHETIC
     annotations: str | None = None
-    mask_share: float = 0.0
-    smallest_crop: float = 0.5
+    mask_share: Annotated[float, Range(0, 1)] = 0.0
+    smallest_crop: Annotated[float, Range(above=0, most=1)] = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask_share <= 1 or not 0 < self.smallest_crop <= 1:
-            raise InputError(
-                "data.mask_share must lie in 0..1 and data.smallest_crop in 0..1 without 0."
-            )
         if self.mask_share and self.images != SYNTHETIC and self.annotations is None:
             raise InputError(
                 "data.mask_share needs data.annotations, a COCO instances file, to take masks from."
@@ -94,32 +91,25 @@ class TokenizerRecipe:
     network: VQGANConfig = field(default_factory=VQGANConfig)
     start_from: str | None = None
     data: TokenizerData = field(default_factory=TokenizerData)
-    steps: int = 10_000
-    batch_size: int = 32
-    learning_rate: float = 4e-4
-    warmup_steps: int = 100
-    unquantised_steps: int = 500
-    commitment: float = 0.25
-    mask_weight: float = 0.0
+    steps: Count = 10_000
+    batch_size: Count = 32
+    learning_rate: LearningRate = 4e-4
+    warmup_steps: Natural = 100
+    unquantised_steps: Natural = 500
+    commitment: Weight = 0.25
+    mask_weight: Weight = 0.0
     perceptual_network: str | None = None
-    perceptual_weight: float = 1.0
-    adversarial_from: int | None = None
-    adversarial_weight: float = 0.8
-    ema_decay: float = 0.999
-    revive_every: int = 50
-    revive_below: float = 0.05
+    perceptual_weight: Weight = 1.0
+    adversarial_from: Natural | None = None
+    adversarial_weight: Weight = 0.8
+    ema_decay: Annotated[float, Range(0, below=1)] = 0.999
+    revive_every: Count = 50
+    revive_below: Annotated[float, Range(0)] = 0.05
     precision: Literal["fp32", "bf16"] = "fp32"
     half_weights: bool = False
-    seed: int = 0
-    log_every: int = 100
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "revive_every", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay must lie in 0..1 without 1, not {self.ema_decay}.")
+    seed: Natural = 0
+    log_every: Count = 100
+    save_every: Count = 500
 
 
 Draw = Callable[[np.random.Generator], tuple[Image.Image, list[np.ndarray]]]

@@ -9,14 +9,22 @@ import sys
 from icl_moe.cli import main
 from icl_moe.signals import listen
 
-# To the very end: the launcher's signal may come when this rank has saved and is about to end.
-listen()
-# The launcher puts --local_rank=i first; ranks read their number from the environment.
-_arguments = [
-    argument
-    for argument in sys.argv[1:]
-    if not argument.startswith(("--local_rank", "--local-rank"))
-]
-if not _arguments or "=" in _arguments[0]:
-    _arguments.insert(0, "paper_256")
-sys.exit(main(["train", *_arguments]))
+
+def _run() -> int:
+    # The launcher puts --local_rank=i first; ranks read their number from the environment.
+    arguments = [
+        argument
+        for argument in sys.argv[1:]
+        if not argument.startswith(("--local_rank", "--local-rank"))
+    ]
+    if not arguments or "=" in arguments[0]:
+        arguments.insert(0, "paper_256")
+    return main(["train", *arguments])
+
+
+# A reader of shards that is started anew, not forked, first runs the program of its rank under
+# the name __mp_main__ (multiprocessing's "spawn" and "forkserver"): it must not train.
+if getattr(sys.modules.get("__mp_main__"), "__name__", None) != "__mp_main__":
+    # To the very end: the launcher's signal may come when this rank has saved and is about to end.
+    listen()
+    sys.exit(_run())

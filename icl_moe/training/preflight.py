@@ -2,14 +2,17 @@
 it answers at once.
 """
 
+import difflib
 import json
+import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import Manifest, ShardSet
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
 from icl_moe.recipe import TrainingRecipe, to_dict
 from icl_moe.training.run_folder import check_same_run
 
@@ -24,13 +27,20 @@ _RECIPE_KEYS = (
     "steps_per_print",
 )
 
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "tensorboard", "csv_monitor", "wandb")
+"""The parts of an engine file that are read here, or that ds_configs/README.md speaks of."""
+
+_READERS_A_PROCESSOR = 4
+"""More readers than that only wait for each other."""
+
 
 def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]:
     """The shards and the engine file of a recipe that can run on `world` ranks.
 
     Raises InputError, before any rank starts, for shards that are missing or of another vocabulary
     or tokenizer, positions that do not suffice, validation shards of another kind, batches that do
-    not divide, layouts that are not supported, and precision that the device lacks.
+    not divide, layouts that are not supported, precision that the device lacks, and an engine file
+    that DeepSpeed cannot read.
     """
     shards = _open(recipe, "shards", recipe.data.shards)
     _check_shards(recipe, shards.manifest)
@@ -40,11 +50,14 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
     check_same_run(recipe, shards)
     engine_config = read_engine(recipe.engine)
     _check_layout(recipe, world, zero_stage(engine_config))
+    _check_reduction(recipe, engine_config)
     _check_precision(recipe, engine_config)
     RankSlice.of(
         0, world, recipe.training.global_batch, recipe.training.micro_batch, recipe.parallel.tp_size
     )
     make_schedule(recipe, shards.manifest)
+    _check_readers(recipe)
+    _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config
 
 
@@ -69,25 +82,48 @@ def open_validation(recipe: TrainingRecipe) -> ShardSet:
 
 
 def read_engine(name: str) -> dict[str, Any]:
-    """The DeepSpeed configuration `name`: a path, or a file of ds_configs without its .json."""
+    """The DeepSpeed configuration `name`: a path, or a file of ds_configs without its .json, those
+    of the current folder before the shipped ones.
+    """
+    shipped = Path(str(resources.files("icl_moe"))) / "ds_configs"
     candidates = [
         Path(name),
-        Path("ds_configs") / f"{name}.json",
-        Path(__file__).parents[2] / "ds_configs" / f"{name}.json",
+        *(folder / f"{name}.json" for folder in (Path("ds_configs"), shipped)),
     ]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise InputError(f"engine: there is no file {name} and no ds_configs/{name}.json.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise InputError(f"engine: {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"engine: {path} is not valid JSON ({error}).") from error
-    for key in _RECIPE_KEYS:
-        if key in config:
+    if not isinstance(config, dict):
+        raise InputError(f"engine: {path} must hold keys and values, not {shown(config)}.")
+    for key in config:
+        if key in _RECIPE_KEYS:
             raise InputError(
                 f"engine: {path} sets '{key}', which follows from the recipe; leave it out."
             )
+        # DeepSpeed passes over a key that it does not know, and reads bf16 under another name too.
+        meant = difflib.get_close_matches(key.replace("float", "f"), _SECTIONS, n=1, cutoff=0.8)
+        if meant and key not in _SECTIONS:
+            raise InputError(f"engine: {path} has the key '{key}'; write '{meant[0]}'.")
+    for key in _SECTIONS:
+        _check_section(f"engine: {path}: {key}", config.get(key, {}))
     return config
+
+
+def _check_section(where: str, section: Any) -> None:
+    """Refuse what is no section, and values of the keys in it on which the trainer itself acts."""
+    if not isinstance(section, dict):
+        raise InputError(f"{where} must hold keys and values, not {shown(section)}.")
+    if not isinstance(section.get("enabled", False), bool):
+        raise InputError(f"{where}.enabled must be true or false, not {shown(section['enabled'])}.")
+    stage = section.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise InputError(f"{where}.stage must be one of 0 | 1 | 2 | 3, not {shown(stage)}.")
 
 
 def zero_stage(engine_config: dict[str, Any]) -> int:
@@ -172,6 +208,45 @@ def _check_layout(recipe: TrainingRecipe, world: int, stage: int) -> None:
             f"(engine={recipe.engine}), not {ep_size} and {tp_size}: "
             "it spreads every parameter over all ranks by itself."
         )
+
+
+def _check_reduction(recipe: TrainingRecipe, engine_config: dict[str, Any]) -> None:
+    scatters = engine_config.get("zero_optimization", {}).get("reduce_scatter", True)
+    if zero_stage(engine_config) == 2 and recipe.model.sparse_layers and not scatters:
+        raise InputError(
+            f"engine: {recipe.engine} sets zero_optimization.reduce_scatter to "
+            f"{json.dumps(scatters)}; ZeRO stage 2 needs it true for expert layers, whose "
+            "gradients are averaged over other ranks than the rest."
+        )
+
+
+def _check_readers(recipe: TrainingRecipe) -> None:
+    processors = len(os.sched_getaffinity(0))
+    most = _READERS_A_PROCESSOR * processors
+    if recipe.data.workers > most:
+        raise InputError(
+            f"data.workers must be at most {most} on this machine of {processors} processors, not "
+            f"{recipe.data.workers}."
+        )
+
+
+def _check_engine_values(name: str, config: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed itself refuses. The last check, since to import it takes seconds."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # Of many types: it reads most keys without a check of its own.
+        raise InputError(f"engine: DeepSpeed refuses {name}: {_in_a_sentence(error)}.") from error
+
+
+def _in_a_sentence(error: Exception) -> str:
+    """What pydantic, or an assertion, says of the first value that is wrong."""
+    listed = getattr(error, "errors", None)
+    if listed is None:
+        return f"{type(error).__name__}: {error}".rstrip(".")
+    first = listed()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {shown(first.get('input'))}"
 
 
 def _check_precision(recipe: TrainingRecipe, engine_config: dict[str, Any]) -> None:

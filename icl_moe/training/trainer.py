@@ -82,6 +82,12 @@ def train_on(
             return
         if ranks.is_main:
             record_stretch(output, recipe, shards, engine_config, ranks, start)
+        if ranks.is_main and recipe.optimizer.warmup_steps > settings.steps:
+            _say(
+                f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) is more than "
+                f"training.steps ({settings.steps}): the learning rate climbs to the end and does "
+                "not reach optimizer.learning_rate"
+            )
         write_events = engine.deepspeed.monitor.write_events
         peak = peak_flops(ranks.device, engine_config)
         all_peaks = None if peak is None else peak * ranks.world

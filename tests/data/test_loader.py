@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,32 @@ def test_global_batches_are_equal_for_any_number_of_ranks_and_readers(folder, sa
     assert [len(step) for step in expected] == [GLOBAL_BATCH] * STEPS
     for ranks, workers in ((1, 3), (2, 0), (2, 1), (4, 2)):
         assert global_batches(folder, ranks, workers, sampling) == expected, (ranks, workers)
+
+
+@pytest.fixture(params=["forkserver", "spawn"])
+def start_method(request) -> Iterator[str]:
+    """How readers start within the test; forkserver is the default from Python 3.14 on."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_readers_may_be_started_in_any_way_even_under_a_signal_to_the_whole_job(
+    folder, start_method
+):
+    """Such a reader gets the data set pickled, also one that this process has read from before."""
+    shards, part = ShardSet(folder), RankSlice.of(0, 1, GLOBAL_BATCH, 2)
+    schedule = Schedule(shards.manifest.samples, GLOBAL_BATCH, seed=3)
+    dataset = MicroBatches(shards, schedule, part, "packed", 0.0)
+    here = [dataset[index] for index in range(2 * part.micro_steps)]
+    earlier = set(psutil.Process().children(recursive=True))
+    batches = micro_batches(dataset, part.micro_steps, 0, 2, workers=1)
+    for process in set(psutil.Process().children(recursive=True)) - earlier:
+        process.terminate()
+    for ours, theirs in zip(here, batches, strict=True):
+        assert ours.sources == theirs.sources
+        assert torch.equal(ours.tokens_T, theirs.tokens_T)
 
 
 def test_a_run_that_goes_on_reads_what_it_would_have_read(folder):

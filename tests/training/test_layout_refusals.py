@@ -64,7 +64,7 @@ def test_layouts_that_work_pass(shards, world, settings):
             ["parallel.ep_size=2"],
             "parallel.ep_size (2) must divide model.experts (8) and the number of ranks (3).",
         ),
-        (1, ["parallel.ep_size=0"], "parallel.ep_size (0) must divide"),
+        (1, ["parallel.ep_size=0"], "parallel.ep_size must be at least 1, not 0."),
         (
             8,
             [],
@@ -83,6 +83,11 @@ def test_layouts_that_work_pass(shards, world, settings):
         ),
         (
             2,
+            ["model.feed_forward=token", "model.combination=weights"],
+            "model.combination=weights needs model.feed_forward=attributes",
+        ),
+        (
+            2,
             ["parallel.ep_size=2", "model.combination=weights"],
             "parallel.ep_size must be 1 with model.combination=weights",
         ),
@@ -91,6 +96,55 @@ def test_layouts_that_work_pass(shards, world, settings):
 def test_layouts_that_cannot_work_are_refused(shards, world, settings, sentence):
     with pytest.raises(InputError, match=re.escape(sentence)):
         check_demo(shards, world, *settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ([], "must hold keys and values, not []."),
+        ({"zero_optimization": 1}, "zero_optimization must hold keys and values, not 1."),
+        (
+            {"zero_optimization": {"stage": "two"}},
+            "zero_optimization.stage must be one of 0 | 1 | 2 | 3, not 'two'.",
+        ),
+        ({"zero_optimization": {"stage": 4}}, "stage must be one of 0 | 1 | 2 | 3, not 4."),
+        ({"zero_optimization": {"stage": True}}, "stage must be one of 0 | 1 | 2 | 3, not True."),
+        ({"bf16": True}, "bf16 must hold keys and values, not True."),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true or false, not 'yes'."),
+        ({"csv_monitor": {"enabled": 1}}, "csv_monitor.enabled must be true or false, not 1."),
+        ({"tensorboard": {"job_name": 5}}, "tensorboard.job_name: Input should be a valid string"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "large"}},
+            "reduce_bucket_size: Input should be a valid integer, unable to parse string as an "
+            "integer, not 'large'.",
+        ),
+        ({"comms_logger": 3}, "engine: DeepSpeed refuses "),
+        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation'; write 'zero_optimization'."),
+        ({"bfloat16": {"enabled": True}}, "has the key 'bfloat16'; write 'bf16'."),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_scatter": False}},
+            "sets zero_optimization.reduce_scatter to false; ZeRO stage 2 needs it true",
+        ),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_type_in_an_engine_file_are_refused(shards, tmp_path, config, sentence):
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=re.escape(sentence)) as refusal:
+        check_demo(shards, 1, f"engine={path}")
+    assert str(refusal.value).startswith("engine: ") and str(path) in str(refusal.value)
+
+
+def test_an_engine_file_that_cannot_be_read_is_refused(shards, tmp_path):
+    (tmp_path / "engine.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(InputError, match=r"engine\.json is not valid JSON"):
+        check_demo(shards, 1, f"engine={tmp_path / 'engine.json'}")
+
+
+def test_more_readers_than_the_machine_can_use_are_refused(shards):
+    with pytest.raises(InputError, match=r"data\.workers must be at most \d+ on this machine"):
+        check_demo(shards, 1, "data.workers=1000000")
 
 
 def test_fp16_is_refused(shards, tmp_path):

@@ -1,0 +1,71 @@
+"""The ranges of a recipe's numbers, which stand beside the fields:
+
+    heads: Count = 12
+    dropout: Annotated[float, Range(0, below=1)] = 0.1
+
+`icl_moe.recipe` holds what it reads to them. A module of its own because the vocabulary, which
+recipes are made of, has ranges too.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+LARGEST_INTEGER = 2**31 - 1
+"""No whole number of a recipe is larger: so many steps, samples or pixels nobody can mean."""
+
+LARGEST, SMALLEST = 1e9, 1e-30
+"""No number of a recipe is larger, or nearer to 0 without being 0: in float32 it would soon be
+infinite, or 0.
+"""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` on, or those above `above`, up to `most`, or those below `below`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def demand(self, value: float) -> str | None:
+        """What a number must do that does not lie in the range, such as "be at least 1"; None where
+        it does.
+        """
+        if not self._holds(value):
+            return str(self)
+        if isinstance(value, int):
+            return f"be at most {LARGEST_INTEGER}" if value > LARGEST_INTEGER else None
+        if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
+            return f"be of a size between {SMALLEST:g} and {LARGEST:g}"
+        return None
+
+    def _holds(self, value: float) -> bool:
+        """Whether the number lies between the bounds; what is not a number (NaN) never does."""
+        return (
+            value == value
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        start, stop = self.least or self.above or 0, self.below if self.most is None else self.most
+        if stop is None:
+            return f"be at least {start:g}" if self.above is None else "be a positive number"
+        ends = [f"{end:g}" for end in (self.above, self.below) if end is not None]
+        return f"lie in {start:g}..{stop:g}" + f" without {' and '.join(ends)}" * bool(ends)
+
+
+Count = Annotated[int, Range(1)]
+"""A number of things, of which there is at least one."""
+
+Natural = Annotated[int, Range(0)]
+"""A whole number that may be 0, as a seed may."""
+
+ImageSide = Annotated[int, Range(1, 8192)]
+"""The side in pixels of what an image tokenizer sees."""
+
+Weight = Annotated[float, Range(0)]
+"""What a part of a loss counts; 0 leaves it out."""

@@ -1,0 +1,19 @@
+"""Readers that are started anew instead of forked, as Python 3.14 starts them by default."""
+
+import os
+
+
+def test_the_script_trains_with_readers_that_are_not_forked(train, repository, tmp_path):
+    """Such a reader runs the script of its rank once more, which must not train a second time."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
+    )
+    folders = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    printed = train(
+        tmp_path / "run",
+        "training.steps=2",
+        "training.dry_run=false",
+        script=(str(repository / "launch_scripts/pretrain.sh"),),
+        PYTHONPATH=os.pathsep.join(folders),
+    )
+    assert printed.count("step 2/2") == 1
