@@ -71,46 +71,42 @@ def load_instances(file: Path) -> CheckedCOCO:
     Raises InputError where the file is missing or malformed, where an id or an image's file name
     stands twice, and where an annotation is of an unknown image or category.
     """
-    coco = _load(file, ("images", "annotations", "categories"))
-    for place, record in enumerate(coco.dataset["categories"]):
+    content = _load(file, ("images", "annotations", "categories"))
+    for place, record in enumerate(content["categories"]):
         name = record.get("name")
         if not isinstance(name, str) or not name.strip():
             raise InputError(
                 f"{file}: entry {place} of 'categories' has the name {shown(name)}; text belongs "
                 "there."
             )
-    _check_file_names(coco)
-    for annotation in coco.dataset["annotations"]:
-        where = f"{file}: annotation {annotation['id']}"
-        category = annotation.get("category_id")
-        if not is_id(category) or category not in coco.cats:
-            raise InputError(
-                f"{where} is of category {shown(category)}, which is not among the file's "
-                f"categories{kinds_of_id(coco.cats, category)}."
-            )
+    _check_file_names(file, content["images"])
+    _check_references(file, content, "category_id", "categories")
+    for annotation in content["annotations"]:
         if annotation.get("iscrowd", 0) not in (0, 1):
             raise InputError(
-                f"{where} has the iscrowd {shown(annotation['iscrowd'])}; 0 or 1 belongs there."
+                f"{file}: annotation {annotation['id']} has the iscrowd "
+                f"{shown(annotation['iscrowd'])}; 0 or 1 belongs there."
             )
-    return coco
+    return _index(file, content)
 
 
 def load_captions(file: Path) -> CheckedCOCO:
     """A COCO captions file, indexed by pycocotools. Raises InputError as `load_instances` does, and
     where an annotation has no caption.
     """
-    coco = _load(file, ("images", "annotations"))
-    for annotation in coco.dataset["annotations"]:
+    content = _load(file, ("images", "annotations"))
+    for annotation in content["annotations"]:
         caption = annotation.get("caption", 0)
         if caption is not None and not isinstance(caption, str):
             raise InputError(
                 f"{file}: annotation {annotation['id']} has no text as its caption; a captions "
                 "file belongs there."
             )
-    return coco
+    return _index(file, content)
 
 
-def _load(file: Path, lists: tuple[str, ...]) -> CheckedCOCO:
+def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """These lists of a COCO file, whose records have ids and are of images of the file."""
     tqdm.write(f"reading {file}", file=sys.stderr)
     content = read_json(file)
     if not isinstance(content, dict) or not all(
@@ -125,17 +121,13 @@ def _load(file: Path, lists: tuple[str, ...]) -> CheckedCOCO:
         )
     for kind in lists:
         _check_records(file, kind, content[kind])
+    _check_references(file, content, "image_id", "images")
+    return {kind: content[kind] for kind in lists}
+
+
+def _index(file: Path, content: dict[str, list[dict[str, Any]]]) -> CheckedCOCO:
     coco = CheckedCOCO()
-    coco.file = file
-    coco.dataset = {kind: content[kind] for kind in lists}
-    images = {record["id"] for record in content["images"]}
-    for annotation in content["annotations"]:
-        image = annotation.get("image_id")
-        if not is_id(image) or image not in images:
-            raise InputError(
-                f"{file}: annotation {annotation['id']} is of image {shown(image)}, which is not "
-                f"among the file's images{kinds_of_id(images, image)}."
-            )
+    coco.file, coco.dataset = file, content
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -159,15 +151,28 @@ def _check_records(file: Path, kind: str, records: Any) -> None:
         seen.add(number)
 
 
-def _check_file_names(coco: CheckedCOCO) -> None:
+def _check_references(file: Path, content: dict[str, Any], key: str, kind: str) -> None:
+    """Each annotation must be of an image, or category, of the file."""
+    known = {record["id"] for record in content[kind]}
+    for annotation in content["annotations"]:
+        number = annotation.get(key)
+        if not is_id(number) or number not in known:
+            raise InputError(
+                f"{file}: annotation {annotation['id']} is of {key.removesuffix('_id')} "
+                f"{shown(number)}, which is not among the file's {kind}"
+                f"{kinds_of_id(known, number)}."
+            )
+
+
+def _check_file_names(file: Path, images: list[dict[str, Any]]) -> None:
     """An image that stands there twice would have the masks of half of its instances each time."""
     ids: dict[PurePosixPath, Any] = {}
-    for number, record in coco.imgs.items():
-        name = record.get("file_name")
+    for record in images:
+        name, number = record.get("file_name"), record["id"]
         if isinstance(name, str) and ids.setdefault(PurePosixPath(name), number) != number:
             raise InputError(
-                f"{coco.file}: the images {shown(ids[PurePosixPath(name)])} and {shown(number)} "
-                f"have the same file name {shown(name)}; one record for each file belongs there."
+                f"{file}: the images {shown(ids[PurePosixPath(name)])} and {shown(number)} have "
+                f"the same file name {shown(name)}; one record for each file belongs there."
             )
 
 

@@ -129,6 +129,21 @@ def annotation(**values):
     return lambda content: content["annotations"][0].update(values)
 
 
+def image(**values):
+    return lambda content: content["images"][0].update(values)
+
+
+def category(**values):
+    return lambda content: content["categories"][0].update(values)
+
+
+def replaced(kind, first):
+    return lambda content: content.update({kind: [first, *content[kind][1:]]})
+
+
+HUGE = 10**400
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -140,7 +155,41 @@ def annotation(**values):
             annotation(category_id=5),
             "annotation 1 is of category 5, which is not among the file's categories",
         ),
+        (
+            annotation(image_id="1"),
+            r"is of image '1', .* \(it is text, and the ids there are numbers",
+        ),
+        (annotation(image_id=None), "annotation 1 is of image None"),
+        (annotation(image_id=[1]), r"annotation 1 is of image \[1\]"),
+        (annotation(category_id="18"), r"of category '18', .* \(it is text, and the ids"),
+        (annotation(category_id={}), "annotation 1 is of category {}"),
         (annotation(id=2), "two of the annotations have the id 2"),
+        (image(id=2), "two of the images have the id 2"),
+        (category(id=18), "two of the categories have the id 18"),
+        (image(id=None), "entry 0 of 'images' has the id None; a record with a whole number"),
+        (image(id=True), "entry 0 of 'images' has the id True"),
+        (image(id=1.5), "entry 0 of 'images' has the id 1.5"),
+        (image(id=float("nan")), "entry 0 of 'images' has the id nan"),
+        (image(id=[1]), r"entry 0 of 'images' has the id \[1\]"),
+        (annotation(id={}), "entry 0 of 'annotations' has the id {}"),
+        (category(id=None), "entry 0 of 'categories' has the id None"),
+        (replaced("images", "1.jpg"), "entry 0 of 'images' is no record"),
+        (replaced("annotations", None), "entry 0 of 'annotations' is no record"),
+        (replaced("categories", "cat"), "entry 0 of 'categories' is no record"),
+        (image(file_name="./2.jpg"), "images 1 and 2 have the same file name '2.jpg'"),
+        (category(name=None), "entry 0 of 'categories' has the name None; text belongs there"),
+        (category(name=" "), "entry 0 of 'categories' has the name ' '"),
+        (category(name=7), "entry 0 of 'categories' has the name 7"),
+        (
+            lambda content: content["categories"][0].pop("name"),
+            "entry 0 of 'categories' has the na",
+        ),
+        (lambda content: content.update(categories=[]), "has no categories; a COCO instances file"),
+        (lambda content: content.pop("categories"), "has no categories; a COCO instances file"),
+        (lambda content: content.update(categories={"1": "dog"}), "'categories' must be a list"),
+        (annotation(iscrowd="0"), "annotation 1 has the iscrowd '0'; 0 or 1 belongs there"),
+        (annotation(iscrowd=None), "annotation 1 has the iscrowd None"),
+        (annotation(iscrowd=2), "annotation 1 has the iscrowd 2"),
         (
             annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
             "annotation 1 has a polygon of 7 numbers; pairs of x and y belong there",
@@ -157,7 +206,19 @@ def annotation(**values):
             annotation(segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
             "annotation 1 has a polygon far outside",
         ),
+        (
+            annotation(segmentation=[[1, 2, 3, 4, 5, HUGE]]),
+            "annotation 1 has a polygon far outside",
+        ),
+        (annotation(segmentation=[1, 2, 3, 4, 5, 6]), "segmentation that is not lists of numbers"),
+        (annotation(segmentation=[[1, 2, 3, 4, 5, True]]), "segmentation that is not lists"),
+        (annotation(segmentation=[[[1, 2], [3, 4], [5, 6]]]), "segmentation that is not lists"),
+        (
+            annotation(segmentation=[[0, 0, 200, 160] * 12000]),
+            "a polygon whose outline is 4800000 pixels long",
+        ),
         (annotation(segmentation=None), "annotation 1 has no segmentation"),
+        (annotation(segmentation={"size": [80, 100]}), "annotation 1 has no segmentation"),
         (
             annotation(segmentation={"size": [100, 80], "counts": [8000]}),
             r"has an RLE of size \[100, 80\]; its image has height 80",
@@ -168,22 +229,186 @@ def annotation(**values):
         ),
         (annotation(segmentation={"size": [80, 100], "counts": "04"}), "run lengths do not cover"),
         (annotation(segmentation={"size": [80, 100], "counts": "~~~"}), "run lengths do not cover"),
+        (annotation(segmentation={"size": [80, 100], "counts": None}), "run lengths do not cover"),
+        (annotation(segmentation={"size": [80, 100], "counts": 8000}), "run lengths do not cover"),
         (
-            lambda content: content["images"][0].update(file_name="../1.jpg"),
-            "image 1 has the file name '../1.jpg'",
+            annotation(segmentation={"size": [80, 100], "counts": [-1, 8001]}),
+            "run lengths do not cover",
         ),
         (
-            lambda content: content["images"][0].update(width="wide"),
-            "image 1 has the size 'wide' x 80",
+            annotation(segmentation={"size": [80, 100], "counts": "o" * 1_000_000}),
+            "run lengths do not cover",
         ),
+        (annotation(segmentation={"counts": [8000]}), "has an RLE of size None"),
+        (image(file_name="../1.jpg"), "image 1 has the file name '../1.jpg'"),
+        (image(file_name="a/../../1.jpg"), "image 1 has the file name"),
+        (image(file_name="/1.jpg"), "image 1 has the file name '/1.jpg'"),
+        (image(file_name=None), "image 1 has the file name None"),
+        (image(file_name=""), "image 1 has the file name ''"),
+        (image(file_name="1\0.jpg"), "image 1 has the file name"),
+        (image(file_name="a" * 400 + ".jpg"), "a.jpg cannot be read: File name too long"),
+        (image(width="wide"), "image 1 has the size 'wide' x 80"),
+        (image(width="100"), "image 1 has the size '100' x 80"),
+        (image(width=None), "image 1 has the size None x 80"),
+        (image(width=True), "image 1 has the size True x 80"),
+        (image(width=99.5), "image 1 has the size 99.5 x 80"),
+        (image(width=-100), "image 1 has the size -100 x 80"),
+        (image(width=HUGE), r"image 1 has the size 1000+\.\.\.0+ x 80"),
+        (image(width=float("inf")), "image 1 has the size inf x 80"),
         (lambda content: content["images"][0].pop("id"), "entry 0 of 'images' has the id None"),
         (lambda content: content.pop("images"), "not in COCO's format"),
+        (lambda content: content.update(annotations={}), "not in COCO's format"),
     ],
 )
 def test_a_wrong_record_is_named_in_a_sentence(coco_folder, edit, message):
     coco_folder.write(edit)
     with pytest.raises(InputError, match=message):
         read(coco_folder)
+
+
+def test_numbers_that_were_written_with_a_point_are_whole_numbers(coco_folder):
+    expected = read(coco_folder).regions
+
+    def write_points(content):
+        for record in (*content["images"], *content["annotations"]):
+            record.update({key: float(v) for key, v in record.items() if isinstance(v, int)})
+
+    coco_folder.write(write_points)
+    assert read(coco_folder).regions == expected
+
+
+@pytest.mark.parametrize("outline", [[], [[]], [[60, 10, 90, 40]]])
+def test_a_mask_of_which_an_instance_has_no_outline_is_left_out_and_counted(coco_folder, outline):
+    """Its pixels would count as background of its class."""
+    cat = next(a for a in coco_folder.content["annotations"] if a["category_id"] == 17)
+    coco_folder.write(lambda content: cat.update(segmentation=outline))
+    pool = read(coco_folder)
+    assert len(pool.by_class()["cat"]) == 2
+    assert {reason: count for reason, count in pool.skipped.items() if count} == {
+        "masks_lacking_an_instance": 1,
+        "crowds_alone": 1,
+    }
+
+
+def test_an_outline_without_an_area_is_counted_and_the_instances_others_count(coco_folder):
+    expected = read(coco_folder).regions
+    coco_folder.write(
+        lambda content: content["annotations"][0]["segmentation"].append([60, 10, 90, 40])
+    )
+    pool = read(coco_folder)
+    assert pool.regions == expected
+    assert pool.skipped["polygons_without_an_area"] == 1
+
+
+def test_an_instance_without_a_pixel_is_counted(coco_folder):
+    expected = read(coco_folder)
+
+    def add_speck(content):
+        speck = [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]
+        content["annotations"].append(
+            {**content["annotations"][0], "id": 99, "segmentation": speck}
+        )
+
+    coco_folder.write(add_speck)
+    pool = read(coco_folder)
+    assert pool.regions == expected.regions
+    assert pool.skipped["instances_without_a_pixel"] == 1
+
+
+def test_a_file_whose_instances_are_all_crowds_names_the_setting_that_takes_them(coco_folder):
+    expected = read(coco_folder).regions
+
+    def mark_all(content):
+        for each in content["annotations"]:
+            each["iscrowd"] = 1
+
+    coco_folder.write(mark_all)
+    with pytest.raises(InputError, match=r"all instances are crowds .*segmentation.crowds=instan"):
+        read(coco_folder)
+    pool = read(coco_folder, crowds="instances")
+    assert [region for region in pool.regions if region.annotations != (11,)] == expected
+    assert len(pool.by_class()["cat"]) == 4, "the crowd of image 4 is an instance now"
+    assert pool.skipped["crowds_alone"] == 0
+
+
+def test_names_that_stand_twice_are_one_class_and_unused_categories_do_no_harm(coco_folder):
+    """Some tools write the data set's name as a category above the class of the same name."""
+    expected = read(coco_folder).regions
+    coco_folder.write(
+        lambda content: content["categories"].extend(
+            [{"id": 1, "name": "dog"}, {"id": 2, "name": "horse"}]
+        )
+    )
+    assert read(coco_folder).regions == expected
+    coco_folder.write(lambda content: content["annotations"][0].update(category_id=1))
+    assert read(coco_folder).regions == expected
+
+
+def test_classes_that_are_asked_for_and_never_seen_are_counted(coco_folder):
+    coco_folder.write(lambda content: content["categories"].append({"id": 1, "name": "horse"}))
+    assert read(coco_folder, classes=("dog", "horse")).skipped["classes_without_a_region"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("1.JPG", "1.jpg"),
+        ("images/1.jpg", "1.jpg"),
+        ("images\\1.jpg", "1.jpg"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg"),
+        ("a%20dog.jpg", "a dog.jpg"),
+        ("part/1.JPG", "part/1.jpg"),
+    ],
+)
+def test_a_missing_image_that_is_there_under_another_spelling_is_pointed_out(
+    coco_folder, name, there
+):
+    (coco_folder.images / "part").mkdir()
+    (coco_folder.images / "1.jpg").rename(coco_folder.images / there)
+    coco_folder.write(image(file_name=name))
+    with pytest.raises(InputError, match=r"1 of 6 annotated images are missing") as error:
+        read(coco_folder)
+    assert f"(there is a file {coco_folder.images / there})" in str(error.value)
+
+
+def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_skipped(
+    coco_folder, tmp_path
+):
+    images = coco_folder.images
+    coco_folder.images = tmp_path / "typo"
+    with pytest.raises(InputError, match=r"The folder of images .*typo does not exist"):
+        read(coco_folder, missing_images="skip")
+    coco_folder.images = coco_folder.file
+    with pytest.raises(InputError, match=r"instances.json is no folder"):
+        read(coco_folder, missing_images="skip")
+    coco_folder.images = images
+    coco_folder.file = images
+    with pytest.raises(InputError, match="images is no file; a file belongs there"):
+        read(coco_folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b'{"images": [', r"line 1, column \d+ is not valid JSON"),
+        (b"{}{}", "is not valid JSON: Extra data"),
+        (b"[]", "is not in COCO's format"),
+        (b"null", "is not in COCO's format"),
+        (b"\x1f\x8b\x08\x00 compressed", "it is not text in UTF-8"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number of too many digits"),
+        (b"[" * 100_000, "its JSON is nested too deep"),
+    ],
+)
+def test_a_file_that_is_no_coco_file_is_named(coco_folder, content, message):
+    coco_folder.file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"instances.json.* {message}"):
+        read(coco_folder)
+
+
+def test_half_a_character_in_a_name_is_replaced(coco_folder):
+    coco_folder.write(category(name="c\ud83dat"))
+    assert "c\ufffdat" in read(coco_folder).by_class()
 
 
 def test_a_file_that_is_missing_or_no_json_is_named_in_a_sentence(coco_folder):

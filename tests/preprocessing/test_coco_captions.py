@@ -68,6 +68,110 @@ def test_captions_of_an_image_without_instances_file_entry_are_refused(coco_fold
         read(coco_folder)
 
 
+def captions(folder, edit):
+    content = json.loads(folder.captions_file.read_text())
+    edit(content)
+    folder.captions_file.write_text(json.dumps(content))
+
+
+def test_files_that_were_exchanged_are_named(coco_folder):
+    files = coco_folder.captions_file, coco_folder.file
+    coco_folder.captions_file = coco_folder.file
+    with pytest.raises(
+        InputError, match=r"instances.json: annotation 1 has no text as its caption"
+    ):
+        read(coco_folder)
+    coco_folder.captions_file, coco_folder.file = files[::-1]
+    with pytest.raises(
+        InputError, match=r"instances.json: annotation 1 has no text as its caption"
+    ):
+        read(coco_folder)
+    coco_folder.captions_file = coco_folder.file = files[0]
+    with pytest.raises(InputError, match=r"captions.json has no categories; a COCO instances file"):
+        read(coco_folder)
+
+
+@pytest.mark.parametrize("caption", [7, ["a dog"], True])
+def test_a_caption_that_is_no_text_is_named(coco_folder, caption):
+    captions(coco_folder, lambda content: content["annotations"][0].update(caption=caption))
+    with pytest.raises(InputError, match="annotation 1 has no text as its caption"):
+        read(coco_folder)
+
+
+def test_a_caption_that_was_not_given_is_counted(coco_folder):
+    captions(coco_folder, lambda content: content["annotations"][0].update(caption=None))
+    pool = read(coco_folder)
+    assert pool.skipped["captions_without_a_seen_class"] == 7
+    assert len(pool.regions) == 15
+
+
+def test_captions_of_images_with_ids_as_text_are_told_apart(coco_folder):
+    def write_text(content):
+        for record in content["images"]:
+            record["id"] = str(record["id"])
+        for record in content["annotations"]:
+            record["image_id"] = str(record["image_id"])
+
+    captions(coco_folder, write_text)
+    with pytest.raises(
+        InputError, match=r"image '1' has captions but .* \(it is text, and the ids"
+    ):
+        read(coco_folder)
+
+
+def test_half_an_emoji_is_replaced(coco_folder):
+    captions(
+        coco_folder, lambda content: content["annotations"][0].update(caption="a dog \ud83d, seen")
+    )
+    assert read(coco_folder).regions[0].caption == "a dog \ufffd, seen"
+
+
+@pytest.mark.parametrize("bbox", [[50, 50, -40, -30], [50, 20, -40, 30], [10, 50, 40, -30]])
+def test_a_box_of_negative_size_is_left_out_and_counted(coco_folder, bbox):
+    coco_folder.write(lambda content: content["annotations"][0].update(bbox=bbox))
+    pool = read(coco_folder)
+    assert pool.skipped["boxes_of_negative_size"] == 1
+    assert [region.category for region in pool.regions if region.image.name == "1.jpg"] == ["cat"]
+    assert all(r.box[0] < r.box[2] and r.box[1] < r.box[3] for r in pool.regions)
+
+
+@pytest.mark.parametrize("bbox", [[500, 20, 40, 30], [10, 20, 0, 30], [-90, 20, 40, 30]])
+def test_a_box_without_an_area_in_the_image_makes_no_region(coco_folder, bbox):
+    coco_folder.write(lambda content: content["annotations"][0].update(bbox=bbox))
+    pool = read(coco_folder)
+    assert pool.skipped["empty_boxes"] == 2
+    assert [region.category for region in pool.regions if region.image.name == "1.jpg"] == ["cat"]
+
+
+def test_classes_are_those_of_the_instances_file(coco_folder):
+    assert set(read(coco_folder, classes=("cat",)).by_class()) == {"cat"}
+    with pytest.raises(InputError, match=r"captioning.classes names 'cta', which is not among the"):
+        read(coco_folder, classes=("cat", "cta"))
+
+
+@pytest.mark.parametrize(
+    "bbox",
+    [
+        None,
+        {},
+        "1 2 3 4",
+        [1, 2, 3, None],
+        [1, 2, 3, "4"],
+        [1, 2, 3, True],
+        [1, 2, float("nan"), 4],
+        [1, 2, float("inf"), 4],
+        [1, 2, 10**400, 4],
+        [1, 2, 3, 4, 5],
+    ],
+)
+def test_a_bbox_that_is_not_four_numbers_is_named(coco_folder, bbox):
+    coco_folder.write(lambda content: content["annotations"][0].update(bbox=bbox))
+    with pytest.raises(
+        InputError, match=r"annotation 1 has the box .*; x, y, width and height in p"
+    ):
+        read(coco_folder)
+
+
 def test_a_bbox_that_is_no_box_is_named(coco_folder):
     coco_folder.write(lambda content: content["annotations"][0].update(bbox=[1, 2, 3]))
     with pytest.raises(

@@ -19,7 +19,7 @@ def read(folder, missing_images="stop", **settings) -> Pool:
     files = {"regions": "region_descriptions", "objects": "objects", "image_data": "image_data"}
     paths = {key: str(folder.file(name)) for key, name in files.items()}
     return read_captioning(
-        CaptioningSource("visual_genome", images=str(folder.images), **paths, **settings),
+        CaptioningSource("visual_genome", images=str(folder.images), **paths | settings),
         ImageCheck(missing_images, "stop", folder.folder / "notes"),
     )
 
@@ -65,6 +65,118 @@ def test_a_split_chooses_images(genome_folder, tmp_path):
     } == {"VG_100K/5.jpg"}
     with pytest.raises(InputError, match="no list of image ids named 'val'"):
         read(genome_folder, splits=str(splits), split="val")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (
+            ["1", "2"],
+            r"'train' has the image id '1', and the ids of .*image_data.json are such as 1",
+        ),
+        (["1.jpg"], r"'train' has the image id '1.jpg'"),
+        ([[1], [2]], r"'train' has the image id \[1\]"),
+        ([None], "'train' has the image id None"),
+        ([1, "2"], "'train' has the image id '2'"),
+        ([77, 78], r"none of the 2 images of 'train' is in .*image_data.json"),
+        ([], r"none of the 0 images of 'train' is in"),
+        ({"1": 1}, "has no list of image ids named 'train'"),
+    ],
+)
+def test_a_split_whose_ids_are_not_those_of_the_images_is_named(
+    genome_folder, tmp_path, ids, message
+):
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": ids}))
+    with pytest.raises(InputError, match=rf"splits.json.* {message}"):
+        read(genome_folder, splits=str(splits), split="train")
+
+
+def test_images_of_a_split_that_have_no_record_are_counted(genome_folder, tmp_path):
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": [1, 2, 77, 78]}))
+    pool = read(genome_folder, splits=str(splits), split="train")
+    assert pool.skipped["images_of_the_split_without_a_record"] == 2
+
+
+def test_names_in_addresses_may_be_quoted(genome_folder):
+    (genome_folder.images / "VG_100K/1.jpg").rename(genome_folder.images / "VG_100K/a dog.jpg")
+    genome_folder.content["image_data"][0]["url"] = "https://example.org/VG_100K/a%20dog.jpg"
+    genome_folder.write()
+    assert read(genome_folder).regions[0].image.name == "VG_100K/a dog.jpg"
+
+
+def region(**values):
+    return lambda records: records[0]["regions"][0].update(values)
+
+
+@pytest.mark.parametrize("size", [{"width": -50}, {"height": -36}, {"width": -1, "height": -1}])
+def test_a_region_of_negative_size_is_left_out_and_counted(genome_folder, size):
+    region(**size)(genome_folder.content["region_descriptions"])
+    genome_folder.write()
+    pool = read(genome_folder)
+    assert len(pool.regions) == 9
+    assert pool.skipped["boxes_of_negative_size"] == 1
+    assert pool.skipped["regions_without_a_class"] == 10
+
+
+def test_an_object_of_negative_size_is_left_out_and_counted(genome_folder):
+    genome_folder.content["objects"][0]["objects"][0].update(x=50, w=-50)
+    genome_folder.write()
+    pool = read(genome_folder)
+    assert len(pool.regions) == 9
+    assert pool.skipped["boxes_of_negative_size"] == 1
+    assert pool.skipped["regions_without_a_class"] == 11
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (region(region_id=12), "regions_with_the_id_of_another"),
+        (region(image_id=2), "regions_of_another_image"),
+        (region(phrase=None), "regions_without_a_class"),
+        (region(phrase=" . "), "regions_without_a_class"),
+        (region(width=0), "regions_without_a_class"),
+        (region(x=500), "regions_without_a_class"),
+    ],
+)
+def test_a_region_that_belongs_nowhere_is_counted(genome_folder, edit, reason):
+    edit(genome_folder.content["region_descriptions"])
+    genome_folder.write()
+    pool = read(genome_folder)
+    assert len(pool.regions) == 9
+    assert pool.skipped[reason] == 1 + 10 * (reason == "regions_without_a_class")
+
+
+def test_half_an_emoji_is_replaced(genome_folder):
+    region(phrase="the dogs \udc15 sleep")(genome_folder.content["region_descriptions"])
+    genome_folder.write()
+    assert read(genome_folder).regions[0].caption == "the dogs \ufffd sleep"
+
+
+def test_classes_that_are_asked_for_and_never_seen_are_counted(genome_folder):
+    pool = read(genome_folder, classes=("tree", "zebrra"))
+    assert pool.skipped["classes_without_a_region"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "message"),
+    [
+        ("image_data", "objects", r"image 1 has the size None x None"),
+        ("image_data", "region_descriptions", "has a record without 'image_id'"),
+        ("objects", "image_data", "has a record without an image's id and its list of objects"),
+        ("objects", "region_descriptions", "and its list of objects"),
+        ("regions", "objects", "and its list of regions"),
+        ("regions", "image_data", "and its list of regions"),
+        ("regions", "coco", "is not a list of records"),
+        ("regions", "images", "is no file"),
+    ],
+)
+def test_a_file_under_the_wrong_key_is_named(genome_folder, tmp_path, key, given, message):
+    (genome_folder.folder / "coco.json").write_text('{"images": [], "annotations": []}')
+    wrong = genome_folder.images if given == "images" else genome_folder.file(given)
+    with pytest.raises(InputError, match=rf"{wrong.name}.* {message}"):
+        read(genome_folder, **{key: str(wrong)})
 
 
 def test_images_may_lie_in_the_folder_itself(genome_folder):
@@ -116,6 +228,86 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
             "without 'image_id': the layout of .* 1.2",
         ),
         ("image_data", lambda records: records[0].update(height=0), "image 1 has the size 100 x 0"),
+        ("region_descriptions", region(region_id=None), "without 'region_id'"),
+        ("region_descriptions", region(region_id=[1]), "without 'region_id'"),
+        ("region_descriptions", region(phrase=7), "image 1, region 11 has no text as its 'phrase'"),
+        (
+            "region_descriptions",
+            lambda records: records[0]["regions"][0].pop("phrase"),
+            "image 1, region 11 has no text as its 'phrase'",
+        ),
+        (
+            "region_descriptions",
+            region(x="0"),
+            r"image 1, region 11 has the box \['0', 0, 50, 36\]; x, y, width and height",
+        ),
+        ("region_descriptions", region(width=float("nan")), "image 1, region 11 has the box"),
+        ("region_descriptions", region(width=10**400), "image 1, region 11 has the box"),
+        (
+            "region_descriptions",
+            lambda records: records[0]["regions"].append(None),
+            "image 1 has a region without 'region_id'",
+        ),
+        (
+            "region_descriptions",
+            lambda records: records[0].update(regions=None),
+            "has a record without an image's id and its list of regions",
+        ),
+        (
+            "region_descriptions",
+            lambda records: records[0].update(id="1"),
+            r"has regions of image '1', .* \(it is text, and the ids there are numbers\)",
+        ),
+        (
+            "region_descriptions",
+            lambda records: records[0].update(id=2),
+            "has two records of image 2; one belongs there",
+        ),
+        (
+            "objects",
+            lambda records: records[0].update(image_id=2),
+            "has two records of image 2; one belongs there",
+        ),
+        (
+            "objects",
+            lambda records: records[0]["objects"][0].update(h=None),
+            r"image 1, object 10 has the box \[0, 0, 50, None\]",
+        ),
+        ("objects", lambda records: records[0]["objects"].append("dog"), "without 'names'"),
+        (
+            "objects",
+            lambda records: records[0]["objects"][0].update(names="dog"),
+            "without 'names'",
+        ),
+        (
+            "image_data",
+            lambda records: records[0].update(image_id=2),
+            "image 2 stands there twice",
+        ),
+        (
+            "image_data",
+            lambda records: records[0].update(url=records[1]["url"]),
+            "image 2 has the file name VG_100K/2.jpg of image 1",
+        ),
+        ("image_data", lambda records: records[0].update(image_id=None), "without 'image_id'"),
+        ("image_data", lambda records: records[0].update(image_id=[1]), "without 'image_id'"),
+        ("image_data", lambda records: records[0].update(url=["x"]), "image 1 has the url"),
+        (
+            "image_data",
+            lambda records: records[0].update(url="https://example.org/.."),
+            "image 1 has the file name '..'",
+        ),
+        (
+            "image_data",
+            lambda records: records[0].update(url="https://example.org/%2Fetc%2Fpasswd"),
+            "image 1 has the file name '/etc/passwd'",
+        ),
+        (
+            "image_data",
+            lambda records: records[0].update(url="https://example.org/%00.jpg"),
+            "image 1 has the file name",
+        ),
+        ("image_data", lambda records: records[0].update(width="100"), "has the size '100' x 80"),
         (
             "objects",
             lambda records: records.append(3),
