@@ -56,8 +56,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special
-        token.
+        token. Raises InputError for half of a character (a lone surrogate of UTF-16), as some JSON
+        files have it.
         """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(
+                f"The text {text[:60]!a} has half of a character, which no text holds."
+            )
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
