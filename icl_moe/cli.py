@@ -330,11 +330,12 @@ def _caption(options: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from icl_moe.inference.model import InContextModel, Region
+    from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model)
-    examples = [(image, Region.load(region)) for image, region in options.example]
-    region = model.caption(examples, query=options.query, category=options.category, progress=True)
+    region = model.caption(
+        options.example, query=options.query, category=options.category, progress=True
+    )
     print(json.dumps(dataclasses.asdict(region), ensure_ascii=False))
     return 0
 

@@ -2,8 +2,10 @@
 key-value cache.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,13 +52,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
             raise InputError(
-                "The temperature must be 0 (the most probable token) or more, not "
+                "The temperature must be 0 (the most probable token) or a number above it, not "
                 f"{self.temperature}."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, not {self.top_k}.")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise InputError(f"top_k must be a whole number of at least 1, not {self.top_k}.")
+        if not (isinstance(self.seed, int) and self.seed >= 0):
+            raise InputError(f"seed must be a whole number of at least 0, not {self.seed}.")
 
 
 GREEDY = Sampling()
@@ -190,7 +194,9 @@ def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampl
     if sampling.top_k is not None:
         least_B1 = scores_BV.topk(min(sampling.top_k, scores_BV.shape[1]), dim=1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)
-    cumulative_BV = (scores_BV.double() / sampling.temperature).softmax(dim=1).cumsum(dim=1)
+    # Less the largest before it is divided, so that a temperature next to 0 gives no infinities.
+    excess_BV = scores_BV.double() - scores_BV.double().amax(dim=1, keepdim=True)
+    cumulative_BV = (excess_BV / sampling.temperature).softmax(dim=1).cumsum(dim=1)
     draws_B1 = (
         cumulative_BV.new_tensor([[output.generator.random()] for output in outputs])
         * cumulative_BV[:, -1:]

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,21 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 
-from icl_moe.boxes import Box, normalise_box
+from icl_moe.boxes import Box
 from icl_moe.errors import InputError
 from icl_moe.images import (
+    ImageLike,
     box_to_mask,
     crop_and_resize,
     crop_and_resize_mask,
     load_image,
+    load_mask,
     mask_to_pixels,
     pixels_to_mask,
     to_pixels,
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
+from icl_moe.inference.region import Region
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import Episode, SequenceCodec
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
@@ -32,46 +35,6 @@ from icl_moe.tasks.captioning import CaptionPair, box_of
 from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
-
-ImageLike = str | Path | Image.Image | np.ndarray
-"""A file, a Pillow image, or an array (H, W) or (H, W, 3), uint8; for a mask also a boolean one."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A region of an image. box: x, y, width, height in pixels of that image. What a model's format
-    leaves out is None.
-    """
-
-    caption: str
-    category: str | None = None
-    box: tuple[float, float, float, float] | None = None
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Region":
-        """Read {"caption": ..., "category": ..., "box": [x, y, width, height]}; the last two may be
-        left out.
-
-        Raises InputError for a file that is missing or holds anything else.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"The region {path} cannot be read ({error.strerror}).") from error
-        except ValueError as error:
-            raise InputError(f"The region {path} is not valid JSON.") from error
-        if not _is_region(values):
-            raise InputError(
-                f"{path} must hold "
-                f'{{"caption": text, "category": text, "box": [x, y, width, height] in pixels}} '
-                "and nothing else."
-            )
-        box: Any = values.get("box")
-        return cls(
-            values["caption"],
-            values.get("category"),
-            None if box is None else (box[0], box[1], box[2], box[3]),
-        )
 
 
 class InContextModel:
@@ -131,7 +94,7 @@ class InContextModel:
 
     def segment(
         self,
-        examples: Sequence[tuple[ImageLike, ImageLike]],
+        examples: Iterable[tuple[ImageLike, ImageLike]],
         query: ImageLike,
         category: str | None = None,
         sampling: Sampling = GREEDY,
@@ -139,41 +102,41 @@ class InContextModel:
     ) -> np.ndarray:
         """The mask (H, W), boolean and of the query's own size, of what the examples' masks mark.
 
-        examples: (image, mask) pairs; a mask has its image's size, and a pixel of it counts where
-        it is brighter than half of the mask's brightest one. category: the class's name, needed
-        where the model's format has a class prompt. Raises InputError for input that cannot be read
-        or does not fit the model.
+        examples: (image, mask) pairs; a mask has its image's size and two levels, the brighter one
+        on the object (see `load_mask`). category: the class's name, needed where the model's format
+        has a class prompt. Raises InputError for input that cannot be read or does not fit the
+        model.
         """
         task = SEGMENTATION
-        self._check_request(task, len(examples), category)
-        image = _open(query)
-        pictures = [_open(picture) for picture, _ in examples]
+        pairs = _pairs(examples, "mask")
+        self._check_request(task, len(pairs), category)
+        image = load_image(query, "The query")
+        pictures = _pictures(pairs)
         masks = [
-            _open_mask(mask, picture.size)
-            for picture, (_, mask) in zip(pictures, examples, strict=True)
+            self._example_mask(mask, picture, number)
+            for number, (picture, (_, mask)) in enumerate(zip(pictures, pairs, strict=True), 1)
         ]
         *image_codes, query_codes = self.encode(
             [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
         )
-        mask_codes = self.encode(
-            [mask_to_pixels(_squared_mask(mask, self.image_size)) for mask in masks]
-        )
-        pairs = tuple(
+        mask_codes = self.encode([mask_to_pixels(mask) for mask in masks])
+        shown = tuple(
             SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True)
         )
         (pair,) = self.complete(
-            [(Episode(task, category or "", pairs), query_codes)], sampling, progress
+            [(Episode(task, category or "", shown), query_codes)], sampling, progress
         )
-        pixels_13HW = self.decode(pair.mask[None])
+        # One channel before it is enlarged, not three: a query may have 100 million pixels.
+        grey_11HW = self.decode(pair.mask[None]).mean(dim=1, keepdim=True)
         return pixels_to_mask(
             F.interpolate(
-                pixels_13HW, (image.height, image.width), mode="bilinear", align_corners=False
+                grey_11HW, (image.height, image.width), mode="bilinear", align_corners=False
             )[0]
         )
 
     def caption(
         self,
-        examples: Sequence[tuple[ImageLike, Region]],
+        examples: Iterable[tuple[ImageLike, Region | str | os.PathLike[str]]],
         query: ImageLike,
         category: str | None = None,
         sampling: Sampling = GREEDY,
@@ -182,27 +145,32 @@ class InContextModel:
         """The query's region of the class that the examples show, with the box in the query's
         pixels.
 
-        category: the class's name, by default that of the examples. It, and the examples'
-        categories and boxes, are needed only where the model's format has them. Raises InputError
-        for input that cannot be read or does not fit the model.
+        examples: (image, region) pairs, the region or the file that `Region.load` reads. category:
+        the class's name, by default that of the examples. It, and the examples' categories and
+        boxes, are needed only where the model's format has them. Raises InputError for input that
+        cannot be read or does not fit the model.
         """
         task = CAPTIONING
-        named = {region.category for _, region in examples if region.category}
+        pairs = _pairs(examples, "region")
+        regions = [_open_region(region, number) for number, (_, region) in enumerate(pairs, 1)]
+        named = {region.category for region, _ in regions if region.category}
         category = category or (named.pop() if len(named) == 1 else None)
-        self._check_request(task, len(examples), category)
-        image = _open(query)
-        pictures = [_open(picture) for picture, _ in examples]
+        self._check_request(task, len(pairs), category)
+        image = load_image(query, "The query")
+        pictures = _pictures(pairs)
+        boxes = [
+            None if region.box is None else region.box_in(picture.size, name)
+            for picture, (region, name) in zip(pictures, regions, strict=True)
+        ]
         *image_codes, query_codes = self.encode(
             [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
         )
-        pairs = tuple(
-            self._caption_pair(number, codes, region, picture.size, category)
-            for number, (codes, (_, region), picture) in enumerate(
-                zip(image_codes, examples, pictures, strict=True), start=1
-            )
+        shown = tuple(
+            self._caption_pair(name, codes, region, box, category)
+            for codes, (region, name), box in zip(image_codes, regions, boxes, strict=True)
         )
         (pair,) = self.complete(
-            [(Episode(task, category or "", pairs), query_codes)], sampling, progress
+            [(Episode(task, category or "", shown), query_codes)], sampling, progress
         )
         return Region(pair.caption, pair.category, _to_pixel_box(box_of(pair, self), image.size))
 
@@ -254,33 +222,46 @@ class InContextModel:
 
     def _check_request(self, task: Task, examples: int, category: str | None) -> None:
         self.check_examples(examples)
-        if category is None and task.needs_category(self.format):
+        if not isinstance(category, str | None):
+            raise InputError(f"The category must be a text, not {type(category).__name__}.")
+        if not category and task.needs_category(self.format):
             raise InputError("This model is told the class's name: give the category.")
+
+    def _example_mask(self, mask: ImageLike, picture: Image.Image, number: int) -> np.ndarray:
+        """An example's mask as the model sees it, boolean (image_size, image_size)."""
+        what = f"The mask of example {number}"
+        mask_HW = _squared_mask(load_mask(mask, picture.size, what), self.image_size)
+        if not mask_HW.any():
+            raise InputError(
+                f"{mask if isinstance(mask, str | os.PathLike) else what} marks so little that "
+                f"nothing of it is left at the model's {self.image_size} x {self.image_size} "
+                "pixels; cut image and mask closer to the object."
+            )
+        return mask_HW
 
     def _caption_pair(
         self,
-        number: int,
+        name: str,
         codes: np.ndarray,
         region: Region,
-        size: tuple[int, int],
+        box: Box | None,
         category: str | None,
     ) -> CaptionPair:
-        name = region.category or category
-        if name is None and self.format.category != "none":
-            raise InputError(
-                f"Example {number} lacks the category that this model's captions name."
-            )
+        category = region.category or category
+        if category is None and self.format.category != "none":
+            raise InputError(f"{name} lacks the category that this model's captions name.")
         if self.format.box == "none":
-            return CaptionPair(codes, region.caption, name)
-        if region.box is None:
-            raise InputError(f"Example {number} lacks the box that this model's captions place.")
-        box = normalise_box(*region.box, *size)
+            return CaptionPair(codes, region.caption, category)
+        if box is None:
+            raise InputError(f"{name} lacks the box that this model's captions place.")
         if self.format.box == "text":
-            return CaptionPair(codes, region.caption, name, box)
+            return CaptionPair(codes, region.caption, category, box)
         drawing = mask_to_pixels(
             ~box_to_mask(box, self.image_size)
         )  # The paper: 0 on the object, 1 elsewhere.
-        return CaptionPair(codes, region.caption, name, box, box_image=self.encode([drawing])[0])
+        return CaptionPair(
+            codes, region.caption, category, box, box_image=self.encode([drawing])[0]
+        )
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:
@@ -329,37 +310,36 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open(image: ImageLike) -> Image.Image:
-    if isinstance(image, str | Path):
-        return load_image(image)
-    return (_from_array(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+def _pairs(examples: Iterable[Any], second: str) -> list[tuple[Any, Any]]:
+    """The examples, of any kind of iterable, as a list of pairs."""
+    pairs = list(examples) if isinstance(examples, Iterable) else [examples]
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(
+                f"Example {number} must be a pair (image, {second}) in a list of examples, not "
+                f"{type(pair).__name__}."
+            )
+    return [(image, output) for image, output in pairs]
 
 
-def _open_mask(mask: ImageLike, size: tuple[int, int]) -> np.ndarray:
-    """The boolean mask (H, W) of an image of this size (width, height)."""
-    name = str(mask) if isinstance(mask, str | Path) else "a mask"
-    if isinstance(mask, str | Path):
-        mask = load_image(mask)
-    levels = np.asarray(
-        (_from_array(mask) if isinstance(mask, np.ndarray) else mask).convert("L"), dtype=np.float32
-    )
-    if levels.shape != size[::-1]:
+def _pictures(pairs: Sequence[tuple[Any, Any]]) -> list[Image.Image]:
+    return [
+        load_image(image, f"The image of example {number}")
+        for number, (image, _) in enumerate(pairs, 1)
+    ]
+
+
+def _open_region(region: Any, number: int) -> tuple[Region, str]:
+    """An example's region, and what messages call it."""
+    if isinstance(region, str | os.PathLike):
+        return Region.load(region), str(region)
+    name = f"Example {number}"
+    if not isinstance(region, Region):
         raise InputError(
-            f"{name} is {levels.shape[1]} x {levels.shape[0]} pixels, but its image is {size[0]} x "
-            f"{size[1]}."
+            f"{name} must have a Region, or the path of its file, not {type(region).__name__}."
         )
-    return levels > levels.max(initial=0) / 2
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype not in (np.uint8, np.bool_) or not (
-        array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    ):
-        raise InputError(
-            f"An image as an array must be uint8 of shape (H, W) or (H, W, 3), not {array.dtype} "
-            f"of shape {array.shape}."
-        )
-    return Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array)
+    region.check(name)
+    return region, name
 
 
 def _squared(image: Image.Image, size: int) -> Image.Image:
@@ -379,19 +359,3 @@ def _to_pixel_box(
     width, height = size
     x, y = round(box[0] * width, 2), round(box[1] * height, 2)
     return x, y, round((box[2] - box[0]) * width, 2), round((box[3] - box[1]) * height, 2)
-
-
-def _is_region(values: Any) -> bool:
-    if not isinstance(values, dict) or not values.keys() <= {"caption", "category", "box"}:
-        return False
-    box, category = values.get("box"), values.get("category")
-    numbers = box is None or (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
-    )
-    return (
-        isinstance(values.get("caption"), str)
-        and (category is None or isinstance(category, str))
-        and numbers
-    )

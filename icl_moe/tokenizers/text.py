@@ -58,7 +58,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special
-        token.
+        token. Raises InputError for half of a character (a lone surrogate of UTF-16), as some JSON
+        files have it.
         """
         return self._tokenizer.encode(whole_characters(text), add_special_tokens=False)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from icl_moe import InContextModel
 from icl_moe.errors import InputError
 from icl_moe.inference import model as model_module
-from icl_moe.inference.decode import decode_batch
+from icl_moe.inference.decode import Sampling, decode_batch
 from icl_moe.inference.model import Region
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
@@ -190,8 +190,119 @@ def test_requests_that_cannot_be_met_are_refused(small_text, settings, examples,
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused(small_text):
-    with pytest.raises(InputError, match="a mask is 32 x 64 pixels, but its image is 64 x 64"):
+    with pytest.raises(
+        InputError, match="The mask of example 1 is 32 x 64 pixels, but its image is 64 x 64"
+    ):
         make_model(small_text).segment([(picture(0), blocks(32, 64))], query=picture(0))
+
+
+def test_the_model_sees_the_same_pixels_whichever_way_an_image_comes(
+    small_text, tmp_path, monkeypatch
+):
+    """A photo on its side, as a file and as web services hand it over."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(3, 128, 64)).save(tmp_path / "side.png", exif=exif)
+    marks = np.zeros((64, 128), np.uint8)
+    marks[10:40, 20:90] = 1
+    Image.fromarray(marks).save(tmp_path / "mask.png", exif=exif)
+    model, seen = make_model(small_text), []
+
+    def encode(pixels):
+        seen.append(torch.stack(list(pixels)))
+        return [np.zeros(CODES, np.int64)] * len(pixels)
+
+    monkeypatch.setattr(model, "encode", encode)
+    upright = Image.fromarray(np.rot90(picture(3, 128, 64), -1))
+    ways = [
+        (tmp_path / "side.png", tmp_path / "mask.png"),
+        (Image.open(tmp_path / "side.png"), Image.open(tmp_path / "mask.png")),
+        (np.asarray(upright), np.rot90(marks, -1)),
+        (upright.convert("RGBA"), np.rot90(marks, -1) > 0),
+    ]
+    for image, mask in ways:
+        assert model.segment([(image, mask)], query=image).shape == (128, 64)
+    for images, masks in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(images, seen[0]) and torch.equal(masks, seen[1])
+    assert seen[0].std() > 0.1 and masks.unique().tolist() == [-1, 1]
+
+
+def test_examples_may_come_from_any_iterable(small_text, copying):
+    model = make_model(small_text)
+    pairs = [(picture(0), blocks(SIDE, SIDE)), [picture(2), blocks(SIDE, SIDE)]]
+    whole = model.segment(pairs, query=picture(1))
+    assert np.array_equal(whole, model.segment((pair for pair in pairs), query=picture(1)))
+    regions = [(picture(0), REGION)]
+    assert model.caption(iter(regions), query=picture(1)).caption == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (None, "Example 1 must be a pair .image, mask. in a list of examples, not NoneType"),
+        ("dog.jpg", "Example 1 must be a pair .image, mask. in a list of examples, not str"),
+        ([picture(0)], "Example 1 must be a pair"),
+        (picture(0), "Example 1 must be a pair"),
+        ([(picture(0), blocks(64, 64)), (picture(0),)], "Example 2 must be a pair"),
+        ([("absent.jpg", blocks(64, 64))], "The image absent.jpg does not exist"),
+        ([(picture(0), "absent.png")], "The mask absent.png does not exist"),
+        ([(picture(0), blocks(64, 64) & False)], "The mask of example 1 marks nothing"),
+        ([(None, blocks(64, 64))], "The image of example 1 must be a path"),
+    ],
+)
+def test_examples_that_are_none_are_refused(small_text, examples, message):
+    with pytest.raises(InputError, match=message):
+        make_model(small_text).segment(examples, query=picture(0))
+
+
+def test_a_mark_that_vanishes_at_the_models_size_is_refused(small_text, tmp_path):
+    marks = np.zeros((640, 640), np.uint8)
+    marks[3:5, 300:303] = 255
+    Image.fromarray(marks).save(tmp_path / "dot.png")
+    for mask, name in ((tmp_path / "dot.png", "dot.png"), (marks, "The mask of example 1")):
+        with pytest.raises(InputError, match=f"{name} marks so little that nothing"):
+            make_model(small_text).segment([(picture(0, 640, 640), mask)], query=picture(0))
+
+
+@pytest.mark.parametrize("category", [3, b"dog", ["dog"]])
+def test_a_category_that_is_no_text_is_refused(small_text, category):
+    with pytest.raises(InputError, match="The category must be a text"):
+        make_model(small_text).segment(
+            [(picture(0), blocks(64, 64))], query=picture(0), category=category
+        )
+
+
+def test_half_a_character_is_refused_wherever_a_text_is_given(small_text):
+    model = make_model(small_text, category="given")
+    with pytest.raises(InputError, match="half of a character"):
+        model.caption([(picture(0), REGION)], query=picture(1), category="do\udc67")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": -1},
+        {"temperature": "hot"},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"seed": -1},
+        {"seed": 1.5},
+    ],
+)
+def test_sampling_of_no_sense_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(InputError, match=name):
+        Sampling(**settings)
+
+
+def test_an_almost_cold_draw_is_the_most_probable_one(small_text):
+    model = make_model(small_text)
+    examples = [(picture(0), blocks(SIDE, SIDE))]
+    greedy = model.segment(examples, query=picture(1))
+    cold = model.segment(examples, query=picture(1), sampling=Sampling(temperature=1e-300))
+    assert np.array_equal(greedy, cold)
 
 
 def test_an_array_that_is_no_image_is_refused(small_text):
@@ -204,8 +315,19 @@ def test_a_region_file_is_read(tmp_path):
         '{"caption": "a dog", "category": "dog", "box": [32, 16, 64, 32]}'
     )
     assert Region.load(tmp_path / "region.json") == REGION
-    (tmp_path / "short.json").write_text('{"caption": "a dog"}')
+    (tmp_path / "short.json").write_text('\ufeff{"caption": "a dog", "box": null}')
     assert Region.load(tmp_path / "short.json") == Region("a dog")
+
+
+def test_a_regions_file_may_stand_for_the_region(small_text, copying, tmp_path):
+    (tmp_path / "region.json").write_text(
+        '{"caption": "a dog", "category": "dog", "box": [32, 16, 64, 32]}'
+    )
+    model = make_model(small_text)
+    for region in (REGION, tmp_path / "region.json", str(tmp_path / "region.json")):
+        assert model.caption([(picture(0), region)], query=picture(1)).caption == "a dog"
+    with pytest.raises(InputError, match="Example 1 must have a Region, or the path of its file"):
+        model.caption([(picture(0), {"caption": "a dog"})], query=picture(1))
 
 
 @pytest.mark.parametrize(
@@ -216,16 +338,66 @@ def test_a_region_file_is_read(tmp_path):
         ('["a dog"]', "must hold"),
         ('{"category": "dog"}', "must hold"),
         ('{"caption": "a dog", "bbox": [1, 2, 3, 4]}', "must hold"),
-        ('{"caption": "a dog", "box": [1, 2, 3]}', "must hold"),
-        ('{"caption": "a dog", "box": [1, 2, 3, "4"]}', "must hold"),
+        ('{"caption": "a dog", "box": [1, 2, 3]}', "the box must be"),
+        ('{"caption": "a dog", "box": [1, 2, 3, "4"]}', "the box must be"),
+        ('{"caption": "a dog", "box": [1, 2, 3, true]}', "the box must be"),
+        ('{"caption": "a dog", "box": {"x": 1}}', "the box must be"),
+        ('{"caption": "a dog", "box": [51, 52, -40, -40]}', "a width and a height above 0"),
+        ('{"caption": "a dog", "box": [51, 12, -40, 40]}', "a width and a height above 0"),
+        ('{"caption": "a dog", "box": [5, 5, 0, 0]}', "a width and a height above 0"),
+        ('{"caption": "a dog", "box": [NaN, 1, 2, 3]}', "finite numbers"),
+        ('{"caption": "a dog", "box": [0, 0, Infinity, 3]}', "finite numbers"),
+        ('{"caption": "a dog", "box": [0, 0, 1e999, 3]}', "finite numbers"),
+        (f'{{"caption": "a dog", "box": [0, 0, {"9" * 400}, 3]}}', "finite numbers"),
+        (f'{{"caption": "a dog", "box": [0, 0, {"9" * 5000}, 3]}}', "is not valid JSON"),
+        ('{"caption": null}', "the caption must be a text"),
+        ('{"caption": 5}', "the caption must be a text"),
+        ('{"caption": " "}', "the caption must be a text"),
+        ('{"caption": "a dog", "category": 7}', "the category must be a text"),
+        ('{"caption": "a dog \\ud83d"}', "the caption must be a text"),
+        ('{"caption": "a dog", "category": "\\udc67"}', "the category must be a text"),
+        ('{"caption": "a dog", "caption": "a cat"}', "a key stands there twice"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("", "is not valid JSON"),
+        (b"\xff\xfe{", "is not valid JSON"),
     ],
 )
 def test_a_file_that_is_no_region_is_refused_by_name(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "region.json").write_text(content)
+        raw = content.encode() if isinstance(content, str) else content
+        (tmp_path / "region.json").write_bytes(raw)
     with pytest.raises(InputError, match=message) as caught:
         Region.load(tmp_path / "region.json")
     assert "region.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("box", ["text", "image", "none"])
+def test_a_box_outside_of_its_image_is_refused_by_the_regions_name(small_text, tmp_path, box):
+    (tmp_path / "away.json").write_text(
+        '{"caption": "a dog", "category": "dog", "box": [500, 500, 10, 10]}'
+    )
+    model = make_model(small_text, box=box)
+    for region, name in (
+        (tmp_path / "away.json", str(tmp_path / "away.json")),
+        (Region("a dog", "dog", (-20, 5, 20, 9)), "Example 1"),
+    ):
+        with pytest.raises(InputError) as caught:
+            model.caption([(picture(0), region)], query=picture(1))
+        assert str(caught.value).startswith(f"{name}: the box [")
+        assert "lies outside of its image, which is 64 x 64 pixels" in str(caught.value)
+
+
+def test_a_region_of_no_sense_is_refused_in_python_too(small_text):
+    for region, message in (
+        (Region("a dog", "dog", (5, 5, -3, 4)), "Example 1: the box must be"),
+        (Region("a dog", "dog", (1, 2, 3)), "Example 1: the box must be"),
+        (Region("a dog", "dog", "abcd"), "Example 1: the box must be"),
+        (Region(None, "dog", BOX), "Example 1: the caption must be a text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_model(small_text).caption([(picture(0), region)], query=picture(1))
+    numbers = Region("a dog", "dog", tuple(np.array(BOX, np.float32)))
+    numbers.check("Numbers of NumPy's are numbers")
 
 
 @pytest.fixture(scope="module")
