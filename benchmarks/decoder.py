@@ -42,8 +42,9 @@ from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.kernels import cross_entropy
 from icl_moe.model.kernels.onednn_linear import Linear, product
-from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe, to_dict
+from icl_moe.recipe import ModelSettings, TrainingRecipe
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
+from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tasks import TASKS
 from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tasks.segmentation import SegmentationPair

@@ -35,7 +35,7 @@ from icl_moe.model import expert_parallel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.feed_forward import FeedForward
-from icl_moe.recipe import to_dict
+from icl_moe.settings import to_dict
 from icl_moe.training.distributed import free_port, process_group
 
 WAYS: dict[str, Callable[..., list[Tensor]]] = {

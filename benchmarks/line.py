@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def build_shards(folder: Path) -> dict[str, float]:
-    from icl_moe.recipe import load_recipe
+    from icl_moe.settings import load_recipe
     from preprocessing import synthetic
     from preprocessing.build import build_shards as build
     from preprocessing.recipe import DataRecipe
@@ -71,7 +71,8 @@ def train_step(folder: Path) -> dict[str, float]:
     from icl_moe.data.loader import MicroBatches
     from icl_moe.data.schedule import RankSlice, Schedule
     from icl_moe.data.shards import ShardSet
-    from icl_moe.recipe import TrainingRecipe, load_recipe
+    from icl_moe.recipe import TrainingRecipe
+    from icl_moe.settings import load_recipe
     from icl_moe.training.distributed import process_group
     from icl_moe.training.engine import TrainingEngine
     from icl_moe.training.preflight import read_engine
@@ -141,7 +142,8 @@ def evaluate(folder: Path) -> dict[str, float]:
     from icl_moe.inference.model import InContextModel
     from icl_moe.model.config import DecoderConfig
     from icl_moe.model.decoder import InContextDecoder, initialise
-    from icl_moe.recipe import TrainingRecipe, load_recipe, to_dict
+    from icl_moe.recipe import TrainingRecipe
+    from icl_moe.settings import load_recipe, to_dict
     from icl_moe.training.checkpoint import write_model_folder
 
     shards = ShardSet(folder / "shards")

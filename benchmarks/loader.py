@@ -28,8 +28,9 @@ from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
-from icl_moe.recipe import TrainingRecipe, load_recipe
+from icl_moe.recipe import TrainingRecipe
 from icl_moe.sequence import SequenceFormat, Span, TokenSequence
+from icl_moe.settings import load_recipe
 
 SAMPLES, SHARD_SIZE = 2000, 500
 BATCHES, ROUNDS = 200, 7

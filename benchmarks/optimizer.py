@@ -16,7 +16,8 @@ from measure import Goal, in_turns, report
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.optim.mt_adamw import MTAdamW
-from icl_moe.recipe import TrainingRecipe, load_recipe
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe
 
 REPEATS = 7
 

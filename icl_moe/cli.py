@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icl_moe.errors import InputError, RankError
-from icl_moe.locks import locked
-from icl_moe.signals import listening
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,12 +220,15 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from icl_moe.signals import listening
+
     with listening():
         return _train_until_stopped(options)
 
 
 def _train_until_stopped(options: argparse.Namespace) -> int:
-    from icl_moe.recipe import TrainingRecipe, load_recipe
+    from icl_moe.recipe import TrainingRecipe
+    from icl_moe.settings import load_recipe
     from icl_moe.training.preflight import check
 
     recipe = load_recipe(TrainingRecipe, options.recipe, options.settings)
@@ -248,7 +249,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
-    from icl_moe.recipe import load_recipe
+    from icl_moe.settings import load_recipe
     from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
     from preprocessing.synthetic import draw_picture
 
@@ -299,6 +300,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
     """The lock of --out; of several processes that share the work the first one has it."""
+    from icl_moe.locks import locked
+
     return locked(out, "--out") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
 
 

@@ -3,7 +3,7 @@
     heads: Count = 12
     dropout: Annotated[float, Range(0, below=1)] = 0.1
 
-`icl_moe.recipe` holds what it reads to them. A module of its own because the vocabulary, which
+`icl_moe.settings` holds what it reads to them. A module of its own because the vocabulary, which
 recipes are made of, has ranges too.
 """
 
@@ -69,3 +69,8 @@ ImageSide = Annotated[int, Range(1, 8192)]
 
 Weight = Annotated[float, Range(0)]
 """What a part of a loss counts; 0 leaves it out."""
+
+DropoutRate = Annotated[float, Range(0, below=1)]
+LearningRate = Annotated[float, Range(above=0, most=1)]
+Epsilon = Annotated[float, Range(above=0, most=1)]
+TaskWeight = Annotated[float, Range(above=0)]

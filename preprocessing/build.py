@@ -23,8 +23,8 @@ from icl_moe.errors import InputError
 from icl_moe.files import read_json
 from icl_moe.locks import LOCK_FILE, locked
 from icl_moe.processes import join_processes
-from icl_moe.recipe import from_dict, to_dict
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
+from icl_moe.settings import from_dict, to_dict
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN

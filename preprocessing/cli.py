@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: --help must not wait for torch.
     if args.shards_verb == "build":
         from icl_moe.processes import join_processes
-        from icl_moe.recipe import load_recipe
+        from icl_moe.settings import load_recipe
         from preprocessing.build import build_shards
         from preprocessing.recipe import DataRecipe
 

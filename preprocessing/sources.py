@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from icl_moe.errors import InputError, nearest
-from icl_moe.recipe import from_dict
+from icl_moe.settings import from_dict
 from icl_moe.tasks import find_task
 from preprocessing import coco, coco_captions, visual_genome
 from preprocessing.image_check import UsableImages

@@ -9,14 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"attributes", "errors", "seeds", "signals", "tables", "versions"},
-    {"boxes", "files", "locks", "processes"},
-    {"images", "rle", "vocabulary"},
-    {"pictures", "recipe"},
-    {"pages", "tokenizers"},
-    {"sequence"},
+    {"attributes", "errors", "ranges", "seeds", "signals", "tables", "versions"},
+    {"boxes", "files", "hear_signals", "locks", "processes"},
+    {"images", "rle", "settings", "vocabulary"},
+    {"pictures", "tokenizers"},
+    {"pages", "sequence"},
     {"tasks"},
-    {"batch"},
+    {"batch", "recipe"},
     {"data", "model"},
     {"inference", "optim"},
     {"evaluation"},

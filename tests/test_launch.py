@@ -16,7 +16,8 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from icl_moe.errors import InputError
-from icl_moe.recipe import TrainingRecipe, load_recipe, to_dict
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.training.preflight import read_engine
 from preprocessing import synthetic

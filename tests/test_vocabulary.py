@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl_moe.errors import InputError
-from icl_moe.recipe import TrainingRecipe, load_recipe
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe
 from icl_moe.vocabulary import BIN_COUNT, GPT2_MERGES, SPECIALS, TAGS, Vocabulary
 
 vocabularies = st.builds(

@@ -11,7 +11,8 @@ import torch
 from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.recipe import ModelSettings, to_dict
+from icl_moe.recipe import ModelSettings
+from icl_moe.settings import to_dict
 
 
 def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) -> Path:

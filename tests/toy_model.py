@@ -7,8 +7,9 @@ import numpy as np
 from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest
 from icl_moe.model.config import DecoderConfig
-from icl_moe.recipe import DataSettings, ModelSettings, TrainingRecipe, TrainingSettings, to_dict
+from icl_moe.recipe import DataSettings, ModelSettings, TrainingRecipe, TrainingSettings
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TokenSequence
+from icl_moe.settings import to_dict
 from icl_moe.tasks import TASKS
 from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tasks.segmentation import SegmentationPair

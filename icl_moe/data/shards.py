@@ -27,8 +27,8 @@ from icl_moe.data.location import MANIFEST_FILE, FileInfo, ShardFolder, open_fol
 from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
 from icl_moe.ranges import ImageSide, Natural
-from icl_moe.recipe import from_dict
 from icl_moe.sequence import Role, SequenceFormat, Span, TokenSequence
+from icl_moe.settings import from_dict
 
 SCHEMA_VERSION = 2
 

@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from icl_moe.recipe import ModelSettings, TrainingRecipe, from_dict, to_dict
+from icl_moe.recipe import ModelSettings, TrainingRecipe
 from icl_moe.sequence import SequenceFormat
+from icl_moe.settings import from_dict, to_dict
 from icl_moe.vocabulary import Vocabulary
 
 

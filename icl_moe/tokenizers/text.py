@@ -58,8 +58,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special
-        token. Raises InputError for half of a character (a lone surrogate of UTF-16), as some JSON
-        files have it.
+        token. Half of a character (a lone surrogate of UTF-16, as some JSON files have it) becomes
+        U+FFFD.
         """
         return self._tokenizer.encode(whole_characters(text), add_special_tokens=False)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from icl_moe.errors import InputError
 from icl_moe.ranges import Count, ImageSide
-from icl_moe.recipe import from_dict, to_dict
+from icl_moe.settings import from_dict, to_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 

@@ -37,8 +37,8 @@ from icl_moe.images import (
     to_pixels,
 )
 from icl_moe.processes import join_processes
-from icl_moe.ranges import Count, Natural, Range, Weight
-from icl_moe.recipe import LearningRate, to_dict
+from icl_moe.ranges import Count, LearningRate, Natural, Range, Weight
+from icl_moe.settings import to_dict
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
 

@@ -27,7 +27,8 @@ from icl_moe.model.tensor_parallel import spread
 from icl_moe.optim import gradient_norm
 from icl_moe.optim.mt_adamw import MTAdamW
 from icl_moe.optim.parameter_groups import parameter_groups
-from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import to_dict
 from icl_moe.training.distributed import ModelParallelUnit, Ranks
 from icl_moe.training.preflight import zero_stage
 

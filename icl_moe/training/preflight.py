@@ -13,7 +13,8 @@ from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError, shown
-from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import to_dict
 from icl_moe.training.run_folder import check_same_run
 
 # Keys of a DeepSpeed configuration that follow from the recipe; an engine file must leave them out.

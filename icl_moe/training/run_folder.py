@@ -17,7 +17,8 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.locks import locked
-from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import to_dict
 from icl_moe.versions import installed_versions
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import toy_tokenizer
 
-from icl_moe.recipe import load_recipe
+from icl_moe.settings import load_recipe
 from preprocessing.build import build_shards
 from preprocessing.recipe import DataRecipe
 

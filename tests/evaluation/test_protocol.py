@@ -204,7 +204,7 @@ def test_shards_of_another_tokenizer_are_refused(toy_model_folder, toy_shards, t
 def test_zero_shots_need_a_class_prompt(toy_shards, tmp_path):
     import toy_export
 
-    from icl_moe.recipe import load_recipe
+    from icl_moe.settings import load_recipe
     from preprocessing.build import build_shards
     from preprocessing.recipe import DataRecipe
 

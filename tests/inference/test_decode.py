@@ -12,8 +12,9 @@ from icl_moe.errors import InputError
 from icl_moe.inference.decode import Sampling, decode_batch
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.recipe import ModelSettings, to_dict
+from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
+from icl_moe.settings import to_dict
 from icl_moe.tasks import SEGMENTATION, TASKS
 from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tasks.segmentation import SegmentationPair

@@ -20,8 +20,9 @@ from icl_moe.inference.decode import Sampling, decode_batch
 from icl_moe.inference.model import Region
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.recipe import ModelSettings, load_recipe, to_dict
+from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceFormat
+from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 from preprocessing.build import build_shards

@@ -17,7 +17,8 @@ from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.model.router import TokenGate, decide
-from icl_moe.recipe import ModelSettings, TrainingRecipe, load_recipe
+from icl_moe.recipe import ModelSettings, TrainingRecipe
+from icl_moe.settings import load_recipe
 
 
 def build(config, **options: object) -> InContextDecoder:

@@ -7,8 +7,9 @@ import torch
 from icl_moe.batch import collate
 from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest
-from icl_moe.recipe import TrainingRecipe, load_recipe
+from icl_moe.recipe import TrainingRecipe
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
+from icl_moe.settings import load_recipe
 from icl_moe.tasks import TASKS
 from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer

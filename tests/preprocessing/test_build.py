@@ -22,8 +22,8 @@ from damage import overwrite
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.locks import LOCK_FILE
-from icl_moe.recipe import load_recipe
 from icl_moe.sequence import SequenceCodec
+from icl_moe.settings import load_recipe
 from icl_moe.tasks import TASKS
 from icl_moe.tasks.captioning import BoxPicture
 from icl_moe.tokenizers.text import TextTokenizer

@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.recipe import load_recipe
 from icl_moe.rle import decode_rle
+from icl_moe.settings import load_recipe
 from preprocessing.build import build_shards
 from preprocessing.classes import COCO_CLASSES
 from preprocessing.coco import read_segmentation

@@ -15,7 +15,7 @@ from PIL import Image
 
 from icl_moe.errors import InputError
 from icl_moe.images import mask_to_pixels
-from icl_moe.recipe import load_recipe
+from icl_moe.settings import load_recipe
 from icl_moe.tokenizers import vqgan_training
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss

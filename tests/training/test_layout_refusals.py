@@ -11,7 +11,8 @@ import torch
 from small_run import SETTINGS
 
 from icl_moe.errors import InputError
-from icl_moe.recipe import TrainingRecipe, load_recipe
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe
 from icl_moe.training.preflight import check
 
 LAYOUT = ("model.heads=4", "training.global_batch=8", "training.micro_batch=2")

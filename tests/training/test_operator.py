@@ -20,7 +20,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.recipe import to_dict
+from icl_moe.settings import to_dict
 from icl_moe.tasks import streams
 from icl_moe.training.checkpoint import export
 

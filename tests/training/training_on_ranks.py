@@ -15,7 +15,8 @@ from small_run import SETTINGS
 
 from icl_moe.errors import InputError
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.recipe import TrainingRecipe, load_recipe
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe
 from icl_moe.training import trainer
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges

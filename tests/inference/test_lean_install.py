@@ -1,0 +1,87 @@
+"""Inference needs neither the training engine nor what is Linux's alone."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_export
+import toy_tokenizer
+from PIL import Image
+
+from icl_moe.settings import load_recipe
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+
+ABSENT = (
+    "accelerate",
+    "deepspeed",
+    "fsspec",
+    "megatron",
+    "ninja",
+    "pycocoevalcap",
+    "pycocotools",
+    "tensorboard",
+    "webdataset",
+)
+
+PROGRAM = """
+import sys
+
+sys.modules["fcntl"] = None  # As on Windows.
+from icl_moe.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory, repository):
+    """What is installed here, without the packages that inference must not need."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        name = entry.name.lower().replace("-", "_")
+        if not name.startswith((*ABSENT, "__editable__", "icl_moe")) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return f"{folder}{os.pathsep}{repository}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lean")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = ["synthetic.images=12", "samples=2", *toy_tokenizer.recipe_settings(tokenizer)]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    toy_export.save_toy_model(folder / "model", folder / "shards")
+    Image.new("RGB", (80, 64), "red").save(folder / "image.png")
+    mask = np.zeros((64, 80), dtype=np.uint8)
+    mask[10:40, 10:40] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    (folder / "region.json").write_text(
+        '{"caption": "a red thing", "category": "thing", "box": [1, 2, 30, 40]}'
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "segment model --example image.png mask.png --query image.png --out out.png",
+        "caption model --example image.png region.json --query image.png",
+    ],
+    ids=["segment", "caption"],
+)
+def test_inference_runs_without_the_packages_of_training(folder, packages, arguments):
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", PROGRAM, *arguments.split()],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
