@@ -1,4 +1,4 @@
-"""The training recipe: what `icl-moe train` reads, section by section. Ranges stand beside the fields."""
+"""The training recipe: what `icl-moe train` reads, section by section."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
