@@ -24,8 +24,8 @@ from torch import Tensor
 
 from icl_moe.images import crop_and_resize, crop_and_resize_mask, mask_to_pixels, to_pixels
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
-from icl_moe.tokenizers.vqgan_training import evaluate_tokenizer
 from preprocessing.synthetic import draw_picture, write_dataset
+from preprocessing.tokenizers.measures import evaluate_tokenizer
 
 PICTURES, REPEATS = 2, 5
 FEW, MANY = 60, 240

@@ -250,17 +250,19 @@ def _export(options: argparse.Namespace) -> int:
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.settings import load_recipe
-    from icl_moe.tokenizers.vqgan_training import TokenizerRecipe, train_tokenizer
-    from preprocessing.synthetic import draw_picture
+    from preprocessing.tokenizers.recipe import TokenizerRecipe
+    from preprocessing.tokenizers.train import train_tokenizer
 
-    recipe = load_recipe(TokenizerRecipe, options.recipe, options.settings)
+    recipe = load_recipe(
+        TokenizerRecipe, options.recipe, options.settings, package="preprocessing.tokenizers"
+    )
     with _locked_by_first(options.out):
-        train_tokenizer(recipe, options.out, draw_picture)
+        train_tokenizer(recipe, options.out)
     return 0
 
 
 def _tokenizer_evaluate(options: argparse.Namespace) -> int:
-    from icl_moe.tokenizers.vqgan_training import evaluate_tokenizer
+    from preprocessing.tokenizers.measures import evaluate_tokenizer
 
     for name, value in evaluate_tokenizer(
         options.tokenizer, options.images, options.annotations

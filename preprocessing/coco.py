@@ -188,6 +188,22 @@ def coco_image(coco: CheckedCOCO, folder: Path, image_id: Any) -> ImageFile:
     )
 
 
+def class_masks(coco: CheckedCOCO, image_id: Any) -> dict[int, np.ndarray]:
+    """Category id -> the mask (H, W) of all that an image has of it, crowds included. Raises
+    InputError for whatever is wrong in its annotations.
+    """
+    image = coco_image(coco, Path(), image_id)
+    masks = _OfImage(coco.file, image, SegmentationSource(crowds="instances"), Counter())
+    of_class: dict[int, list[dict[str, Any]]] = {}
+    for annotation in coco.imgToAnns.get(image_id, ()):
+        of_class.setdefault(annotation["category_id"], []).append(annotation)
+    found = {
+        number: masks.of_class(coco.cats[number]["name"], annotations)
+        for number, annotations in sorted(of_class.items())
+    }
+    return {number: decode_rle(mask.rle) for number, mask in found.items() if mask is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class _ClassMask:
     """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and

@@ -17,8 +17,8 @@ from icl_moe.errors import InputError
 from icl_moe.ranges import Range
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import find_recipe, from_dict, load_recipe, to_dict
-from icl_moe.tokenizers.vqgan_training import TokenizerRecipe
 from preprocessing.recipe import DataRecipe
+from preprocessing.tokenizers.recipe import TokenizerRecipe
 
 
 @dataclass(frozen=True)

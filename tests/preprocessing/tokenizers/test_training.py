@@ -14,19 +14,16 @@ from distributed.rank_group import RankGroup
 from PIL import Image
 
 from icl_moe.errors import InputError
-from icl_moe.images import mask_to_pixels
+from icl_moe.images import mask_to_pixels, pixels_to_mask
 from icl_moe.settings import load_recipe
-from icl_moe.tokenizers import vqgan_training
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
-from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
-from icl_moe.tokenizers.vqgan_training import (
-    TokenizerData,
-    TokenizerRecipe,
-    evaluate_tokenizer,
-    train_tokenizer,
-)
 from icl_moe.training.distributed import Ranks
-from preprocessing.synthetic import draw_picture, write_dataset
+from preprocessing.synthetic import write_dataset
+from preprocessing.tokenizers import measures, samples, train
+from preprocessing.tokenizers.losses import Adversary, PerceptualLoss
+from preprocessing.tokenizers.measures import evaluate_tokenizer
+from preprocessing.tokenizers.recipe import TokenizerData, TokenizerRecipe
+from preprocessing.tokenizers.train import train_tokenizer
 
 RECIPE = TokenizerRecipe(
     network=VQGANConfig(
@@ -55,7 +52,7 @@ RECIPE = TokenizerRecipe(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    train_tokenizer(RECIPE, folder, draw_picture)
+    train_tokenizer(RECIPE, folder)
     return folder
 
 
@@ -84,21 +81,20 @@ def test_training_learns_and_logs(trained: Path) -> None:
 def test_an_interrupted_training_ends_where_an_unbroken_one_does(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_step = vqgan_training._Run.train_step
+    train_step = train._Run.train_step
 
-    def interrupted(run: vqgan_training._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def interrupted(run: train._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if run.step == 25:
             raise KeyboardInterrupt
         return train_step(run, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vqgan_training._Run, "train_step", interrupted)
+        patch.setattr(train._Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(RECIPE, tmp_path, draw_picture)
+            train_tokenizer(RECIPE, tmp_path)
     torch.manual_seed(123)  # what else was drawn since must not matter
     assert (
-        train_tokenizer(RECIPE, tmp_path, draw_picture).fingerprint
-        == VQGAN.from_pretrained(trained).fingerprint
+        train_tokenizer(RECIPE, tmp_path).fingerprint == VQGAN.from_pretrained(trained).fingerprint
     )
     assert _rows(tmp_path) == _rows(trained)
 
@@ -109,7 +105,7 @@ SHARED = dataclasses.replace(
 
 
 def _train_as_rank(_: Ranks, folder: Path) -> str:
-    return train_tokenizer(SHARED, folder, draw_picture).fingerprint
+    return train_tokenizer(SHARED, folder).fingerprint
 
 
 def test_two_devices_train_as_one_does(
@@ -120,7 +116,7 @@ def test_two_devices_train_as_one_does(
     """
     fingerprints = rank_group(2).run(_train_as_rank, tmp_path / "two")
     assert fingerprints[0] == fingerprints[1]
-    train_tokenizer(SHARED, tmp_path / "one", draw_picture)
+    train_tokenizer(SHARED, tmp_path / "one")
     two, one = _rows(tmp_path / "two"), _rows(tmp_path / "one")
     assert [row["step"] for row in two] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
     for a, b in zip(
@@ -132,8 +128,7 @@ def test_two_devices_train_as_one_does(
 def test_a_finished_training_is_not_run_again(trained: Path) -> None:
     before = (trained / "training_state.pt").stat().st_mtime_ns
     assert (
-        train_tokenizer(RECIPE, trained, draw_picture).fingerprint
-        == VQGAN.from_pretrained(trained).fingerprint
+        train_tokenizer(RECIPE, trained).fingerprint == VQGAN.from_pretrained(trained).fingerprint
     )
     assert (trained / "training_state.pt").stat().st_mtime_ns == before
 
@@ -147,7 +142,7 @@ def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) ->
         log_every=2,
         learning_rate=1e-4,
     )
-    train_tokenizer(recipe, tmp_path / "on", draw_picture)
+    train_tokenizer(recipe, tmp_path / "on")
     assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(
         _rows(trained)[-1]["psnr"], abs=0.5
     )  # from scratch it is 10 dB less
@@ -156,12 +151,12 @@ def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) ->
         InputError,
         match=r"start_from: demo is of another network: image_size is 64 there and 32 here",
     ):
-        train_tokenizer(other, tmp_path / "other", draw_picture)
+        train_tokenizer(other, tmp_path / "other")
 
 
 def test_another_recipe_does_not_go_on_from_a_state(trained: Path) -> None:
     with pytest.raises(InputError, match=r"another recipe \(learning_rate differ"):
-        train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained, draw_picture)
+        train_tokenizer(dataclasses.replace(RECIPE, learning_rate=1e-4), trained)
 
 
 def test_a_damaged_state_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -169,14 +164,14 @@ def test_a_damaged_state_is_refused(trained: Path, tmp_path: Path) -> None:
         (trained / "training_state.pt").read_bytes()[:5000]
     )
     with pytest.raises(InputError, match="is damaged; remove it"):
-        train_tokenizer(RECIPE, tmp_path, draw_picture)
+        train_tokenizer(RECIPE, tmp_path)
 
 
 def test_half_weights_ship_in_half_the_bytes(tmp_path: Path) -> None:
     train_tokenizer(
         dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half", draw_picture
     )
-    train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole", draw_picture)
+    train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
     assert sizes[0] < 0.6 * sizes[1]
 
@@ -187,29 +182,27 @@ def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(
     recipe = dataclasses.replace(
         RECIPE, steps=12, unquantised_steps=2, adversarial_from=6, log_every=4, save_every=8
     )
-    whole = train_tokenizer(recipe, tmp_path / "whole", draw_picture)
+    whole = train_tokenizer(recipe, tmp_path / "whole")
     assert [("discriminator" in row) for row in _rows(tmp_path / "whole")] == [False, True, True]
 
-    train_step = vqgan_training._Run.train_step
+    train_step = train._Run.train_step
 
-    def interrupted(run: vqgan_training._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def interrupted(run: train._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         if run.step == 10:
             raise KeyboardInterrupt
         return train_step(run, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vqgan_training._Run, "train_step", interrupted)
+        patch.setattr(train._Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(recipe, tmp_path / "parts", draw_picture)
-    assert (
-        train_tokenizer(recipe, tmp_path / "parts", draw_picture).fingerprint == whole.fingerprint
-    )
+            train_tokenizer(recipe, tmp_path / "parts")
+    assert train_tokenizer(recipe, tmp_path / "parts").fingerprint == whole.fingerprint
 
 
 def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
     torch.manual_seed(0)
-    adversary = Adversary(vqgan_training.Accelerator(), 1e-3)
-    source = vqgan_training._open_source(RECIPE, draw_picture)
+    adversary = Adversary(train.Accelerator(), 1e-3)
+    source = samples.open_source(RECIPE)
     losses = []
     for step in range(8):
         given_B3HW, _ = source([step], range(4))
@@ -250,7 +243,7 @@ def _squeezenet(path: Path) -> Path:
 def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_path: Path) -> None:
     network = _squeezenet(tmp_path / "net.npz")
     loss = PerceptualLoss(network)
-    given_B3HW, _ = vqgan_training._open_source(
+    given_B3HW, _ = samples.open_source(
         dataclasses.replace(RECIPE, data=TokenizerData()), draw_picture
     )([0], range(4))
     noise = torch.randn(given_B3HW.shape, generator=torch.Generator().manual_seed(0))
@@ -277,15 +270,15 @@ def test_new_codes_are_spread_over_unlike_latents() -> None:
             10 * torch.eye(5, 4) + 5 * torch.arange(5)[:, None],
         ]
     )
-    vectors_DC = vqgan_training._spread(latents_NC, torch.zeros(1, 4), 5, generator)
+    vectors_DC = train._spread(latents_NC, torch.zeros(1, 4), 5, generator)
     nearest = torch.cdist(latents_NC[1000:], vectors_DC).min(dim=1).values
     assert (nearest < 1e-6).all()
 
 
 def test_dead_codes_come_back_to_life() -> None:
     recipe = dataclasses.replace(RECIPE, unquantised_steps=0)
-    run = vqgan_training._Run(recipe, vqgan_training.Accelerator())
-    source = vqgan_training._open_source(recipe, draw_picture)
+    run = train._Run(recipe, train.Accelerator())
+    source = samples.open_source(recipe)
     pixels_B3HW, is_mask_B = source([0], range(8))
     with torch.no_grad():
         run.trained.quantize.embedding.weight.fill_(1e3)  # no latent is near any code
@@ -303,7 +296,7 @@ def test_masks_are_mixed_in_at_their_share(pictures: Path) -> None:
             mask_share=0.3,
         ),
     ):
-        source = vqgan_training._open_source(dataclasses.replace(RECIPE, data=data), draw_picture)
+        source = samples.open_source(dataclasses.replace(RECIPE, data=data))
         pixels_B3HW, is_mask_B = source([0], range(200))
         black_and_white_B = (pixels_B3HW.abs() == 1).flatten(1).all(dim=1)
         assert torch.equal(black_and_white_B, is_mask_B)
@@ -350,7 +343,7 @@ def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> N
     """Two classes; of the first, a large mask drawn whole and a small one missed; of the second,
     one mask half drawn.
     """
-    measures = vqgan_training._Measures(VQGAN.from_pretrained(trained), batch_size=8)
+    measures = measures._Measures(VQGAN.from_pretrained(trained), batch_size=8)
     masks = np.zeros((3, 32, 32), dtype=bool)
     masks[0, :30], masks[1, :2], masks[2, :20] = True, True, True
     drawn = masks.copy()
@@ -397,7 +390,7 @@ def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tmp_path: Path) -> No
 def test_the_mask_threshold_is_the_middle() -> None:
     mask_HW = np.zeros((32, 32), dtype=bool)
     mask_HW[:10] = True
-    assert (vqgan_training.pixels_to_mask(mask_to_pixels(mask_HW) * 0.01) == mask_HW).all()
+    assert (pixels_to_mask(mask_to_pixels(mask_HW) * 0.01) == mask_HW).all()
 
 
 def test_the_shipped_recipe_is_the_shipped_network() -> None:

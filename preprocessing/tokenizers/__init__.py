@@ -1,0 +1,1 @@
+"""Image tokenizers: training and measuring them, offline."""
