@@ -263,7 +263,7 @@ def numbers(kind: object, key: str = "", written: str = "{}") -> Iterator[Number
 
 READ = {
     TrainingRecipe: ("demo", "icl_moe"),
-    TokenizerRecipe: ("tokenizer_demo", "icl_moe"),
+    TokenizerRecipe: ("tokenizer_demo", "preprocessing.tokenizers"),
     DataRecipe: ("demo", "preprocessing"),
 }
 NUMBERS = [(kind, number) for kind in READ for number in numbers(kind)]

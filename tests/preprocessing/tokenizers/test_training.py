@@ -168,9 +168,7 @@ def test_a_damaged_state_is_refused(trained: Path, tmp_path: Path) -> None:
 
 
 def test_half_weights_ship_in_half_the_bytes(tmp_path: Path) -> None:
-    train_tokenizer(
-        dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half", draw_picture
-    )
+    train_tokenizer(dataclasses.replace(RECIPE, steps=1, half_weights=True), tmp_path / "half")
     train_tokenizer(dataclasses.replace(RECIPE, steps=1), tmp_path / "whole")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
     assert sizes[0] < 0.6 * sizes[1]
@@ -243,9 +241,9 @@ def _squeezenet(path: Path) -> Path:
 def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_path: Path) -> None:
     network = _squeezenet(tmp_path / "net.npz")
     loss = PerceptualLoss(network)
-    given_B3HW, _ = samples.open_source(
-        dataclasses.replace(RECIPE, data=TokenizerData()), draw_picture
-    )([0], range(4))
+    given_B3HW, _ = samples.open_source(dataclasses.replace(RECIPE, data=TokenizerData()))(
+        [0], range(4)
+    )
     noise = torch.randn(given_B3HW.shape, generator=torch.Generator().manual_seed(0))
     distances = [
         float(loss(given_B3HW + amount * noise, given_B3HW)) for amount in (0.0, 0.05, 0.3)
@@ -254,7 +252,6 @@ def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_pa
     train_tokenizer(
         dataclasses.replace(RECIPE, steps=2, log_every=1, perceptual_network=str(network)),
         tmp_path / "out",
-        draw_picture,
     )
     assert all(row["perceptual"] > 0 for row in _rows(tmp_path / "out"))
     with pytest.raises(InputError, match="holds no SqueezeNet"):
@@ -343,20 +340,20 @@ def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> N
     """Two classes; of the first, a large mask drawn whole and a small one missed; of the second,
     one mask half drawn.
     """
-    measures = measures._Measures(VQGAN.from_pretrained(trained), batch_size=8)
+    found = measures._Measures(VQGAN.from_pretrained(trained), batch_size=8)
     masks = np.zeros((3, 32, 32), dtype=bool)
     masks[0, :30], masks[1, :2], masks[2, :20] = True, True, True
     drawn = masks.copy()
     drawn[1] = False
     drawn[2, 10:] = False
-    measures._redraw = lambda pixels_B3HW: torch.stack([mask_to_pixels(mask) for mask in drawn])
+    found._redraw = lambda pixels_B3HW: torch.stack([mask_to_pixels(mask) for mask in drawn])
     for mask_HW, category in zip(masks, (1, 1, 2), strict=True):
-        measures.add_mask(mask_HW, category, area=int(mask_HW.sum()))
-    measures._measure_masks()
-    measures.add_picture(torch.zeros(3, 32, 32))
-    measures._redraw = lambda pixels_B3HW: pixels_B3HW
-    measures._use_K[0] = 1
-    report = measures.report()
+        found.add_mask(mask_HW, category, area=int(mask_HW.sum()))
+    found._measure_masks()
+    found.add_picture(torch.zeros(3, 32, 32))
+    found._redraw = lambda pixels_B3HW: pixels_B3HW
+    found._use_K[0] = 1
+    report = found.report()
     assert report["mask_miou"] == pytest.approx((30 / 32 + 0.5) / 2)
     assert report["mask_iou"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert report["mask_mae"] == pytest.approx((0 + 2 / 32 + 10 / 32) / 3)
@@ -394,7 +391,7 @@ def test_the_mask_threshold_is_the_middle() -> None:
 
 
 def test_the_shipped_recipe_is_the_shipped_network() -> None:
-    recipe = load_recipe(TokenizerRecipe, "tokenizer_demo")
+    recipe = load_recipe(TokenizerRecipe, "tokenizer_demo", package="preprocessing.tokenizers")
     assert recipe.network == VQGAN.from_pretrained("demo").config
 
 
@@ -402,7 +399,9 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
     with pytest.raises(InputError, match=r"data\.mask_share needs data\.annotations"):
         TokenizerData(images="somewhere", mask_share=0.5)
     with pytest.raises(InputError, match="did you mean 'steps'"):
-        load_recipe(TokenizerRecipe, "tokenizer_demo", ["step=5"])
+        load_recipe(
+            TokenizerRecipe, "tokenizer_demo", ["step=5"], package="preprocessing.tokenizers"
+        )
     with pytest.raises(InputError, match=r"no folder with \.jpg or \.png"):
         evaluate_tokenizer(trained, tmp_path)
     with pytest.raises(InputError, match="do not exist"):
