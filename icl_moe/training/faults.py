@@ -16,7 +16,7 @@ from icl_moe.signals import stop_requested
 from icl_moe.training.distributed import Ranks
 
 _BEFORE = "before the first step"
-_STORE_PATIENCE = 10.0
+_STORE_PATIENCE = 5.0
 """Seconds in which the store, which lives in rank 0, must answer a watchdog."""
 
 

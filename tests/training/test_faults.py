@@ -157,13 +157,16 @@ def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
     assert "Traceback" not in printed(tmp_path)
 
 
-def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "to_rank_0"), [("slow:0:2", signal.SIGSTOP), ("hang:1:2", signal.SIGKILL)]
+)
+def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_rank_0):
     """Rank 0 keeps the ranks' store, which says who stands still."""
     command = arguments(shards, tmp_path / "run", "training.hang_seconds=4")
-    with two_ranks(tmp_path, Path(FAULTY[0]), *command, FAULT="slow:0:2") as (main, other):
+    with two_ranks(tmp_path, Path(FAULTY[0]), *command, FAULT=fault) as (main, other):
         wait_for(lambda: "the fault begins" in printed(tmp_path), lambda: printed(tmp_path))
-        main.send_signal(signal.SIGSTOP)
-        assert other.wait(timeout=60) == 1
+        main.send_signal(to_rank_0)
+        assert other.wait(timeout=120) == 1
     said = (tmp_path / "rank-1.log").read_text()
     assert "rank 1 stands still at step 2, " in said
     assert ", and rank 0, which knows of all ranks, does not answer; no progress for 4 s" in said
