@@ -3,6 +3,7 @@ they read.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ class RoutingPlan:
 
     classes: the distinct attribute classes, without padding.
     segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
-    order.
+    order. lengths: tokens of each episode, padding included.
     shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows
     add up to 1.
     noise: (seed, step) of the gate noise, or None for none.
@@ -28,6 +29,7 @@ class RoutingPlan:
 
     classes: tuple[int, ...]
     segments: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
     shares_BC: Tensor
     noise: tuple[int, int] | None = None
 
@@ -52,8 +54,25 @@ class RoutingPlan:
         return cls(
             tuple(classes.tolist()),
             tuple(zip(indices.tolist(), runs.tolist(), strict=True)),
+            lengths,
             counts_BC / counts_BC.sum(dim=1, keepdim=True).clamp(min=1),
         )
+
+    def episode_means(self, values_TE: Tensor) -> Tensor:
+        """(B, E): the means over each episode's tokens that are no padding."""
+        sums_BE = values_TE.new_zeros(len(self.lengths) + 1, values_TE.shape[1])
+        sums_BE = sums_BE.index_add(0, self._episodes_T, values_TE)[:-1]
+        counts_B = self._episodes_T.bincount(minlength=len(self.lengths) + 1)[:-1]
+        return sums_BE / counts_B.clamp(min=1)[:, None]
+
+    @cached_property
+    def _episodes_T(self) -> Tensor:
+        """The number of each token's episode, and one past the last at padding."""
+        lengths = np.asarray(self.lengths)
+        episodes_T = np.repeat(np.arange(len(lengths)), lengths)
+        indices, runs = np.asarray(self.segments).T
+        episodes_T[np.repeat(indices, runs) < 0] = len(lengths)
+        return torch.from_numpy(episodes_T).to(self.shares_BC.device)
 
     def with_noise(self, noise: tuple[int, int] | None) -> "RoutingPlan":
         return replace(self, noise=noise)
@@ -146,6 +165,20 @@ class AttributeGate(nn.Module):
         return torch.stack(rows) / self.experts
 
 
+def balancing_loss(probabilities_TE: Tensor, first_T: Tensor, plan: RoutingPlan) -> Tensor:
+    """GShard's auxiliary loss of gates that decide for each token, per episode over its tokens that
+    are no padding, then averaged over the episodes, so that neither the layout nor the division
+    into micro-batches changes it:
+
+        E * sum_e (mean p_e) (share of tokens whose first expert is e)
+
+    probabilities_TE: p of each token. first_T: the expert that each token has chosen first.
+    """
+    experts = probabilities_TE.shape[1]
+    first_BE = plan.episode_means(F.one_hot(first_T, experts).to(probabilities_TE.dtype))
+    return experts * (plan.episode_means(probabilities_TE) * first_BE).sum(dim=-1).mean()
+
+
 class AttributeEmbedding(nn.Module):
     """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it beside
     the token; zero at padding.
@@ -173,10 +206,8 @@ class AttributeEmbedding(nn.Module):
 
 class TokenGate(nn.Module):
     """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in
-    `AttributeGate`, without noise.
+    `AttributeGate`, without noise. Its auxiliary loss is `balancing_loss`.
 
-    Its auxiliary loss is E * sum_e (mean p_e) (share of tokens whose first expert is e) over all
-    tokens of the stream.
     with_attributes: the gate reads the sum of the token and of its attributes' embedding.
     """
 
@@ -198,10 +229,4 @@ class TokenGate(nn.Module):
         weights_TK = (
             top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
         )
-        experts = probabilities_TE.shape[1]
-        first_TE = F.one_hot(experts_TK[:, 0], experts).float()
-        return (
-            experts_TK,
-            weights_TK,
-            experts * (probabilities_TE.mean(dim=0) * first_TE.mean(dim=0)).sum(),
-        )
+        return experts_TK, weights_TK, balancing_loss(probabilities_TE, experts_TK[:, 0], plan)
