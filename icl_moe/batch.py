@@ -13,6 +13,7 @@ with 4 codes an image, in the packed layout:
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ class RoutingPlan:
 
     classes: the distinct attribute classes, without padding.
     segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
-    order.
+    order. lengths: tokens of each episode, padding included.
     shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows
     add up to 1.
     noise: (seed, step) of the gate noise, or None for none.
@@ -45,6 +46,7 @@ class RoutingPlan:
 
     classes: tuple[int, ...]
     segments: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
     shares_BC: Tensor
     noise: tuple[int, int] | None = None
 
@@ -63,12 +65,29 @@ class RoutingPlan:
             dtype=torch.float32,
         ).view(len(counts), len(classes))
         shares_BC = counts_BC / counts_BC.sum(dim=1, keepdim=True).clamp(min=1)
-        return cls(tuple(classes), segments, shares_BC)
+        lengths = tuple(sum(tokens for _, tokens in runs) for runs in episodes)
+        return cls(tuple(classes), segments, lengths, shares_BC)
 
     @classmethod
     def of_rows(cls, attributes_BL: np.ndarray) -> "RoutingPlan":
         """The plan of B rows of L tokens, one after the other, from the class of each token."""
         return cls.of_runs([_runs(attributes_L) for attributes_L in attributes_BL])
+
+    def episode_means(self, values_TE: Tensor) -> Tensor:
+        """(B, E): the means over each episode's tokens that are no padding."""
+        sums_BE = values_TE.new_zeros(len(self.lengths) + 1, values_TE.shape[1])
+        sums_BE = sums_BE.index_add(0, self._episodes_T, values_TE)[:-1]
+        counts_B = self._episodes_T.bincount(minlength=len(self.lengths) + 1)[:-1]
+        return sums_BE / counts_B.clamp(min=1)[:, None]
+
+    @cached_property
+    def _episodes_T(self) -> Tensor:
+        """The number of each token's episode, and one past the last at padding."""
+        lengths = np.asarray(self.lengths)
+        episodes_T = np.repeat(np.arange(len(lengths)), lengths)
+        indices, runs = np.asarray(self.segments).T
+        episodes_T[np.repeat(indices, runs) < 0] = len(lengths)
+        return torch.from_numpy(episodes_T).to(self.shares_BC.device)
 
     def with_noise(self, noise: tuple[int, int] | None) -> "RoutingPlan":
         return replace(self, noise=noise)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from deepspeed.moe import mappings
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
@@ -28,9 +29,9 @@ from torch import distributed as dist
 
 from icl_moe.batch import RoutingPlan
 from icl_moe.model.expert_parallel import run_spread
-from icl_moe.model.feed_forward import FeedForward, attribute_gate, routes_streams
+from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
 from icl_moe.model.moe import Decision, Route, combine, dispatch, mix_outputs, mix_weights
-from icl_moe.model.router import AttributeEmbedding, AttributeGate
+from icl_moe.model.router import AttributeEmbedding, AttributeGate, balancing_loss
 from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
 from icl_moe.recipe import ModelSettings
 
@@ -57,7 +58,7 @@ class DeepSpeedFeedForward(MoE):
     """A deepspeed.moe layer that takes and gives the flat stream (T, M), dropless, and keeps its
     auxiliary loss for the model.
 
-    `token`, and `attributes` whose gate reads tokens: stock top-k with GShard's loss. Stock adds
+    `token`, and `attributes` whose gate reads tokens: stock, with `StockTokenGate`. Stock adds
     Gumbel noise to the second choice in evaluation too, so that is off. `attributes` otherwise: the
     inner MOELayer is `AttributeMOELayer`.
     """
@@ -85,8 +86,8 @@ class DeepSpeedFeedForward(MoE):
         stock: MOELayer = self.get_submodule("deepspeed_moe")
         if routes_streams(settings):
             self.deepspeed_moe = AttributeMOELayer(settings, layer, stock, tp_rank, tp_size)
-        elif settings.feed_forward == "attributes" and settings.gate_input == "token+attributes":
-            stock.gate = TokenAttributeGate(stock.gate, settings.width)
+        else:
+            stock.gate = StockTokenGate(stock.gate, settings, tp_size)
         self.auxiliary_loss: Tensor | None = None
 
     @property
@@ -161,13 +162,19 @@ class AttributeMOELayer(MOELayer):
         return mix_outputs(rows_C, decision, run)
 
 
-class TokenAttributeGate(nn.Module):
-    """Stock's gate, reading the sum of each token and of its attributes' embedding."""
+class StockTokenGate(nn.Module):
+    """Stock's top-k gate, reading each token or the sum of it and of its attributes' embedding. Its
+    auxiliary loss is `balancing_loss`: stock's own is over the whole stream, padding too.
 
-    def __init__(self, stock: nn.Module, width: int) -> None:
+    The plan arrives as the layer's `used_token` argument, which is a mask to stock's top-1 gate.
+    """
+
+    def __init__(self, stock: nn.Module, settings: ModelSettings, tp_size: int) -> None:
         super().__init__()
-        self.attributes = AttributeEmbedding(width)
+        if reads_attributes(settings):
+            self.attributes = AttributeEmbedding(settings.width)
         self.wg = stock.wg
+        self._tp_size = tp_size
         self._stock: list[Any] = [
             stock
         ]  # In a list, so that its parameters are not registered twice.
@@ -176,7 +183,26 @@ class TokenAttributeGate(nn.Module):
         self._stock[0]._set_ep_group(ep_group)
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, sparse_routes: bool, use_tutel: bool) -> Any:
-        return self._stock[0](x_TM + self.attributes(plan), None, sparse_routes, use_tutel)
+        if hasattr(self, "attributes"):
+            x_TM = x_TM + self.attributes(plan)
+        gate = self._stock[0]
+        _, capacity, experts, chosen_KT, *rest = gate(x_TM, None, sparse_routes, use_tutel)
+        if gate.k == 1:
+            capacity = self._places(rest[-1])
+        probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
+        loss = balancing_loss(probabilities_TE, chosen_KT[0].long(), plan)
+        return loss, capacity, experts, chosen_KT, *rest
+
+    def _places(self, counts_E: Tensor) -> int:
+        """Rows that an expert has room for: what the busiest one on any rank of the expert group
+        gets, and a multiple of the tensor ranks, which share them evenly.
+
+        Stock's top-1 gate bounds that by the tokens of its own rank, so that ranks whose streams
+        differ in length could come to different numbers, and wait for each other for ever.
+        """
+        places = counts_E.max()
+        dist.all_reduce(places, op=dist.ReduceOp.MAX, group=self._stock[0].ep_group)
+        return -(-int(places) // self._tp_size) * self._tp_size
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:

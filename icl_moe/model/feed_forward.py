@@ -82,6 +82,11 @@ def routes_streams(settings: ModelSettings) -> bool:
     return settings.feed_forward == "attributes" and settings.gate_input == "attributes"
 
 
+def reads_attributes(settings: ModelSettings) -> bool:
+    """Whether the gate of each token reads the token's attributes beside it."""
+    return settings.feed_forward == "attributes" and settings.gate_input == "token+attributes"
+
+
 def attribute_gate(settings: ModelSettings, layer: int) -> AttributeGate:
     return AttributeGate(
         settings.width, settings.experts, settings.experts_per_token, layer, settings.gate_noise
@@ -89,7 +94,6 @@ def attribute_gate(settings: ModelSettings, layer: int) -> AttributeGate:
 
 
 def _token_gate(settings: ModelSettings) -> TokenGate:
-    with_attributes = (
-        settings.feed_forward == "attributes" and settings.gate_input == "token+attributes"
+    return TokenGate(
+        settings.width, settings.experts, settings.experts_per_token, reads_attributes(settings)
     )
-    return TokenGate(settings.width, settings.experts, settings.experts_per_token, with_attributes)

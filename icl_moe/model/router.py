@@ -116,6 +116,20 @@ class AttributeGate(nn.Module):
         return torch.stack(rows) / self.experts
 
 
+def balancing_loss(probabilities_TE: Tensor, first_T: Tensor, plan: RoutingPlan) -> Tensor:
+    """GShard's auxiliary loss of gates that decide for each token, per episode over its tokens that
+    are no padding, then averaged over the episodes, so that neither the layout nor the division
+    into micro-batches changes it:
+
+        E * sum_e (mean p_e) (share of tokens whose first expert is e)
+
+    probabilities_TE: p of each token. first_T: the expert that each token has chosen first.
+    """
+    experts = probabilities_TE.shape[1]
+    first_BE = plan.episode_means(F.one_hot(first_T, experts).to(probabilities_TE.dtype))
+    return experts * (plan.episode_means(probabilities_TE) * first_BE).sum(dim=-1).mean()
+
+
 class AttributeEmbedding(nn.Module):
     """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it beside
     the token; zero at padding.
@@ -143,10 +157,8 @@ class AttributeEmbedding(nn.Module):
 
 class TokenGate(nn.Module):
     """GShard's gate, a decision per token: p = softmax(W_g x), the top k, weights as in
-    `AttributeGate`, without noise.
+    `AttributeGate`, without noise. Its auxiliary loss is `balancing_loss`.
 
-    Its auxiliary loss is E * sum_e (mean p_e) (share of tokens whose first expert is e) over all
-    tokens of the stream.
     with_attributes: the gate reads the sum of the token and of its attributes' embedding.
     """
 
@@ -168,10 +180,4 @@ class TokenGate(nn.Module):
         weights_TK = (
             top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
         )
-        experts = probabilities_TE.shape[1]
-        first_TE = F.one_hot(experts_TK[:, 0], experts).float()
-        return (
-            experts_TK,
-            weights_TK,
-            experts * (probabilities_TE.mean(dim=0) * first_TE.mean(dim=0)).sum(),
-        )
+        return experts_TK, weights_TK, balancing_loss(probabilities_TE, experts_TK[:, 0], plan)

@@ -44,7 +44,7 @@ def expert_choices(decoder: InContextDecoder) -> list[Choice]:
     """
     classes = tuple(streams(decoder.sequence_format))
     plan = RoutingPlan(
-        classes, (), torch.full((1, len(classes)), 1 / len(classes), device=decoder.device)
+        classes, (), (), torch.full((1, len(classes)), 1 / len(classes), device=decoder.device)
     )
     choices = []
     for number, layer in enumerate(decoder.layers):

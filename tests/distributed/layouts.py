@@ -38,7 +38,7 @@ PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
 @dataclass(frozen=True)
 class Layout:
     """How a toy run is spread, and what it trains. mixed: a global batch has episodes of both
-    tasks, so that ranks route differently.
+    tasks, so that ranks route differently. collapsed: token gates send all tokens to one expert.
     """
 
     feed_forward: str = "attributes"
@@ -50,7 +50,9 @@ class Layout:
     micro_batch: int = 1
     activation_checkpointing: bool = False
     combination: str = "outputs"
+    experts_per_token: int = 2
     mixed: bool = False
+    collapsed: bool = False
     optimizer: Literal["sgd", "mt_adamw"] = "sgd"
     steps: int = 6
 
@@ -104,7 +106,7 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
     decoder = InContextDecoder(
         DecoderConfig.from_recipe(recipe), auxiliary_weight=recipe.training.auxiliary_loss_weight
     )
-    initialise(decoder, seed=0)
+    _draw(layout)(decoder, seed=0)
     update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw}[layout.optimizer](decoder)
     losses, auxiliary, norms, choices = [], [], [], []
     chosen = _choices(decoder)
@@ -144,9 +146,10 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
     zero = {"stage": layout.stage, "reduce_scatter": True, "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
     with (
+        mock.patch.object(engine_module, "initialise", _draw(layout)),
         mock.patch.object(engine_module, "_build_optimizer", _sgd)
         if layout.optimizer == "sgd"
-        else nullcontext()
+        else nullcontext(),
     ):
         engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks)
     losses, auxiliary, norms, choices = [], [], [], []
@@ -174,6 +177,20 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
         }
     engine.deepspeed.destroy()
     return Trajectory(losses, auxiliary, norms, held, choices)
+
+
+def _draw(layout: Layout) -> Callable[..., None]:
+    """Draws the weights that training starts from."""
+
+    def draw(decoder: InContextDecoder, *args: Any, **options: Any) -> None:
+        initialise(decoder, *args, **options)
+        for name, parameter in decoder.named_parameters() if layout.collapsed else ():
+            if name.endswith("feed_forward_norm.bias"):
+                parameter.data.fill_(1.0)
+            elif name.endswith("gate.wg.weight"):
+                parameter.data.fill_(-0.1)[0] = 0.1
+
+    return draw
 
 
 def _choices(decoder: InContextDecoder) -> dict[int, list[list[int]]]:
@@ -210,6 +227,7 @@ def _recipe(layout: Layout) -> Any:
     model = {
         "feed_forward": layout.feed_forward,
         "combination": layout.combination,
+        "experts_per_token": layout.experts_per_token,
         "gate_noise": layout.optimizer == "mt_adamw",
     }
     training = {"micro_batch": layout.micro_batch, "global_batch": GLOBAL_BATCH}

@@ -24,6 +24,11 @@ TWO_RANKS = [
         for spread in ({"stage": 1}, {"stage": 3}, {"ep_size": 2}, {"tp_size": 2})
     ),
     *(Layout(**spread, combination="weights") for spread in ({"stage": 3}, {"tp_size": 2})),
+    *(Layout("token", **spread, experts_per_token=1) for spread in ({}, {"stage": 3})),
+    *(
+        Layout("token", **spread, experts_per_token=1, collapsed=True)
+        for spread in ({"ep_size": 2}, {"tp_size": 2})
+    ),
     *(
         Layout(**spread, mixed=True)
         for spread in ({"stage": 3}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2})

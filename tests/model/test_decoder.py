@@ -216,11 +216,11 @@ def test_sparse_layer_equals_the_formula_token_by_token(routing, k, attributes_T
 
 @routings
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
-def test_deepspeed_layers_equal_the_plain_ones(routing, task, one_rank):
-    config = make_config(**routing)
+@pytest.mark.parametrize("k", [1, 2])
+def test_deepspeed_layers_equal_the_plain_ones(routing, task, k, one_rank):
+    config = make_config(**routing, experts_per_token=k)
     plain, trained = build(config), one_rank(build(config, sparse_layer=sparse_layer_factory()))
     batch = make_batch(task, 4)
-    plain.auxiliary_weight = trained.auxiliary_weight = 0.0
     (loss, gradients), (expected, reference) = (
         loss_and_gradients(trained, batch),
         loss_and_gradients(plain, batch),
@@ -231,13 +231,11 @@ def test_deepspeed_layers_equal_the_plain_ones(routing, task, one_rank):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
-@pytest.mark.parametrize("feed_forward", ["dense", "token", "attributes"])
-def test_packed_and_padded_layouts_give_equal_losses_and_gradients(task, feed_forward):
-    # GShard's auxiliary loss, which `token` has, counts padding as it counts any token.
-    model = build(
-        make_config(feed_forward=feed_forward),
-        auxiliary_weight=0.0 if feed_forward == "token" else 0.02,
-    )
+@pytest.mark.parametrize(
+    "routing", [{"feed_forward": "dense"}, *ROUTINGS.values()], ids=["dense", *ROUTINGS]
+)
+def test_packed_and_padded_layouts_give_equal_losses_and_gradients(task, routing):
+    model = build(make_config(**routing), auxiliary_weight=0.5)
     packed, padded = (
         loss_and_gradients(model, make_batch(task, 4, layout, input_weight=0.5))
         for layout in ("packed", "padded")
@@ -285,6 +283,60 @@ def test_auxiliary_loss_is_gshards_per_episode_and_reaches_the_gate(one_rank):
         loss.total - torch.stack(expected).mean(), gate, retain_graph=True
     )[0]
     assert not torch.allclose(torch.autograd.grad(loss.total, gate)[0], without)
+
+
+TOKEN_ROUTINGS = {name: ROUTINGS[name] for name in ROUTINGS if "token" in name}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("routing", TOKEN_ROUTINGS.values(), ids=TOKEN_ROUTINGS.keys())
+@pytest.mark.parametrize("training", [False, True], ids=["plain", "stock"])
+def test_the_auxiliary_loss_of_token_gates_is_gshards_per_episode_without_padding(
+    routing, k, training, one_rank
+):
+    config = make_config(**routing, experts_per_token=k, layers_with_experts=(1,))
+    model = build(config)
+    if training:
+        model = one_rank(build(config, sparse_layer=sparse_layer_factory()))
+    layer, gate_inputs = model.layers[1].feed_forward, []
+    gate = layer.deepspeed_moe.gate if training else layer.gate
+    gate.register_forward_hook(lambda _, inputs, __: gate_inputs.append(inputs[0]))
+    batch = make_batch("captioning", 3, "padded")
+    assert batch.real_T is not None
+    loss = model(batch)
+    (x_TM,), plan = gate_inputs, batch.routing
+    if hasattr(gate, "attributes"):
+        x_TM = x_TM + gate.attributes(plan)
+    p_TE, expected = (x_TM @ gate.wg.weight.T).softmax(dim=-1), []
+    for p_LE, real_L in zip(
+        p_TE.split(batch.lengths), batch.real_T.split(batch.lengths), strict=True
+    ):
+        first_E = p_LE[real_L].argmax(dim=-1).bincount(minlength=8) / int(real_L.sum())
+        expected.append(8 * (p_LE[real_L].mean(dim=0) * first_E).sum())
+    expected = torch.stack(expected).mean()
+    assert loss.auxiliary.item() == pytest.approx(expected.item(), rel=1e-5)
+    model.auxiliary_weight, parameters = 1.0, [gate.wg.weight, model.token_embedding.weight]
+    with_it = torch.autograd.grad(model(batch).total, parameters)
+    model.auxiliary_weight = 0.0
+    without = torch.autograd.grad(model(batch).total, parameters)
+    wanted = torch.autograd.grad(expected, parameters)
+    for ours, rest, gradient in zip(with_it, without, wanted, strict=True):
+        assert gradient.abs().max() > 1e-6
+        torch.testing.assert_close(ours - rest, gradient, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
+def test_the_division_into_micro_batches_changes_no_loss(routing):
+    model, sequences = build(make_config(**routing)), make_sequences("captioning", 4)
+    micro_batches = [
+        [collate(sequences[i : i + n], VOCABULARY, "captioning") for i in range(0, 4, n)]
+        for n in (1, 2, 4)
+    ]
+    auxiliary = [
+        sum(model(batch).auxiliary.item() for batch in batches) / len(batches)
+        for batches in micro_batches
+    ]
+    assert auxiliary == pytest.approx([auxiliary[0]] * 3, rel=1e-5)
 
 
 def test_gate_noise_is_a_function_of_seed_step_layer_and_class_and_absent_in_evaluation():
