@@ -353,7 +353,7 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
             all(type(run) is int and run >= 0 for run in runs)
             and sum(runs) == image.height * image.width
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (IndexError, TypeError, ValueError):
         whole = False
     if not whole:
         raise InputError(
@@ -368,6 +368,8 @@ def _run_lengths(counts: str | bytes) -> list[int]:
     """The run lengths in COCO's compressed form: numbers of 5-bit groups, low group first, from the
     third on as the difference to the last but one (pycocotools' maskApi.c, rleFrString).
     """
+    if not isinstance(counts, str | bytes):
+        raise TypeError("run lengths are text")
     text = counts.encode("ascii") if isinstance(counts, str) else counts
     runs: list[int] = []
     position = 0
