@@ -42,8 +42,10 @@ def run_lengths(counts: str | bytes) -> list[int]:
     """The run lengths in COCO's compressed form: numbers of 5-bit groups, low group first, from the
     third on as the difference to the last but one (pycocotools' maskApi.c, rleFrString).
 
-    Raises IndexError or ValueError where the text is not of this form.
+    Raises IndexError, TypeError or ValueError where it is not of this form.
     """
+    if not isinstance(counts, str | bytes):
+        raise TypeError("run lengths are text")
     text = counts.encode("ascii") if isinstance(counts, str) else counts
     runs: list[int] = []
     position = 0

@@ -350,7 +350,7 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
             all(type(run) is int and run >= 0 for run in runs)
             and sum(runs) == image.height * image.width
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (IndexError, TypeError, ValueError):
         whole = False
     if not whole:
         raise InputError(

@@ -1,8 +1,16 @@
 """What the command line makes of its arguments, before any verb runs."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
+from PIL import Image
 
 from icl_moe.cli import main
+from icl_moe.settings import find_recipe
 
 
 @pytest.mark.parametrize(
@@ -29,3 +37,63 @@ def test_what_no_verb_knows_is_refused(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["train"], "recipe"),
+        (["shards", "build"], "DATA, --out"),
+        (["tokenizer", "train", "--out", "x"], "recipe"),
+    ],
+)
+def test_settings_are_not_among_what_is_missing(arguments, missing, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"the following arguments are required: {missing}\n")
+
+
+def test_what_may_not_be_read_is_named(tmp_path):
+    """As another user than root, who may read everything."""
+    prefix: list[str] = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may read every file, and there is no setpriv")
+        bounds = "--bounding-set=-dac_override,-dac_read_search"
+        prefix = ["setpriv", bounds, "--inh-caps=-all"]
+    recipe, images = tmp_path / "recipe.yaml", tmp_path / "images"
+    shutil.copy(find_recipe("demo", "preprocessing"), recipe)
+    images.mkdir()
+    Image.new("RGB", (64, 64)).save(images / "1.png")
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 64, "height": 64}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 9, 0, 9, 9]]}
+        ],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    instances = tmp_path / "instances.json"
+    instances.write_text(json.dumps(content))
+    settings = ["segmentation.source=coco", "captioning=null", "examples=0"]
+    settings += [f"segmentation.images={images}", f"segmentation.annotations={instances}"]
+    build = ["shards", "build", str(recipe), *settings, "--out", str(tmp_path / "out")]
+    script = (
+        "import os, sys\n"
+        "from icl_moe.cli import main\n"
+        f"for path in {[str(recipe), str(instances), str(images)]!r}:\n"
+        "    os.chmod(path, 0)\n"
+        f"    assert main({build!r}) == 2, path\n"
+        "    os.chmod(path, 0o700)\n"
+    )
+    ended = subprocess.run(
+        [*prefix, sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    said = [line for line in ended.stderr.splitlines() if line.startswith("icl-moe: ")]
+    assert ended.returncode == 0, ended.stderr
+    assert said == [
+        f"icl-moe: The recipe {recipe} cannot be read: Permission denied.",
+        f"icl-moe: The file {instances} cannot be read: Permission denied.",
+        f"icl-moe: {images / '1.png'} cannot be read: Permission denied.",
+    ]

@@ -136,6 +136,9 @@ def test_a_recipe_comes_back_from_plain_values_and_from_yaml(tmp_path: Path) -> 
         ("inner: {steps: 0}", "recipe.yaml: inner.steps must be at least 1, not 0."),
         ("- 1", "must hold keys and values, not a list"),
         ("inner: {steps: 3", "recipe.yaml, line 2 is not valid YAML"),
+        ("inner: {steps: " + "9" * 5000 + "}", "recipe.yaml is not valid YAML"),
+        ("inner: {steps: 2024-13-45}", "recipe.yaml is not valid YAML"),
+        ("inner: " + "[" * 600, "recipe.yaml is not valid YAML"),
         (
             "inner: {steps: 3}\nname: a\nname: b",
             "recipe.yaml, line 3 is not valid YAML: the key 'name' stands there twice.",
@@ -161,6 +164,8 @@ def test_an_unknown_override_is_refused_like_an_unknown_key(tmp_path: Path) -> N
 def test_a_file_that_is_not_there_and_a_name_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.yaml does not exist"):
         load_recipe(Outer, str(tmp_path / "absent.yaml"))
+    with pytest.raises(InputError, match=rf"{tmp_path} is no file; a file belongs there"):
+        load_recipe(Outer, str(tmp_path))
     with pytest.raises(
         InputError,
         match=(

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
+from icl_moe.files import check_is_file
 from icl_moe.ranges import Count, ImageSide
 from icl_moe.settings import from_dict, to_dict
 
@@ -517,8 +518,7 @@ _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpo
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"The checkpoint {path} does not exist.")
+    check_is_file(path)
     try:
         with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -572,8 +572,8 @@ def _read_taming_config(path: Path) -> VQGANConfig:
             "double_z": network.get("double_z", False),
         }
     except OSError as error:
-        raise InputError(f"The config {path} does not exist.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML.") from error
     except (KeyError, TypeError, AttributeError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else "it has not those keys"

@@ -297,3 +297,18 @@ def _codes_of(folder: Path, image: str) -> np.ndarray:
             spans = [span for span in sample.sequence.spans if span.role == "input"]
             return sample.sequence.tokens_L[spans[-1].start : spans[-1].stop]
     raise AssertionError(image)
+
+
+@pytest.mark.slow
+def test_two_launched_processes_leave_out_the_same_images(data, build, tmp_path, run_command):
+    spoil(data)
+    assert build(tmp_path / "one", "bad_images=skip") == 0
+    launch = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "icl_moe"]
+    command = [*launch, "shards", "build", data / "recipe.yaml"]
+    out = ["--out", tmp_path / "two", "--workers", "1"]
+    ended = run_command([*command, *out])
+    assert ended.returncode != 0
+    assert ended.stdout.count("icl-moe: The image") == 1
+    ended = run_command([*command, "bad_images=skip", *out])
+    assert ended.returncode == 0, ended.stdout
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "one")

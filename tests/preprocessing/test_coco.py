@@ -231,6 +231,7 @@ HUGE = 10**400
         (annotation(segmentation={"size": [80, 100], "counts": "~~~"}), "run lengths do not cover"),
         (annotation(segmentation={"size": [80, 100], "counts": None}), "run lengths do not cover"),
         (annotation(segmentation={"size": [80, 100], "counts": 8000}), "run lengths do not cover"),
+        (annotation(segmentation={"size": [80, 100], "counts": {"a": 1}}), "run lengths do not"),
         (
             annotation(segmentation={"size": [80, 100], "counts": [-1, 8001]}),
             "run lengths do not cover",
