@@ -14,7 +14,7 @@ from plain_decoder import PlainDecoder
 from torch import Tensor, nn
 from toy_model import FORMAT, VOCABULARY, make_batch, make_config
 
-from icl_moe.data.batch import collate
+from icl_moe.batch import collate
 from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.feed_forward import SparseFeedForward

@@ -123,7 +123,7 @@ def test_half_an_emoji_is_replaced(coco_folder):
     captions(
         coco_folder, lambda content: content["annotations"][0].update(caption="a dog \ud83d, seen")
     )
-    assert read(coco_folder).regions[0].caption == "a dog \ufffd, seen"
+    assert read(coco_folder).regions[0].target.caption == "a dog \ufffd, seen"
 
 
 @pytest.mark.parametrize("bbox", [[50, 50, -40, -30], [50, 20, -40, 30], [10, 50, 40, -30]])

@@ -151,7 +151,7 @@ def test_a_region_that_belongs_nowhere_is_counted(genome_folder, edit, reason):
 def test_half_an_emoji_is_replaced(genome_folder):
     region(phrase="the dogs \udc15 sleep")(genome_folder.content["region_descriptions"])
     genome_folder.write()
-    assert read(genome_folder).regions[0].caption == "the dogs \ufffd sleep"
+    assert read(genome_folder).regions[0].target.caption == "the dogs \ufffd sleep"
 
 
 def test_classes_that_are_asked_for_and_never_seen_are_counted(genome_folder):

@@ -12,12 +12,13 @@ from plain_mt_adamw import plain_step
 from training import training_on_ranks
 from training.test_operator import curve
 
-from icl_moe.data.batch import collate
+from icl_moe.batch import collate
 from icl_moe.data.schedule import Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.recipe import TrainingRecipe, to_dict
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import to_dict
 from icl_moe.training.checkpoint import export
 
 FIGURES = ("image_loss", "text_loss", "auxiliary_loss", "gradient_norm", "learning_rate")
