@@ -174,7 +174,7 @@ def _rows(
         Row(condition.describe(), "model", next(scores), _asked(condition, predictions))
         for condition, predictions in zip(conditions, asked, strict=True)
     ]
-    rows += [Row(name, prediction, next(scores)) for name, prediction in names]  # type: ignore[arg-type]
+    rows += [Row(name, prediction, next(scores)) for name, prediction in names]
     return tuple(rows)
 
 

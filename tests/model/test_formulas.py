@@ -17,10 +17,12 @@ from toy_model import FORMAT, VOCABULARY, make_batch, make_config
 from icl_moe.batch import collate
 from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
-from icl_moe.model.moe import exported_name, sparse_layer_factory
-from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec, TokenSequence
+from icl_moe.sequence import Episode, SequenceCodec, TokenSequence
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 
 ROUTINGS = {
