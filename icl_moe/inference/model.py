@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from icl_moe.errors import InputError
+from icl_moe.files import check_readable
 from icl_moe.images import (
     box_to_mask,
     crop_and_resize,
@@ -105,11 +106,7 @@ class InContextModel:
         Raises InputError where a file is missing, is damaged, or does not belong to the others.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"):
-            if not (folder / name).exists():
-                raise InputError(
-                    f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one."
-                )
+        _check_files(folder)
         decoder = _load_decoder(folder)
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
@@ -314,6 +311,18 @@ class InContextModel:
         category, box, caption = self.codec.parse_caption(text)
         box_image = None if drawn is None else self.format.vocabulary.to_codes(np.array(drawn))
         return CaptionPair(query, caption, category, box, box_image)
+
+
+def _check_files(folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"):
+        try:
+            check_readable(folder / name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one."
+            ) from error
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:
