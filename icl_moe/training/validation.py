@@ -28,6 +28,7 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.training.distributed import Ranks, generators_kept
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
+from icl_moe.training.monitor import tolerate_unwritten
 
 _DECODED_TOGETHER = 8
 _CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
@@ -78,6 +79,11 @@ class Validation:
         return {"loss": total / weight}
 
     def _decode(self, step: int, figures: dict[str, Figures]) -> None:
+        with tolerate_unwritten():
+            self._complete(step, figures)
+        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
+
+    def _complete(self, step: int, figures: dict[str, Figures]) -> None:
         """Complete every query freely after all its examples; add the scores, and write what was
         written and drawn.
         """
@@ -101,7 +107,6 @@ class Validation:
             picture.save(folder / f"{task}.png")
             self._show(task, picture, step)
         log.finish()
-        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
 
     def _beat(self, step: int) -> Callable[[], None]:
         return lambda: self.watchdog.beat(step - 1, "evaluating")
@@ -135,7 +140,8 @@ class Validation:
             for task, of_task in figures.items()
             for name, value in of_task.items()
         ]
-        self.engine.deepspeed.monitor.write_events(events)
+        with tolerate_unwritten():
+            self.engine.deepspeed.monitor.write_events(events)
         for task, of_task in figures.items():
             shown = "  ".join(
                 f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_task.items()
