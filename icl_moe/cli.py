@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl_moe.errors import InputError, RankError
+from icl_moe.errors import InputError, RankError, UnsavedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is
-    wrong.
+    wrong, 1 with one where what was computed could not be kept.
     """
     options = _parse(arguments)
     try:
@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         _say_once(error)
         return 2
+    except UnsavedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"icl-moe: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -5,6 +5,7 @@ renamed, so that no reader ever sees half of one.
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,51 @@ def _whole(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _whole(value) for key, value in content.items()}
     return content
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder and of those in it into `target`, replacing what is there.
+
+    They become new files like any other: a read-only source makes no read-only copy.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(path, copy)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Give a file the mode that a new file in its folder gets (by the umask, or the folder's access
+    control list): safetensors leaves files that only their owner may read.
+    """
+    probe = path.with_name(f"{path.name}.mode")
+    probe.unlink(missing_ok=True)
+    probe.touch()
+    try:
+        shutil.copymode(probe, path)
+    finally:
+        probe.unlink()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk.
+
+    Raises OSError where it cannot be: a disk, a quota or a network may take what is written and say
+    only now that there is no room for it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_readable(path: Path) -> None:
+    """Raise OSError where a file, or any file in a folder, is not there or may not be read."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if not file.is_dir():
+            with file.open("rb"):
+                pass

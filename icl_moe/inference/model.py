@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError
+from icl_moe.files import check_readable
 from icl_moe.images import (
     ImageLike,
     box_to_mask,
@@ -70,11 +71,7 @@ class InContextModel:
         Raises InputError where a file is missing, is damaged, or does not belong to the others.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"):
-            if not (folder / name).exists():
-                raise InputError(
-                    f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one."
-                )
+        _check_files(folder)
         decoder = _load_decoder(folder)
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
@@ -262,6 +259,18 @@ class InContextModel:
         return CaptionPair(
             codes, region.caption, category, box, box_image=self.encode([drawing])[0]
         )
+
+
+def _check_files(folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"):
+        try:
+            check_readable(folder / name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one."
+            ) from error
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:

@@ -7,6 +7,7 @@ wrote them, and would hold the same numbers again.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,13 +19,13 @@ from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.files import write_whole
+from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.training import training_state
-from icl_moe.training.faults import any_rank
 
 _TAG = "step-{:08d}"
+_NAME = re.compile(r"step-\d{8,}")
 _COMPLETE = "complete.json"
 """Written into a checkpoint's folder last: its files and their sizes. Without it, or where they
 differ, the checkpoint is not whole.
@@ -32,36 +33,38 @@ differ, the checkpoint is not whole.
 
 
 def save(engine: Any, output: Path, step: int, keep: int) -> bool:
-    """Save the whole training state after `step` steps, then remove all but the newest `keep`
-    checkpoints. Every rank calls it.
+    """Save the whole training state after `step` steps, then remove older checkpoints. Every rank
+    calls it, and hears whether there is a checkpoint of that step now.
 
-    output: a folder that all ranks see. Where its disk has no room, rank 0 says so, and the answer
-    is False: training goes on and tries again later.
+    output: a folder that all ranks see. keep: how many whole checkpoints stay; damaged ones do not
+    count, and the one just saved is never removed. Where a checkpoint cannot be made, the ranks
+    that find why say so and nothing is left of it.
     """
     checkpoints = output / "checkpoints"
     folder = checkpoints / _TAG.format(step)
     is_main = dist.get_rank() == 0
-    if is_main:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for old in checkpoints.glob("step-*"):
-            # What an interrupted save left behind, or a damaged checkpoint of this very step.
-            if old == folder or not (old / _COMPLETE).is_file():
-                shutil.rmtree(old)
-    if not _has_room(engine, checkpoints):
-        return False
-    if not training_state.write(engine, folder, step):
+    needed = torch.tensor(training_state.size(engine), device=engine.device)
+    dist.all_reduce(needed)
+
+    def make_room() -> None:
         if is_main:
-            _say(
-                f"no checkpoint is saved in {checkpoints}: its files cannot all be written; "
-                "training goes on."
-            )
-        return False
+            _make_room(folder, int(needed))
+
+    def complete() -> None:
+        if is_main:
+            _complete(folder)
+
+    saved = (
+        training_state.attempt(engine, folder, make_room)
+        and training_state.write(engine, folder, step)
+        and training_state.attempt(engine, folder, complete)
+    )
     if is_main:
-        files = {path.name: path.stat().st_size for path in folder.iterdir()}
-        write_whole(folder / _COMPLETE, json.dumps({"files": files}, indent=1) + "\n")
-        for old in sorted(checkpoints.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    return True
+        if saved:
+            _retain(checkpoints, folder, keep)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return saved
 
 
 def resume(engine: Any, output: Path) -> int:
@@ -92,7 +95,7 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
     folder = output / "model"
     config.save_pretrained(folder)
     for name in ("image_tokenizer", "text_tokenizer"):
-        shutil.copytree(shards.fetch(name), folder / name, dirs_exist_ok=True)
+        copy_folder(shards.fetch(name), folder / name)
 
 
 def export(checkpoint: Path, out: Path) -> int:
@@ -120,8 +123,10 @@ def export(checkpoint: Path, out: Path) -> int:
         )
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(run / "model", temporary)
+    copy_folder(run / "model", temporary)
     model.save_pretrained(temporary)
+    for path in temporary.glob("*.safetensors"):
+        give_usual_mode(path)
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)
@@ -147,9 +152,7 @@ def _find(checkpoint: Path) -> Path:
 def _newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint in a folder that is whole; None where the folder has none at all."""
     damages: dict[str, str] = {}
-    for candidate in sorted(
-        (path for path in folder.glob("step-*") if path.is_dir()), reverse=True
-    ):
+    for candidate in reversed(_all(folder)):
         damage = _damage(candidate)
         if damage is None:
             if damages:
@@ -170,35 +173,71 @@ def _newest_whole(folder: Path) -> Path | None:
 _UNFINISHED = "its saving was interrupted"
 
 
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, by their steps; copies under other names are left
+    alone.
+    """
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by their sizes; None where they are all there."""
     try:
-        files = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        content = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+        files = [(folder / Path(name).name, size) for name, size in content["files"].items()]
+    except FileNotFoundError:
         return _UNFINISHED
-    for name, size in files.items():
-        path = folder / Path(name).name
+    except OSError as error:
+        return f"its file {_COMPLETE} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its file {_COMPLETE} is not what was written"
+    for path, size in files:
         if not path.is_file():
-            return f"its file {name} is missing"
+            return f"its file {path.name} is missing"
         if path.stat().st_size != size:
-            return f"its file {name} has {path.stat().st_size} bytes of {size}"
+            return f"its file {path.name} has {path.stat().st_size} bytes of {size}"
     return None
 
 
-def _has_room(engine: Any, folder: Path) -> bool:
-    """Whether the disk of `folder` can take one more checkpoint, as rank 0 sees it; the same answer
-    on every rank.
+def _make_room(folder: Path, needed: int) -> None:
+    """Remove what an interrupted save left behind, or a damaged checkpoint of this very step.
+
+    Raises OSError where the disk has no room for `needed` bytes.
     """
-    needed = torch.tensor(training_state.size(engine), device=engine.device)
-    dist.all_reduce(needed)
-    is_short = False
-    if dist.get_rank() == 0:
-        free = shutil.disk_usage(folder).free
-        is_short = free < needed.item()
-        if is_short:
-            room = f"{free >> 20} MiB are free, {int(needed) >> 20} MiB are needed"
-            _say(f"no checkpoint is saved in {folder}: {room}; training goes on.")
-    return not any_rank([is_short], engine.device)[0]
+    checkpoints = folder.parent
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for old in _all(checkpoints):
+        if old != folder and _damage(old) == _UNFINISHED:
+            shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    free = shutil.disk_usage(checkpoints).free
+    if free < needed:
+        raise OSError(f"{free >> 20} MiB are free, {needed >> 20} MiB are needed")
+
+
+def _complete(folder: Path) -> None:
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    write_whole(folder / _COMPLETE, json.dumps({"files": files}, indent=1) + "\n")
+    for path in (folder / _COMPLETE, folder, folder.parent):
+        flush_to_disk(path)
+
+
+def _retain(checkpoints: Path, saved: Path, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints, `saved` among those that stay, and
+    damaged ones that are older than it. A newer damaged one stays until a save takes its place:
+    its files may be put back.
+    """
+    folders = _all(checkpoints)
+    whole = [folder for folder in folders if folder == saved or _damage(folder) is None]
+    kept = {*whole[-keep:], *folders[folders.index(saved) :]}
+    for old in folders:
+        if old not in kept:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                _say(f"warning: {old} cannot be removed ({error.strerror}).")
 
 
 def _say(what: str) -> None:

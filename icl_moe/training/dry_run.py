@@ -120,15 +120,13 @@ def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
     since gradients are held between them.
     """
     deepspeed = engine.deepspeed
-    counters = {
-        name: vars(deepspeed)[name] for name in ("micro_steps", "global_steps", "global_samples")
-    }
+    names = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+    counters = {name: vars(deepspeed)[name] for name in names}
     micro_steps = min(2, deepspeed.gradient_accumulation_steps())
     deepspeed.micro_steps = deepspeed.gradient_accumulation_steps() - micro_steps
     for _ in range(micro_steps):
         engine.backward(batch, noise=(0, _NO_STEP))
         engine.step(skip=True)
-    engine.norm = None
     vars(deepspeed).update(counters)
 
 

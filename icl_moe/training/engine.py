@@ -6,14 +6,15 @@ own.
 
 import contextlib
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import groups, set_z3_leaf_modules
-from torch import Tensor, nn
+from torch import nn
 
 from icl_moe.batch import TokenBatch
 from icl_moe.data.schedule import RankSlice
@@ -37,7 +38,7 @@ class TrainingEngine:
     """A freshly initialised decoder on DeepSpeed.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last whole step before
-    clipping, None where there was none.
+    clipping, None where nothing moved.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class TrainingEngine:
             ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
         )
         model = _build_model(recipe, manifest, ranks, zero_stage(engine_config))
-        self._optimizer = _build_optimizer(recipe, model, self._norm_in_step)
+        self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
         ):  # A line a rank and layer group about process groups being made.
@@ -103,21 +104,31 @@ class TrainingEngine:
         self.deepspeed.backward(loss.total)
         return loss
 
-    def step(self, skip: bool = False) -> None:
+    def step(self, skip: bool = False) -> bool:
         """After each micro-step's `backward`; at the last one of a step the optimizer moves, unless
-        `skip`.
+        `skip`, or where the gradient has no norm that can be used. Whether it moved.
+
+        A gradient that is not finite has an infinite norm on every rank: the norm is taken over all
+        parameters, so the ranks agree without asking each other. `deepspeed.skipped_steps` counts
+        the steps in which nothing moved.
         """
-        last = self.deepspeed.is_gradient_accumulation_boundary()
-        if last and not self._has_own_norm:
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+            return False
+        self.norm = None
+        if not self._has_own_norm:
             norm = gradient_norm.global_norm(self.model)
             self.norm = float(norm)
             if self._recipe.optimizer.clip is not None:
                 gradient_norm.clip(self.model, norm, self._recipe.optimizer.clip)
-        with _standing_still(self._optimizer) if skip else contextlib.nullcontext():
+        skipped = self.deepspeed.skipped_steps
+        with _guarded(self._optimizer, lambda: not skip and self._norm_is_usable()) as calls:
             self.deepspeed.step()
-        if last and self._has_own_norm:
-            norm = self.deepspeed.get_global_grad_norm()
-            self.norm = None if norm is None else float(norm)
+        moved = any(calls)
+        self.deepspeed.skipped_steps = skipped + (not moved)
+        if not moved:
+            self.norm = None
+        return moved
 
     @property
     def _has_own_norm(self) -> bool:
@@ -126,21 +137,38 @@ class TrainingEngine:
         """
         return bool(self.deepspeed.zero_optimization() or self.deepspeed.bfloat16_enabled())
 
-    def _norm_in_step(self) -> float | Tensor | None:
-        """The norm as the optimizer needs it, in the middle of a step, when DeepSpeed has computed
-        but not yet published it.
+    def _norm_is_usable(self) -> bool:
+        """In the middle of a step, when DeepSpeed has computed the norm but not yet published it.
+
+        Task-balanced AdamW divides by it.
         """
-        return self.deepspeed.optimizer._global_grad_norm if self._has_own_norm else self.norm
+        if self.norm is None:
+            norm = self.deepspeed.optimizer._global_grad_norm
+            self.norm = None if norm is None else float(norm)
+        return (
+            self.norm is not None
+            and math.isfinite(self.norm)
+            and (self.norm > 0 or not isinstance(self._optimizer, MTAdamW))
+        )
 
 
 @contextlib.contextmanager
-def _standing_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _guarded(
+    optimizer: torch.optim.Optimizer, may_step: Callable[[], bool]
+) -> Iterator[list[bool]]:
     """Within it the engine steps as always, and clears its gradients, but the optimizer under it
-    does nothing.
+    does so only where it may. Gives, of each time that the engine called it, whether it did.
     """
-    vars(optimizer)["step"] = lambda *_, **__: None
+    step, calls = optimizer.step, list[bool]()
+
+    def guarded(*_: object) -> None:
+        calls.append(may_step())
+        if calls[-1]:
+            step()
+
+    vars(optimizer)["step"] = guarded
     try:
-        yield
+        yield calls
     finally:
         del vars(optimizer)["step"]
 

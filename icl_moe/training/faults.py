@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from icl_moe.signals import stop_requested
@@ -20,9 +21,11 @@ _STORE_PATIENCE = 5.0
 """Seconds in which the store, which lives in rank 0, must answer a watchdog."""
 
 
-def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Each flag, true where it is true on any rank. Every rank must call it together."""
-    values = torch.tensor([float(flag) for flag in flags], device=device)
+def any_rank(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]:
+    """Each flag, true where it is true on any rank; those that are tensors lie on `device`, and the
+    host waits for all of them once. Every rank must call it together.
+    """
+    values = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [value > 0 for value in values.tolist()]
 

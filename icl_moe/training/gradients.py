@@ -14,6 +14,7 @@ from torch import distributed as dist
 from icl_moe.data.schedule import Schedule
 from icl_moe.files import write_whole
 from icl_moe.training.engine import TrainingEngine
+from icl_moe.training.monitor import tolerate_unwritten
 from icl_moe.training.partitions import HeldRange, ranges_to_write
 
 _FILE = "gradients.csv"
@@ -103,18 +104,26 @@ class GradientReport:
             return  # A step that was left out has no gradient.
         task = self._schedule.task(step)
         shares = {part: (value / total) ** 0.5 for part, value in squares.items()}
-        with self._path.open("a", encoding="utf-8", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            if not file.tell():
-                rows.writerow(_HEADS)
-            rows.writerows(
-                [step + 1, task, part, f"{self._engine.norm * share:.6g}", f"{share:.6g}"]
-                for part, share in shares.items()
-            )
+        rows = [
+            [step + 1, task, part, f"{self._engine.norm * share:.6g}", f"{share:.6g}"]
+            for part, share in shares.items()
+        ]
         samples = (step + 1) * self._samples_per_step
-        self._write_events(
-            [(f"train/{task}/gradient/{part}", share, samples) for part, share in shares.items()]
-        )
+        with tolerate_unwritten():
+            self._write(rows)
+            self._write_events(
+                [
+                    (f"train/{task}/gradient/{part}", share, samples)
+                    for part, share in shares.items()
+                ]
+            )
+
+    def _write(self, rows: list[list[object]]) -> None:
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if not file.tell():
+                writer.writerow(_HEADS)
+            writer.writerows(rows)
 
 
 def part_of(name: str) -> str:

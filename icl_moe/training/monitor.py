@@ -3,7 +3,8 @@ monitors.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,19 +14,10 @@ from tqdm import tqdm
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.training.distributed import Ranks
 
-# What is summed over micro-steps and ranks between two lines, of each task; the first five are
-# parts of a DecoderLoss.
-_SUMS = (
-    "image_sum",
-    "image_weight",
-    "text_sum",
-    "text_weight",
-    "auxiliary",
-    "micro_steps",
-    "tokens",
-    "flops",
-)
-_LOSS_PARTS = _SUMS[:5]
+# What is summed over micro-steps and ranks between two lines, of each task: parts of a DecoderLoss,
+# which lie on the device, and what the host knows.
+_LOSS_PARTS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliary")
+_COUNTS = ("micro_steps", "tokens", "flops")
 
 
 class ProgressMonitor:
@@ -57,9 +49,11 @@ class ProgressMonitor:
         self._is_main = ranks.is_main
         self._peak_flops = peak_flops
         self._write_events = write_events
-        self._sums_KS = torch.zeros(
-            len(self._tasks), len(_SUMS), dtype=torch.float64, device=ranks.device
+        self._losses_KS = torch.zeros(
+            len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=ranks.device
         )
+        self._counts_KS = torch.zeros(len(self._tasks), len(_COUNTS), dtype=torch.float64)
+        self._step: list[Tensor] = []  # the losses of the present step's micro-steps
         self._norms: dict[str, list[float]] = {}
         self._since = time.monotonic()
         self._done = start
@@ -75,31 +69,33 @@ class ProgressMonitor:
         """Count one micro-step; tokens, flops: of this rank's batch, 0 on a rank that shares it
         with one that counts them.
         """
-        values = [getattr(loss, name).double() for name in _LOSS_PARTS]
-        self._sums_KS[self._tasks.index(task)] += torch.stack(
-            [*values, *values[0].new_tensor([1.0, tokens, flops])]
-        )
-
-    def forget(self) -> None:
-        """Drop what was counted since the last line: a loss that is not finite would spoil its
-        means.
-        """
-        self._sums_KS.zero_()
-        self._norms.clear()
+        self._step.append(torch.stack([getattr(loss, name).double() for name in _LOSS_PARTS]))
+        # On the host, lest it wait for the device at every micro-step.
+        self._counts_KS[self._tasks.index(task), 1:] += torch.tensor([tokens, flops])
 
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
-        """Count one optimizer step, the `step`-th (from 1), and print the line where it is due."""
+        """Count one optimizer step, the `step`-th (from 1), and print the line where it is due.
+
+        norm: of the gradient; None for a step that was left out, whose losses do not count: they
+        may not be finite. Its tokens do: computing them took its time.
+        """
         self._bar.update(1)
+        row = self._tasks.index(task)
         if norm is not None:
             self._norms.setdefault(task, []).append(norm)
+            self._losses_KS[row] += torch.stack(self._step).sum(dim=0)
+            self._counts_KS[row, 0] += len(self._step)
+        self._step.clear()
         if step % self._every and step != self._steps:
             return
-        sums_KS = self._sums_KS.clone()
+        sums_KS = torch.cat([self._losses_KS, self._counts_KS.to(self._losses_KS.device)], dim=1)
         dist.all_reduce(sums_KS)
         now = time.monotonic()
         if self._is_main:
             self._report(step, task, sums_KS, norm, rate, seconds=now - self._since)
-        self.forget()
+        self._losses_KS.zero_()
+        self._counts_KS.zero_()
+        self._norms.clear()
         self._since = now
         self._done = step
 
@@ -134,13 +130,14 @@ class ProgressMonitor:
             for key, value in of_task.items()
         }
         samples = step * self._global_batch
-        self._write_events(
-            [
-                (f"train/{name}", value, samples)
-                for name, value in (figures | by_task).items()
-                if value is not None
-            ]
-        )
+        with tolerate_unwritten():
+            self._write_events(
+                [
+                    (f"train/{name}", value, samples)
+                    for name, value in (figures | by_task).items()
+                    if value is not None
+                ]
+            )
 
     def _task_figures(self, sums_KS: Tensor) -> dict[str, dict[str, float | None]]:
         """The same losses of each task that had steps since the last line, and the mean of its
@@ -155,8 +152,19 @@ class ProgressMonitor:
         }
 
 
+@contextmanager
+def tolerate_unwritten() -> Iterator[None]:
+    """Within it, figures for an operator are written: where they cannot be, that is said and the
+    run goes on. A disk without room must not end it while it could still save later.
+    """
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"icl-moe: warning: {error}; the run goes on.")
+
+
 def _named(sums_S: Tensor) -> dict[str, float]:
-    return dict(zip(_SUMS, sums_S.tolist(), strict=True))
+    return dict(zip(_LOSS_PARTS + _COUNTS, sums_S.tolist(), strict=True))
 
 
 def _losses(sums: dict[str, float]) -> dict[str, float | None]:

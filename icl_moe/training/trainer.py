@@ -1,21 +1,21 @@
 """The training loop: recipe, shards, engine, steps, checkpoints."""
 
-import math
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from icl_moe.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, UnsavedError
 from icl_moe.files import write_whole
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
@@ -27,10 +27,10 @@ from icl_moe.training import checkpoint
 from icl_moe.training.distributed import Ranks, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
-from icl_moe.training.expert_table import choices_table, expert_choices
+from icl_moe.training.expert_table import Choice, choices_table, expert_choices
 from icl_moe.training.faults import Watchdog, agreed_to_stop, any_rank
 from icl_moe.training.gradients import GradientReport
-from icl_moe.training.monitor import ProgressMonitor
+from icl_moe.training.monitor import ProgressMonitor, tolerate_unwritten
 from icl_moe.training.preflight import make_schedule, open_validation
 from icl_moe.training.run_folder import alone_in, record_stretch
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
@@ -42,13 +42,20 @@ def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any
     training.output where there is one.
 
     shards, engine_config: what `preflight.check` gave for the recipe and the number of ranks.
+    Raises UnsavedError where the run ends with steps that are in no checkpoint.
     """
+    unsaved = None
     with process_group() as ranks:
         if agreed_to_stop(ranks):
             if ranks.is_main:
                 _say("stopped by a signal before it began; the same command starts it")
         else:
-            train_on(ranks, recipe, shards, engine_config)
+            try:
+                train_on(ranks, recipe, shards, engine_config)
+            except UnsavedError as error:
+                unsaved = error  # All ranks end here together, so the group ends as it should.
+    if unsaved is not None:
+        raise unsaved
 
 
 def train_on(
@@ -150,7 +157,6 @@ class _Loop:
     ranks: Ranks
     monitor: ProgressMonitor
     gradients: GradientReport
-    skipped: int = 0
 
     def run(self, start: int, stop: int) -> None:
         settings = self.recipe.training
@@ -167,16 +173,20 @@ class _Loop:
         with closing(reading) as batches, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
             if settings.dry_run:
                 dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
-            validation = self._validation(watchdog)
+            validation, saved = self._validation(watchdog), start
             if agreed_to_stop(self.ranks):
                 self._say(f"stopped by a signal before step {start + 1}; the same command goes on")
                 return
             for step in range(start, stop):
                 stopping = self._step(step, batches, watchdog)
                 completed = step + 1
-                if completed % settings.save_every == 0 or completed == stop or stopping:
+                ending = stopping or completed == stop
+                if ending or completed % settings.save_every == 0:
                     watchdog.beat(step, "saving a checkpoint")
-                    self._save(completed)
+                    if self._save(completed):
+                        saved = completed
+                    elif ending:
+                        raise UnsavedError(self._lost(saved, completed))
                 if stopping:
                     self._say(
                         f"stopped by a signal after step {completed}; the same command goes on "
@@ -199,7 +209,7 @@ class _Loop:
         task = self.schedule.task(step)
         rate = learning_rate(self.recipe.optimizer, step, settings.steps)
         self.engine.begin_step(rate, task, self.schedule.probabilities[task])
-        not_finite = stopping = False
+        sources, finite, stopping = [], [], False
         for micro_step in range(self.part.micro_steps):
             watchdog.beat(step, "reading a batch")
             batch = next(batches)
@@ -208,24 +218,30 @@ class _Loop:
                 stable_seed("dropout", settings.seed, step, micro_step, self.part.rank)
             )
             loss = self.engine.backward(batch, noise=(settings.seed, step))
-            if not math.isfinite(loss.total.item()):
-                not_finite = True
+            self._count(task, loss, batch)
+            sources.append(batch.sources)
+            finite.append(loss.total.detach().isfinite())  # The host does not wait for it here.
+            if micro_step + 1 < self.part.micro_steps:
+                self.engine.step()
+        watchdog.beat(step, "agreeing with the other ranks")
+        finite_M = torch.stack(finite)
+        not_finite, stopping = any_rank([~finite_M.all(), stop_requested()], self.ranks.device)
+        if not_finite:
+            self._name_sources(step, sources, finite_M)
+        with self.gradients.step(step):
+            moved = self.engine.step(skip=not_finite)
+        if not moved:
+            self._skip(step, "loss is" if not_finite else "gradient is zero or")
+        self.monitor.step_done(step + 1, task, self.engine.norm, rate)
+        return stopping
+
+    def _name_sources(self, step: int, sources: list[tuple[str, ...]], finite_M: Tensor) -> None:
+        for of_batch, is_finite in zip(sources, finite_M.tolist(), strict=True):
+            if not is_finite:
                 tqdm.write(
                     f"icl-moe: step {step + 1}: the loss is not finite on rank {self.ranks.rank} "
-                    f"in {', '.join(batch.sources)}"
+                    f"in {', '.join(of_batch)}"
                 )
-            is_last = micro_step + 1 == self.part.micro_steps
-            if is_last:
-                watchdog.beat(step, "agreeing with the other ranks")
-                not_finite, stopping = any_rank([not_finite, stop_requested()], self.ranks.device)
-            with self.gradients.step(step) if is_last else nullcontext():
-                self.engine.step(skip=not_finite)
-            self._count(task, loss, batch)
-        if not_finite:
-            self._skip(step)
-            self.monitor.forget()
-        self.monitor.step_done(step + 1, task, None if not_finite else self.engine.norm, rate)
-        return stopping
 
     def _count(self, task: str, loss: DecoderLoss, batch: TokenBatch) -> None:
         # Tensor ranks read the same tokens; the first of them counts them.
@@ -233,33 +249,48 @@ class _Loop:
         flops = training_flops(self.recipe.model, self.recipe.vocabulary.size, batch)
         self.monitor.add(task, loss, *((real_tokens(batch), flops) if counts else (0, 0)))
 
-    def _save(self, completed: int) -> None:
+    def _save(self, completed: int) -> bool:
+        """Whether there is a checkpoint of so many steps now."""
         output = Path(self.recipe.training.output)
-        checkpoint.save(
-            self.engine.deepspeed, output, completed, self.recipe.training.keep_checkpoints
-        )
+        keep = self.recipe.training.keep_checkpoints
+        if not checkpoint.save(self.engine.deepspeed, output, completed, keep):
+            return False
         choices = expert_choices(self.engine.model)
         if choices and self.ranks.is_main:
-            table = choices_table(choices)
-            write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(table)}\n")
-            tensorboard = self.engine.deepspeed.monitor.tb_monitor
-            if tensorboard is not None:
-                tensorboard.summary_writer.add_text(
-                    "experts",
-                    as_markdown(table),
-                    completed * self.recipe.training.global_batch,
-                )
+            with tolerate_unwritten():
+                self._write_experts(output, completed, choices)
+        return True
 
-    def _skip(self, step: int) -> None:
-        self.skipped += 1
-        self._say(
-            f"step {step + 1} is left out ({self.skipped} of at most "
-            f"{self.recipe.training.skipped_steps})"
+    def _write_experts(self, output: Path, completed: int, choices: list[Choice]) -> None:
+        table = choices_table(choices)
+        write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(table)}\n")
+        tensorboard = self.engine.deepspeed.monitor.tb_monitor
+        if tensorboard is not None:
+            tensorboard.summary_writer.add_text(
+                "experts", as_markdown(table), completed * self.recipe.training.global_batch
+            )
+
+    def _lost(self, saved: int, completed: int) -> str:
+        """What is lost where a run ends after `completed` steps, and the newest checkpoint is that
+        of `saved`.
+        """
+        lost = f"what it computed after step {saved}" if saved else "all that it computed"
+        return (
+            f"training.output: the run ended after step {completed}, of which no checkpoint could "
+            f"be saved, for the reason above, so {lost} is lost; once "
+            f"{self.recipe.training.output} can be written, the same command "
+            f"{'goes on from there' if saved else 'starts anew'}."
         )
-        if self.skipped > self.recipe.training.skipped_steps:
+
+    def _skip(self, step: int, what: str) -> None:
+        skipped, limit = self.engine.deepspeed.skipped_steps, self.recipe.training.skipped_steps
+        self._say(
+            f"step {step + 1} is left out, its {what} not finite ({skipped} of at most {limit})"
+        )
+        if skipped > limit:
             raise InputError(
-                f"training.skipped_steps: the loss was not finite in {self.skipped} steps, the "
-                f"last of them step {step + 1}; "
+                f"training.skipped_steps: {skipped} steps were left out, the last of them step "
+                f"{step + 1}, because their loss or gradient was not finite; "
                 "look at the samples named above, or lower optimizer.learning_rate."
             )
 

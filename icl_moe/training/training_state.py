@@ -5,8 +5,8 @@ The state is every parameter's float32 master weight and what the optimizer keep
 and counts of steps), under the name that the parameter has in an exported model, where an expert
 has its global id. All else is a function of the step.
 
-    index.json                     steps, optimizer, precision; of each parameter its shape, its
-    counts, and which rank wrote which range
+    index.json                     steps, and how many of them were left out; optimizer, precision;
+    of each parameter its shape, its counts, and which rank wrote which range
     weight-RRRRR.safetensors       the ranges of master weights that rank R wrote, flattened, by
     parameter
     exp_avg-RRRRR.safetensors      the same ranges of an optimizer state; a file for each state that
@@ -26,6 +26,7 @@ is in partitions.py.
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from icl_moe.errors import InputError
-from icl_moe.files import write_whole
+from icl_moe.files import flush_to_disk, give_usual_mode, write_whole
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.tensor_parallel import join, split
@@ -60,15 +61,13 @@ def write(engine: Any, folder: Path, step: int) -> bool:
     every rank could write.
     """
     rank, ranges = dist.get_rank(), ranges_to_write(engine)
-    failed = False
-    try:
+
+    def write_tensors() -> None:
         folder.mkdir(exist_ok=True)
         for kind, tensors in _tensors(engine, ranges).items():
-            save_file(tensors, folder / _file(kind, rank))
-    except (OSError, SafetensorError) as error:
-        print(f"icl-moe: rank {rank} cannot write into {folder}: {error}", file=sys.stderr)
-        failed = True
-    if any_rank([failed], engine.device)[0]:
+            _save(tensors, folder / _file(kind, rank))
+
+    if not attempt(engine, folder, write_tensors):
         return False
     gathered: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
     dist.gather_object(
@@ -78,9 +77,34 @@ def write(engine: Any, folder: Path, step: int) -> bool:
         ],
         gathered,
     )
-    if gathered is not None:
-        write_whole(folder / _INDEX, json.dumps(_index(engine, step, gathered)) + "\n")
-    return True
+
+    def write_index() -> None:
+        if gathered is not None:
+            write_whole(folder / _INDEX, json.dumps(_index(engine, step, gathered)) + "\n")
+            flush_to_disk(folder / _INDEX)
+
+    return attempt(engine, folder, write_index)
+
+
+def attempt(engine: Any, folder: Path, work: Callable[[], None]) -> bool:
+    """Do this rank's part of a save into `folder`; whether every rank could do its own. Those that
+    could not say why.
+    """
+    failed = False
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        rank = dist.get_rank()
+        why = f"no checkpoint is saved in {folder.parent}: {error} (rank {rank})."
+        print(f"icl-moe: {why}", file=sys.stderr)
+        failed = True
+    return not any_rank([failed], engine.device)[0]
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    give_usual_mode(path)
+    flush_to_disk(path)
 
 
 def size(engine: Any) -> int:
@@ -118,6 +142,8 @@ def read(engine: Any, folder: Path) -> int:
     refresh_model(engine)
     steps = int(stored.index["completed_steps"])
     engine.global_steps = steps
+    # Earlier versions did not write it.
+    engine.skipped_steps = int(stored.index.get("skipped_steps", 0))
     engine.global_samples = steps * engine.train_batch_size()
     engine.micro_steps = steps * engine.gradient_accumulation_steps()
     return steps
@@ -267,6 +293,7 @@ def _index(engine: Any, step: int, gathered: list[list[Any]]) -> dict[str, Any]:
     return {
         "schema": _SCHEMA,
         "completed_steps": step,
+        "skipped_steps": engine.skipped_steps,
         "optimizer": type(engine.basic_optimizer).__name__,
         "precision": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
         "written_under": {

@@ -25,6 +25,7 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.training.distributed import Ranks, generators_kept
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
+from icl_moe.training.monitor import tolerate_unwritten
 
 _DECODED_TOGETHER = 8
 
@@ -74,6 +75,11 @@ class Validation:
         return {"loss": total / weight}
 
     def _decode(self, step: int, figures: dict[str, Figures]) -> None:
+        with tolerate_unwritten():
+            self._complete(step, figures)
+        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
+
+    def _complete(self, step: int, figures: dict[str, Figures]) -> None:
         """Complete every query freely after all its examples; add the scores, and write what was
         written and drawn.
         """
@@ -98,7 +104,6 @@ class Validation:
             picture.save(folder / f"{task}.png")
             self._show(task, picture, step)
         log.finish()
-        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
 
     def _beat(self, step: int) -> Callable[[], None]:
         return lambda: self.watchdog.beat(step - 1, "evaluating")
@@ -132,7 +137,8 @@ class Validation:
             for task, of_task in figures.items()
             for name, value in of_task.items()
         ]
-        self.engine.deepspeed.monitor.write_events(events)
+        with tolerate_unwritten():
+            self.engine.deepspeed.monitor.write_events(events)
         for task, of_task in figures.items():
             shown = "  ".join(
                 f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_task.items()

@@ -4,6 +4,7 @@ a decoder that copies.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -433,6 +434,26 @@ def test_an_incomplete_folder_is_refused_by_what_it_lacks(exported, tmp_path, mi
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(InputError, match=f"lacks {missing}"):
         InContextModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "text_tokenizer/vocab.json"])
+def test_a_file_that_may_not_be_read_is_called_that(
+    exported, run_command, without_privileges, tmp_path, name
+):
+    shutil.copytree(exported, tmp_path / "model")
+    (tmp_path / "model" / name).chmod(0)
+    picture(0).save(tmp_path / "image.png")
+    done = run_command(
+        [
+            *without_privileges,
+            *(sys.executable, "-m", "icl_moe", "segment", tmp_path / "model"),
+            *("--example", tmp_path / "image.png", tmp_path / "image.png"),
+            *("--query", tmp_path / "image.png", "--out", tmp_path / "mask.png"),
+        ]
+    )
+    assert done.returncode == 2
+    said = f"icl-moe: {tmp_path / 'model' / name} cannot be read (Permission denied).\n"
+    assert done.stdout == said
 
 
 def _cut(folder: Path) -> None:

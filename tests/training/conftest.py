@@ -1,5 +1,8 @@
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,28 @@ def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
     done = command(sys.executable, "-m", "icl_moe", *build)
     assert done.returncode == 0, done.stdout
     return folder / "shards"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Callable[[int], AbstractContextManager[Path]]:
+    """A folder on a disk of its own of so many MiB."""
+
+    @contextmanager
+    def mount(mebibytes: int) -> Iterator[Path]:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", disk]
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+        if mounted.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)
+
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    return mount
 
 
 @pytest.fixture(scope="session")

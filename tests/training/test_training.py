@@ -88,6 +88,17 @@ def test_an_export_is_complete_and_as_large_as_its_weights(command, whole_run, t
         assert (tmp_path / "model" / name).is_file()
 
 
+def test_files_of_checkpoints_and_exports_have_the_mode_that_new_files_have(
+    command, whole_run, tmp_path
+):
+    """safetensors would leave its own readable by their owner alone."""
+    export(command, whole_run, tmp_path / "model")
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    files = [*whole_run.rglob("*"), *(tmp_path / "model").rglob("*")]
+    assert {path.name for path in files if path.is_file() and path.stat().st_mode != usual} == set()
+
+
 def test_export_into_a_folder_of_other_files_is_refused(command, whole_run, tmp_path):
     (tmp_path / "precious.txt").write_text("keep")
     done = command(sys.executable, "-m", "icl_moe", "export", whole_run, "--out", tmp_path)

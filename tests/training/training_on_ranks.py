@@ -5,7 +5,10 @@ nothing to launch or to import.
 import contextlib
 import hashlib
 import io
+import os
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +16,7 @@ from unittest import mock
 import torch
 from small_run import SETTINGS
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, UnsavedError
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import load_recipe
@@ -21,6 +24,9 @@ from icl_moe.training import trainer
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges
 from icl_moe.training.preflight import check
+
+Fault = Callable[[Any, Any, int, int], None]
+"""Does its harm to (engine, batch, step, rank); steps are counted from 1."""
 
 
 def load(shards: Path, output: Path, *settings: str) -> TrainingRecipe:
@@ -37,15 +43,18 @@ def run(
     output: Path,
     settings: tuple[str, ...],
     episodes_that_fit: int | None = None,
+    fault: Fault | None = None,
 ) -> dict[str, str]:
     """Trains. What this rank printed, how it ended, a digest of the weights and optimizer state
     that it holds, and whether torch was told to be deterministic.
 
     episodes_that_fit: a forward pass of more of them runs out of memory, as on a GPU.
+    fault: what happens before each micro-step of training.
     """
     recipe = load(shards, output, *settings)
-    printed, ended, engines, deterministic = io.StringIO(), "well", [], set()
+    printed, said, ended, engines, deterministic = io.StringIO(), io.StringIO(), "well", [], set()
     build, forward = trainer.TrainingEngine.__init__, InContextDecoder.forward
+    backward = trainer.TrainingEngine.backward
 
     def keep(engine: Any, *args: Any) -> None:
         build(engine, *args)
@@ -57,15 +66,21 @@ def run(
         deterministic.add(torch.are_deterministic_algorithms_enabled())
         return forward(decoder, batch, noise)
 
+    def disturbed(engine: Any, batch: Any, noise: Any) -> Any:
+        if fault is not None:
+            fault(engine, batch, noise[1] + 1, ranks.rank)
+        return backward(engine, batch, noise)
+
     with (
         mock.patch.object(trainer.TrainingEngine, "__init__", keep),
+        mock.patch.object(trainer.TrainingEngine, "backward", disturbed),
         mock.patch.object(InContextDecoder, "forward", limited),
         contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stderr(said),
     ):
         try:
             trainer.train_on(ranks, recipe, *check(recipe, ranks.world))
-        except InputError as error:
+        except (InputError, UnsavedError) as error:
             ended = str(error)
         except SystemExit as error:
             ended = f"exit code {error.code}"
@@ -73,6 +88,7 @@ def run(
     engines[0].deepspeed.destroy()
     return {
         "printed": printed.getvalue(),
+        "said": said.getvalue(),
         "ended": ended,
         "state": digest,
         "deterministic": str(deterministic),
@@ -105,3 +121,35 @@ def beats_while_rank_0_works(ranks: Any, beats: int) -> int:
     ):
         watchdog.on_main(1, "working", work)
     return len(counted)
+
+
+def terminated(at: int, engine: Any, batch: Any, step: int, rank: int) -> None:
+    """Rank 1 is asked to stop, once, in step `at`."""
+    if (step, rank) == (at, 1) and engine.deepspeed.is_gradient_accumulation_boundary():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def loss_spoilt(at: int, engine: Any, batch: Any, step: int, rank: int) -> None:
+    """Rank 1's losses of step `at` are not finite."""
+    if (step, rank) == (at, 1):
+        batch.weights_P.fill_(float("nan"))
+
+
+def gradient_spoilt(at: int, engine: Any, batch: Any, step: int, rank: int) -> None:
+    """Rank 1's losses of step `at` are finite, but not the gradient of one parameter."""
+    if step == at and rank == 1:
+        parameter = engine.model.position_embedding.weight
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            hook.remove()
+            return gradient * float("inf")
+
+        hook = parameter.register_hook(spoil)
+
+
+def disk_filled(at: int, file: Path, engine: Any, batch: Any, step: int, rank: int) -> None:
+    """From step `at` on there is no room left on the disk of `file`."""
+    if (step, rank) == (at, 0) and not file.exists():
+        with file.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 16)):
+                pass
