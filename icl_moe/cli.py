@@ -236,11 +236,12 @@ def _train_until_stopped(options: argparse.Namespace) -> int:
     from icl_moe.training.preflight import check
 
     recipe = load_recipe(TrainingRecipe, options.recipe, options.settings)
-    shards, engine_config = check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+    # Before DeepSpeed is imported, which takes seconds: a refusal comes at once.
+    checked = check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from icl_moe.training.trainer import train
+    from icl_moe.training.trainer import Trainer
 
-    train(recipe, shards, engine_config)
+    Trainer(recipe, checked).fit()
     return 0
 
 

@@ -206,4 +206,4 @@ def _classes(model: InContextModel, shards: ShardSet, task: str) -> Classes:
 
 def _all(episodes: EpisodeSet, doing: str) -> Iterator[EvaluationEpisode]:
     description = f"{doing}, {episodes.task.name}"
-    yield from tqdm(episodes, desc=description, unit="episode", leave=False)  # type: ignore[call-overload]
+    yield from tqdm(episodes, desc=description, unit="episode", leave=False)

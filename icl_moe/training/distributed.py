@@ -40,6 +40,11 @@ class Ranks:
         return self.rank == 0
 
 
+def launched_ranks() -> int:
+    """How many ranks the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched_rank() -> int:
     """This process's rank before any group exists; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))

@@ -3,7 +3,7 @@ gradients over tasks (its figure 6).
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import distributed as dist
 from icl_moe.data.schedule import Schedule
 from icl_moe.files import write_whole
 from icl_moe.training.engine import TrainingEngine
-from icl_moe.training.monitor import tolerate_unwritten
+from icl_moe.training.monitor import EventWriter, tolerate_unwritten
 from icl_moe.training.partitions import HeldRange, ranges_to_write
 
 _FILE = "gradients.csv"
@@ -45,14 +45,14 @@ class GradientReport:
         output: Path,
         start: int,
         samples_per_step: int,
-        write_events: Callable[[list], None],
+        events: EventWriter,
     ) -> None:
         self._engine = engine
         self._schedule = schedule
         self._every = every
         self._path = output / _FILE
         self._samples_per_step = samples_per_step
-        self._write_events = write_events
+        self._events = events
         if dist.get_rank() == 0 and self._path.is_file():
             self._keep_rows(start)
 
@@ -111,7 +111,7 @@ class GradientReport:
         samples = (step + 1) * self._samples_per_step
         with tolerate_unwritten():
             self._write(rows)
-            self._write_events(
+            self._events.write_events(
                 [
                     (f"train/{task}/gradient/{part}", share, samples)
                     for part, share in shares.items()

@@ -3,8 +3,9 @@ monitors.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ _LOSS_PARTS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliar
 _COUNTS = ("micro_steps", "tokens", "flops")
 
 
+class EventWriter(Protocol):
+    """Where figures go: DeepSpeed's monitor, or anything that takes events as it does."""
+
+    def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
+        """Write (name, value, samples seen) of each figure; called on rank 0."""
+        ...
+
+
 class ProgressMonitor:
     """Collects losses on the device and reads them, over all ranks, only when a line is due.
 
@@ -27,7 +36,7 @@ class ProgressMonitor:
     real tokens, not padding, over all the time since the last line, evaluation and saving included.
 
     tasks: of the schedule. peak_flops: what all devices together could do in a second, None where
-    that is not known (then there is no MFU). write_events: the engine's monitor, called on rank 0
+    that is not known (then there is no MFU). events: where figures go, on rank 0,
     with [(name, value, samples seen)].
     """
 
@@ -40,7 +49,7 @@ class ProgressMonitor:
         tasks: Sequence[str],
         ranks: Ranks,
         peak_flops: float | None,
-        write_events: Callable[[list], None],
+        events: EventWriter,
     ) -> None:
         self._steps = steps
         self._every = every
@@ -48,7 +57,7 @@ class ProgressMonitor:
         self._tasks = list(tasks)
         self._is_main = ranks.is_main
         self._peak_flops = peak_flops
-        self._write_events = write_events
+        self._events = events
         self._losses_KS = torch.zeros(
             len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=ranks.device
         )
@@ -131,7 +140,7 @@ class ProgressMonitor:
         }
         samples = step * self._global_batch
         with tolerate_unwritten():
-            self._write_events(
+            self._events.write_events(
                 [
                     (f"train/{name}", value, samples)
                     for name, value in (figures | by_task).items()

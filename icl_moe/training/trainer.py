@@ -1,7 +1,7 @@
-"""The training loop: recipe, shards, engine, steps, checkpoints."""
+"""The trainer: recipe, shards, engine, steps, checkpoints."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,101 +24,111 @@ from icl_moe.seeds import stable_seed
 from icl_moe.signals import stop_requested
 from icl_moe.tables import as_markdown, as_text
 from icl_moe.training import checkpoint
-from icl_moe.training.distributed import Ranks, process_group
+from icl_moe.training.distributed import Ranks, launched_ranks, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.expert_table import Choice, choices_table, expert_choices
 from icl_moe.training.faults import Watchdog, agreed_to_stop, any_rank
 from icl_moe.training.gradients import GradientReport
 from icl_moe.training.monitor import ProgressMonitor, tolerate_unwritten
-from icl_moe.training.preflight import make_schedule, open_validation
+from icl_moe.training.preflight import check, make_schedule, open_validation
 from icl_moe.training.run_folder import alone_in, record_stretch
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
 from icl_moe.training.validation import Validation
 
 
-def train(recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]) -> None:
-    """Train until training.steps, or stop_after, resuming from the newest checkpoint in
-    training.output where there is one.
-
-    shards, engine_config: what `preflight.check` gave for the recipe and the number of ranks.
-    Raises UnsavedError where the run ends with steps that are in no checkpoint.
+@dataclass
+class TrainerState:
+    """How far a run has come: completed optimizer steps, and steps that were left out among them
+    because their loss or gradient was not finite.
     """
-    unsaved = None
-    with process_group() as ranks:
-        if agreed_to_stop(ranks):
-            if ranks.is_main:
-                _say("stopped by a signal before it began; the same command starts it")
-        else:
-            try:
-                train_on(ranks, recipe, shards, engine_config)
-            except UnsavedError as error:
-                unsaved = error  # All ranks end here together, so the group ends as it should.
-    if unsaved is not None:
-        raise unsaved
+
+    step: int = 0
+    skipped: int = 0
 
 
-def train_on(
-    ranks: Ranks, recipe: TrainingRecipe, shards: ShardSet, engine_config: dict[str, Any]
-) -> None:
-    """`train` on ranks that have met already."""
-    settings = recipe.training
-    output = Path(settings.output)
-    with alone_in(output, ranks), _repeatable(settings.deterministic):
+class Trainer:
+    """A run of a recipe: `Trainer(recipe).fit()`.
+
+    Under a launcher every rank makes one, and all call `fit` together; alone, a process is the only
+    rank. `state` says how far the run has come. The model, its checkpoints and figures lie in the
+    recipe's training.output.
+
+    Raises InputError, before any rank starts, for a recipe that cannot run (see
+    `preflight.check`).
+    """
+
+    def __init__(
+        self, recipe: TrainingRecipe, checked: tuple[ShardSet, dict[str, Any]] | None = None
+    ) -> None:
+        """checked: what `preflight.check` gave, where it was called before."""
+        self.recipe = recipe
+        self.shards, self.engine_config = checked or check(recipe, launched_ranks())
+        self.state = TrainerState()
+
+    def fit(self) -> TrainerState:
+        """Train until training.steps, or stop_after, resuming from the newest checkpoint in
+        training.output where there is one. Returns the state at the end.
+
+        A request to stop (SIGTERM, SIGINT) ends it after the step at hand, with a checkpoint.
+        Raises UnsavedError where the run ends with steps that are in no checkpoint.
+        """
+        unsaved = None
+        with process_group() as ranks:
+            if agreed_to_stop(ranks):
+                if ranks.is_main:
+                    _say("stopped by a signal before it began; the same command starts it")
+            else:
+                try:
+                    self.fit_on(ranks)
+                except UnsavedError as error:
+                    unsaved = error  # All ranks end here together, so the group ends as it should.
+        if unsaved is not None:
+            raise unsaved
+        return self.state
+
+    def fit_on(self, ranks: Ranks) -> TrainerState:
+        """`fit` on ranks that have met already."""
+        settings, output = self.recipe.training, Path(self.recipe.training.output)
+        with alone_in(output, ranks), _repeatable(settings.deterministic):
+            run = self._resume(ranks, output)
+            stop = min(settings.steps, settings.stop_after or settings.steps)
+            if self.state.step < stop:
+                run.go_on(stop)
+            elif ranks.is_main:
+                _say(
+                    f"{settings.output} is already at step {self.state.step} of {stop}; set "
+                    "training.steps higher to go on"
+                )
+        return self.state
+
+    def _resume(self, ranks: Ranks, output: Path) -> "_Run":
+        """A run at the step of the newest checkpoint."""
+        settings = self.recipe.training
         part = RankSlice.of(
             ranks.rank,
             ranks.world,
             settings.global_batch,
             settings.micro_batch,
-            recipe.parallel.tp_size,
+            self.recipe.parallel.tp_size,
         )
-        schedule = make_schedule(recipe, shards.manifest)
-        engine = TrainingEngine(recipe, shards.manifest, engine_config, part, ranks)
+        engine = TrainingEngine(self.recipe, self.shards.manifest, self.engine_config, part, ranks)
         # It would write the learning rate at every step; the monitor here does, at its lines.
         engine.deepspeed.monitor.enabled = False
-        start = checkpoint.resume(engine.deepspeed, output)
+        self.state.step = checkpoint.resume(engine.deepspeed, output)
+        self.state.skipped = engine.deepspeed.skipped_steps
         if ranks.is_main:
-            checkpoint.write_model_folder(output, engine.model.config, shards)
-        stop = min(settings.steps, settings.stop_after or settings.steps)
-        if start >= stop:
-            if ranks.is_main:
-                _say(
-                    f"{settings.output} is already at step {start} of {stop}; set training.steps "
-                    "higher to go on"
-                )
-            return
-        if ranks.is_main:
-            record_stretch(output, recipe, shards, engine_config, ranks, start)
-        if ranks.is_main and recipe.optimizer.warmup_steps > settings.steps:
-            _say(
-                f"optimizer.warmup_steps ({recipe.optimizer.warmup_steps}) is more than "
-                f"training.steps ({settings.steps}): the learning rate climbs to the end and does "
-                "not reach optimizer.learning_rate"
-            )
-        write_events = engine.deepspeed.monitor.write_events
-        peak = peak_flops(ranks.device, engine_config)
-        all_peaks = None if peak is None else peak * ranks.world
-        monitor = ProgressMonitor(
-            start,
-            stop,
-            settings.log_every,
-            settings.global_batch,
-            list(schedule.probabilities),
-            ranks,
-            all_peaks,
-            write_events,
-        )
-        gradients = GradientReport(
+            checkpoint.write_model_folder(output, engine.model.config, self.shards)
+        return _Run(
+            self.recipe,
+            self.shards,
+            self.engine_config,
+            self.state,
             engine,
-            schedule,
-            settings.gradient_report_every,
-            output,
-            start,
-            settings.global_batch,
-            write_events,
+            make_schedule(self.recipe, self.shards.manifest),
+            part,
+            ranks,
         )
-        _Loop(engine, recipe, shards, schedule, part, ranks, monitor, gradients).run(start, stop)
-        monitor.close()
 
 
 @contextmanager
@@ -144,57 +154,120 @@ def _repeatable(wanted: bool) -> Iterator[None]:
 
 
 @dataclass
-class _Loop:
+class _Run:
     """The steps of a run. Every rank walks through it in the same way: what one rank finds, all
     agree on before they act.
     """
 
-    engine: TrainingEngine
     recipe: TrainingRecipe
     shards: ShardSet
+    engine_config: dict[str, Any]
+    state: TrainerState
+    engine: TrainingEngine
     schedule: Schedule
     part: RankSlice
     ranks: Ranks
-    monitor: ProgressMonitor
-    gradients: GradientReport
 
-    def run(self, start: int, stop: int) -> None:
+    def go_on(self, stop: int) -> None:
+        """From the step of the state to step `stop`."""
+        self._record()
+        self.monitor, self.gradients = self._monitors(stop)
+        reading = self._batches(stop)
+        hang_seconds = self.recipe.training.hang_seconds
+        with closing(reading) as batches, Watchdog(self.ranks, hang_seconds) as watchdog:
+            if self.recipe.training.dry_run:
+                dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
+            validation = self._validation(watchdog)
+            if agreed_to_stop(self.ranks):
+                self._say(
+                    f"stopped by a signal before step {self.state.step + 1}; the same command "
+                    "goes on"
+                )
+                return
+            self._steps(stop, batches, watchdog, validation)
+        self.monitor.close()
+
+    def _steps(
+        self,
+        stop: int,
+        batches: Iterator[TokenBatch],
+        watchdog: Watchdog,
+        validation: Validation | None,
+    ) -> None:
+        settings, saved = self.recipe.training, self.state.step
+        for step in range(self.state.step, stop):
+            stopping = self._step(step, batches, watchdog)
+            completed = self.state.step = step + 1
+            ending = stopping or completed == stop
+            if ending or completed % settings.save_every == 0:
+                watchdog.beat(step, "saving a checkpoint")
+                if self._save(completed):
+                    saved = completed
+                elif ending:
+                    raise UnsavedError(self._lost(saved, completed))
+            if stopping:
+                self._say(
+                    f"stopped by a signal after step {completed}; the same command goes on "
+                    "from there"
+                )
+                break
+            if validation is not None and completed % (settings.evaluate_every or 1) == 0:
+                validation.run(completed)
+
+    def _record(self) -> None:
+        """Note what this stretch of the run is computed with, and what an operator should know."""
+        optimizer, settings = self.recipe.optimizer, self.recipe.training
+        if self.ranks.is_main:
+            record_stretch(
+                Path(settings.output),
+                self.recipe,
+                self.shards,
+                self.engine_config,
+                self.ranks,
+                self.state.step,
+            )
+        if optimizer.warmup_steps > settings.steps:
+            self._say(
+                f"optimizer.warmup_steps ({optimizer.warmup_steps}) is more than "
+                f"training.steps ({settings.steps}): the learning rate climbs to the end and does "
+                "not reach optimizer.learning_rate"
+            )
+
+    def _monitors(self, stop: int) -> tuple[ProgressMonitor, GradientReport]:
         settings = self.recipe.training
+        peak = peak_flops(self.ranks.device, self.engine_config)
+        events = self.engine.deepspeed.monitor
+        progress = ProgressMonitor(
+            self.state.step,
+            stop,
+            settings.log_every,
+            settings.global_batch,
+            list(self.schedule.probabilities),
+            self.ranks,
+            None if peak is None else peak * self.ranks.world,
+            events,
+        )
+        gradients = GradientReport(
+            self.engine,
+            self.schedule,
+            settings.gradient_report_every,
+            Path(settings.output),
+            self.state.step,
+            settings.global_batch,
+            events,
+        )
+        return progress, gradients
+
+    def _batches(self, stop: int) -> Generator[TokenBatch, None, None]:
         dataset = MicroBatches(
             self.shards,
             self.schedule,
             self.part,
             self.recipe.data.layout,
-            settings.input_loss_weight,
+            self.recipe.training.input_loss_weight,
         )
-        reading = micro_batches(
-            dataset, self.part.micro_steps, start, stop, self.recipe.data.workers
-        )
-        with closing(reading) as batches, Watchdog(self.ranks, settings.hang_seconds) as watchdog:
-            if settings.dry_run:
-                dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
-            validation, saved = self._validation(watchdog), start
-            if agreed_to_stop(self.ranks):
-                self._say(f"stopped by a signal before step {start + 1}; the same command goes on")
-                return
-            for step in range(start, stop):
-                stopping = self._step(step, batches, watchdog)
-                completed = step + 1
-                ending = stopping or completed == stop
-                if ending or completed % settings.save_every == 0:
-                    watchdog.beat(step, "saving a checkpoint")
-                    if self._save(completed):
-                        saved = completed
-                    elif ending:
-                        raise UnsavedError(self._lost(saved, completed))
-                if stopping:
-                    self._say(
-                        f"stopped by a signal after step {completed}; the same command goes on "
-                        "from there"
-                    )
-                    break
-                if validation is not None and completed % (settings.evaluate_every or 1) == 0:
-                    validation.run(completed)
+        workers = self.recipe.data.workers
+        return micro_batches(dataset, self.part.micro_steps, self.state.step, stop, workers)
 
     def _validation(self, watchdog: Watchdog) -> Validation | None:
         if self.recipe.training.evaluate_every is None:
@@ -230,6 +303,7 @@ class _Loop:
             self._name_sources(step, sources, finite_M)
         with self.gradients.step(step):
             moved = self.engine.step(skip=not_finite)
+        self.state.skipped = self.engine.deepspeed.skipped_steps
         if not moved:
             self._skip(step, "loss is" if not_finite else "gradient is zero or")
         self.monitor.step_done(step + 1, task, self.engine.norm, rate)
@@ -283,7 +357,7 @@ class _Loop:
         )
 
     def _skip(self, step: int, what: str) -> None:
-        skipped, limit = self.engine.deepspeed.skipped_steps, self.recipe.training.skipped_steps
+        skipped, limit = self.state.skipped, self.recipe.training.skipped_steps
         self._say(
             f"step {step + 1} is left out, its {what} not finite ({skipped} of at most {limit})"
         )

@@ -72,7 +72,7 @@ def hang_before_the_first_step(loop, watchdog):
         time.sleep(600)
 
 
-trainer._Loop._validation = hang_before_the_first_step
+trainer._Run._validation = hang_before_the_first_step
 trainer.TrainingEngine.backward = faulty_backward
 training_state.write = faulty_write
 

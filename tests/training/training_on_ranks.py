@@ -79,7 +79,7 @@ def run(
         contextlib.redirect_stderr(said),
     ):
         try:
-            trainer.train_on(ranks, recipe, *check(recipe, ranks.world))
+            trainer.Trainer(recipe, check(recipe, ranks.world)).fit_on(ranks)
         except (InputError, UnsavedError) as error:
             ended = str(error)
         except SystemExit as error:

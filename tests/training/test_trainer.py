@@ -1,0 +1,34 @@
+"""The trainer from Python: a run that a person can start, look at and go on with."""
+
+import json
+import sys
+
+from small_run import SETTINGS
+
+PROGRAM = """
+import json, sys
+from icl_moe.errors import InputError
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe
+from icl_moe.training.trainer import Trainer
+
+shards, output, *settings = sys.argv[1:]
+settings += [f"data.shards={shards}", f"training.output={output}", "training.steps=2"]
+try:
+    Trainer(load_recipe(TrainingRecipe, "demo", [*settings, "training.global_batch=3000"]))
+except InputError as error:
+    refusal = str(error)
+trainer = Trainer(load_recipe(TrainingRecipe, "demo", [*settings, "training.stop_after=1"]))
+began = trainer.state.step
+first = trainer.fit().step
+print(json.dumps([refusal, began, first, trainer.state.skipped]))
+"""
+
+
+def test_a_trainer_runs_from_python_and_knows_its_state(command, shards, tmp_path):
+    done = command(sys.executable, "-c", PROGRAM, shards, tmp_path / "run", *SETTINGS)
+    assert done.returncode == 0, done.stdout
+    refusal, began, first, skipped = json.loads(done.stdout.splitlines()[-1])
+    assert "training.global_batch" in refusal
+    assert (began, first, skipped) == (0, 1, 0)
+    assert (tmp_path / "run/checkpoints/step-00000001/complete.json").is_file()
