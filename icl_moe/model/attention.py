@@ -5,6 +5,8 @@ differs between training, the padded layout and decoding with a cache is only ho
 which an `AttentionPlan` knows.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -114,13 +116,21 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.heads = settings.heads
         self.dropout = settings.attention_dropout
+        # Tensor-parallel training puts its own here, for heads that are spread over ranks.
+        self.dropout_draws: Callable[[torch.device], AbstractContextManager[None]] = _as_they_come
         self.qkv = Linear(settings.width, 3 * settings.width)
         self.out = Linear(settings.width, settings.width)
 
     def forward(self, x_TM: Tensor, plan: AttentionPlan) -> Tensor:
         q, k, v = self.qkv(x_TM).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        attended_THD = plan.attend(self.layer, q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        with self.dropout_draws(x_TM.device) if dropout else nullcontext():
+            attended_THD = plan.attend(self.layer, q, k, v, dropout)
         return self.out(attended_THD.flatten(1))
+
+
+def _as_they_come(_: torch.device) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _causal_mask(real_BL: Tensor, queries: int) -> Tensor:

@@ -13,7 +13,8 @@ one device do without it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from icl_moe.model.decoder import DecoderLayer, InContextDecoder
 from icl_moe.model.feed_forward import FeedForward
+from icl_moe.seeds import stable_seed
 
 _VOCABULARY = "token_embedding.weight"
 _QKV = re.compile(r"layers\.\d+\.attention\.qkv\.(weight|bias)")
@@ -93,6 +95,7 @@ def spread(model: InContextDecoder) -> None:
     for layer in model.get_submodule("layers").children():
         assert isinstance(layer, DecoderLayer)
         layer.attention.heads //= size
+        layer.attention.dropout_draws = partial(own_draws, rank)
         _spread_linears(layer.attention, "qkv", "out")
         if isinstance(layer.feed_forward, FeedForward):
             _spread_linears(layer.feed_forward, "up", "down")
@@ -147,6 +150,19 @@ def leave(x: Tensor) -> Tensor:
     # Contiguous, since megatron-core would reduce a copy of anything else, and drop it.
     left: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous())
     return left
+
+
+@contextmanager
+def own_draws(tp_rank: int, device: torch.device) -> Iterator[None]:
+    """Within it, torch's generators on the host and on `device` give numbers of this tensor rank's
+    own, a function of the host's generator before and of the rank: what is drawn for the ranks'
+    different heads differs. Afterwards both are in the same state on every tensor rank, so that
+    what is drawn for values that all of them have is the same.
+    """
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(stable_seed("tensor rank", seed, tp_rank))
+        yield
 
 
 def share_of_rows(rows: Tensor, tp_rank: int, tp_size: int) -> Tensor:
