@@ -3,7 +3,7 @@ bug of ours.
 """
 
 import reprlib
-from typing import Any, Literal
+from typing import Any
 
 
 class InputError(ValueError):
@@ -20,17 +20,6 @@ class RankError(InputError):
 
 class SampleError(RankError):
     """A sample cannot be read: only the rank whose turn it is finds that."""
-
-
-BadImage = Literal["unreadable", "truncated", "animated", "too_large", "of_another_size"]
-
-
-class ImageError(InputError):
-    """An image cannot be used; `reason` is the kind of fault, by which such images are counted."""
-
-    def __init__(self, message: str, reason: BadImage = "unreadable") -> None:
-        super().__init__(message)  # The reason apart, so that the error survives pickling.
-        self.reason: BadImage = reason
 
 
 _short = reprlib.Repr()

@@ -8,44 +8,39 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from icl_moe.errors import ImageError
+from icl_moe.errors import InputError
 from icl_moe.tokenizers.boxes import Box
 
 PixelBox = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels, right and bottom exclusive."""
 
 
-def load_image(path: str | Path, upright: bool = True) -> Image.Image:
-    """The image at `path` as 8-bit RGB, turned upright by its EXIF tag (`upright=False`: as it is
-    stored).
+def load_image(path: str | Path) -> Image.Image:
+    """The image at `path` as 8-bit RGB, turned upright by its EXIF tag.
 
     Greyscale, palette, 16-bit, CMYK and images with transparency (over black) are converted. Raises
-    ImageError for a file that is missing, unreadable, truncated, animated, or larger than Pillow's
+    InputError for a file that is missing, unreadable, truncated, animated, or larger than Pillow's
     limit against decompression bombs.
     """
     path = Path(path)
     if not path.is_file():
-        raise ImageError(f"The image {path} does not exist.")
+        raise InputError(f"The image {path} does not exist.")
     try:
         with Image.open(path) as image:
             # Cameras' MPO files hold a second view, yet are stills: Pillow opens the first.
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise ImageError(
-                    f"The image {path} is animated; a still image belongs there.", "animated"
-                )
+                raise InputError(f"The image {path} is animated; a still image belongs there.")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+            return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"The image {path} is too large: {Image.MAX_IMAGE_PIXELS} pixels are allowed.",
-            "too_large",
+        raise InputError(
+            f"The image {path} is too large: {Image.MAX_IMAGE_PIXELS} pixels are allowed."
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, ImageError):
+        if isinstance(error, InputError):
             raise
-        raise ImageError(
-            f"The image {path} cannot be read; it is damaged or no image ({error}).",
-            "truncated" if "truncated" in str(error).lower() else "unreadable",
+        raise InputError(
+            f"The image {path} cannot be read; it is damaged or no image ({error})."
         ) from error
 
 

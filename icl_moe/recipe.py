@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from icl_moe.errors import InputError
-from icl_moe.files import check_is_file
+from icl_moe.inputs import check_is_file
 from icl_moe.tasks import TASKS
 from icl_moe.vocabulary import Vocabulary
 

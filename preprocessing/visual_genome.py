@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
-from icl_moe.files import (
+from icl_moe.inputs import (
     check_is_file,
     json_encoding,
     json_error,

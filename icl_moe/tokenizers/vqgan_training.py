@@ -26,7 +26,6 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
-from icl_moe.files import read_json
 from icl_moe.images import (
     crop_and_resize,
     crop_and_resize_mask,
@@ -571,13 +570,13 @@ class _ClassMasks:
     """A COCO instances file as class masks by the pictures' file names."""
 
     def __init__(self, path: Path) -> None:
-        self._coco = COCO()
-        self._coco.dataset = read_json(path)
+        if not path.is_file():
+            raise InputError(f"The annotations {path} do not exist.")
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                self._coco.createIndex()
+                self._coco = COCO(str(path))
             self._ids = {image["file_name"]: image["id"] for image in self._coco.dataset["images"]}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise InputError(
                 f"{path} is not a COCO instances file ({type(error).__name__}: {error})."
             ) from error
@@ -593,7 +592,6 @@ class _ClassMasks:
         for annotation in self._coco.imgToAnns.get(self._ids.get(file_name), []):
             try:
                 mask_HW = self._coco.annToMask(annotation).astype(bool)
-                kind = annotation["category_id"]
             except (ValueError, TypeError, IndexError, KeyError) as error:
                 raise InputError(
                     f"The segmentation of annotation {annotation.get('id')} of {file_name} cannot "
@@ -604,6 +602,7 @@ class _ClassMasks:
                     f"{file_name} is {size[0]} x {size[1]} pixels, but its record says "
                     f"{mask_HW.shape[1]} x {mask_HW.shape[0]}."
                 )
+            kind = annotation["category_id"]
             masks[kind] = masks[kind] | mask_HW if kind in masks else mask_HW
         return dict(sorted(masks.items()))
 
