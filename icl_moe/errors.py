@@ -5,7 +5,7 @@ input is wrong, or what was computed could not be kept.
 import difflib
 import reprlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 
 class InputError(ValueError):
@@ -41,17 +41,6 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""
-
-
-BadImage = Literal["unreadable", "truncated", "animated", "too_large", "of_another_size"]
-
-
-class ImageError(InputError):
-    """An image cannot be used; `reason` is the kind of fault, by which such images are counted."""
-
-    def __init__(self, message: str, reason: BadImage = "unreadable") -> None:
-        super().__init__(message)  # The reason apart, so that the error survives pickling.
-        self.reason: BadImage = reason
 
 
 _short = reprlib.Repr()

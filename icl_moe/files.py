@@ -1,17 +1,10 @@
-"""Reading the files that people give, and writing files whole: under a temporary name, then
-renamed, so that no reader ever sees half of one.
+"""Writing files whole: under a temporary name, then renamed, so that no reader ever sees half of
+one.
 """
 
-import json
 import os
-import re
 import shutil
 from pathlib import Path
-from typing import Any
-
-from icl_moe.errors import InputError
-
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -19,86 +12,6 @@ def write_whole(path: Path, content: bytes | str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8 (or UTF-16 or 32), with or without a byte order mark.
-
-    Half a character in its texts, such as "\\ud83d" alone, becomes U+FFFD (see
-    `whole_characters`). Raises InputError where the file is missing, cannot be read or is
-    malformed.
-    """
-    check_is_file(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"The file {path} cannot be read: {error.strerror}.") from error
-    if not content.strip():
-        raise InputError(f"The file {path} is empty; JSON belongs there.")
-    try:
-        text = content.decode(json_encoding(content))
-        return with_whole_characters(json.loads(text), text)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: it is not text in UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        raise json_error(path, error) from error
-
-
-def check_is_file(path: Path) -> None:
-    """Raise InputError where `path` is no file, or cannot be seen."""
-    try:
-        if path.is_file():
-            return
-        exists = path.exists()
-    except OSError as error:
-        raise InputError(f"The file {path} cannot be read: {error.strerror}.") from error
-    if exists:
-        raise InputError(f"{path} is no file; a file belongs there, not a folder or a device.")
-    raise InputError(f"The file {path} does not exist.")
-
-
-def json_encoding(start: bytes) -> str:
-    """The encoding of a JSON file that begins with `start` (four bytes tell)."""
-    return json.detect_encoding(start[:4])
-
-
-def json_error(path: Path, error: Exception) -> InputError:
-    """What the JSON decoder's ValueError or RecursionError means for the one who gave the file."""
-    if isinstance(error, json.JSONDecodeError):
-        return InputError(
-            f"{path}, line {error.lineno}, column {error.colno} is not valid JSON: {error.msg}."
-        )
-    if isinstance(error, RecursionError):
-        return InputError(f"{path} cannot be read: its JSON is nested too deep.")
-    return InputError(f"{path} cannot be read: its JSON has a number of too many digits.")
-
-
-def with_whole_characters(content: Any, text: str) -> Any:
-    """`content`, which was decoded from the JSON `text`, with `whole_characters` in its texts."""
-    return _whole(content) if _SURROGATE_ESCAPE.search(text) else content
-
-
-def whole_characters(text: str) -> str:
-    """`text` with U+FFFD for each half of a surrogate pair that stands alone.
-
-    JSON can write such halves, where a program cut a text within an emoji, but UTF-8 cannot hold
-    them, so that neither files nor tokenizers take them.
-    """
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _whole(content: Any) -> Any:
-    if isinstance(content, str):
-        return whole_characters(content)
-    if isinstance(content, list):
-        return [_whole(item) for item in content]
-    if isinstance(content, dict):
-        return {key: _whole(value) for key, value in content.items()}
-    return content
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from icl_moe.boxes import Box
-from icl_moe.errors import ImageError, InputError
+from icl_moe.errors import InputError
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, a Pillow image, or an array."""
@@ -22,18 +22,18 @@ PixelBox = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels, right and bottom exclusive."""
 
 
-def load_image(image: ImageLike, what: str = "The image", upright: bool = True) -> Image.Image:
+def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
     """The image as 8-bit RGB, turned upright by its EXIF tag: the same pixels, whichever way it
-    comes. With `upright=False` it stays as it is stored.
+    comes.
 
     Greyscale, palette, 16-bit, float, CMYK and images with transparency (over black) are converted.
     An array is (H, W) or (H, W, 1 to 4 channels), uint8, uint16 or boolean. what: names in messages
-    an image that is no file. Raises ImageError for one that is missing, unreadable, truncated,
+    an image that is no file. Raises InputError for one that is missing, unreadable, truncated,
     animated, empty, or larger than Pillow's limit against decompression bombs.
     """
     name = f"The image {image}" if isinstance(image, str | os.PathLike) else what
     with _reading(name):
-        return _to_rgb(_open(image, name, upright), name)
+        return _to_rgb(_open(image, name), name)
 
 
 def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") -> np.ndarray:
@@ -140,7 +140,7 @@ def box_to_mask(box: Box, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into an ImageError; its readers raise many kinds on damage."""
+    """Turn whatever Pillow raises into an InputError; its readers raise many kinds on damage."""
     try:
         with warnings.catch_warnings():
             # It warns from half of its limit on, in words that say nothing of the image.
@@ -149,49 +149,43 @@ def _reading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name} is too large: {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels are allowed.",
-            "too_large",
+        raise InputError(
+            f"{name} is too large: {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels are allowed."
         ) from error
     except MemoryError as error:
-        raise ImageError(f"{name} is too large for this machine's memory.", "too_large") from error
+        raise InputError(f"{name} is too large for this machine's memory.") from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
-            raise ImageError(f"{name} cannot be read ({error.strerror}).") from error
+            raise InputError(f"{name} cannot be read ({error.strerror}).") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ImageError(
-            f"{name} cannot be read; it is damaged or no image ({reason}).",
-            "truncated" if "truncated" in reason.lower() else "unreadable",
-        ) from error
+        raise InputError(f"{name} cannot be read; it is damaged or no image ({reason}).") from error
 
 
-def _open(image: ImageLike, name: str, upright: bool = True) -> Image.Image:
-    """The image with its pixels in memory, in the mode that it came in."""
+def _open(image: ImageLike, name: str) -> Image.Image:
+    """The image with its pixels in memory, upright, in the mode that it came in."""
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, Image.Image):
-        return _still(image, name, upright)
+        return _upright(image, name)
     if not isinstance(image, str | os.PathLike):
         raise InputError(
             f"{name} must be a path, a Pillow image or a NumPy array, not {type(image).__name__}."
         )
     path = Path(image)
     if not path.is_file():
-        raise ImageError(f"{name} {'is no file' if path.exists() else 'does not exist'}.")
+        raise InputError(f"{name} {'is no file' if path.exists() else 'does not exist'}.")
     with Image.open(path) as opened:
-        return _still(opened, name, upright)
+        return _upright(opened, name)
 
 
-def _still(image: Image.Image, name: str, upright: bool) -> Image.Image:
+def _upright(image: Image.Image, name: str) -> Image.Image:
     # Cameras' MPO files hold a second view, yet are stills: Pillow opens the first.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise ImageError(
-            f"{name} is animated or has several pages; a still image belongs there.", "animated"
-        )
+        raise InputError(f"{name} is animated or has several pages; a still image belongs there.")
     if 0 in image.size:
-        raise ImageError(f"{name} is {image.width} x {image.height} pixels, which is nothing.")
+        raise InputError(f"{name} is {image.width} x {image.height} pixels, which is nothing.")
     image.load()
-    turned = ImageOps.exif_transpose(image) if upright else image.copy()
+    turned = ImageOps.exif_transpose(image)
     turned.format = image.format
     return turned
 

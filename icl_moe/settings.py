@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 
 from icl_moe.errors import InputError, nearest, shown
-from icl_moe.files import check_is_file
+from icl_moe.inputs import check_is_file
 
 Recipe = TypeVar("Recipe")
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from icl_moe.data.location import MANIFEST_FILE, FileInfo
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
 from icl_moe.errors import InputError
-from icl_moe.files import read_json
+from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
 from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError

@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "settings",
         metavar="key=value",
         nargs="*",
-        default=[],  # else argparse says that it is missing, too, where only the recipe is
+        default=[],
         help="settings to change, such as image_size=128",
     )
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shard folder")

@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
-from icl_moe.files import read_json
 from icl_moe.images import crop_and_resize_mask
+from icl_moe.inputs import read_json
 from icl_moe.rle import decode_rle, encode_rle, run_lengths
 from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing.crops import PixelRect, square_crop

@@ -14,12 +14,13 @@ from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
 from accelerate import PartialState
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from icl_moe.errors import ImageError, InputError
-from icl_moe.files import read_json, write_whole
+from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.images import load_image
+from icl_moe.inputs import read_json
 from preprocessing.pool import ImageFile, Pool
 from preprocessing.workers import ordered_map
 
@@ -137,6 +138,25 @@ class ImageCheck:
             self._faults |= {image: faults.get(place) for place, image in enumerate(chunk)}
 
 
+class ImageError(InputError):
+    """An image cannot be used. reason: the kind of fault, by which such images are counted."""
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)  # The reason apart, so that the error survives pickling.
+        self.reason = reason
+
+
+_UNTURNED = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""What undoes the turn that EXIF's orientation asks for, of those that exchange width and height
+(JEITA CP-3451, tag 0x0112).
+"""
+
+
 def open_image(file: ImageFile) -> Image.Image:
     """The picture of a record, 8-bit RGB, with width and height as its annotations have them.
 
@@ -144,9 +164,14 @@ def open_image(file: ImageFile) -> Image.Image:
     has without that, its annotations were made on the picture as it is stored; so that is taken.
     Raises ImageError where it cannot be read or has another size than its record says.
     """
-    image, size = load_image(file.path), (file.width, file.height)
+    try:
+        image, size = load_image(file.path), (file.width, file.height)
+    except InputError as error:
+        raise ImageError(str(error), _kind_of_fault(file.path)) from error
     if image.size != size and image.size == size[::-1]:
-        image = load_image(file.path, upright=False)
+        with Image.open(file.path) as stored:
+            undo = _UNTURNED.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
+        image = image if undo is None else image.transpose(undo)
     if image.size != size:
         raise ImageError(
             f"The image {file.path} has {image.width} x {image.height} pixels, but its record says "
@@ -154,6 +179,23 @@ def open_image(file: ImageFile) -> Image.Image:
             "of_another_size",
         )
     return image
+
+
+def _kind_of_fault(path: Path) -> str:
+    """Why an image that `load_image` refuses cannot be used."""
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                return "animated"
+            try:
+                image.load()
+            except Exception:  # Pillow's readers raise many kinds.
+                return "truncated"
+    except Image.DecompressionBombError:
+        return "too_large"
+    except Exception:
+        return "unreadable"
+    return "unreadable"
 
 
 def _note_faults(_: None, work: tuple[Path, list[ImageFile]]) -> int:

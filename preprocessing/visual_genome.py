@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from icl_moe.boxes import Box, box_iou, normalise_box
 from icl_moe.errors import InputError, shown
-from icl_moe.files import (
+from icl_moe.inputs import (
     check_is_file,
     json_encoding,
     json_error,

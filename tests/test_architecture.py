@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"attributes", "errors", "ranges", "seeds", "signals", "tables", "versions"},
-    {"boxes", "files", "hear_signals", "locks", "processes"},
+    {"boxes", "files", "hear_signals", "inputs", "locks", "processes"},
     {"images", "rle", "settings", "vocabulary"},
     {"pictures", "tokenizers"},
     {"pages", "sequence"},

@@ -11,15 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from icl_moe.errors import InputError
-from icl_moe.files import whole_characters
 from icl_moe.vocabulary import GPT2_MERGES, GPT2_SIZE
 
 _FILE_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class TextTokenizer:
-    """Text to ids and back, without loss: `decode(encode(text)) == text` for any string of whole
-    characters (half an emoji becomes U+FFFD).
+    """Text to ids and back, without loss: `decode(encode(text)) == text` for any string.
 
     merges: how many of GPT-2's 50,000 merges to use. Ids are in merge order, so fewer merges keep
     the ids of the rest.
@@ -58,10 +56,14 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special
-        token. Half of a character (a lone surrogate of UTF-16, as some JSON files have it) becomes
-        U+FFFD.
+        token. Raises InputError for half of a character (a lone surrogate of UTF-16), as some JSON
+        files have it.
         """
-        return self._tokenizer.encode(whole_characters(text), add_special_tokens=False)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(
+                f"The text {text[:60]!a} has half of a character, which no text holds."
+            )
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; ids that end within a character of several bytes give U+FFFD there."""

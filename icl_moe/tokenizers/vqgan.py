@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
-from icl_moe.files import check_is_file
+from icl_moe.inputs import check_is_file
 from icl_moe.ranges import Count, ImageSide
 from icl_moe.settings import from_dict, to_dict
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import toy_tokenizer
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from icl_moe.cli import main
 from icl_moe.data.shards import Manifest, ShardSet
 from preprocessing import build as build_module
 from preprocessing import image_check, quantize
+from preprocessing.image_check import open_image
+from preprocessing.pool import ImageFile
 
 Build = Callable[..., int]
 
@@ -287,6 +289,21 @@ def test_a_picture_that_exif_turns_is_shown_as_its_record_has_it(data, build, tm
     assert Manifest.read(tmp_path / "upright").skipped == {}
     codes = {name: _codes_of(tmp_path / name, "3.jpg") for name in ("plain", "upright")}
     assert (codes["plain"] == codes["upright"]).mean() > 0.9, "JPEG's rounding apart"
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_whatever_exif_asks_for_the_stored_picture_is_taken_where_its_size_is_recorded(
+    tmp_path, orientation
+):
+    path, exif = tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture(3)
+    stored.save(path, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    for expected in (upright, stored):
+        if expected is upright or expected.size != upright.size:
+            record = ImageFile(path, path.name, *expected.size)
+            np.testing.assert_array_equal(np.asarray(open_image(record)), np.asarray(expected))
 
 
 def _codes_of(folder: Path, image: str) -> np.ndarray:

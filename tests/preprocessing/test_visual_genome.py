@@ -7,7 +7,7 @@ import json
 import pytest
 
 from icl_moe.errors import InputError
-from icl_moe.files import read_json
+from icl_moe.inputs import read_json
 from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource

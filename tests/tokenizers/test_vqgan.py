@@ -268,13 +268,10 @@ def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> Non
     [
         ("model.yaml", "model: {params: {embed_dim: 8, n_embed: 16}}", "ddconfig"),
         ("model.yaml", "model: [", "not valid YAML"),
-        ("model.yaml", "", "with its sizes under model.params and model.params.ddconfig"),
-        ("model.yaml", "[1, 2]", "with its sizes under model.params and model.params.ddconfig"),
-        ("model.yaml", "model: {params: {ddconfig: null}}", "it lacks 'n_embed'"),
-        ("model.yaml", f"model: {'9' * 5000}", "not valid YAML"),
-        ("last.ckpt", "no checkpoint", "is no torch checkpoint"),
-        ("last.ckpt", "", "damaged"),
-        ("last.ckpt", "<!DOCTYPE html><html>a page</html>" * 50, "the page of a download that fai"),
+        ("model.yaml", "", "no config of a taming-transformers VQModel"),
+        ("model.yaml", "[1, 2]", "no config of a taming-transformers VQModel"),
+        ("last.ckpt", "no checkpoint", "no torch"),
+        ("last.ckpt", "<!DOCTYPE html><html>a page</html>" * 50, "page"),
     ],
 )
 def test_a_release_of_another_kind_is_refused(
