@@ -1,5 +1,5 @@
-"""The processes that share the work of the stages without DeepSpeed: building shards, training a
-tokenizer.
+"""The processes that share the work of the stages without DeepSpeed (building shards, training a
+tokenizer), and the device of one alone.
 
 Apart from training/distributed.py because those stages must not wait for DeepSpeed's import.
 """
@@ -19,3 +19,8 @@ def join_processes() -> PartialState:
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return PartialState(cpu=launched and not torch.cuda.is_available())
+
+
+def default_device() -> torch.device:
+    """What a process alone computes on: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

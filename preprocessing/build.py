@@ -18,6 +18,7 @@ from tqdm import tqdm
 from icl_moe.data.location import MANIFEST_FILE, FileInfo
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
 from icl_moe.errors import InputError
+from icl_moe.outputs import output_folder
 from icl_moe.processes import join_processes
 from icl_moe.recipe import to_dict
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
@@ -38,8 +39,9 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     launch`.
 
     Goes on where an earlier build with the same settings stopped. Raises InputError for bad input,
-    and where `out` holds something else.
+    and where `out` holds something else or cannot be written.
     """
+    out = output_folder(out)
     process = join_processes()
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
     codec = SequenceCodec(

@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from icl_moe.data.shards import Sample, ShardSet
-from icl_moe.errors import InputError
 from icl_moe.evaluation.report import data_url
-from icl_moe.files import write_whole
 from icl_moe.images import to_image
+from icl_moe.outputs import output_file, write_output
 from icl_moe.sequence import CaptionPair, SegmentationPair, SequenceCodec
 from icl_moe.tokenizers.boxes import Box
 from icl_moe.tokenizers.vqgan import VQGAN
@@ -39,8 +38,9 @@ figcaption {{ max-width: {2 * _SHOWN_SIDE}px; color: #555; }}
 
 def write_preview(location: str | Path, out: Path) -> None:
     """Write a page, one file without references, with samples of each task spread over the shards
-    at a path or a URL.
+    at a path or a URL. Raises InputError, before anything is drawn, where `out` cannot be written.
     """
+    out = output_file(out, (".html", ".htm"))
     shards = ShardSet(location)
     codec = open_codec(shards)
     tokenizer = VQGAN.from_pretrained(shards.fetch("image_tokenizer")).eval()
@@ -56,7 +56,7 @@ def write_preview(location: str | Path, out: Path) -> None:
             _article(shards.sample(task, number), codec, tokenizer)
             for number in tqdm(numbers, desc=f"drawing {task}", unit="sample")
         ]
-    _write_text(out, "\n".join(parts))
+    write_output(out, "\n".join(parts))
 
 
 def _article(sample: Sample, codec: SequenceCodec, tokenizer: VQGAN) -> str:
@@ -103,11 +103,3 @@ def _with_box(image: Image.Image, box: Box) -> Image.Image:
         [value * (_SHOWN_SIDE - 1) for value in box], outline=_BOX_COLOUR, width=2
     )
     return shown
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from error

@@ -8,7 +8,7 @@ chunk. What stands in a batch does not depend on the number of processes, so the
 either.
 """
 
-import os
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.images import PixelBox, box_to_mask, crop_and_resize, load_image
 from icl_moe.tokenizers.boxes import Box
 from icl_moe.tokenizers.vqgan import VQGAN
@@ -167,7 +168,6 @@ def _chunk_file(folder: Path, number: int) -> Path:
 
 
 def _write_chunk(path: Path, codes: np.ndarray) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, codes, allow_pickle=False)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    np.save(content, codes, allow_pickle=False)
+    write_whole(path, content.getvalue())

@@ -3,10 +3,8 @@ then scored.
 """
 
 import json
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,8 +24,10 @@ from icl_moe.evaluation.segmentation import score_masks
 from icl_moe.files import write_whole
 from icl_moe.images import pixels_to_mask
 from icl_moe.inference.model import InContextModel
+from icl_moe.outputs import output_folder, writing
 from icl_moe.sequence import SegmentationPair
 from icl_moe.tokenizers.boxes import Box, box_iou
+from icl_moe.versions import installed_versions
 
 Control = Literal["shuffled"]
 """`shuffled`: ask each query also with examples of another class. A model that makes use of its
@@ -61,22 +61,40 @@ def evaluate(
     and returns what is in metrics.json; docs/evaluation.md describes it. Called again after an
     interruption, it goes on after the last whole batch.
 
-    Raises InputError where the model and the shards do not belong together, or where they cannot be
-    asked with so many examples.
+    Raises InputError where the model and the shards do not belong together, where they cannot be
+    asked with so many examples, and where `out` cannot be written.
     """
-    model, shards, out = (
-        InContextModel.from_pretrained(model_dir, device),
-        ShardSet(shards_dir),
-        Path(out),
-    )
-    _check(model, shards, shots, limit)
-    out.mkdir(parents=True, exist_ok=True)
+    out, shots = output_folder(out), list(shots)
+    _check_numbers(shots, limit, batch_size)
+    shards = ShardSet(shards_dir)
+    model = InContextModel.from_pretrained(model_dir, device)
+    _check(model, shards, shots)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        model_name = Path(model_dir).resolve().name
+        return _evaluate(
+            model, model_name, shards, out, shots, limit, batch_size, control, sections
+        )
+
+
+def _evaluate(
+    model: InContextModel,
+    model_name: str,
+    shards: ShardSet,
+    out: Path,
+    shots: Sequence[int],
+    limit: int | None,
+    batch_size: int,
+    control: Control | None,
+    sections: Sequence[Section],
+) -> dict[str, Any]:
     header = {
         "model": model.fingerprint,
         "shards": shards.fingerprint[:16],
         "limit": limit,
         "batch_size": batch_size,
     }
+    batch_size = min(batch_size, max(shards.manifest.samples.values(), default=1))
     log = PredictionLog(out, header)
     tasks: dict[str, Any] = {}
     galleries = []
@@ -98,13 +116,10 @@ def evaluate(
         galleries.append(draw_gallery(model, episodes, shown, log))
     metrics = {
         **header,
-        "model_folder": Path(model_dir).resolve().name,
+        "model_folder": model_name,
         "shards_folder": Path(shards.location).name,
         "decoding": "greedy",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "versions": installed_versions(_PACKAGES),
         "tasks": tasks,
     }
     log.finish()
@@ -113,9 +128,17 @@ def evaluate(
     return metrics
 
 
-def _check(
-    model: InContextModel, shards: ShardSet, shots: Sequence[int], limit: int | None
-) -> None:
+def _check_numbers(shots: Sequence[int], limit: int | None, batch_size: int) -> None:
+    for name, number in (("limit", limit), ("batch_size", batch_size)):
+        if number is not None and not (isinstance(number, int) and number >= 1):
+            raise InputError(f"{name} must be a whole number of at least 1, not {number!r}.")
+    if not shots or not all(isinstance(count, int) and count >= 0 for count in shots):
+        raise InputError(
+            f"shots must be whole numbers of at least 0, one or more, not {list(shots)}."
+        )
+
+
+def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> None:
     manifest = shards.manifest
     ours = (
         model.format,
@@ -140,13 +163,8 @@ def _check(
                 f"The model's {name} is not that of {shards.location}: {mine} and {other}; build "
                 "the shards with the model's."
             )
-    if not shots or (limit is not None and limit < 1):
-        raise InputError(
-            "There is nothing to evaluate: give at least one number of shots, and a limit of at "
-            "least 1."
-        )
     for count in shots:
-        if not 0 <= count <= manifest.examples:
+        if count > manifest.examples:
             most = manifest.examples
             raise InputError(
                 f"The episodes of {shards.location} have {most} example(s): shots must lie in "

@@ -28,6 +28,7 @@ from icl_moe.images import (
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
 from icl_moe.inference.region import Region
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.processes import default_device
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec
 from icl_moe.tasks import TASKS, Task
 from icl_moe.tokenizers.boxes import Box
@@ -83,7 +84,7 @@ class InContextModel:
             text,
             _fingerprint(folder),
         )
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.to(device or default_device())
 
     def to(self, device: str | torch.device) -> "InContextModel":
         self.decoder.to(device)

@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import pickle
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.images import (
     crop_and_resize,
     crop_and_resize_mask,
@@ -36,9 +35,10 @@ from icl_moe.images import (
     to_image,
     to_pixels,
 )
-from icl_moe.processes import join_processes
+from icl_moe.outputs import output_folder, writing
+from icl_moe.processes import default_device, join_processes
 from icl_moe.recipe import to_dict
-from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig, check_free
 from icl_moe.tokenizers.vqgan_losses import Adversary, PerceptualLoss
 
 STATE_FILE, LOG_FILE = "training_state.pt", "log.jsonl"
@@ -134,16 +134,16 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQG
     log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after an
     interruption. Every sample and choice is a function of (seed, step): under `accelerate launch`
     all devices share the batch that one would have. Raises InputError where `out` holds the state
-    of another recipe.
+    of another recipe, or a tokenizer without a state.
     """
-    out = Path(out)
+    out = output_folder(out)
+    if not (out / STATE_FILE).is_file():
+        check_free(out)
     join_processes()
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
     run = _Run(recipe, accelerator)
     run.resume(out)
     source = _open_source(recipe, draw_scene)
-    unseen_B3HW, _ = source((recipe.seed, _UNSEEN), range(64))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     share = recipe.batch_size // accelerator.num_processes
     if share * accelerator.num_processes != recipe.batch_size:
         raise InputError(
@@ -151,6 +151,19 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQG
             f"{accelerator.num_processes} devices."
         )
     mine = range(share * accelerator.process_index, share * (accelerator.process_index + 1))
+    with writing(out):
+        _train(run, source, mine, out)
+    accelerator.wait_for_everyone()
+    return run.finished()
+
+
+def _train(run: "_Run", source: "Source", mine: range, out: Path) -> None:
+    """Take the steps that are left, on this device's share of each batch; the main process keeps
+    the record in `out`.
+    """
+    recipe, accelerator = run.recipe, run.accelerator
+    unseen_B3HW, _ = source((recipe.seed, _UNSEEN), range(64))
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         range(run.step, recipe.steps),
         initial=run.step,
@@ -175,8 +188,6 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, draw_scene: Draw) -> VQG
             bar.set_postfix(psnr=f"{row['psnr']:.2f}", codes=f"{row['codes_used']:.0%}")
         if accelerator.is_main_process and ((step + 1) % recipe.save_every == 0 or last):
             run.save(out)
-    accelerator.wait_for_everyone()
-    return run.finished()
 
 
 def evaluate_tokenizer(
@@ -199,7 +210,7 @@ def evaluate_tokenizer(
     pictures, an unreadable picture, annotations that are not COCO's, and a picture whose size
     disagrees with its record.
     """
-    tokenizer = VQGAN.from_pretrained(folder)
+    tokenizer = VQGAN.from_pretrained(folder).to(default_device())
     truth = _ClassMasks(Path(annotations)) if annotations else None
     measures = _Measures(tokenizer, batch_size)
     for file in tqdm(_image_files(Path(images)), desc="measuring", unit="image", disable=None):
@@ -358,7 +369,6 @@ class _Run:
         )
 
     def save(self, out: Path) -> None:
-        self.finished().save_pretrained(out)
         state = {
             "step": self.step,
             "recipe": to_dict(self.recipe),
@@ -368,8 +378,11 @@ class _Run:
             "use": self.use_K,
             "adversary": self.adversary.state_dict() if self.adversary is not None else None,
         }
-        torch.save(state, out / (STATE_FILE + ".partial"))
-        os.replace(out / (STATE_FILE + ".partial"), out / STATE_FILE)
+        # Not torch's own writing, which says nothing of a full disk but that a position is off.
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(out / STATE_FILE, content.getvalue())
+        self.finished().save_pretrained(out)
 
     def resume(self, out: Path) -> None:
         path = out / STATE_FILE
@@ -377,25 +390,27 @@ class _Run:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            before = dict(state["recipe"])
+        except Exception as error:  # Damage raises many kinds.
             raise InputError(f"{path} is damaged; remove it to train anew.") from error
-        if state["recipe"] != to_dict(self.recipe):
+        if before != to_dict(self.recipe):
             changed = [
-                key
-                for key, value in to_dict(self.recipe).items()
-                if state["recipe"].get(key) != value
+                key for key, value in to_dict(self.recipe).items() if before.get(key) != value
             ]
             raise InputError(
                 f"{path} was made with another recipe ({', '.join(changed)} differ); give another "
                 "folder."
             )
-        self.trained.load_state_dict(state["trained"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.use_K.copy_(state["use"])
-        if self.adversary is not None:
-            self.adversary.load_state_dict(state["adversary"])
-        self.step = state["step"]
+        try:
+            self.trained.load_state_dict(state["trained"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.use_K.copy_(state["use"])
+            if self.adversary is not None:
+                self.adversary.load_state_dict(state["adversary"])
+            self.step = int(state["step"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged; remove it to train anew.") from error
         if self.accelerator.is_main_process:
             _cut_log(out, self.step)
 
@@ -572,11 +587,14 @@ class _ClassMasks:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise InputError(f"The annotations {path} do not exist.")
+        self._path = path
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self._coco = COCO(str(path))
             self._ids = {image["file_name"]: image["id"] for image in self._coco.dataset["images"]}
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            for annotation in self._coco.dataset["annotations"]:
+                hash(annotation["category_id"])
+        except Exception as error:  # pycocotools checks nothing: what is wrong raises many kinds.
             raise InputError(
                 f"{path} is not a COCO instances file ({type(error).__name__}: {error})."
             ) from error
@@ -592,15 +610,15 @@ class _ClassMasks:
         for annotation in self._coco.imgToAnns.get(self._ids.get(file_name), []):
             try:
                 mask_HW = self._coco.annToMask(annotation).astype(bool)
-            except (ValueError, TypeError, IndexError, KeyError) as error:
+            except Exception as error:
                 raise InputError(
-                    f"The segmentation of annotation {annotation.get('id')} of {file_name} cannot "
-                    f"be read ({error})."
+                    f"{self._path}: the segmentation of annotation {annotation.get('id')} of "
+                    f"{file_name} cannot be read ({error})."
                 ) from error
             if mask_HW.shape != size[::-1]:
                 raise InputError(
-                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record says "
-                    f"{mask_HW.shape[1]} x {mask_HW.shape[0]}."
+                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record in {self._path} "
+                    f"says {mask_HW.shape[1]} x {mask_HW.shape[0]}."
                 )
             kind = annotation["category_id"]
             masks[kind] = masks[kind] | mask_HW if kind in masks else mask_HW
@@ -750,15 +768,18 @@ def _log(out: Path, row: dict[str, Any]) -> None:
 
 
 def _cut_log(out: Path, step: int) -> None:
-    """Drop the rows after `step`: training goes on from there and writes them again."""
+    """Drop the rows after `step`: training goes on from there and writes them again. A row that was
+    cut off is dropped too.
+    """
     path = out / LOG_FILE
-    if path.is_file():
-        rows = [
-            line
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    if not path.is_file():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                rows.append(line)
+    write_whole(path, "".join(row + "\n" for row in rows))
 
 
 def _save_grid(model: VQGAN, pixels_B3HW: Tensor, path: Path, columns: int = 8) -> None:
