@@ -4,12 +4,18 @@ that --help answers at once.
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import platform
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
+from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
 
 
@@ -17,9 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is
     wrong, 1 with one where what was computed could not be kept.
     """
-    options = _parse(arguments)
+    _prepare_streams()
     try:
-        return options.run(options) or 0
+        try:
+            options = _parse(arguments)
+            return options.run(options) or 0
+        finally:
+            sys.stdout.flush()  # Now, while it can be answered that nobody takes it.
     except InputError as error:
         _say_once(error)
         return 2
@@ -27,12 +37,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"icl-moe: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
+    except OSError as error:
+        return _answer_system(error)
+
+
+_OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+)
+"""Kinds of refusals that no file needs to be named for."""
+
+
+def _answer_system(error: OSError) -> int:
+    """Say in a sentence what the operating system refused, where that is no bug of ours, and
+    return the exit code; other errors are raised again.
+    """
+    if isinstance(error, BrokenPipeError) and (left := _reader_left()):
+        # The reader of our output, such as `head`, has seen enough.
+        _discard(left)
+        return 0 if left is sys.stdout else 128 + signal.SIGPIPE
+    if error.filename is None and error.errno not in _OF_THE_MACHINE:
+        raise error
+    where = f"{error.filename}: " if error.filename is not None else ""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        where = "standard output: "
+        _discard(sys.stdout)
+    print(f"icl-moe: {where}{error.strerror}.", file=sys.stderr)
+    return 2
+
+
+def _reader_left() -> TextIO | None:
+    """The one of standard output and error, a pipe, whose reader has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            return stream
+    return None
+
+
+def _discard(stream: TextIO) -> None:
+    """Let go nowhere what a stream still holds, and all that follows."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _prepare_streams() -> None:
+    """Let nothing fail for being said: open the streams that whoever started us closed, and let
+    names of files that are no text be written.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The lowest free number, so the stream's own: no file of ours may get it.
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say_once(error: InputError) -> None:
@@ -101,7 +172,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=take.folder,
         required=True,
         help="folder for the tokenizer, its log and its training state",
     )
@@ -111,17 +182,19 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         "evaluate", help="measure reconstruction, code usage and the mask ceiling"
     )
     parser.add_argument("tokenizer", help="a tokenizer's folder, or the name of a shipped one")
-    parser.add_argument("images", type=Path, help="folder of images")
+    parser.add_argument("images", type=take.path, help="folder of images")
     parser.add_argument(
-        "--annotations", type=Path, help="COCO instances file of these images, for the mask ceiling"
+        "--annotations",
+        type=take.path,
+        help="COCO instances file of these images, for the mask ceiling",
     )
     parser.set_defaults(run=_tokenizer_evaluate)
 
     parser = actions.add_parser("convert", help="convert a taming-transformers checkpoint")
-    parser.add_argument("checkpoint", type=Path, help="the release's last.ckpt")
-    parser.add_argument("--config", type=Path, required=True, help="the release's model.yaml")
+    parser.add_argument("checkpoint", type=take.path, help="the release's last.ckpt")
+    parser.add_argument("--config", type=take.path, required=True, help="the release's model.yaml")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the converted tokenizer"
+        "--out", type=take.folder, required=True, help="folder for the converted tokenizer"
     )
     parser.set_defaults(run=_tokenizer_convert)
 
@@ -145,16 +218,16 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("export", help="write a checkpoint as one folder for from_pretrained")
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=take.path,
         help="a run's output folder (its newest checkpoint), or one step's folder in it",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--out", type=take.folder, required=True, help="folder for the model")
     parser.set_defaults(run=_export)
 
 
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("evaluate", help="measure a model on the episodes of a shard folder")
-    parser.add_argument("model", type=Path, help="an exported model")
+    parser.add_argument("model", type=take.path, help="an exported model")
     parser.add_argument(
         "shards", help="a shard folder: a path, or a URL such as s3://bucket/folder"
     )
@@ -163,13 +236,18 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=take.folder,
         required=True,
         help="folder for metrics.json, predictions and report.html",
     )
-    parser.add_argument("--limit", type=int, help="at most this many episodes a task")
     parser.add_argument(
-        "--batch", type=int, default=8, help="episodes decoded together (default 8)"
+        "--limit", type=take.whole_number(1), help="at most this many episodes a task"
+    )
+    parser.add_argument(
+        "--batch",
+        type=take.whole_number(1),
+        default=8,
+        help="episodes decoded together (default 8)",
     )
     parser.add_argument(
         "--control", choices=["shuffled"], help="measure also with examples of other classes"
@@ -179,35 +257,40 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("segment", help="segment an image as examples show")
-    parser.add_argument("model", type=Path, help="an exported model")
+    parser.add_argument("model", type=take.path, help="an exported model")
     parser.add_argument(
         "--example",
         nargs=2,
-        type=Path,
+        type=take.path,
         action="append",
         default=[],
         metavar=("IMAGE", "MASK"),
         help="may be repeated",
     )
-    parser.add_argument("--query", type=Path, required=True, metavar="IMAGE")
+    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
     parser.add_argument("--category", help="the class's name, for models with a class prompt")
-    parser.add_argument("--out", type=Path, required=True, metavar="MASK.png")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="MASK.png",
+        help="the mask, white on black; it may end in .png, .bmp or .tiff",
+    )
     parser.set_defaults(run=_segment)
 
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("caption", help="caption an image as examples show")
-    parser.add_argument("model", type=Path, help="an exported model")
+    parser.add_argument("model", type=take.path, help="an exported model")
     parser.add_argument(
         "--example",
         nargs=2,
-        type=Path,
+        type=take.path,
         action="append",
         default=[],
         metavar=("IMAGE", "REGION.json"),
         help="may be repeated",
     )
-    parser.add_argument("--query", type=Path, required=True, metavar="IMAGE")
+    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
     parser.add_argument("--category", help="the class's name, for models to which it is given")
     parser.set_defaults(run=_caption)
 
@@ -216,8 +299,8 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("demo", help="the whole pipeline, small, on this machine")
     parser.add_argument(
         "--out",
-        type=Path,
-        default=Path("demo"),
+        type=take.folder,
+        default="demo",
         help="folder for everything it makes (default demo)",
     )
     parser.set_defaults(run=_demo)
@@ -322,7 +405,16 @@ def _whole_numbers(option: str, text: str) -> list[int]:
         ) from None
 
 
+_MASK_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+"""Formats of images that keep a mask as it is, by the ending of the file's name."""
+
+
 def _segment(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import output_file, write_output
+
+    inputs = [options.query, *(path for example in options.example for path in example)]
+    out = output_file(options.out, tuple(_MASK_FORMATS), inputs)
+
     from PIL import Image
 
     from icl_moe.inference.model import InContextModel
@@ -331,8 +423,12 @@ def _segment(options: argparse.Namespace) -> int:
     mask_HW = model.segment(
         options.example, query=options.query, category=options.category, progress=True
     )
-    Image.fromarray(mask_HW.astype("uint8") * 255).save(options.out)
-    print(f"{options.out}: {mask_HW.mean():.1%} of the image")
+    content = io.BytesIO()
+    Image.fromarray(mask_HW.astype("uint8") * 255).save(
+        content, _MASK_FORMATS.get(out.suffix.lower(), "PNG")
+    )
+    write_output(out, content.getvalue())
+    print(f"{out}: {mask_HW.mean():.1%} of the image")
     return 0
 
 

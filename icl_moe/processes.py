@@ -1,5 +1,5 @@
-"""The processes that share the work of the stages without DeepSpeed: building shards, training a
-tokenizer.
+"""The processes that share the work of the stages without DeepSpeed (building shards, training a
+tokenizer).
 
 Apart from training/distributed.py because those stages must not wait for DeepSpeed's import.
 """

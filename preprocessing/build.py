@@ -22,6 +22,7 @@ from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
 from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
+from icl_moe.outputs import output_folder
 from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.settings import from_dict, to_dict
@@ -44,9 +45,10 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     launch`.
 
     Goes on where an earlier build with the same settings stopped. Raises InputError for bad input,
-    and where `out` holds something else.
+    and where `out` holds something else or cannot be written.
     """
     check_sections(recipe)
+    out = output_folder(out)
     process = join_processes()
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
     codec = SequenceCodec(

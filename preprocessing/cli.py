@@ -2,7 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
+import sys
+
+from icl_moe import arguments as take
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,13 +28,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         help="settings to change, such as image_size=128",
     )
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shard folder")
+    build.add_argument(
+        "--out", type=take.folder, required=True, metavar="DIR", help="the shard folder"
+    )
     build.add_argument(
         "--workers",
-        type=int,
+        type=take.whole_number(0),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: %(default)s)",
+        help="processes, 0 for none but this one (default: %(default)s)",
     )
 
     verify = verbs.add_parser("verify", help="check hashes and read every sample")
@@ -46,25 +50,29 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             metavar="DIR",
             help="the shard folder, a path or a URL such as s3://bucket/folder",
         )
-    preview.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.html", help="the page, one file"
-    )
+    preview.add_argument("--out", required=True, metavar="FILE.html", help="the page, one file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb in `args`; returns the exit code. Bad input raises InputError."""
     # Imported here: --help must not wait for torch.
     if args.shards_verb == "build":
+        from icl_moe.outputs import writing
         from icl_moe.processes import join_processes
         from icl_moe.settings import load_recipe
         from preprocessing.build import build_shards
         from preprocessing.recipe import DataRecipe
+        from preprocessing.workers import most_workers
 
-        manifest = build_shards(
-            load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing"),
-            args.out,
-            args.workers,
-        )
+        recipe = load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing")
+        if args.workers > most_workers():
+            print(
+                f"icl-moe: --workers {args.workers} is more than this machine has use for; "
+                f"{most_workers()} are started at most.",
+                file=sys.stderr,
+            )
+        with writing(args.out):
+            manifest = build_shards(recipe, args.out, args.workers)
         process = join_processes()
         if process.is_main_process:
             counts = " and ".join(

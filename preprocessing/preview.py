@@ -10,10 +10,9 @@ import torch
 from tqdm import tqdm
 
 from icl_moe.data.shards import Sample, ShardSet
-from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
-from icl_moe.files import write_whole
 from icl_moe.images import to_image
+from icl_moe.outputs import output_file, write_output
 from icl_moe.pages import render
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
@@ -25,8 +24,9 @@ SAMPLES_PER_TASK = 12
 
 def write_preview(location: str | Path, out: Path) -> None:
     """Write a page, one file without references, with samples of each task spread over the shards
-    at a path or a URL.
+    at a path or a URL. Raises InputError, before anything is drawn, where `out` cannot be written.
     """
+    out = output_file(out, (".html", ".htm"))
     shards = ShardSet(location)
     codec = open_codec(shards)
     reader = _CodeReader(VQGAN.from_pretrained(shards.fetch("image_tokenizer")).eval())
@@ -39,7 +39,7 @@ def write_preview(location: str | Path, out: Path) -> None:
             for number in tqdm(numbers, desc=f"drawing {task}", unit="sample")
         ]
         tasks.append((task, episodes))
-    _write_text(out, render("preview.html.j2", title=Path(shards.location).name, tasks=tasks))
+    write_output(out, render("preview.html.j2", title=Path(shards.location).name, tasks=tasks))
 
 
 class _CodeReader:
@@ -66,11 +66,3 @@ def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[
         lines = [*([words] if words else []), f"{source}, object / crop {scale:.3f}"]
         shown.append({"cells": cells, "words": "\n".join(lines)})
     return {"category": sample.category, "key": sample.key, "pairs": shown}
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from error

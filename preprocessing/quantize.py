@@ -8,7 +8,7 @@ chunk. What stands in a batch does not depend on the number of processes, so the
 either.
 """
 
-import os
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from icl_moe.files import write_whole
 from icl_moe.images import PixelBox, crop_and_resize
 from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
@@ -128,7 +129,6 @@ def _chunk_file(folder: Path, number: int) -> Path:
 
 
 def _write_chunk(path: Path, codes: np.ndarray) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, codes, allow_pickle=False)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    np.save(content, codes, allow_pickle=False)
+    write_whole(path, content.getvalue())

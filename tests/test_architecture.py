@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"attributes", "errors", "ranges", "seeds", "signals", "tables", "versions"},
+    {"attributes", "devices", "errors", "ranges", "seeds", "signals", "tables", "versions"},
     {"boxes", "files", "hear_signals", "inputs", "locks", "processes"},
-    {"images", "rle", "settings", "vocabulary"},
-    {"pictures", "tokenizers"},
+    {"images", "outputs", "rle", "settings", "vocabulary"},
+    {"arguments", "pictures", "tokenizers"},
     {"pages", "sequence"},
     {"tasks"},
     {"batch", "recipe"},

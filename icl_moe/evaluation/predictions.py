@@ -104,15 +104,19 @@ class PredictionLog:
         os.replace(self._partial, self._path)
 
     def _read_partial(self) -> list[str]:
-        """The whole lines of an earlier run under the same header; a line that was cut off ends
-        them.
+        """The whole lines of an earlier run under the same header; a line that was cut off, or
+        damaged, ends them.
         """
         if not self._partial.is_file():
             return []
         header, *lines = self._partial.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = lines[:-1] if header == self._header else []
-        for line in kept:
-            self._keep(Prediction.from_json(json.loads(line)))
+        kept = []
+        for line in lines[:-1] if header == self._header else ():
+            try:
+                self._keep(Prediction.from_json(json.loads(line)))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                break
+            kept.append(line)
         return kept
 
     def _keep(self, prediction: Prediction) -> None:

@@ -27,6 +27,7 @@ from icl_moe.evaluation.report import Section, write_report
 from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, TaskResult
 from icl_moe.files import write_whole
 from icl_moe.inference.model import InContextModel
+from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.tasks.task import Output
 from icl_moe.versions import installed_versions
@@ -53,19 +54,40 @@ def evaluate(
     docs/evaluation.md describes them. Called again after an interruption, it goes on after the last
     whole batch.
 
-    Raises InputError where the model and the shards do not belong together, or where they cannot be
-    asked with so many examples.
+    Raises InputError where the model and the shards do not belong together, where they cannot be
+    asked with so many examples, and where `out` cannot be written.
     """
-    model, shards = InContextModel.from_pretrained(model_dir, device), ShardSet(shards_dir)
-    _check(model, shards, shots, limit)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, shots = output_folder(out), list(shots)
+    _check_numbers(shots, limit, batch_size)
+    shards = ShardSet(shards_dir)
+    model = InContextModel.from_pretrained(model_dir, device)
+    _check(model, shards, shots)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        model_name = Path(model_dir).resolve().name
+        return _evaluate(
+            model, model_name, shards, out, shots, limit, batch_size, control, sections
+        )
+
+
+def _evaluate(
+    model: InContextModel,
+    model_name: str,
+    shards: ShardSet,
+    out: Path,
+    shots: Sequence[int],
+    limit: int | None,
+    batch_size: int,
+    control: Control | None,
+    sections: Sequence[Section],
+) -> Metrics:
     header: dict[str, Any] = {
         "model": model.fingerprint,
         "shards": shards.fingerprint[:16],
         "limit": limit,
         "batch_size": batch_size,
     }
+    batch_size = min(batch_size, max(shards.manifest.samples.values(), default=1))
     log = PredictionLog(out, header)
     tasks: dict[str, TaskResult] = {}
     galleries: list[Gallery] = []
@@ -83,7 +105,7 @@ def evaluate(
         galleries.append(draw_gallery(model, episodes, shown, log))
     metrics = Metrics(
         **header,
-        model_folder=Path(model_dir).resolve().name,
+        model_folder=model_name,
         shards_folder=Path(shards.location).name,
         decoding="greedy",
         versions=installed_versions(_PACKAGES),
@@ -95,9 +117,17 @@ def evaluate(
     return metrics
 
 
-def _check(
-    model: InContextModel, shards: ShardSet, shots: Sequence[int], limit: int | None
-) -> None:
+def _check_numbers(shots: Sequence[int], limit: int | None, batch_size: int) -> None:
+    for name, number in (("limit", limit), ("batch_size", batch_size)):
+        if number is not None and not (isinstance(number, int) and number >= 1):
+            raise InputError(f"{name} must be a whole number of at least 1, not {number!r}.")
+    if not shots or not all(isinstance(count, int) and count >= 0 for count in shots):
+        raise InputError(
+            f"shots must be whole numbers of at least 0, one or more, not {list(shots)}."
+        )
+
+
+def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> None:
     manifest = shards.manifest
     ours = (
         model.format,
@@ -122,13 +152,8 @@ def _check(
                 f"The model's {name} is not that of {shards.location}: {mine} and {other}; build "
                 "the shards with the model's."
             )
-    if not shots or (limit is not None and limit < 1):
-        raise InputError(
-            "There is nothing to evaluate: give at least one number of shots, and a limit of at "
-            "least 1."
-        )
     for count in shots:
-        if not 0 <= count <= manifest.examples:
+        if count > manifest.examples:
             most = manifest.examples
             raise InputError(
                 f"The episodes of {shards.location} have {most} example(s): shots must lie in "

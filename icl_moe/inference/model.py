@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from icl_moe.boxes import Box
+from icl_moe.devices import default_device
 from icl_moe.errors import InputError
 from icl_moe.files import check_readable
 from icl_moe.images import (
@@ -82,7 +83,7 @@ class InContextModel:
             text,
             _fingerprint(folder),
         )
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.to(device or default_device())
 
     def to(self, device: str | torch.device) -> "InContextModel":
         self.decoder.to(device)

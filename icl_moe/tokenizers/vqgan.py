@@ -6,6 +6,7 @@ The network is that of Esser et al., "Taming Transformers for High-Resolution Im
 and model.safetensors.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
-from icl_moe.inputs import check_is_file
+from icl_moe.outputs import output_folder, writing
 from icl_moe.ranges import Count, ImageSide
 from icl_moe.settings import from_dict, to_dict
 
@@ -106,7 +107,7 @@ class VQGAN(nn.Module):
         config, fingerprint = _read_config(folder / CONFIG_FILE)
         try:
             weights = load_file(folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"{folder / WEIGHTS_FILE} is missing or damaged ({error}).") from error
         model = cls.from_weights(config, weights, origin=str(folder / WEIGHTS_FILE))
         if model.fingerprint != fingerprint:
@@ -122,8 +123,16 @@ class VQGAN(nn.Module):
         """A tokenizer of `weights` by parameter name, in eval mode; InputError lists the keys that
         do not fit.
         """
-        with torch.device("meta"):
-            model = cls(config)
+        # Before the network is made, since a damaged number may ask for more of it than there is
+        # memory: a block has several weights.
+        blocks = config.blocks_per_level * len(config.channel_multipliers)
+        try:
+            if blocks > len(weights):
+                raise ValueError(f"{blocks} blocks for {len(weights)} weights")
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{origin} does not fit its config: {_first_line(error)}.") from error
         _check_keys(model.state_dict(), weights, origin)
         model.load_state_dict(
             {key: _channels_last(value.float()) for key, value in weights.items()}, assign=True
@@ -215,17 +224,35 @@ def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
     folder `out`.
 
     The loss, discriminator and averaged copies in the checkpoint are left out. Raises InputError
-    for a checkpoint that is damaged or holds anything but tensors and plain values, and for keys
-    that do not fit the YAML.
+    for a checkpoint that is damaged or holds anything but tensors and plain values, for keys that
+    do not fit the YAML, for a network that is not this one, and where `out` holds anything else.
     """
+    out = output_folder(out)
     config = _read_taming_config(Path(config_yaml))
     state = _read_checkpoint(Path(checkpoint))
     weights = {
         key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))
     }
     model = VQGAN.from_weights(config, weights, origin=str(checkpoint))
-    model.save_pretrained(out)
+    check_free(out, model.fingerprint)
+    with writing(out):
+        model.save_pretrained(out)
     return model
+
+
+def check_free(folder: Path, fingerprint: str | None = None) -> None:
+    """Raise InputError where `folder` holds another tokenizer than that of this fingerprint, or
+    another model, which one that is written there would replace.
+    """
+    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    with contextlib.suppress(InputError):
+        if _read_config(folder / CONFIG_FILE)[1] == fingerprint:
+            return
+    raise InputError(
+        f"{folder} holds another tokenizer or model, which would be lost; choose another folder, "
+        "or delete it."
+    )
 
 
 # --- The network. Attribute names are those of the published checkpoints. ---
@@ -459,11 +486,13 @@ def _find(source: str | Path) -> Path:
 def _read_config(path: Path) -> tuple[VQGANConfig, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise InputError(
             f"{path} is missing: a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
         ) from error
-    except ValueError as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON.") from error
     if (
         not isinstance(content, dict)
@@ -504,6 +533,10 @@ def _check_keys(expected: dict[str, Tensor], given: dict[str, Tensor], origin: s
             raise InputError(f"{origin} contradicts its config: {key} is {shapes}.")
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
@@ -518,24 +551,34 @@ _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpo
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    check_is_file(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError as error:
+        raise InputError(f"The checkpoint {path} cannot be read ({error.strerror}).") from error
+    if head.startswith(b"<"):
+        raise InputError(
+            f"The checkpoint {path} is a web page, not a torch file: its address leads to a page "
+            "about the file; download the file itself."
+        )
     try:
         with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _is_torch_file(path):
-            raise InputError(
-                f"{path} is no torch checkpoint; it may be the page of a download that failed."
-            ) from error
+        # torch says the same of bytes that are neither an archive nor a pickle.
+        if not head.startswith((b"pk", b"\x80")):
+            raise InputError(f"The checkpoint {path} is damaged or no torch file.") from error
         raise InputError(
             f"The checkpoint {path} holds more than weights and was not opened, as it could run "
             "code."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"The checkpoint {path} is damaged or no torch file ({error}).") from error
+    except Exception as error:  # Damaged pickles raise many kinds.
+        raise InputError(
+            f"The checkpoint {path} is damaged or no torch file ({_first_line(error)})."
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise InputError(f"The checkpoint {path} holds no weights by name under 'state_dict'.")
     return state
@@ -560,27 +603,90 @@ _TAMING_NETWORK = {
 }
 
 
+# What else stands there and must have this one value, since another would be another network.
+_TAMING_FIXED_PARAMS = {"remap": None}
+_TAMING_FIXED_NETWORK = {
+    "in_channels": 3,
+    "out_ch": 3,
+    "double_z": False,
+    "tanh_out": False,
+    "give_pre_end": False,
+    "resamp_with_conv": True,
+    "use_timestep": False,
+    "use_linear_attn": False,
+    "attn_type": "vanilla",
+}
+# What bears on training alone, or on how codes are laid out in a tensor.
+_TAMING_IDLE_PARAMS = (
+    "ddconfig",
+    "lossconfig",
+    "ckpt_path",
+    "ignore_keys",
+    "image_key",
+    "colorize_nlabels",
+    "monitor",
+    "sane_index_shape",
+    "scheduler_config",
+    "lr_g_factor",
+    "learning_rate",
+    "batch_resize_range",
+    "use_ema",
+)
+_TAMING_IDLE_NETWORK = ("dropout",)
+
+
 def _read_taming_config(path: Path) -> VQGANConfig:
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
-        network = params["ddconfig"]
-        values = {ours: params[theirs] for theirs, ours in _TAMING_PARAMS.items()}
-        values |= {ours: network[theirs] for theirs, ours in _TAMING_NETWORK.items()}
-        fixed = {
-            "in_channels": network.get("in_channels", 3),
-            "out_ch": network.get("out_ch", 3),
-            "double_z": network.get("double_z", False),
-        }
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"The config {path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"The config {path} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML.") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        lacks = f"it lacks {error}" if isinstance(error, KeyError) else "it has not those keys"
-        raise InputError(
-            f"{path} is no config of a taming-transformers VQModel, with its sizes under "
-            f"model.params and model.params.ddconfig: {lacks}."
-        ) from error
-    if fixed != {"in_channels": 3, "out_ch": 3, "double_z": False}:
-        raise InputError(f"{path}: only RGB VQ-GANs without double_z are known, not {fixed}.")
+    params = _section(path, content, ("model", "params"))
+    network = _section(path, params, ("ddconfig",), "model.params.")
+    values = {}
+    for section, names, fixed, idle, where in (
+        (params, _TAMING_PARAMS, _TAMING_FIXED_PARAMS, _TAMING_IDLE_PARAMS, "model.params"),
+        (
+            network,
+            _TAMING_NETWORK,
+            _TAMING_FIXED_NETWORK,
+            _TAMING_IDLE_NETWORK,
+            "model.params.ddconfig",
+        ),
+    ):
+        for theirs, ours in names.items():
+            if theirs not in section:
+                raise InputError(
+                    f"{path} is no config of a taming-transformers VQModel: {where} lacks "
+                    f"'{theirs}'."
+                )
+            values[ours] = section[theirs]
+        for key, value in section.items():
+            if key in fixed and value != fixed[key]:
+                raise InputError(
+                    f"{path}: only networks with {where}.{key}: {json.dumps(fixed[key])} are "
+                    f"known, not {value!r}."
+                )
+            if key not in names and key not in fixed and key not in idle:
+                raise InputError(
+                    f"{path}: what {where}.{key} changes of the network is not known; leave it out "
+                    "if that is nothing."
+                )
     return from_dict(VQGANConfig, values, origin=str(path))
+
+
+def _section(
+    path: Path, values: object, keys: tuple[str, ...], prefix: str = ""
+) -> dict[str, object]:
+    """The mapping that lies within `values` under one key after the other."""
+    for key in keys:
+        inner = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(inner, dict):
+            raise InputError(
+                f"{path} is no config of a taming-transformers VQModel: it lacks the section "
+                f"{prefix}{key}."
+            )
+        values, prefix = inner, f"{prefix}{key}."
+    assert isinstance(values, dict)
+    return values

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
+from icl_moe.devices import default_device
 from icl_moe.images import (
     crop_and_resize,
     crop_and_resize_mask,
@@ -43,7 +44,7 @@ def evaluate_tokenizer(
     pictures, an unreadable picture, annotations that are not COCO's, and a picture whose size
     disagrees with its record.
     """
-    tokenizer = VQGAN.from_pretrained(folder)
+    tokenizer = VQGAN.from_pretrained(folder).to(default_device())
     truth = ClassMasks(Path(annotations)) if annotations else None
     measures = _Measures(tokenizer, batch_size)
     for file in tqdm(image_files(Path(images)), desc="measuring", unit="image", disable=None):

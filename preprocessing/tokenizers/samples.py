@@ -121,8 +121,8 @@ class ClassMasks:
         for mask_HW in masks.values():
             if mask_HW.shape != size[::-1]:
                 raise InputError(
-                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record says "
-                    f"{mask_HW.shape[1]} x {mask_HW.shape[0]}."
+                    f"{file_name} is {size[0]} x {size[1]} pixels, but its record in "
+                    f"{self._coco.file} says {mask_HW.shape[1]} x {mask_HW.shape[0]}."
                 )
         return masks
 

@@ -1,9 +1,9 @@
 """Training a VQ-GAN on pictures and masks."""
 
+import contextlib
+import io
 import json
 import math
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.images import to_image
+from icl_moe.outputs import output_folder, writing
 from icl_moe.processes import join_processes
 from icl_moe.settings import to_dict
-from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
+from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig, check_free
 from preprocessing.tokenizers.losses import Adversary, PerceptualLoss
 from preprocessing.tokenizers.measures import perplexity, psnr_B, through
 from preprocessing.tokenizers.recipe import TokenizerRecipe
-from preprocessing.tokenizers.samples import UNSEEN, open_source
+from preprocessing.tokenizers.samples import UNSEEN, Source, open_source
 
 STATE_FILE, LOG_FILE = "training_state.pt", "log.jsonl"
 
@@ -36,16 +38,16 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
     log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after an
     interruption. Every sample and choice is a function of (seed, step): under `accelerate launch`
     all devices share the batch that one would have. Raises InputError where `out` holds the state
-    of another recipe.
+    of another recipe, or a tokenizer without a state.
     """
-    out = Path(out)
+    out = output_folder(out)
+    if not (out / STATE_FILE).is_file():
+        check_free(out)
     join_processes()
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
     run = _Run(recipe, accelerator)
     run.resume(out)
     source = open_source(recipe)
-    unseen_B3HW, _ = source((recipe.seed, UNSEEN), range(64))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     share = recipe.batch_size // accelerator.num_processes
     if share * accelerator.num_processes != recipe.batch_size:
         raise InputError(
@@ -53,6 +55,19 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
             f"{accelerator.num_processes} devices."
         )
     mine = range(share * accelerator.process_index, share * (accelerator.process_index + 1))
+    with writing(out):
+        _train(run, source, mine, out)
+    accelerator.wait_for_everyone()
+    return run.finished()
+
+
+def _train(run: "_Run", source: Source, mine: range, out: Path) -> None:
+    """Take the steps that are left, on this device's share of each batch; the main process keeps
+    the record in `out`.
+    """
+    recipe, accelerator = run.recipe, run.accelerator
+    unseen_B3HW, _ = source((recipe.seed, UNSEEN), range(64))
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         range(run.step, recipe.steps),
         initial=run.step,
@@ -77,8 +92,6 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
             bar.set_postfix(psnr=f"{row['psnr']:.2f}", codes=f"{row['codes_used']:.0%}")
         if accelerator.is_main_process and ((step + 1) % recipe.save_every == 0 or last):
             run.save(out)
-    accelerator.wait_for_everyone()
-    return run.finished()
 
 
 class _Run:
@@ -226,7 +239,6 @@ class _Run:
         )
 
     def save(self, out: Path) -> None:
-        self.finished().save_pretrained(out)
         state = {
             "step": self.step,
             "recipe": to_dict(self.recipe),
@@ -236,8 +248,11 @@ class _Run:
             "use": self.use_K,
             "adversary": self.adversary.state_dict() if self.adversary is not None else None,
         }
-        torch.save(state, out / (STATE_FILE + ".partial"))
-        os.replace(out / (STATE_FILE + ".partial"), out / STATE_FILE)
+        # Not torch's own writing, which says nothing of a full disk but that a position is off.
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(out / STATE_FILE, content.getvalue())
+        self.finished().save_pretrained(out)
 
     def resume(self, out: Path) -> None:
         path = out / STATE_FILE
@@ -245,25 +260,27 @@ class _Run:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            before = dict(state["recipe"])
+        except Exception as error:  # Damage raises many kinds.
             raise InputError(f"{path} is damaged; remove it to train anew.") from error
-        if state["recipe"] != to_dict(self.recipe):
+        if before != to_dict(self.recipe):
             changed = [
-                key
-                for key, value in to_dict(self.recipe).items()
-                if state["recipe"].get(key) != value
+                key for key, value in to_dict(self.recipe).items() if before.get(key) != value
             ]
             raise InputError(
                 f"{path} was made with another recipe ({', '.join(changed)} differ); give another "
                 "folder."
             )
-        self.trained.load_state_dict(state["trained"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.use_K.copy_(state["use"])
-        if self.adversary is not None:
-            self.adversary.load_state_dict(state["adversary"])
-        self.step = state["step"]
+        try:
+            self.trained.load_state_dict(state["trained"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.use_K.copy_(state["use"])
+            if self.adversary is not None:
+                self.adversary.load_state_dict(state["adversary"])
+            self.step = int(state["step"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged; remove it to train anew.") from error
         if self.accelerator.is_main_process:
             _cut_log(out, self.step)
 
@@ -359,15 +376,18 @@ def _log(out: Path, row: dict[str, Any]) -> None:
 
 
 def _cut_log(out: Path, step: int) -> None:
-    """Drop the rows after `step`: training goes on from there and writes them again."""
+    """Drop the rows after `step`: training goes on from there and writes them again. A row that was
+    cut off is dropped too.
+    """
     path = out / LOG_FILE
-    if path.is_file():
-        rows = [
-            line
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    if not path.is_file():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                rows.append(line)
+    write_whole(path, "".join(row + "\n" for row in rows))
 
 
 def _save_grid(model: VQGAN, pixels_B3HW: Tensor, path: Path, columns: int = 8) -> None:

@@ -179,8 +179,13 @@ def test_predictions_of_another_model_are_not_used_again(run, tmp_path, monkeypa
     ("settings", "message"),
     [
         ({"shots": (3,)}, "shots must lie in 0..2, not 3"),
-        ({"shots": ()}, "at least one number of shots"),
-        ({"limit": 0}, "limit of at least 1"),
+        ({"shots": ()}, "shots must be whole numbers of at least 0, one or more"),
+        ({"shots": (-1,)}, "shots must be whole numbers of at least 0"),
+        ({"shots": (1.5,)}, "shots must be whole numbers of at least 0"),
+        ({"limit": 0}, "limit must be a whole number of at least 1, not 0"),
+        ({"limit": float("nan")}, "limit must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"batch_size": -3}, "batch_size must be a whole number of at least 1, not -3"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_written(

@@ -1,0 +1,41 @@
+"""What the command line takes as a path or a number: `type=` of argparse's arguments."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from icl_moe.errors import InputError
+from icl_moe.outputs import output_folder
+
+
+def path(text: str) -> Path:
+    """A path, with ~ expanded: shells leave it in --query=~/x.png."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path belongs there, not an empty text")
+    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, it never raises
+
+
+def folder(text: str) -> Path:
+    """A folder to write into (see `output_folder`)."""
+    try:
+        return output_folder(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Whole numbers of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, not {text[:60]!r}"
+            )
+        return number
+
+    return read

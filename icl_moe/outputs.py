@@ -1,0 +1,115 @@
+"""Where commands write: looked at before the work begins, so that no work is lost for want of a
+place, and written whole.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from icl_moe.errors import InputError
+from icl_moe.files import write_whole
+
+# Two letters at least: pathlib leaves one of a URL's two slashes.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def output_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder to write into, which need not be there yet, with ~ expanded.
+
+    Nothing is made. Raises InputError for a URL, for an empty name, and where the file system would
+    not let a file be made there.
+    """
+    folder = _local(path)
+    _check_place(folder, folder)
+    return folder
+
+
+def output_file(
+    path: str | os.PathLike[str], suffixes: Sequence[str], inputs: Iterable[str | Path] = ()
+) -> Path:
+    """The file to write, whose folder need not be there yet, with ~ expanded.
+
+    A link stands for what it points to; what is no plain file, such as a device, may have any name.
+    Raises InputError as `output_folder` does, and for a folder, for a name that ends in none of
+    `suffixes`, and for one of the command's `inputs`.
+    """
+    file = _local(path)
+    with writing(file):
+        if file.is_dir():
+            raise InputError(
+                f"{file} is a folder; a file in it, such as {file / f'it{suffixes[0]}'}, belongs "
+                "there."
+            )
+        if file.exists() and not file.is_file():
+            with file.open("wb"):
+                return file
+        if file.suffix.lower() not in suffixes:
+            raise InputError(f"{file} must end in {' or '.join(suffixes)}.")
+        target = Path(os.path.realpath(file))
+        if any(os.path.realpath(each) == str(target) for each in inputs):
+            raise InputError(f"{file} is read too; it would be overwritten: choose another name.")
+    _check_place(file, target.parent)
+    return file
+
+
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write a file that `output_file` approved, whole or not at all, and make its folder."""
+    with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the operating system refuses while `path`, a file or a folder, is written into an
+    InputError that names it. What fails elsewhere meanwhile stays what it is, but for a want of
+    room.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else os.fspath(path)
+        is_there = Path(where).is_relative_to(path)
+        if isinstance(error, BrokenPipeError) or not (is_there or error.errno in _NO_ROOM):
+            raise
+        raise InputError(f"Writing {where} failed: {error.strerror or error}.") from error
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise InputError(f"{text} is a URL; a place on this machine belongs there.")
+    if not text:
+        raise InputError("The name of the output is empty; a path belongs there.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{text} names the home of a user who is not known.") from error
+
+
+def _check_place(path: Path, folder: Path) -> None:
+    """Raise InputError, naming `path`, where no file can be made in `folder`, or in the nearest
+    folder above that is there.
+    """
+    try:
+        while not folder.exists():
+            if folder.is_symlink():
+                raise InputError(f"{path} cannot be written: {folder} is a link to nothing.")
+            folder = folder.parent
+        if not folder.is_dir():
+            raise InputError(f"{path} cannot be written: {folder} is no folder.")
+        # The surest way to know: it meets access rights, quotas and read-only file systems.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}).") from error
