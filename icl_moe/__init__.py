@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icl_moe.inference.model import InContextModel
 
-__all__ = ["InContextModel"]
+__all__ = ["InContextModel", "__version__"]
+
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

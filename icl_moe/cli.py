@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from icl_moe import __version__
 from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
 
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="icl-moe", description="Multimodal in-context learning with a sparse decoder."
     )
+    parser.add_argument("--version", action="version", version=f"icl-moe {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_shards(verbs)
     _add_tokenizer(verbs)

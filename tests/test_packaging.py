@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import icl_moe
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERBS = ("shards", "tokenizer", "train", "export", "evaluate", "segment", "caption", "demo")
 
@@ -185,3 +187,10 @@ def test_set_up_says_what_it_needs(
     assert done.returncode == 2
     assert sentence in done.stdout
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_version_stands_in_one_place(run_command: Callable) -> None:
+    done = run_command(["icl-moe", "--version"])
+    assert done.stdout.strip() == f"icl-moe {icl_moe.__version__}"
+    assert f"version: {icl_moe.__version__}" in (REPOSITORY / "CITATION.cff").read_text()
+    assert f"## {icl_moe.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()

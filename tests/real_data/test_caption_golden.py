@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from icl_moe.evaluation import captioning
+from icl_moe.tasks import caption_scores
 from icl_moe.tasks.caption_scores import score_captions, score_tokenised
 
 
@@ -32,7 +32,7 @@ def plain_texts(golden: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     return predictions, references
 
 
-def as_row(scores: captioning.CaptionScores) -> dict[str, float]:
+def as_row(scores: caption_scores.CaptionScores) -> dict[str, float]:
     return {
         **{f"Bleu_{n}": value for n, value in enumerate(scores.bleu, start=1)},
         "ROUGE_L": scores.rouge_l,
@@ -53,8 +53,8 @@ def test_scores_of_tokenised_texts_are_the_golden_ones(golden, corpus):
 
 
 def test_scores_of_plain_texts_with_java_are_the_golden_ones_meteor_too(golden, corpus):
-    if captioning.java_problem():
-        pytest.skip(f"{captioning.java_problem()}: the PTB tokenizer and METEOR need Java")
+    if caption_scores.java_problem():
+        pytest.skip(f"{caption_scores.java_problem()}: the PTB tokenizer and METEOR need Java")
     predictions, references = plain_texts(golden)
     (scores,) = score_captions([predictions], references)
     assert scores.tokenizer.startswith("Stanford")

@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toy_model import VOCABULARY, make_batch, make_config, model_settings
 
-from icl_moe.model import linear
 from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.kernels import onednn_linear
 from icl_moe.training.throughput import peak_flops, peak_of, real_tokens, training_flops
 
 
@@ -16,7 +16,7 @@ def counted(batch, backward: bool, monkeypatch, **settings: object) -> tuple[int
     without the causal mask.
     """
     # Its counter knows neither oneDNN's operator nor fused attention on a CPU.
-    monkeypatch.setattr(linear, "_goes_to_onednn", lambda _: False)
+    monkeypatch.setattr(onednn_linear, "_goes_to_onednn", lambda _: False)
     decoder = InContextDecoder(make_config(**settings))
     initialise(decoder, seed=0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
