@@ -1,7 +1,6 @@
 """The public door: examples and a query in, a mask or a region's caption out."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import safe_open
 
 from icl_moe.boxes import Box
 from icl_moe.devices import default_device
@@ -30,6 +29,7 @@ from icl_moe.images import (
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
 from icl_moe.inference.region import Region
+from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import Episode, SequenceCodec
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
@@ -275,24 +275,39 @@ def _check_files(folder: Path) -> None:
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:
-    result: Any
+    damaged = InputError(
+        f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or they "
+        "disagree."
+    )
     try:
-        result = InContextDecoder.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
-            "they disagree."
-        ) from error
-    decoder, loaded = result
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loaded[kind]:
-            raise InputError(
-                f"{folder / 'model.safetensors'} does not fit its config.json: "
-                f"{kind.replace('_', ' ')}, such as {min(loaded[kind])}."
-            )
-    return decoder
+        config = DecoderConfig.from_pretrained(folder)
+        _check_weights(folder / "model.safetensors", config)
+        return InContextDecoder.from_pretrained(folder, config=config, local_files_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # What is wrong in a configuration raises many kinds.
+        raise damaged from error
+
+
+def _check_weights(file: Path, config: DecoderConfig) -> None:
+    """Raise InputError where a file's tensors are not those of a model of this configuration.
+
+    Before the model is made: of a wrong size it could take more memory than there is.
+    """
+    with torch.device("meta"):
+        wanted = {
+            name: list(parameter.shape)
+            for name, parameter in InContextDecoder(config).named_parameters()
+        }
+    with safe_open(file, framework="pt") as weights:
+        found = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    for kind, names in (
+        ("missing keys", wanted.keys() - found.keys()),
+        ("unexpected keys", found.keys() - wanted.keys()),
+        ("mismatched keys", {name for name in found if found[name] != wanted.get(name)}),
+    ):
+        if names:
+            raise InputError(f"{file} does not fit its config.json: {kind}, such as {min(names)}.")
 
 
 def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) -> None:

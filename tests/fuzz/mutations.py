@@ -1,5 +1,5 @@
-"""Mutations of files, each a function of a random generator: of bytes, as disks and downloads damage
-them, and of JSON and YAML values, as people and tools write them.
+"""Mutations of files, each a function of a random generator: of bytes, as disks damage them, and of
+JSON and YAML values, as people and tools write them.
 """
 
 import copy
