@@ -172,7 +172,9 @@ class StockTokenGate(nn.Module):
         super().__init__()
         if reads_attributes(settings):
             self.attributes = AttributeEmbedding(settings.width)
-        self.wg = stock.wg
+        gate = stock.get_submodule("wg")
+        assert isinstance(gate, nn.Linear)
+        self.wg = gate
         self._tp_size = tp_size
         self._stock: list[Any] = [
             stock
