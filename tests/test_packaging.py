@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import icl_moe
+from icl_moe.training.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+Command = Callable[..., subprocess.CompletedProcess[str]]
 VERBS = ("shards", "tokenizer", "train", "export", "evaluate", "segment", "caption", "demo")
 
 
@@ -73,44 +76,103 @@ def imports(folder: Path) -> set[str]:
     return found
 
 
-def test_the_wheel_has_code_recipes_and_assets_and_nothing_else(
-    run_command: Callable, tmp_path: Path
-) -> None:
-    source, target = tmp_path / "source", tmp_path / "installed"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "icl_moe", "preprocessing", "tests"):
-        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-        copy(REPOSITORY / name, source / name)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-    ]
-    done = run_command([*pip, "--target", target, source])
-    assert done.returncode == 0, done.stdout
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a checkout that go into a wheel, and some that do not."""
+    folder = tmp_path_factory.mktemp("source")
+    for path in map(REPOSITORY.joinpath, ("icl_moe", "preprocessing", "ds_configs", "tests")):
+        shutil.copytree(path, folder / path.name, symlinks=True)
+    for path in map(REPOSITORY.joinpath, ("pyproject.toml", "README.md", "LICENSE")):
+        shutil.copy(path, folder)
+    return folder
 
+
+@pytest.fixture(scope="module")
+def installed(run_command: Command, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the wheel of `source` is installed, without its dependencies."""
+    folder = tmp_path_factory.mktemp("installed")
+    options = ["--disable-pip-version-check", "--no-deps", "--no-index"]
+    build = ["wheel", *options, "--no-build-isolation", "--wheel-dir", folder / "wheels", source]
+    done = run_command([sys.executable, "-m", "pip", *build])
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (folder / "wheels").iterdir()
+    install = ["install", *options, "--target", folder / "packages", wheel]
+    done = run_command([sys.executable, "-m", "pip", *install])
+    assert done.returncode == 0, done.stdout
+    return folder / "packages"
+
+
+@pytest.fixture
+def elsewhere(run_command: Command, installed: Path, tmp_path: Path) -> Command:
+    """Runs a command of the installed package in an empty folder, where no checkout is in sight."""
+    (tmp_path / "empty").mkdir()
+    command = ["env", "--chdir", tmp_path / "empty", sys.executable]
+
+    def run(*parts: str | Path) -> subprocess.CompletedProcess[str]:
+        return run_command([*command, *parts], PYTHONPATH=str(installed), DS_ACCELERATOR="cpu")
+
+    return run
+
+
+def test_the_wheel_has_code_recipes_and_assets_and_nothing_else(
+    source: Path, installed: Path
+) -> None:
     def files(folder: Path) -> set[str]:
-        found = (
-            path for name in ("icl_moe", "preprocessing") for path in (folder / name).rglob("*")
-        )
         return {
-            str(path.relative_to(folder))
-            for path in found
-            if path.is_file() and path.suffix != ".pyc"
+            os.path.relpath(Path(parent) / name, folder)
+            for package in ("icl_moe", "preprocessing")
+            for parent, _, names in os.walk(folder / package, followlinks=True)
+            for name in names
+            if not name.endswith(".pyc")
         }
 
-    assert files(target) == files(source)
-    assert any(name.startswith("icl_moe/recipes/paper_256") for name in files(target))
-    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {
+    assert files(installed) == files(source)
+    assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {
         "icl_moe",
         "preprocessing",
         "bin",
     }
+
+
+def test_an_installed_copy_finds_its_recipes_and_engine_files(
+    elsewhere: Command, installed: Path
+) -> None:
+    code = """
+from icl_moe import recipe
+from icl_moe.training.preflight import read_engine
+print(recipe.__file__)
+for name in ("demo", "ablation_128", "paper_256"):
+    engine = recipe.load_recipe(recipe.TrainingRecipe, name).engine
+    print(name, read_engine(engine)["zero_optimization"]["stage"])
+"""
+    done = elsewhere("-c", code)
+    assert done.stdout.splitlines() == [
+        str(installed / "icl_moe/recipe.py"),
+        "demo 1",
+        "ablation_128 1",
+        "paper_256 1",
+    ]
+
+
+@pytest.mark.slow
+def test_an_installed_copy_builds_shards_trains_and_exports_in_an_empty_folder(
+    elsewhere: Command, tmp_path: Path
+) -> None:
+    """What `icl-moe demo` does, the launcher too, with less of everything."""
+    shards = ("shards", "build", "demo", "synthetic.images=12", "--out", "shards")
+    train = ["demo", "data.shards=shards", "training.output=run", "training.steps=1"]
+    train += ["training.global_batch=2", "training.micro_batch=1"]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    launcher += ["--master_port", str(free_port()), "--module", "icl_moe.training"]
+    for command in (
+        ["-m", "icl_moe", *shards, "--workers", "1"],
+        [*launcher, *train],
+        ["-m", "icl_moe", "export", "run", "--out", "model"],
+    ):
+        done = elsewhere(*command)
+        assert done.returncode == 0, done.stdout
+    assert (tmp_path / "empty/model/model.safetensors").is_file()
+    assert (tmp_path / "empty/run/csv_monitor").is_dir(), "as ds_configs/demo.json says"
 
 
 @pytest.mark.parametrize("verb", VERBS)

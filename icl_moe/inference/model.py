@@ -276,8 +276,8 @@ def _check_files(folder: Path) -> None:
 
 def _load_decoder(folder: Path) -> InContextDecoder:
     damaged = InputError(
-        f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or they "
-        "disagree."
+        f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
+        "they disagree."
     )
     try:
         config = DecoderConfig.from_pretrained(folder)

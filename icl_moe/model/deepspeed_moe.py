@@ -173,7 +173,9 @@ class StockTokenGate(nn.Module):
         super().__init__()
         if reads_attributes(settings):
             self.attributes = AttributeEmbedding(settings.width)
-        self.wg = stock.wg
+        gate = stock.get_submodule("wg")
+        assert isinstance(gate, nn.Linear)
+        self.wg = gate
         self._tp_size = tp_size
         self._stock: list[Any] = [
             stock
@@ -189,8 +191,7 @@ class StockTokenGate(nn.Module):
         _, capacity, experts, chosen_KT, *rest = gate(x_TM, None, sparse_routes, use_tutel)
         if gate.k == 1:
             capacity = self._places(rest[-1])
-        weight_EM: Tensor = self.get_submodule("wg").get_parameter("weight")
-        probabilities_TE = F.linear(x_TM.float(), weight_EM.float()).softmax(dim=-1)
+        probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
         loss = balancing_loss(probabilities_TE, chosen_KT[0].long(), plan)
         return loss, capacity, experts, chosen_KT, *rest
 
