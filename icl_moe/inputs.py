@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -26,7 +27,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"The file {path} is empty; JSON belongs there.")
     try:
         text = content.decode(json_encoding(content))
-        return with_whole_characters(json.loads(text), text)
+        return with_whole_characters(json.loads(text, cls=JSONDecoder), text)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid JSON: it is not text in UTF-8.") from error
     except (ValueError, RecursionError) as error:
@@ -46,6 +47,27 @@ def check_is_file(path: Path) -> None:
     raise InputError(f"The file {path} does not exist.")
 
 
+class JSONDecoder(json.JSONDecoder):
+    """Decodes as `read_json` does: a key that stands twice in a record is an error, where plain
+    decoders keep the last of its values in silence.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=_record)
+
+
+class _KeyTwiceError(ValueError):
+    """A key stands twice in a record."""
+
+
+def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise _KeyTwiceError(f"the key {shown(twice)} stands there twice in one record")
+    return record
+
+
 def json_encoding(start: bytes) -> str:
     """The encoding of a JSON file that begins with `start` (four bytes tell)."""
     return json.detect_encoding(start[:4])
@@ -59,6 +81,8 @@ def json_error(path: Path, error: Exception) -> InputError:
         )
     if isinstance(error, RecursionError):
         return InputError(f"{path} cannot be read: its JSON is nested too deep.")
+    if isinstance(error, _KeyTwiceError):
+        return InputError(f"{path} contradicts itself: {error}.")
     return InputError(f"{path} cannot be read: its JSON has a number of too many digits.")
 
 

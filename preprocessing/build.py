@@ -315,24 +315,34 @@ def _read_pools(
 
 
 _REMEDIES = {
-    "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
-    "small_objects": "set segmentation.small_objects=true",
-    "missing_images": "put the missing images there",
+    "boxes_of_negative_size": "put the boxes right",
+    "captions_without_a_seen_class": "name classes that both the captions and the images have",
     "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
+    "classes_with_too_few_images": "give more data or set examples lower",
+    "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
+    "empty_boxes": "put the boxes right",
+    "empty_masks": "put the outlines right",
+    "masks_lacking_an_instance": "give all instances an outline",
+    "missing_images": "put the missing images there",
+    "regions_without_a_class": "name classes that both the regions and the objects have",
+    "small_objects": "set segmentation.small_objects=true",
     "texts_without_room": "shorten the texts or set image_size higher",
 }
-"""What helps against a reason for which things are left out; else, more data does."""
+"""What helps against a reason for which things are left out."""
 
 
 def _nothing_left(pool: Pool, examples: int) -> InputError:
     reasons = {reason: count for reason, count in sorted(pool.skipped.items()) if count}
     left_out = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
     remedies = [_REMEDIES[reason] for reason in reasons if reason in _REMEDIES]
-    if not remedies or "classes_with_too_few_images" in reasons:
-        remedies.append("give more data or set examples lower")
+    if pool.bad_images:
+        remedies.append("replace the images that cannot be used")
+    if not remedies:
+        remedies.append("give more data")
     return InputError(
         f"No class of {pool.task} is seen in the {examples + 1} images that an episode needs"
-        f"{f' (left out: {left_out})' if left_out else ''}; {', or '.join(remedies)}."
+        f"{f' (left out: {left_out})' if left_out else ''}; "
+        f"{', or '.join(dict.fromkeys(remedies))}."
     )
 
 

@@ -119,6 +119,8 @@ def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]
         raise InputError(
             f"{file} has no categories; a COCO instances file, which names them, belongs there."
         )
+    if not content["annotations"]:
+        raise InputError(f"{file} has no annotations.")
     for kind in lists:
         _check_records(file, kind, content[kind])
     _check_references(file, content, "image_id", "images")

@@ -250,11 +250,11 @@ def _other_spelling(folder: Path, name: str) -> str:
     """
     for place in dict.fromkeys(((folder / name).parent, folder)):
         try:
-            names = sorted(path.name for path in place.iterdir())
+            files = sorted(path for path in place.iterdir() if _plain(path.name) == _plain(name))
         except OSError:  # It is not there, or one may look up files in it, but not list them.
             continue
-        if like := next((other for other in names if _plain(other) == _plain(name)), None):
-            return f" (there is a file {place / like})"
+        if like := next(filter(is_file, files), None):
+            return f" (there is a file {like})"
     return ""
 
 

@@ -124,6 +124,13 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if self.segmentation is None and self.captioning is None and not self.tasks:
             raise InputError("a data recipe needs a section segmentation, captioning or both.")
+        for name in ("segmentation", "captioning"):
+            section = getattr(self, name)
+            if section is not None and section.classes == ():
+                raise InputError(
+                    f"{name}.classes must name at least one class, or be null for all that are "
+                    "known."
+                )
         if self.segmentation is not None and self.segmentation.source == "coco":
             _require("segmentation", self.segmentation, ("images", "annotations"))
         if self.captioning is not None and self.captioning.source == "visual_genome":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from icl_moe.boxes import Box, box_iou, normalise_box
 from icl_moe.errors import InputError, shown
 from icl_moe.inputs import (
+    JSONDecoder,
     check_is_file,
     json_encoding,
     json_error,
@@ -117,7 +118,7 @@ def read_json_list(file: Path) -> Iterator[Any]:
 
 
 def _entries_of_list(file: Path, stream: TextIO, progress: Any) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
+    decoder = JSONDecoder()
     text, position, count = "", 0, -1  # count is -1 before the list's bracket
     while True:
         position = _GAP.match(text, position).end()  # type: ignore[union-attr]

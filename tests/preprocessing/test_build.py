@@ -348,6 +348,34 @@ def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_re
     assert manifest.skipped["captioning.texts_without_room"] == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "edit", "remedy"),
+    [
+        (["captioning=null"], {"iscrowd": 1}, "set segmentation.crowds=instances"),
+        (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); put the outlines right"),
+        (["captioning=null", "segmentation.small_objects=false"], {}, "small_objects=true"),
+        (["captioning=null", "examples=6"], {}, "give more data or set examples lower"),
+        (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "put the boxes right"),
+        (["segmentation=null", "captioning.classes=[cat]", "examples=3"], {}, "more data or set"),
+        (["segmentation=null", "captioning.min_descriptions=99"], {}, "min_descriptions lower"),
+    ],
+)
+def test_where_nothing_is_left_the_sentence_says_what_would_help(
+    build, coco_folder, coco_recipe, tmp_path, settings, edit, remedy
+):
+    def edit_all(content):
+        kept = [each for each in content["annotations"] if each["area"] != 10]
+        for each in kept:
+            each.update(edit)
+        if "segmentation.small_objects=false" in settings:
+            kept = [each for each in kept if each["area"] < 1000]
+        content["annotations"] = kept
+
+    coco_folder.write(edit_all)
+    with pytest.raises(InputError, match=remedy):
+        build(tmp_path / "out", *settings, recipe=str(coco_recipe))
+
+
 def test_missing_images_are_counted_in_the_manifest_on_demand(
     build, coco_folder, coco_recipe, tmp_path
 ):
@@ -378,6 +406,8 @@ def test_missing_images_are_counted_in_the_manifest_on_demand(
             ["captioning.source=coco_captions", "captioning.images=x"],
             "needs the key 'captioning.annotations'",
         ),
+        (["segmentation.classes=[]"], "segmentation.classes must name at least one class"),
+        (["captioning.classes=[]"], "captioning.classes must name at least one class"),
         (["captioning.split=train"], "captioning.splits and captioning.split go together"),
         (
             ["segmentation=null", "captioning=null"],

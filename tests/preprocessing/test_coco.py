@@ -259,6 +259,7 @@ HUGE = 10**400
         (lambda content: content["images"][0].pop("id"), "entry 0 of 'images' has the id None"),
         (lambda content: content.pop("images"), "not in COCO's format"),
         (lambda content: content.update(annotations={}), "not in COCO's format"),
+        (lambda content: content.update(annotations=[]), "instances.json has no annotations"),
     ],
 )
 def test_a_wrong_record_is_named_in_a_sentence(coco_folder, edit, message):
@@ -372,6 +373,16 @@ def test_a_missing_image_that_is_there_under_another_spelling_is_pointed_out(
     assert f"(there is a file {coco_folder.images / there})" in str(error.value)
 
 
+def test_what_is_no_file_is_missing(coco_folder):
+    image = coco_folder.images / "1.jpg"
+    image.unlink()
+    for make in (lambda: image.mkdir(), lambda: image.symlink_to("nowhere.jpg")):
+        make()
+        with pytest.raises(InputError, match=r"first is 1.jpg; put them there"):
+            read(coco_folder)
+        image.rmdir() if image.is_dir() else image.unlink()
+
+
 def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_skipped(
     coco_folder, tmp_path
 ):
@@ -396,6 +407,10 @@ def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_
         (b"{}{}", "is not valid JSON: Extra data"),
         (b"[]", "is not in COCO's format"),
         (b"null", "is not in COCO's format"),
+        (
+            b'{"images": [], "annotations": [1], "annotations": [2]}',
+            "the key 'annotations' stands there twice in one record",
+        ),
         (b"\x1f\x8b\x08\x00 compressed", "it is not text in UTF-8"),
         (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number of too many digits"),
         (b"[" * 100_000, "its JSON is nested too deep"),

@@ -336,6 +336,7 @@ def test_a_wrong_record_is_named_in_a_sentence(genome_folder, file, edit, messag
         ("[1]]", "something follows after the list of 1 records"),
         ("[1, " + "9" * 5000 + "]", "a number of too many digits"),
         ("[" * 100_000, "nested too deep"),
+        ('[{"a": {"b": 1, "b": 2}}]', "the key 'b' stands there twice in one record"),
     ],
 )
 def test_a_list_that_is_malformed_or_cut_off_is_refused(tmp_path, text, message):
