@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from toy_model import FORMAT, VOCABULARY, make_batch, make_config
 
 from icl_moe.batch import collate
+from icl_moe.inference.cache import KeyValueCache
 from icl_moe.model.attention import EpisodeAttention
-from icl_moe.model.decoder import InContextDecoder
+from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.sequence import Episode, SequenceCodec, TokenSequence
@@ -29,6 +30,7 @@ ROUTINGS = {
     "dense": {"feed_forward": "dense"},
     "attributes": {"feed_forward": "attributes"},
     "attributes, one expert": {"feed_forward": "attributes", "experts_per_token": 1},
+    "attributes without noise": {"feed_forward": "attributes", "gate_noise": False},
     "merged weights": {"feed_forward": "attributes", "combination": "weights"},
     "stock tokens": {"feed_forward": "token"},
     "our gate on tokens": {"feed_forward": "attributes", "gate_input": "token"},
@@ -73,7 +75,8 @@ def trained_like(
     """A decoder whose parameters are all of a size that training could give: at their first values
     biases are 0, norms 1 and the attention nearly even, which hides faults.
     """
-    model = InContextDecoder(make_config(**settings), sparse_layer, **options)
+    config = make_config(layer_norm_epsilon=0.01, **settings)
+    model = InContextDecoder(config, sparse_layer, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(hash_of(exported_name(name), seed))
@@ -103,7 +106,7 @@ def noise_of(model: InContextDecoder) -> Callable[[int, int], Tensor]:
 
 
 def assert_equals_the_formulas(model: InContextDecoder, routing: str, layout: str) -> None:
-    noisy = routing not in ("dense", *BY_TOKEN)
+    noisy = routing not in ("dense", "attributes without noise", *BY_TOKEN)
     sequences = uneven_episodes()[2:] if routing in BY_TOKEN else uneven_episodes()
     parameters = {exported_name(name): p for name, p in model.named_parameters()}
     plain = PlainDecoder(
@@ -111,7 +114,7 @@ def assert_equals_the_formulas(model: InContextDecoder, routing: str, layout: st
     )
     expected = plain.loss(sequences, input_weight=0.5, auxiliary_weight=model.auxiliary_weight)
     batch = collate(sequences, VOCABULARY, "mixed", layout, input_weight=0.5)
-    found = model(batch, noise=NOISE if noisy else None)
+    found = model(batch, noise=NOISE)
     for name, value in expected._asdict().items():
         assert getattr(found, name).item() == pytest.approx(value.item(), rel=1e-5), name
     found.total.backward()
@@ -137,8 +140,9 @@ def test_loss_and_gradients_equal_the_formulas(routing, layout):
 
 @pytest.mark.parametrize("routing", ["attributes", "stock tokens", "tokens and attributes"])
 def test_so_do_those_of_deepspeeds_layers(routing, one_rank):
-    model = trained_like(ROUTINGS[routing], sparse_layer_factory(), auxiliary_weight=0.7)
-    assert_equals_the_formulas(one_rank(model), routing, "packed")
+    model = one_rank(trained_like(ROUTINGS[routing], sparse_layer_factory()))
+    assert model.auxiliary_weight == 0.02
+    assert_equals_the_formulas(model, routing, "packed")
 
 
 def test_gate_noise_has_the_published_spread_and_its_own_draw_for_seed_step_layer_and_class():
@@ -245,3 +249,59 @@ def test_attention_dropout_is_its_own_setting_and_training_alone_has_it():
     assert first != second
     plain = losses()
     assert plain == (evaluated, evaluated, evaluated)
+
+
+def test_new_weights_are_spread_as_gpt2s_and_drawn_from_the_seed():
+    model = InContextDecoder(make_config(layers=2, layers_with_experts=(1,)))
+    initialise(model, seed=1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            ends = ("attention.out.weight", "down.weight")
+            std = 0.02 / math.sqrt(2 * 2) if name.endswith(ends) else 0.02
+            noise = 4 * std / math.sqrt(2 * parameter.numel())
+            assert parameter.std().item() == pytest.approx(std, abs=noise), name
+    again, other = (InContextDecoder(model.config) for _ in range(2))
+    initialise(again, seed=1)
+    initialise(other, seed=2)
+    drawn, same, different = (m.token_embedding.weight for m in (model, again, other))
+    assert torch.equal(drawn, same)
+    assert not torch.equal(drawn, different)
+
+
+def test_activation_checkpointing_computes_each_layer_again_in_training_alone():
+    model = trained_like({})
+    batch = make_batch("segmentation", 1)
+    computed = []
+    for layer in model.layers:
+        layer.attention_norm.register_forward_hook(lambda *_: computed.append(1))
+    for checkpointing, training, expected in ((False, True, 3), (True, True, 6), (True, False, 3)):
+        model.activation_checkpointing = checkpointing
+        computed.clear()
+        model.train(training)(batch).total.backward()
+        assert len(computed) == expected
+
+
+def test_the_next_tokens_logits_are_the_last_ones_with_a_cache_and_without():
+    """Rows of different lengths, padded on the left, read in pieces of 5, 1 and 4 tokens."""
+    model = trained_like({}).eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(0, VOCABULARY.size, (2, 10), generator=generator)
+    attributes_BL = torch.tensor([[0, 0, 0, *[5] * 4, *[9] * 3], [*[5] * 6, *[9] * 4]])
+    positions_BL = torch.stack([torch.arange(10) - 3, torch.arange(10)]).clamp(min=0)
+    rows = (tokens_BL, positions_BL, attributes_BL)
+    alone = [
+        model.forward_logits(*(x[row : row + 1, start:] for x in rows))[0]
+        for row, start in ((0, 3), (1, 0))
+    ]
+    cache = KeyValueCache(capacity=4)
+    with torch.no_grad():
+        for start, stop in ((0, 5), (5, 6), (6, 10)):
+            expected = torch.stack([alone[0][stop - 1 - 3], alone[1][stop - 1]])
+            whole = model.next_logits(*(x[:, :stop] for x in rows))
+            cached = model.next_logits(*(x[:, start:stop] for x in rows), cache)
+            torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(cached, expected, atol=1e-4, rtol=1e-4)
