@@ -161,6 +161,7 @@ class _Loop:
             if settings.dry_run:
                 dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
             validation = self._validation(watchdog)
+            watchdog.beat(start, "agreeing with the other ranks")
             if agreed_to_stop(self.ranks):
                 self._say(f"stopped by a signal before step {start + 1}; the same command goes on")
                 return
