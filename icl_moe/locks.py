@@ -32,11 +32,11 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
-        if is_new:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if is_new:
                 folder.rmdir()  # It stays where anything was written.
+        os.close(file)
 
 
 def _wait_for_lock(path: Path, key: str) -> int:
@@ -75,6 +75,7 @@ def _try_lock(file: int, path: Path) -> bool:
             "no other process writes there.",
             file=sys.stderr,
         )
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # A full disk keeps the name out, not the lock.
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     return True

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _FILE = "run.json"
 
+_CHECKPOINTS = "checkpoints/step-*/complete.json"
+
 _PACKAGES = ("icl-moe", "torch", "deepspeed", "transformers", "webdataset", "numpy")
 
 _SAME = ("seed", "global_batch", "sampling", "task_weights")
@@ -37,10 +39,12 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
     than this recipe would; it names what differs.
     """
     output = Path(recipe.training.output)
-    stretches = _read(output)
-    if not stretches or not any((output / "checkpoints").glob("step-*")):
+    names = (file.parent.name.removeprefix("step-") for file in output.glob(_CHECKPOINTS))
+    saved = max((int(name) for name in names if name.isdigit()), default=0)
+    trained = [stretch for stretch in _read(output) if stretch["from_step"] < saved]
+    if not trained:
         return
-    last = stretches[-1]
+    last = trained[-1]
     differences = [
         (f"training.{name}", last["recipe"]["training"].get(name), getattr(recipe.training, name))
         for name in _SAME

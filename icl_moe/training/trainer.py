@@ -178,6 +178,7 @@ class _Run:
             if self.recipe.training.dry_run:
                 dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
             validation = self._validation(watchdog)
+            watchdog.beat(self.state.step, "agreeing with the other ranks")
             if agreed_to_stop(self.ranks):
                 self._say(
                     f"stopped by a signal before step {self.state.step + 1}; the same command "
