@@ -22,7 +22,7 @@ from icl_moe.model.attention import (
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.feed_forward import FeedForward, SparseFeedForward
 from icl_moe.model.loss import DecoderLoss, combine, target_losses
-from icl_moe.model.router import RoutingPlan
+from icl_moe.model.router import GATE, RoutingPlan
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import SequenceFormat
@@ -39,6 +39,7 @@ class InContextDecoder(PreTrainedModel):
 
     config_class = DecoderConfig
     base_model_prefix = ""
+    _keep_in_fp32_modules_strict = [GATE]  # noqa: RUF012
 
     def __init__(
         self,

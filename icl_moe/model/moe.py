@@ -25,6 +25,7 @@ from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.func import functional_call
 
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import (
@@ -36,7 +37,13 @@ from icl_moe.model.feed_forward import (
     routes_streams,
     weighted_outputs,
 )
-from icl_moe.model.router import AttributeDecision, AttributeEmbedding, AttributeGate, RoutingPlan
+from icl_moe.model.router import (
+    AttributeDecision,
+    AttributeEmbedding,
+    AttributeGate,
+    RoutingPlan,
+    full_precision,
+)
 from icl_moe.model.tensor_parallel import divide_rows, enter, leave
 from icl_moe.recipe import ModelSettings
 
@@ -91,8 +98,8 @@ class DeepSpeedFeedForward(MoE):
         stock: MOELayer = self.get_submodule("deepspeed_moe")
         if routes_streams(settings):
             self.deepspeed_moe = AttributeMOELayer(settings, layer, stock, tp_rank, tp_size)
-        elif settings.feed_forward == "attributes" and settings.gate_input == "token+attributes":
-            stock.gate = TokenAttributeGate(stock.gate, settings.width)
+        else:
+            stock.gate = StockTokenGate(stock.gate, settings)
         self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> Tensor:
@@ -153,13 +160,18 @@ class AttributeMOELayer(MOELayer):
         return weighted_outputs(decision, experts, run)
 
 
-class TokenAttributeGate(nn.Module):
-    """Stock's gate, reading the sum of each token and of its attributes' embedding."""
+class StockTokenGate(nn.Module):
+    """Stock's top-k gate with full-precision weights, reading each token or the sum of it and of
+    its attributes' embedding.
+    """
 
-    def __init__(self, stock: nn.Module, width: int) -> None:
+    def __init__(self, stock: nn.Module, settings: ModelSettings) -> None:
         super().__init__()
-        self.attributes = AttributeEmbedding(width)
-        self.wg = stock.wg
+        if settings.feed_forward == "attributes" and settings.gate_input == "token+attributes":
+            self.attributes = AttributeEmbedding(settings.width)
+        wg = stock.get_submodule("wg")
+        assert isinstance(wg, nn.Linear)
+        self.wg = wg
         self._stock: list[Any] = [
             stock
         ]  # In a list, so that its parameters are not registered twice.
@@ -168,7 +180,11 @@ class TokenAttributeGate(nn.Module):
         self._stock[0]._set_ep_group(ep_group)
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, sparse_routes: bool, use_tutel: bool) -> Any:
-        return self._stock[0](x_TM + self.attributes(plan), None, sparse_routes, use_tutel)
+        if hasattr(self, "attributes"):
+            x_TM = x_TM + self.attributes(plan)
+        weights = {"wg.weight": full_precision(self.wg.weight)}
+        arguments = (x_TM, None, sparse_routes, use_tutel)
+        return functional_call(self._stock[0], weights, arguments)
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:

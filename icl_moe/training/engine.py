@@ -30,6 +30,7 @@ from icl_moe.optim.mt_adamw import MTAdamW
 from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import TrainingRecipe, to_dict
 from icl_moe.training.distributed import ModelParallelUnit, Ranks
+from icl_moe.training.partitions import refresh_gates
 from icl_moe.training.preflight import zero_stage
 
 
@@ -69,6 +70,7 @@ class TrainingEngine:
                 dist_init_required=False,
             )
         self.deepspeed.train()
+        refresh_gates(self.deepspeed)
 
     @property
     def model(self) -> InContextDecoder:
@@ -125,7 +127,9 @@ class TrainingEngine:
             self.deepspeed.step()
         moved = any(calls)
         self.deepspeed.skipped_steps = skipped + (not moved)
-        if not moved:
+        if moved:
+            refresh_gates(self.deepspeed)
+        else:
             self.norm = None
         return moved
 
