@@ -24,7 +24,7 @@ from icl_moe.model.feed_forward import FeedForward, SparseFeedForward
 from icl_moe.model.kernels import cross_entropy
 from icl_moe.model.loss import DecoderLoss, combine
 from icl_moe.model.moe import Decision
-from icl_moe.model.router import decide
+from icl_moe.model.router import GATE, decide
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import SequenceFormat
@@ -41,6 +41,7 @@ class InContextDecoder(PreTrainedModel):
 
     config_class = DecoderConfig
     base_model_prefix = ""
+    _keep_in_fp32_modules_strict = [GATE]  # noqa: RUF012
 
     def __init__(
         self,

@@ -26,12 +26,18 @@ from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.func import functional_call
 
 from icl_moe.batch import RoutingPlan
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
 from icl_moe.model.moe import Decision, Route, combine, dispatch, mix_outputs, mix_weights
-from icl_moe.model.router import AttributeEmbedding, AttributeGate, balancing_loss
+from icl_moe.model.router import (
+    AttributeEmbedding,
+    AttributeGate,
+    balancing_loss,
+    full_precision,
+)
 from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
 from icl_moe.recipe import ModelSettings
 
@@ -163,7 +169,7 @@ class AttributeMOELayer(MOELayer):
 
 
 class StockTokenGate(nn.Module):
-    """Stock's top-k gate, reading each token or the sum of it and of its attributes' embedding. Its
+    """Stock's top-k gate with full-precision weights, reading each token or the sum of it and of its attributes' embedding. Its
     auxiliary loss is `balancing_loss`: stock's own is over the whole stream, padding too.
 
     The plan arrives as the layer's `used_token` argument, which is a mask to stock's top-1 gate.
@@ -188,10 +194,13 @@ class StockTokenGate(nn.Module):
         if hasattr(self, "attributes"):
             x_TM = x_TM + self.attributes(plan)
         gate = self._stock[0]
-        _, capacity, experts, chosen_KT, *rest = gate(x_TM, None, sparse_routes, use_tutel)
+        weight_EM = full_precision(self.wg.weight)
+        _, capacity, experts, chosen_KT, *rest = functional_call(
+            gate, {"wg.weight": weight_EM}, (x_TM, None, sparse_routes, use_tutel)
+        )
         if gate.k == 1:
             capacity = self._places(rest[-1])
-        probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
+        probabilities_TE = F.linear(x_TM.float(), weight_EM).softmax(dim=-1)
         loss = balancing_loss(probabilities_TE, chosen_KT[0].long(), plan)
         return loss, capacity, experts, chosen_KT, *rest
 

@@ -1,7 +1,7 @@
 """Which experts a token goes to: the gates."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from icl_moe.attributes import ATTRIBUTE_BITS, attribute_bits
 from icl_moe.batch import RoutingPlan
 from icl_moe.model.moe import Decision
 from icl_moe.seeds import stable_seed
+
+GATE = r"\.gate\."
+"""What is in the names of the parameters of gates, and in no others, in an exported model."""
 
 
 class StreamChoice(NamedTuple):
@@ -51,9 +54,9 @@ class AttributeGate(nn.Module):
         no gradient
 
     In training noise is N(0, (1/E)^2), drawn from (seed, step, layer, attribute class): equal on
-    every rank and under recomputation. All in float32. The auxiliary loss is GShard's, E * sum_e
-    (mean p_e) (share of tokens whose first expert is e), per episode over its tokens that are no
-    padding, then averaged over the episodes.
+    every rank and under recomputation. All in float32, the weights too (`full_precision`). The
+    auxiliary loss is GShard's, E * sum_e (mean p_e) (share of tokens whose first expert is e), per
+    episode over its tokens that are no padding, then averaged over the episodes.
     """
 
     def __init__(
@@ -93,15 +96,8 @@ class AttributeGate(nn.Module):
             bits = torch.tensor(
                 [attribute_bits(c) for c in classes], dtype=torch.float32, device=device
             ).view(-1, ATTRIBUTE_BITS)
-            hidden = F.linear(bits, self.embed.weight.float(), self.embed.bias.float())
-            hidden = F.layer_norm(
-                hidden,
-                self.norm.normalized_shape,
-                self.norm.weight.float(),
-                self.norm.bias.float(),
-                self.norm.eps,
-            )
-            logits_CE = F.linear(hidden, self.wg.weight.float())
+            hidden = _embedded(bits, self.embed, self.norm)
+            logits_CE = F.linear(hidden, full_precision(self.wg.weight))
             if noise is not None:
                 logits_CE = logits_CE + self._noise(classes, noise).to(device)
             return logits_CE.softmax(dim=-1)
@@ -141,11 +137,13 @@ class AttributeEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, plan: RoutingPlan) -> Tensor:
-        """(T, M) over the whole stream of the plan."""
-        bits = self.embed.weight.new_tensor([attribute_bits(c) for c in plan.classes]).view(
-            -1, ATTRIBUTE_BITS
-        )
-        rows_CM = self.norm(self.embed(bits))
+        """(T, M), float32, over the whole stream of the plan."""
+        bits = torch.tensor(
+            [attribute_bits(c) for c in plan.classes],
+            dtype=torch.float32,
+            device=self.embed.weight.device,
+        ).view(-1, ATTRIBUTE_BITS)
+        rows_CM = _embedded(bits, self.embed, self.norm)
         rows = torch.cat(
             [rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])]
         )  # The last row, index -1, is padding's.
@@ -175,9 +173,51 @@ class TokenGate(nn.Module):
         """experts_TK (int64), weights_TK (float32) and the auxiliary loss."""
         if hasattr(self, "attributes"):
             x_TM = x_TM + self.attributes(plan)
-        probabilities_TE = F.linear(x_TM.float(), self.wg.weight.float()).softmax(dim=-1)
+        probabilities_TE = F.linear(x_TM.float(), full_precision(self.wg.weight)).softmax(dim=-1)
         top_TK, experts_TK = probabilities_TE.topk(self.experts_per_token, dim=-1)
         weights_TK = (
             top_TK / top_TK.sum(dim=-1, keepdim=True) if self.experts_per_token > 1 else top_TK
         )
         return experts_TK, weights_TK, balancing_loss(probabilities_TE, experts_TK[:, 0], plan)
+
+
+def keep_full_precision(parameter: Tensor, values: Tensor) -> None:
+    """Let a gate compute with `values` (float32) in the place of its parameter, which holds them
+    rounded.
+    """
+    vars(parameter)["full_precision"] = values
+
+
+def full_precision(parameter: Tensor) -> Tensor:
+    """The weights that a gate computes with, float32: where training in bfloat16 keeps them
+    (`keep_full_precision`) its master weights, else the parameter. The gradient is the
+    parameter's.
+
+    Experts whose probabilities are nearly equal must not be told apart by the rounding of a gate's
+    weights, which are few.
+    """
+    values = vars(parameter).get("full_precision")
+    if values is None:
+        return parameter.float()
+    exact: Tensor = _InPlaceOf.apply(parameter, values)
+    return exact
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """Values in the place of a parameter, to which their gradient goes."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
+def _embedded(bits_CA: Tensor, embed: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm(W_t a + b_t) of attribute vectors, float32."""
+    hidden_CM = F.linear(bits_CA, full_precision(embed.weight), full_precision(embed.bias))
+    scale, shift = full_precision(norm.weight), full_precision(norm.bias)
+    return F.layer_norm(hidden_CM, norm.normalized_shape, scale, shift, norm.eps)

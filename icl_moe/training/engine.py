@@ -31,6 +31,7 @@ from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.distributed import ModelParallelUnit, Ranks
+from icl_moe.training.partitions import refresh_gates
 from icl_moe.training.preflight import zero_stage
 
 
@@ -70,6 +71,7 @@ class TrainingEngine:
                 dist_init_required=False,
             )
         self.deepspeed.train()
+        refresh_gates(self.deepspeed)
 
     @property
     def model(self) -> InContextDecoder:
@@ -126,7 +128,9 @@ class TrainingEngine:
             self.deepspeed.step()
         moved = any(calls)
         self.deepspeed.skipped_steps = skipped + (not moved)
-        if not moved:
+        if moved:
+            refresh_gates(self.deepspeed)
+        else:
             self.norm = None
         return moved
 

@@ -4,11 +4,13 @@ Here are all the attributes of DeepSpeed's optimizers that the training state re
 training_state.py says what is written of it.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from icl_moe.model.deepspeed_moe import exported_name, first_expert
+from icl_moe.model.router import GATE, keep_full_precision
 from icl_moe.model.tensor_parallel import is_split
 
 
@@ -99,6 +102,33 @@ def _share(copies: list[HeldRange]) -> Iterator[HeldRange]:
         begin += r.length
 
 
+def refresh_gates(engine: Any) -> None:
+    """Let gates compute with their master weights as they are now. Every rank calls it.
+
+    DeepSpeed casts every parameter of a bf16 model and keeps what it is a rounding of in
+    partitions, so each rank hands what it holds of the gates to all others: the number of their
+    weights is small.
+    """
+    gates = {
+        name: parameter
+        for path, parameter in engine.module.named_parameters()
+        if re.search(GATE, name := exported_name(path))
+    }
+    if not engine.bfloat16_enabled() or not gates:
+        return
+    shapes = [vars(parameter).get("ds_shape", parameter.shape) for parameter in gates.values()]
+    counts = [shape.numel() for shape in shapes]
+    # What a rank does not hold it leaves at zero, and each number is held once.
+    values = torch.zeros(sum(counts), device=engine.device)
+    parts = dict(zip(gates, values.split(counts), strict=True))
+    for held in ranges_to_write(engine):
+        if held.name in parts:
+            parts[held.name][held.start : held.start + held.length] = held.of(held.master)
+    dist.all_reduce(values)
+    for (name, parameter), shape in zip(gates.items(), shapes, strict=True):
+        keep_full_precision(parameter, parts[name].view(shape))
+
+
 def refresh_model(engine: Any) -> None:
     """Make the weights that the model computes with those of the master weights."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -111,6 +141,7 @@ def refresh_model(engine: Any) -> None:
         optimizer.update_lp_params()
     for parameter, master in _masters(engine).items():
         parameter.copy_(master)
+    refresh_gates(engine)
 
 
 def _place(

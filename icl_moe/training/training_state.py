@@ -17,13 +17,14 @@ equal shares. So D data-parallel ranks write, under AdamW, 12 bytes x parameters
 it each; nothing is gathered, and on a GPU one state's range at a time is copied to the host. A rank
 reads the ranges that its own partitions hold. Only where the number of tensor ranks changes does it
 put whole parameters together, one at a time. The weights that a bf16 model computes with are its
-master weights, rounded: not stored.
+master weights, rounded but for the gates': not stored.
 
 Apart from checkpoint.py, which knows folders and what is whole; where DeepSpeed keeps each number
 is in partitions.py.
 """
 
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from icl_moe.errors import InputError
 from icl_moe.files import flush_to_disk, give_usual_mode, write_whole
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.model.router import GATE
 from icl_moe.model.tensor_parallel import join, split
 from icl_moe.training.faults import any_rank
 from icl_moe.training.partitions import (
@@ -150,8 +152,8 @@ def read(engine: Any, folder: Path) -> int:
 
 
 def read_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Tensor], int]:
-    """Every weight by its exported name, in the precision that it trained in, and the number of
-    steps.
+    """Every weight by its exported name, in the precision that it was computed with, and the number
+    of steps.
     """
     stored = _Stored(folder)
     shapes = _shapes(config)
@@ -162,9 +164,11 @@ def read_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Tensor]
             f"{difference}."
         )
     precision = getattr(torch, stored.index["precision"])
-    return {name: stored.whole(name, _WEIGHT).to(precision) for name in shapes}, int(
-        stored.index["completed_steps"]
-    )
+    weights = {
+        name: stored.whole(name, _WEIGHT).to(torch.float32 if re.search(GATE, name) else precision)
+        for name in shapes
+    }
+    return weights, int(stored.index["completed_steps"])
 
 
 class _Stored:
