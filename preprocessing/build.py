@@ -188,8 +188,9 @@ class _WorkFolder:
                 return
             if self._has_results():
                 self._check_settings(found, "unfinished shards")
-            # Nothing was made by that other recipe, which was refused, say.
-            shutil.rmtree(self.work)
+            # Nothing was made by that other recipe, which was refused, say. What it found out about
+            # the images stays.
+            self._state_file.unlink()
             shutil.rmtree(self.out / "synthetic", ignore_errors=True)
         if self.out.exists() and (
             not self.out.is_dir()

@@ -30,7 +30,7 @@ from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ObjectScale, SegmentationSource
-from preprocessing.records import image_file, is_id, is_number, kinds_of_id
+from preprocessing.records import image_file, is_id, kinds_of_id
 from preprocessing.workers import ordered_map
 
 SMALL_AREA = 32**2
@@ -326,7 +326,7 @@ def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
             f"{where} has a polygon of {len(polygon)} numbers; pairs of x and y belong there."
         )
     reach = 2 * max(image.width, image.height)
-    if not all(is_number(value, largest=reach) for value in polygon):
+    if not all(-reach <= value <= reach for value in polygon):  # so NaN is not, either
         raise InputError(
             f"{where} has a polygon far outside its image of {image.width} x {image.height} pixels."
         )

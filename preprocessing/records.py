@@ -19,12 +19,12 @@ def is_id(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
-def is_number(value: Any, largest: float = _LARGEST_NUMBER) -> bool:
-    """Whether `value` is a number of at most this magnitude; NaN and infinities are not."""
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number of pixels; NaN, infinities and the like are none."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and -largest <= value <= largest
+        and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
     )
 
 

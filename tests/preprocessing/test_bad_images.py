@@ -249,6 +249,14 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_leaving_them_out_after_a_refusal_reads_no_image_twice(data, build, tmp_path, monkeypatch):
+    spoil(data)
+    assert build(tmp_path / "out") == 2
+    monkeypatch.setattr(image_check, "open_image", None)
+    assert build(tmp_path / "out", "bad_images=skip") == 0
+    assert len(Manifest.read(tmp_path / "out").bad_images["segmentation"]) == 6
+
+
 def test_an_image_that_was_mended_after_a_refusal_is_read_again(data, build, tmp_path, capsys):
     out, image = tmp_path / "out", data / "images" / "3.jpg"
     kept = image.read_bytes()
