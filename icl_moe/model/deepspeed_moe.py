@@ -169,8 +169,9 @@ class AttributeMOELayer(MOELayer):
 
 
 class StockTokenGate(nn.Module):
-    """Stock's top-k gate with full-precision weights, reading each token or the sum of it and of its attributes' embedding. Its
-    auxiliary loss is `balancing_loss`: stock's own is over the whole stream, padding too.
+    """Stock's top-k gate with full-precision weights, reading each token or the sum of it and of
+    its attributes' embedding. Its auxiliary loss is `balancing_loss`: stock's own is over the whole
+    stream, padding too.
 
     The plan arrives as the layer's `used_token` argument, which is a mask to stock's top-1 gate.
     """
