@@ -32,12 +32,7 @@ from icl_moe.batch import RoutingPlan
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
 from icl_moe.model.moe import Decision, Route, combine, dispatch, mix_outputs, mix_weights
-from icl_moe.model.router import (
-    AttributeEmbedding,
-    AttributeGate,
-    balancing_loss,
-    full_precision,
-)
+from icl_moe.model.router import AttributeEmbedding, AttributeGate, balancing_loss, full_precision
 from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
 from icl_moe.recipe import ModelSettings
 

@@ -15,7 +15,7 @@ from toy_model import MANIFEST, make_batch, make_recipe
 
 from icl_moe.data.schedule import RankSlice
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.model.moe import exported_name
+from icl_moe.model.deepspeed_moe import exported_name
 from icl_moe.recipe import ParallelSettings
 from icl_moe.training import checkpoint
 from icl_moe.training.engine import TrainingEngine
