@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import safe_open
 
 from icl_moe.errors import InputError
 from icl_moe.images import (
@@ -27,6 +27,7 @@ from icl_moe.images import (
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
 from icl_moe.inference.region import Region
+from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.processes import default_device
 from icl_moe.sequence import CaptionPair, Episode, SegmentationPair, SequenceCodec
@@ -299,24 +300,119 @@ class InContextModel:
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     result: Any
     try:
+        _check_config(config_file, weights_file)
         result = InContextDecoder.from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
-    except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except InputError as error:
+        # What reads a part of the configuration does not know in which folder it lies.
+        reason = str(error)
+        if reason.startswith("config.json"):
+            reason = f"{folder}/{reason}"
+        raise InputError(reason) from error
+    except Exception as error:  # Damage raises many kinds, in transformers and below.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
             f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
-            "they disagree."
+            f"they disagree ({type(error).__name__}: {reason[:200]})."
         ) from error
     decoder, loaded = result
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[kind]:
             raise InputError(
-                f"{folder / 'model.safetensors'} does not fit its config.json: "
-                f"{kind.replace('_', ' ')}, such as {min(loaded[kind])}."
+                f"{weights_file} does not fit its config.json: {kind.replace('_', ' ')}, such as "
+                f"{min(map(str, loaded[kind]))}."
             )
     return decoder
+
+
+_SECTIONS = {
+    "model": (
+        "layers",
+        "width",
+        "heads",
+        "positions",
+        "feed_forward",
+        "layers_with_experts",
+        "experts",
+        "experts_per_token",
+        "gate_input",
+        "combination",
+    ),
+    "vocabulary": ("text_merges", "image_codes", "tags"),
+    "format": ("vocabulary", "codes_per_image", "category", "box", "class_prompt", "prompt_length"),
+}
+"""Keys that every config.json has. Without one a recipe's default would make another network."""
+
+
+def _check_config(config_file: Path, weights_file: Path) -> None:
+    """Raise InputError, naming the key, where the configuration is damaged, or asks for another
+    network than the weights are of: a damaged number may ask for more than there is memory.
+    """
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("config.json is not valid JSON.") from error
+    if not isinstance(values, dict):
+        raise InputError("config.json must hold keys and values.")
+    for section, keys in _SECTIONS.items():
+        content = values.get(section)
+        for key in keys:
+            if not isinstance(content, dict) or key not in content:
+                raise InputError(f"config.json lacks the key '{section}.{key}'.")
+    for key, is_right, right in (
+        ("image_size", _is_count(values.get("image_size")), "a whole number above 0"),
+        ("image_tokenizer", _is_name(values.get("image_tokenizer")), "a fingerprint"),
+        ("classes", _are_names(values.get("classes")), "lists of names by task, or null"),
+    ):
+        if not is_right:
+            raise InputError(
+                f"config.json: {key} must be {right}, not {str(values.get(key))[:60]!r}."
+            )
+    config = DecoderConfig(
+        model=values["model"], vocabulary=values["vocabulary"], format=values["format"]
+    )
+    settings, format = config.settings, config.sequence_format
+    if format.vocabulary.size != config.vocabulary_size:
+        raise InputError("config.json: format.vocabulary is not the vocabulary.")
+    with safe_open(weights_file, framework="pt") as weights:
+        names = set(weights.keys())
+        for name, shape in (
+            ("token_embedding.weight", [config.vocabulary_size, settings.width]),
+            ("position_embedding.weight", [settings.positions, settings.width]),
+        ):
+            found = weights.get_slice(name).get_shape() if name in names else None
+            if found != shape:
+                raise InputError(
+                    f"{weights_file} does not fit its config.json, by which {name} has another "
+                    f"shape than {found}."
+                )
+    layers = {name.split(".")[1] for name in names if name.startswith("layers.")}
+    experts = settings.experts if settings.sparse_layers else 0
+    if len(layers) != settings.layers or experts > len(names):
+        raise InputError(
+            f"{weights_file} does not fit its config.json, by which it has another number of "
+            f"layers than {len(layers)}, or of experts."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _are_names(classes: Any) -> bool:
+    if classes is None:
+        return True
+    return isinstance(classes, dict) and all(
+        isinstance(names, list) and all(map(_is_name, names)) for names in classes.values()
+    )
 
 
 def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) -> None:
@@ -325,10 +421,8 @@ def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) 
             f"The image tokenizer has the fingerprint {tokenizer.fingerprint}, but the model was "
             f"trained with {config.image_tokenizer}."
         )
-    if (
-        config.image_size is None
-        or (config.image_size // tokenizer.downsampling) ** 2 != codes_per_image
-    ):
+    side = config.image_size or 0
+    if side % tokenizer.downsampling or (side // tokenizer.downsampling) ** 2 != codes_per_image:
         raise InputError(
             f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
             f"into {codes_per_image} codes."

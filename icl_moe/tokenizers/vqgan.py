@@ -66,6 +66,11 @@ class VQGANConfig:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise InputError("channel_multipliers must be a list of whole numbers of at least 1.")
+        if len(self.channel_multipliers) > _MOST_LEVELS:
+            raise InputError(
+                f"channel_multipliers must have at most {_MOST_LEVELS} numbers, one for each "
+                f"halving of the sides, not {len(self.channel_multipliers)}."
+            )
         if self.channels % _NORM_GROUPS:
             raise InputError(f"channels must be a multiple of {_NORM_GROUPS}, not {self.channels}.")
         if self.image_size % self.downsampling:
@@ -267,6 +272,9 @@ def check_free(folder: Path, fingerprint: str | None = None) -> None:
 # --- The network. Attribute names are those of the published checkpoints. ---
 
 _NORM_GROUPS = 32
+
+_MOST_LEVELS = 16
+"""Sixteen halve the sides of the largest images to one pixel."""
 
 
 class _Codebook(nn.Module):

@@ -21,6 +21,7 @@ from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.outputs import output_folder
 from icl_moe.training import training_state
 from icl_moe.training.faults import any_rank
 
@@ -101,8 +102,9 @@ def export(checkpoint: Path, out: Path) -> int:
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
     keep the precision that they trained in. Raises InputError where there is no checkpoint, or one
-    that cannot be read.
+    that cannot be read, and where `out` cannot be written.
     """
+    out = output_folder(out)
     folder = _find(checkpoint)
     run = folder.parent.parent
     if not (run / "model" / "config.json").is_file():

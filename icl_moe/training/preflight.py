@@ -10,6 +10,7 @@ from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError
+from icl_moe.outputs import output_folder
 from icl_moe.recipe import TrainingRecipe, to_dict
 
 # Keys of a DeepSpeed configuration that follow from the recipe; an engine file must leave them out.
@@ -27,10 +28,12 @@ _RECIPE_KEYS = (
 def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]:
     """The shards and the engine file of a recipe that can run on `world` ranks.
 
-    Raises InputError, before any rank starts, for shards that are missing or of another vocabulary
-    or tokenizer, positions that do not suffice, validation shards of another kind, batches that do
-    not divide, layouts that are not supported, and precision that the device lacks.
+    Raises InputError, before any rank starts, for an output that cannot be written, shards that are
+    missing or of another vocabulary or tokenizer, positions that do not suffice, validation shards
+    of another kind, batches that do not divide, layouts that are not supported, and precision that
+    the device lacks.
     """
+    _check_output(recipe.training.output)
     shards = _open(recipe, "shards", recipe.data.shards)
     _check_shards(recipe, shards.manifest)
     if recipe.training.evaluate_every is not None:
@@ -44,6 +47,15 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
     )
     make_schedule(recipe, shards.manifest)
     return shards, engine_config
+
+
+def _check_output(output: str) -> None:
+    try:
+        folder = output_folder(output)
+    except InputError as error:
+        raise InputError(f"training.output: {error}") from error
+    if folder != Path(output):
+        raise InputError(f"training.output: write {folder} instead of {output}; a shell knows ~.")
 
 
 def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:

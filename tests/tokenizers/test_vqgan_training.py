@@ -426,5 +426,7 @@ def test_a_picture_that_disagrees_with_its_record_is_refused(
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 50)).save(tmp_path / "images" / "1.jpg")
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"1\.jpg is 40 x 50 pixels, but its record in .* says 64 x 64"):
+    with pytest.raises(
+        InputError, match=r"1\.jpg is 40 x 50 pixels, but its record in .* says 64 x 64"
+    ):
         evaluate_tokenizer(trained, tmp_path / "images", tmp_path / "instances.json")
