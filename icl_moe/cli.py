@@ -331,9 +331,11 @@ def _train_until_stopped(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import writing
     from icl_moe.training.checkpoint import export
 
-    step = export(options.checkpoint, options.out)
+    with writing(options.out):
+        step = export(options.checkpoint, options.out)
     print(f"{options.out}: the model after {step} steps")
     return 0
 

@@ -17,6 +17,7 @@ from icl_moe.evaluation.protocol import evaluate
 from icl_moe.evaluation.report import Section, summary
 from icl_moe.evaluation.results import Metrics
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.outputs import output_folder
 from icl_moe.pages.chart import Chart, line_chart
 from icl_moe.training.distributed import free_port
 from icl_moe.training.expert_table import choices_table, expert_choices
@@ -30,8 +31,9 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     report is.
 
     settings: overrides of the training recipe `demo`. What an interrupted demo had finished is kept
-    and not done again.
+    and not done again. Raises InputError where `out` cannot be written, and where a stage fails.
     """
+    out = output_folder(out)
     train, validation, run, model, report = (
         out / "shards/train",
         out / "shards/validation",

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 
@@ -44,14 +46,15 @@ def output_file(
     with writing(file):
         if file.is_dir():
             raise InputError(
-                f"{file} is a folder; a file in it, such as {file / f'it{suffixes[0]}'}, belongs "
+                f"{file} is a folder; a file in it, such as {file / 'name'}{suffixes[0]}, belongs "
                 "there."
             )
         if file.exists() and not file.is_file():
             with file.open("wb"):
                 return file
         if file.suffix.lower() not in suffixes:
-            raise InputError(f"{file} must end in {' or '.join(suffixes)}.")
+            *most, last = suffixes
+            raise InputError(f"{file} must end in {', '.join(most)} or {last}.")
         target = Path(os.path.realpath(file))
         if any(os.path.realpath(each) == str(target) for each in inputs):
             raise InputError(f"{file} is read too; it would be overwritten: choose another name.")
@@ -84,6 +87,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, BrokenPipeError) or not (is_there or error.errno in _NO_ROOM):
             raise
         raise InputError(f"Writing {where} failed: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # It tells of the system in words only.
+        if number is None:
+            raise
+        raise InputError(f"Writing {path} failed: {os.strerror(int(number[1]))}.") from error
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

@@ -275,18 +275,23 @@ def _check_files(folder: Path) -> None:
 
 
 def _load_decoder(folder: Path) -> InContextDecoder:
-    damaged = InputError(
-        f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
-        "they disagree."
-    )
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     try:
-        config = DecoderConfig.from_pretrained(folder)
-        _check_weights(folder / "model.safetensors", config)
+        config = _read_config(config_file)
+        _check_weights(weights_file, config)
         return InContextDecoder.from_pretrained(folder, config=config, local_files_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # What is wrong in a configuration raises many kinds.
-        raise damaged from error
+    except InputError as error:
+        # What reads a part of the configuration does not know in which folder it lies.
+        reason = str(error)
+        if reason.startswith("config.json"):
+            reason = f"{folder}/{reason}"
+        raise InputError(reason) from error
+    except Exception as error:  # Damage raises many kinds, in transformers and below.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
+            f"they disagree ({type(error).__name__}: {reason[:200]})."
+        ) from error
 
 
 def _check_weights(file: Path, config: DecoderConfig) -> None:
@@ -310,16 +315,77 @@ def _check_weights(file: Path, config: DecoderConfig) -> None:
             raise InputError(f"{file} does not fit its config.json: {kind}, such as {min(names)}.")
 
 
+_SECTIONS = {
+    "model": (
+        "layers",
+        "width",
+        "heads",
+        "positions",
+        "feed_forward",
+        "layers_with_experts",
+        "experts",
+        "experts_per_token",
+        "gate_input",
+        "combination",
+    ),
+    "vocabulary": ("text_merges", "image_codes", "tags"),
+    "format": ("vocabulary", "codes_per_image", "category", "box", "class_prompt", "prompt_length"),
+}
+"""Keys that every config.json has. Without one a recipe's default would make another network."""
+
+
+def _read_config(config_file: Path) -> DecoderConfig:
+    """The configuration of a model. Raises InputError, naming the key, where it is damaged."""
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("config.json is not valid JSON.") from error
+    if not isinstance(values, dict):
+        raise InputError("config.json must hold keys and values.")
+    for section, keys in _SECTIONS.items():
+        content = values.get(section)
+        for key in keys:
+            if not isinstance(content, dict) or key not in content:
+                raise InputError(f"config.json lacks the key '{section}.{key}'.")
+    for key, is_right, right in (
+        ("image_size", _is_count(values.get("image_size")), "a whole number above 0"),
+        ("image_tokenizer", _is_name(values.get("image_tokenizer")), "a fingerprint"),
+        ("classes", _are_names(values.get("classes")), "lists of names by task, or null"),
+    ):
+        if not is_right:
+            raise InputError(
+                f"config.json: {key} must be {right}, not {str(values.get(key))[:60]!r}."
+            )
+    config = DecoderConfig.from_pretrained(config_file.parent)
+    if config.sequence_format.vocabulary.size != config.vocabulary_size:
+        raise InputError("config.json: format.vocabulary is not the vocabulary.")
+    return config
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _are_names(classes: Any) -> bool:
+    if classes is None:
+        return True
+    return isinstance(classes, dict) and all(
+        isinstance(names, list) and all(map(_is_name, names)) for names in classes.values()
+    )
+
+
 def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) -> None:
     if config.image_tokenizer and config.image_tokenizer != tokenizer.fingerprint:
         raise InputError(
             f"The image tokenizer has the fingerprint {tokenizer.fingerprint}, but the model was "
             f"trained with {config.image_tokenizer}."
         )
-    if (
-        config.image_size is None
-        or (config.image_size // tokenizer.downsampling) ** 2 != codes_per_image
-    ):
+    side = config.image_size or 0
+    if side % tokenizer.downsampling or (side // tokenizer.downsampling) ** 2 != codes_per_image:
         raise InputError(
             f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
             f"into {codes_per_image} codes."

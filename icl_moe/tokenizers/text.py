@@ -112,14 +112,20 @@ def _files_in(folder: Path) -> tuple[Path, Path]:
     )
 
 
+_GPT2_SHA256 = "9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d"
+"""Of GPT-2's pieces in the order of their ids, then its merges, one a line."""
+
+
 def _read_files(
     vocabulary_file: Path, merges_file: Path
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     try:
         vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        lines = merges_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{vocabulary_file} is not valid JSON.") from error
-    lines = merges_file.read_text(encoding="utf-8", errors="replace").splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     ids = (
@@ -132,5 +138,14 @@ def _read_files(
             f"{vocabulary_file} and {merges_file.name} are not GPT-2's: {GPT2_SIZE} entries and "
             f"{GPT2_MERGES} merges belong there, "
             f"{len(ids)} and {len(merges)} were found."
+        )
+    content = [
+        *sorted(vocabulary, key=vocabulary.__getitem__),
+        *(" ".join(pair) for pair in merges),
+    ]
+    if hashlib.sha256("\n".join(content).encode(errors="replace")).hexdigest() != _GPT2_SHA256:
+        raise InputError(
+            f"{vocabulary_file} and {merges_file.name} are not GPT-2's: an entry or a merge is "
+            "another."
         )
     return vocabulary, merges

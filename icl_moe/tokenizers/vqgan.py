@@ -57,6 +57,11 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         if not self.channel_multipliers:
             raise InputError("channel_multipliers must have a number for each level, at least one.")
+        if len(self.channel_multipliers) > _MOST_LEVELS:
+            raise InputError(
+                f"channel_multipliers must have at most {_MOST_LEVELS} numbers, one for each "
+                f"halving of the sides, not {len(self.channel_multipliers)}."
+            )
         if self.channels % _NORM_GROUPS:
             raise InputError(f"channels must be a multiple of {_NORM_GROUPS}, not {self.channels}.")
         if self.image_size % self.downsampling:
@@ -258,6 +263,9 @@ def check_free(folder: Path, fingerprint: str | None = None) -> None:
 # --- The network. Attribute names are those of the published checkpoints. ---
 
 _NORM_GROUPS = 32
+
+_MOST_LEVELS = 16
+"""Sixteen halve the sides of the largest images to one pixel."""
 
 
 class _Codebook(nn.Module):

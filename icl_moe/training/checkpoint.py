@@ -22,6 +22,7 @@ from icl_moe.errors import InputError
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
+from icl_moe.outputs import output_folder
 from icl_moe.training import training_state
 
 _TAG = "step-{:08d}"
@@ -104,8 +105,9 @@ def export(checkpoint: Path, out: Path) -> int:
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
     keep the precision that they trained in. Raises InputError where there is no checkpoint, or one
-    that cannot be read.
+    that cannot be read, and where `out` cannot be written.
     """
+    out = output_folder(out)
     folder = _find(checkpoint)
     run = folder.parent.parent
     if not (run / "model" / "config.json").is_file():

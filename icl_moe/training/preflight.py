@@ -13,6 +13,7 @@ from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError, shown
+from icl_moe.outputs import output_folder
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.run_folder import check_same_run
@@ -38,11 +39,12 @@ _READERS_A_PROCESSOR = 4
 def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]:
     """The shards and the engine file of a recipe that can run on `world` ranks.
 
-    Raises InputError, before any rank starts, for shards that are missing or of another vocabulary
-    or tokenizer, positions that do not suffice, validation shards of another kind, batches that do
-    not divide, layouts that are not supported, precision that the device lacks, and an engine file
-    that DeepSpeed cannot read.
+    Raises InputError, before any rank starts, for an output that cannot be written, shards that are
+    missing or of another vocabulary or tokenizer, positions that do not suffice, validation shards
+    of another kind, batches that do not divide, layouts that are not supported, precision that the
+    device lacks, and an engine file that DeepSpeed cannot read.
     """
+    _check_output(recipe.training.output)
     shards = _open(recipe, "shards", recipe.data.shards)
     _check_shards(recipe, shards.manifest)
     if recipe.training.evaluate_every is not None:
@@ -60,6 +62,15 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config
+
+
+def _check_output(output: str) -> None:
+    try:
+        folder = output_folder(output)
+    except InputError as error:
+        raise InputError(f"training.output: {error}") from error
+    if folder != Path(output):
+        raise InputError(f"training.output: write {folder} instead of {output}; a shell knows ~.")
 
 
 def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:
