@@ -1,6 +1,7 @@
 """The public door: examples and a query in, a mask or a region's caption out."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
