@@ -6,7 +6,7 @@ forward and backward, in turns:
 
     ours    attribute-routed experts, packed layout, logits at targets
     stock   the same trunk on stock parts: deepspeed.moe top-2, dropless, PyTorch's own kernels,
-    padded layout, all logits
+            padded layout, all logits
     gpt2    Hugging Face's GPT2LMHeadModel, dense, padded layout, all logits
     floor   the matrix products that ours cannot do without, each timed alone
 

@@ -24,7 +24,7 @@ from icl_moe.evaluation.predictions import (
     predict,
 )
 from icl_moe.evaluation.report import Section, write_report
-from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, TaskResult
+from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, Source, TaskResult
 from icl_moe.files import write_whole
 from icl_moe.inference.model import InContextModel
 from icl_moe.outputs import output_folder, writing
@@ -186,7 +186,7 @@ def _rows(
     truths = list(_all(episodes, "reading"))
     asked = [[log[condition, truth.key] for truth in truths] for condition in conditions]
     sets = [[prediction.said for prediction in predictions] for predictions in asked]
-    names = []
+    names: list[tuple[str, Source]] = []
     if episodes.examples:
         names.append(("the first example's output, whatever the query", "first example"))
         sets.append([task.true_output(truth, 0) for truth in truths])

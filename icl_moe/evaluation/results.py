@@ -7,6 +7,11 @@ from icl_moe.evaluation.held_out import HeldOutLoss
 from icl_moe.evaluation.predictions import Control
 from icl_moe.tasks.task import Scores
 
+Source = Literal["model", "first example", "tokenizer"]
+"""Whose outputs a row scores: the model's, the first example's for every query, or the truth
+through the image tokenizer.
+"""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -30,12 +35,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a task's table. prediction: whose outputs they are, those of the `model`, the
-    `first example` for every query, or the truth through the image `tokenizer`. asked: of a model.
-    """
+    """One row of a task's table. asked: None where the outputs are not a model's."""
 
     name: str
-    prediction: Literal["model", "first example", "tokenizer"]
+    prediction: Source
     scores: Scores
     asked: Asked | None = None
 

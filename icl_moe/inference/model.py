@@ -43,9 +43,10 @@ from icl_moe.tokenizers.vqgan import VQGAN
 class InContextModel:
     """An exported model with its tokenizers.
 
-    model = InContextModel.from_pretrained("exported") mask = model.segment(examples=[("dog1.jpg",
-    "dog1_mask.png")], query="dog2.jpg") region = model.caption(examples=[("dog1.jpg", Region("a dog
-    on grass", "dog", (40, 60, 200, 120)))], query="dog2.jpg")
+    model = InContextModel.from_pretrained("exported")
+    mask = model.segment(examples=[("dog1.jpg", "dog1_mask.png")], query="dog2.jpg")
+    example = Region("a dog on grass", "dog", (40, 60, 200, 120))
+    region = model.caption(examples=[("dog1.jpg", example)], query="dog2.jpg")
     """
 
     def __init__(

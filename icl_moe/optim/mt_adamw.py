@@ -33,10 +33,11 @@ class MTAdamW(torch.optim.Optimizer):
     gradients, and so is kept as their weighted mean M (`exp_avg`, float32 where the parameter is)
     times the sum of the weights Z (`weight`, float64), and n likewise:
 
-        m = Z M;   Z = b1 Z + (1 - b1) w;   M = c M + (1 - c) G    with  w = omega_k / (s_k ||G||)
-        and  c = b1 Z_before / Z
-        n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2  with  v = omega_k^2 / (s_k
-        ||G||^2)  and  d = b2 Y_before / Y
+        w = omega_k / (s_k ||G||);        c = b1 Z_before / Z
+        m = Z M;   Z = b1 Z + (1 - b1) w;   M = c M + (1 - c) G
+
+        v = omega_k^2 / (s_k ||G||^2);    d = b2 Y_before / Y
+        n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2
 
     which are AdamW's own moments of G with c and d for b1 and b2. What is left of the formula goes
     into its learning rate and eps. Of a norm R times those before, 1 - d keeps a relative error of

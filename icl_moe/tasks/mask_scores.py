@@ -13,13 +13,11 @@ class SegmentationScores:
     """Scores of a set of episodes, all in 0..1.
 
     miou: the mean over classes of IoU_c = sum over episodes e of class c of |P_e and T_e| / the
-    same sum of |P_e or T_e|, the
-        foreground mIoU of few-shot segmentation (Shaban et al. 2017, "One-Shot Learning for
-        Semantic Segmentation").
+        same sum of |P_e or T_e|, the foreground mIoU of few-shot segmentation (Shaban et al. 2017,
+        "One-Shot Learning for Semantic Segmentation").
     mean_iou: the mean over episodes of |P_e and T_e| / |P_e or T_e|; 1 where both are empty.
     mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of
-    salient object detection
-        (Perazzi et al. 2012), here of binary masks.
+        salient object detection (Perazzi et al. 2012), here of binary masks.
     class_iou: IoU_c of each class, and class_episodes how many episodes it had.
     """
 

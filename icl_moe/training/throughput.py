@@ -51,15 +51,14 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
     With T tokens of which R are no padding, P targets, episodes of L tokens, width M, V ids, k
     experts a token and two operations a multiplication and addition, a forward pass takes
 
-        attention, a layer                 8 T M^2  +  sum over episodes of 2 L (L + 1) M       a
-        token sees itself and the past
-        dense feed-forward, a layer       16 T M^2
-        experts, a layer                  16 k R M^2,  with merged weights 16 R M^2;  gates that
-        read tokens take 2 T M E more
-        logits                             2 P M V                                               at
-        targets only
+        attention, a layer               8 T M^2 + sum over episodes of 2 L (L + 1) M
+        dense feed-forward, a layer     16 T M^2
+        experts, a layer                16 k R M^2, or 16 R M^2 with merged weights
+        gates of tokens, a layer         2 T M E
+        logits                           2 P M V
 
-    and a backward pass twice as much. Counted is what the model needs, as Chowdhery et al. 2022
+    and a backward pass twice as much. Attention counts a token's own past and itself; logits are
+    made at targets only. Counted is what the model needs, as Chowdhery et al. 2022
     (PaLM, appendix B) define MFU: neither what activation checkpointing computes again nor what
     padded buffers of experts hold, nor gates of attributes, which cost nothing.
     """

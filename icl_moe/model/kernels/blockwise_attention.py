@@ -48,8 +48,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     """For each block of queries, with S = q k^T / sqrt(D), P = softmax(S), K the scaled mask of
     dropout and o = (P * K) v:
 
-        dv += (P * K)^T do;   dP = (do v^T) * K;   dS = P * (dP - rowsum(dP * P));   dq = dS k /
-        sqrt(D);   dk += dS^T q / sqrt(D)
+        dv += (P * K)^T do;      dP = (do v^T) * K;   dS = P * (dP - rowsum(dP * P))
+        dq = dS k / sqrt(D);     dk += dS^T q / sqrt(D)
 
     P is computed anew in the backward pass; dk and dv are added up in float32.
     """
