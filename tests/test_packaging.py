@@ -138,11 +138,11 @@ def test_an_installed_copy_finds_its_recipes_and_engine_files(
     elsewhere: Command, installed: Path
 ) -> None:
     code = """
-from icl_moe import recipe
+from icl_moe import recipe, settings
 from icl_moe.training.preflight import read_engine
 print(recipe.__file__)
 for name in ("demo", "ablation_128", "paper_256"):
-    engine = recipe.load_recipe(recipe.TrainingRecipe, name).engine
+    engine = settings.load_recipe(recipe.TrainingRecipe, name).engine
     print(name, read_engine(engine)["zero_optimization"]["stage"])
 """
     done = elsewhere("-c", code)
@@ -223,17 +223,18 @@ class TestContinuousIntegration:
     def test_it_runs_the_tests_and_fails_when_they_fail(
         self, ci: Callable[..., tuple[int, str]]
     ) -> None:
-        assert ci('echo "make $*"') == (0, "make test\n")
-        assert ci("exit 3")[0] == 3
+        assert ci('echo "make $*"') == (0, "make lint\nmake test\n")
+        assert ci('test "$*" != lint') == (1, "")
+        assert ci('test "$*" != test') == (1, "")
 
     def test_it_finds_the_data_beside_the_checkout(
         self, ci: Callable[..., tuple[int, str]], tmp_path: Path
     ) -> None:
         say = 'echo "${ICL_MOE_REAL_DATA-unset}"'
-        assert ci(say) == (0, "unset\n")
+        assert ci(say) == (0, 2 * "unset\n")
         (tmp_path / "shared/data").mkdir(parents=True)
-        assert ci(say) == (0, f"{tmp_path}/shared/data\n")
-        assert ci(say, ICL_MOE_REAL_DATA="/elsewhere") == (0, "/elsewhere\n")
+        assert ci(say) == (0, 2 * f"{tmp_path}/shared/data\n")
+        assert ci(say, ICL_MOE_REAL_DATA="/elsewhere") == (0, 2 * "/elsewhere\n")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ experts that training shares.
 The training form is deepspeed_moe.py; both give equal values. Inference must not import DeepSpeed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,36 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer, all of them in this process. Computes routes."""
+    """The experts of a layer, all of them in this process.
 
-    def forward(self, routes: Sequence[Route]) -> list[Tensor]:
+    At ZeRO stage 3 their weights are whole only within `forward`, and gradients are reduced after
+    its backward pass. DeepSpeed's hooks see tensors that are arguments or results by themselves,
+    but none within a list: hence the signature.
+    """
+
+    def forward(
+        self,
+        compute: Callable[[list[nn.Module], Sequence[Tensor]], list[Tensor]],
+        *rows: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The outputs (N, M) of compute(experts, rows), with rows (N, M)."""
+        return tuple(compute(list(self), rows))
+
+    def run(self, routes: Sequence[Route]) -> list[Tensor]:
         """The outputs (N, M) of routes (expert, rows (N, M)), in the same order."""
-        return [self[expert](rows) for expert, rows in routes]
+
+        def each(experts: list[nn.Module], rows: Sequence[Tensor]) -> list[Tensor]:
+            return [experts[number](part) for (number, _), part in zip(routes, rows, strict=True)]
+
+        return list(self(each, *(rows for _, rows in routes)))
+
+    def merge(self, rows_C: Sequence[Tensor], decision: Decision) -> list[Tensor]:
+        """`mix_weights` of these experts."""
+
+        def merged(experts: list[nn.Module], rows: Sequence[Tensor]) -> list[Tensor]:
+            return mix_weights(rows, decision, experts)
+
+        return list(self(merged, *rows_C))
 
 
 class SparseFeedForward(nn.Module):
@@ -61,14 +86,16 @@ class SparseFeedForward(nn.Module):
         if decision is not None:
             rows_C = dispatch(x_TM, plan)
             if self.combination == "weights":
-                mixed_C = mix_weights(rows_C, decision, list(self.experts))
+                mixed_C = self.experts.merge(rows_C, decision)
             else:
-                mixed_C = mix_outputs(rows_C, decision, self.experts)
+                mixed_C = mix_outputs(rows_C, decision, self.experts.run)
             return combine(mixed_C, x_TM, plan)
         experts_TK, weights_TK, self.auxiliary_loss = self.gate(x_TM, plan)
         numbers = range(len(self.experts))
         routes = [(experts_TK == number).nonzero(as_tuple=True) for number in numbers]
-        outputs = self.experts([(expert, x_TM[token]) for expert, (token, _) in enumerate(routes)])
+        outputs = self.experts.run(
+            [(expert, x_TM[token]) for expert, (token, _) in enumerate(routes)]
+        )
         out_TM = torch.zeros_like(x_TM)
         for (token, choice), output in zip(routes, outputs, strict=True):
             out_TM.index_add_(0, token, output * weights_TK[token, choice, None].to(x_TM.dtype))
