@@ -4,7 +4,8 @@ experts that training shares.
 The training form is deepspeed_moe.py; both give equal values. Inference must not import DeepSpeed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,34 +35,14 @@ class FeedForward(nn.Module):
 class Experts(nn.ModuleList):
     """The experts of a layer, all of them in this process.
 
-    At ZeRO stage 3 their weights are whole only within `forward`, and gradients are reduced after
-    its backward pass. DeepSpeed's hooks see tensors that are arguments or results by themselves,
-    but none within a list: hence the signature.
+    At ZeRO stage 3 their weights are whole only within `forward`, and its backward pass ends with
+    the reduction of their gradients. All ranks must do both equally often, whatever their tokens'
+    routes, so a layer calls it once, with one tensor.
     """
 
-    def forward(
-        self,
-        compute: Callable[[list[nn.Module], Sequence[Tensor]], list[Tensor]],
-        *rows: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The outputs (N, M) of compute(experts, rows), with rows (N, M)."""
-        return tuple(compute(list(self), rows))
-
-    def run(self, routes: Sequence[Route]) -> list[Tensor]:
-        """The outputs (N, M) of routes (expert, rows (N, M)), in the same order."""
-
-        def each(experts: list[nn.Module], rows: Sequence[Tensor]) -> list[Tensor]:
-            return [experts[number](part) for (number, _), part in zip(routes, rows, strict=True)]
-
-        return list(self(each, *(rows for _, rows in routes)))
-
-    def merge(self, rows_C: Sequence[Tensor], decision: Decision) -> list[Tensor]:
-        """`mix_weights` of these experts."""
-
-        def merged(experts: list[nn.Module], rows: Sequence[Tensor]) -> list[Tensor]:
-            return mix_weights(rows, decision, experts)
-
-        return list(self(merged, *rows_C))
+    def forward(self, compute: Callable[[list[nn.Module], Tensor], Tensor], x_TM: Tensor) -> Tensor:
+        """compute(experts, x_TM)."""
+        return compute(list(self), x_TM)
 
 
 class SparseFeedForward(nn.Module):
@@ -84,22 +65,33 @@ class SparseFeedForward(nn.Module):
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
         """decision: of `stream_gate`, where there is one."""
         if decision is not None:
-            rows_C = dispatch(x_TM, plan)
-            if self.combination == "weights":
-                mixed_C = self.experts.merge(rows_C, decision)
-            else:
-                mixed_C = mix_outputs(rows_C, decision, self.experts.run)
-            return combine(mixed_C, x_TM, plan)
+            return self.experts(partial(self._mix_by_class, plan, decision), x_TM)
         experts_TK, weights_TK, self.auxiliary_loss = self.gate(x_TM, plan)
-        numbers = range(len(self.experts))
-        routes = [(experts_TK == number).nonzero(as_tuple=True) for number in numbers]
-        outputs = self.experts.run(
-            [(expert, x_TM[token]) for expert, (token, _) in enumerate(routes)]
-        )
-        out_TM = torch.zeros_like(x_TM)
-        for (token, choice), output in zip(routes, outputs, strict=True):
-            out_TM.index_add_(0, token, output * weights_TK[token, choice, None].to(x_TM.dtype))
-        return out_TM
+        return self.experts(partial(_mix_by_token, experts_TK, weights_TK), x_TM)
+
+    def _mix_by_class(
+        self, plan: RoutingPlan, decision: Decision, experts: list[nn.Module], x_TM: Tensor
+    ) -> Tensor:
+        def run(routes: list[Route]) -> list[Tensor]:
+            return [experts[expert](rows) for expert, rows in routes]
+
+        rows_C = dispatch(x_TM, plan)
+        if self.combination == "weights":
+            mixed_C = mix_weights(rows_C, decision, experts)
+        else:
+            mixed_C = mix_outputs(rows_C, decision, run)
+        return combine(mixed_C, x_TM, plan)
+
+
+def _mix_by_token(
+    experts_TK: Tensor, weights_TK: Tensor, experts: list[nn.Module], x_TM: Tensor
+) -> Tensor:
+    out_TM = torch.zeros_like(x_TM)
+    for number, expert in enumerate(experts):
+        token, choice = (experts_TK == number).nonzero(as_tuple=True)
+        weights = weights_TK[token, choice, None].to(x_TM.dtype)
+        out_TM.index_add_(0, token, expert(x_TM[token]) * weights)
+    return out_TM
 
 
 def routes_streams(settings: ModelSettings) -> bool:
