@@ -442,7 +442,7 @@ def test_a_file_that_may_not_be_read_is_called_that(
 ):
     shutil.copytree(exported, tmp_path / "model")
     (tmp_path / "model" / name).chmod(0)
-    picture(0).save(tmp_path / "image.png")
+    Image.fromarray(picture(0)).save(tmp_path / "image.png")
     done = run_command(
         [
             *without_privileges,

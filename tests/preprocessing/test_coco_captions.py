@@ -132,7 +132,8 @@ def test_a_box_of_negative_size_is_left_out_and_counted(coco_folder, bbox):
     pool = read(coco_folder)
     assert pool.skipped["boxes_of_negative_size"] == 1
     assert [region.category for region in pool.regions if region.image.name == "1.jpg"] == ["cat"]
-    assert all(r.box[0] < r.box[2] and r.box[1] < r.box[3] for r in pool.regions)
+    assert all(r.target.box[0] < r.target.box[2] for r in pool.regions)
+    assert all(r.target.box[1] < r.target.box[3] for r in pool.regions)
 
 
 @pytest.mark.parametrize("bbox", [[500, 20, 40, 30], [10, 20, 0, 30], [-90, 20, 40, 30]])

@@ -404,7 +404,7 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
         )
     with pytest.raises(InputError, match=r"no folder with \.jpg or \.png"):
         evaluate_tokenizer(trained, tmp_path)
-    with pytest.raises(InputError, match="do not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "none.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match="is not valid JSON"):
