@@ -364,7 +364,7 @@ class _Run:
         )
         if skipped > limit:
             raise InputError(
-                f"training.skipped_steps: {skipped} steps were left out, the last of them step "
+                f"training.skipped_steps: {skipped} step(s) were left out, the last of them step "
                 f"{step + 1}, because their loss or gradient was not finite; "
                 "look at the samples named above, or lower optimizer.learning_rate."
             )

@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_pat
     printed = train(tmp_path / "run", "training.steps=4", script=FAULTY, FAULT="nan:1:2")
     assert "step 2: the loss is not finite on rank 1 in " in printed
     assert ".tar:" in printed
-    assert "step 2 is left out (1 of at most 5)" in printed
+    assert "step 2 is left out, its loss is not finite (1 of at most 5)" in printed
     assert "step 4/4" in printed
     assert "nan" not in json.dumps(losses(tmp_path / "run")["image_loss"][2:])
 
@@ -82,10 +82,7 @@ def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path
         FAULT="nan:1:2",
         expect=2,
     )
-    assert (
-        "training.skipped_steps: the loss was not finite in 1 steps, the last of them step 2"
-        in printed
-    )
+    assert "training.skipped_steps: 1 step(s) were left out, the last of them step 2" in printed
     assert "Traceback" not in printed
 
 

@@ -215,7 +215,8 @@ def test_evaluation_while_training_scores_as_the_evaluation_of_the_exported_mode
 ):
     monkeypatch.setenv("PATH", str(tmp_path))  # Without Java, as the scores while training.
     export(observed[0] / f"checkpoints/step-0000000{EVALUATED}", tmp_path / "model")
-    metrics = evaluate(tmp_path / "model", shards, tmp_path / "report", shots=(1,), limit=3)
+    done = evaluate(tmp_path / "model", shards, tmp_path / "report", shots=(1,), limit=3)
+    metrics = done.to_json()
     at = 4 * EVALUATED
     (masks, *_), (captions, *_) = (
         metrics["tasks"][task]["rows"] for task in ("segmentation", "captioning")
