@@ -25,10 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong, 1 with one where what was computed could not be kept.
     """
     _prepare_streams()
+    done = False
     try:
         try:
             options = _parse(arguments)
-            return options.run(options) or 0
+            code = options.run(options) or 0
+            done = True
+            return code
+        except SystemExit:  # argparse has said all that there is to say.
+            done = True
+            raise
         finally:
             sys.stdout.flush()  # Now, while it can be answered that nobody takes it.
     except InputError as error:
@@ -42,7 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _discard_closed_pipes():
+            # The reader of our output, such as `head`, has seen enough. Where the work was not done
+            # yet, nobody may take it for done: the code is that of other commands.
+            return 0 if done else 128 + signal.SIGPIPE
         return _answer_system(error)
+    finally:
+        if arguments is None:
+            # What is left to do is nobody's work: a Ctrl-C ends it without words.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 _OF_THE_MACHINE = (
@@ -62,30 +76,30 @@ def _answer_system(error: OSError) -> int:
     """Say in a sentence what the operating system refused, where that is no bug of ours, and
     return the exit code; other errors are raised again.
     """
-    if isinstance(error, BrokenPipeError) and (left := _reader_left()):
-        # The reader of our output, such as `head`, has seen enough.
-        _discard(left)
-        return 0 if left is sys.stdout else 128 + signal.SIGPIPE
     if error.filename is None and error.errno not in _OF_THE_MACHINE:
         raise error
-    where = f"{error.filename}: " if error.filename is not None else ""
+    where = error.filename if error.filename is not None else "standard output or a file"
     try:
         sys.stdout.flush()
     except OSError:
-        where = "standard output: "
+        where = "standard output"
         _discard(sys.stdout)
-    print(f"icl-moe: {where}{error.strerror}.", file=sys.stderr)
+    print(f"icl-moe: {where}: {error.strerror}.", file=sys.stderr)
     return 2
 
 
-def _reader_left() -> TextIO | None:
-    """The one of standard output and error, a pipe, whose reader has gone."""
+def _discard_closed_pipes() -> bool:
+    """Discard what is written to those of standard output and error that are pipes without a
+    reader; returns whether there are any.
+    """
+    closed = []
     for stream in (sys.stdout, sys.stderr):
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         if any(event & select.POLLERR for _, event in poll.poll(0)):
-            return stream
-    return None
+            closed.append(stream)
+            _discard(stream)
+    return bool(closed)
 
 
 def _discard(stream: TextIO) -> None:
