@@ -256,7 +256,7 @@ def _in_a_sentence(error: Exception) -> str:
     """What pydantic, or an assertion, says of the first value that is wrong."""
     listed = getattr(error, "errors", None)
     if listed is None:
-        return f"{type(error).__name__}: {error}".rstrip(".")
+        return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
     first = listed()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {shown(first.get('input'))}"
 
