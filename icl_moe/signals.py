@@ -137,6 +137,14 @@ def meeting() -> Iterator[None]:
     _requests.phase = _Phase.TOGETHER
 
 
+def is_program() -> bool:
+    """Whether this is a rank's own process. A reader of shards that multiprocessing starts anew
+    ("spawn", "forkserver") first runs the program of its rank, under the name __mp_main__: it must
+    neither train nor hear signals.
+    """
+    return getattr(sys.modules.get("__mp_main__"), "__name__", None) != "__mp_main__"
+
+
 def hear() -> None:
     """From now on a signal is a request to stop, and nothing more, until the process ends.
 

@@ -7,7 +7,7 @@ Importing this module runs it: the Python half of launch_scripts/pretrain.sh is 
 import sys
 
 from icl_moe.cli import main
-from icl_moe.signals import listen
+from icl_moe.signals import is_program, listen
 
 
 def _run() -> int:
@@ -22,9 +22,7 @@ def _run() -> int:
     return main(["train", *arguments])
 
 
-# A reader of shards that is started anew, not forked, first runs the program of its rank under
-# the name __mp_main__ (multiprocessing's "spawn" and "forkserver"): it must not train.
-if getattr(sys.modules.get("__mp_main__"), "__name__", None) != "__mp_main__":
+if is_program():
     # To the very end: the launcher's signal may come when this rank has saved and is about to end.
     listen()
     sys.exit(_run())

@@ -65,8 +65,8 @@ def test_steps_left_out_are_counted_over_the_whole_run_whatever_it_is_interrupte
     assert index["skipped_steps"] == 1
     for rank in run(tmp_path, *settings, fault=partial(gradient_spoilt, 4)):
         assert rank["ended"].startswith(
-            "training.skipped_steps: 2 step(s) were left out, the last of them step 4, because their "
-            "loss or gradient was not finite; "
+            "training.skipped_steps: 2 step(s) were left out, the last of them step 4, because "
+            "their loss or gradient was not finite; "
         )
 
 
