@@ -59,7 +59,7 @@ def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") ->
         raise InputError(f"{name} has the level {least:g}; 0 and above belong there.")
     if most == 0:
         raise InputError(
-            f"{name} marks nothing: all of it is black, as its transparent parts are too; the "
+            f"{name} marks nothing: all of it is black, for which transparent parts count; the "
             "object must be brighter than all else."
         )
     if least == most:

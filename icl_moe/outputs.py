@@ -50,8 +50,9 @@ def output_file(
                 "there."
             )
         if file.exists() and not file.is_file():
-            with file.open("wb"):
-                return file
+            if not os.access(file, os.W_OK):
+                raise InputError(f"{file} may not be written.")
+            return file
         if file.suffix.lower() not in suffixes:
             *most, last = suffixes
             raise InputError(f"{file} must end in {', '.join(most)} or {last}.")

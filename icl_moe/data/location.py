@@ -99,7 +99,7 @@ class LocalFolder:
     open_files = 64
 
     def __init__(self, path: Path) -> None:
-        self._path = path.resolve()
+        self._path = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself.
         self.name = str(self._path)
         try:
             self.manifest_json = (self._path / MANIFEST_FILE).read_bytes()
@@ -228,7 +228,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             f"{url} needs a package for {protocol}:// that is not installed: pip install "
             "'icl-moe[remote]'."
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(
             f"{url} cannot be read ({_reason(error)}); s3://, gs://, http:// and https:// are "
             "known."

@@ -32,10 +32,10 @@ class Region:
         Raises InputError for a file that is missing or holds anything else.
         """
         try:
+            with Path(path).open("rb") as file:
+                content = file.read(_MOST_BYTES)
             # Some editors begin a file with a byte order mark.
-            values = json.loads(
-                Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_without_twins
-            )
+            values = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_twins)
         except OSError as error:
             raise InputError(f"The region {path} cannot be read ({error.strerror}).") from error
         except InputError as error:
@@ -81,6 +81,9 @@ class Region:
 
 
 _KEYS = {"caption", "category", "box"}
+
+_MOST_BYTES = 1 << 20
+"""More than any region has; a device would never end."""
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

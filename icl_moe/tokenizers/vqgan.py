@@ -558,7 +558,18 @@ class _Inert:
 _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
+def _check_file(path: Path, kind: str) -> None:
+    """Raise InputError where there is no plain file: a device would never end."""
+    try:
+        if not path.is_file():
+            missing = "is no file" if path.exists() else "does not exist"
+            raise InputError(f"The {kind} {path} {missing}.")
+    except OSError as error:
+        raise InputError(f"The {kind} {path} cannot be read ({error.strerror}).") from error
+
+
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    _check_file(path, "checkpoint")
     try:
         with path.open("rb") as file:
             head = file.read(64).lstrip().lower()
@@ -644,6 +655,7 @@ _TAMING_IDLE_NETWORK = ("dropout",)
 
 
 def _read_taming_config(path: Path) -> VQGANConfig:
+    _check_file(path, "config")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
