@@ -109,12 +109,14 @@ def refresh_gates(engine: Any) -> None:
     partitions, so each rank hands what it holds of the gates to all others: the number of their
     weights is small.
     """
+    if not engine.bfloat16_enabled():
+        return
     gates = {
         name: parameter
         for path, parameter in engine.module.named_parameters()
         if re.search(GATE, name := exported_name(path))
     }
-    if not engine.bfloat16_enabled() or not gates:
+    if not gates:
         return
     shapes = [vars(parameter).get("ds_shape", parameter.shape) for parameter in gates.values()]
     counts = [shape.numel() for shape in shapes]
