@@ -76,12 +76,15 @@ def train(
 
 
 def used(model: Any) -> list[Tensor]:
-    """The weights that go into the products of gates: all those of their shapes."""
+    """The weights that go into the products of gates: all those of their shapes. A gate may use its
+    own several times.
+    """
     weights: list[Tensor] = []
     linear = F.linear
 
     def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.shape in ((EXPERTS, WIDTH), (WIDTH, BITS)):
+        is_gates = weight.shape in ((EXPERTS, WIDTH), (WIDTH, BITS))
+        if is_gates and not any(seen.equal(weight) for seen in weights):
             weights.append(weight.detach().clone())
         return linear(x, weight, bias)
 

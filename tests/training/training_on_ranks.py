@@ -8,7 +8,7 @@ import io
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from icl_moe.errors import InputError, UnsavedError
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import load_recipe
+from icl_moe.signals import listening, meeting
 from icl_moe.training import trainer
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges
@@ -75,6 +76,7 @@ def run(
         mock.patch.object(trainer.TrainingEngine, "__init__", keep),
         mock.patch.object(trainer.TrainingEngine, "backward", disturbed),
         mock.patch.object(InContextDecoder, "forward", limited),
+        _heeding_signals(),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(said),
     ):
@@ -93,6 +95,15 @@ def run(
         "state": digest,
         "deterministic": str(deterministic),
     }
+
+
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """As in a rank's own program, once the ranks have met."""
+    with listening():
+        with meeting():
+            pass
+        yield
 
 
 def _digest(engine: Any) -> str:
