@@ -89,7 +89,7 @@ class ModelParallelUnit:
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
-    be the only one.
+    be the only one. A group that the process is in already is used, and left to whoever made it.
 
     An InputError that leaves it is a RankError of the first rank that has one: all ranks may find
     the same fault, or any of them alone, and one says it. The others end with exit code 2 in
@@ -113,6 +113,7 @@ def process_group() -> Iterator[Ranks]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    is_ours = not dist.is_initialized()
     try:
         with meeting():
             deepspeed.init_distributed(
@@ -136,7 +137,8 @@ def process_group() -> Iterator[Ranks]:
         raise
     # Without this, ranks now and then die at exit. After an exception it is not tried: the others
     # may not be listening.
-    dist.destroy_process_group()
+    if is_ours:
+        dist.destroy_process_group()
 
 
 def is_first(name: str) -> bool:

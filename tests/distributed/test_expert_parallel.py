@@ -82,9 +82,8 @@ def choose(ranks: Any, rows: int) -> str:
     for way in ("run_exchanged", "run_gathered"):
         setattr(expert_parallel, way, lambda routes, *_, way=way: chosen.append(way))
     experts = [FeedForward(WIDTH) for _ in range(EXPERTS // ranks.world)]
-    expert_parallel.run_spread(experts, dist.group.WORLD, ranks.world)(
-        [(e, torch.zeros(rows, WIDTH)) for e in (0, 1)]
-    )
+    routes = [(e, torch.zeros(rows, WIDTH)) for e in (0, 1)]
+    expert_parallel.run_spread(routes, experts, dist.group.WORLD, ranks.world)
     return chosen[0]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from icl_moe.training.distributed import free_port
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def one_rank() -> Iterator[Callable[[nn.Module], nn.Module]]:
     """Gives the expert layers of a model their process groups, in a world of one."""
     from icl_moe.training.distributed import process_group
