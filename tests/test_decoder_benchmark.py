@@ -36,7 +36,8 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
         f"bf16, {kind}"
         for kind in (*KINDS, "peak memory above weights and gradients, ours / stock")
     }
-    assert all(goal["value"] > 0 and goal["met"] in (True, False) for goal in goals.values())
+    # The memory above weights and gradients may be nothing at toy size.
+    assert all(goal["value"] >= 0 and goal["met"] in (True, False) for goal in goals.values())
     for system in ("ours", "stock", "gpt2"):
         for task in ("segmentation", "captioning", "mix"):
             assert content["figures"][f"bf16, {system}, {task}: s an episode"] > 0
