@@ -14,7 +14,6 @@ from distributed.rank_group import RankGroup
 from small_run import RANK_VARIABLES, REPOSITORY
 
 from icl_moe.tokenizers.text import TextTokenizer
-from icl_moe.training.distributed import free_port
 from icl_moe.vocabulary import GPT2_MERGES
 
 # Several ranks and workers share the machine's few cores; more threads than cores only wait for
@@ -106,7 +105,7 @@ def rank_group() -> Iterator[Callable[[int], RankGroup]]:
 
     def get(world: int) -> RankGroup:
         if world not in groups:
-            groups[world] = RankGroup(world, free_port())
+            groups[world] = RankGroup(world)
         return groups[world]
 
     yield get

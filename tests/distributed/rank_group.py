@@ -3,53 +3,96 @@ another.
 """
 
 import os
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from icl_moe.training.distributed import free_port
+
+PATIENCE = 20.0
+"""Seconds that the other ranks get to end after one has failed: they may wait for it for ever."""
 
 
 class RankGroup:
     """`run(function, *args)` calls `function(ranks, *args)` on every rank and returns their
     results, by rank.
 
-    function: importable by name, since it is pickled. Raises AssertionError with the traceback of
-    the first rank that failed.
+    function: importable by name, since it is pickled. Raises AssertionError with the tracebacks of
+    the ranks that failed. The ranks are started anew after that: where one left a function in its
+    middle, the others may be one collective ahead.
     """
 
-    def __init__(self, world: int, port: int) -> None:
-        context = mp.get_context("spawn")
-        self._tasks = [context.SimpleQueue() for _ in range(world)]
-        self._results = [context.SimpleQueue() for _ in range(world)]
-        self._processes = [
-            context.Process(
-                target=_serve,
-                args=(rank, world, port, self._tasks[rank], self._results[rank]),
-                daemon=False,
-            )
-            for rank in range(world)
-        ]
-        for process in self._processes:
-            process.start()
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        for queue in self._tasks:
-            queue.put((function, args))
-        results = [queue.get() for queue in self._results]
-        for ok, value in results:
-            assert ok, value
-        return [value for _, value in results]
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = self._collect()
+        failed = [value for _, (ok, value) in sorted(results.items()) if not ok]
+        silent = sorted(set(range(self._world)) - results.keys())
+        if failed or silent:
+            self._kill()
+            failed += [f"rank {rank} gave no answer" for rank in silent]
+            raise AssertionError("\n".join(failed))
+        return [results[rank][1] for rank in range(self._world)]
 
     def close(self) -> None:
-        for queue in self._tasks:
-            queue.put(None)
+        for pipe in self._pipes:
+            pipe.send(None)
         for process in self._processes:
             process.join(30)
 
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        port = free_port()
+        for rank in range(self._world):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self._world, port, theirs), daemon=False
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
 
-def _serve(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
+    def _collect(self) -> dict[int, tuple[bool, Any]]:
+        """What each rank answered: whether all went well, and the result or the traceback."""
+        results: dict[int, tuple[bool, Any]] = {}
+        waiting = dict(zip(self._pipes, range(self._world), strict=True))
+        deadline = float("inf")
+        while waiting and time.monotonic() < deadline:
+            for pipe in wait(list(waiting), timeout=1.0):
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    results[rank] = pipe.recv()
+                except EOFError:
+                    results[rank] = False, f"rank {rank} died"
+                if not results[rank][0]:
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
+        return results
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes.clear()
+        self._processes.clear()
+
+
+def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -61,9 +104,9 @@ def _serve(rank: int, world: int, port: int, tasks: Any, results: Any) -> None:
     from icl_moe.training.distributed import process_group
 
     with process_group() as ranks:
-        while (task := tasks.get()) is not None:
+        while (task := pipe.recv()) is not None:
             function, args = task
             try:
-                results.put((True, function(ranks, *args)))
+                pipe.send((True, function(ranks, *args)))
             except BaseException:
-                results.put((False, f"rank {rank}:\n{traceback.format_exc()}"))
+                pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))

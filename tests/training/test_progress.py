@@ -46,9 +46,8 @@ def watched(ranks: Any) -> tuple[list[tuple[str, float, int]], str]:
         contextlib.redirect_stdout(io.StringIO()) as printed,
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        progress = ProgressMonitor(
-            START, END, EVERY, GLOBAL_BATCH, tasks, ranks, PEAK, events.extend
-        )
+        monitors = SimpleNamespace(write_events=events.extend)
+        progress = ProgressMonitor(START, END, EVERY, GLOBAL_BATCH, tasks, ranks, PEAK, monitors)
         for step, task in TASKS.items():
             for number in range(2):
                 values = micro_step(step, ranks.rank, number)
