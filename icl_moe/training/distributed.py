@@ -97,15 +97,29 @@ def process_group() -> Iterator[Ranks]:
     another reason, the others say that they lost it, without a traceback.
     """
     logger.setLevel("WARNING")
-    for name, value in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_RANK", "0"),
-        ("MASTER_ADDR", "127.0.0.1"),
-    ):
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    with _launched_or_alone(), _joined() as ranks:
+        yield ranks
+
+
+@contextlib.contextmanager
+def _launched_or_alone() -> Iterator[None]:
+    """Within it the launcher's variables are there, also where there is no launcher. Commands that
+    this process starts later must not take themselves for ranks.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if launched_ranks() == 1:
+        alone["MASTER_PORT"] = str(free_port())
+    missing = {name: value for name, value in alone.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _joined() -> Iterator[Ranks]:
     # A collective for inference on CPUs that would otherwise be compiled here, for half a minute,
     # and needs a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
