@@ -475,7 +475,7 @@ def _set(**values):
         (_set(image_size=128), "does not turn the model's images of 128 pixels into 64 codes"),
         (
             _set(vocabulary=to_dict(Vocabulary(text_merges=2000, image_codes=64))),
-            "does not fit its config.json|cannot be read",
+            "format.vocabulary is not the vocabulary",
         ),
     ],
     ids=["truncated weights", "another tokenizer", "another size", "another vocabulary"],
