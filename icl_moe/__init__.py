@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from icl_moe.auto_classes import register_when_loaded
+
 if TYPE_CHECKING:
     from icl_moe.inference.model import InContextModel
 
@@ -17,3 +19,6 @@ def __getattr__(name: str) -> Any:
 
         return InContextModel
     raise AttributeError(f"module 'icl_moe' has no attribute '{name}'")
+
+
+register_when_loaded()

@@ -215,6 +215,9 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_tokenizer_convert)
 
 
+_MODEL = "an exported model's folder, the name of a shipped model, or OWNER/NAME on the Hub"
+
+
 def _add_train(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser(
         "train", help="train a decoder, alone or under the deepspeed launcher"
@@ -243,7 +246,7 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
 
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("evaluate", help="measure a model on the episodes of a shard folder")
-    parser.add_argument("model", type=take.path, help="an exported model")
+    parser.add_argument("model", type=take.path, help=_MODEL)
     parser.add_argument(
         "shards", help="a shard folder: a path, or a URL such as s3://bucket/folder"
     )
@@ -273,7 +276,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("segment", help="segment an image as examples show")
-    parser.add_argument("model", type=take.path, help="an exported model")
+    parser.add_argument("model", type=take.path, help=_MODEL)
     parser.add_argument(
         "--example",
         nargs=2,
@@ -296,7 +299,7 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("caption", help="caption an image as examples show")
-    parser.add_argument("model", type=take.path, help="an exported model")
+    parser.add_argument("model", type=take.path, help=_MODEL)
     parser.add_argument(
         "--example",
         nargs=2,

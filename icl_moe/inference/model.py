@@ -29,6 +29,7 @@ from icl_moe.images import (
     to_pixels,
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
+from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
@@ -62,18 +63,20 @@ class InContextModel:
         self.codec = SequenceCodec(self.format, text)
         self.image_size = decoder.config.image_size
         self.fingerprint = fingerprint
+        self.folder: Path | None = None
         _check_image_tokenizer(decoder.config, self.format.codes_per_image, image_tokenizer)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device | None = None
+        cls, source: str | Path, device: str | torch.device | None = None
     ) -> "InContextModel":
-        """Load the folder that `icl-moe export` or a training run wrote, onto `device` (by default
-        a GPU where there is one).
+        """Load a model onto `device` (by default a GPU where there is one).
 
-        Raises InputError where a file is missing, is damaged, or does not belong to the others.
+        source: the folder that `icl-moe export` wrote, the name of a shipped model, or a model of
+        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. Raises InputError where there is
+        none, and where a file is missing, is damaged, or does not belong to the others.
         """
-        folder = Path(folder)
+        folder = find_model(source)
         _check_files(folder)
         decoder = _load_decoder(folder)
         text = TextTokenizer(
@@ -85,12 +88,32 @@ class InContextModel:
             text,
             _fingerprint(folder),
         )
+        model.folder = folder
         return model.to(device or default_device())
 
     def to(self, device: str | torch.device) -> "InContextModel":
         self.decoder.to(device)
         self.image_tokenizer.to(device)
         return self
+
+    def push_to_hub(
+        self,
+        repository: str,
+        metrics: str | Path | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model to the Hugging Face Hub as `repository` (OWNER/NAME), with its model
+        card; returns the address of the commit.
+
+        metrics: metrics.json of an evaluation of this model, for the card. private: of a repository
+        that is made for it; None leaves it to the owner's settings. Raises InputError where the
+        model was not loaded from a folder, and where the Hub refuses it or cannot be reached.
+        """
+        if self.folder is None:
+            raise InputError("Only a model that from_pretrained loaded can be uploaded.")
+        file = None if metrics is None else Path(metrics)
+        return push_model(self.folder, repository, file, private, token)
 
     def segment(
         self,

@@ -39,6 +39,11 @@ class DecoderConfig(PretrainedConfig):
         return from_dict(ModelSettings, self.model or {}, origin="config.json")
 
     @property
+    def vocab_size(self) -> int:
+        """transformers' name for the size of the vocabulary."""
+        return self.vocabulary_size
+
+    @property
     def vocabulary_size(self) -> int:
         return from_dict(Vocabulary, self.vocabulary or {}, origin="config.json").size
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from icl_moe.batch import RoutingPlan, TokenBatch
 from icl_moe.model.attention import (
@@ -41,6 +41,7 @@ class InContextDecoder(PreTrainedModel):
 
     config_class = DecoderConfig
     base_model_prefix = ""
+    supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = [GATE]  # noqa: RUF012
 
     def __init__(
@@ -53,7 +54,7 @@ class InContextDecoder(PreTrainedModel):
         settings = config.settings
         self.settings = settings
         self.auxiliary_weight = auxiliary_weight
-        self.activation_checkpointing = False
+        self.gradient_checkpointing = False
         # Tensor-parallel training puts its own here, for a vocabulary spread over ranks.
         self.target_losses = cross_entropy
         self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
@@ -112,7 +113,7 @@ class InContextDecoder(PreTrainedModel):
         x_TM = F.dropout(x_TM, self.settings.dropout, self.training)
         for number, layer in enumerate(self.layers):
             inputs = x_TM, attention, routing, decisions.get(number)
-            if self.activation_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training:
                 x_TM = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x_TM = layer(*inputs)
@@ -163,6 +164,9 @@ class InContextDecoder(PreTrainedModel):
             "a tensor rank has logits of a part of the vocabulary"
         )
         return F.linear(hidden, self.token_embedding.weight).float()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_embedding
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `initialise` draws the weights of a new model, and a loaded one has them all."""
@@ -226,3 +230,7 @@ def initialise(
                 )
                 generator = torch.Generator().manual_seed(stable_seed("weights", seed, name))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)
+AutoModel.register(DecoderConfig, InContextDecoder)

@@ -20,10 +20,12 @@ from transformers import PretrainedConfig
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
+from icl_moe.inference.model_card import CARD, TRAINING, model_card
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
 from icl_moe.training import training_state
+from icl_moe.training.run_folder import how_it_was_trained
 
 _TAG = "step-{:08d}"
 _NAME = re.compile(r"step-\d{8,}")
@@ -116,6 +118,7 @@ def export(checkpoint: Path, out: Path) -> int:
         )
     config = DecoderConfig.from_pretrained(run / "model")
     weights, step = training_state.read_weights(folder, config)
+    trained = how_it_was_trained(run, step)
     with torch.device("meta"):
         model = InContextDecoder(config)
     model.load_state_dict(weights, assign=True)
@@ -129,6 +132,8 @@ def export(checkpoint: Path, out: Path) -> int:
     model.save_pretrained(temporary)
     for path in temporary.glob("*.safetensors"):
         give_usual_mode(path)
+    write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
+    write_whole(temporary / CARD, model_card(config.to_dict(), trained))
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)

@@ -198,7 +198,7 @@ def _build_model(
         else sparse_layer_factory(ep_size, ranks.rank % tp_size, tp_size)
     )
     model = InContextDecoder(config, sparse_layer, recipe.training.auxiliary_loss_weight)
-    model.activation_checkpointing = recipe.training.activation_checkpointing
+    model.gradient_checkpointing = recipe.training.activation_checkpointing
     name = partial(
         exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts)
     )

@@ -361,7 +361,7 @@ def test_activation_checkpointing_changes_no_gradient():
     batch = make_batch("segmentation", 2)
     results = []
     for activation_checkpointing in (False, True):
-        model.activation_checkpointing = activation_checkpointing
+        model.gradient_checkpointing = activation_checkpointing
         torch.manual_seed(3)
         results.append(loss_and_gradients(model, batch, noise=(0, 1)))
     assert results[0][0] == results[1][0]

@@ -279,7 +279,7 @@ def test_activation_checkpointing_computes_each_layer_again_in_training_alone():
     for layer in model.layers:
         layer.attention_norm.register_forward_hook(lambda *_: computed.append(1))
     for checkpointing, training, expected in ((False, True, 3), (True, True, 6), (True, False, 3)):
-        model.activation_checkpointing = checkpointing
+        model.gradient_checkpointing = checkpointing
         computed.clear()
         model.train(training)(batch).total.backward()
         assert len(computed) == expected

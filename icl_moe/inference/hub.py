@@ -1,0 +1,113 @@
+"""Where models come from and go to: a folder, a model that ships with the package, or the Hugging
+Face Hub.
+"""
+
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from icl_moe.errors import InputError
+from icl_moe.inference.model_card import CARD, TRAINING, model_card
+
+_FILES = ("*.json", "*.safetensors", "*.txt", CARD)
+"""What a model folder consists of; nothing else of a Hub repository is fetched."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder of a model.
+
+    source: the name of a shipped model; a folder; or a model of the Hugging Face Hub, OWNER/NAME or
+    OWNER/NAME@REVISION, which is fetched into the Hub's cache. A shipped name comes first, and a
+    folder before the Hub: ./demo is a folder. Raises InputError where there is none of them.
+    """
+    name = str(source)
+    shipped = Path(str(resources.files("icl_moe"))) / "models"
+    names = sorted(path.parent.name for path in shipped.glob("*/config.json"))
+    if name in names:
+        return shipped / name
+    folder = Path(source)
+    if folder.exists():
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        known = f" ({', '.join(names)})" if names else ""
+        raise InputError(
+            f"There is no model folder {source}, no shipped model of that name{known}, and a "
+            "model of the Hugging Face Hub is named OWNER/NAME."
+        )
+    return _fetch(name)
+
+
+def push_model(
+    folder: Path, repository: str, metrics: Path | None, private: bool | None, token: str | None
+) -> str:
+    """Upload a model folder as `repository` (OWNER/NAME), its card written anew with the scores of
+    `metrics`, where that is given; returns the address of the commit.
+
+    private: of a repository that is made for it; None leaves it to the owner's settings. Raises
+    InputError where the Hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    card = _card(folder, metrics)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit: Any = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=list(_FILES),
+            ignore_patterns=[CARD],
+            commit_message="Upload an in-context model",
+        )
+        if card is not None:
+            commit = api.upload_file(
+                path_or_fileobj=card.encode(),
+                path_in_repo=CARD,
+                repo_id=repository,
+                commit_message="Write the model card",
+            )
+    except Exception as error:  # The Hub's client raises many kinds, network and login among them.
+        raise InputError(f"{repository} was not written to the Hub: {_reason(error)}.") from error
+    return str(commit.commit_url)
+
+
+def _card(folder: Path, metrics: Path | None) -> str | None:
+    """The model's card; None where the folder does not say how it was trained."""
+    try:
+        training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return model_card(config, training, metrics)
+    except FileNotFoundError as error:
+        if metrics is not None and error.filename == str(metrics):
+            raise InputError(f"There is no file {metrics}.") from error
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"No model card can be written of {folder}: config.json, {TRAINING} or the metrics are "
+            f"not what was written ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
+        )
+    except Exception as error:  # The Hub's client raises many kinds, network and login among them.
+        raise InputError(
+            f"There is no model folder {name}, and the Hugging Face Hub does not give a model of "
+            f"that name: {_reason(error)}."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what the Hub's client says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said.split('. ')[0][:200].rstrip('.')}"

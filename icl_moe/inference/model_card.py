@@ -1,0 +1,90 @@
+"""The model card: README.md of an exported model, as the Hugging Face Hub shows it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from icl_moe.tables import Table, as_markdown
+
+CARD, TRAINING = "README.md", "training.json"
+
+_LIMITS = """\
+The model reads images at {size} x {size} pixels, of any shape: they are stretched to a square. It
+was trained with up to {examples} examples an episode; it takes more as far as its positions reach,
+with no promise. It knows its training data's kind of picture: on others, look at what it gives
+before relying on it. Its captions can be wrong, as any generated text can."""
+
+_USE = """\
+```python
+from icl_moe import InContextModel
+
+model = InContextModel.from_pretrained("PATH OR HUB ID OF THIS MODEL")
+mask = model.segment(examples=[("image.jpg", "mask.png")], query="another.jpg")
+```"""
+
+
+def model_card(
+    config: Mapping[str, Any], training: Mapping[str, Any], metrics: Path | None = None
+) -> str:
+    """The card of a model: what it is, its recipe, its data, how well it does and its limits.
+
+    config: the content of its config.json. training: of its training.json. metrics: metrics.json of
+    an evaluation of it, where there is one.
+    """
+    data = ModelCardData(
+        library_name="icl-moe",
+        pipeline_tag="image-segmentation",
+        tags=["in-context learning", "mixture of experts", "segmentation", "captioning"],
+    )
+    recipe = training["recipe"]
+    facts = {
+        "optimizer steps": training["steps"],
+        "episodes a step": recipe["training"]["global_batch"],
+        "decoder": _decoder(recipe["model"]),
+        "seed": recipe["training"]["seed"],
+        "shards, by the sha256 of their manifest": training["shards"]["manifest_sha256"],
+    }
+    for task, names in (config.get("classes") or {}).items():
+        facts[f"classes in training, {task}"] = len(names)
+    facts |= training["versions"]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        "# An in-context model for segmentation and region captioning",
+        "Examples go in, (image, mask) or (image, region caption); the model writes the output for "
+        "a new image in the same form.",
+        "## Use",
+        _USE,
+        "## Training",
+        as_markdown(Table(("", ""), [(name, str(value)) for name, value in facts.items()])),
+        f"The whole recipe stands in {TRAINING}.",
+        "## How well it does",
+        _scores(metrics),
+        "## Limits",
+        _LIMITS.format(size=config["image_size"], examples=config["examples"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _decoder(model: Mapping[str, Any]) -> str:
+    return (
+        f"{model['layers']} layers of width {model['width']}, {model['heads']} heads, "
+        f"feed-forward '{model['feed_forward']}'"
+    )
+
+
+def _scores(metrics: Path | None) -> str:
+    if metrics is None:
+        return "It was exported without an evaluation; `icl-moe evaluate` makes one."
+    content = json.loads(metrics.read_text(encoding="utf-8"))
+    about = ("name", "prediction", "shots", "control")
+    rows = [
+        (task, row["name"], str(row.get("shots", "–")), name, f"{value:.4g}")
+        for task, result in content["tasks"].items()
+        for row in result["rows"]
+        for name, value in row.items()
+        if name not in about and isinstance(value, int | float)
+    ]
+    return as_markdown(Table(("task", "row", "examples", "score", "value"), rows))

@@ -1,0 +1,136 @@
+"""Models by name: folders, the Hugging Face Hub (a server on this machine that speaks its API), and
+transformers' Auto classes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy_export
+import toy_tokenizer
+from inference.hub_server import REPOSITORY, REVISION, hub
+
+from icl_moe.errors import InputError
+from icl_moe.inference.hub import find_model
+from icl_moe.inference.model_card import model_card
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe, to_dict
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+
+TRAINING = {
+    "steps": 7,
+    "recipe": to_dict(load_recipe(TrainingRecipe, "demo", [], package="icl_moe")),
+    "shards": {"manifest_sha256": "ab" * 32},
+    "versions": {"torch": "2.13.0"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = ["synthetic.images=12", "samples=2", *toy_tokenizer.recipe_settings(tokenizer)]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    toy_export.save_toy_model(folder / "model", folder / "shards")
+    (folder / "model" / "training.json").write_text(json.dumps(TRAINING))
+    return folder / "model"
+
+
+def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+THERE_AND_BACK = """
+import sys
+from icl_moe import InContextModel
+
+fetched = InContextModel.from_pretrained(sys.argv[1])
+print(fetched.fingerprint == InContextModel.from_pretrained(sys.argv[2]).fingerprint)
+print(fetched.push_to_hub("someone/model", metrics=sys.argv[3], token="secret"))
+"""
+
+
+def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card(model, tmp_path):
+    row = {"name": "1 example", "prediction": "model", "shots": 1, "miou": 0.4321}
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"tasks": {"segmentation": {"rows": [row]}}}))
+    uploaded = tmp_path / "uploaded"
+    with hub(model, uploaded) as address:
+        done = run(
+            THERE_AND_BACK,
+            f"{REPOSITORY}@main",
+            model,
+            metrics,
+            HF_ENDPOINT=address,
+            HF_HOME=str(tmp_path / "home"),
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True", f"{address}/{REPOSITORY}/commit/{REVISION}"]
+    sent = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
+    there = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
+    assert sent == there | {"README.md"}
+    for name in there:
+        assert (uploaded / name).read_bytes() == (model / name).read_bytes()
+    card = (uploaded / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| segmentation | 1 example | 1 | miou | 0.4321 |" in card
+    assert "| optimizer steps | 7 |" in card
+
+
+def test_without_a_network_a_model_of_the_hub_is_refused_in_a_sentence(tmp_path):
+    program = (
+        "import sys; from icl_moe.cli import main; "
+        "sys.exit(main(['segment', 'someone/nothing', '--example', 'a.png', 'b.png', "
+        f"'--query', 'c.png', '--out', '{tmp_path}/m.png']))"
+    )
+    done = run(program, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "There is no model folder someone/nothing, and the Hugging Face Hub" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path):
+    assert find_model(tmp_path) == tmp_path
+    for name in ("nothing", "a/b/c", str(tmp_path / "nothing")):
+        with pytest.raises(InputError, match=r"There is no model folder .*OWNER/NAME"):
+            find_model(name)
+
+
+AUTO = """
+import sys
+import icl_moe
+
+assert not {"torch", "transformers"} & sys.modules.keys()
+from transformers import AutoConfig, AutoModel
+
+model = AutoModel.from_pretrained(sys.argv[1])
+config = AutoConfig.from_pretrained(sys.argv[1])
+assert model.get_input_embeddings().num_embeddings == config.vocab_size
+print(type(model).__name__, type(config).__name__)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "from transformers import AutoModel"])
+def test_the_auto_classes_know_the_decoder(model, before):
+    program = AUTO if not before else f"{before}\n{AUTO.replace('assert not', 'not')}"
+    done = run(program, model)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["InContextDecoder", "DecoderConfig"]
+
+
+def test_a_card_of_a_model_that_was_not_evaluated_says_so(model):
+    config = json.loads((model / "config.json").read_text())
+    card = model_card(config, TRAINING)
+    assert "It was exported without an evaluation" in card
+    assert f"{config['image_size']} x {config['image_size']} pixels" in card
