@@ -70,6 +70,9 @@ ImageSide = Annotated[int, Range(1, 8192)]
 Weight = Annotated[float, Range(0)]
 """What a part of a loss counts; 0 leaves it out."""
 
+Share = Annotated[float, Range(0, 1)]
+"""A part of a whole, or of all cases."""
+
 DropoutRate = Annotated[float, Range(0, below=1)]
 LearningRate = Annotated[float, Range(above=0, most=1)]
 Epsilon = Annotated[float, Range(above=0, most=1)]

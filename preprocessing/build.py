@@ -29,7 +29,7 @@ from icl_moe.settings import from_dict, to_dict
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
-from preprocessing import synthetic
+from preprocessing import synthetic, world
 from preprocessing.episodes import plan_episodes
 from preprocessing.image_check import ImageCheck
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
@@ -81,7 +81,7 @@ def _build(
     with process.main_process_first():
         if process.is_main_process:
             folder.open()
-            _draw_scenes(recipe, out)
+            _draw_scenes(recipe, out, workers)
     check = ImageCheck(recipe.missing_images, recipe.bad_images, folder.work, workers, process)
     pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, workers, check)
     with process.main_process_first():
@@ -288,15 +288,16 @@ def _companions(out: Path, tasks: Iterable[str]) -> list[str]:
     return [*map(index_file, tasks), *(path.relative_to(out).as_posix() for path in tokenizers)]
 
 
-def _draw_scenes(recipe: DataRecipe, out: Path) -> None:
+def _draw_scenes(recipe: DataRecipe, out: Path, workers: int) -> None:
     """The drawn data set, kept beside the shards; written whole or not at all."""
-    folder = out / "synthetic"
+    folder, scenes = out / "synthetic", recipe.synthetic
     if recipe.draws_scenes and not folder.is_dir():
         partial = out / "synthetic.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        synthetic.write_dataset(
-            partial, recipe.synthetic.images, recipe.synthetic.seed, recipe.synthetic.split
-        )
+        if scenes.world == "classes":
+            world.write_dataset(partial, scenes, recipe.image_size, workers)
+        else:
+            synthetic.write_dataset(partial, scenes.images, scenes.seed, scenes.split)
         os.replace(partial, folder)
 
 

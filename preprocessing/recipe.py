@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from icl_moe.errors import InputError
-from icl_moe.ranges import Count, ImageSide, Natural
+from icl_moe.ranges import Count, ImageSide, Natural, Range, Share
 from icl_moe.sequence import PromptLength, SequenceFormat
 from icl_moe.vocabulary import Vocabulary
 
@@ -79,11 +79,22 @@ class CaptioningSource(_Source):
 class SyntheticScenes:
     """The drawn data set that `source: synthetic` reads: how many images, from which seed, under
     which split's name.
+
+    world: `shapes`, twelve classes that keep their shape (synthetic.py); `classes`, thousands of
+    composed classes in scenes as large as image_size (world.py). There, the split `val` shows the
+    classes that are held out from `train`, and no other.
+    classes: of how many classes the scenes of the split `train` are drawn (world=classes). With
+    fewer images than classes some are not seen.
+    hard_neighbours: the share of scenes with two objects of the same outline or fill colour
+    (world=classes).
     """
 
     images: Count = 1000
     seed: Natural = 0
     split: Literal["train", "val"] = "train"
+    world: Literal["shapes", "classes"] = "shapes"
+    classes: Annotated[int, Range(4, 100_000)] = 2000
+    hard_neighbours: Share = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,11 @@ class DataRecipe:
                 )
         if self.segmentation is not None and self.segmentation.source == "coco":
             _require("segmentation", self.segmentation, ("images", "annotations"))
+        if self.draws_scenes and self.synthetic.world == "classes" and self.image_size < 32:
+            raise InputError(
+                f"image_size must be at least 32 where synthetic.world=classes, not "
+                f"{self.image_size}: in smaller scenes classes look alike."
+            )
         if self.captioning is not None and self.captioning.source == "visual_genome":
             _require("captioning", self.captioning, ("images", "regions", "objects", "image_data"))
             if (self.captioning.splits is None) != (self.captioning.split is None):

@@ -115,7 +115,7 @@ def write_dataset(
         scene.image.save(folder / "images" / f"{image_id}.jpg", quality=92)
         writer.add(image_id, scene)
     for name, content in writer.files(split).items():
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
 
 
 def _as_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -131,7 +131,7 @@ def _as_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
 # hole. ---
 
 
-def _polygon(
+def polygon(
     radii: Callable[[float], float], points: int, start: float = -math.pi / 2
 ) -> np.ndarray:
     angles = start + np.arange(points) * 2 * math.pi / points
@@ -139,8 +139,8 @@ def _polygon(
     return np.stack([lengths * np.cos(angles), lengths * np.sin(angles)], axis=1)
 
 
-def _circle(radius: float, points: int = 40) -> np.ndarray:
-    return _polygon(lambda _: radius, points)
+def circle(radius: float, points: int = 40) -> np.ndarray:
+    return polygon(lambda _: radius, points)
 
 
 def _crescent() -> np.ndarray:
@@ -197,24 +197,24 @@ class _ShapeClass:
 
 # Category ids leave gaps, as COCO's do.
 _CLASSES = (
-    _ShapeClass("disc", "round", 1, (_circle(1.0),), ("orange", "white", "blue")),
-    _ShapeClass("ring", "round", 2, (_circle(1.0), _circle(0.5)), ("yellow", "pink", "black")),
+    _ShapeClass("disc", "round", 1, (circle(1.0),), ("orange", "white", "blue")),
+    _ShapeClass("ring", "round", 2, (circle(1.0), circle(0.5)), ("yellow", "pink", "black")),
     _ShapeClass("crescent", "round", 3, (_crescent(),), ("yellow", "white", "purple")),
     _ShapeClass(
         "square",
         "angular",
         5,
-        (_circle(1.25, 4) @ np.array([[1, 1], [-1, 1]]) / math.sqrt(2),),
+        (circle(1.25, 4) @ np.array([[1, 1], [-1, 1]]) / math.sqrt(2),),
         ("blue", "green", "black"),
     ),
-    _ShapeClass("triangle", "angular", 6, (_circle(1.1, 3),), ("green", "red", "purple")),
-    _ShapeClass("hexagon", "angular", 7, (_circle(1.0, 6),), ("brown", "green", "orange")),
+    _ShapeClass("triangle", "angular", 6, (circle(1.1, 3),), ("green", "red", "purple")),
+    _ShapeClass("hexagon", "angular", 7, (circle(1.0, 6),), ("brown", "green", "orange")),
     _ShapeClass("cross", "symbol", 8, (_CROSS,), ("red", "white", "black")),
     _ShapeClass(
         "star",
         "symbol",
         9,
-        (_polygon(lambda a: 1.1 if round(a / (math.pi / 5)) % 2 == 0 else 0.48, 10),),
+        (polygon(lambda a: 1.1 if round(a / (math.pi / 5)) % 2 == 0 else 0.48, 10),),
         ("yellow", "red", "blue"),
     ),
     _ShapeClass("heart", "symbol", 11, (_heart(),), ("red", "pink", "purple")),
@@ -224,13 +224,14 @@ _CLASSES = (
         "flower",
         "plant",
         15,
-        (_polygon(lambda a: 0.72 + 0.3 * math.cos(5 * a), 60),),
+        (polygon(lambda a: 0.72 + 0.3 * math.cos(5 * a), 60),),
         ("pink", "white", "purple"),
     ),
 )
 CLASS_NAMES = tuple(shape.name for shape in _CLASSES)
+OUTLINES = {shape.name: shape.outlines for shape in _CLASSES}
 
-_COLOURS = {
+COLOURS = {
     "red": (205, 35, 35),
     "orange": (240, 135, 25),
     "yellow": (240, 215, 40),
@@ -289,7 +290,7 @@ def _draw_layer(rng: np.random.Generator, width: int, height: int, crowd: bool) 
     it fits nowhere.
     """
     shape = _CLASSES[rng.integers(len(_CLASSES))]
-    colour = str(rng.choice(shape.colours if rng.random() < 0.7 else tuple(_COLOURS)))
+    colour = str(rng.choice(shape.colours if rng.random() < 0.7 else tuple(COLOURS)))
     texture = "plain" if crowd else str(rng.choice(_TEXTURES, p=_TEXTURE_CHANCES))
     size = "small" if crowd else str(rng.choice(tuple(_SIZES)))
     side = min(width, height)
@@ -304,7 +305,7 @@ def _draw_layer(rng: np.random.Generator, width: int, height: int, crowd: bool) 
             return None
         coverage = np.maximum(coverage, _rasterise(placed, width, height))
         outlines += placed
-    base = np.clip(np.array(_COLOURS[colour]) + rng.uniform(-14, 14, 3), 0, 255)
+    base = np.clip(np.array(COLOURS[colour]) + rng.uniform(-14, 14, 3), 0, 255)
     paint_HW3 = _paint(rng, base, texture, width, height, max(radius * 0.55, 5.0))
     return _Layer(shape, colour, texture, size, tuple(outlines), coverage, paint_HW3, crowd)
 
@@ -397,7 +398,7 @@ def _describe(
     for layer in reversed(layers):
         masks.insert(0, layer.mask_HW & ~covered)
         covered |= layer.mask_HW
-    boxes = [_box(mask) for mask in masks]
+    boxes = [box_of_mask(mask) for mask in masks]
     objects = []
     for i, layer in enumerate(layers):
         seen_whole = masks[i].sum() == layer.mask_HW.sum() and len(layer.shape.outlines) == 1
@@ -430,15 +431,15 @@ def _phrases(
     """
     name = _noun_phrase(rng, layers[i])
     others = [j for j in range(len(layers)) if j != i and not layers[j].crowd]
-    relations = [(relation, j) for j in others if (relation := _relation(boxes[i], boxes[j]))]
-    placed = f"the {name} {_place_in_picture(boxes[i], width, height)}"
+    relations = [(relation, j) for j in others if (relation := relation_of(boxes[i], boxes[j]))]
+    placed = f"the {name} {place_in_picture(boxes[i], width, height)}"
     if not relations:
-        return placed, _with_article(_noun_phrase(rng, layers[i]))
+        return placed, with_article(_noun_phrase(rng, layers[i]))
     relation, j = relations[rng.integers(len(relations))]
     return (
         placed,
-        f"{_with_article(_noun_phrase(rng, layers[i]))} {relation} "
-        f"{_with_article(f'{layers[j].colour} {layers[j].shape.name}')}",
+        f"{with_article(_noun_phrase(rng, layers[i]))} {relation} "
+        f"{with_article(f'{layers[j].colour} {layers[j].shape.name}')}",
     )
 
 
@@ -448,11 +449,11 @@ def _noun_phrase(rng: np.random.Generator, layer: _Layer) -> str:
     return " ".join(word for word in (size, texture, layer.colour, layer.shape.name) if word)
 
 
-def _with_article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _place_in_picture(box: PixelBox, width: int, height: int) -> str:
+def place_in_picture(box: PixelBox, width: int, height: int) -> str:
     x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
     across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
     down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
@@ -463,7 +464,7 @@ def _place_in_picture(box: PixelBox, width: int, height: int) -> str:
     return f"on the {across}" if across else "in the middle"
 
 
-def _relation(a: PixelBox, b: PixelBox) -> str | None:
+def relation_of(a: PixelBox, b: PixelBox) -> str | None:
     """How `a` lies to `b`, where one direction is clear: their centres differ by more than either's
     half there.
     """
@@ -482,7 +483,7 @@ def _caption(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> str:
         parts.append(
             f"a group of {o.colour} {o.name} shapes"
             if o.crowd
-            else _with_article(f"{texture}{o.colour} {o.name}")
+            else with_article(f"{texture}{o.colour} {o.name}")
         )
     parts = [parts[i] for i in rng.permutation(len(parts))]
     return (
@@ -491,7 +492,7 @@ def _caption(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> str:
     )
 
 
-def _box(mask_HW: np.ndarray) -> PixelBox:
+def box_of_mask(mask_HW: np.ndarray) -> PixelBox:
     rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -634,7 +635,7 @@ def _run_lengths(mask_HW: np.ndarray) -> list[int]:
     return [int(n) for n in np.diff(np.concatenate([[0], edges]))]
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
     os.replace(partial, path)
