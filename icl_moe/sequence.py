@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 
-from icl_moe.attributes import PADDING, Modality, attribute_class, is_target
+from icl_moe.attributes import PADDING, Modality, attribute_class, is_output_image, is_target
 from icl_moe.errors import InputError
 from icl_moe.ranges import Count, Range
 from icl_moe.tokenizers.text import TextTokenizer
@@ -36,6 +36,13 @@ Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
 """What a span is for. Its loss weight follows from it: 1 for `output`, a setting (w_in) for
 `input`, and 0 for the rest.
 """
+
+
+LossOn = Literal["all", "query"]
+"""Which pairs of an episode bear loss: every one, examples too, or the query alone."""
+
+NO_LINK = -1
+"""Where `TokenSequence.links` names no token."""
 
 
 class TooLongError(InputError):
@@ -65,19 +72,59 @@ class Span:
 class TokenSequence:
     """Token ids `tokens_L`, their position ids `positions_L`, and the spans that cover 0..L-1 in
     order.
+
+    inputs_L: what a model reads in place of `tokens_L`, where some of these are hidden from it.
     """
 
     tokens_L: np.ndarray
     positions_L: np.ndarray
     spans: tuple[Span, ...]
+    inputs_L: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_L)
 
-    def loss_weights(self, input_weight: float = 0.0) -> np.ndarray:
+    def loss_weights(self, input_weight: float = 0.0, loss_on: LossOn = "all") -> np.ndarray:
         """Weight of each token *as a target* (float32, L)."""
         weights = [span.loss_weight(input_weight) for span in self.spans]
-        return self._spread(weights, np.float32)
+        weights_L = self._spread(weights, np.float32)
+        if loss_on == "query":
+            weights_L[: self.query_spans[0].start] = 0.0
+        return weights_L
+
+    @property
+    def read_L(self) -> np.ndarray:
+        """What a model reads, the hidden tokens as [MASK]."""
+        return self.tokens_L if self.inputs_L is None else self.inputs_L
+
+    @property
+    def query_spans(self) -> tuple[Span, ...]:
+        """The spans of the last pair, from its input image's codes on."""
+        first = max(i for i, span in enumerate(self.spans) if span.role == "input")
+        return self.spans[first:]
+
+    def links(self) -> np.ndarray:
+        """Token ids of the pair's own image, int64 (L, 2): the code of the cell of the output image
+        that a position predicts, then of the one that it holds; `NO_LINK` where there is none.
+
+        The marker that opens an output image predicts cell 0; cell j holds j and predicts j + 1.
+        """
+        held_L = np.full(len(self), NO_LINK, dtype=np.int64)
+        image = held_L[:0]
+        for span in self.spans:
+            if span.role == "input":
+                image = self.tokens_L[span.start : span.stop]
+            elif span.role == "output" and is_output_image(span.attributes):
+                held_L[span.start : span.stop] = image[: span.length]
+        after = image[0] if self._opens_output_image() else NO_LINK
+        return np.stack([np.append(held_L[1:], after), held_L], axis=1)
+
+    def _opens_output_image(self) -> bool:
+        """Whether it is a prompt that ends with the marker before an output image."""
+        before, last = self.spans[-2:]
+        return (
+            last.role == "marker" and before.role != "output" and is_output_image(last.attributes)
+        )
 
     def attributes(self) -> np.ndarray:
         """Attribute class of each token (uint8, L)."""
@@ -93,7 +140,8 @@ class TokenSequence:
             if span.role != "padding":
                 spans.append(Span(start, span.length, span.attributes, span.role))
                 start += span.length
-        return TokenSequence(self.tokens_L[keep], self.positions_L[keep], tuple(spans))
+        inputs_L = None if self.inputs_L is None else self.inputs_L[keep]
+        return TokenSequence(self.tokens_L[keep], self.positions_L[keep], tuple(spans), inputs_L)
 
     def _spread(self, values: list[Any], dtype: Any) -> np.ndarray:
         return np.repeat(np.array(values, dtype), [span.length for span in self.spans])

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_moe.attributes import PADDING
+from icl_moe.attributes import PADDING, is_output_image
 from icl_moe.errors import InputError
 from icl_moe.inference.cache import KeyValueCache
-from icl_moe.sequence import Episode, SequenceCodec
+from icl_moe.sequence import NO_LINK, Episode, SequenceCodec
 from icl_moe.tasks.grammar import Allowed, is_forced
 
 Request = tuple[Episode, np.ndarray]
@@ -35,6 +35,7 @@ class Decoder(Protocol):
         positions_BL: torch.Tensor,
         attributes_BL: torch.Tensor,
         cache: KeyValueCache | None = None,
+        links_BL2: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -91,7 +92,10 @@ def decode_batch(
     going = outputs
     with tqdm(desc="writing", unit=" tokens", disable=not progress, delay=2, leave=False) as bar:
         while going:
-            logits_BV = decoder.next_logits(*_left_padded(going, decoder.device), cache=cache)
+            tokens_BL, positions_BL, attributes_BL, links_BL2 = _left_padded(going, decoder.device)
+            logits_BV = decoder.next_logits(
+                tokens_BL, positions_BL, attributes_BL, cache, links_BL2
+            )
             for output, token in zip(going, _choose(logits_BV, going, sampling), strict=True):
                 output.write(token)
                 bar.update()
@@ -105,8 +109,8 @@ def decode_batch(
 class _Output:
     """One query's output in the making.
 
-    tokens: written so far. unread: (token, position, attribute class) that the decoder has yet to
-    read.
+    tokens: written so far. unread: (token, position, attribute class, its two `links`) that the
+    decoder has yet to read.
     allowed: what may come next, at least two tokens to choose from; empty once the output is
     complete.
     """
@@ -119,6 +123,8 @@ class _Output:
         generator: np.random.Generator,
     ) -> None:
         self._format, self._task = codec.format, episode.task
+        self._image: list[int] = codec.format.vocabulary.from_codes(query_image).tolist()
+        self._cell = 0  # Of the output image, which is written next.
         self.generator = generator
         prompt = codec.encode_prompt(episode, query_image).unpadded()
         self.unread = list(
@@ -126,6 +132,7 @@ class _Output:
                 prompt.tokens_L.tolist(),
                 prompt.positions_L.tolist(),
                 prompt.attributes().tolist(),
+                *prompt.links().T.tolist(),
                 strict=True,
             )
         )
@@ -151,11 +158,16 @@ class _Output:
             self._append(self.allowed[0].start)
 
     def _append(self, token: int) -> None:
-        self.unread.append(
-            (token, self._next_position, self._task.output_attributes(self._format, token))
-        )
-        self._next_position += 1
+        attributes = self._task.output_attributes(self._format, token)
+        held, image = NO_LINK, self._image
+        if is_output_image(attributes):
+            held = image[self._cell]
+            self._cell = (self._cell + 1) % len(image)
         self._accept(token)
+        draws = self.allowed == (self._format.vocabulary.image_range,)
+        predicted = image[self._cell] if draws else NO_LINK
+        self.unread.append((token, self._next_position, attributes, predicted, held))
+        self._next_position += 1
 
     def _accept(self, token: int) -> None:
         self.tokens.append(token)
@@ -165,20 +177,19 @@ class _Output:
             self.allowed = ()
 
 
-def _left_padded(
-    outputs: Sequence[_Output], device: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens_BL, positions_BL, attributes_BL (all int64) of what is unread, which counts as read
-    from then on.
+def _left_padded(outputs: Sequence[_Output], device: Any) -> tuple[torch.Tensor, ...]:
+    """tokens_BL, positions_BL, attributes_BL, links_BL2 (all int64) of what is unread, which counts
+    as read from then on.
     """
     length = max(len(output.unread) for output in outputs)
-    block_BL3 = np.zeros((len(outputs), length, 3), dtype=np.int64)
-    block_BL3[..., 2] = PADDING
+    block_BL5 = np.zeros((len(outputs), length, 5), dtype=np.int64)
+    block_BL5[..., 2] = PADDING
+    block_BL5[..., 3:] = NO_LINK
     for row, output in enumerate(outputs):
-        block_BL3[row, length - len(output.unread) :] = output.unread
+        block_BL5[row, length - len(output.unread) :] = output.unread
         output.unread = []
-    tokens_BL, positions_BL, attributes_BL = torch.from_numpy(block_BL3).to(device).unbind(dim=2)
-    return tokens_BL, positions_BL, attributes_BL
+    block = torch.from_numpy(block_BL5).to(device)
+    return (*block[..., :3].unbind(dim=2), block[..., 3:])
 
 
 def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from icl_moe.recipe import ModelSettings, TrainingRecipe
-from icl_moe.sequence import SequenceFormat
+from icl_moe.sequence import LossOn, SequenceFormat
 from icl_moe.settings import from_dict, to_dict
 from icl_moe.vocabulary import Vocabulary
 
@@ -15,8 +15,9 @@ class DecoderConfig(PretrainedConfig):
 
     model, vocabulary: the recipe's sections of those names. format, image_size, examples,
     image_tokenizer, classes: what its training shards say (SequenceFormat, pixels a side, examples
-    an episode, the VQ-GAN's fingerprint, class names by task); None before training. All are plain
-    values, so that config.json can be read without this package.
+    an episode, the VQ-GAN's fingerprint, class names by task); None before training. loss_on,
+    mask_corruption: the recipe's, in training. All are plain values, so that config.json can be
+    read without this package.
     """
 
     model_type = "icl_moe_decoder"
@@ -27,12 +28,20 @@ class DecoderConfig(PretrainedConfig):
     image_size: int | None = None
     examples: int | None = None
     image_tokenizer: str | None = None
+    loss_on: LossOn = "all"
+    mask_corruption: bool = False
     classes: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = True
 
     @classmethod
     def from_recipe(cls, recipe: TrainingRecipe, **data: Any) -> "DecoderConfig":
-        return cls(model=to_dict(recipe.model), vocabulary=to_dict(recipe.vocabulary), **data)
+        return cls(
+            model=to_dict(recipe.model),
+            vocabulary=to_dict(recipe.vocabulary),
+            loss_on=recipe.training.loss_on,
+            mask_corruption=recipe.training.mask_corruption,
+            **data,
+        )
 
     @property
     def settings(self) -> ModelSettings:

@@ -59,6 +59,8 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
         0, world, recipe.training.global_batch, recipe.training.micro_batch, recipe.parallel.tp_size
     )
     make_schedule(recipe, shards.manifest)
+    for task in shards.manifest.samples:
+        shards.target_counts(task, (), recipe.training.loss_on)  # Whether the index has them.
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config

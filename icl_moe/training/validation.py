@@ -68,7 +68,8 @@ class Validation:
                 for index in range(start, min(start + size, count))
             ]
             vocabulary = self.shards.manifest.format.vocabulary
-            batch = collate(sequences, vocabulary, task, self.recipe.data.layout)
+            loss_on = self.recipe.training.loss_on
+            batch = collate(sequences, vocabulary, task, self.recipe.data.layout, loss_on=loss_on)
             loss = self.engine.model(batch.to(self.ranks.device))
             total += float(loss.image_sum + loss.text_sum)
             weight += float(loss.image_weight + loss.text_weight)

@@ -154,7 +154,7 @@ class Oracle:
         self.tokens = tokens
         self.read: list[tuple[int, int, int]] = []
 
-    def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+    def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
         block_L3 = torch.stack([tokens_BL, positions_BL, attributes_BL], dim=2)[0]
         self.read += [tuple(row) for row in block_L3.tolist() if row[2] != PADDING]
         return F.one_hot(torch.tensor([self.tokens[len(self.read)]]), VOCABULARY.size).float()
@@ -207,7 +207,7 @@ def test_sampling_draws_allowed_tokens_in_proportion():
     class Fixed:
         device = torch.device("cpu")
 
-        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
             logits_V = torch.full(
                 (VOCABULARY.size,), 50.0
             )  # All that is forbidden looks better than all that is allowed.

@@ -79,7 +79,7 @@ def copying(monkeypatch):
         def __init__(self, tokens):
             self.tokens, self.read = tokens, 0
 
-        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
             self.read += tokens_BL.shape[1]
             return torch.nn.functional.one_hot(
                 torch.tensor([self.tokens[self.read]]), VOCABULARY.size
