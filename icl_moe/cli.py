@@ -13,11 +13,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from icl_moe import __version__
 from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,6 +241,12 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
         help="a run's output folder (its newest checkpoint), or one step's folder in it",
     )
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the model")
+    parser.add_argument(
+        "--threshold-from",
+        metavar="SHARDS",
+        help="training shards to fit the threshold of masks on, for a model that decodes in "
+        "parallel",
+    )
     parser.set_defaults(run=_export)
 
 
@@ -268,6 +277,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--control", choices=["shuffled"], help="measure also with examples of other classes"
     )
+    _add_decoding(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -291,7 +301,22 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
         metavar="MASK.png",
         help="the mask, white on black; it may end in .png, .bmp or .tiff",
     )
+    parser.add_argument(
+        "--confidence",
+        metavar="FILE.png",
+        help="also write how sure each pixel is, from black (50%%) to white, in parallel decoding",
+    )
+    _add_decoding(parser)
     parser.set_defaults(run=_segment)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoding",
+        choices=["autoregressive", "parallel"],
+        help="write masks code by code or in one pass (default: parallel where the model was "
+        "trained for it)",
+    )
 
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
@@ -349,7 +374,7 @@ def _export(options: argparse.Namespace) -> int:
     from icl_moe.training.checkpoint import export
 
     with writing(options.out):
-        step = export(options.checkpoint, options.out)
+        step = export(options.checkpoint, options.out, options.threshold_from)
     print(f"{options.out}: the model after {step} steps")
     return 0
 
@@ -401,6 +426,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             options.limit,
             options.batch,
             options.control,
+            decoding=options.decoding,
         )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
     return 0
@@ -423,31 +449,50 @@ def _whole_numbers(option: str, text: str) -> list[int]:
         ) from None
 
 
-_MASK_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+_PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 """Formats of images that keep a mask as it is, by the ending of the file's name."""
 
 
 def _segment(options: argparse.Namespace) -> int:
-    from icl_moe.outputs import output_file, write_output
+    from icl_moe.outputs import output_file
 
     inputs = [options.query, *(path for example in options.example for path in example)]
-    out = output_file(options.out, tuple(_MASK_FORMATS), inputs)
-
-    from PIL import Image
+    endings = tuple(_PICTURE_FORMATS)
+    out = output_file(options.out, endings, inputs)
+    sure = options.confidence and output_file(options.confidence, endings, [*inputs, out])
 
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model)
-    mask_HW = model.segment(
-        options.example, query=options.query, category=options.category, progress=True
+    if sure and model.decoding(options.decoding) != "parallel":
+        raise InputError(
+            "--confidence needs parallel decoding, which this model or --decoding rules out."
+        )
+    drawn = model.draw_mask(
+        options.example,
+        query=options.query,
+        category=options.category,
+        progress=True,
+        decoding=options.decoding,
     )
-    content = io.BytesIO()
-    Image.fromarray(mask_HW.astype("uint8") * 255).save(
-        content, _MASK_FORMATS.get(out.suffix.lower(), "PNG")
-    )
-    write_output(out, content.getvalue())
-    print(f"{out}: {mask_HW.mean():.1%} of the image")
+    _write_levels(out, drawn.mask_HW)
+    if sure and drawn.confidence_HW is not None:
+        _write_levels(sure, 2 * drawn.confidence_HW - 1)
+    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image")
     return 0
+
+
+def _write_levels(path: Path, levels_HW: "np.ndarray") -> None:
+    """A picture of levels from 0 (black) to 1 (white)."""
+    from PIL import Image
+
+    from icl_moe.outputs import write_output
+
+    content = io.BytesIO()
+    Image.fromarray((levels_HW * 255.0).round().astype("uint8")).save(
+        content, _PICTURE_FORMATS.get(path.suffix.lower(), "PNG")
+    )
+    write_output(path, content.getvalue())
 
 
 def _caption(options: argparse.Namespace) -> int:

@@ -241,10 +241,21 @@ class SequenceCodec:
 
         It ends with what the task puts before its output, such as the [BOI] that opens a mask.
         """
+        return self._open(episode, query_image).finish()
+
+    def encode_hidden(self, episode: Episode, query_image: np.ndarray) -> TokenSequence:
+        """What a model reads that writes an output image at once: the prompt, and all cells of that
+        image as [MASK]; of tasks whose output is one image.
+        """
+        writer = self._open(episode, query_image)
+        writer.hidden()
+        return writer.finish()
+
+    def _open(self, episode: Episode, query_image: np.ndarray) -> "SequenceWriter":
         writer = self._write(episode)
         writer.image(query_image)
         episode.task.open_output(writer, episode.category)
-        return writer.finish()
+        return writer
 
     def decode(self, sequence: TokenSequence, task: "Task") -> Episode:
         """The inverse of `encode`, of either layout. Raises InputError where the sequence is not
@@ -341,6 +352,11 @@ class SequenceWriter:
     def drawn(self, codes: np.ndarray) -> None:
         """The codes (N,) of an image on the target side, which bear loss."""
         self._append(self._image_tokens(codes), "image", "output", target=True)
+
+    def hidden(self) -> None:
+        """An image on the target side whose codes are not known yet: [MASK] in every cell."""
+        mask = self._vocabulary.mask_token
+        self._append([mask] * self.format.codes_per_image, "image", "output", target=True)
 
     def text(self, tokens: Sequence[int], role: Literal["given", "output"]) -> None:
         """Text on the target side, which bears loss as `output` and none as `given`."""

@@ -16,8 +16,9 @@ class DecoderConfig(PretrainedConfig):
     model, vocabulary: the recipe's sections of those names. format, image_size, examples,
     image_tokenizer, classes: what its training shards say (SequenceFormat, pixels a side, examples
     an episode, the VQ-GAN's fingerprint, class names by task); None before training. loss_on,
-    mask_corruption: the recipe's, in training. All are plain values, so that config.json can be
-    read without this package.
+    mask_corruption: the recipe's, in training. mask_threshold: what `icl_moe.evaluation.threshold`
+    fitted; None where nothing was. All are plain values, so that config.json can be read without
+    this package.
     """
 
     model_type = "icl_moe_decoder"
@@ -30,6 +31,7 @@ class DecoderConfig(PretrainedConfig):
     image_tokenizer: str | None = None
     loss_on: LossOn = "all"
     mask_corruption: bool = False
+    mask_threshold: dict[str, Any] | None = None
     classes: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = True
 

@@ -155,18 +155,8 @@ class InContextDecoder(PreTrainedModel):
         """Logits (B, L, V), float32, at every position. Tokens of attribute class 0 are padding and
         never attended to. links_BL2: see `hidden`.
         """
-        rows, length = tokens_BL.shape
-        attributes_T = attributes_BL.flatten()
-        real_T = attributes_T != 0
-        plan = EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
-        hidden_TM, _ = self.hidden(
-            tokens_BL.flatten(),
-            positions_BL.flatten(),
-            plan,
-            self._routing(attributes_BL),
-            None if links_BL2 is None else links_BL2.flatten(0, 1),
-        )
-        return self._logits(hidden_TM).unflatten(0, (rows, length))
+        length = tokens_BL.shape[1]
+        return self.last_logits(length, tokens_BL, positions_BL, attributes_BL, links_BL2=links_BL2)
 
     def next_logits(
         self,
@@ -189,34 +179,44 @@ class InContextDecoder(PreTrainedModel):
         attributes_BL: Tensor,
         cache: Cache | None = None,
         links_BL2: Tensor | None = None,
+        ids: range | None = None,
     ) -> Tensor:
         """Logits (B, count, V), float32, of the tokens after each of the last `count` positions of
-        each row.
+        each row; of the token ids `ids` alone, where given.
 
         With a cache, the rows hold the tokens that are new since the last call. Padding (attribute
         class 0) stands on the left. links_BL2: see `hidden`.
         """
         if cache is None:
-            return self.forward_logits(tokens_BL, positions_BL, attributes_BL, links_BL2)[
-                :, -count:
-            ]
+            plan: AttentionPlan = self._episodes(attributes_BL)
+        else:
+            plan = CachedAttention(cache, attributes_BL)
         hidden_TM, _ = self.hidden(
             tokens_BL.flatten(),
             positions_BL.flatten(),
-            CachedAttention(cache, attributes_BL),
+            plan,
             self._routing(attributes_BL),
             None if links_BL2 is None else links_BL2.flatten(0, 1),
         )
-        return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -count:])
+        return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -count:], ids)
+
+    def _episodes(self, attributes_BL: Tensor) -> EpisodeAttention:
+        """Rows of equal length, each an episode, in which attribute class 0 is padding."""
+        rows, length = attributes_BL.shape
+        real_T = attributes_BL.flatten() != 0
+        return EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
 
     def _routing(self, attributes_BL: Tensor) -> RoutingPlan:
         return RoutingPlan.of_rows(attributes_BL.cpu().numpy()).to(attributes_BL.device)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        assert self.token_embedding.weight.shape[0] == self.config.vocabulary_size, (
+    def _logits(self, hidden: Tensor, ids: range | None) -> Tensor:
+        weight_VM = self.token_embedding.weight
+        assert weight_VM.shape[0] == self.config.vocabulary_size, (
             "a tensor rank has logits of a part of the vocabulary"
         )
-        return F.linear(hidden, self.token_embedding.weight).float()
+        return F.linear(
+            hidden, weight_VM if ids is None else weight_VM[ids.start : ids.stop]
+        ).float()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `initialise` draws the weights of a new model, and a loaded one has them all."""

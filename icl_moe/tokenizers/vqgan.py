@@ -215,6 +215,16 @@ class VQGAN(nn.Module):
         )  # channels last in memory, as a table's rows are
         return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
+    @torch.inference_mode()
+    def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
+        """Pixels_B3HW of the expected code vectors, sum over codes k of p(k) e_k in each of the N
+        cells of a square grid.
+        """
+        side = math.isqrt(probabilities_BNK.shape[1])
+        vectors_BNC = probabilities_BNK.float() @ self.quantize.embedding.weight
+        latents_BChw = vectors_BNC.unflatten(1, (side, side)).movedim(-1, 1)
+        return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
+
     def latents(self, pixels_B3HW: Tensor) -> Tensor:
         """The encoder's output before it is quantised, latents_BChw; differentiable."""
         return self.quant_conv(self.encoder(pixels_B3HW))

@@ -19,7 +19,9 @@ from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.threshold import fit_threshold
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
+from icl_moe.inference.model import InContextModel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
@@ -99,13 +101,14 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
         copy_folder(shards.fetch(name), folder / name)
 
 
-def export(checkpoint: Path, out: Path) -> int:
+def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> int:
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
-    keep the precision that they trained in. Raises InputError where there is no checkpoint, or one
-    that cannot be read, and where `out` cannot be written.
+    keep the precision that they trained in. threshold_from: training shards on which the threshold
+    of masks that are written in one pass is fitted. Raises InputError where there is no checkpoint,
+    or one that cannot be read, and where `out` cannot be written.
     """
     out = output_folder(out)
     folder = _find(checkpoint)
@@ -129,6 +132,11 @@ def export(checkpoint: Path, out: Path) -> int:
     model.save_pretrained(temporary)
     for path in temporary.glob("*.safetensors"):
         give_usual_mode(path)
+    if threshold_from is not None:
+        config.mask_threshold = fit_threshold(
+            InContextModel.from_pretrained(temporary), ShardSet(threshold_from)
+        )
+        config.save_pretrained(temporary)
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)

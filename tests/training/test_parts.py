@@ -1,13 +1,15 @@
 """A run with the link, codebook initialisation, mask corruption and the loss on the query, from the
-recipe to the exported model.
+recipe to a mask that is written in one pass.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import toy_tokenizer
+from PIL import Image
 from safetensors.torch import load_file
 from training.training_on_ranks import run
 
@@ -49,6 +51,26 @@ def test_a_run_that_goes_on_reads_and_hides_what_it_would_have(
         name = f"checkpoints/step-00000004/weight-0000{rank}.safetensors"
         once, twice = load_file(tmp_path / name), load_file(trained / name)
         assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+def test_the_exported_model_writes_masks_in_one_pass(trained, shards, tmp_path, capsys):
+    model, picture = tmp_path / "model", tmp_path / "picture.png"
+    export = ["export", str(trained), "--out", str(model)]
+    assert main([*export, "--threshold-from", str(shards)]) == 0
+    config = json.loads((model / "config.json").read_text())
+    assert config["mask_corruption"] is True
+    assert config["loss_on"] == "query"
+    assert 0 < config["mask_threshold"]["value"] < 1
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    Image.fromarray(np.eye(40, 60, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    out, confidence = tmp_path / "out.png", tmp_path / "confidence.png"
+    command = ["segment", str(model), "--example", str(picture), str(tmp_path / "mask.png")]
+    command += ["--query", str(picture), "--out", str(out), "--confidence", str(confidence)]
+    assert main(command) == 0
+    assert Image.open(out).size == Image.open(confidence).size == (60, 40)
+    assert main([*command, "--decoding", "autoregressive"]) == 2
+    assert "--confidence needs parallel decoding" in capsys.readouterr().err
 
 
 def test_a_new_models_image_codes_start_from_the_codebook_of_the_shards(
