@@ -209,6 +209,16 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_tokenizer_evaluate)
 
+    parser = actions.add_parser(
+        "masks", help="learn a tokenizer of black-and-white patches from the masks of shards"
+    )
+    parser.add_argument("shards", help="a shard folder: a path, or a URL")
+    parser.add_argument(
+        "--codes", type=take.whole_number(2), default=64, help="patches (default 64)"
+    )
+    parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
+    parser.set_defaults(run=_tokenizer_masks)
+
     parser = actions.add_parser("convert", help="convert a taming-transformers checkpoint")
     parser.add_argument("checkpoint", type=take.path, help="the release's last.ckpt")
     parser.add_argument("--config", type=take.path, required=True, help="the release's model.yaml")
@@ -399,6 +409,24 @@ def _tokenizer_evaluate(options: argparse.Namespace) -> int:
         options.tokenizer, options.images, options.annotations
     ).items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    return 0
+
+
+def _tokenizer_masks(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import output_folder, writing
+    from icl_moe.tokenizers.vqgan import check_free
+    from preprocessing.tokenizers.masks import learn_mask_tokenizer
+
+    out = output_folder(options.out)
+    check_free(out)
+    tokenizer, report = learn_mask_tokenizer(options.shards, options.codes)
+    with writing(out):
+        tokenizer.save_pretrained(out)
+    print(
+        f"{out}: {tokenizer.codes} patches of {tokenizer.side} x {tokenizer.side} pixels, "
+        f"fingerprint {tokenizer.fingerprint}; of {report.masks} held-out masks mIoU "
+        f"{report.ceiling:.3f} and {report.entropy:.2f} nats a cell"
+    )
     return 0
 
 

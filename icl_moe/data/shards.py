@@ -2,7 +2,8 @@
 
 manifest.json            what the shards hold and how they were made; `Manifest`
 TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
-image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise
+image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise, and
+                         mask_tokenizer/ where one wrote the masks
 TASK-000000.tar ...      webdataset shards: KEY.tokens.npy and KEY.json per sample
 """
 
@@ -88,8 +89,9 @@ class ShardInfo(FileInfo):
 class Manifest:
     """What a shard folder holds.
 
-    image_tokenizer, text_tokenizer: fingerprints. recipe: the data recipe. samples: per task.
-    classes: samples per task and class.
+    image_tokenizer, text_tokenizer: fingerprints; mask_tokenizer: likewise, None where the image
+    tokenizer wrote the masks. recipe: the data recipe. samples: per task. classes: samples per task
+    and class.
     skipped: how much was left out, by task and reason. files: all files but the shards and the
     manifest itself. bad_images: of each task, the images that were left out because they cannot be
     used, each with why.
@@ -108,6 +110,13 @@ class Manifest:
     skipped: dict[str, Natural]
     files: tuple[FileInfo, ...] = ()
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
+    mask_tokenizer: str | None = None
+
+    @property
+    def tokenizer_folders(self) -> tuple[str, ...]:
+        """The folders beside the shards that a model needs too."""
+        masks = () if self.mask_tokenizer is None else ("mask_tokenizer",)
+        return ("image_tokenizer", *masks, "text_tokenizer")
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":

@@ -40,6 +40,7 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
         ("sequence format", model.format, manifest.format),
         ("image size", model.image_size, manifest.image_size),
         ("image tokenizer", model.image_tokenizer.fingerprint, manifest.image_tokenizer),
+        ("mask tokenizer", model.decoder.config.mask_tokenizer, manifest.mask_tokenizer),
         ("text tokenizer", model.codec.text.fingerprint, manifest.text_tokenizer),
     ):
         if ours != theirs:

@@ -23,8 +23,6 @@ from icl_moe.images import (
     crop_and_resize_mask,
     load_image,
     load_mask,
-    mask_to_pixels,
-    pixels_to_brightness,
     to_pixels,
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
@@ -36,6 +34,7 @@ from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.captioning import CaptionPair, box_of
 from icl_moe.tasks.drawn_mask import EVEN, DrawnMask
 from icl_moe.tasks.segmentation import SegmentationPair
+from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 
@@ -61,14 +60,17 @@ class InContextModel:
         image_tokenizer: VQGAN,
         text: TextTokenizer,
         fingerprint: str = "",
+        mask_tokenizer: PatchTokenizer | None = None,
     ) -> None:
         self.decoder = decoder.eval()
         self.image_tokenizer = image_tokenizer.eval()
+        self.mask_tokenizer: MaskTokenizer = mask_tokenizer or PictureMasks(image_tokenizer)
         self.format = decoder.sequence_format
         self.codec = SequenceCodec(self.format, text)
         self.image_size = decoder.config.image_size
         self.fingerprint = fingerprint
         _check_image_tokenizer(decoder.config, self.format.codes_per_image, image_tokenizer)
+        _check_mask_tokenizer(decoder.config, mask_tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -82,6 +84,7 @@ class InContextModel:
         folder = Path(folder)
         _check_files(folder)
         decoder = _load_decoder(folder)
+        masks = folder / "mask_tokenizer"
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
         )
@@ -90,6 +93,7 @@ class InContextModel:
             VQGAN.from_pretrained(str(folder / "image_tokenizer")),
             text,
             _fingerprint(folder),
+            PatchTokenizer.from_pretrained(masks) if masks.exists() else None,
         )
         return model.to(device or default_device())
 
@@ -138,7 +142,7 @@ class InContextModel:
         *image_codes, query_codes = self.encode(
             [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
         )
-        mask_codes = self.encode([mask_to_pixels(mask) for mask in masks])
+        mask_codes = self.encode_masks(masks)
         shown = tuple(
             SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True)
         )
@@ -245,8 +249,7 @@ class InContextModel:
         tokens_BN = self.format.vocabulary.from_codes(
             probabilities_BNK.argmax(dim=-1).cpu().numpy()
         )
-        pixels_B3HW = self.image_tokenizer.decode_expected(probabilities_BNK)
-        brightness_BHW = pixels_to_brightness(pixels_B3HW).cpu().numpy()
+        brightness_BHW = self.mask_tokenizer.decode_expected(probabilities_BNK).cpu().numpy()
         fitted = self.decoder.config.mask_threshold
         threshold = EVEN if fitted is None else float(fitted["value"])
         return [
@@ -268,6 +271,14 @@ class InContextModel:
             .cpu()
             .numpy()
         )
+
+    def encode_masks(self, masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Codes (N,) of each boolean mask (H, W) at the model's image size."""
+        return list(self.mask_tokenizer.encode(np.stack(masks))) if masks else []
+
+    def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
+        """How bright the pixels of masks are, (B, H, W), float32 in about -1 (outside) to 1."""
+        return self.mask_tokenizer.decode(codes_BN)
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
@@ -327,12 +338,9 @@ class InContextModel:
             raise InputError(f"{name} lacks the box that this model's captions place.")
         if self.format.box == "text":
             return CaptionPair(codes, region.caption, category, box)
-        drawing = mask_to_pixels(
-            ~box_to_mask(box, self.image_size)
-        )  # The paper: 0 on the object, 1 elsewhere.
-        return CaptionPair(
-            codes, region.caption, category, box, box_image=self.encode([drawing])[0]
-        )
+        drawing = ~box_to_mask(box, self.image_size)  # The paper: 0 on the object, 1 elsewhere.
+        (drawn,) = self.encode_masks([drawing])
+        return CaptionPair(codes, region.caption, category, box, box_image=drawn)
 
 
 def _check_files(folder: Path) -> None:
@@ -475,6 +483,14 @@ def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) 
             f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
             f"into {codes_per_image} codes."
         )
+
+
+def _check_mask_tokenizer(config: Any, tokenizer: PatchTokenizer | None) -> None:
+    found = None if tokenizer is None else tokenizer.fingerprint
+    if found != config.mask_tokenizer:
+        ours = f"has the fingerprint {found}" if found else "is missing"
+        theirs = config.mask_tokenizer or "none"
+        raise InputError(f"The mask tokenizer {ours}, but the model was trained with {theirs}.")
 
 
 def _fingerprint(folder: Path) -> str:

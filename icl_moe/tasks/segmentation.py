@@ -2,7 +2,8 @@
 
     pair: [BOI] image [BOI] mask [EOC]
 
-The mask is an image too, white on black, and its codes are the output.
+The mask is an image too, white on black, and its codes are the output: the image tokenizer's, or
+those of a tokenizer that masks have for themselves.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from PIL import Image
 
 from icl_moe.attributes import Modality
 from icl_moe.errors import InputError
-from icl_moe.images import pixels_to_brightness, to_image
+from icl_moe.images import to_image
 from icl_moe.pictures import Cell, masked
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
@@ -45,13 +46,12 @@ class MaskTarget:
 
 @dataclass(frozen=True, slots=True)
 class MaskPicture:
-    """A mask at image_size (COCO's compressed run lengths), drawn white on black."""
+    """A mask at image_size (COCO's compressed run lengths)."""
 
     counts: bytes
 
     def draw(self, size: int) -> np.ndarray:
-        plane_HW = decode_rle({"size": [size, size], "counts": self.counts}) * np.uint8(255)
-        return np.broadcast_to(plane_HW[..., None], (size, size, 3))
+        return decode_rle({"size": [size, size], "counts": self.counts}).astype(bool)
 
 
 class Segmentation(Task):
@@ -96,8 +96,7 @@ class Segmentation(Task):
         """The masks of pairs in pixels."""
         written = [pair.mask for pair in pairs if pair.drawn is None]
         if written:
-            brightness_BHW = pixels_to_brightness(model.decode(np.stack(written))).cpu().numpy()
-            of_codes = iter(map(DrawnMask, brightness_BHW))
+            of_codes = map(DrawnMask, model.decode_masks(np.stack(written)).cpu().numpy())
         return [next(of_codes) if pair.drawn is None else pair.drawn for pair in pairs]
 
     def pictures(self, target: MaskTarget, format: SequenceFormat) -> tuple[MaskPicture, ...]:
@@ -178,7 +177,8 @@ class Segmentation(Task):
     def preview(
         self, truth: Truth, number: int, image: Image.Image, model: CodeReader
     ) -> tuple[list[Cell], str]:
-        mask = to_image(model.decode(truth.pairs[number].mask[None])[0])
+        (brightness_HW,) = model.decode_masks(truth.pairs[number].mask[None])
+        mask = to_image(brightness_HW.expand(3, -1, -1))
         before = Image.fromarray(_mask(self.true_output(truth, number))).convert("RGB")
         cells = [Cell("image", image), Cell("mask as tokens", mask), Cell("mask", before)]
         return cells, ""

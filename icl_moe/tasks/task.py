@@ -24,12 +24,12 @@ Output = dict[str, Any]
 
 
 class Picture(Protocol):
-    """A picture that the image tokenizer encodes. Equal pictures are encoded once, so it must be
-    hashable.
-    """
+    """A picture that is encoded. Equal pictures are encoded once, so it must be hashable."""
 
     def draw(self, size: int) -> np.ndarray:
-        """The picture at `size` x `size` pixels, uint8 (size, size, 3)."""
+        """The picture at `size` x `size` pixels: uint8 (size, size, 3), for the image tokenizer; or
+        a mask, boolean (size, size), for what writes masks.
+        """
         ...
 
 
@@ -47,9 +47,13 @@ class Truth(Protocol):
 
 
 class CodeReader(Protocol):
-    """What reading an output needs of a model: image codes (B, N) -> pixels (B, 3, H, W)."""
+    """What reading an output needs of a model: codes (B, N) of images -> pixels (B, 3, H, W), of
+    masks -> how bright each pixel is, (B, H, W), about -1 (outside) to 1 (inside).
+    """
 
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor: ...
+
+    def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
 
 class Scores(Protocol):

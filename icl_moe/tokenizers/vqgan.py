@@ -108,7 +108,7 @@ class VQGAN(nn.Module):
         where the config contradicts the weights, and where the weights are not those that the
         fingerprint was taken of.
         """
-        folder = _find(source)
+        folder = find_tokenizer(source)
         config, fingerprint = _read_config(folder / CONFIG_FILE)
         try:
             weights = load_file(folder / WEIGHTS_FILE)
@@ -253,6 +253,25 @@ def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
     with writing(out):
         model.save_pretrained(out)
     return model
+
+
+def find_tokenizer(source: str | Path) -> Path:
+    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError where
+    there is neither.
+    """
+    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
+    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
+    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the
+    # tokenizer demo. ./demo is a folder.
+    if source in names:
+        return shipped / str(source)
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    raise InputError(
+        f"There is no tokenizer folder {source}, nor is one of that name shipped "
+        f"({', '.join(names)})."
+    )
 
 
 def check_free(folder: Path, fingerprint: str | None = None) -> None:
@@ -483,22 +502,6 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 # --- Files ---
-
-
-def _find(source: str | Path) -> Path:
-    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
-    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
-    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the
-    # tokenizer demo. ./demo is a folder.
-    if source in names:
-        return shipped / str(source)
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    raise InputError(
-        f"There is no tokenizer folder {source}, nor is one of that name shipped "
-        f"({', '.join(names)})."
-    )
 
 
 def _read_config(path: Path) -> tuple[VQGANConfig, str]:

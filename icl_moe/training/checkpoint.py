@@ -92,12 +92,12 @@ def resume(engine: Any, output: Path) -> int:
 
 
 def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet) -> None:
-    """Write model/: configuration and both tokenizers, so that an export needs neither shards nor
+    """Write model/: configuration and tokenizers, so that an export needs neither shards nor
     network.
     """
     folder = output / "model"
     config.save_pretrained(folder)
-    for name in ("image_tokenizer", "text_tokenizer"):
+    for name in shards.manifest.tokenizer_folders:
         copy_folder(shards.fetch(name), folder / name)
 
 

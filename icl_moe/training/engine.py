@@ -196,6 +196,7 @@ def _build_model(
         image_size=manifest.image_size,
         examples=manifest.examples,
         image_tokenizer=manifest.image_tokenizer,
+        mask_tokenizer=manifest.mask_tokenizer,
         classes={task: sorted(classes) for task, classes in manifest.classes.items()},
     )
     ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size

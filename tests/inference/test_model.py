@@ -38,6 +38,10 @@ class FlatSquares(torch.nn.Module):
 
     downsampling, fingerprint = SQUARE, "flat squares"
 
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+
     def encode(self, pixels_B3HW):
         levels = torch.nn.functional.avg_pool2d(pixels_B3HW.mean(1, keepdim=True), SQUARE)
         return ((levels + 1) * 127.5).round().long().flatten(1)
