@@ -100,7 +100,7 @@ class TokenSequence:
     @property
     def query_spans(self) -> tuple[Span, ...]:
         """The spans of the last pair, from its input image's codes on."""
-        first = max(i for i, span in enumerate(self.spans) if span.role == "input")
+        first = max((i for i, span in enumerate(self.spans) if span.role == "input"), default=0)
         return self.spans[first:]
 
     def links(self) -> np.ndarray:
@@ -115,16 +115,14 @@ class TokenSequence:
             if span.role == "input":
                 image = self.tokens_L[span.start : span.stop]
             elif span.role == "output" and is_output_image(span.attributes):
-                held_L[span.start : span.stop] = image[: span.length]
-        after = image[0] if self._opens_output_image() else NO_LINK
-        return np.stack([np.append(held_L[1:], after), held_L], axis=1)
-
-    def _opens_output_image(self) -> bool:
-        """Whether it is a prompt that ends with the marker before an output image."""
-        before, last = self.spans[-2:]
-        return (
-            last.role == "marker" and before.role != "output" and is_output_image(last.attributes)
-        )
+                cells = image[: span.length]
+                held_L[span.start : span.start + len(cells)] = cells
+        # A prompt ends with the marker that opens an output image; a whole sequence does not.
+        last = self.spans[-1]
+        opens = last.role == "marker" and is_output_image(last.attributes)
+        if opens and len(image) and self.spans[-2].role != "output":
+            return np.stack([np.append(held_L[1:], image[0]), held_L], axis=1)
+        return np.stack([np.append(held_L[1:], NO_LINK), held_L], axis=1)
 
     def attributes(self) -> np.ndarray:
         """Attribute class of each token (uint8, L)."""

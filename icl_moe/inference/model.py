@@ -433,6 +433,11 @@ def _read_config(config_file: Path) -> DecoderConfig:
         ("image_tokenizer", _is_name(values.get("image_tokenizer")), "a fingerprint"),
         ("classes", _are_names(values.get("classes")), "lists of names by task, or null"),
         (
+            "mask_corruption",
+            isinstance(values.get("mask_corruption", False), bool),
+            "true or false",
+        ),
+        (
             "mask_threshold",
             _is_threshold(values.get("mask_threshold")),
             "null, or hold a value in 0..1 and the shards that it was fitted on",
