@@ -64,6 +64,11 @@ def is_target(attributes: int) -> bool:
     return bool(attribute_bits(attributes)[6])
 
 
+def is_output_image(attributes: int) -> bool:
+    """Whether a stream is of images on the target side of its pair."""
+    return is_target(attributes) and bool(attribute_bits(attributes)[4])
+
+
 def describe_attributes(attributes: int) -> str:
     """An attribute class in words, for tables: 'input image, target image, visual, target side,
     causal'.

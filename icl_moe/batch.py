@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from icl_moe.attributes import PADDING
-from icl_moe.sequence import TokenSequence
+from icl_moe.sequence import LossOn, TokenSequence
 from icl_moe.vocabulary import Vocabulary
 
 Layout = Literal["packed", "padded"]
@@ -114,8 +114,9 @@ def _runs(attributes_L: np.ndarray) -> list[Run]:
 class TokenBatch:
     """B episodes as one stream of T tokens with P targets.
 
-    tokens_T, positions_T: int64. lengths: tokens of each episode. real_T: False at padding, None
-    where there is none.
+    tokens_T: what is read, [MASK] for a token that is hidden; positions_T; links_T2: see
+    `TokenSequence.links`; all int64. lengths: tokens of each episode. real_T: False at padding,
+    None where there is none.
     routing: the plan of attribute classes. predictors_P: where in the stream each target is
     predicted (the token before it);
     labels_P: the target's id; weights_P: its loss weight (float32); visual_P: whether it is an
@@ -126,6 +127,7 @@ class TokenBatch:
 
     tokens_T: Tensor
     positions_T: Tensor
+    links_T2: Tensor
     lengths: tuple[int, ...]
     real_T: Tensor | None
     routing: RoutingPlan
@@ -189,6 +191,7 @@ def collate(
     input_weight: float = 0.0,
     loss_scale: float | None = None,
     sources: Sequence[str] = (),
+    loss_on: LossOn = "all",
 ) -> TokenBatch:
     """Lay sequences of the padded layout end to end, in the layout asked for. `loss_scale` None: 1
     / (sum of this batch's weights).
@@ -197,17 +200,22 @@ def collate(
         sequences = [sequence.unpadded() for sequence in sequences]
     lengths = tuple(len(sequence) for sequence in sequences)
     tokens_T = np.concatenate([sequence.tokens_L for sequence in sequences])
-    weights_T = np.concatenate([sequence.loss_weights(input_weight) for sequence in sequences])
+    weights_T = np.concatenate(
+        [sequence.loss_weights(input_weight, loss_on) for sequence in sequences]
+    )
     targets = np.flatnonzero(weights_T > 0)
     real_T = np.concatenate([sequence.attributes() for sequence in sequences]) != PADDING
     labels = tokens_T[targets]
     image = vocabulary.image_range
     total = float(weights_T.sum())
     return TokenBatch(
-        tokens_T=torch.from_numpy(tokens_T.astype(np.int64)),
+        tokens_T=torch.from_numpy(
+            np.concatenate([sequence.read_L for sequence in sequences]).astype(np.int64)
+        ),
         positions_T=torch.from_numpy(
             np.concatenate([sequence.positions_L for sequence in sequences]).astype(np.int64)
         ),
+        links_T2=torch.from_numpy(np.concatenate([sequence.links() for sequence in sequences])),
         lengths=lengths,
         real_T=None if real_T.all() else torch.from_numpy(real_T),
         routing=RoutingPlan.of_runs(

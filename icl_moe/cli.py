@@ -13,11 +13,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from icl_moe import __version__
 from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,6 +209,16 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_tokenizer_evaluate)
 
+    parser = actions.add_parser(
+        "masks", help="learn a tokenizer of black-and-white patches from the masks of shards"
+    )
+    parser.add_argument("shards", help="a shard folder: a path, or a URL")
+    parser.add_argument(
+        "--codes", type=take.whole_number(2), default=64, help="patches (default 64)"
+    )
+    parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
+    parser.set_defaults(run=_tokenizer_masks)
+
     parser = actions.add_parser("convert", help="convert a taming-transformers checkpoint")
     parser.add_argument("checkpoint", type=take.path, help="the release's last.ckpt")
     parser.add_argument("--config", type=take.path, required=True, help="the release's model.yaml")
@@ -241,6 +254,12 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
         help="a run's output folder (its newest checkpoint), or one step's folder in it",
     )
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the model")
+    parser.add_argument(
+        "--threshold-from",
+        metavar="SHARDS",
+        help="training shards to fit the threshold of masks on, for a model that decodes in "
+        "parallel",
+    )
     parser.set_defaults(run=_export)
 
 
@@ -271,6 +290,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--control", choices=["shuffled"], help="measure also with examples of other classes"
     )
+    _add_decoding(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -294,7 +314,22 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
         metavar="MASK.png",
         help="the mask, white on black; it may end in .png, .bmp or .tiff",
     )
+    parser.add_argument(
+        "--confidence",
+        metavar="FILE.png",
+        help="also write how sure each pixel is, from black (50%%) to white, in parallel decoding",
+    )
+    _add_decoding(parser)
     parser.set_defaults(run=_segment)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoding",
+        choices=["autoregressive", "parallel"],
+        help="write masks code by code or in one pass (default: parallel where the model was "
+        "trained for it)",
+    )
 
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
@@ -352,7 +387,7 @@ def _export(options: argparse.Namespace) -> int:
     from icl_moe.training.checkpoint import export
 
     with writing(options.out):
-        step = export(options.checkpoint, options.out)
+        step = export(options.checkpoint, options.out, options.threshold_from)
     print(f"{options.out}: the model after {step} steps")
     return 0
 
@@ -380,6 +415,24 @@ def _tokenizer_evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tokenizer_masks(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import output_folder, writing
+    from icl_moe.tokenizers.vqgan import check_free
+    from preprocessing.tokenizers.masks import learn_mask_tokenizer
+
+    out = output_folder(options.out)
+    check_free(out)
+    tokenizer, report = learn_mask_tokenizer(options.shards, options.codes)
+    with writing(out):
+        tokenizer.save_pretrained(out)
+    print(
+        f"{out}: {tokenizer.codes} patches of {tokenizer.side} x {tokenizer.side} pixels, "
+        f"fingerprint {tokenizer.fingerprint}; of {report.masks} held-out masks mIoU "
+        f"{report.ceiling:.3f} and {report.entropy:.2f} nats a cell"
+    )
+    return 0
+
+
 def _tokenizer_convert(options: argparse.Namespace) -> int:
     from icl_moe.tokenizers.vqgan import convert_taming
 
@@ -404,6 +457,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             options.limit,
             options.batch,
             options.control,
+            decoding=options.decoding,
         )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
     return 0
@@ -426,31 +480,50 @@ def _whole_numbers(option: str, text: str) -> list[int]:
         ) from None
 
 
-_MASK_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+_PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 """Formats of images that keep a mask as it is, by the ending of the file's name."""
 
 
 def _segment(options: argparse.Namespace) -> int:
-    from icl_moe.outputs import output_file, write_output
+    from icl_moe.outputs import output_file
 
     inputs = [options.query, *(path for example in options.example for path in example)]
-    out = output_file(options.out, tuple(_MASK_FORMATS), inputs)
-
-    from PIL import Image
+    endings = tuple(_PICTURE_FORMATS)
+    out = output_file(options.out, endings, inputs)
+    sure = options.confidence and output_file(options.confidence, endings, [*inputs, out])
 
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model)
-    mask_HW = model.segment(
-        options.example, query=options.query, category=options.category, progress=True
+    if sure and model.decoding(options.decoding) != "parallel":
+        raise InputError(
+            "--confidence needs parallel decoding, which this model or --decoding rules out."
+        )
+    drawn = model.draw_mask(
+        options.example,
+        query=options.query,
+        category=options.category,
+        progress=True,
+        decoding=options.decoding,
     )
-    content = io.BytesIO()
-    Image.fromarray(mask_HW.astype("uint8") * 255).save(
-        content, _MASK_FORMATS.get(out.suffix.lower(), "PNG")
-    )
-    write_output(out, content.getvalue())
-    print(f"{out}: {mask_HW.mean():.1%} of the image")
+    _write_levels(out, drawn.mask_HW)
+    if sure and drawn.confidence_HW is not None:
+        _write_levels(sure, 2 * drawn.confidence_HW - 1)
+    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image")
     return 0
+
+
+def _write_levels(path: Path, levels_HW: "np.ndarray") -> None:
+    """A picture of levels from 0 (black) to 1 (white)."""
+    from PIL import Image
+
+    from icl_moe.outputs import write_output
+
+    content = io.BytesIO()
+    Image.fromarray((levels_HW * 255.0).round().astype("uint8")).save(
+        content, _PICTURE_FORMATS.get(path.suffix.lower(), "PNG")
+    )
+    write_output(path, content.getvalue())
 
 
 def _caption(options: argparse.Namespace) -> int:

@@ -122,7 +122,12 @@ def pixels_to_mask(pixels_3HW: torch.Tensor) -> np.ndarray:
     """The boolean mask (H, W) of a drawn mask: brighter than mid-grey on average over the
     channels.
     """
-    return (pixels_3HW.float().mean(dim=-3) > 0.0).cpu().numpy()
+    return (pixels_to_brightness(pixels_3HW) > 0.0).cpu().numpy()
+
+
+def pixels_to_brightness(pixels_3HW: torch.Tensor) -> torch.Tensor:
+    """How bright each pixel is, brightness_HW: the mean over the channels, about -1 to 1."""
+    return pixels_3HW.float().mean(dim=-3)
 
 
 def box_to_mask(box: Box, size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from icl_moe.ranges import (
     TaskWeight,
     Weight,
 )
+from icl_moe.sequence import LossOn
 from icl_moe.tasks import find_task
 from icl_moe.vocabulary import Vocabulary
 
@@ -50,6 +51,12 @@ class ModelSettings:
     `weights`, the output of one expert whose weights are the weighted sum of theirs
     (Uni-Perceiver-MoE's code, at a dense layer's cost).
     gate_noise: whether the gate of the attributes is noisy in training.
+    link: whether a position that predicts or holds a cell of an output image is told the code of
+    that cell in the pair's own input image: W E[c] is added to it, W a matrix of its own.
+    initialisation: `gpt2`, N(0, 0.02^2); or `fan_in`, with a scale that does not depend on the
+    width, and queries that start equal to keys (icl_moe.model.decoder.initialise).
+    codebook_init: whether the embeddings of image codes start as a random map of the image
+    tokenizer's code vectors, so that codes which look alike start alike.
     """
 
     layers: Annotated[int, Range(1, 1024)] = 12
@@ -66,6 +73,9 @@ class ModelSettings:
     gate_input: Literal["attributes", "token", "token+attributes"] = "attributes"
     combination: Literal["outputs", "weights"] = "outputs"
     gate_noise: bool = True
+    link: bool = False
+    initialisation: Literal["gpt2", "fan_in"] = "gpt2"
+    codebook_init: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -142,6 +152,9 @@ class TrainingSettings:
     weight here, and never if it is not named; null for the square root of its number of samples.
     stop_after: save and stop at that step, as an interruption would; schedules still aim at
     `steps`.
+    loss_on: which pairs bear loss, `all` of an episode or the `query` alone.
+    mask_corruption: whether codes of the query's mask are hidden from the model as [MASK], in a
+    share that is drawn for each episode (icl_moe.data.corruption); parallel decoding needs it.
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's
     caption-only model).
     skipped_steps: how many steps may be left out, over the whole run, because their loss is not
@@ -168,6 +181,8 @@ class TrainingSettings:
     seed: Natural = 0
     sampling: Literal["unmixed", "mixed"] = "unmixed"
     task_weights: dict[str, TaskWeight] | None = None
+    loss_on: LossOn = "all"
+    mask_corruption: bool = False
     input_loss_weight: Weight = 0.0
     auxiliary_loss_weight: Weight = 0.02
     save_every: Count = 1000
@@ -238,4 +253,8 @@ class TrainingRecipe:
         if self.training.evaluate_every is not None and self.data.validation is None:
             raise InputError(
                 "training.evaluate_every needs data.validation, a folder of shards to evaluate on."
+            )
+        if self.training.mask_corruption and not self.vocabulary.mask:
+            raise InputError(
+                "training.mask_corruption needs vocabulary.mask=true, for codes that are hidden."
             )

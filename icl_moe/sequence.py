@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 
-from icl_moe.attributes import PADDING, Modality, attribute_class, is_target
+from icl_moe.attributes import PADDING, Modality, attribute_class, is_output_image, is_target
 from icl_moe.errors import InputError
 from icl_moe.ranges import Count, Range
 from icl_moe.tokenizers.text import TextTokenizer
@@ -36,6 +36,13 @@ Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
 """What a span is for. Its loss weight follows from it: 1 for `output`, a setting (w_in) for
 `input`, and 0 for the rest.
 """
+
+
+LossOn = Literal["all", "query"]
+"""Which pairs of an episode bear loss: every one, examples too, or the query alone."""
+
+NO_LINK = -1
+"""Where `TokenSequence.links` names no token."""
 
 
 class TooLongError(InputError):
@@ -65,19 +72,57 @@ class Span:
 class TokenSequence:
     """Token ids `tokens_L`, their position ids `positions_L`, and the spans that cover 0..L-1 in
     order.
+
+    inputs_L: what a model reads in place of `tokens_L`, where some of these are hidden from it.
     """
 
     tokens_L: np.ndarray
     positions_L: np.ndarray
     spans: tuple[Span, ...]
+    inputs_L: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_L)
 
-    def loss_weights(self, input_weight: float = 0.0) -> np.ndarray:
+    def loss_weights(self, input_weight: float = 0.0, loss_on: LossOn = "all") -> np.ndarray:
         """Weight of each token *as a target* (float32, L)."""
         weights = [span.loss_weight(input_weight) for span in self.spans]
-        return self._spread(weights, np.float32)
+        weights_L = self._spread(weights, np.float32)
+        if loss_on == "query":
+            weights_L[: self.query_spans[0].start] = 0.0
+        return weights_L
+
+    @property
+    def read_L(self) -> np.ndarray:
+        """What a model reads, the hidden tokens as [MASK]."""
+        return self.tokens_L if self.inputs_L is None else self.inputs_L
+
+    @property
+    def query_spans(self) -> tuple[Span, ...]:
+        """The spans of the last pair, from its input image's codes on."""
+        first = max((i for i, span in enumerate(self.spans) if span.role == "input"), default=0)
+        return self.spans[first:]
+
+    def links(self) -> np.ndarray:
+        """Token ids of the pair's own image, int64 (L, 2): the code of the cell of the output image
+        that a position predicts, then of the one that it holds; `NO_LINK` where there is none.
+
+        The marker that opens an output image predicts cell 0; cell j holds j and predicts j + 1.
+        """
+        held_L = np.full(len(self), NO_LINK, dtype=np.int64)
+        image = held_L[:0]
+        for span in self.spans:
+            if span.role == "input":
+                image = self.tokens_L[span.start : span.stop]
+            elif span.role == "output" and is_output_image(span.attributes):
+                cells = image[: span.length]
+                held_L[span.start : span.start + len(cells)] = cells
+        # A prompt ends with the marker that opens an output image; a whole sequence does not.
+        last = self.spans[-1]
+        opens = last.role == "marker" and is_output_image(last.attributes)
+        if opens and len(image) and self.spans[-2].role != "output":
+            return np.stack([np.append(held_L[1:], image[0]), held_L], axis=1)
+        return np.stack([np.append(held_L[1:], NO_LINK), held_L], axis=1)
 
     def attributes(self) -> np.ndarray:
         """Attribute class of each token (uint8, L)."""
@@ -93,7 +138,8 @@ class TokenSequence:
             if span.role != "padding":
                 spans.append(Span(start, span.length, span.attributes, span.role))
                 start += span.length
-        return TokenSequence(self.tokens_L[keep], self.positions_L[keep], tuple(spans))
+        inputs_L = None if self.inputs_L is None else self.inputs_L[keep]
+        return TokenSequence(self.tokens_L[keep], self.positions_L[keep], tuple(spans), inputs_L)
 
     def _spread(self, values: list[Any], dtype: Any) -> np.ndarray:
         return np.repeat(np.array(values, dtype), [span.length for span in self.spans])
@@ -193,10 +239,21 @@ class SequenceCodec:
 
         It ends with what the task puts before its output, such as the [BOI] that opens a mask.
         """
+        return self._open(episode, query_image).finish()
+
+    def encode_hidden(self, episode: Episode, query_image: np.ndarray) -> TokenSequence:
+        """What a model reads that writes an output image at once: the prompt, and all cells of that
+        image as [MASK]; of tasks whose output is one image.
+        """
+        writer = self._open(episode, query_image)
+        writer.hidden()
+        return writer.finish()
+
+    def _open(self, episode: Episode, query_image: np.ndarray) -> "SequenceWriter":
         writer = self._write(episode)
         writer.image(query_image)
         episode.task.open_output(writer, episode.category)
-        return writer.finish()
+        return writer
 
     def decode(self, sequence: TokenSequence, task: "Task") -> Episode:
         """The inverse of `encode`, of either layout. Raises InputError where the sequence is not
@@ -293,6 +350,11 @@ class SequenceWriter:
     def drawn(self, codes: np.ndarray) -> None:
         """The codes (N,) of an image on the target side, which bear loss."""
         self._append(self._image_tokens(codes), "image", "output", target=True)
+
+    def hidden(self) -> None:
+        """An image on the target side whose codes are not known yet: [MASK] in every cell."""
+        mask = self._vocabulary.mask_token
+        self._append([mask] * self.format.codes_per_image, "image", "output", target=True)
 
     def text(self, tokens: Sequence[int], role: Literal["given", "output"]) -> None:
         """Text on the target side, which bears loss as `output` and none as `given`."""

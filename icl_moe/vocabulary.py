@@ -28,22 +28,25 @@ SPECIALS = (
     "[RESERVED_4]",
 )
 TAGS = ("<c_st>", "<c_ed>", "<b_st>", "<b_ed>")
+MASK = "[MASK]"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Sizes of the parts; the ids follow from their order: text, image codes, nine specials, four
-    tags, 1001 bins.
+    tags, 1001 bins, [MASK].
 
     `text_merges`: the first N merges of GPT-2's BPE, at most 50,000. Its ids are in merge order, so
     a smaller text vocabulary (256 bytes + N) keeps the ids of the larger one; the full one also
     holds <|endoftext|>, 50257 in all. `tags`: whether the four tags and the 1001 box bins are there
-    (52295 ids with them, 51290 without, at full size).
+    (52295 ids with them, 51290 without, at full size). `mask`: whether [MASK] is there, which
+    stands for a code that is hidden; it comes last, so that no other id depends on it.
     """
 
     text_merges: Annotated[int, Range(0, GPT2_MERGES)] = GPT2_MERGES
     image_codes: Annotated[int, Range(2)] = 1024
     tags: bool = True
+    mask: bool = False
 
     @property
     def text_size(self) -> int:
@@ -51,7 +54,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        return self._tag_start + (len(TAGS) + BIN_COUNT if self.tags else 0)
+        return self._mask_start + self.mask
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -89,6 +92,13 @@ class Vocabulary:
     @property
     def box_end(self) -> int:
         return self._tag("<b_ed>")
+
+    @property
+    def mask_token(self) -> int:
+        """[MASK]; raises InputError in a vocabulary without it."""
+        if not self.mask:
+            raise InputError("Hidden codes need [MASK]: set vocabulary.mask=true.")
+        return self._mask_start
 
     @property
     def image_range(self) -> range:
@@ -132,6 +142,8 @@ class Vocabulary:
             return f"<image_{token - self.text_size}>"
         if token in self.bin_range:
             return f"<bin_{token - self.bin_range.start}>"
+        if self.mask and token == self._mask_start:
+            return MASK
         named = (*SPECIALS, *(TAGS if self.tags else ()))
         index = token - self._special_start
         if 0 <= index < len(named):
@@ -145,6 +157,10 @@ class Vocabulary:
     @property
     def _tag_start(self) -> int:
         return self._special_start + len(SPECIALS)
+
+    @property
+    def _mask_start(self) -> int:
+        return self._tag_start + (len(TAGS) + BIN_COUNT if self.tags else 0)
 
     def _special(self, name: str) -> int:
         return self._special_start + SPECIALS.index(name)

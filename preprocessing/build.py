@@ -27,6 +27,7 @@ from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.settings import from_dict, to_dict
 from icl_moe.tasks import TASKS
+from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
@@ -51,15 +52,21 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     out = output_folder(out)
     process = join_processes()
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
+    masks = recipe.mask_tokenizer and PatchTokenizer.from_pretrained(recipe.mask_tokenizer)
     codec = SequenceCodec(
-        _format(recipe, tokenizer),
+        _format(recipe, tokenizer, masks),
         TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer),
     )
-    folder = _WorkFolder(out, recipe, tokenizer.fingerprint, codec.text.fingerprint)
+    fingerprints = {
+        "image tokenizer": tokenizer.fingerprint,
+        "mask tokenizer": masks and masks.fingerprint,
+        "text tokenizer": codec.text.fingerprint,
+    }
+    folder = _WorkFolder(out, recipe, fingerprints)
     if folder.is_complete() and not folder.work.exists():
         return ShardSet(out).manifest
     with locked(out, "--out") if process.is_main_process else contextlib.nullcontext():
-        return _build(process, folder, recipe, tokenizer, codec, workers)
+        return _build(process, folder, recipe, tokenizer, masks, codec, workers)
 
 
 def _build(
@@ -67,6 +74,7 @@ def _build(
     folder: "_WorkFolder",
     recipe: DataRecipe,
     tokenizer: VQGAN,
+    masks: PatchTokenizer | None,
     codec: SequenceCodec,
     workers: int,
 ) -> Manifest:
@@ -94,7 +102,15 @@ def _build(
     pictures, tasks = _number_pictures(pools, episodes, codec)
     rank, ranks = process.process_index, process.num_processes
     quantize(
-        pictures, tokenizer, recipe.image_size, folder.work, workers, process.device, rank, ranks
+        pictures,
+        tokenizer,
+        recipe.image_size,
+        folder.work,
+        workers,
+        process.device,
+        rank,
+        ranks,
+        masks,
     )
     process.wait_for_everyone()
 
@@ -119,6 +135,8 @@ def _build(
     if process.is_main_process:
         shards, classes = collect(packer, plans)
         tokenizer.cpu().save_pretrained(out / "image_tokenizer")
+        if masks is not None:
+            masks.save_pretrained(out / "mask_tokenizer")
         codec.text.save(out / "text_tokenizer")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -126,6 +144,7 @@ def _build(
             examples=recipe.examples,
             image_size=recipe.image_size,
             image_tokenizer=tokenizer.fingerprint,
+            mask_tokenizer=masks and masks.fingerprint,
             text_tokenizer=codec.text.fingerprint,
             recipe=to_dict(recipe),
             samples={task: len(episodes[task]) for task in tasks},
@@ -151,15 +170,13 @@ class _WorkFolder:
     from.
     """
 
-    def __init__(
-        self, out: Path, recipe: DataRecipe, image_tokenizer: str, text_tokenizer: str
-    ) -> None:
+    def __init__(self, out: Path, recipe: DataRecipe, fingerprints: dict[str, str | None]) -> None:
         self.out = out
         self.work = out / ".build"
         self._state_file = self.work / "state.json"
         # Through JSON, so that it compares equal to what was read back.
         self._settings = json.loads(
-            json.dumps(_settings(to_dict(recipe), image_tokenizer, text_tokenizer, SCHEMA_VERSION))
+            json.dumps(_settings(to_dict(recipe), fingerprints, SCHEMA_VERSION))
         )
 
     def is_complete(self) -> bool:
@@ -171,8 +188,11 @@ class _WorkFolder:
         manifest = Manifest.read(self.out)
         found = _settings(
             _with_newer_keys(manifest.recipe),
-            manifest.image_tokenizer,
-            manifest.text_tokenizer,
+            {
+                "image tokenizer": manifest.image_tokenizer,
+                "mask tokenizer": manifest.mask_tokenizer,
+                "text tokenizer": manifest.text_tokenizer,
+            },
             manifest.schema_version,
         )
         self._check_settings(found, "shards")
@@ -243,15 +263,10 @@ class _WorkFolder:
 
 
 def _settings(
-    recipe: dict[str, Any], image_tokenizer: str, text_tokenizer: str, schema_version: int
+    recipe: dict[str, Any], fingerprints: dict[str, str | None], schema_version: int
 ) -> dict[str, Any]:
     """All that decides the bytes of a shard folder, besides its sources."""
-    versions = {
-        "image tokenizer": image_tokenizer,
-        "text tokenizer": text_tokenizer,
-        "schema version": schema_version,
-    }
-    return {**recipe, **versions}
+    return {**recipe, **fingerprints, "schema version": schema_version}
 
 
 def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -262,8 +277,8 @@ def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
         return recipe
 
 
-def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
-    """The sequence format of a recipe; raises InputError where its image tokenizer does not fit."""
+def _format(recipe: DataRecipe, tokenizer: VQGAN, masks: PatchTokenizer | None) -> SequenceFormat:
+    """The sequence format of a recipe; raises InputError where its tokenizers do not fit."""
     if recipe.vocabulary.image_codes != tokenizer.config.codebook_size:
         raise InputError(
             f"vocabulary.image_codes is {recipe.vocabulary.image_codes}, but the tokenizer "
@@ -275,6 +290,16 @@ def _format(recipe: DataRecipe, tokenizer: VQGAN) -> SequenceFormat:
             f"image_size is {recipe.image_size}; the tokenizer {recipe.tokenizer} needs a multiple "
             f"of {tokenizer.downsampling}."
         )
+    if masks is not None and masks.side != tokenizer.downsampling:
+        raise InputError(
+            f"mask_tokenizer: {recipe.mask_tokenizer} has cells of {masks.side} pixels, but the "
+            f"tokenizer {recipe.tokenizer} of {tokenizer.downsampling}; they must be equal."
+        )
+    if masks is not None and masks.codes > recipe.vocabulary.image_codes:
+        raise InputError(
+            f"mask_tokenizer: {recipe.mask_tokenizer} has {masks.codes} codes, more than "
+            f"vocabulary.image_codes ({recipe.vocabulary.image_codes})."
+        )
     return recipe.sequence_format((recipe.image_size // tokenizer.downsampling) ** 2)
 
 
@@ -282,7 +307,8 @@ def _companions(out: Path, tasks: Iterable[str]) -> list[str]:
     """The files that belong to the shards: indices and tokenizers."""
     tokenizers = sorted(
         path
-        for folder in ("image_tokenizer", "text_tokenizer")
+        for folder in ("image_tokenizer", "mask_tokenizer", "text_tokenizer")
+        if (out / folder).is_dir()
         for path in (out / folder).iterdir()
     )
     return [*map(index_file, tasks), *(path.relative_to(out).as_posix() for path in tokenizers)]

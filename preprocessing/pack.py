@@ -96,7 +96,8 @@ def pack_shard(packer: Packer, plan: ShardPlan) -> int:
                     "json": raw_json,
                 }
             )
-            ends.append((*role_lengths(sequence), sample_checksum(raw_tokens, raw_json)))
+            checksum = sample_checksum(raw_tokens, raw_json)
+            ends.append((*role_lengths(sequence), checksum, *query_lengths(sequence)))
             classes[category] += 1
     rows = [[*places, *end] for places, end in zip(_places(partial), ends, strict=True)]
     written = FileInfo.of(packer.folder, partial.name)
@@ -160,6 +161,15 @@ def role_lengths(sequence: TokenSequence) -> tuple[int, int, int]:
     for span in sequence.spans:
         by_role[span.role] += span.length
     return len(sequence) - by_role["padding"], by_role["input"], by_role["output"]
+
+
+def query_lengths(sequence: TokenSequence) -> tuple[int, int]:
+    """Tokens of the query of role input, and of role output."""
+    inputs, outputs = (
+        sum(span.length for span in sequence.query_spans if span.role == role)
+        for role in ("input", "output")
+    )
+    return inputs, outputs
 
 
 def _places(path: Path) -> list[tuple[int, int, int, int]]:

@@ -16,6 +16,7 @@ from icl_moe.outputs import output_file, write_output
 from icl_moe.pages import render
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
+from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.verify import open_codec
 
@@ -29,7 +30,7 @@ def write_preview(location: str | Path, out: Path) -> None:
     out = output_file(out, (".html", ".htm"))
     shards = ShardSet(location)
     codec = open_codec(shards)
-    reader = _CodeReader(VQGAN.from_pretrained(shards.fetch("image_tokenizer")).eval())
+    reader = _CodeReader(shards)
     tasks = []
     for task, count in shards.manifest.samples.items():
         places = np.linspace(0, count - 1, SAMPLES_PER_TASK)
@@ -45,12 +46,18 @@ def write_preview(location: str | Path, out: Path) -> None:
 class _CodeReader:
     """What tasks need to draw codes."""
 
-    def __init__(self, tokenizer: VQGAN) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, shards: ShardSet) -> None:
+        self._tokenizer = VQGAN.from_pretrained(shards.fetch("image_tokenizer"))
+        self._masks: MaskTokenizer = PictureMasks(self._tokenizer)
+        if shards.manifest.mask_tokenizer is not None:
+            self._masks = PatchTokenizer.from_pretrained(shards.fetch("mask_tokenizer"))
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
         return self._tokenizer.decode(torch.from_numpy(codes_BN))
+
+    def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
+        return self._masks.decode(codes_BN)
 
 
 def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[str, Any]:

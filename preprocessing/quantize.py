@@ -22,6 +22,7 @@ from icl_moe.images import PixelBox, crop_and_resize
 from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
 from icl_moe.tasks.task import Picture
+from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile, PoolRegion
@@ -76,11 +77,13 @@ def quantize(
     device: torch.device,
     rank: int = 0,
     ranks: int = 1,
+    masks: PatchTokenizer | None = None,
 ) -> None:
     """Encode the chunks of `pictures` that are this rank's and not in `folder` yet; `CodeStore`
     reads them.
 
-    workers: processes that load, crop and draw. Raises InputError for an image that cannot be used.
+    masks: what writes the pictures that are masks, None for the image tokenizer. workers: processes
+    that load, crop and draw. Raises InputError for an image that cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(rank, _chunk_count(len(pictures)), ranks)
@@ -95,10 +98,10 @@ def quantize(
     with tqdm(
         total=sum(map(len, batches)), desc="encoding pictures", unit="picture", disable=rank != 0
     ) as progress:
-        for batch, pixels_BHW3 in zip(
+        for batch, drawn in zip(
             batches, ordered_map(_draw_batch, (pictures, size), batches, workers), strict=True
         ):
-            done.append(_encode(tokenizer, pixels_BHW3, device))
+            done.append(_encode(tokenizer, masks, drawn, device))
             progress.update(len(batch))
             if (batch[-1] + 1) % CHUNK == 0 or batch[-1] + 1 == len(pictures):
                 _write_chunk(_chunk_file(folder, batch[-1] // CHUNK), np.concatenate(done))
@@ -106,15 +109,37 @@ def quantize(
 
 
 @torch.inference_mode()
-def _encode(tokenizer: VQGAN, pixels_BHW3: np.ndarray, device: torch.device) -> np.ndarray:
-    pixels_B3HW = torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    codes_BN = tokenizer.encode(pixels_B3HW.contiguous()).cpu().numpy()
+def _encode(
+    tokenizer: VQGAN,
+    masks: PatchTokenizer | None,
+    drawn: list[np.ndarray],
+    device: torch.device,
+) -> np.ndarray:
+    """Codes of a batch of pictures, some of which may be masks."""
+    codes: dict[int, np.ndarray] = {}
+    if masks is not None:
+        of_masks = {n: picture for n, picture in enumerate(drawn) if picture.dtype == bool}
+        if of_masks:
+            codes |= zip(of_masks, masks.encode(np.stack(list(of_masks.values()))), strict=True)
+    others = {n: _pixels(picture) for n, picture in enumerate(drawn) if n not in codes}
+    if others:
+        pixels_BHW3 = torch.from_numpy(np.stack(list(others.values()))).to(device)
+        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        codes |= zip(others, tokenizer.encode(pixels_B3HW.contiguous()).cpu().numpy(), strict=True)
+    codes_BN = np.stack([codes[n] for n in range(len(drawn))])
     return codes_BN.astype(np.min_scalar_type(tokenizer.config.codebook_size - 1))
 
 
-def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> np.ndarray:
+def _pixels(picture: np.ndarray) -> np.ndarray:
+    """A picture in colours, uint8 (size, size, 3); a mask is white on black."""
+    if picture.dtype != bool:
+        return picture
+    return np.broadcast_to((picture * np.uint8(255))[..., None], (*picture.shape, 3))
+
+
+def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> list[np.ndarray]:
     pictures, size = context
-    return np.stack([pictures[number].draw(size) for number in numbers])
+    return [pictures[number].draw(size) for number in numbers]
 
 
 _open_image = lru_cache(maxsize=8)(open_image)  # pictures of one image follow one another

@@ -103,8 +103,9 @@ class DataRecipe:
 
     tasks: the sections of tasks that are registered from elsewhere, see sources.py.
     tokenizer: the folder of a VQGAN, or the name of a shipped one. tokenizer_precision: bf16
-    encodes faster and changes a few codes of a thousand (docs/tokenizer.md). text_tokenizer: see
-    `TextTokenizer`'s source.
+    encodes faster and changes a few codes of a thousand (docs/tokenizer.md). mask_tokenizer: the
+    folder of a PatchTokenizer, or the name of a shipped one, to write masks and drawn boxes with;
+    null for the image tokenizer. text_tokenizer: see `TextTokenizer`'s source.
     image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in
     each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
@@ -114,6 +115,7 @@ class DataRecipe:
     """
 
     tokenizer: str
+    mask_tokenizer: str | None = None
     segmentation: SegmentationSource | None = None
     captioning: CaptioningSource | None = None
     tasks: dict[str, Any] = field(default_factory=dict)

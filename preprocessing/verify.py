@@ -15,7 +15,7 @@ from icl_moe.evaluation.episodes import EvaluationEpisode
 from icl_moe.sequence import Episode, SequenceCodec
 from icl_moe.tasks import find_task
 from icl_moe.tokenizers.text import TextTokenizer
-from preprocessing.pack import role_lengths
+from preprocessing.pack import query_lengths, role_lengths
 
 
 def verify_shards(location: str | Path) -> Manifest:
@@ -146,5 +146,7 @@ def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> 
 
 def _verify_index(sample: Sample, shards: ShardSet, index: int) -> None:
     row = shards.index_row(sample.task, index)
-    if role_lengths(sample.sequence) != (row.length, row.inputs, row.outputs):
+    query = query_lengths(sample.sequence) if row.query_inputs is not None else (None, None)
+    found = (*role_lengths(sample.sequence), *query)
+    if found != (row.length, row.inputs, row.outputs, row.query_inputs, row.query_outputs):
         raise InputError("its lengths are not those of the index.")

@@ -20,6 +20,7 @@ SETTINGS = (
     "model.layers_with_experts=[1]",
     "model.dropout=0.1",
     "vocabulary.image_codes=64",
+    "vocabulary.mask=true",
     "training.global_batch=4",
     "training.micro_batch=1",
     "training.log_every=1",

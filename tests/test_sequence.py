@@ -456,3 +456,51 @@ def test_a_sequence_of_another_kind_does_not_decode() -> None:
 def test_a_stream_has_the_published_attribute_bits(bits: str, stream: int) -> None:
     assert [stream >> i & 1 for i in range(8)] == [int(bit) for bit in bits.split()]
     assert stream != PADDING
+
+
+@given(written_episodes())
+@settings(max_examples=30)
+def test_links_name_the_input_code_of_the_cell_that_is_predicted_and_of_the_one_held(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
+    codec, episode, whole = written
+    for sequence in (whole, whole.unpadded()):
+        outputs = [
+            span
+            for span in sequence.spans
+            if span.role == "output" and sequence.tokens_L[span.start] in SMALL.image_range
+        ]
+        images = [span for span in sequence.spans if span.role == "input"]
+        draws = episode.task is SEGMENTATION or codec.format.box == "image"
+        assert len(outputs) == (len(images) if draws else 0)
+        expected = np.full((len(sequence), 2), -1)
+        for output, image in zip(outputs, images, strict=False):
+            for cell in range(CODES):
+                code = sequence.tokens_L[image.start + cell]
+                expected[output.start + cell - 1, 0] = code
+                expected[output.start + cell, 1] = code
+        np.testing.assert_array_equal(sequence.links(), expected)
+
+
+@given(written_episodes())
+@settings(max_examples=30)
+def test_a_prompt_has_the_links_that_the_whole_sequence_has_there(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
+    codec, episode, whole = written
+    examples = Episode(episode.task, episode.category, episode.pairs[:-1])
+    prompt = codec.encode_prompt(examples, episode.pairs[-1].image)
+    np.testing.assert_array_equal(prompt.links(), whole.links()[: len(prompt)])
+
+
+@given(written_episodes())
+@settings(max_examples=30)
+def test_loss_on_the_query_is_the_loss_of_the_last_pair(
+    written: tuple[SequenceCodec, Episode, TokenSequence],
+) -> None:
+    codec, episode, sequence = written
+    everything, query = sequence.loss_weights(0.5), sequence.loss_weights(0.5, "query")
+    start = codec.format.length(len(episode.pairs) - 1)
+    assert not query[:start].any()
+    np.testing.assert_array_equal(query[start:], everything[start:])
+    assert query.sum() > 0

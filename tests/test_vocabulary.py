@@ -15,6 +15,7 @@ vocabularies = st.builds(
     text_merges=st.one_of(st.integers(0, GPT2_MERGES), st.just(GPT2_MERGES)),
     image_codes=st.integers(2, 20_000),
     tags=st.booleans(),
+    mask=st.booleans(),
 )
 
 
@@ -47,7 +48,7 @@ def test_ids_of_the_full_vocabulary_stand_where_the_contract_says() -> None:
 def test_every_id_belongs_to_one_part_and_has_its_own_name(vocabulary: Vocabulary) -> None:
     parts = len(vocabulary.text_range) + len(vocabulary.image_range) + len(SPECIALS)
     parts += len(TAGS) + BIN_COUNT if vocabulary.tags else 0
-    assert vocabulary.size == parts
+    assert vocabulary.size == parts + vocabulary.mask
     start = vocabulary.image_range.stop
     names = [vocabulary.name(token) for token in range(start, vocabulary.size)]
     assert len(set(names)) == len(names)
@@ -55,6 +56,18 @@ def test_every_id_belongs_to_one_part_and_has_its_own_name(vocabulary: Vocabular
     for outside in (-1, vocabulary.size):
         with pytest.raises(InputError, match=f"{outside} is outside"):
             vocabulary.name(outside)
+
+
+def test_the_mask_token_comes_last_and_moves_no_other_id() -> None:
+    without, vocabulary = Vocabulary(), Vocabulary(mask=True)
+    assert vocabulary.mask_token == without.size == 52295
+    assert vocabulary.size == 52296
+    assert vocabulary.name(52295) == "[MASK]"
+    assert [vocabulary.name(i) for i in range(50257, 52295)] == [
+        without.name(i) for i in range(50257, 52295)
+    ]
+    with pytest.raises(InputError, match=r"vocabulary\.mask=true"):
+        _ = without.mask_token
 
 
 @given(vocabularies)

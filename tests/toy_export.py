@@ -32,6 +32,7 @@ def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) 
             image_size=manifest.image_size,
             examples=manifest.examples,
             image_tokenizer=manifest.image_tokenizer,
+            mask_tokenizer=manifest.mask_tokenizer,
             **config,
         )
     )
@@ -42,6 +43,6 @@ def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) 
         for parameter in decoder.parameters():
             parameter.mul_(4.0)
     decoder.save_pretrained(folder)
-    for name in ("image_tokenizer", "text_tokenizer"):
+    for name in manifest.tokenizer_folders:
         shutil.copytree(shards / name, folder / name)
     return folder

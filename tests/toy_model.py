@@ -18,7 +18,7 @@ from icl_moe.vocabulary import Vocabulary
 
 CODES = 16
 VOCABULARY = Vocabulary(
-    text_merges=45, image_codes=32
+    text_merges=46, image_codes=32, mask=True
 )  # An odd number of ids, which tensor ranks must pad.
 FORMAT = SequenceFormat(VOCABULARY, codes_per_image=CODES, category="none", box="none")
 MANIFEST = Manifest(SCHEMA_VERSION, FORMAT, 2, 32, "", "", {}, {}, {}, (), {})

@@ -10,14 +10,20 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from icl_moe.batch import Layout, TokenBatch, collate
+from icl_moe.data.corruption import hide_query_mask
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError
+from icl_moe.sequence import LossOn
 from icl_moe.signals import STOPPING, obey_parent_alone
 
 
 class MicroBatches(Dataset[TokenBatch]):
-    """Item i is micro-step i % micro_steps of step i // micro_steps."""
+    """Item i is micro-step i % micro_steps of step i // micro_steps.
+
+    layout, input_weight, loss_on, mask_corruption: as in the recipe's sections `data` and
+    `training`.
+    """
 
     def __init__(
         self,
@@ -26,12 +32,16 @@ class MicroBatches(Dataset[TokenBatch]):
         part: RankSlice,
         layout: Layout,
         input_weight: float,
+        loss_on: LossOn = "all",
+        mask_corruption: bool = False,
     ) -> None:
         self._shards = shards
         self._schedule = schedule
         self._part = part
         self._layout = layout
         self._input_weight = input_weight
+        self._loss_on = loss_on
+        self._mask_corruption = mask_corruption
         self._listed: tuple[int, list[tuple[str, int]], float] | None = None
 
     def __getitem__(self, index: int) -> TokenBatch:
@@ -50,6 +60,11 @@ class MicroBatches(Dataset[TokenBatch]):
             [sample.sequence for sample in mine],
             [f"{sample.shard}:{sample.key}" for sample in mine],
         )
+        if self._mask_corruption:
+            sequences = [
+                hide_query_mask(sequence, vocabulary, self._schedule.seed, step, first + i)
+                for i, sequence in enumerate(sequences)
+            ]
         return collate(
             sequences,
             vocabulary,
@@ -58,6 +73,7 @@ class MicroBatches(Dataset[TokenBatch]):
             self._input_weight,
             scale,
             sources,
+            self._loss_on,
         )
 
     def _global_batch(self, step: int) -> tuple[list[tuple[str, int]], float]:
@@ -76,7 +92,7 @@ class MicroBatches(Dataset[TokenBatch]):
         total = 0.0
         for task in {task for task, _ in samples}:
             inputs, outputs = self._shards.target_counts(
-                task, [i for t, i in samples if t == task]
+                task, [i for t, i in samples if t == task], self._loss_on
             ).sum(axis=0)
             total += self._input_weight * float(inputs) + float(outputs)
         return total

@@ -2,7 +2,8 @@
 
 manifest.json            what the shards hold and how they were made; `Manifest`
 TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
-image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise
+image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise, and
+                         mask_tokenizer/ where one wrote the masks
 TASK-000000.tar ...      webdataset shards: KEY.tokens.npy and KEY.json per sample
 """
 
@@ -27,7 +28,7 @@ from icl_moe.data.location import MANIFEST_FILE, FileInfo, ShardFolder, open_fol
 from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
 from icl_moe.ranges import ImageSide, Natural
-from icl_moe.sequence import Role, SequenceFormat, Span, TokenSequence
+from icl_moe.sequence import LossOn, Role, SequenceFormat, Span, TokenSequence
 from icl_moe.settings import from_dict
 
 SCHEMA_VERSION = 2
@@ -38,7 +39,8 @@ class IndexRow(NamedTuple):
 
     shard: its number in the manifest. *_offset, *_size: where KEY.tokens.npy and KEY.json lie in
     it, in bytes. length: tokens without padding. inputs, outputs: tokens of these roles. crc32: of
-    KEY.tokens.npy followed by KEY.json.
+    KEY.tokens.npy followed by KEY.json. query_inputs, query_outputs: of the tokens of these roles,
+    those of the query; None in an index of an earlier version, which lacks the columns.
     """
 
     shard: int
@@ -50,12 +52,19 @@ class IndexRow(NamedTuple):
     inputs: int
     outputs: int
     crc32: int
+    query_inputs: int | None = None
+    query_outputs: int | None = None
 
 
 INDEX_TYPE = np.dtype(
     [(name, "<u8" if name.endswith("offset") else "<u4") for name in IndexRow._fields]
 )
 """An `IndexRow` as it is stored."""
+
+EARLIER_INDEX_TYPE = np.dtype(
+    [(name, INDEX_TYPE[name]) for name in IndexRow._fields if not name.startswith("query_")]
+)
+"""As earlier versions stored it, without the query's own counts."""
 
 _LARGEST_GAP = 4096
 """Bytes between the two parts of a sample in its tar: padding and the second one's headers."""
@@ -80,8 +89,9 @@ class ShardInfo(FileInfo):
 class Manifest:
     """What a shard folder holds.
 
-    image_tokenizer, text_tokenizer: fingerprints. recipe: the data recipe. samples: per task.
-    classes: samples per task and class.
+    image_tokenizer, text_tokenizer: fingerprints; mask_tokenizer: likewise, None where the image
+    tokenizer wrote the masks. recipe: the data recipe. samples: per task. classes: samples per task
+    and class.
     skipped: how much was left out, by task and reason. files: all files but the shards and the
     manifest itself. bad_images: of each task, the images that were left out because they cannot be
     used, each with why.
@@ -100,6 +110,13 @@ class Manifest:
     skipped: dict[str, Natural]
     files: tuple[FileInfo, ...] = ()
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
+    mask_tokenizer: str | None = None
+
+    @property
+    def tokenizer_folders(self) -> tuple[str, ...]:
+        """The folders beside the shards that a model needs too."""
+        masks = () if self.mask_tokenizer is None else ("mask_tokenizer",)
+        return ("image_tokenizer", *masks, "text_tokenizer")
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":
@@ -191,6 +208,7 @@ class ShardSet:
             self._folder.check(shard)
         self._files: OrderedDict[str, int] = OrderedDict()
         self._indices: dict[str, int] = {}
+        self._index_types: dict[str, np.dtype] = {}
         self._first_row = {task: self._check_index(task) for task in self.manifest.samples}
         self._npy_header = _npy_header(self.manifest)
 
@@ -202,12 +220,24 @@ class ShardSet:
         """Length of each sample without padding, int64 (count,)."""
         return self._rows(task, range(self.count(task)))["length"].astype(np.int64)
 
-    def target_counts(self, task: str, indices: Sequence[int]) -> np.ndarray:
+    def target_counts(
+        self, task: str, indices: Sequence[int], loss_on: LossOn = "all"
+    ) -> np.ndarray:
         """Tokens of role input and tokens of role output of the samples `indices`, int64
-        (len(indices), 2).
+        (len(indices), 2); of their queries alone with loss_on=query.
+
+        Raises InputError where the index is of an earlier version, which does not count the
+        queries' tokens.
         """
+        if loss_on == "query" and self._index_types[task] != INDEX_TYPE:
+            raise InputError(
+                f"training.loss_on: the index {self.location}/{index_file(task)} does not count "
+                "the queries' tokens, since an earlier version wrote it; build the shards anew, or "
+                "set training.loss_on=all."
+            )
         rows = self._rows(task, indices)
-        return np.stack([rows["inputs"], rows["outputs"]], axis=1).astype(np.int64)
+        names = ("inputs", "outputs") if loss_on == "all" else ("query_inputs", "query_outputs")
+        return np.stack([rows[name] for name in names], axis=1).astype(np.int64)
 
     def index_row(self, task: str, index: int) -> IndexRow:
         """What the index says of a sample."""
@@ -275,17 +305,19 @@ class ShardSet:
             self.close()
 
     def _rows(self, task: str, indices: Sequence[int]) -> np.ndarray:
-        """Rows of a task's index (INDEX_TYPE), read where they lie."""
+        """Rows of a task's index (INDEX_TYPE or EARLIER_INDEX_TYPE), read where they lie."""
         if not self.count(task):
             raise InputError(
                 f"{self.location} has no samples of '{task}'; it holds "
                 f"{', '.join(self.manifest.samples)}."
             )
-        descriptor, start, size = self._open_index(task), self._first_row[task], INDEX_TYPE.itemsize
+        descriptor, start = self._open_index(task), self._first_row[task]
+        kind = self._index_types[task]
+        size = kind.itemsize
         content = b"".join([os.pread(descriptor, size, start + size * index) for index in indices])
         if len(content) != size * len(indices):
             raise SampleError(f"{self.location}/{index_file(task)} is cut off while it is read.")
-        return np.frombuffer(content, INDEX_TYPE)
+        return np.frombuffer(content, kind)
 
     def _open_index(self, task: str) -> int:
         if task not in self._indices:
@@ -307,11 +339,12 @@ class ShardSet:
                 )
             except ValueError as error:
                 raise InputError(f"The index {name} is damaged.") from error
-            if shape != (count,) or dtype != INDEX_TYPE:
+            if shape != (count,) or dtype not in (INDEX_TYPE, EARLIER_INDEX_TYPE):
                 raise InputError(
                     f"The index {name} does not fit its manifest: it must have {count} rows of "
                     f"{IndexRow._fields}."
                 )
+            self._index_types[task] = dtype
             return file.tell()
 
     def _read(self, shard: ShardInfo, row: IndexRow) -> tuple[bytes, bytes]:

@@ -4,11 +4,15 @@ it.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icl_moe.data.shards import ShardSet, sample_key
+from icl_moe.errors import InputError
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from icl_moe.inference.model import InContextModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,23 @@ class EvaluationEpisode:
     def query(self) -> Any:
         """The last pair."""
         return self.pairs[-1]
+
+
+def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
+    """Raise InputError where shards are not of the model's format, or of other tokenizers."""
+    manifest = shards.manifest
+    for name, ours, theirs in (
+        ("sequence format", model.format, manifest.format),
+        ("image size", model.image_size, manifest.image_size),
+        ("image tokenizer", model.image_tokenizer.fingerprint, manifest.image_tokenizer),
+        ("mask tokenizer", model.decoder.config.mask_tokenizer, manifest.mask_tokenizer),
+        ("text tokenizer", model.codec.text.fingerprint, manifest.text_tokenizer),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"The model's {name} is not that of {shards.location}: {ours} and {theirs}; build "
+                "the shards with the model's."
+            )
 
 
 class EpisodeSet:

@@ -18,7 +18,7 @@ from icl_moe.model.kernels import cross_entropy
 @dataclass(frozen=True)
 class HeldOutLoss:
     """Cross-entropy under teacher forcing, in nats per target token. Targets are what is written:
-    mask codes, caption texts.
+    mask codes, caption texts; of every pair, or of the query alone where the model was trained so.
 
     loss: the mean over all targets. unigram_entropy: -sum over ids v of p(v) ln p(v), p the
     distribution of these very targets; no model that ignores its context has a lower loss here.
@@ -50,9 +50,13 @@ def held_out_loss(
             shards.sample(task, index).sequence
             for index in range(start, min(start + batch_size, samples))
         ]
-        batch = collate(sequences, model.format.vocabulary, task).to(model.decoder.device)
+        loss_on = model.decoder.config.loss_on
+        batch = collate(sequences, model.format.vocabulary, task, loss_on=loss_on)
+        batch = batch.to(model.decoder.device)
         plan = EpisodeAttention(batch.lengths, batch.real_T)
-        hidden_TM, _ = model.decoder.hidden(batch.tokens_T, batch.positions_T, plan, batch.routing)
+        hidden_TM, _ = model.decoder.hidden(
+            batch.tokens_T, batch.positions_T, plan, batch.routing, batch.links_T2
+        )
         embedding_VM = model.decoder.token_embedding.weight
         _, found_P = cross_entropy(
             hidden_TM[batch.predictors_P], embedding_VM, batch.labels_P, batch.weights_P

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
-from icl_moe.inference.model import InContextModel
+from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.sequence import Episode
 from icl_moe.tasks.task import Output
 
@@ -129,9 +129,10 @@ def predict(
     condition: Condition,
     log: PredictionLog,
     batch_size: int,
+    decoding: Decoding | None = None,
 ) -> None:
     """Complete every episode under a condition, greedily, in batches of fixed make-up, and log what
-    is new.
+    is new. decoding: see `InContextModel.complete`.
     """
     with tqdm(
         total=len(episodes),
@@ -144,7 +145,7 @@ def predict(
             batch = [episodes[number] for number in numbers]
             if not all((condition, episode.key) in log for episode in batch):
                 examples = [_examples(episodes, number, condition) for number in numbers]
-                log.add(_complete(model, condition, batch, examples))
+                log.add(_complete(model, condition, batch, examples, decoding))
             bar.update(len(batch))
 
 
@@ -159,6 +160,7 @@ def _complete(
     condition: Condition,
     batch: Sequence[EvaluationEpisode],
     examples: Sequence[tuple[Any, ...]],
+    decoding: Decoding | None,
 ) -> list[Prediction]:
     started = time.perf_counter()
     task = batch[0].task
@@ -166,7 +168,7 @@ def _complete(
         (Episode(task, episode.category, pairs), episode.query.image)
         for episode, pairs in zip(batch, examples, strict=True)
     ]
-    outputs = model.complete(requests)
+    outputs = model.complete(requests, decoding=decoding)
     said = task.said(model, outputs)
     seconds = round((time.perf_counter() - started) / len(batch), 4)
     return [

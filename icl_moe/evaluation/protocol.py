@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
 from icl_moe.evaluation.gallery import draw_gallery
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.predictions import (
@@ -26,7 +26,7 @@ from icl_moe.evaluation.predictions import (
 from icl_moe.evaluation.report import Section, write_report
 from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, Source, TaskResult
 from icl_moe.files import write_whole
-from icl_moe.inference.model import InContextModel
+from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.tasks.task import Output
@@ -45,14 +45,15 @@ def evaluate(
     control: Control | None = None,
     device: str | None = None,
     sections: Sequence[Section] = (),
+    decoding: Decoding | None = None,
 ) -> Metrics:
     """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
     path or a URL (all by default).
 
     shots: how many of an episode's examples to show; each number gives a row of the table.
-    sections: more of the report. Writes metrics.json, predictions.jsonl and report.html into `out`;
-    docs/evaluation.md describes them. Called again after an interruption, it goes on after the last
-    whole batch.
+    sections: more of the report. decoding: of masks, see `InContextModel.complete`. Writes
+    metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
+    Called again after an interruption, it goes on after the last whole batch.
 
     Raises InputError where the model and the shards do not belong together, where they cannot be
     asked with so many examples, and where `out` cannot be written.
@@ -62,11 +63,12 @@ def evaluate(
     shards = ShardSet(shards_dir)
     model = InContextModel.from_pretrained(model_dir, device)
     _check(model, shards, shots)
+    decoding = model.decoding(decoding)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         model_name = Path(model_dir).resolve().name
         return _evaluate(
-            model, model_name, shards, out, shots, limit, batch_size, control, sections
+            model, model_name, shards, out, shots, limit, batch_size, control, sections, decoding
         )
 
 
@@ -80,12 +82,14 @@ def _evaluate(
     batch_size: int,
     control: Control | None,
     sections: Sequence[Section],
+    decoding: Decoding,
 ) -> Metrics:
     header: dict[str, Any] = {
         "model": model.fingerprint,
         "shards": shards.fingerprint[:16],
         "limit": limit,
         "batch_size": batch_size,
+        **_written_how(model, decoding),
     }
     batch_size = min(batch_size, max(shards.manifest.samples.values(), default=1))
     log = PredictionLog(out, header)
@@ -95,7 +99,7 @@ def _evaluate(
         episodes = EpisodeSet(shards, model.codec, task, limit)
         conditions = _conditions(episodes, shots, control)
         for condition in conditions:
-            predict(model, episodes, condition, log, batch_size)
+            predict(model, episodes, condition, log, batch_size, decoding)
         tasks[task] = TaskResult(
             _rows(model, episodes, conditions, log, batch_size),
             held_out_loss(model, shards, task, limit, batch_size),
@@ -107,7 +111,6 @@ def _evaluate(
         **header,
         model_folder=model_name,
         shards_folder=Path(shards.location).name,
-        decoding="greedy",
         versions=installed_versions(_PACKAGES),
         tasks=tasks,
     )
@@ -129,29 +132,13 @@ def _check_numbers(shots: Sequence[int], limit: int | None, batch_size: int) -> 
 
 def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> None:
     manifest = shards.manifest
-    ours = (
-        model.format,
-        model.image_size,
-        model.image_tokenizer.fingerprint,
-        model.codec.text.fingerprint,
-    )
-    theirs = (
-        manifest.format,
-        manifest.image_size,
-        manifest.image_tokenizer,
-        manifest.text_tokenizer,
-    )
-    for name, mine, other in zip(
-        ("sequence format", "image size", "image tokenizer", "text tokenizer"),
-        ours,
-        theirs,
-        strict=True,
-    ):
-        if mine != other:
-            raise InputError(
-                f"The model's {name} is not that of {shards.location}: {mine} and {other}; build "
-                "the shards with the model's."
-            )
+    fitted = model.decoder.config.mask_threshold
+    if fitted is not None and fitted["shards"] == shards.fingerprint[:16]:
+        raise InputError(
+            f"The threshold of this model's masks was fitted on {shards.location}: evaluate it on "
+            "others."
+        )
+    check_same_kind(model, shards)
     for count in shots:
         if count > manifest.examples:
             most = manifest.examples
@@ -160,6 +147,15 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> Non
                 f"0..{most}, not {count}."
             )
         model.check_examples(count)
+
+
+def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
+    """greedy: every token is the likeliest one. parallel: masks are written at once, and a
+    threshold says from how bright on a pixel belongs to them.
+    """
+    if decoding == "autoregressive":
+        return {"decoding": "greedy"}
+    return {"decoding": "parallel", "mask_threshold": model.decoder.config.mask_threshold}
 
 
 def _conditions(

@@ -75,17 +75,21 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Metrics:
-    """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all."""
+    """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
+    decoding: `greedy`, or `parallel` where masks were written at once; mask_threshold: what was
+    fitted for these.
+    """
 
     model: str
     shards: str
     limit: int | None
     batch_size: int
+    decoding: str
     model_folder: str
     shards_folder: str
-    decoding: str
     versions: dict[str, str | None]
     tasks: dict[str, TaskResult]
+    mask_threshold: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of metrics.json; docs/evaluation.md describes it."""

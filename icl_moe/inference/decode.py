@@ -1,27 +1,44 @@
-"""Writing outputs token by token: several queries at once, each held to its grammar, with a
-key-value cache.
+"""Writing outputs: token by token, several queries at once, each held to its grammar, with a
+key-value cache; or all cells of an image at once.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_moe.attributes import PADDING
+from icl_moe.attributes import PADDING, is_output_image
 from icl_moe.errors import InputError
 from icl_moe.inference.cache import KeyValueCache
-from icl_moe.sequence import Episode, SequenceCodec
+from icl_moe.model.decoder import InContextDecoder
+from icl_moe.sequence import NO_LINK, Episode, SequenceCodec, TokenSequence
 from icl_moe.tasks.grammar import Allowed, is_forced
 
 Request = tuple[Episode, np.ndarray]
 """An episode whose pairs are all examples, and the image codes (N,) of the query to complete it
 with.
 """
+
+
+_Row = tuple[int, ...]
+"""A token to read: its id, position, attribute class and two `links`."""
+
+
+class Block(NamedTuple):
+    """What a decoder reads in one pass, all int64 and padded on the left; see
+    `InContextDecoder.last_logits`.
+    """
+
+    tokens_BL: torch.Tensor
+    positions_BL: torch.Tensor
+    attributes_BL: torch.Tensor
+    cache: KeyValueCache | None
+    links_BL2: torch.Tensor
 
 
 class Decoder(Protocol):
@@ -35,6 +52,7 @@ class Decoder(Protocol):
         positions_BL: torch.Tensor,
         attributes_BL: torch.Tensor,
         cache: KeyValueCache | None = None,
+        links_BL2: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -86,12 +104,13 @@ def decode_batch(
         for n, (episode, image) in enumerate(requests)
     ]
     cache = KeyValueCache(
-        max((len(output.unread) for output in outputs), default=0) + codec.format.codes_per_image
+        max((output.unread for output in outputs), default=0) + codec.format.codes_per_image
     )
     going = outputs
     with tqdm(desc="writing", unit=" tokens", disable=not progress, delay=2, leave=False) as bar:
         while going:
-            logits_BV = decoder.next_logits(*_left_padded(going, decoder.device), cache=cache)
+            block = _stacked([output.read() for output in going], decoder.device, cache)
+            logits_BV = decoder.next_logits(*block)
             for output, token in zip(going, _choose(logits_BV, going, sampling), strict=True):
                 output.write(token)
                 bar.update()
@@ -102,13 +121,30 @@ def decode_batch(
     return [output.tokens for output in outputs]
 
 
+@torch.inference_mode()
+def decode_at_once(
+    decoder: InContextDecoder, codec: SequenceCodec, requests: Sequence[Request]
+) -> torch.Tensor:
+    """How probable each image code is in each cell of each request's output image,
+    probabilities_BNK, float32: one forward pass, in which all of that image is hidden as [MASK].
+
+    Of tasks whose output is one image, and a decoder that was trained with mask corruption.
+    """
+    # The last cell's own position predicts nothing of the image.
+    rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
+    logits_BNK = decoder.last_logits(
+        codec.format.codes_per_image,
+        *_stacked(rows, decoder.device),
+        ids=codec.format.vocabulary.image_range,
+    )
+    return logits_BNK.softmax(dim=-1)
+
+
 class _Output:
     """One query's output in the making.
 
-    tokens: written so far. unread: (token, position, attribute class) that the decoder has yet to
-    read.
-    allowed: what may come next, at least two tokens to choose from; empty once the output is
-    complete.
+    tokens: written so far. allowed: what may come next, at least two tokens to choose from; empty
+    once the output is complete.
     """
 
     def __init__(
@@ -119,16 +155,11 @@ class _Output:
         generator: np.random.Generator,
     ) -> None:
         self._format, self._task = codec.format, episode.task
+        self._image: list[int] = codec.format.vocabulary.from_codes(query_image).tolist()
+        self._cell = 0  # Of the output image, which is written next.
         self.generator = generator
         prompt = codec.encode_prompt(episode, query_image).unpadded()
-        self.unread = list(
-            zip(
-                prompt.tokens_L.tolist(),
-                prompt.positions_L.tolist(),
-                prompt.attributes().tolist(),
-                strict=True,
-            )
-        )
+        self._unread = _rows(prompt)
         self._next_position = int(prompt.positions_L[-1]) + 1
         self.tokens: list[int] = []
         self._grammar = episode.task.grammar(codec, episode.category)
@@ -138,6 +169,16 @@ class _Output:
             # The prompt holds it already: the grammar must know, the decoder need not.
             self._accept(token)
         self._write_forced()
+
+    @property
+    def unread(self) -> int:
+        """How many tokens the decoder has yet to read."""
+        return len(self._unread)
+
+    def read(self) -> list[_Row]:
+        """What the decoder has yet to read, which counts as read from then on."""
+        rows, self._unread = self._unread, []
+        return rows
 
     def write(self, token: int) -> None:
         """Take the token chosen among the allowed ones, and all that the grammar forces
@@ -151,11 +192,16 @@ class _Output:
             self._append(self.allowed[0].start)
 
     def _append(self, token: int) -> None:
-        self.unread.append(
-            (token, self._next_position, self._task.output_attributes(self._format, token))
-        )
-        self._next_position += 1
+        attributes = self._task.output_attributes(self._format, token)
+        held, image = NO_LINK, self._image
+        if is_output_image(attributes):
+            held = image[self._cell]
+            self._cell = (self._cell + 1) % len(image)
         self._accept(token)
+        draws = self.allowed == (self._format.vocabulary.image_range,)
+        predicted = image[self._cell] if draws else NO_LINK
+        self._unread.append((token, self._next_position, attributes, predicted, held))
+        self._next_position += 1
 
     def _accept(self, token: int) -> None:
         self.tokens.append(token)
@@ -165,20 +211,23 @@ class _Output:
             self.allowed = ()
 
 
-def _left_padded(
-    outputs: Sequence[_Output], device: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens_BL, positions_BL, attributes_BL (all int64) of what is unread, which counts as read
-    from then on.
-    """
-    length = max(len(output.unread) for output in outputs)
-    block_BL3 = np.zeros((len(outputs), length, 3), dtype=np.int64)
-    block_BL3[..., 2] = PADDING
-    for row, output in enumerate(outputs):
-        block_BL3[row, length - len(output.unread) :] = output.unread
-        output.unread = []
-    tokens_BL, positions_BL, attributes_BL = torch.from_numpy(block_BL3).to(device).unbind(dim=2)
-    return tokens_BL, positions_BL, attributes_BL
+def _rows(sequence: TokenSequence) -> list[_Row]:
+    columns = (sequence.read_L, sequence.positions_L, sequence.attributes(), *sequence.links().T)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _stacked(
+    rows_of: Sequence[list[_Row]], device: Any, cache: KeyValueCache | None = None
+) -> Block:
+    """What each of several sequences has yet to have read, padded on the left."""
+    length = max(map(len, rows_of), default=0)
+    block_BL5 = np.zeros((len(rows_of), length, 5), dtype=np.int64)
+    block_BL5[..., 2] = PADDING
+    block_BL5[..., 3:] = NO_LINK
+    for number, rows in enumerate(rows_of):
+        block_BL5[number, length - len(rows) :] = rows
+    block = torch.from_numpy(block_BL5).to(device)
+    return Block(*block[..., :3].unbind(dim=2), cache, block[..., 3:])
 
 
 def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling) -> list[int]:

@@ -5,11 +5,10 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
@@ -24,11 +23,9 @@ from icl_moe.images import (
     crop_and_resize_mask,
     load_image,
     load_mask,
-    mask_to_pixels,
-    pixels_to_mask,
     to_pixels,
 )
-from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_batch
+from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
 from icl_moe.model.config import DecoderConfig
@@ -36,9 +33,17 @@ from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import Episode, SequenceCodec
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.captioning import CaptionPair, box_of
+from icl_moe.tasks.drawn_mask import EVEN, DrawnMask
 from icl_moe.tasks.segmentation import SegmentationPair
+from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
+
+Decoding = Literal["autoregressive", "parallel"]
+"""How a mask is written: one code after the other, or all in one forward pass. The second needs a
+model that was trained with mask corruption. Texts, and boxes drawn before them, are always written
+one token after the other.
+"""
 
 
 class InContextModel:
@@ -56,15 +61,18 @@ class InContextModel:
         image_tokenizer: VQGAN,
         text: TextTokenizer,
         fingerprint: str = "",
+        mask_tokenizer: PatchTokenizer | None = None,
     ) -> None:
         self.decoder = decoder.eval()
         self.image_tokenizer = image_tokenizer.eval()
+        self.mask_tokenizer: MaskTokenizer = mask_tokenizer or PictureMasks(image_tokenizer)
         self.format = decoder.sequence_format
         self.codec = SequenceCodec(self.format, text)
         self.image_size = decoder.config.image_size
         self.fingerprint = fingerprint
         self.folder: Path | None = None
         _check_image_tokenizer(decoder.config, self.format.codes_per_image, image_tokenizer)
+        _check_mask_tokenizer(decoder.config, mask_tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +87,7 @@ class InContextModel:
         folder = find_model(source)
         _check_files(folder)
         decoder = _load_decoder(folder)
+        masks = folder / "mask_tokenizer"
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
         )
@@ -87,6 +96,7 @@ class InContextModel:
             VQGAN.from_pretrained(str(folder / "image_tokenizer")),
             text,
             _fingerprint(folder),
+            PatchTokenizer.from_pretrained(masks) if masks.exists() else None,
         )
         model.folder = folder
         return model.to(device or default_device())
@@ -122,14 +132,27 @@ class InContextModel:
         category: str | None = None,
         sampling: Sampling = GREEDY,
         progress: bool = False,
+        decoding: Decoding | None = None,
     ) -> np.ndarray:
         """The mask (H, W), boolean and of the query's own size, of what the examples' masks mark.
 
         examples: (image, mask) pairs; a mask has its image's size and two levels, the brighter one
         on the object (see `load_mask`). category: the class's name, needed where the model's format
-        has a class prompt. Raises InputError for input that cannot be read or does not fit the
-        model.
+        has a class prompt. decoding: see `complete`. Raises InputError for input that cannot be
+        read or does not fit the model.
         """
+        return self.draw_mask(examples, query, category, sampling, progress, decoding).mask_HW
+
+    def draw_mask(
+        self,
+        examples: Iterable[tuple[ImageLike, ImageLike]],
+        query: ImageLike,
+        category: str | None = None,
+        sampling: Sampling = GREEDY,
+        progress: bool = False,
+        decoding: Decoding | None = None,
+    ) -> DrawnMask:
+        """As `segment`, with all that is known of the mask: how bright each pixel is, how sure."""
         task = SEGMENTATION
         pairs = _pairs(examples, "mask")
         self._check_request(task, len(pairs), category)
@@ -142,20 +165,15 @@ class InContextModel:
         *image_codes, query_codes = self.encode(
             [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
         )
-        mask_codes = self.encode([mask_to_pixels(mask) for mask in masks])
+        mask_codes = self.encode_masks(masks)
         shown = tuple(
             SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True)
         )
-        (pair,) = self.complete(
-            [(Episode(task, category or "", shown), query_codes)], sampling, progress
+        pairs = self.complete(
+            [(Episode(task, category or "", shown), query_codes)], sampling, progress, decoding
         )
-        # One channel before it is enlarged, not three: a query may have 100 million pixels.
-        grey_11HW = self.decode(pair.mask[None]).mean(dim=1, keepdim=True)
-        return pixels_to_mask(
-            F.interpolate(
-                grey_11HW, (image.height, image.width), mode="bilinear", align_corners=False
-            )[0]
-        )
+        (drawn,) = task.draw(self, pairs)
+        return drawn.resized(image.height, image.width)
 
     def caption(
         self,
@@ -198,16 +216,72 @@ class InContextModel:
         return Region(pair.caption, pair.category, _to_pixel_box(box_of(pair, self), image.size))
 
     def complete(
-        self, requests: Sequence[Request], sampling: Sampling = GREEDY, progress: bool = False
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling = GREEDY,
+        progress: bool = False,
+        decoding: Decoding | None = None,
     ) -> list[Any]:
         """The query's pair of each request, written by the model; all requests are one batch.
 
         A request is (an episode whose pairs are the examples, the query's image codes (N,)).
+        decoding: of outputs that are one image; by default parallel where the model was trained for
+        it and nothing is sampled. Raises InputError where the model cannot decode so.
         """
+        parallel = self.decoding(decoding, sampling) == "parallel"
+        at_once, in_turn = list[int](), list[int]()
+        for number, (episode, _) in enumerate(requests):
+            one_pass = parallel and episode.task.is_one_image(self.format)
+            (at_once if one_pass else in_turn).append(number)
+        chosen = [[requests[number] for number in numbers] for numbers in (at_once, in_turn)]
+        pairs = [*self._at_once(chosen[0]), *self._in_turn(chosen[1], sampling, progress)]
+        by_number = dict(zip([*at_once, *in_turn], pairs, strict=True))
+        return [by_number[number] for number in range(len(requests))]
+
+    def decoding(self, asked: Decoding | None = None, sampling: Sampling = GREEDY) -> Decoding:
+        """How masks are written where `asked` for so. Raises InputError where they cannot be."""
+        if asked not in (None, *get_args(Decoding)):
+            raise InputError(f"decoding must be {' or '.join(get_args(Decoding))}, not {asked!r}.")
+        trained = self.decoder.config.mask_corruption
+        if asked == "parallel" and not trained:
+            raise InputError(
+                "This model cannot decode in parallel, since it was not trained for it: train with "
+                "training.mask_corruption=true, or set decoding to autoregressive."
+            )
+        if asked == "parallel" and sampling.temperature:
+            raise InputError(
+                "Nothing is sampled in parallel decoding: leave the sampling out, or set decoding "
+                "to autoregressive."
+            )
+        return asked or ("parallel" if trained and not sampling.temperature else "autoregressive")
+
+    def _in_turn(
+        self, requests: Sequence[Request], sampling: Sampling, progress: bool
+    ) -> list[Any]:
         outputs = decode_batch(self.decoder, self.codec, requests, sampling, progress)
         return [
             episode.task.read_output(self.codec, query, tokens)
             for (episode, query), tokens in zip(requests, outputs, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _at_once(self, requests: Sequence[Request]) -> list[Any]:
+        if not requests:
+            return []
+        probabilities_BNK = decode_at_once(self.decoder, self.codec, requests)
+        tokens_BN = self.format.vocabulary.from_codes(
+            probabilities_BNK.argmax(dim=-1).cpu().numpy()
+        )
+        brightness_BHW = self.mask_tokenizer.decode_expected(probabilities_BNK).cpu().numpy()
+        fitted = self.decoder.config.mask_threshold
+        threshold = EVEN if fitted is None else float(fitted["value"])
+        return [
+            episode.task.read_at_once(
+                self.codec, query, tokens.tolist(), DrawnMask(brightness_HW, threshold, True)
+            )
+            for (episode, query), tokens, brightness_HW in zip(
+                requests, tokens_BN, brightness_BHW, strict=True
+            )
         ]
 
     @torch.inference_mode()
@@ -220,6 +294,14 @@ class InContextModel:
             .cpu()
             .numpy()
         )
+
+    def encode_masks(self, masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Codes (N,) of each boolean mask (H, W) at the model's image size."""
+        return list(self.mask_tokenizer.encode(np.stack(masks))) if masks else []
+
+    def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
+        """How bright the pixels of masks are, (B, H, W), float32 in about -1 (outside) to 1."""
+        return self.mask_tokenizer.decode(codes_BN)
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
@@ -279,12 +361,9 @@ class InContextModel:
             raise InputError(f"{name} lacks the box that this model's captions place.")
         if self.format.box == "text":
             return CaptionPair(codes, region.caption, category, box)
-        drawing = mask_to_pixels(
-            ~box_to_mask(box, self.image_size)
-        )  # The paper: 0 on the object, 1 elsewhere.
-        return CaptionPair(
-            codes, region.caption, category, box, box_image=self.encode([drawing])[0]
-        )
+        drawing = ~box_to_mask(box, self.image_size)  # The paper: 0 on the object, 1 elsewhere.
+        (drawn,) = self.encode_masks([drawing])
+        return CaptionPair(codes, region.caption, category, box, box_image=drawn)
 
 
 def _check_files(folder: Path) -> None:
@@ -376,6 +455,16 @@ def _read_config(config_file: Path) -> DecoderConfig:
         ("image_size", _is_count(values.get("image_size")), "a whole number above 0"),
         ("image_tokenizer", _is_name(values.get("image_tokenizer")), "a fingerprint"),
         ("classes", _are_names(values.get("classes")), "lists of names by task, or null"),
+        (
+            "mask_corruption",
+            isinstance(values.get("mask_corruption", False), bool),
+            "true or false",
+        ),
+        (
+            "mask_threshold",
+            _is_threshold(values.get("mask_threshold")),
+            "null, or hold a value in 0..1 and the shards that it was fitted on",
+        ),
     ):
         if not is_right:
             raise InputError(
@@ -393,6 +482,13 @@ def _is_count(value: Any) -> bool:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _is_threshold(fitted: Any) -> bool:
+    if fitted is None:
+        return True
+    value = fitted.get("value") if isinstance(fitted, dict) else None
+    return isinstance(value, float) and 0 <= value <= 1 and _is_name(fitted.get("shards"))
 
 
 def _are_names(classes: Any) -> bool:
@@ -415,6 +511,14 @@ def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) 
             f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
             f"into {codes_per_image} codes."
         )
+
+
+def _check_mask_tokenizer(config: Any, tokenizer: PatchTokenizer | None) -> None:
+    found = None if tokenizer is None else tokenizer.fingerprint
+    if found != config.mask_tokenizer:
+        ours = f"has the fingerprint {found}" if found else "is missing"
+        theirs = config.mask_tokenizer or "none"
+        raise InputError(f"The mask tokenizer {ours}, but the model was trained with {theirs}.")
 
 
 def _fingerprint(folder: Path) -> str:

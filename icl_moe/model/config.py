@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from icl_moe.recipe import ModelSettings, TrainingRecipe
-from icl_moe.sequence import SequenceFormat
+from icl_moe.sequence import LossOn, SequenceFormat
 from icl_moe.settings import from_dict, to_dict
 from icl_moe.vocabulary import Vocabulary
 
@@ -14,9 +14,12 @@ class DecoderConfig(PretrainedConfig):
     """Everything that an exported model needs to know of itself.
 
     model, vocabulary: the recipe's sections of those names. format, image_size, examples,
-    image_tokenizer, classes: what its training shards say (SequenceFormat, pixels a side, examples
-    an episode, the VQ-GAN's fingerprint, class names by task); None before training. All are plain
-    values, so that config.json can be read without this package.
+    image_tokenizer, mask_tokenizer, classes: what its training shards say (SequenceFormat, pixels a
+    side, examples an episode, the fingerprints of the VQ-GAN and of what writes masks in its place,
+    class names by task); None before training, and where there is no such tokenizer. loss_on,
+    mask_corruption: the recipe's, in training. mask_threshold: what `icl_moe.evaluation.threshold`
+    fitted; None where nothing was. All are plain values, so that config.json can be read without
+    this package.
     """
 
     model_type = "icl_moe_decoder"
@@ -27,12 +30,22 @@ class DecoderConfig(PretrainedConfig):
     image_size: int | None = None
     examples: int | None = None
     image_tokenizer: str | None = None
+    mask_tokenizer: str | None = None
+    loss_on: LossOn = "all"
+    mask_corruption: bool = False
+    mask_threshold: dict[str, Any] | None = None
     classes: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = True
 
     @classmethod
     def from_recipe(cls, recipe: TrainingRecipe, **data: Any) -> "DecoderConfig":
-        return cls(model=to_dict(recipe.model), vocabulary=to_dict(recipe.vocabulary), **data)
+        return cls(
+            model=to_dict(recipe.model),
+            vocabulary=to_dict(recipe.vocabulary),
+            loss_on=recipe.training.loss_on,
+            mask_corruption=recipe.training.mask_corruption,
+            **data,
+        )
 
     @property
     def settings(self) -> ModelSettings:

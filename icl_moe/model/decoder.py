@@ -3,7 +3,7 @@ and inference.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ from icl_moe.model.attention import (
 )
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.feed_forward import FeedForward, SparseFeedForward
-from icl_moe.model.kernels import cross_entropy
+from icl_moe.model.kernels import Linear, cross_entropy
 from icl_moe.model.loss import DecoderLoss, combine
 from icl_moe.model.moe import Decision
 from icl_moe.model.router import GATE, decide
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
-from icl_moe.sequence import SequenceFormat
+from icl_moe.sequence import NO_LINK, SequenceFormat
 
 
 class InContextDecoder(PreTrainedModel):
@@ -59,6 +59,8 @@ class InContextDecoder(PreTrainedModel):
         self.target_losses = cross_entropy
         self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
+        if settings.link:
+            self.link = Linear(settings.width, settings.width, bias=False)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 settings,
@@ -82,7 +84,9 @@ class InContextDecoder(PreTrainedModel):
         """
         plan = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
-        hidden_TM, auxiliary = self.hidden(batch.tokens_T, batch.positions_T, plan, routing)
+        hidden_TM, auxiliary = self.hidden(
+            batch.tokens_T, batch.positions_T, plan, routing, batch.links_T2
+        )
         predictors_PM = hidden_TM[batch.predictors_P]
         weighted_sum, losses_P = self.target_losses(
             predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P
@@ -98,10 +102,16 @@ class InContextDecoder(PreTrainedModel):
         )
 
     def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, routing: RoutingPlan
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: AttentionPlan,
+        routing: RoutingPlan,
+        links_T2: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states (T, M) after the last norm, of a stream of tokens, and the auxiliary loss
-        of each layer that has one.
+        of each layer that has one. links_T2: its `TokenSequence.links`, which a model with a link
+        must have.
         """
         gates = {
             number: gate
@@ -110,6 +120,9 @@ class InContextDecoder(PreTrainedModel):
         }
         decisions, auxiliary = decide(gates, routing)
         x_TM = self.token_embedding(tokens_T) + self.position_embedding(positions_T)
+        if self.settings.link:
+            assert links_T2 is not None, "a model with a link reads the links of its sequences"
+            x_TM = x_TM + self._linked(links_T2)
         x_TM = F.dropout(x_TM, self.settings.dropout, self.training)
         for number, layer in enumerate(self.layers):
             inputs = x_TM, attention, routing, decisions.get(number)
@@ -121,20 +134,30 @@ class InContextDecoder(PreTrainedModel):
                 auxiliary.append(loss)
         return self.norm(x_TM), auxiliary
 
+    def _linked(self, links_T2: Tensor) -> Tensor:
+        """sum over the links c of each position of W E[c], (T, M): what a position that predicts or
+        holds a cell of an output image is told of that cell in the input image.
+
+        W is applied once to each distinct code. Where a batch has no link, W and E take part all
+        the same, with a gradient of zero, so that ranks whose batches differ reduce alike.
+        """
+        codes_U, rows_T2 = links_T2.unique(return_inverse=True)
+        table_UM = self.link(self.token_embedding(codes_U.clamp(min=0)))
+        table_UM = table_UM * (codes_U != NO_LINK).unsqueeze(1)
+        return F.embedding(rows_T2, table_UM).sum(dim=1)
+
     def forward_logits(
-        self, tokens_BL: Tensor, positions_BL: Tensor, attributes_BL: Tensor
+        self,
+        tokens_BL: Tensor,
+        positions_BL: Tensor,
+        attributes_BL: Tensor,
+        links_BL2: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V), float32, at every position. Tokens of attribute class 0 are padding and
-        never attended to.
+        never attended to. links_BL2: see `hidden`.
         """
-        rows, length = tokens_BL.shape
-        attributes_T = attributes_BL.flatten()
-        real_T = attributes_T != 0
-        plan = EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
-        hidden_TM, _ = self.hidden(
-            tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL)
-        )
-        return self._logits(hidden_TM).unflatten(0, (rows, length))
+        length = tokens_BL.shape[1]
+        return self.last_logits(length, tokens_BL, positions_BL, attributes_BL, links_BL2=links_BL2)
 
     def next_logits(
         self,
@@ -142,28 +165,59 @@ class InContextDecoder(PreTrainedModel):
         positions_BL: Tensor,
         attributes_BL: Tensor,
         cache: Cache | None = None,
+        links_BL2: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, V), float32, of the token after the last position of each row.
+        """Logits (B, V), float32, of the token after the last position of each row; see
+        `last_logits`.
+        """
+        return self.last_logits(1, tokens_BL, positions_BL, attributes_BL, cache, links_BL2)[:, 0]
+
+    def last_logits(
+        self,
+        count: int,
+        tokens_BL: Tensor,
+        positions_BL: Tensor,
+        attributes_BL: Tensor,
+        cache: Cache | None = None,
+        links_BL2: Tensor | None = None,
+        ids: range | None = None,
+    ) -> Tensor:
+        """Logits (B, count, V), float32, of the tokens after each of the last `count` positions of
+        each row; of the token ids `ids` alone, where given.
 
         With a cache, the rows hold the tokens that are new since the last call. Padding (attribute
-        class 0) stands on the left.
+        class 0) stands on the left. links_BL2: see `hidden`.
         """
         if cache is None:
-            return self.forward_logits(tokens_BL, positions_BL, attributes_BL)[:, -1]
-        plan = CachedAttention(cache, attributes_BL)
+            plan: AttentionPlan = self._episodes(attributes_BL)
+        else:
+            plan = CachedAttention(cache, attributes_BL)
         hidden_TM, _ = self.hidden(
-            tokens_BL.flatten(), positions_BL.flatten(), plan, self._routing(attributes_BL)
+            tokens_BL.flatten(),
+            positions_BL.flatten(),
+            plan,
+            self._routing(attributes_BL),
+            None if links_BL2 is None else links_BL2.flatten(0, 1),
         )
-        return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -1])
+        return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -count:], ids)
+
+    def _episodes(self, attributes_BL: Tensor) -> EpisodeAttention:
+        """Rows of equal length, each an episode, in which attribute class 0 is padding."""
+        rows, length = attributes_BL.shape
+        real_T = attributes_BL.flatten() != 0
+        return EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
 
     def _routing(self, attributes_BL: Tensor) -> RoutingPlan:
         return RoutingPlan.of_rows(attributes_BL.cpu().numpy()).to(attributes_BL.device)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        assert self.token_embedding.weight.shape[0] == self.config.vocabulary_size, (
+    def _logits(self, hidden: Tensor, ids: range | None) -> Tensor:
+        weight_VM = self.token_embedding.weight
+        assert weight_VM.shape[0] == self.config.vocabulary_size, (
             "a tensor rank has logits of a part of the vocabulary"
         )
-        return F.linear(hidden, self.token_embedding.weight).float()
+        return F.linear(
+            hidden, weight_VM if ids is None else weight_VM[ids.start : ids.stop]
+        ).float()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
@@ -207,14 +261,18 @@ class DecoderLayer(nn.Module):
 def initialise(
     model: InContextDecoder, seed: int, exported_name: Callable[[str], str] = lambda name: name
 ) -> None:
-    """Draw a new model's weights as GPT-2 does: N(0, 0.02^2), residual projections over sqrt(2 x
-    layers), biases 0, norms 1.
+    """Draw a new model's weights.
 
-    Every parameter has its own stream, from the seed and its exported name (an expert's is its
-    global id), so the weights do not depend on how the model is spread over ranks, and experts
-    differ from each other.
+        gpt2    N(0, 0.02^2), as GPT-2 does
+        fan_in  embeddings and the link N(0, 1 / M), other matrices N(0, 1 / fan_in); then W_k = W_q
+                in every layer, so that attention starts by looking for what is like itself
+
+    Both divide residual projections by sqrt(2 x layers); biases are 0, norms 1; the link's matrix
+    is N(0, 1 / M). Every parameter has its own stream, from the seed and its exported name (an
+    expert's is its global id), so the weights do not depend on how the model is spread over ranks,
+    and experts differ from each other.
     """
-    residual_std = 0.02 / math.sqrt(2 * model.settings.layers)
+    fan_in = model.settings.initialisation == "fan_in"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             name = exported_name(name)
@@ -223,13 +281,40 @@ def initialise(
             elif "norm" in name.split(".")[-2]:
                 parameter.fill_(1.0)
             else:
-                std = (
-                    residual_std
-                    if name.endswith(("attention.out.weight", ".down.weight"))
-                    else 0.02
-                )
-                generator = torch.Generator().manual_seed(stable_seed("weights", seed, name))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                # An embedding's rows are vectors of width M, a linear layer's of its fan-in.
+                std = parameter.shape[1] ** -0.5 if fan_in or name == "link.weight" else 0.02
+                if name.endswith(("attention.out.weight", ".down.weight")):
+                    std /= math.sqrt(2 * model.settings.layers)
+                parameter.copy_(_normal(seed, name, parameter.shape) * std)
+        for layer in range(model.settings.layers) if fan_in else ():
+            fused = model.get_parameter(f"layers.{layer}.attention.qkv.weight")
+            queries, keys, _ = fused.chunk(3)
+            keys.copy_(queries)
+
+
+@torch.no_grad()
+def start_from_codebook(
+    model: InContextDecoder, vectors_KC: Tensor, frequencies_K: Tensor, first: int, seed: int
+) -> None:
+    """Set the embeddings of a tokenizer's K codes, the ids from `first` on, to z R, each row then
+    to norm 1.
+
+    z: the codes' vectors, less their mean, over their standard deviation by channel, both weighted
+    by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed. Codes that look alike
+    thus start alike.
+    """
+    shares_K1 = (frequencies_K / frequencies_K.sum()).unsqueeze(1)
+    centred_KC = vectors_KC - (shares_K1 * vectors_KC).sum(dim=0)
+    deviation_C = (shares_K1 * centred_KC.square()).sum(dim=0).sqrt()
+    weight_VM = model.token_embedding.weight
+    map_CM = _normal(seed, "codebook", (vectors_KC.shape[1], weight_VM.shape[1]))
+    rows_KM = F.normalize(centred_KC / deviation_C.clamp(min=1e-12) @ map_CM, dim=1)
+    weight_VM[first : first + len(rows_KM)] = rows_KM
+
+
+def _normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(stable_seed("weights", seed, name))
+    return torch.randn(tuple(shape), generator=generator)
 
 
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig)

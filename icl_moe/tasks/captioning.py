@@ -17,7 +17,7 @@ from PIL import Image
 from icl_moe.attributes import Modality
 from icl_moe.boxes import Box, box_iou, box_to_bins
 from icl_moe.errors import InputError
-from icl_moe.images import box_to_mask, pixels_to_mask, to_image
+from icl_moe.images import box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.caption_scores import CaptionScores, score_captions
@@ -65,8 +65,7 @@ class BoxPicture:
     box: Box
 
     def draw(self, size: int) -> np.ndarray:
-        plane_HW = np.where(box_to_mask(self.box, size), np.uint8(0), np.uint8(255))
-        return np.broadcast_to(plane_HW[..., None], (size, size, 3))
+        return ~box_to_mask(self.box, size)
 
 
 class Captioning(Task):
@@ -242,7 +241,8 @@ class Captioning(Task):
         pair = truth.pairs[number]
         cells = [Cell("image", boxed(image, pair.box))]
         if pair.box_image is not None:
-            cells.append(Cell("box", to_image(model.decode(pair.box_image[None])[0])))
+            (brightness_HW,) = model.decode_masks(pair.box_image[None])
+            cells.append(Cell("box", to_image(brightness_HW.expand(3, -1, -1))))
         words = f"{pair.category or ''} {pair.caption}".strip()
         if number == len(truth.pairs) - 1:
             others = [text for text in truth.meta["references"][0] if text != pair.caption]
@@ -256,7 +256,7 @@ def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:
     """
     if pair.box_image is None:
         return pair.box
-    drawn_HW = ~pixels_to_mask(model.decode(pair.box_image[None])[0])
+    drawn_HW = (model.decode_masks(pair.box_image[None])[0] <= 0).cpu().numpy()
     if not drawn_HW.any():
         return None
     rows = np.flatnonzero(drawn_HW.any(axis=1))

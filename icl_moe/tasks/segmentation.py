@@ -2,11 +2,12 @@
 
     pair: [BOI] image [BOI] mask [EOC]
 
-The mask is an image too, white on black, and its codes are the output.
+The mask is an image too, white on black, and its codes are the output: the image tokenizer's, or
+those of a tokenizer that masks have for themselves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +15,11 @@ from PIL import Image
 
 from icl_moe.attributes import Modality
 from icl_moe.errors import InputError
-from icl_moe.images import pixels_to_mask, to_image
+from icl_moe.images import to_image
 from icl_moe.pictures import Cell, masked
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar, image_codes
 from icl_moe.tasks.mask_scores import SegmentationScores, mask_iou, score_masks
 from icl_moe.tasks.task import CodeReader, Output, Task, Truth
@@ -25,10 +27,14 @@ from icl_moe.tasks.task import CodeReader, Output, Task, Truth
 
 @dataclass(frozen=True, eq=False)
 class SegmentationPair:
-    """Image codes and mask codes, each (N,), 0..image_codes-1."""
+    """Image codes and mask codes, each (N,), 0..image_codes-1.
+
+    drawn: the mask's pixels, where they say more than its codes: in one that was written at once.
+    """
 
     image: np.ndarray
     mask: np.ndarray
+    drawn: DrawnMask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,12 @@ class MaskTarget:
 
 @dataclass(frozen=True, slots=True)
 class MaskPicture:
-    """A mask at image_size (COCO's compressed run lengths), drawn white on black."""
+    """A mask at image_size (COCO's compressed run lengths)."""
 
     counts: bytes
 
     def draw(self, size: int) -> np.ndarray:
-        plane_HW = decode_rle({"size": [size, size], "counts": self.counts}) * np.uint8(255)
-        return np.broadcast_to(plane_HW[..., None], (size, size, 3))
+        return decode_rle({"size": [size, size], "counts": self.counts}).astype(bool)
 
 
 class Segmentation(Task):
@@ -81,6 +86,18 @@ class Segmentation(Task):
         self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]
     ) -> SegmentationPair:
         return SegmentationPair(image, codec.format.vocabulary.to_codes(np.array(tokens)))
+
+    def read_at_once(
+        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int], drawn: DrawnMask
+    ) -> SegmentationPair:
+        return replace(self.read_output(codec, image, tokens), drawn=drawn)
+
+    def draw(self, model: CodeReader, pairs: Sequence[SegmentationPair]) -> list[DrawnMask]:
+        """The masks of pairs in pixels."""
+        written = [pair.mask for pair in pairs if pair.drawn is None]
+        if written:
+            of_codes = map(DrawnMask, model.decode_masks(np.stack(written)).cpu().numpy())
+        return [next(of_codes) if pair.drawn is None else pair.drawn for pair in pairs]
 
     def pictures(self, target: MaskTarget, format: SequenceFormat) -> tuple[MaskPicture, ...]:
         return (MaskPicture(target.counts),)
@@ -121,11 +138,9 @@ class Segmentation(Task):
             decode_rle(mask)
 
     def said(self, model: CodeReader, pairs: Sequence[SegmentationPair]) -> list[Output]:
-        codes_BN = np.stack([pair.mask for pair in pairs])
-        masks_BHW = pixels_to_mask(model.decode(codes_BN))
         return [
-            {"codes": codes_N.tolist(), "mask": encode_rle(mask_HW)}
-            for codes_N, mask_HW in zip(codes_BN, masks_BHW, strict=True)
+            {"codes": pair.mask.tolist(), "mask": encode_rle(drawn.mask_HW)}
+            for pair, drawn in zip(pairs, self.draw(model, pairs), strict=True)
         ]
 
     def true_output(self, truth: Truth, pair: int = -1) -> Output:
@@ -162,7 +177,8 @@ class Segmentation(Task):
     def preview(
         self, truth: Truth, number: int, image: Image.Image, model: CodeReader
     ) -> tuple[list[Cell], str]:
-        mask = to_image(model.decode(truth.pairs[number].mask[None])[0])
+        (brightness_HW,) = model.decode_masks(truth.pairs[number].mask[None])
+        mask = to_image(brightness_HW.expand(3, -1, -1))
         before = Image.fromarray(_mask(self.true_output(truth, number))).convert("RGB")
         cells = [Cell("image", image), Cell("mask as tokens", mask), Cell("mask", before)]
         return cells, ""

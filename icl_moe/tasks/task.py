@@ -16,6 +16,7 @@ from PIL import Image
 from icl_moe.attributes import Modality, attribute_class
 from icl_moe.pictures import Cell
 from icl_moe.sequence import Pair, Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar
 
 Output = dict[str, Any]
@@ -23,12 +24,12 @@ Output = dict[str, Any]
 
 
 class Picture(Protocol):
-    """A picture that the image tokenizer encodes. Equal pictures are encoded once, so it must be
-    hashable.
-    """
+    """A picture that is encoded. Equal pictures are encoded once, so it must be hashable."""
 
     def draw(self, size: int) -> np.ndarray:
-        """The picture at `size` x `size` pixels, uint8 (size, size, 3)."""
+        """The picture at `size` x `size` pixels: uint8 (size, size, 3), for the image tokenizer; or
+        a mask, boolean (size, size), for what writes masks.
+        """
         ...
 
 
@@ -46,9 +47,13 @@ class Truth(Protocol):
 
 
 class CodeReader(Protocol):
-    """What reading an output needs of a model: image codes (B, N) -> pixels (B, 3, H, W)."""
+    """What reading an output needs of a model: codes (B, N) of images -> pixels (B, 3, H, W), of
+    masks -> how bright each pixel is, (B, H, W), about -1 (outside) to 1 (inside).
+    """
 
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor: ...
+
+    def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
 
 class Scores(Protocol):
@@ -120,6 +125,20 @@ class Task(ABC):
         """The query's pair, of its image's codes (N,) and the tokens that the grammar let
         through.
         """
+
+    def is_one_image(self, format: SequenceFormat) -> bool:
+        """Whether an output is one image and nothing else, which may be written at once."""
+        return tuple(self.outputs(format)) == ("image",)
+
+    def read_at_once(
+        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int], drawn: DrawnMask
+    ) -> Pair:
+        """The query's pair where its output image was written in one pass.
+
+        tokens: the likeliest one of each cell. drawn: what the model expects in each pixel, for
+        tasks whose image is a mask.
+        """
+        return self.read_output(codec, image, tokens)
 
     def needs_category(self, format: SequenceFormat) -> bool:
         """Whether a query cannot be asked without the name of its class."""

@@ -108,7 +108,7 @@ class VQGAN(nn.Module):
         where the config contradicts the weights, and where the weights are not those that the
         fingerprint was taken of.
         """
-        folder = _find(source)
+        folder = find_tokenizer(source)
         config, fingerprint = _read_config(folder / CONFIG_FILE)
         try:
             weights = load_file(folder / WEIGHTS_FILE)
@@ -215,6 +215,16 @@ class VQGAN(nn.Module):
         )  # channels last in memory, as a table's rows are
         return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
+    @torch.inference_mode()
+    def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
+        """Pixels_B3HW of the expected code vectors, sum over codes k of p(k) e_k in each of the N
+        cells of a square grid.
+        """
+        side = math.isqrt(probabilities_BNK.shape[1])
+        vectors_BNC = probabilities_BNK.float() @ self.quantize.embedding.weight
+        latents_BChw = vectors_BNC.unflatten(1, (side, side)).movedim(-1, 1)
+        return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
+
     def latents(self, pixels_B3HW: Tensor) -> Tensor:
         """The encoder's output before it is quantised, latents_BChw; differentiable."""
         return self.quant_conv(self.encoder(pixels_B3HW))
@@ -243,6 +253,25 @@ def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
     with writing(out):
         model.save_pretrained(out)
     return model
+
+
+def find_tokenizer(source: str | Path) -> Path:
+    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError where
+    there is neither.
+    """
+    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
+    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
+    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the
+    # tokenizer demo. ./demo is a folder.
+    if source in names:
+        return shipped / str(source)
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    raise InputError(
+        f"There is no tokenizer folder {source}, nor is one of that name shipped "
+        f"({', '.join(names)})."
+    )
 
 
 def check_free(folder: Path, fingerprint: str | None = None) -> None:
@@ -473,22 +502,6 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 # --- Files ---
-
-
-def _find(source: str | Path) -> Path:
-    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
-    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
-    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the
-    # tokenizer demo. ./demo is a folder.
-    if source in names:
-        return shipped / str(source)
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    raise InputError(
-        f"There is no tokenizer folder {source}, nor is one of that name shipped "
-        f"({', '.join(names)})."
-    )
 
 
 def _read_config(path: Path) -> tuple[VQGANConfig, str]:

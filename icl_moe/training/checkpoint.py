@@ -19,7 +19,9 @@ from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.threshold import fit_threshold
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
+from icl_moe.inference.model import InContextModel
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
@@ -92,22 +94,23 @@ def resume(engine: Any, output: Path) -> int:
 
 
 def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet) -> None:
-    """Write model/: configuration and both tokenizers, so that an export needs neither shards nor
+    """Write model/: configuration and tokenizers, so that an export needs neither shards nor
     network.
     """
     folder = output / "model"
     config.save_pretrained(folder)
-    for name in ("image_tokenizer", "text_tokenizer"):
+    for name in shards.manifest.tokenizer_folders:
         copy_folder(shards.fetch(name), folder / name)
 
 
-def export(checkpoint: Path, out: Path) -> int:
+def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> int:
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
-    keep the precision that they trained in. Raises InputError where there is no checkpoint, or one
-    that cannot be read, and where `out` cannot be written.
+    keep the precision that they trained in. threshold_from: training shards on which the threshold
+    of masks that are written in one pass is fitted. Raises InputError where there is no checkpoint,
+    or one that cannot be read, and where `out` cannot be written.
     """
     out = output_folder(out)
     folder = _find(checkpoint)
@@ -134,6 +137,11 @@ def export(checkpoint: Path, out: Path) -> int:
         give_usual_mode(path)
     write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
     write_whole(temporary / CARD, model_card(config.to_dict(), trained))
+    if threshold_from is not None:
+        config.mask_threshold = fit_threshold(
+            InContextModel.from_pretrained(temporary), ShardSet(threshold_from)
+        )
+        config.save_pretrained(temporary)
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)

@@ -79,6 +79,7 @@ def _largest(
         tasks[0],
         recipe.data.layout,
         settings.input_loss_weight,
+        loss_on=settings.loss_on,
     )
 
 

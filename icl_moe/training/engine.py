@@ -20,7 +20,7 @@ from icl_moe.batch import TokenBatch
 from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig
-from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
 from icl_moe.model.deepspeed_moe import exported_name, first_expert, sparse_layer_factory
 from icl_moe.model.feed_forward import Experts, SparseFeedForward
 from icl_moe.model.loss import DecoderLoss
@@ -30,13 +30,15 @@ from icl_moe.optim.mt_adamw import MTAdamW
 from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
+from icl_moe.training.codebook import Codebook
 from icl_moe.training.distributed import ModelParallelUnit, Ranks
 from icl_moe.training.partitions import refresh_gates
 from icl_moe.training.preflight import zero_stage
 
 
 class TrainingEngine:
-    """A freshly initialised decoder on DeepSpeed.
+    """A freshly initialised decoder on DeepSpeed. codebook: what a recipe with model.codebook_init
+    starts from.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last whole step before
     clipping, None where nothing moved.
@@ -49,6 +51,7 @@ class TrainingEngine:
         engine_config: dict[str, Any],
         part: RankSlice,
         ranks: Ranks,
+        codebook: Codebook | None = None,
     ) -> None:
         self._recipe = recipe
         self._device = ranks.device
@@ -58,7 +61,7 @@ class TrainingEngine:
         groups.mpu = (
             ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
         )
-        model = _build_model(recipe, manifest, ranks, zero_stage(engine_config))
+        model = _build_model(recipe, manifest, ranks, zero_stage(engine_config), codebook)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
@@ -178,7 +181,11 @@ def _guarded(
 
 
 def _build_model(
-    recipe: TrainingRecipe, manifest: Manifest, ranks: Ranks, stage: int
+    recipe: TrainingRecipe,
+    manifest: Manifest,
+    ranks: Ranks,
+    stage: int,
+    codebook: Codebook | None,
 ) -> InContextDecoder:
     """This rank's part of a new model. At ZeRO stage 3 its experts are plain modules: DeepSpeed
     refuses its own layers there.
@@ -189,6 +196,7 @@ def _build_model(
         image_size=manifest.image_size,
         examples=manifest.examples,
         image_tokenizer=manifest.image_tokenizer,
+        mask_tokenizer=manifest.mask_tokenizer,
         classes={task: sorted(classes) for task, classes in manifest.classes.items()},
     )
     ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size
@@ -203,6 +211,12 @@ def _build_model(
         exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts)
     )
     initialise(model, recipe.training.seed, name)
+    if recipe.model.codebook_init:
+        assert codebook is not None, "the recipe starts from a codebook"
+        first = recipe.vocabulary.image_range.start
+        start_from_codebook(
+            model, codebook.vectors_KC, codebook.frequencies_K, first, recipe.training.seed
+        )
     if tp_size > 1:
         spread(model)
         gradient_norm.mark_parts(model)

@@ -59,6 +59,8 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
         0, world, recipe.training.global_batch, recipe.training.micro_batch, recipe.parallel.tp_size
     )
     make_schedule(recipe, shards.manifest)
+    for task in shards.manifest.samples:
+        shards.target_counts(task, (), recipe.training.loss_on)  # Whether the index has them.
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config
@@ -167,7 +169,7 @@ def _check_shards(recipe: TrainingRecipe, manifest: Manifest) -> None:
 
 
 def _check_validation(recipe: TrainingRecipe, training: Manifest, validation: Manifest) -> None:
-    for name in ("format", "image_size", "image_tokenizer", "text_tokenizer"):
+    for name in ("format", "image_size", "image_tokenizer", "mask_tokenizer", "text_tokenizer"):
         ours, theirs = getattr(training, name), getattr(validation, name)
         if ours != theirs:
             raise InputError(
@@ -186,14 +188,16 @@ def _check_validation(recipe: TrainingRecipe, training: Manifest, validation: Ma
 def _check_earlier_run(recipe: TrainingRecipe, manifest: Manifest) -> None:
     """Codes mean what their tokenizer makes of them: a run cannot go on with those of another."""
     path = Path(recipe.training.output) / "model" / "config.json"
-    if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8")).get("image_tokenizer")
-        if theirs != manifest.image_tokenizer:
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("image_tokenizer", "mask_tokenizer"):
+        theirs, ours = config.get(key), getattr(manifest, key)
+        if theirs != ours:
             raise InputError(
-                f"training.output: the run in {recipe.training.output} was on codes of the image "
-                f"tokenizer {theirs}, "
-                f"but {recipe.data.shards} holds those of {manifest.image_tokenizer}; set it to a "
-                "new folder."
+                f"training.output: the run in {recipe.training.output} was on codes of the "
+                f"{key.replace('_', ' ')} {theirs}, but {recipe.data.shards} holds those of "
+                f"{ours}; set it to a new folder."
             )
 
 

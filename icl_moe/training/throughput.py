@@ -55,6 +55,7 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
         dense feed-forward, a layer     16 T M^2
         experts, a layer                16 k R M^2, or 16 R M^2 with merged weights
         gates of tokens, a layer         2 T M E
+        link                             2 C M^2, C the distinct codes in the links
         logits                           2 P M V
 
     and a backward pass twice as much. Attention counts a token's own past and itself; logits are
@@ -73,7 +74,9 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
         + (settings.layers - sparse_layers) * dense
         + sparse_layers * sparse
     )
-    return 3 * (layers + 2 * len(batch.labels_P) * width * vocabulary_size)
+    linked = len(batch.links_T2.unique()) if settings.link else 0
+    link = 2 * linked * width**2
+    return 3 * (layers + link + 2 * len(batch.labels_P) * width * vocabulary_size)
 
 
 def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:

@@ -24,6 +24,7 @@ from icl_moe.seeds import stable_seed
 from icl_moe.signals import stop_requested
 from icl_moe.tables import as_markdown, as_text
 from icl_moe.training import checkpoint
+from icl_moe.training.codebook import read_codebook
 from icl_moe.training.distributed import Ranks, launched_ranks, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
@@ -112,7 +113,10 @@ class Trainer:
             settings.micro_batch,
             self.recipe.parallel.tp_size,
         )
-        engine = TrainingEngine(self.recipe, self.shards.manifest, self.engine_config, part, ranks)
+        codebook = read_codebook(self.shards) if self.recipe.model.codebook_init else None
+        engine = TrainingEngine(
+            self.recipe, self.shards.manifest, self.engine_config, part, ranks, codebook
+        )
         # It would write the learning rate at every step; the monitor here does, at its lines.
         engine.deepspeed.monitor.enabled = False
         self.state.step = checkpoint.resume(engine.deepspeed, output)
@@ -266,6 +270,8 @@ class _Run:
             self.part,
             self.recipe.data.layout,
             self.recipe.training.input_loss_weight,
+            self.recipe.training.loss_on,
+            self.recipe.training.mask_corruption,
         )
         workers = self.recipe.data.workers
         return micro_batches(dataset, self.part.micro_steps, self.state.step, stop, workers)

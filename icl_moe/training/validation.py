@@ -20,6 +20,7 @@ from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import draw_grid
 from icl_moe.recipe import TrainingRecipe
+from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.training.distributed import Ranks, generators_kept
@@ -68,7 +69,8 @@ class Validation:
                 for index in range(start, min(start + size, count))
             ]
             vocabulary = self.shards.manifest.format.vocabulary
-            batch = collate(sequences, vocabulary, task, self.recipe.data.layout)
+            loss_on = self.recipe.training.loss_on
+            batch = collate(sequences, vocabulary, task, self.recipe.data.layout, loss_on=loss_on)
             loss = self.engine.model(batch.to(self.ranks.device))
             total += float(loss.image_sum + loss.text_sum)
             weight += float(loss.image_weight + loss.text_weight)
@@ -115,8 +117,14 @@ class Validation:
             decoder.sequence_format.vocabulary.text_merges,
             source=str(self.shards.fetch("text_tokenizer")),
         )
+        has_masks = self.shards.manifest.mask_tokenizer is not None
         return InContextModel(
-            decoder, VQGAN.from_pretrained(str(self.shards.fetch("image_tokenizer"))), text
+            decoder,
+            VQGAN.from_pretrained(self.shards.fetch("image_tokenizer")),
+            text,
+            mask_tokenizer=PatchTokenizer.from_pretrained(self.shards.fetch("mask_tokenizer"))
+            if has_masks
+            else None,
         )
 
     def _show(self, task: str, picture: Image.Image, step: int) -> None:

@@ -35,21 +35,24 @@ def read(
     workers: int = 0,
     sampling: str = "unmixed",
     start: int = 0,
+    **options: object,
 ) -> list[TokenBatch]:
     shards, part = ShardSet(folder), RankSlice.of(rank, ranks, GLOBAL_BATCH, 2)
     schedule = Schedule(shards.manifest.samples, GLOBAL_BATCH, seed=3, sampling=sampling)
-    dataset = MicroBatches(shards, schedule, part, "packed", INPUT_WEIGHT)
+    dataset = MicroBatches(shards, schedule, part, "packed", INPUT_WEIGHT, **options)
     return list(micro_batches(dataset, part.micro_steps, start, STEPS, workers))
 
 
-def global_batches(folder: Path, ranks: int, workers: int, sampling: str) -> list[list[tuple]]:
+def global_batches(
+    folder: Path, ranks: int, workers: int, sampling: str, **options: object
+) -> list[list[tuple]]:
     """For each step all samples that the ranks read: name, tokens and loss weight, in the order of
     the names.
     """
     micro_steps = GLOBAL_BATCH // (2 * ranks)
     steps: list[list[tuple]] = [[] for _ in range(STEPS)]
     for rank in range(ranks):
-        for number, batch in enumerate(read(folder, rank, ranks, workers, sampling)):
+        for number, batch in enumerate(read(folder, rank, ranks, workers, sampling, **options)):
             ends = np.cumsum(batch.lengths)
             tokens = np.split(batch.tokens_T.numpy(), ends[:-1])
             steps[number // micro_steps] += [
@@ -97,12 +100,67 @@ def test_a_run_that_goes_on_reads_what_it_would_have_read(folder):
     assert [batch.sources for batch in rest] == [batch.sources for batch in whole[4 * 4 :]]
 
 
+@pytest.fixture(scope="module")
+def with_mask(tmp_path_factory) -> Path:
+    """Shards of random episodes with [MASK] in their vocabulary, two examples each."""
+    folder = tmp_path_factory.mktemp("with_mask") / "shards"
+    vocabulary = Vocabulary(text_merges=1000, image_codes=64, mask=True)
+    write_shards(folder, SequenceFormat(vocabulary, codes_per_image=64), 40, 40, examples=2)
+    return folder
+
+
+@pytest.mark.parametrize("sampling", ["unmixed", "mixed"])
+def test_what_corruption_hides_does_not_depend_on_ranks_and_readers(with_mask, sampling):
+    options = {"sampling": sampling, "mask_corruption": True}
+    expected = global_batches(with_mask, ranks=1, workers=0, **options)
+    assert expected != global_batches(with_mask, ranks=1, workers=0, sampling=sampling)
+    for ranks, workers in ((1, 1), (2, 0), (4, 1)):
+        assert global_batches(with_mask, ranks, workers, **options) == expected, (ranks, workers)
+
+
+def test_corruption_hides_codes_of_the_querys_mask_and_nothing_else(with_mask):
+    """Of all episodes a quarter is whole, a quarter wholly hidden; targets are as without."""
+    shards = ShardSet(with_mask)
+    schedule = Schedule(shards.manifest.samples, 40, seed=3)
+    part = RankSlice.of(0, 1, 40, 40)
+    plain, hiding = (
+        MicroBatches(shards, schedule, part, "packed", 0.0, mask_corruption=hides)
+        for hides in (False, True)
+    )
+    rates = []
+    for step in range(30):
+        before, after = plain[step], hiding[step]
+        assert torch.equal(before.labels_P, after.labels_P)
+        assert torch.equal(before.predictors_P, after.predictors_P)
+        changed = before.tokens_T != after.tokens_T
+        assert (after.tokens_T[changed] == shards.manifest.format.vocabulary.mask_token).all()
+        if schedule.task(step) == "captioning":
+            assert not changed.any()
+            continue
+        rows = changed.unflatten(0, (40, -1))
+        assert not rows[:, : 2 * 131 + 66].any(), "examples, the query's image or its marker"
+        assert not rows[:, -1].any(), "the mask's [EOC]"
+        rates += rows[:, -65:-1].float().mean(dim=1).tolist()
+    rates = np.array(rates)
+    assert len(rates) > 400
+    assert np.mean(rates == 0) == pytest.approx(0.25, abs=0.06)
+    assert np.mean(rates == 1) == pytest.approx(0.25, abs=0.06)
+    between = rates[(rates > 0) & (rates < 1)]
+    assert np.histogram(between, 4, (0, 1))[0] / len(between) == pytest.approx(0.25, abs=0.08)
+
+
+@pytest.mark.parametrize("sampling", ["unmixed", "mixed"])
+@pytest.mark.parametrize("loss_on", ["all", "query"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_losses_scaled_by_the_batches_are_means_over_the_global_batch(folder, ranks):
+def test_losses_scaled_by_the_batches_are_means_over_the_global_batch(
+    folder, ranks, loss_on, sampling
+):
     """The engine averages over ranks and micro-steps; with the scale, every target of a global
     batch counts the same.
     """
-    by_rank = [read(folder, rank, ranks) for rank in range(ranks)]
+    by_rank = [
+        read(folder, rank, ranks, sampling=sampling, loss_on=loss_on) for rank in range(ranks)
+    ]
     micro_steps = GLOBAL_BATCH // (2 * ranks)
     for step in range(STEPS):
         batches = [
@@ -136,6 +194,7 @@ def test_a_batch_from_a_reader_is_the_batch(folder):
             "labels_P",
             "weights_P",
             "visual_P",
+            "links_T2",
         ):
             one, other = getattr(mine, name), getattr(theirs, name)
             assert one.dtype == other.dtype

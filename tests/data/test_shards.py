@@ -1,5 +1,6 @@
 """A shard folder gives back what went in, opens in webdataset, and damage is named."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -13,11 +14,12 @@ import pytest
 import webdataset
 from damage import overwrite
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import EARLIER_INDEX_TYPE, ShardSet
 from icl_moe.errors import InputError, SampleError
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.text import TextTokenizer
+from preprocessing.verify import verify_shards
 
 SAMPLES = {"segmentation": 25, "captioning": 25}
 
@@ -65,6 +67,37 @@ def test_any_sample_can_be_read_and_agrees_with_index_and_manifest(folder):
                 assert [pair.caption for pair in episode.pairs] == sample.meta["captions"]
                 assert {pair.category for pair in episode.pairs} == {sample.category}
                 assert sample.meta["captions"][-1] in sample.meta["references"][0]
+
+
+def test_the_index_counts_the_querys_targets(folder):
+    shards = ShardSet(folder)
+    for task in SAMPLES:
+        for index in (24, 0, 13):
+            weights = shards.sample(task, index).sequence.loss_weights(0.5, "query")
+            assert [(weights == 0.5).sum(), (weights == 1.0).sum()] == shards.target_counts(
+                task, [index], "query"
+            )[0].tolist()
+
+
+def test_an_index_of_an_earlier_version_is_read_but_cannot_count_queries(folder, damaged):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    for task in SAMPLES:
+        path = damaged / f"{task}.index.npy"
+        rows = np.load(path)
+        np.save(path, rows[[name for name in rows.dtype.names if "query" not in name]].copy())
+        np.save(path, np.load(path).astype(EARLIER_INDEX_TYPE))
+        for info in manifest["files"]:
+            if info["file"] == path.name:
+                info["bytes"] = path.stat().st_size
+                info["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_json(damaged / "manifest.json", files=manifest["files"])
+    shards, whole = ShardSet(damaged), ShardSet(folder)
+    for task, count in SAMPLES.items():
+        assert np.array_equal(shards.lengths(task), whole.lengths(task))
+        assert shards.sample(task, 7).json == whole.sample(task, 7).json
+        with pytest.raises(InputError, match=r"training\.loss_on: .*build the shards anew"):
+            shards.target_counts(task, range(count), "query")
+    verify_shards(damaged)
 
 
 def test_webdataset_reads_every_sample_in_order(folder):

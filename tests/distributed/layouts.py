@@ -20,18 +20,21 @@ from torch import distributed as dist
 from toy_model import MANIFEST, VOCABULARY, make_recipe, make_sequences
 
 from icl_moe.batch import TokenBatch, collate
+from icl_moe.data.corruption import hide_query_mask
 from icl_moe.data.schedule import RankSlice
 from icl_moe.model.config import DecoderConfig
-from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
 from icl_moe.model.deepspeed_moe import exported_name, first_expert
 from icl_moe.model.router import AttributeGate
 from icl_moe.model.tensor_parallel import is_split, join
 from icl_moe.recipe import OptimizerSettings, ParallelSettings
+from icl_moe.training.codebook import Codebook
 
 GLOBAL_BATCH = 4
 CLIP = 0.5
 RATES = {"sgd": 0.5, "mt_adamw": 1e-3}
 TASKS = ("segmentation", "captioning", "segmentation", "captioning")
+CODEBOOK = Codebook(torch.arange(32 * 6).view(32, 6).float().sin(), torch.arange(1.0, 33.0))
 PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
 
 
@@ -39,6 +42,8 @@ PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
 class Layout:
     """How a toy run is spread, and what it trains. mixed: a global batch has episodes of both
     tasks, so that ranks route differently. collapsed: token gates send all tokens to one expert.
+    parts: with the link, fan-in and codebook initialisation, mask corruption, and the loss on the
+    query.
     """
 
     feed_forward: str = "attributes"
@@ -53,6 +58,7 @@ class Layout:
     experts_per_token: int = 2
     mixed: bool = False
     collapsed: bool = False
+    parts: bool = False
     optimizer: Literal["sgd", "mt_adamw"] = "sgd"
     steps: int = 6
 
@@ -107,6 +113,14 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
         DecoderConfig.from_recipe(recipe), auxiliary_weight=recipe.training.auxiliary_loss_weight
     )
     _draw(layout)(decoder, seed=0)
+    if layout.parts:
+        start_from_codebook(
+            decoder,
+            CODEBOOK.vectors_KC,
+            CODEBOOK.frequencies_K,
+            VOCABULARY.image_range.start,
+            seed=0,
+        )
     update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw}[layout.optimizer](decoder)
     losses, auxiliary, norms, choices = [], [], [], []
     chosen = _choices(decoder)
@@ -151,7 +165,7 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
         if layout.optimizer == "sgd"
         else nullcontext(),
     ):
-        engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks)
+        engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks, CODEBOOK)
     losses, auxiliary, norms, choices = [], [], [], []
     chosen = _choices(engine.model)
     for step in range(layout.steps):
@@ -229,6 +243,9 @@ def _recipe(layout: Layout) -> Any:
         "combination": layout.combination,
         "experts_per_token": layout.experts_per_token,
         "gate_noise": layout.optimizer == "mt_adamw",
+        "link": layout.parts,
+        "initialisation": "fan_in" if layout.parts else "gpt2",
+        "codebook_init": layout.parts,
     }
     training = {"micro_batch": layout.micro_batch, "global_batch": GLOBAL_BATCH}
     return replace(
@@ -259,9 +276,15 @@ def _micro_batches(layout: Layout, step: int) -> list[TokenBatch]:
     sequences = [
         make_sequences(one, 1, seed=GLOBAL_BATCH * step + i)[0] for i, one in enumerate(tasks)
     ]
-    scale = GLOBAL_BATCH / size / sum(float(s.loss_weights().sum()) for s in sequences)
+    loss_on = "query" if layout.parts else "all"
+    scale = GLOBAL_BATCH / size / sum(float(s.loss_weights(0, loss_on).sum()) for s in sequences)
+    if layout.parts:
+        sequences = [
+            hide_query_mask(sequence, VOCABULARY, 0, step, i)
+            for i, sequence in enumerate(sequences)
+        ]
     return [
-        collate(sequences[i : i + size], VOCABULARY, task, loss_scale=scale)
+        collate(sequences[i : i + size], VOCABULARY, task, loss_scale=scale, loss_on=loss_on)
         for i in range(0, GLOBAL_BATCH, size)
     ]
 

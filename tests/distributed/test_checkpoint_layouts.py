@@ -61,7 +61,9 @@ def train(
     batches, and this rank's parameters.
     """
     recipe = replace(
-        make_recipe(model={"feed_forward": "attributes", "gate_noise": True, **layout.model}),
+        make_recipe(
+            model={"feed_forward": "attributes", "gate_noise": True, "link": True, **layout.model}
+        ),
         parallel=ParallelSettings(layout.ep_size, layout.tp_size),
         # A larger epsilon than usual: Adam turns round-off into whole steps where a gradient is
         # nearly zero.
@@ -204,6 +206,7 @@ def test_an_export_gives_the_logits_of_the_whole_model(saved, tmp_path, layout):
         batch.tokens_T[None],
         batch.positions_T[None],
         torch.ones_like(batch.tokens_T)[None],
+        batch.links_T2[None],
     )
     with torch.no_grad():
         ours, expected = (

@@ -33,6 +33,17 @@ TWO_RANKS = [
         Layout(**spread, mixed=True)
         for spread in ({"stage": 3}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2})
     ),
+    *(
+        Layout(**spread, parts=True)
+        for spread in (
+            {"stage": 0},
+            {"stage": 2, "mixed": True},
+            {"stage": 3, "mixed": True},
+            {"stage": 1, "tp_size": 2},
+            {"ep_size": 2, "activation_checkpointing": True},
+            {"optimizer": "mt_adamw", "micro_batch": 2},
+        )
+    ),
 ]
 FOUR_RANKS = [
     Layout(world=4),
@@ -42,6 +53,7 @@ FOUR_RANKS = [
     *(Layout(world=4, tp_size=2, ep_size=2, stage=stage) for stage in (0, 1, 2)),
     Layout("token", world=4, tp_size=2, ep_size=2),
     Layout(world=4, tp_size=2, ep_size=4),
+    Layout(world=4, tp_size=2, ep_size=2, mixed=True, parts=True),
 ]
 
 

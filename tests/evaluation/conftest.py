@@ -21,6 +21,7 @@ def toy_shards(tmp_path_factory) -> Path:
         "samples=11",
         "examples=2",
         "class_prompt=true",
+        "vocabulary.mask=true",
         *toy_tokenizer.recipe_settings(tokenizer),
     ]
     folder = tmp_path_factory.mktemp("shards") / "toy"
@@ -33,6 +34,13 @@ def toy_shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def toy_model_folder(tmp_path_factory, toy_shards) -> Path:
     return toy_export.save_toy_model(tmp_path_factory.mktemp("model"), toy_shards)
+
+
+@pytest.fixture(scope="session")
+def parallel_model_folder(tmp_path_factory, toy_shards) -> Path:
+    """The same as a model that was trained with mask corruption."""
+    folder = tmp_path_factory.mktemp("parallel_model")
+    return toy_export.save_toy_model(folder, toy_shards, mask_corruption=True)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
     monkeypatch.setattr(
         InContextModel,
         "complete",
-        lambda _, requests: [
+        lambda _, requests, **options: [
             truth[e.task.name, e.category, query.tobytes()] for e, query in requests
         ],
     )
@@ -102,7 +102,7 @@ def test_a_model_that_copies_its_example_is_found_out(run, monkeypatch):
     monkeypatch.setattr(
         InContextModel,
         "complete",
-        lambda _, requests: [episode.pairs[-1] for episode, _ in requests],
+        lambda _, requests, **options: [episode.pairs[-1] for episode, _ in requests],
     )
     for results in run(limit=5)["tasks"].values():
         assert results["rows"][0]["copy_rate"] == 1.0
@@ -114,13 +114,13 @@ def test_the_control_shows_examples_of_another_class_for_the_same_query(run, mon
     seen = {False: [], True: []}
     written = InContextModel.complete
 
-    def complete(self, requests):
+    def complete(self, requests, **options):
         for episode, query in requests:
             if episode.task is CAPTIONING:
                 seen[episode.pairs[0].category != episode.category].append(
                     (episode.category, query.tobytes())
                 )
-        return written(self, requests)
+        return written(self, requests, **options)
 
     monkeypatch.setattr(InContextModel, "complete", complete)
     run(control="shuffled")
@@ -132,11 +132,11 @@ def test_an_interrupted_evaluation_goes_on_with_the_batch_it_was_at(run, tmp_pat
     whole = run(out="whole")
     written, calls = InContextModel.complete, []
 
-    def complete(self, requests):
+    def complete(self, requests, **options):
         calls.append(len(requests))
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return written(self, requests)
+        return written(self, requests, **options)
 
     monkeypatch.setattr(InContextModel, "complete", complete)
     with pytest.raises(KeyboardInterrupt):
@@ -169,7 +169,7 @@ def test_predictions_of_another_model_are_not_used_again(run, tmp_path, monkeypa
     monkeypatch.setattr(
         InContextModel,
         "complete",
-        lambda self, requests: calls.append(1) or written(self, requests),
+        lambda self, requests, **options: calls.append(1) or written(self, requests, **options),
     )
     run(limit=4)
     assert len(calls) == 2

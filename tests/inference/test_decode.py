@@ -2,6 +2,8 @@
 tokens read anew each step.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,9 @@ FORMATS = [
 ]
 
 
-def small_decoder(format: SequenceFormat, feed_forward: str = "attributes") -> InContextDecoder:
+def small_decoder(
+    format: SequenceFormat, feed_forward: str = "attributes", link: bool = False
+) -> InContextDecoder:
     settings = ModelSettings(
         layers=2,
         width=32,
@@ -42,6 +46,7 @@ def small_decoder(format: SequenceFormat, feed_forward: str = "attributes") -> I
         feed_forward=feed_forward,
         layers_with_experts=(1,),
         experts=4,
+        link=link,
     )
     config = DecoderConfig(
         model=to_dict(settings),
@@ -103,6 +108,7 @@ def plainly(
             torch.tensor([tokens]),
             torch.arange(len(tokens))[None],
             torch.tensor([attributes]),
+            plain_links(tokens),
         )
         logits = decoder.forward_logits(*everything)[0, -1]
         ids = torch.tensor([i for part in allowed for i in part])
@@ -121,20 +127,38 @@ def plainly(
             return output
 
 
+def plain_links(tokens: list[int]) -> torch.Tensor:
+    """Of a sequence or its beginning, (1, L, 2), by the order of tokens alone: an image right after
+    another is that one's output.
+    """
+    links = torch.full((1, len(tokens), 2), -1)
+    opened = [place for place, token in enumerate(tokens) if token == VOCABULARY.boi]
+    for first, second in itertools.pairwise(opened):
+        # After an output image another pair begins, but not without [EOC] or text between them.
+        if second == first + 1 + CODES:
+            for cell in range(CODES):
+                for place, column in ((second + cell, 0), (second + cell + 1, 1)):
+                    if place < len(tokens):
+                        links[0, place, column] = tokens[first + 1 + cell]
+    return links
+
+
 @pytest.mark.parametrize(
-    ("format", "feed_forward"),
+    ("format", "feed_forward", "link"),
     [
-        (FORMATS[0], "attributes"),
-        (FORMATS[1], "attributes"),
-        (FORMATS[2], "attributes"),
-        (FORMATS[0], "token"),
-        (FORMATS[2], "dense"),
+        (FORMATS[0], "attributes", False),
+        (FORMATS[1], "attributes", False),
+        (FORMATS[2], "attributes", False),
+        (FORMATS[0], "token", False),
+        (FORMATS[2], "dense", False),
+        (FORMATS[0], "attributes", True),
+        (FORMATS[1], "dense", True),
     ],
-    ids=["box=text", "box=image", "no box", "token gate", "dense"],
+    ids=["box=text", "box=image", "no box", "token gate", "dense", "link", "link, box=image"],
 )
 @torch.inference_mode()
-def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward):
-    decoder, codec = small_decoder(format, feed_forward), SequenceCodec(format, TEXT)
+def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward, link):
+    decoder, codec = small_decoder(format, feed_forward, link), SequenceCodec(format, TEXT)
     batch = requests(format, np.random.default_rng(0))
     together = decode_batch(decoder, codec, batch)
     assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
@@ -154,7 +178,7 @@ class Oracle:
         self.tokens = tokens
         self.read: list[tuple[int, int, int]] = []
 
-    def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+    def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
         block_L3 = torch.stack([tokens_BL, positions_BL, attributes_BL], dim=2)[0]
         self.read += [tuple(row) for row in block_L3.tolist() if row[2] != PADDING]
         return F.one_hot(torch.tensor([self.tokens[len(self.read)]]), VOCABULARY.size).float()
@@ -207,7 +231,7 @@ def test_sampling_draws_allowed_tokens_in_proportion():
     class Fixed:
         device = torch.device("cpu")
 
-        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
             logits_V = torch.full(
                 (VOCABULARY.size,), 50.0
             )  # All that is forbidden looks better than all that is allowed.

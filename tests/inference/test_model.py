@@ -38,6 +38,10 @@ class FlatSquares(torch.nn.Module):
 
     downsampling, fingerprint = SQUARE, "flat squares"
 
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+
     def encode(self, pixels_B3HW):
         levels = torch.nn.functional.avg_pool2d(pixels_B3HW.mean(1, keepdim=True), SQUARE)
         return ((levels + 1) * 127.5).round().long().flatten(1)
@@ -79,7 +83,7 @@ def copying(monkeypatch):
         def __init__(self, tokens):
             self.tokens, self.read = tokens, 0
 
-        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None):
+        def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
             self.read += tokens_BL.shape[1]
             return torch.nn.functional.one_hot(
                 torch.tensor([self.tokens[self.read]]), VOCABULARY.size

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toy_model import VOCABULARY, make_batch, make_config, make_sequences
+from toy_model import CODES, VOCABULARY, make_batch, make_config, make_sequences
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from icl_moe.attributes import attribute_bits
 from icl_moe.batch import RoutingPlan, collate
+from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.config import DecoderConfig
-from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.model.router import TokenGate, decide
@@ -390,3 +391,145 @@ def test_exported_folder_loads_to_equal_logits(tmp_path):
     args = (tokens_BL, torch.arange(20).view(1, -1), attributes_BL)
     assert torch.equal(model.forward_logits(*args), loaded.forward_logits(*args))
     assert not isinstance(loaded.layers[1].feed_forward, nn.Linear)
+
+
+def linked_embeddings(model: InContextDecoder, tokens: list[int]) -> Tensor:
+    """Input embeddings of segmentation pairs [BOI] image [BOI] mask [EOC], one token after the
+    other: E[token] + P[position], and W E[c_j] where mask cell j is predicted and where it is held.
+    """
+    n = CODES
+    E, P, W = (
+        model.token_embedding.weight,
+        model.position_embedding.weight,
+        model.link.weight,
+    )
+    rows = []
+    for position, token in enumerate(tokens):
+        x_M = E[token] + P[position]
+        pair, place = divmod(position, 3 + 2 * n)
+        image = tokens[pair * (3 + 2 * n) + 1 :][:n]
+        cell = place - (2 + n)  # The cell held; -1 at the mask's marker, n at [EOC].
+        if 0 <= cell < n:
+            x_M = x_M + W @ E[image[cell]]
+        if -1 <= cell < n - 1:
+            x_M = x_M + W @ E[image[cell + 1]]
+        rows.append(x_M)
+    return torch.stack(rows)
+
+
+def test_the_link_equals_its_formula_token_by_token_in_loss_and_gradients():
+    model = build(make_config(feed_forward="dense", link=True, initialisation="fan_in"))
+    sequence = make_sequences("segmentation", 1)[0]
+    batch = collate([sequence], VOCABULARY, "segmentation")
+    loss, gradients = loss_and_gradients(model, batch)
+    assert gradients["link.weight"].abs().max() > 1e-4
+
+    model.zero_grad()
+    x_TM = linked_embeddings(model, batch.tokens_T.tolist())
+    for layer in model.layers:
+        x_TM = layer(x_TM, EpisodeAttention(batch.lengths), batch.routing)
+    logits_PV = (model.norm(x_TM) @ model.token_embedding.weight.T)[batch.predictors_P]
+    expected = F.cross_entropy(logits_PV, batch.labels_P)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+    arguments = (
+        batch.tokens_T[None],
+        batch.positions_T[None],
+        torch.ones_like(batch.tokens_T)[None],
+    )
+    found = model.forward_logits(*arguments, links_BL2=batch.links_T2[None])[0]
+    torch.testing.assert_close(found[batch.predictors_P], logits_PV, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "captioning"])
+def test_the_link_is_the_same_in_packed_and_padded_layouts_and_over_episodes(task):
+    model = build(make_config(link=True), auxiliary_weight=0.0)
+    packed, padded = (
+        loss_and_gradients(model, make_batch(task, 4, layout)) for layout in ("packed", "padded")
+    )
+    alone = [
+        model(collate([sequence], VOCABULARY, task, loss_scale=1.0)).total.item()
+        for sequence in make_sequences(task, 4)
+    ]
+    weight = sum(float(s.loss_weights().sum()) for s in make_sequences(task, 4))
+    assert packed[0] == pytest.approx(padded[0], abs=1e-6)
+    assert packed[0] == pytest.approx(sum(alone) / weight, abs=1e-5)
+    for name, gradient in packed[1].items():
+        torch.testing.assert_close(gradient, padded[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_without_a_link_in_the_batch_its_matrix_has_a_gradient_of_zero():
+    """Ranks whose batches differ must reduce the same parameters."""
+    model = build(make_config(link=True))
+    _, gradients = loss_and_gradients(model, make_batch("captioning", 2))
+    assert not gradients["link.weight"].any()
+
+
+def test_fan_in_weights_have_the_scale_of_their_inputs_and_keys_start_as_queries():
+    config = make_config(width=64, link=True, initialisation="fan_in", positions=500)
+    weights = dict(build(config).named_parameters())
+    residual = (2 * 3) ** -0.5
+    scales = {
+        "token_embedding.weight": 64**-0.5,
+        "position_embedding.weight": 64**-0.5,
+        "link.weight": 64**-0.5,
+        "layers.0.attention.qkv.weight": 64**-0.5,
+        "layers.0.attention.out.weight": 64**-0.5 * residual,
+        "layers.0.feed_forward.up.weight": 64**-0.5,
+        "layers.0.feed_forward.down.weight": 256**-0.5 * residual,
+        "layers.1.feed_forward.experts.3.up.weight": 64**-0.5,
+        "layers.1.feed_forward.experts.3.down.weight": 256**-0.5 * residual,
+        "layers.1.feed_forward.gate.embed.weight": 8**-0.5,
+        "layers.1.feed_forward.gate.wg.weight": 64**-0.5,
+    }
+    for name, scale in scales.items():
+        assert weights[name].std().item() == pytest.approx(scale, rel=0.1), name
+    for layer in range(3):
+        queries, keys, values = weights[f"layers.{layer}.attention.qkv.weight"].chunk(3)
+        assert torch.equal(queries, keys)
+        assert not torch.equal(queries, values)
+    for name, weight in weights.items():
+        if name.endswith("bias"):
+            assert not weight.any()
+        elif "norm" in name:
+            assert (weight == 1).all()
+
+
+def test_gpt2s_scale_is_what_it_was_and_does_not_reach_the_link():
+    with_link = dict(build(make_config(link=True)).named_parameters())
+    without = dict(build(make_config()).named_parameters())
+    assert with_link.pop("link.weight").std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert with_link.keys() == without.keys()
+    assert all(torch.equal(weight, without[name]) for name, weight in with_link.items())
+    assert without["layers.0.attention.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_image_codes_start_as_a_random_map_of_their_whitened_vectors():
+    model = build(make_config(initialisation="fan_in"))
+    before = model.token_embedding.weight.detach().clone()
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(32, 8, generator=generator) * torch.arange(1, 9) + 5.0
+    vectors[7] = vectors[3]  # Two codes that look alike.
+    frequencies = torch.rand(32, generator=generator)
+    first = VOCABULARY.image_range.start
+    start_from_codebook(model, vectors, frequencies, first, seed=0)
+    rows = model.token_embedding.weight.detach()[first : first + 32]
+
+    share = frequencies / frequencies.sum()
+    mean = sum(share[k] * vectors[k] for k in range(32))
+    deviation = sum(share[k] * (vectors[k] - mean) ** 2 for k in range(32)).sqrt()
+    z = (vectors - mean) / deviation
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(32))
+    assert torch.equal(rows[3], rows[7])
+    cosine = F.cosine_similarity(z[:, None], z[None], dim=2)
+    got = rows @ rows.T
+    assert torch.corrcoef(torch.stack([cosine.flatten(), got.flatten()]))[0, 1] > 0.9
+    rest = torch.ones(len(before), dtype=torch.bool)
+    rest[first : first + 32] = False
+    assert torch.equal(model.token_embedding.weight.detach()[rest], before[rest])
+    again = build(make_config(initialisation="fan_in"))
+    start_from_codebook(again, vectors, frequencies, first, seed=0)
+    assert torch.equal(again.token_embedding.weight, model.token_embedding.weight)

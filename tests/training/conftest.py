@@ -27,6 +27,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
         "build",
         "demo",
         "synthetic.images=30",
+        "vocabulary.mask=true",
         *settings,
         "--out",
         folder / "shards",

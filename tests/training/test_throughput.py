@@ -40,6 +40,7 @@ def counted(batch, backward: bool, monkeypatch, **settings: object) -> tuple[int
         {"feed_forward": "attributes", "experts_per_token": 1},
         {"feed_forward": "attributes", "combination": "weights"},
         {"feed_forward": "token"},
+        {"feed_forward": "dense", "link": True},
     ],
     ids=str,
 )

@@ -1,0 +1,122 @@
+"""What each part of modern_demo is worth: python benchmarks/learning.py TRAIN VALIDATION --out DIR
+[--arms NAME,...] [--seeds 0,1,2] [--recipe modern_demo] [key=value ...]
+
+TRAIN and VALIDATION are shard folders. Each arm is the recipe with one part left out, trained,
+exported with a threshold fitted on TRAIN, and evaluated on VALIDATION by the commands that a user
+would type, one process at a time on one thread. What is finished is kept: the same command goes on
+after an interruption. DIR gets a folder an arm and seed, and learning.json and learning.md with
+every score as mean and range over the seeds.
+
+key=value are settings of the recipe for all arms, such as training.steps=2000.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "all parts": (),
+    "no link": ("model.link=false",),
+    "no codebook": ("model.codebook_init=false",),
+    "gpt2 initialisation": ("model.initialisation=gpt2",),
+    "no corruption": ("training.mask_corruption=false",),
+    "loss on all pairs": ("training.loss_on=all",),
+    "none": (
+        "model.link=false",
+        "model.codebook_init=false",
+        "model.initialisation=gpt2",
+        "training.mask_corruption=false",
+        "training.loss_on=all",
+    ),
+}
+SCORES = ("miou", "mean_iou")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train", type=Path)
+    parser.add_argument("validation", type=Path)
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default=",".join(ARMS), help="(default: %(default)s)")
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default %(default)s)")
+    parser.add_argument("--recipe", default="modern_demo")
+    parser.add_argument("--shots", default="1")
+    parser.add_argument("--limit", help="episodes a task that are evaluated")
+    options = parser.parse_intermixed_args()
+    arms = options.arms.split(",")
+    if unknown := set(arms) - ARMS.keys():
+        sys.exit(f"There is no arm {min(unknown)}; there are {', '.join(ARMS)}.")
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds.split(","):  # All arms once before any seed twice.
+        for arm in arms:
+            results.setdefault(arm, []).append(run(arm, seed, options))
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "learning.json").write_text(json.dumps(results, indent=1) + "\n")
+            (options.out / "learning.md").write_text(table(results))
+    print(table(results))
+
+
+def run(arm: str, seed: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of one arm and seed, by commands that do nothing where they were done before."""
+    folder = options.out / f"{arm.replace(' ', '_')}-{seed}"
+    metrics = folder / "evaluation/metrics.json"
+    if not metrics.is_file():
+        settings = [
+            f"data.shards={options.train}",
+            f"training.output={folder / 'run'}",
+            f"training.seed={seed}",
+            *options.settings,
+            *ARMS[arm],
+        ]
+        corrupted = "training.mask_corruption=false" not in settings
+        fitted = ["--threshold-from", options.train] if corrupted else []
+        limit = ["--limit", options.limit] if options.limit else []
+        model, out = folder / "model", ["--out", folder / "evaluation"]
+        command("train", options.recipe, *settings)
+        command("export", folder / "run", "--out", model, *fitted)
+        shots = ["--shots", options.shots, "--control", "shuffled"]
+        command("evaluate", model, options.validation, *shots, *limit, *out)
+    found: dict[str, Any] = json.loads(metrics.read_text())
+    return {"seed": seed, "decoding": found["decoding"], "tasks": found["tasks"]}
+
+
+def command(*arguments: Any) -> None:
+    words = [sys.executable, "-m", "icl_moe", *map(str, arguments)]
+    print("$", " ".join(words), flush=True)
+    # A process alone needs no launcher, and one thread leaves the machine to others.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if subprocess.run(words, env=environment, check=False).returncode:
+        sys.exit("The command above failed; the same command as before goes on from there.")
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A row an arm and condition."""
+    lines = [
+        f"| arm | decoding | row | {' | '.join(SCORES)} | seeds |",
+        f"|---|---|---|{'---|' * (len(SCORES) + 1)}",
+    ]
+    for arm, runs in results.items():
+        rows = [run["tasks"].get("segmentation", {}).get("rows", []) for run in runs]
+        for same in zip(*rows, strict=True):
+            scores = [_spread([row[score] for row in same]) for score in SCORES]
+            name, how = same[0]["name"], runs[0]["decoding"]
+            lines.append(f"| {arm} | {how} | {name} | {' | '.join(scores)} | {len(runs)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    shown = f"{mean(values):.3f}"
+    return shown if len(values) == 1 else f"{shown} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()

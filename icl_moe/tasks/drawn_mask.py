@@ -1,0 +1,49 @@
+"""A mask as a model draws it: how bright each pixel is, and from where on one is of the mask."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+EVEN = 0.5
+"""The threshold of a mask that was written as codes, and of one where none was fitted."""
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnMask:
+    """brightness_HW: float32, about -1 (black: outside) to 1 (inside).
+
+    threshold: in 0..1, how far up from black to white a pixel begins to belong to the mask.
+    at_once: whether it was written in one pass: its pixels then show how sure the model is.
+    """
+
+    brightness_HW: np.ndarray
+    threshold: float = EVEN
+    at_once: bool = False
+
+    @property
+    def mask_HW(self) -> np.ndarray:
+        """The boolean mask."""
+        return self.brightness_HW > 2 * self.threshold - 1
+
+    @property
+    def confidence_HW(self) -> np.ndarray | None:
+        """How sure each pixel is of what the mask says, float32: 0.5 where it lies on the
+        threshold, 1 where it is white, or black. None of a mask that was written code by code,
+        whose pixels show how sure the tokenizer is, not the model.
+        """
+        if not self.at_once:
+            return None
+        levels_HW, t = np.clip((self.brightness_HW + 1) / 2, 0, 1), self.threshold
+        inside_HW = (levels_HW - t) / max(1 - t, 1e-6)
+        outside_HW = (t - levels_HW) / max(t, 1e-6)
+        return (0.5 + 0.5 * np.maximum(inside_HW, outside_HW)).astype(np.float32)
+
+    def resized(self, height: int, width: int) -> "DrawnMask":
+        """At another size, bilinearly."""
+        brightness_11HW = torch.from_numpy(self.brightness_HW)[None, None]
+        resized = F.interpolate(
+            brightness_11HW, (height, width), mode="bilinear", align_corners=False
+        )
+        return replace(self, brightness_HW=resized[0, 0].numpy())

@@ -1,0 +1,172 @@
+"""Masks <-> codes: by the image tokenizer, or by a small tokenizer of their own, whose codes are
+black-and-white patches.
+
+The VQ-GAN has some hundred codes for plain black, and which of them it writes is noise that a
+decoder cannot predict. Patches have one.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from icl_moe.errors import InputError
+from icl_moe.files import write_whole
+from icl_moe.images import mask_to_pixels, pixels_to_brightness
+from icl_moe.inputs import read_json
+from icl_moe.tokenizers.vqgan import CONFIG_FILE, VQGAN, WEIGHTS_FILE, find_tokenizer
+
+_KIND = "patches"
+
+
+class MaskTokenizer(Protocol):
+    """Masks (B, H, W), boolean, as codes_BN of a square grid of cells, row by row; and back as
+    brightness_BHW, float32, about -1 (outside) to 1 (inside).
+    """
+
+    def encode(self, masks_BHW: np.ndarray) -> np.ndarray: ...
+
+    def decode(self, codes_BN: np.ndarray) -> Tensor: ...
+
+    def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
+        """Where only probabilities of each cell's code are known."""
+        ...
+
+
+class PictureMasks:
+    """By the image tokenizer, to which a mask is a picture, white on black."""
+
+    def __init__(self, tokenizer: VQGAN) -> None:
+        self._tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def encode(self, masks_BHW: np.ndarray) -> np.ndarray:
+        pixels_B3HW = torch.stack([mask_to_pixels(mask_HW) for mask_HW in masks_BHW])
+        return self._tokenizer.encode(pixels_B3HW.to(self._device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode(self, codes_BN: np.ndarray) -> Tensor:
+        codes = torch.as_tensor(np.asarray(codes_BN), device=self._device)
+        return pixels_to_brightness(self._tokenizer.decode(codes))
+
+    def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
+        """The pixels of the expected code vectors."""
+        return pixels_to_brightness(self._tokenizer.decode_expected(probabilities_BNK))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._tokenizer.parameters()).device
+
+
+class PatchTokenizer:
+    """K patches of P x P pixels, float32 in 0..1, the first one black: a mask's cell is written as
+    the nearest one, and read as that patch. A pixel's expected value is then exact, sum over codes
+    of p(c) patch_c. A vocabulary may have more codes than there are patches: they are black.
+    """
+
+    def __init__(self, patches_KPP: Tensor) -> None:
+        self.patches_KPP = patches_KPP.float()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "PatchTokenizer":
+        """The tokenizer in the folder `source`, or the shipped one of that name. Raises InputError
+        where it is missing, damaged or of another kind.
+        """
+        folder = find_tokenizer(source)
+        config = read_json(folder / CONFIG_FILE)
+        if not isinstance(config, dict) or config.get("kind") != _KIND:
+            raise InputError(
+                f"{folder / CONFIG_FILE} is not a mask tokenizer's: it needs the key kind "
+                f"({_KIND})."
+            )
+        try:
+            patches = load_file(folder / WEIGHTS_FILE).get("patches", torch.empty(0))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"{folder / WEIGHTS_FILE} is missing or damaged ({error}).") from error
+        if not _are_patches(patches):
+            raise InputError(
+                f"{folder / WEIGHTS_FILE} must hold `patches`: two or more squares of numbers in "
+                "0..1, the first one black."
+            )
+        tokenizer = cls(patches)
+        if config.get("fingerprint") != tokenizer.fingerprint:
+            raise InputError(
+                f"The patches in {folder} are not those of the fingerprint in its {CONFIG_FILE}."
+            )
+        return tokenizer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder, each file whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"kind": _KIND, "codes": self.codes, "side": self.side}
+        config["fingerprint"] = self.fingerprint
+        write_whole(folder / WEIGHTS_FILE, save({"patches": self.patches_KPP.contiguous()}))
+        write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+    @property
+    def codes(self) -> int:
+        return self.patches_KPP.shape[0]
+
+    @property
+    def side(self) -> int:
+        """P, pixels along a side of a cell."""
+        return self.patches_KPP.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over the patches."""
+        digest = hashlib.sha256(str(tuple(self.patches_KPP.shape)).encode())
+        digest.update(self.patches_KPP.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode(self, masks_BHW: np.ndarray) -> np.ndarray:
+        """Raises InputError for masks that do not divide into cells."""
+        cells_BNP = mask_cells(np.asarray(masks_BHW, dtype=np.float32), self.side)
+        return nearest_patch(cells_BNP, self.patches_KPP.flatten(1).cpu().numpy())
+
+    def decode(self, codes_BN: np.ndarray) -> Tensor:
+        codes = torch.as_tensor(np.asarray(codes_BN), device=self.patches_KPP.device)
+        return self._assembled(self.patches_KPP.flatten(1)[codes.where(codes < self.codes, 0)])
+
+    def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
+        """The patches' mean, weighted by the probabilities of their codes."""
+        patches_KP = self.patches_KPP.flatten(1).to(probabilities_BNK.device)
+        return self._assembled(probabilities_BNK[..., : self.codes].float() @ patches_KP)
+
+    def _assembled(self, levels_BNP: Tensor) -> Tensor:
+        """brightness_BHW of the cells' levels in 0..1."""
+        grid, side = math.isqrt(levels_BNP.shape[1]), self.side
+        cells = levels_BNP.unflatten(2, (side, side)).unflatten(1, (grid, grid))
+        return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2) * 2 - 1
+
+
+def mask_cells(masks_BHW: np.ndarray, side: int) -> np.ndarray:
+    """The cells of masks, (B, N, P^2) row by row. Raises InputError where they do not divide."""
+    count, height, width = masks_BHW.shape
+    if height % side or width % side:
+        raise InputError(
+            f"Masks of {height} x {width} pixels do not divide into cells of {side} x {side}."
+        )
+    grid = masks_BHW.reshape(count, height // side, side, width // side, side)
+    return grid.transpose(0, 1, 3, 2, 4).reshape(count, -1, side * side)
+
+
+def nearest_patch(cells_BNP: np.ndarray, patches_KP: np.ndarray) -> np.ndarray:
+    """The patch of the least squared distance to each cell, codes_BN; the first of equal ones."""
+    distances = (patches_KP**2).sum(axis=1) - 2 * cells_BNP @ patches_KP.T
+    return distances.argmin(axis=-1)
+
+
+def _are_patches(patches: Tensor) -> bool:
+    if patches.dim() != 3 or not patches.is_floating_point() or len(patches) < 2:
+        return False
+    square = patches.shape[1] == patches.shape[2] > 0
+    return square and bool(((patches >= 0) & (patches <= 1)).all()) and not patches[0].any()

@@ -1,0 +1,108 @@
+"""The threshold of masks that are written in one pass: fitted on some episodes, used on others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from icl_moe.cli import main
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.protocol import evaluate
+from icl_moe.evaluation.threshold import fit_threshold
+from icl_moe.inference.model import InContextModel
+from icl_moe.rle import decode_rle
+from icl_moe.sequence import Episode
+from icl_moe.tasks.mask_scores import score_masks
+
+
+@pytest.fixture(scope="module")
+def fitted_folder(parallel_model_folder, toy_shards, tmp_path_factory) -> Path:
+    """The model, its threshold fitted on the shards."""
+    folder = tmp_path_factory.mktemp("fitted") / "model"
+    shutil.copytree(parallel_model_folder, folder)
+    model = InContextModel.from_pretrained(folder, "cpu")
+    config = model.decoder.config
+    config.mask_threshold = fit_threshold(model, ShardSet(toy_shards), episodes=7)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_shards(toy_shards, tmp_path_factory) -> Path:
+    """The same episodes under another manifest: to the model, others."""
+    folder = shutil.copytree(toy_shards, tmp_path_factory.mktemp("other") / "shards")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Path(folder)
+
+
+def test_the_threshold_is_the_one_of_the_best_miou_on_episodes_at_even_distances(
+    fitted_folder, toy_shards
+):
+    model = InContextModel.from_pretrained(fitted_folder, "cpu")
+    shards = ShardSet(toy_shards)
+    episodes = EpisodeSet(shards, model.codec, "segmentation")
+    written = []
+    for number in (0, 2, 3, 5, 7, 8, 10):
+        episode = episodes[number]
+        asked = Episode(episode.task, episode.category, episode.pairs[:-1])
+        (pair,) = model.complete([(asked, episode.query.image)])
+        assert pair.drawn.at_once
+        true_HW = decode_rle(episode.meta["masks"][-1])
+        written.append((episode.category, pair.drawn.brightness_HW, true_HW))
+
+    def miou(threshold: float) -> float:
+        return score_masks((c, b > 2 * threshold - 1, true) for c, b, true in written).miou
+
+    fitted = model.decoder.config.mask_threshold
+    assert fitted["episodes"] == 7
+    assert fitted["shards"] == shards.fingerprint[:16]
+    best = max(miou(threshold) for threshold in np.linspace(0.05, 0.95, 37))
+    assert miou(fitted["value"]) == pytest.approx(best, abs=1e-6)
+    assert fitted["miou"] == pytest.approx(best, abs=1e-4)
+
+
+def test_a_model_is_not_evaluated_on_what_its_threshold_was_fitted_on(
+    fitted_folder, toy_shards, tmp_path
+):
+    with pytest.raises(InputError, match=r"was fitted on .*: evaluate it on others"):
+        evaluate(fitted_folder, toy_shards, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_writes_masks_in_one_pass_with_the_models_threshold(
+    fitted_folder, other_shards, tmp_path, no_java
+):
+    metrics = evaluate(fitted_folder, other_shards, tmp_path / "out", shots=(0, 2), limit=5)
+    config = json.loads((fitted_folder / "config.json").read_text())
+    assert metrics.decoding == "parallel"
+    assert metrics.mask_threshold == config["mask_threshold"]
+    model = InContextModel.from_pretrained(fitted_folder, "cpu")
+    episodes = EpisodeSet(ShardSet(other_shards), model.codec, "segmentation")
+    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()[1:]
+    said = [line for line in map(json.loads, lines) if line["task"] == "segmentation"]
+    assert len(said) == 2 * 5
+    for line in said:
+        episode = episodes[int(line["key"].rpartition("-")[2])]
+        asked = Episode(episode.task, episode.category, episode.pairs[: line["shots"]])
+        (pair,) = model.complete([(asked, episode.query.image)], decoding="parallel")
+        assert np.mean(decode_rle(line["mask"]) == pair.drawn.mask_HW) > 0.999
+    in_turn = evaluate(
+        fitted_folder, other_shards, tmp_path / "turn", limit=5, decoding="autoregressive"
+    )
+    assert in_turn.decoding == "greedy"
+
+
+def test_a_model_that_was_not_trained_for_it_refuses_to_decode_in_parallel(
+    toy_model_folder, other_shards, tmp_path, capsys
+):
+    command = ["evaluate", str(toy_model_folder), str(other_shards), "--out", str(tmp_path / "out")]
+    assert main([*command, "--decoding", "parallel"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("icl-moe: This model cannot decode in parallel")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,137 @@
+"""Masks written in one pass: what the decoder says of each cell, and the pixels that come of it."""
+
+import numpy as np
+import pytest
+import torch
+import toy_tokenizer
+
+from icl_moe.attributes import attribute_class
+from icl_moe.inference.decode import decode_at_once
+from icl_moe.model.config import DecoderConfig
+from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.recipe import ModelSettings
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
+from icl_moe.settings import to_dict
+from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks.drawn_mask import DrawnMask
+from icl_moe.tasks.segmentation import SegmentationPair
+from icl_moe.tokenizers.text import TextTokenizer
+from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(text_merges=1000, image_codes=32, mask=True)
+CODES = 16
+FORMAT = SequenceFormat(VOCABULARY, CODES, class_prompt=True, prompt_length=16)
+
+
+def decoder_of(link: bool) -> InContextDecoder:
+    settings = ModelSettings(
+        layers=2,
+        width=32,
+        heads=2,
+        positions=FORMAT.length(3),
+        layers_with_experts=(1,),
+        experts=4,
+        link=link,
+        initialisation="fan_in",
+    )
+    config = DecoderConfig(
+        model=to_dict(settings), vocabulary=to_dict(VOCABULARY), format=to_dict(FORMAT)
+    )
+    decoder = InContextDecoder(config)
+    initialise(decoder, seed=0)
+    return decoder.eval()
+
+
+def plainly(decoder: InContextDecoder, episode: Episode, image: np.ndarray) -> torch.Tensor:
+    """One query without batch or padding, its sequence and links written out by hand."""
+    start = VOCABULARY.image_range.start
+    task = SEGMENTATION
+    visual_in, visual_out, text_in = (
+        attribute_class(task.outputs(FORMAT), *kind, class_prompt=True)
+        for kind in (("image", False), ("image", True), ("text", False))
+    )
+    prompt = SequenceCodec(FORMAT, TextTokenizer(merges=1000)).encode_prompt(
+        Episode(task, episode.category, ()), image
+    )
+    name = prompt.tokens_L[: int((prompt.attributes() == text_in).sum())].tolist()
+    tokens, positions = list(name), list(range(len(name)))
+    attributes, links = [text_in] * len(name), [(-1, -1)] * len(name)
+    pairs = [(pair.image, pair.mask) for pair in episode.pairs]
+    position = FORMAT.prompt_length
+    for codes, mask in [*pairs, (image, None)]:
+        seen = [start + code for code in codes.tolist()]
+        hidden = [VOCABULARY.mask_token] * (CODES - 1)
+        drawn = hidden if mask is None else [start + code for code in mask.tolist()]
+        new = [VOCABULARY.boi, *seen, VOCABULARY.boi, *drawn]
+        of_new = [(-1, -1)] * (1 + CODES)
+        of_new += [
+            (seen[cell + 1] if cell + 1 < CODES else -1, seen[cell] if cell >= 0 else -1)
+            for cell in range(-1, len(drawn))
+        ]
+        if mask is not None:
+            new.append(VOCABULARY.eoc)
+            of_new.append((-1, -1))
+        tokens += new
+        links += of_new
+        attributes += [visual_in] * (1 + CODES) + [visual_out] * (len(new) - 1 - CODES)
+        positions += range(position, position + len(new))
+        position += FORMAT.pair_length
+    rows = (torch.tensor([row]) for row in (tokens, positions, attributes, links))
+    logits_LV = decoder.forward_logits(*rows)[0]
+    return logits_LV[-CODES:, start : start + VOCABULARY.image_codes].softmax(dim=-1)
+
+
+@pytest.mark.parametrize("link", [False, True])
+@torch.inference_mode()
+def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(link):
+    """In one batch of queries whose prompts differ in length."""
+    rng = np.random.default_rng(0)
+    decoder, codec = decoder_of(link), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
+
+    def codes() -> np.ndarray:
+        return rng.integers(0, VOCABULARY.image_codes, CODES)
+
+    requests = [
+        (
+            Episode(
+                SEGMENTATION,
+                category,
+                tuple(SegmentationPair(codes(), codes()) for _ in range(shots)),
+            ),
+            codes(),
+        )
+        for shots, category in ((1, "cat"), (0, "a zebra"), (2, "dog"))
+    ]
+    found_BNK = decode_at_once(decoder, codec, requests)
+    assert found_BNK.shape == (3, CODES, VOCABULARY.image_codes)
+    for found_NK, (episode, image) in zip(found_BNK, requests, strict=True):
+        torch.testing.assert_close(found_NK, plainly(decoder, episode, image), atol=1e-5, rtol=1e-4)
+
+
+def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):
+    tokenizer = VQGAN.from_pretrained(toy_tokenizer.save_toy_tokenizer(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    codes_BN = torch.randint(0, toy_tokenizer.CODES, (2, 64), generator=generator)
+    sure_BNK = torch.nn.functional.one_hot(codes_BN, toy_tokenizer.CODES).float()
+    torch.testing.assert_close(
+        tokenizer.decode_expected(sure_BNK), tokenizer.decode(codes_BN), atol=1e-5, rtol=1e-4
+    )
+    unsure_BNK = torch.rand(2, 64, toy_tokenizer.CODES, generator=generator).softmax(dim=-1)
+    vectors_KC = tokenizer.quantize.embedding.weight
+    grid_BChw = torch.einsum("bnk,kc->bcn", unsure_BNK, vectors_KC).unflatten(2, (8, 8))
+    with torch.no_grad():
+        expected = tokenizer.pixels(grid_BChw)
+    torch.testing.assert_close(
+        tokenizer.decode_expected(unsure_BNK), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_confidence_is_a_half_on_the_threshold_and_one_at_black_and_white():
+    brightness_HW = np.array([[-1.2, -1.0, -0.75], [-0.5, 0.25, 1.1]], dtype=np.float32)
+    written = DrawnMask(brightness_HW, 0.25, at_once=True)
+    assert written.mask_HW.tolist() == [[False, False, False], [False, True, True]]
+    np.testing.assert_allclose(
+        written.confidence_HW, [[1.0, 1.0, 0.75], [0.5, 0.75, 1.0]], atol=1e-6
+    )
+    assert DrawnMask(brightness_HW).confidence_HW is None

@@ -1,0 +1,102 @@
+"""Masks as black-and-white patches: what is written, what is read, and what is expected."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from icl_moe.errors import InputError
+from icl_moe.tokenizers.masks import PatchTokenizer
+
+SIDE = 4
+
+
+@pytest.fixture
+def tokenizer() -> PatchTokenizer:
+    """Black, white, left half, top half, and a grey square."""
+    patches = torch.zeros(5, SIDE, SIDE)
+    patches[1] = 1
+    patches[2, :, :2] = 1
+    patches[3, :2] = 1
+    patches[4] = 0.5
+    return PatchTokenizer(patches)
+
+
+def test_a_cell_is_written_as_the_nearest_patch_and_read_as_it(tokenizer):
+    mask_HW = np.zeros((8, 12), dtype=bool)
+    mask_HW[:4, 4:8] = True  # Cell 1 is white,
+    mask_HW[:4, 8:10] = True  # cell 2 has its left half,
+    mask_HW[4:6, 4:8] = True  # cell 4 its top half but for one pixel,
+    mask_HW[4, 7] = False
+    mask_HW[4:, 8:] = np.eye(4, dtype=bool)  # and a diagonal is nearest to black.
+    codes_BN = tokenizer.encode(mask_HW[None])
+    assert codes_BN.tolist() == [[0, 1, 2, 0, 3, 0]]
+    square_BN = np.array([[1, 2, 3, 4], [0, 9, 5, 1]])
+    drawn = tokenizer.decode(square_BN)
+    assert drawn.shape == (2, 8, 8)
+    for cells_N, levels_HW in zip(square_BN, (drawn + 1) / 2, strict=True):
+        for cell, code in enumerate(cells_N):
+            row, column = SIDE * (cell // 2), SIDE * (cell % 2)
+            found = levels_HW[row : row + SIDE, column : column + SIDE]
+            patch = tokenizer.patches_KPP[code] if code < 5 else torch.zeros(SIDE, SIDE)
+            assert torch.equal(found, patch)
+
+
+def test_expected_pixels_are_the_mean_of_the_patches(tokenizer):
+    """Of eight codes, three of which are no patch, and black."""
+    generator = torch.Generator().manual_seed(0)
+    probabilities_BNK = torch.randn(2, 9, 8, generator=generator).softmax(dim=-1)
+    found = (tokenizer.decode_expected(probabilities_BNK) + 1) / 2
+    for batch in range(2):
+        for cell in range(9):
+            row, column = SIDE * (cell // 3), SIDE * (cell % 3)
+            p_K = probabilities_BNK[batch, cell]
+            expected = sum(p_K[code] * tokenizer.patches_KPP[code] for code in range(5))
+            cell_HW = found[batch, row : row + SIDE, column : column + SIDE]
+            torch.testing.assert_close(cell_HW, expected)
+
+
+def test_a_folder_gives_the_tokenizer_back(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = PatchTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(again.patches_KPP, tokenizer.patches_KPP)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert (again.codes, again.side) == (5, SIDE)
+
+
+def test_masks_that_do_not_divide_into_cells_are_refused(tokenizer):
+    with pytest.raises(InputError, match="do not divide into cells of 4 x 4"):
+        tokenizer.encode(np.zeros((1, 8, 10), dtype=bool))
+
+
+def _other_fingerprint(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"fingerprint": "0123"}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "does not exist"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a mask tokenizer's"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "missing or damaged"),
+        (
+            lambda folder: save_file({"other": torch.zeros(1)}, folder / "model.safetensors"),
+            "must hold `patches`",
+        ),
+        (
+            lambda folder: save_file(
+                {"patches": torch.full((3, 4, 4), 0.5)}, folder / "model.safetensors"
+            ),
+            "the first one black",
+        ),
+        (_other_fingerprint, "not those of the fingerprint"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tokenizer, tmp_path, harm, sentence):
+    tokenizer.save_pretrained(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        PatchTokenizer.from_pretrained(tmp_path)
