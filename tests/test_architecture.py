@@ -9,7 +9,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"attributes", "devices", "errors", "ranges", "seeds", "signals", "tables", "versions"},
+    {
+        "attributes",
+        "bootstrap",
+        "devices",
+        "errors",
+        "ranges",
+        "seeds",
+        "signals",
+        "tables",
+        "versions",
+    },
     {"boxes", "files", "hear_signals", "inputs", "locks", "processes"},
     {"images", "outputs", "rle", "settings", "vocabulary"},
     {"arguments", "pictures", "tokenizers"},
