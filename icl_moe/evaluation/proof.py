@@ -2,7 +2,7 @@
 both are seen in them, and with more and fewer examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ class ShotScores:
 
 
 def score_shots(
-    task: Task, truths: Sequence[Truth], said: dict[int, Sequence[Output]]
+    task: Task, truths: Sequence[Truth], said: Mapping[int, Sequence[Output]]
 ) -> tuple[ShotScores, ...]:
     """Scores by number of examples, the smallest first. said: what was said of each query after so
     many examples.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.gallery import draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.predictions import (
@@ -302,37 +302,34 @@ def _swap_rows(
     task = episodes.task
     truths = [episodes[number] for number in episodes.swaps]
     swaps = list(episodes.swaps.values())
-    rows: list[tuple[str, Source, int | None, Sequence[Output], Sequence[Output]]] = []
+
+    def row(
+        name: str,
+        source: Source,
+        shots: int | None,
+        said: Sequence[Output],
+        said_swapped: Sequence[Output],
+    ) -> SwapRow:
+        queries = [
+            SwappedQuery(truth, swap.shown, *outputs)
+            for truth, swap, *outputs in zip(truths, swaps, said, said_swapped, strict=True)
+        ]
+        return SwapRow(name, source, shots, score_swaps(task, queries, model.format))
+
+    rows = []
     for swapped in conditions:
         own = swapped._replace(control=None)
-        outputs = [[log[c, truth.key].said for truth in truths] for c in (own, swapped)]
-        rows.append((own.describe(), "model", own.shots, *outputs))
-    first = [
-        [task.true_output(source, 0) for source in sources]
-        for sources in (truths, [swap.source for swap in swaps])
-    ]
-    rows.append((*_FIRST_EXAMPLE, 1, *first))
+        said, said_swapped = (
+            [log[condition, truth.key].said for truth in truths] for condition in (own, swapped)
+        )
+        rows.append(row(own.describe(), "model", own.shots, said, said_swapped))
+    first = [task.true_output(truth, 0) for truth in truths]
+    first_swapped = [task.true_output(swap.source, 0) for swap in swaps]
+    rows.append(row(*_FIRST_EXAMPLE, 1, first, first_swapped))
     for baseline in task.baselines(truths):
         same = baseline.outputs
-        rows.append((baseline.name, baseline.prediction, None, same, same))
-    return tuple(
-        SwapRow(
-            name, source, shots, score_swaps(task, _swapped(truths, swaps, *said), model.format)
-        )
-        for name, source, shots, *said in rows
-    )
-
-
-def _swapped(
-    truths: Sequence[EvaluationEpisode],
-    swaps: Sequence[Swap],
-    said: Sequence[Output],
-    said_swapped: Sequence[Output],
-) -> list[SwappedQuery]:
-    return [
-        SwappedQuery(truth, swap.shown, *outputs)
-        for truth, swap, *outputs in zip(truths, swaps, said, said_swapped, strict=True)
-    ]
+        rows.append(row(baseline.name, baseline.prediction, None, same, same))
+    return tuple(rows)
 
 
 def _by_shots(

@@ -227,18 +227,21 @@ class Captioning(Task):
         true = [self.true_output(truth) for truth in truths]
         found = []
         for of_set, outputs in zip(scores, sets, strict=True):
-            more = {}
+            values = {}
             if format.category == "written":
-                more["category_accuracy"] = _categories_right(outputs, true)
+                values["category_accuracy"] = _categories_right(outputs, true)
             if format.box != "none":
-                more["box_iou"] = _box_ious(outputs, true)
-            means = {name: float(np.mean(values)) for name, values in more.items()}
-            intervals = (
-                {}
-                if quick or not more
-                else dict(zip(more, mean_intervals(*more.values()), strict=True))
+                values["box_iou"] = _box_ious(outputs, true)
+            means = {name: float(np.mean(of_queries)) for name, of_queries in values.items()}
+            intervals = {} if quick else {n: mean_intervals(v)[0] for n, v in values.items()}
+            found.append(
+                replace(
+                    of_set,
+                    category_accuracy=means.get("category_accuracy"),
+                    box_iou=means.get("box_iou"),
+                    intervals=of_set.intervals | intervals,
+                )
             )
-            found.append(replace(of_set, **means, intervals=of_set.intervals | intervals))
         return found
 
     def objects(self, truth: Truth) -> Objects:

@@ -88,18 +88,18 @@ def score_masks(
         means_B2 = weights_BE @ np.stack([ious_E, errors], axis=1) / len(names)
         return np.column_stack([np.nanmean(ious_BC, axis=1), means_B2, ious_BC])
 
-    columns = ("miou", "mean_iou", "mae", *map(str, classes))
-    values = dict(zip(columns, scores(np.ones((1, len(names))))[0].tolist(), strict=True))
-    ranges: dict[str, Interval] = {}
-    if with_intervals:
-        ranges = dict(zip(columns, intervals(scores, len(names)), strict=True))
+    miou, mean_iou, mae, *of_classes = scores(np.ones((1, len(names))))[0].tolist()
+    found = intervals(scores, len(names)) if with_intervals else []
+    by_name = list(map(str, classes))
     return SegmentationScores(
         len(names),
-        *(values.pop(name) for name in columns[:3]),
-        class_iou=values,
-        class_episodes=dict(zip(map(str, classes), counts_C.tolist(), strict=True)),
-        intervals={name: ranges.pop(name) for name in columns[:3] if ranges},
-        class_intervals=ranges,
+        miou,
+        mean_iou,
+        mae,
+        dict(zip(by_name, of_classes, strict=True)),
+        dict(zip(by_name, counts_C.tolist(), strict=True)),
+        dict(zip(("miou", "mean_iou", "mae"), found, strict=False)),
+        dict(zip(by_name, found[3:], strict=False)),
     )
 
 
