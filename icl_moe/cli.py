@@ -288,7 +288,10 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         help="episodes decoded together (default 8)",
     )
     parser.add_argument(
-        "--control", choices=["shuffled"], help="measure also with examples of other classes"
+        "--control",
+        help="how examples are exchanged for comparison: swapped (another class of the query), "
+        "shuffled (any other class), both with a comma between them, or none (default: swapped, "
+        "where the shards keep what it needs)",
     )
     _add_decoding(parser)
     parser.set_defaults(run=_evaluate)
@@ -444,6 +447,9 @@ def _tokenizer_convert(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     shots = _whole_numbers("--shots", options.shots)
+    controls = None if options.control is None else options.control.split(",")
+    if controls == ["none"]:
+        controls = []
 
     from icl_moe.evaluation.protocol import evaluate
     from icl_moe.evaluation.report import summary
@@ -456,7 +462,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             shots,
             options.limit,
             options.batch,
-            options.control,
+            controls,
             decoding=options.decoding,
         )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")

@@ -19,6 +19,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def percent_range(interval: tuple[float, float] | None) -> str:
+    """Both ends of an interval, as `percent` prints them; empty where there is none."""
+    return "" if interval is None else " – ".join(map(percent, interval))
+
+
 def as_text(table: Table) -> str:
     """A table for a terminal: columns of numbers to the right, others to the left."""
     lines = [table.head, *table.rows]

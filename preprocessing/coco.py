@@ -11,8 +11,7 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import starmap
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -210,6 +209,8 @@ def class_masks(coco: CheckedCOCO, image_id: Any) -> dict[int, np.ndarray]:
 class _ClassMask:
     """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and
     of the largest.
+
+    seen: the masks of all classes that are annotated in the image, wanted or not, by class.
     """
 
     image: ImageFile
@@ -218,6 +219,7 @@ class _ClassMask:
     rle: dict[str, Any]
     objects: PixelRect
     largest: PixelRect
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _class_masks(
@@ -234,14 +236,38 @@ def _class_masks(
             "segmentation.crowds=instances to take each as an instance."
         )
     of_image: dict[Any, dict[str, list[dict[str, Any]]]] = {number: {} for number in coco.imgs}
-    for annotation in annotations:
+    for annotation in coco.anns.values():
         of_class = of_image[annotation["image_id"]]
         of_class.setdefault(names[annotation["category_id"]], []).append(annotation)
     for image_id, of_class in tqdm(of_image.items(), desc="reading masks", unit="image"):
-        if of_class:
+        if not wanted.isdisjoint(of_class):
             image = coco_image(coco, source.path("images"), image_id)
-            masks = _OfImage(coco.file, image, source, skipped)
-            yield from filter(None, starmap(masks.of_class, of_class.items()))
+            yield from _masks_of_image(coco.file, image, source, skipped, of_class, wanted)
+
+
+def _masks_of_image(
+    file: Path,
+    image: ImageFile,
+    source: SegmentationSource,
+    skipped: Counter[str],
+    of_class: dict[str, list[dict[str, Any]]],
+    wanted: set[str],
+) -> Iterator[_ClassMask]:
+    """The masks of the wanted classes in one image, each with what else is seen there."""
+    masks = _OfImage(file, image, source, skipped)
+    found = {
+        name: mask
+        for name, annotations in of_class.items()
+        if name in wanted and (mask := masks.of_class(name, annotations)) is not None
+    }
+    # What makes no region, such as a crowd alone, is to be seen in the image all the same.
+    beside = _OfImage(file, image, SegmentationSource(crowds="instances"), Counter())
+    seen = {
+        name: mask.rle
+        for name, annotations in of_class.items()
+        if (mask := found.get(name) or beside.of_class(name, annotations)) is not None
+    }
+    yield from (replace(mask, seen=seen) for mask in found.values())
 
 
 def check_classes(key: str, wanted: set[str], coco: CheckedCOCO) -> None:
@@ -369,21 +395,30 @@ def _cut_masks(
     """Each mask cut to its crop and drawn at image_size; None where nothing is left to see."""
     image_size, scale = settings
     regions: list[PoolRegion | None] = []
+    image, whole = None, {}  # The masks of one image follow one another.
     for mask in masks:
-        image = mask.image
+        if mask.image is not image:
+            image, whole = mask.image, {name: decode_rle(rle) for name, rle in mask.seen.items()}
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
-        mask_HW = crop_and_resize_mask(decode_rle(mask.rle), crop, image_size)
-        if mask_HW.any():
-            regions.append(
-                PoolRegion(
-                    image,
-                    mask.category,
-                    mask.annotations,
-                    crop,
-                    float(mask_HW.mean()),
-                    MaskTarget(encode_rle(mask_HW)["counts"].encode("ascii")),
-                )
-            )
-        else:
+        cut = {
+            name: cut_HW
+            for name, mask_HW in whole.items()
+            if (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
+        }
+        if mask.category not in cut:
             regions.append(None)
+            continue
+        counts = {
+            name: encode_rle(cut_HW)["counts"].encode("ascii") for name, cut_HW in cut.items()
+        }
+        regions.append(
+            PoolRegion(
+                image,
+                mask.category,
+                mask.annotations,
+                crop,
+                float(cut[mask.category].mean()),
+                MaskTarget(counts[mask.category], tuple(counts.items())),
+            )
+        )
     return regions

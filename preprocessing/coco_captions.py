@@ -20,7 +20,12 @@ from preprocessing.image_check import UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.records import kinds_of_id, read_rect
-from preprocessing.visual_genome import caption_region, clean_phrase, drop_rare_classes
+from preprocessing.visual_genome import (
+    caption_region,
+    clean_phrase,
+    drop_rare_classes,
+    with_objects,
+)
 
 
 def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
@@ -46,7 +51,7 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
         image = coco_image(instances, source.path("images"), image_id)
         seen = _boxes(instances, image, image_id, pool.skipped)
         pool.regions += _regions(image, annotations, seen, finder, pool)
-    pool.regions = usable.keep(pool.regions, source.path("images"), pool)
+    pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
     pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool

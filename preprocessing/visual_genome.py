@@ -12,7 +12,8 @@ piece: the largest has 0.7 GB.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import unquote
@@ -55,7 +56,7 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     pool.regions += _read_regions(
         source.path("regions"), images, used, objects, finder, pool.skipped
     )
-    pool.regions = usable.keep(pool.regions, source.path("images"), pool)
+    pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
     pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool
@@ -88,6 +89,20 @@ def caption_region(
     crop = (0, 0, image.width, image.height)
     target = CaptionTarget(box, phrase, references)
     return PoolRegion(image, category, (annotation,), crop, area, target)
+
+
+def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
+    """The regions, each with all that is described in its image (`CaptionTarget.objects`)."""
+    regions = list(regions)
+    of_image: dict[str, dict[tuple[str, str, Box], None]] = {}
+    for region in regions:
+        described = (region.category, region.target.caption, region.target.box)
+        of_image.setdefault(region.image.name, {})[described] = None
+    objects = {name: tuple(described) for name, described in of_image.items()}
+    return [
+        replace(region, target=replace(region.target, objects=objects[region.image.name]))
+        for region in regions
+    ]
 
 
 def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:

@@ -12,6 +12,7 @@ FLOORS = [
     {
         "attributes",
         "auto_classes",
+        "bootstrap",
         "devices",
         "errors",
         "ranges",

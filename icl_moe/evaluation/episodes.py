@@ -4,10 +4,11 @@ it.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl_moe.data.shards import ShardSet, sample_key
 from icl_moe.errors import InputError
+from icl_moe.seeds import stable_seed
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS, Task
 
@@ -50,6 +51,15 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
             )
 
 
+class Swap(NamedTuple):
+    """What a query can be asked for in its class's place: another class that is seen in it, `shown`
+    by the examples of the episode `source`.
+    """
+
+    shown: str
+    source: EvaluationEpisode
+
+
 class EpisodeSet:
     """The first `limit` episodes of `task` (all by default), read from their shards when asked
     for.
@@ -69,6 +79,9 @@ class EpisodeSet:
     def __getitem__(self, index: int) -> EvaluationEpisode:
         if not 0 <= index < self._count:
             raise IndexError(index)
+        return self._read(index)
+
+    def _read(self, index: int) -> EvaluationEpisode:
         sample = self._shards.sample(self.task.name, index)
         pairs = self._codec.decode(sample.sequence, self.task).pairs
         return EvaluationEpisode(sample.key, self.task, sample.category, pairs, sample.meta)
@@ -88,6 +101,53 @@ class EpisodeSet:
             if self._categories[other] != self._categories[index]:
                 return self[other]
         return None
+
+    @cached_property
+    def keep_objects(self) -> bool:
+        """Whether the shards say what else the queries show."""
+        return any("objects" in self[index].meta for index in range(len(self)))
+
+    @cached_property
+    def swaps(self) -> dict[int, Swap]:
+        """Number of an episode -> what its query can be asked for instead; always the same.
+
+        It lacks the episodes whose query shows no other class large enough, or none of which the
+        shards have examples from other images than the query's.
+        """
+        found = (
+            {index: self._swap(index) for index in range(len(self))} if self.keep_objects else {}
+        )
+        return {index: swap for index, swap in found.items() if swap is not None}
+
+    def _swap(self, index: int) -> Swap | None:
+        episode = self[index]
+        objects = self.task.objects(episode)
+        large = {name for name, right in objects.items() if self.task.can_be_shown(right)}
+        if episode.category not in large:
+            return None
+        others = sorted(large - {episode.category}, key=lambda name: stable_seed(episode.key, name))
+        sources = ((name, self._source(episode, name)) for name in others)
+        return next((Swap(name, source) for name, source in sources if source), None)
+
+    def _source(self, episode: EvaluationEpisode, shown: str) -> EvaluationEpisode | None:
+        """An episode of the class `shown`, none of whose examples is of the query's image."""
+        image = episode.meta["sources"][-1]["image"]
+        numbers = self._by_class.get(shown, [])
+        start = stable_seed(episode.key, shown, "examples") % max(len(numbers), 1)
+        for number in numbers[start:] + numbers[:start]:
+            source = self._read(number)
+            if all(of["image"] != image for of in source.meta["sources"][: self.examples]):
+                return source
+        return None
+
+    @cached_property
+    def _by_class(self) -> dict[str, list[int]]:
+        """Class -> its episodes in the whole folder, beyond the limit too."""
+        numbers: dict[str, list[int]] = {}
+        for index in range(self._shards.count(self.task.name)):
+            category = self._shards.sample(self.task.name, index).category
+            numbers.setdefault(category, []).append(index)
+        return numbers
 
     @cached_property
     def _categories(self) -> list[str]:

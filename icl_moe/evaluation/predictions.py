@@ -17,9 +17,11 @@ from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.sequence import Episode
 from icl_moe.tasks.task import Output
 
-Control = Literal["shuffled"]
-"""`shuffled`: each query is asked with examples of another class. A model that makes use of its
-examples must do worse then.
+Control = Literal["shuffled", "swapped"]
+"""`shuffled`: each query is asked with examples of another class, whether it shows that or not. A
+model that makes use of its examples must do worse then. `swapped`: with examples of another class
+that is seen in the query itself. A model that does what its examples show does that class's work
+then.
 """
 
 
@@ -33,7 +35,11 @@ class Condition(NamedTuple):
     def describe(self) -> str:
         """Such as "2 examples of another class"."""
         plural = "" if self.shots == 1 else "s"
-        exchanged = "" if self.control is None else " of another class"
+        exchanged = {
+            None: "",
+            "shuffled": " of another class",
+            "swapped": " of another class of the query",
+        }[self.control]
         return f"{self.shots} example{plural}{exchanged}"
 
 
@@ -42,13 +48,14 @@ class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and what the model
     said, whose keys are the task's.
 
-    copied: whether it equals an example's output; truth_copied: whether the truth does. seconds:
-    the time of its batch / the batch's size.
+    shown: the class of the examples. copied: whether it equals an example's output; truth_copied:
+    whether the truth does. seconds: the time of its batch / the batch's size.
     """
 
     condition: Condition
     key: str
     true_category: str
+    shown: str
     copied: bool
     truth_copied: bool
     seconds: float
@@ -63,7 +70,7 @@ class Prediction:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prediction":
         condition = Condition(*(values.pop(name) for name in Condition._fields))
-        names = ("key", "true_category", "copied", "truth_copied", "seconds")
+        names = ("key", "true_category", "shown", "copied", "truth_copied", "seconds")
         own = {name: values.pop(name) for name in names}
         return cls(condition, **own, said=values)
 
@@ -131,42 +138,53 @@ def predict(
     batch_size: int,
     decoding: Decoding | None = None,
 ) -> None:
-    """Complete every episode under a condition, greedily, in batches of fixed make-up, and log what
-    is new. decoding: see `InContextModel.complete`.
+    """Complete every episode that can be asked under a condition, greedily, in batches of fixed
+    make-up, and log what is new. decoding: see `InContextModel.complete`.
     """
+    asked = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     with tqdm(
-        total=len(episodes),
+        total=len(asked),
         desc=f"{condition.task}, {condition.describe()}",
         unit="episode",
         leave=None,
     ) as bar:
-        for start in range(0, len(episodes), batch_size):
-            numbers = range(start, min(start + batch_size, len(episodes)))
+        for start in range(0, len(asked), batch_size):
+            numbers = asked[start : start + batch_size]
             batch = [episodes[number] for number in numbers]
             if not all((condition, episode.key) in log for episode in batch):
-                examples = [_examples(episodes, number, condition) for number in numbers]
-                log.add(_complete(model, condition, batch, examples, decoding))
+                sources = [_source(episodes, number, condition) for number in numbers]
+                log.add(_complete(model, condition, batch, sources, decoding))
             bar.update(len(batch))
 
 
-def _examples(episodes: EpisodeSet, number: int, condition: Condition) -> tuple[Any, ...]:
+def _source(episodes: EpisodeSet, number: int, condition: Condition) -> EvaluationEpisode:
+    """The episode whose examples are shown."""
+    if condition.control == "swapped":
+        return episodes.swaps[number].source
     source = episodes.of_another_class(number) if condition.control else episodes[number]
     assert source is not None, "shuffling was planned for episodes of several classes only"
-    return source.pairs[: condition.shots]
+    return source
 
 
 def _complete(
     model: InContextModel,
     condition: Condition,
     batch: Sequence[EvaluationEpisode],
-    examples: Sequence[tuple[Any, ...]],
+    sources: Sequence[EvaluationEpisode],
     decoding: Decoding | None,
 ) -> list[Prediction]:
     started = time.perf_counter()
     task = batch[0].task
+    examples = [source.pairs[: condition.shots] for source in sources]
+    # Where the class's name is given, it must be that of the work that is asked for.
+    given = (
+        [source.category for source in sources]
+        if condition.control == "swapped"
+        else [episode.category for episode in batch]
+    )
     requests = [
-        (Episode(task, episode.category, pairs), episode.query.image)
-        for episode, pairs in zip(batch, examples, strict=True)
+        (Episode(task, name, pairs), episode.query.image)
+        for name, episode, pairs in zip(given, batch, examples, strict=True)
     ]
     outputs = model.complete(requests, decoding=decoding)
     said = task.said(model, outputs)
@@ -176,10 +194,13 @@ def _complete(
             condition,
             episode.key,
             episode.category,
+            source.category,
             copied=any(task.repeats(output, pair) for pair in pairs),
             truth_copied=any(task.repeats(episode.query, pair) for pair in pairs),
             seconds=seconds,
             said=words,
         )
-        for episode, pairs, output, words in zip(batch, examples, outputs, said, strict=True)
+        for episode, source, pairs, output, words in zip(
+            batch, sources, examples, outputs, said, strict=True
+        )
     ]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
-from icl_moe.evaluation.gallery import draw_gallery
+from icl_moe.evaluation.gallery import draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.predictions import (
     Condition,
@@ -23,8 +23,17 @@ from icl_moe.evaluation.predictions import (
     PredictionLog,
     predict,
 )
+from icl_moe.evaluation.proof import ShotScores, SwappedQuery, score_shots, score_swaps
 from icl_moe.evaluation.report import Section, write_report
-from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, Source, TaskResult
+from icl_moe.evaluation.results import (
+    Asked,
+    Classes,
+    Metrics,
+    Row,
+    Source,
+    SwapRow,
+    TaskResult,
+)
 from icl_moe.files import write_whole
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.outputs import output_folder, writing
@@ -42,7 +51,7 @@ def evaluate(
     shots: Sequence[int] = (1,),
     limit: int | None = None,
     batch_size: int = 8,
-    control: Control | None = None,
+    controls: Sequence[Control] | None = None,
     device: str | None = None,
     sections: Sequence[Section] = (),
     decoding: Decoding | None = None,
@@ -51,24 +60,40 @@ def evaluate(
     path or a URL (all by default).
 
     shots: how many of an episode's examples to show; each number gives a row of the table.
-    sections: more of the report. decoding: of masks, see `InContextModel.complete`. Writes
-    metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
-    Called again after an interruption, it goes on after the last whole batch.
+    controls: how examples are exchanged for comparison; by default `swapped` where the shards keep
+    what it needs. sections: more of the report. decoding: of masks, see `InContextModel.complete`.
+    Writes metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes
+    them. Called again after an interruption, it goes on after the last whole batch.
 
     Raises InputError where the model and the shards do not belong together, where they cannot be
-    asked with so many examples, and where `out` cannot be written.
+    asked with so many examples or with swapped ones, and where `out` cannot be written.
     """
     out, shots = output_folder(out), list(shots)
     _check_numbers(shots, limit, batch_size)
+    _check_controls(controls)
     shards = ShardSet(shards_dir)
     model = InContextModel.from_pretrained(model_dir, device)
     _check(model, shards, shots)
     decoding = model.decoding(decoding)
+    sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
+    if controls is not None and "swapped" in controls:
+        _check_swaps(shards, sets)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         model_name = Path(model_dir).resolve().name
+        asked = ("swapped",) if controls is None else controls
         return _evaluate(
-            model, model_name, shards, out, shots, limit, batch_size, control, sections, decoding
+            model,
+            model_name,
+            shards,
+            sets,
+            out,
+            shots,
+            limit,
+            batch_size,
+            asked,
+            sections,
+            decoding,
         )
 
 
@@ -76,11 +101,12 @@ def _evaluate(
     model: InContextModel,
     model_name: str,
     shards: ShardSet,
+    sets: Sequence[EpisodeSet],
     out: Path,
     shots: Sequence[int],
     limit: int | None,
     batch_size: int,
-    control: Control | None,
+    controls: Sequence[Control],
     sections: Sequence[Section],
     decoding: Decoding,
 ) -> Metrics:
@@ -95,18 +121,27 @@ def _evaluate(
     log = PredictionLog(out, header)
     tasks: dict[str, TaskResult] = {}
     galleries: list[Gallery] = []
-    for task in shards.manifest.samples:
-        episodes = EpisodeSet(shards, model.codec, task, limit)
-        conditions = _conditions(episodes, shots, control)
+    proofs: dict[str, Gallery] = {}
+    for episodes in sets:
+        task = episodes.task.name
+        conditions = _conditions(episodes, shots, controls)
         for condition in conditions:
             predict(model, episodes, condition, log, batch_size, decoding)
+        swapped = [c for c in conditions if c.control == "swapped"]
+        truths = list(_all(episodes, "reading"))
         tasks[task] = TaskResult(
-            _rows(model, episodes, conditions, log, batch_size),
+            _rows(model, episodes, truths, conditions, log, batch_size),
             held_out_loss(model, shards, task, limit, batch_size),
             _classes(model, shards, task),
+            episodes.task.measure,
+            _swap_rows(model, episodes, swapped, log),
+            "" if swapped else _why_not_swapped(episodes, shots, controls),
+            _by_shots(episodes, truths, conditions, log),
         )
         shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
         galleries.append(draw_gallery(model, episodes, shown, log))
+        if swapped:
+            proofs[task] = draw_proof(model, episodes, swapped[-1], log)
     metrics = Metrics(
         **header,
         model_folder=model_name,
@@ -116,7 +151,7 @@ def _evaluate(
     )
     log.finish()
     write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")
-    write_report(out / "report.html", metrics, galleries, sections)
+    write_report(out / "report.html", metrics, galleries, sections, proofs)
     return metrics
 
 
@@ -127,6 +162,29 @@ def _check_numbers(shots: Sequence[int], limit: int | None, batch_size: int) -> 
     if not shots or not all(isinstance(count, int) and count >= 0 for count in shots):
         raise InputError(
             f"shots must be whole numbers of at least 0, one or more, not {list(shots)}."
+        )
+
+
+def _check_controls(controls: Sequence[Control] | None) -> None:
+    for control in controls or ():
+        if control not in get_args(Control):
+            raise InputError(
+                f"A control must be {' or '.join(get_args(Control))}, not {control!r}."
+            )
+
+
+def _check_swaps(shards: ShardSet, sets: Sequence[EpisodeSet]) -> None:
+    """Raise InputError where no task of the shards can be asked with swapped examples."""
+    if not any(episodes.keep_objects for episodes in sets):
+        raise InputError(
+            f"The shards in {shards.location} do not keep what else a query shows, which the "
+            "control swapped needs; build them anew, in another folder, with this version of "
+            "icl-moe."
+        )
+    if not any(episodes.swaps for episodes in sets):
+        raise InputError(
+            f"No query in {shards.location} shows another class of which the shards have examples, "
+            "which the control swapped needs; take shards of scenes with several classes."
         )
 
 
@@ -159,33 +217,63 @@ def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
 
 
 def _conditions(
-    episodes: EpisodeSet, shots: Sequence[int], control: Control | None
+    episodes: EpisodeSet, shots: Sequence[int], controls: Sequence[Control]
 ) -> list[Condition]:
-    """A row of the table each; the control is left out where there is nothing to exchange."""
+    """How the queries are asked; a control is left out where there is nothing to exchange."""
     own = [Condition(episodes.task.name, count) for count in dict.fromkeys(shots)]
-    if control is None or episodes.of_another_class(0) is None:
-        return own
-    return own + [Condition(c.task, c.shots, control) for c in own if c.shots]
+    possible = {
+        "shuffled": lambda: episodes.of_another_class(0) is not None,
+        "swapped": lambda: bool(episodes.swaps),
+    }
+    return own + [
+        Condition(c.task, c.shots, control)
+        for control in dict.fromkeys(controls)
+        if possible[control]()
+        for c in own
+        if c.shots
+    ]
+
+
+def _why_not_swapped(
+    episodes: EpisodeSet, shots: Sequence[int], controls: Sequence[Control]
+) -> str:
+    if "swapped" not in controls:
+        return "Examples were not swapped: the control was not asked for."
+    if not any(shots):
+        return "Examples were not swapped: none were shown."
+    if not episodes.keep_objects:
+        return (
+            "Examples were not swapped: these shards do not keep what else a query shows, as "
+            "shards that are built anew do."
+        )
+    return (
+        "Examples were not swapped: no query shows another class of which the shards have examples."
+    )
 
 
 def _rows(
     model: InContextModel,
     episodes: EpisodeSet,
+    truths: Sequence[EvaluationEpisode],
     conditions: Sequence[Condition],
     log: PredictionLog,
     batch_size: int,
 ) -> tuple[Row, ...]:
-    """Scores of the model under each condition, then of the first example's output, then of the
-    truth through the image tokenizer where that is a bound.
+    """Scores of the model under each condition that asks all queries, then of the first example's
+    output, of the task's baselines, and of the truth through the image tokenizer where that is a
+    bound.
     """
     task = episodes.task
-    truths = list(_all(episodes, "reading"))
+    conditions = [condition for condition in conditions if condition.control != "swapped"]
     asked = [[log[condition, truth.key] for truth in truths] for condition in conditions]
     sets = [[prediction.said for prediction in predictions] for predictions in asked]
     names: list[tuple[str, Source]] = []
     if episodes.examples:
-        names.append(("the first example's output, whatever the query", "first example"))
+        names.append(_FIRST_EXAMPLE)
         sets.append([task.true_output(truth, 0) for truth in truths])
+    for baseline in task.baselines(truths):
+        names.append((baseline.name, baseline.prediction))
+        sets.append(list(baseline.outputs))
     ceiling = _ceiling(model, episodes, batch_size)
     if ceiling:
         names.append(("the truth through the image tokenizer (ceiling)", "tokenizer"))
@@ -197,6 +285,71 @@ def _rows(
     ]
     rows += [Row(name, prediction, next(scores)) for name, prediction in names]
     return tuple(rows)
+
+
+_FIRST_EXAMPLE: tuple[str, Source] = (
+    "the first example's output, whatever the query",
+    "first example",
+)
+
+
+def _swap_rows(
+    model: InContextModel,
+    episodes: EpisodeSet,
+    conditions: Sequence[Condition],
+    log: PredictionLog,
+) -> tuple[SwapRow, ...]:
+    """The queries that show another class, with their own and with swapped examples: of the model
+    after each number of examples, of the first example's output, and of the task's baselines, which
+    say the same whatever the examples.
+    """
+    if not conditions:
+        return ()
+    task = episodes.task
+    truths = [episodes[number] for number in episodes.swaps]
+    swaps = list(episodes.swaps.values())
+
+    def row(
+        name: str,
+        source: Source,
+        shots: int | None,
+        said: Sequence[Output],
+        said_swapped: Sequence[Output],
+    ) -> SwapRow:
+        queries = [
+            SwappedQuery(truth, swap.shown, *outputs)
+            for truth, swap, *outputs in zip(truths, swaps, said, said_swapped, strict=True)
+        ]
+        return SwapRow(name, source, shots, score_swaps(task, queries, model.format))
+
+    rows = []
+    for swapped in conditions:
+        own = swapped._replace(control=None)
+        said, said_swapped = (
+            [log[condition, truth.key].said for truth in truths] for condition in (own, swapped)
+        )
+        rows.append(row(own.describe(), "model", own.shots, said, said_swapped))
+    first = [task.true_output(truth, 0) for truth in truths]
+    first_swapped = [task.true_output(swap.source, 0) for swap in swaps]
+    rows.append(row(*_FIRST_EXAMPLE, 1, first, first_swapped))
+    for baseline in task.baselines(truths):
+        same = baseline.outputs
+        rows.append(row(baseline.name, baseline.prediction, None, same, same))
+    return tuple(rows)
+
+
+def _by_shots(
+    episodes: EpisodeSet,
+    truths: Sequence[EvaluationEpisode],
+    conditions: Sequence[Condition],
+    log: PredictionLog,
+) -> tuple[ShotScores, ...]:
+    """Empty where only one number of examples was asked for."""
+    own = [condition for condition in conditions if condition.control is None]
+    if len(own) == 1:
+        return ()
+    said = {c.shots: [log[c, truth.key].said for truth in truths] for c in own}
+    return score_shots(episodes.task, truths, said)
 
 
 def _asked(condition: Condition, predictions: Sequence[Prediction]) -> Asked:

@@ -1,15 +1,17 @@
 """report.html: the tables and pictures of an evaluation in one file that needs nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from icl_moe.bootstrap import DRAWS
 from icl_moe.evaluation.results import Metrics, Row, TaskResult
 from icl_moe.files import write_whole
 from icl_moe.pages import render
 from icl_moe.pages.chart import Chart
 from icl_moe.pictures import Gallery
-from icl_moe.tables import Table, as_text, percent
+from icl_moe.tables import Table, as_text, percent, percent_range
+from icl_moe.tasks.task import ClassScore
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,23 @@ class Section:
 
 
 def write_report(
-    path: Path, metrics: Metrics, galleries: Sequence[Gallery], sections: Sequence[Section] = ()
+    path: Path,
+    metrics: Metrics,
+    galleries: Sequence[Gallery],
+    sections: Sequence[Section] = (),
+    proofs: Mapping[str, Gallery] | None = None,
 ) -> None:
-    """Write the report of an evaluation. `sections` stand between the tables and the pictures."""
+    """Write the report of an evaluation. It opens with the `proofs`, task by task: pictures of
+    queries with examples of two classes. `sections` stand between the tables and the other
+    pictures.
+    """
     tasks = [
         {
             "name": name,
+            "proof": (proofs or {}).get(name),
+            "swapped": swapped_table(result) if result.swapped else None,
+            "swapped_note": _swapped_note(result),
+            "by_shots": shots_table(result) if result.by_shots else None,
             "scores": scores_table(result),
             "notes": _notes(result),
             "overlap": _overlap(result),
@@ -49,7 +62,13 @@ def write_report(
 
 def summary(metrics: Metrics) -> str:
     """The report's main tables as text for a terminal."""
-    tables = {name: scores_table(result) for name, result in metrics.tasks.items()}
+    tables: dict[str, Table] = {}
+    for name, result in metrics.tasks.items():
+        if result.swapped:
+            tables[f"{name}, queries that show two classes"] = swapped_table(result)
+        tables[name] = scores_table(result)
+        if result.by_shots:
+            tables[f"{name} by number of examples"] = shots_table(result)
     tables["held-out loss"] = held_out_table(metrics)
     return "\n\n".join(f"{name.capitalize()}\n{as_text(table)}" for name, table in tables.items())
 
@@ -60,7 +79,40 @@ def scores_table(result: TaskResult) -> Table:
     """
     columns = list(result.rows[0].scores.cells())
     head = ["prediction", *columns, "copies", "episodes", "queries/s"]
-    return Table(head, [_cells(row) for row in result.rows])
+    return Table(head, [line for row in result.rows for line in _lines(row)])
+
+
+def swapped_table(result: TaskResult) -> Table:
+    """Queries that show two classes, with their own and with swapped examples."""
+    measure = result.measure
+    columns = {
+        "own_with_own": f"own example: {measure} with own class",
+        "own_with_other": "with the other",
+        "swapped_with_shown": f"swapped example: {measure} with shown class",
+        "swapped_with_own": "with own",
+        "right": "right, own",
+        "right_swapped": "right, swapped",
+        "flips": "flips",
+    }
+    lines = []
+    for row in result.swapped:
+        values = [percent(getattr(row.scores, name)) for name in columns]
+        lines.append([row.name, *values, str(row.scores.queries)])
+        ranges = [percent_range(row.scores.intervals.get(name)) for name in columns]
+        lines.append([_INTERVAL, *ranges, ""])
+    return Table(["prediction", *columns.values(), "queries"], lines)
+
+
+def shots_table(result: TaskResult) -> Table:
+    """The same queries by number of examples, and what each further example gains."""
+    rows = []
+    for row in result.by_shots:
+        gain = "–" if row.gain is None else percent(row.gain)
+        gain_range = percent_range(row.gain_interval)
+        agreement = percent(row.agreement)
+        rows.append([str(row.shots), agreement, percent_range(row.interval), gain, gain_range])
+    head = ["examples", f"mean {result.measure}", _INTERVAL, "gain over the row above", _INTERVAL]
+    return Table(head, rows)
 
 
 def held_out_table(metrics: Metrics) -> Table:
@@ -82,6 +134,18 @@ def held_out_table(metrics: Metrics) -> Table:
     return Table(head, rows)
 
 
+_INTERVAL = "95 % interval"
+
+
+def _lines(row: Row) -> list[list[str]]:
+    """The scores of a row and, where they have any, their intervals."""
+    cells, ranges = _cells(row), row.scores.ranges()
+    if not ranges:
+        return [cells]
+    found = [ranges.get(name, "") for name in row.scores.cells()]
+    return [cells, [_INTERVAL, *found, "", "", ""]]
+
+
 def _cells(row: Row) -> list[str]:
     scores = list(row.scores.cells().values())
     if row.asked is None:
@@ -99,7 +163,26 @@ def _notes(result: TaskResult) -> str:
         "often the truth does).",
         *result.rows[0].scores.notes(),
     ]
+    if result.rows[0].scores.ranges():
+        notes.append(
+            f"95 % intervals: bootstrap over the queries, {DRAWS} draws; the classes and the "
+            "training are held fixed."
+        )
     return " ".join(notes)
+
+
+def _swapped_note(result: TaskResult) -> str:
+    """What must be known to read the table of swapped examples."""
+    if not result.swapped:
+        return result.swapped_note
+    return (
+        "Each query shows its own class and another; it is asked with examples of the one, then of "
+        f"the other. {result.measure} is times 100, and a mean over queries. Right: the output "
+        "agrees more with what is annotated of the class that the examples show than with any "
+        "other class of the query (a caption that names its class: names that class). Flips: the "
+        "share of queries that are right with both. What says the same whatever the examples, has "
+        "no flips."
+    )
 
 
 def _overlap(result: TaskResult) -> str:
@@ -116,9 +199,15 @@ def _class_table(result: TaskResult) -> Table | None:
     """The score of each class in each row; None for a task whose scores are not by class."""
     of_rows = [row.scores.by_class() for row in result.rows]
     rows = [
-        [name, str(episodes), *(percent(by_class[name][1]) for by_class in of_rows)]
-        for name, (episodes, _) in of_rows[0].items()
+        [name, str(first.episodes), *(_class_cell(by_class[name]) for by_class in of_rows)]
+        for name, first in of_rows[0].items()
     ]
     if not rows:
         return None
     return Table(["class", "episodes", *(row.name for row in result.rows)], rows)
+
+
+def _class_cell(found: ClassScore) -> str:
+    if found.interval is None:
+        return percent(found.score)
+    return f"{percent(found.score)} ({percent_range(found.interval)})"

@@ -1,15 +1,16 @@
 """What an evaluation found, as metrics.json has it."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from icl_moe.evaluation.held_out import HeldOutLoss
 from icl_moe.evaluation.predictions import Control
+from icl_moe.evaluation.proof import ShotScores, SwapScores
 from icl_moe.tasks.task import Scores
 
-Source = Literal["model", "first example", "tokenizer"]
-"""Whose outputs a row scores: the model's, the first example's for every query, or the truth
-through the image tokenizer.
+Source = str
+"""Whose outputs a row scores: of the "model", of the "first example" for every query, of the truth
+through the image "tokenizer", or of a baseline of the task, such as "every object".
 """
 
 
@@ -48,6 +49,20 @@ class Row:
         return head | asked | asdict(self.scores)  # type: ignore[call-overload]
 
 
+@dataclass(frozen=True)
+class SwapRow:
+    """One row of the table of swapped examples. `shots`: None where the outputs need no example."""
+
+    name: str
+    prediction: Source
+    shots: int | None
+    scores: SwapScores
+
+    def to_json(self) -> dict[str, Any]:
+        head = {"name": self.name, "prediction": self.prediction, "shots": self.shots}
+        return head | asdict(self.scores)
+
+
 class Classes(NamedTuple):
     """The classes evaluated, and those of them that the model was trained on for this task (None
     where it does not say).
@@ -59,17 +74,30 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All that was found of one task."""
+    """All that was found of one task.
+
+    swapped: the queries that show another class, with their own and with swapped examples; where it
+    is empty, swapped_note says why. by_shots: the same queries by number of examples; empty where
+    they were asked with one number only. measure: what agreement is called in both.
+    """
 
     rows: tuple[Row, ...]
     held_out: HeldOutLoss
     classes: Classes
+    measure: str = ""
+    swapped: tuple[SwapRow, ...] = ()
+    swapped_note: str = ""
+    by_shots: tuple[ShotScores, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "rows": [row.to_json() for row in self.rows],
             "held_out": asdict(self.held_out),
             "classes": self.classes._asdict(),
+            "measure": self.measure,
+            "swapped": [row.to_json() for row in self.swapped],
+            "swapped_note": self.swapped_note,
+            "by_shots": [asdict(row) for row in self.by_shots],
         }
 
 

@@ -6,13 +6,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from icl_moe.tables import percent
+from icl_moe.bootstrap import Interval, intervals
+from icl_moe.tables import percent, percent_range
+from icl_moe.tasks.task import ClassScore
 
 _MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _MARKS |= {"-LRB-", "-RRB-", "-LCB-", "-RCB-"}
@@ -33,6 +37,9 @@ class CaptionScores:
     says what split the texts.
     category_accuracy: how often the category is right, up to case; box_iou: the mean intersection
     over union of the boxes. None where captions do not have them.
+    intervals: 95 % intervals over queries (see bootstrap.py), by score; empty where they were not
+    asked for. BLEU is computed anew from the counts of each draw; CIDEr's document frequencies stay
+    those of the whole set; METEOR, which its Java program computes, has none.
     """
 
     episodes: int
@@ -44,6 +51,7 @@ class CaptionScores:
     tokenizer: str
     category_accuracy: float | None = None
     box_iou: float | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
     def cells(self) -> dict[str, str]:
         shown = dict(zip(("B@1", "B@2", "B@3", "B@4"), self.bleu, strict=True)) | {
@@ -58,24 +66,36 @@ class CaptionScores:
     def figures(self) -> dict[str, float]:
         return {"bleu_4": self.bleu[3], "rouge_l": self.rouge_l, "cider": self.cider}
 
-    def by_class(self) -> dict[str, tuple[int, float]]:
+    def ranges(self) -> dict[str, str]:
+        headings = {f"bleu_{n}": f"B@{n}" for n in range(1, 5)} | {
+            "rouge_l": "ROUGE-L",
+            "cider": "CIDEr",
+            "category_accuracy": "category",
+            "box_iou": "box IoU",
+        }
+        return {headings[name]: percent_range(found) for name, found in self.intervals.items()}
+
+    def by_class(self) -> dict[str, ClassScore]:
         return {}
 
     def notes(self) -> list[str]:
         notes = [f"Texts were split by: {self.tokenizer}."]
-        return notes if self.meteor is not None else [*notes, f"METEOR was {self.meteor_note}."]
+        if self.meteor is None:
+            return [*notes, f"METEOR was {self.meteor_note}."]
+        return [*notes, "METEOR has no interval."] if self.intervals else notes
 
 
 def score_captions(
     predictions: Sequence[Mapping[str, str]],
     references: Mapping[str, Sequence[str]],
     java: bool = True,
+    with_intervals: bool = False,
 ) -> list[CaptionScores]:
     """Scores of each of several sets of plain texts: one prediction a key, against the same
     references, at least one a key.
 
     java: whether Java may be used where it is there. Without it there is no METEOR, and tokens are
-    split plainly, but at once.
+    split plainly, but at once. with_intervals: whether scores have their 95 % intervals.
     """
     keys = list(references)
     texts = [said[key] for said in predictions for key in keys] + [
@@ -85,7 +105,11 @@ def score_captions(
     rest = iter(tokens)
     candidates = [{key: next(rest) for key in keys} for _ in predictions]
     return score_tokenised(
-        candidates, {key: [next(rest) for _ in references[key]] for key in keys}, tokenizer, java
+        candidates,
+        {key: [next(rest) for _ in references[key]] for key in keys},
+        tokenizer,
+        java,
+        with_intervals,
     )
 
 
@@ -94,9 +118,10 @@ def score_tokenised(
     references: Mapping[str, Sequence[str]],
     tokenizer: str,
     java: bool = True,
+    with_intervals: bool = False,
 ) -> list[CaptionScores]:
     """The same of texts whose tokens are separated by spaces; `tokenizer` is noted."""
-    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
@@ -105,15 +130,67 @@ def score_tokenised(
     scores = []
     for candidates, meteor in zip(predictions, meteors, strict=True):
         answers = {key: [candidates[key]] for key in truths}
-        bleu, _ = Bleu(4).compute_score(truths, answers, verbose=0)
-        rouge_l, _ = Rouge().compute_score(truths, answers)
-        cider, _ = Cider().compute_score(truths, answers)
+        bleus = BleuScorer(n=4)
+        for key, texts in truths.items():
+            bleus += (candidates[key], texts)
+        bleu, _ = bleus.compute_score(option="closest")
+        rouge, rouges = Rouge().compute_score(truths, answers)
+        cider, ciders = Cider().compute_score(truths, answers)
+        ranges = _intervals(bleus.ctest, rouges, ciders) if with_intervals else {}
         scores.append(
             CaptionScores(
-                len(answers), tuple(bleu), float(rouge_l), float(cider), meteor, note, tokenizer
+                len(answers),
+                tuple(bleu),
+                float(rouge),
+                float(cider),
+                meteor,
+                note,
+                tokenizer,
+                intervals=ranges,
             )
         )
     return scores
+
+
+def rouge_l(said: str, right: Sequence[str]) -> float:
+    """ROUGE-L of one text against texts that would be right, 0..1; tokens are split plainly."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    texts = [tokenise_plainly(text) for text in right]
+    return float(Rouge().calc_score([tokenise_plainly(said)], texts))
+
+
+def _intervals(
+    counts: Sequence[Mapping[str, Any]], rouges: np.ndarray, ciders: np.ndarray
+) -> dict[str, Interval]:
+    """The intervals of a set. counts: of each text, as pycocoevalcap's BleuScorer keeps them."""
+    lengths = [
+        (text["testlen"], min((abs(n - text["testlen"]), n) for n in text["reflen"])[1])
+        for text in counts
+    ]
+    columns_QS = np.column_stack(
+        [
+            rouges,
+            ciders,
+            np.array(lengths),
+            np.array([text["correct"] for text in counts]),
+            np.array([text["guess"] for text in counts]),
+        ]
+    ).astype(np.float64)
+
+    def scores(weights_BQ: np.ndarray) -> np.ndarray:
+        """ROUGE-L, CIDEr and BLEU-1 to 4, (B, 6)."""
+        sums_BS = weights_BQ @ columns_QS
+        written_B, wanted_B = sums_BS[:, 2], sums_BS[:, 3]
+        # With the small numbers that BleuScorer adds where there would be 0 / 0.
+        precisions_B4 = (sums_BS[:, 4:8] + 1e-15) / (sums_BS[:, 8:] + 1e-9)
+        bleu_B4 = np.cumprod(precisions_B4, axis=1) ** (1 / np.arange(1, 5))
+        brevity_B = (written_B + 1e-15) / (wanted_B + 1e-9)
+        penalty_B = np.exp(np.minimum(0.0, 1 - 1 / brevity_B))
+        return np.column_stack([sums_BS[:, :2] / len(counts), bleu_B4 * penalty_B[:, None]])
+
+    names = ("rouge_l", "cider", *(f"bleu_{n}" for n in range(1, 5)))
+    return dict(zip(names, intervals(scores, len(counts)), strict=True))
 
 
 def java_problem(wanted: bool = True) -> str | None:

@@ -8,19 +8,20 @@ elsewhere, as in the paper.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from icl_moe.attributes import Modality
+from icl_moe.bootstrap import mean_intervals
 from icl_moe.boxes import Box, box_iou, box_to_bins
 from icl_moe.errors import InputError
 from icl_moe.images import box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
-from icl_moe.tasks.caption_scores import CaptionScores, score_captions
+from icl_moe.tasks.caption_scores import CaptionScores, rouge_l, score_captions
 from icl_moe.tasks.caption_template import (
     CaptionText,
     caption_grammar,
@@ -29,7 +30,7 @@ from icl_moe.tasks.caption_template import (
     write_caption,
 )
 from icl_moe.tasks.grammar import Grammar, forced, image_codes
-from icl_moe.tasks.task import CodeReader, Output, Task, Truth
+from icl_moe.tasks.task import CodeReader, Objects, Output, Task, Truth, by_class, check_objects
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +52,15 @@ class CaptionPair:
 class CaptionTarget:
     """What is known of a region: its box in fractions of the crop, its text, and all texts that a
     prediction is measured against.
+
+    objects: all that is described in the region's image, of its own class and of others: (class,
+    text, box). Evaluation tells by them whether a model describes what it was shown.
     """
 
     box: Box
     caption: str
     references: tuple[str, ...] = ()
+    objects: tuple[tuple[str, str, Box], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +75,12 @@ class BoxPicture:
 
 class Captioning(Task):
     """Predictions: `caption`, and `category` and `box` (normalised) where the format has them.
-    KEY.json has `boxes`, `captions` and `references`.
+    KEY.json has `boxes`, `captions`, `references` and, for the query, `objects`.
     """
 
     name: ClassVar[str] = "captioning"
     pair_type: ClassVar[type] = CaptionPair
+    measure: ClassVar[str] = "ROUGE-L"
 
     def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
         return ("image", "text") if format.box == "image" else ("text",)
@@ -164,10 +170,15 @@ class Captioning(Task):
             "boxes": [target.box for target in targets],
             "captions": [target.caption for target in targets],
             "references": [references] if references else [],
+            "objects": [
+                {"class": name, "caption": caption, "box": [round(side, 4) for side in box]}
+                for name, caption, box in targets[-1].objects
+            ],
         }
 
     def verify(self, truth: Truth, image_size: int) -> None:
         meta = truth.meta
+        check_objects(truth, ("caption", "box"))
         for name in ("boxes", "captions"):
             if not isinstance(meta.get(name), list) or len(meta[name]) != len(truth.pairs):
                 raise InputError(f"its JSON must have {len(truth.pairs)} {name}.")
@@ -211,18 +222,41 @@ class Captioning(Task):
     ) -> list[CaptionScores]:
         references = {str(n): truth.meta["references"][0] for n, truth in enumerate(truths)}
         texts = [{str(n): said["caption"] or "" for n, said in enumerate(of)} for of in sets]
-        scores = score_captions(texts, references, java=not quick)
+        scores = score_captions(texts, references, java=not quick, with_intervals=not quick)
         true = [self.true_output(truth) for truth in truths]
-        return [
-            replace(
-                of_set,
-                category_accuracy=_category_accuracy(outputs, true)
-                if format.category == "written"
-                else None,
-                box_iou=_mean_box_iou(outputs, true) if format.box != "none" else None,
+        found = []
+        for of_set, outputs in zip(scores, sets, strict=True):
+            values = {}
+            if format.category == "written":
+                values["category_accuracy"] = _categories_right(outputs, true)
+            if format.box != "none":
+                values["box_iou"] = _box_ious(outputs, true)
+            means = {name: float(np.mean(of_queries)) for name, of_queries in values.items()}
+            intervals = {} if quick else {n: mean_intervals(v)[0] for n, v in values.items()}
+            found.append(
+                replace(
+                    of_set,
+                    category_accuracy=means.get("category_accuracy"),
+                    box_iou=means.get("box_iou"),
+                    intervals=of_set.intervals | intervals,
+                )
             )
-            for of_set, outputs in zip(scores, sets, strict=True)
-        ]
+        return found
+
+    def objects(self, truth: Truth) -> Objects:
+        return by_class(truth)
+
+    def right_outputs(self, truth: Truth) -> list[Output]:
+        return [{"caption": text} for text in truth.meta["references"][0]]
+
+    def agreement(self, said: Output, right: Sequence[Output]) -> float:
+        return rouge_l(said["caption"] or "", [output["caption"] for output in right])
+
+    def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
+        """By the class that the caption names, where the model writes that; else by its words."""
+        if format.category == "written":
+            return _is_category(said, shown)
+        return super().follows(said, shown, objects, format)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return boxed(image, output["box"])
@@ -270,14 +304,16 @@ def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:
     )
 
 
-def _category_accuracy(outputs: Sequence[Output], true: Sequence[Output]) -> float:
-    """How often the category is right, up to case."""
+def _categories_right(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:
     pairs = zip(outputs, true, strict=True)
-    return float(
-        np.mean([(said["category"] or "").lower() == t["category"].lower() for said, t in pairs])
-    )
+    return [float(_is_category(said, t["category"])) for said, t in pairs]
 
 
-def _mean_box_iou(outputs: Sequence[Output], true: Sequence[Output]) -> float:
+def _is_category(said: Output, category: str) -> bool:
+    """Whether an output names a category, up to case."""
+    return (said["category"] or "").lower() == category.lower()
+
+
+def _box_ious(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:
     boxes = [(said["box"], t["box"]) for said, t in zip(outputs, true, strict=True)]
-    return float(np.mean([box_iou(box, t) if box and t else 0.0 for box, t in boxes]))
+    return [box_iou(box, t) if box and t else 0.0 for box, t in boxes]

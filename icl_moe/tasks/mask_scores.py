@@ -1,11 +1,13 @@
 """How well predicted masks agree with the true ones."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from icl_moe.tables import percent
+from icl_moe.bootstrap import Interval, intervals
+from icl_moe.tables import percent, percent_range
+from icl_moe.tasks.task import ClassScore
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class SegmentationScores:
     mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of
         salient object detection (Perazzi et al. 2012), here of binary masks.
     class_iou: IoU_c of each class, and class_episodes how many episodes it had.
+    intervals, class_intervals: 95 % intervals over episodes (see bootstrap.py), by score and by
+        class; empty where they were not asked for. A class that a draw lacks is left out of that
+        draw's miou.
     """
 
     episodes: int
@@ -27,6 +32,8 @@ class SegmentationScores:
     mae: float
     class_iou: dict[str, float]
     class_episodes: dict[str, int]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    class_intervals: dict[str, Interval] = field(default_factory=dict)
 
     def cells(self) -> dict[str, str]:
         return {
@@ -38,37 +45,61 @@ class SegmentationScores:
     def figures(self) -> dict[str, float]:
         return {"miou": self.miou, "mean_iou": self.mean_iou, "mae": self.mae}
 
-    def by_class(self) -> dict[str, tuple[int, float]]:
-        return {name: (self.class_episodes[name], iou) for name, iou in self.class_iou.items()}
+    def ranges(self) -> dict[str, str]:
+        if not self.intervals:
+            return {}
+        low, high = self.intervals["mae"]
+        return {
+            "mIoU": percent_range(self.intervals["miou"]),
+            "mean IoU": percent_range(self.intervals["mean_iou"]),
+            "MAE": f"{low:.3f} – {high:.3f}",
+        }
+
+    def by_class(self) -> dict[str, ClassScore]:
+        return {
+            name: ClassScore(self.class_episodes[name], iou, self.class_intervals.get(name))
+            for name, iou in self.class_iou.items()
+        }
 
     def notes(self) -> list[str]:
         return ["MAE is not times 100."]
 
 
-def score_masks(triples: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> SegmentationScores:
+def score_masks(
+    triples: Iterable[tuple[str, np.ndarray, np.ndarray]], with_intervals: bool = False
+) -> SegmentationScores:
     """Scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one an episode; at least
     one.
     """
-    intersections: dict[str, int] = {}
-    unions: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    ious, errors = [], []
+    names, pixels, errors = [], [], []
     for name, predicted, true in triples:
-        intersection, union = int(np.sum(predicted & true)), int(np.sum(predicted | true))
-        intersections[name] = intersections.get(name, 0) + intersection
-        unions[name] = unions.get(name, 0) + union
-        counts[name] = counts.get(name, 0) + 1
-        ious.append(_ratio(intersection, union))
+        names.append(name)
+        pixels.append((int(np.sum(predicted & true)), int(np.sum(predicted | true))))
         errors.append(float(np.mean(predicted != true)))
-    class_iou = {name: _ratio(intersections[name], unions[name]) for name in sorted(counts)}
-    miou = float(np.mean(list(class_iou.values())))
+    classes, of_E = np.unique(names, return_inverse=True)
+    both_E, either_E = np.array(pixels, dtype=np.float64).T
+    ious_E, counts_C = _ratios(both_E, either_E), np.bincount(of_E)
+
+    def scores(weights_BE: np.ndarray) -> np.ndarray:
+        """mIoU, mean IoU, MAE and each class's IoU, (B, 3 + C)."""
+        one_EC = np.eye(len(classes))[of_E]
+        ious_BC = _ratios(weights_BE * both_E @ one_EC, weights_BE * either_E @ one_EC)
+        ious_BC[weights_BE @ one_EC == 0] = np.nan
+        means_B2 = weights_BE @ np.stack([ious_E, errors], axis=1) / len(names)
+        return np.column_stack([np.nanmean(ious_BC, axis=1), means_B2, ious_BC])
+
+    miou, mean_iou, mae, *of_classes = scores(np.ones((1, len(names))))[0].tolist()
+    found = intervals(scores, len(names)) if with_intervals else []
+    by_name = list(map(str, classes))
     return SegmentationScores(
-        len(ious),
+        len(names),
         miou,
-        float(np.mean(ious)),
-        float(np.mean(errors)),
-        class_iou,
-        dict(sorted(counts.items())),
+        mean_iou,
+        mae,
+        dict(zip(by_name, of_classes, strict=True)),
+        dict(zip(by_name, counts_C.tolist(), strict=True)),
+        dict(zip(("miou", "mean_iou", "mae"), found, strict=False)),
+        dict(zip(by_name, found[3:], strict=False)),
     )
 
 
@@ -79,3 +110,8 @@ def mask_iou(predicted: np.ndarray, true: np.ndarray) -> float:
 
 def _ratio(intersection: int, union: int) -> float:
     return intersection / union if union else 1.0
+
+
+def _ratios(intersections: np.ndarray, unions: np.ndarray) -> np.ndarray:
+    """`_ratio`, element by element."""
+    return np.divide(intersections, unions, out=np.ones_like(intersections), where=unions > 0)

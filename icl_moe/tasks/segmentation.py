@@ -7,7 +7,7 @@ those of a tokenizer that masks have for themselves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,19 @@ from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar, image_codes
 from icl_moe.tasks.mask_scores import SegmentationScores, mask_iou, score_masks
-from icl_moe.tasks.task import CodeReader, Output, Task, Truth
+from icl_moe.tasks.task import (
+    Baseline,
+    CodeReader,
+    Objects,
+    Output,
+    Task,
+    Truth,
+    by_class,
+    check_objects,
+)
+
+LEAST_SHOWN = 0.01
+"""Of a query's pixels: a class that covers less is not asked for in another's place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +51,14 @@ class SegmentationPair:
 
 @dataclass(frozen=True, slots=True)
 class MaskTarget:
-    """The mask of a region's crop at image_size, in COCO's compressed run lengths."""
+    """The mask of a region's crop at image_size, in COCO's compressed run lengths.
+
+    objects: the same for every class that is annotated in the crop, the region's own among them:
+    (class, run lengths). Evaluation tells by them whether a model marks what it was shown.
+    """
 
     counts: bytes
+    objects: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +72,13 @@ class MaskPicture:
 
 
 class Segmentation(Task):
-    """Predictions: `codes` (N numbers) and `mask` (COCO's RLE). KEY.json has `masks`."""
+    """Predictions: `codes` (N numbers) and `mask` (COCO's RLE). KEY.json has `masks` and, for the
+    query, `objects`.
+    """
 
     name: ClassVar[str] = "segmentation"
     pair_type: ClassVar[type] = SegmentationPair
+    measure: ClassVar[str] = "IoU"
 
     def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
         return ("image",)
@@ -114,11 +134,14 @@ class Segmentation(Task):
         return SegmentationPair(image, mask)
 
     def describe(self, targets: Sequence[MaskTarget], image_size: int) -> dict[str, Any]:
-        size = [image_size, image_size]
+        def rle(counts: bytes) -> dict[str, Any]:
+            return {"size": [image_size, image_size], "counts": counts.decode("ascii")}
+
         return {
             "boxes": [None for _ in targets],
-            "masks": [
-                {"size": size, "counts": target.counts.decode("ascii")} for target in targets
+            "masks": [rle(target.counts) for target in targets],
+            "objects": [
+                {"class": name, "mask": rle(counts)} for name, counts in targets[-1].objects
             ],
         }
 
@@ -126,7 +149,9 @@ class Segmentation(Task):
         masks, pairs = truth.meta.get("masks"), len(truth.pairs)
         if not isinstance(masks, list) or len(masks) != pairs:
             raise InputError(f"its JSON must have {pairs} masks.")
-        for mask in masks:
+        check_objects(truth, ("mask",))
+        objects = [entry["mask"] for entry in truth.meta.get("objects", ())]
+        for mask in (*masks, *objects):
             if (
                 not isinstance(mask, dict)
                 or mask.get("size") != [image_size, image_size]
@@ -158,8 +183,11 @@ class Segmentation(Task):
     ) -> list[SegmentationScores]:
         return [
             score_masks(
-                (truth.category, _mask(said), _mask(self.true_output(truth)))
-                for truth, said in zip(truths, outputs, strict=True)
+                (
+                    (truth.category, _mask(said), _mask(self.true_output(truth)))
+                    for truth, said in zip(truths, outputs, strict=True)
+                ),
+                with_intervals=not quick,
             )
             for outputs in sets
         ]
@@ -167,6 +195,32 @@ class Segmentation(Task):
     def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output]:
         """The true masks, encoded and decoded: no model does better with these codes."""
         return self.said(model, [truth.pairs[-1] for truth in truths])
+
+    def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
+        """The whole image, and every annotated object of the query, which an oracle marks."""
+        masks = [_mask(self.true_output(truth)) for truth in truths]
+        whole = [{"mask": encode_rle(np.ones_like(mask_HW))} for mask_HW in masks]
+        found = [Baseline("the whole image", "whole image", whole)]
+        if all(self.objects(truth) for truth in truths):
+            every = [
+                {
+                    "mask": encode_rle(
+                        np.any([_mask(each) for entries in of.values() for each in entries], axis=0)
+                    )
+                }
+                for of in map(self.objects, truths)
+            ]
+            found.append(Baseline("every annotated object of the query", "every object", every))
+        return found
+
+    def objects(self, truth: Truth) -> Objects:
+        return by_class(truth)
+
+    def can_be_shown(self, outputs: Sequence[Output]) -> bool:
+        return any(_mask(output).mean() >= LEAST_SHOWN for output in outputs)
+
+    def agreement(self, said: Output, right: Sequence[Output]) -> float:
+        return max(mask_iou(_mask(said), _mask(output)) for output in right)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return masked(image, _mask(output))

@@ -7,13 +7,15 @@ task is an image (with a class prompt, also the name of the class).
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from icl_moe.attributes import Modality, attribute_class
+from icl_moe.bootstrap import Interval
+from icl_moe.errors import InputError
 from icl_moe.pictures import Cell
 from icl_moe.sequence import Pair, Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.drawn_mask import DrawnMask
@@ -21,6 +23,19 @@ from icl_moe.tasks.grammar import Grammar
 
 Output = dict[str, Any]
 """What a query's output says, as predictions.jsonl has it: plain JSON values by name."""
+
+Objects = Mapping[str, Sequence[Output]]
+"""What is annotated in a query: class -> outputs, each of which would be right for that class."""
+
+
+class Baseline(NamedTuple):
+    """Outputs that no model wrote, one an episode, to compare a model's with. name: as tables have
+    it; prediction: as metrics.json has it.
+    """
+
+    name: str
+    prediction: str
+    outputs: Sequence[Output]
 
 
 class Picture(Protocol):
@@ -56,6 +71,14 @@ class CodeReader(Protocol):
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
 
+class ClassScore(NamedTuple):
+    """The main score of a class, over its episodes."""
+
+    episodes: int
+    score: float
+    interval: Interval | None = None
+
+
 class Scores(Protocol):
     """The scores of a set of outputs: a dataclass, whose fields go into metrics.json."""
 
@@ -70,8 +93,12 @@ class Scores(Protocol):
         """The few numbers that training's curves show, by name."""
         ...
 
-    def by_class(self) -> dict[str, tuple[int, float]]:
-        """(episodes, main score) of each class; empty where scores are not by class."""
+    def ranges(self) -> dict[str, str]:
+        """The 95 % intervals (see bootstrap.py) of the columns that have one: heading -> text."""
+        ...
+
+    def by_class(self) -> Mapping[str, ClassScore]:
+        """The main score of each class; empty where scores are not by class."""
         ...
 
     def notes(self) -> list[str]:
@@ -81,11 +108,12 @@ class Scores(Protocol):
 
 class Task(ABC):
     """A task; `name` is its name in recipes, shards and tables. `pair_type`: the class of its
-    pairs.
+    pairs. `measure`: what `agreement` is called in tables.
     """
 
     name: ClassVar[str]
     pair_type: ClassVar[type]
+    measure: ClassVar[str] = "exact matches"
 
     # The sequence ------------------------------------------------------------------------------
 
@@ -202,7 +230,7 @@ class Task(ABC):
     ) -> Sequence[Scores]:
         """Scores of several sets of outputs, each with one output an episode of `truths`.
 
-        quick: without scores that take another program.
+        quick: without scores that take another program, and without intervals.
         """
 
     def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output] | None:
@@ -210,6 +238,37 @@ class Task(ABC):
         bound.
         """
         return None
+
+    def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
+        """What a model must be better than, besides a copy of its example."""
+        return []
+
+    # Following the examples --------------------------------------------------------------------
+
+    def objects(self, truth: Truth) -> Objects:
+        """What is annotated in the query, its own class among it; empty where shards do not keep
+        that.
+        """
+        return {}
+
+    def can_be_shown(self, outputs: Sequence[Output]) -> bool:
+        """Whether what is annotated of a class of a query is enough to ask for it."""
+        return True
+
+    def right_outputs(self, truth: Truth) -> Sequence[Output]:
+        """What would be right for the query."""
+        return [self.true_output(truth)]
+
+    def agreement(self, said: Output, right: Sequence[Output]) -> float:
+        """How far an output agrees with any of those that would be right, 0..1."""
+        return float(said in right)
+
+    def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
+        """Whether an output is of the class that the examples show: it agrees more with what is
+        annotated of that class in the query than with what is annotated of any other.
+        """
+        others = [self.agreement(said, right) for name, right in objects.items() if name != shown]
+        return self.agreement(said, objects[shown]) > max(others, default=0.0)
 
     # Pictures ----------------------------------------------------------------------------------
 
@@ -251,3 +310,26 @@ class Task(ABC):
         """Pictures of a pair of an episode as its tokens have it, and words about it, for `shards
         preview`. image: the pair's image.
         """
+
+
+def check_objects(truth: Truth, keys: Sequence[str]) -> None:
+    """Raise InputError where the `objects` of a KEY.json, which older shards lack, are not records
+    that have a class and these keys.
+    """
+    objects = truth.meta.get("objects", [])
+    if not isinstance(objects, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("class"), str) and entry.keys() >= {*keys}
+        for entry in objects
+    ):
+        raise InputError(
+            "its JSON must have records under objects, each with the keys "
+            f"{', '.join(('class', *keys))}."
+        )
+
+
+def by_class(truth: Truth) -> dict[str, list[dict[str, Any]]]:
+    """The records under `objects` of a KEY.json, class by class."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in truth.meta.get("objects", ()):
+        found.setdefault(entry["class"], []).append(entry)
+    return found

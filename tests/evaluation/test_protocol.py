@@ -24,7 +24,7 @@ def run(toy_model_folder, toy_shards, tmp_path, no_java):
             toy_model_folder,
             toy_shards,
             tmp_path / out,
-            **{"batch_size": 4, "shots": (1,), **settings},
+            **{"batch_size": 4, "shots": (1,), "controls": (), **settings},
         ).to_json()
 
     return run
@@ -47,7 +47,7 @@ def truth(toy_shards, toy_model_folder):
 
 
 def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
-    metrics = run(shots=(0, 1, 2), control="shuffled")
+    metrics = run(shots=(0, 1, 2), controls=("shuffled",))
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == json.loads(
         json.dumps(metrics)
     )
@@ -87,7 +87,8 @@ def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
         ],
     )
     metrics = run()
-    model, first_example, ceiling = metrics["tasks"]["segmentation"]["rows"]
+    model, first_example, whole, every, ceiling = metrics["tasks"]["segmentation"]["rows"]
+    assert [row["prediction"] for row in (whole, every)] == ["whole image", "every object"]
     for score in ("miou", "mean_iou", "mae", "class_iou"):
         assert model[score] == ceiling[score] != first_example[score]
     model, first_example = metrics["tasks"]["captioning"]["rows"]
@@ -123,7 +124,7 @@ def test_the_control_shows_examples_of_another_class_for_the_same_query(run, mon
         return written(self, requests, **options)
 
     monkeypatch.setattr(InContextModel, "complete", complete)
-    run(control="shuffled")
+    run(controls=("shuffled",))
     assert sorted(seen[True]) == sorted(seen[False])
     assert len(seen[True]) == 11
 
@@ -184,6 +185,7 @@ def test_predictions_of_another_model_are_not_used_again(run, tmp_path, monkeypa
         ({"shots": (1.5,)}, "shots must be whole numbers of at least 0"),
         ({"limit": 0}, "limit must be a whole number of at least 1, not 0"),
         ({"limit": float("nan")}, "limit must be a whole number"),
+        ({"controls": ("swopped",)}, "A control must be shuffled or swapped, not 'swopped'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"batch_size": -3}, "batch_size must be a whole number of at least 1, not -3"),
     ],

@@ -17,7 +17,7 @@ from icl_moe.images import PixelBox, crop_and_resize, load_image, to_image
 from icl_moe.pictures import Cell
 from icl_moe.tasks import register
 from icl_moe.tasks.grammar import image_codes
-from icl_moe.tasks.task import Task
+from icl_moe.tasks.task import ClassScore, Task
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.sources import Reading, register_source
 
@@ -52,7 +52,10 @@ class Closeness:
     def figures(self) -> dict[str, float]:
         return {"difference": self.difference}
 
-    def by_class(self) -> dict[str, tuple[int, float]]:
+    def ranges(self) -> dict[str, str]:
+        return {}
+
+    def by_class(self) -> dict[str, ClassScore]:
         return {}
 
     def notes(self) -> list[str]:

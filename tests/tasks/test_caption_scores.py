@@ -3,10 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.tasks import caption_scores
 from icl_moe.tasks.caption_scores import (
+    rouge_l,
     score_captions,
     score_tokenised,
     tokenise,
@@ -114,3 +117,38 @@ def test_the_ptb_tokenizer_splits_so_too_whatever_the_locale(monkeypatch):
 def test_the_scorers_files_are_found():
     assert isinstance(caption_scores._folder("meteor"), Path)
     assert (caption_scores._folder("meteor") / "meteor-1.5.jar").is_file()
+
+
+def test_intervals_are_those_of_scores_of_plain_draws(no_java):
+    """BLEU from the counts of each draw, ROUGE-L and CIDEr as means, the latter with the document
+    frequencies of the whole set.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    said = {"1": "a dog on grass", "2": "two cats asleep on a bed", "3": "a bus"}
+    (scores,) = score_tokenised([said], REFERENCES, "", with_intervals=True)
+    answers = {key: [text] for key, text in said.items()}
+    _, rouges = Rouge().compute_score(REFERENCES, answers)
+    _, ciders = Cider().compute_score(REFERENCES, answers)
+    rng, draws = np.random.default_rng(SEED), []
+    for _ in range(DRAWS):
+        drawn = [str(n + 1) for n in rng.integers(3, size=3)]
+        bleu, _ = Bleu(4).compute_score(
+            {n: REFERENCES[key] for n, key in enumerate(drawn)},
+            {n: answers[key] for n, key in enumerate(drawn)},
+            verbose=0,
+        )
+        places = [int(key) - 1 for key in drawn]
+        draws.append([*bleu, rouges[places].mean(), ciders[places].mean()])
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+    for name, *expected in zip(names, low, high, strict=True):
+        assert scores.intervals[name] == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_one_text_has_the_rouge_l_that_its_set_has():
+    for said in ("two cats sleep", "a bed", ""):
+        (scores,) = score_captions([{"2": said}], {"2": REFERENCES["2"]}, java=False)
+        assert rouge_l(said, REFERENCES["2"]) == pytest.approx(scores.rouge_l)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.mask_scores import mask_iou, score_masks
 
@@ -64,3 +65,24 @@ def test_empty_masks_agree():
 @settings(max_examples=50, deadline=None)
 def test_run_lengths_read_back(mask):
     assert np.array_equal(decode_rle(encode_rle(mask)), mask)
+
+
+def test_intervals_are_those_of_scores_of_plain_draws():
+    rng = np.random.default_rng(3)
+    triples = [
+        (str(rng.choice(["cat", "dog", "bus"])), *(rng.random((2, 4, 4)) < 0.5)) for _ in range(7)
+    ]
+    draws = np.random.default_rng(SEED)
+    scores = [score_masks([triples[n] for n in draws.integers(7, size=7)]) for _ in range(DRAWS)]
+
+    def middle(values) -> tuple[float, float]:
+        return tuple(np.percentile(values, [2.5, 97.5]).tolist())
+
+    found = score_masks(triples, with_intervals=True)
+    for name in ("miou", "mean_iou", "mae"):
+        assert found.intervals[name] == pytest.approx(middle([getattr(s, name) for s in scores]))
+    assert found.class_intervals.keys() == found.class_iou.keys()
+    for name, interval in found.class_intervals.items():
+        drawn = [s.class_iou[name] for s in scores if name in s.class_iou]
+        assert interval == pytest.approx(middle(drawn))
+    assert found.intervals["miou"][0] <= found.miou <= found.intervals["miou"][1]

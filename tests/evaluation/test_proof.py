@@ -1,0 +1,310 @@
+"""Swapped examples, flips and the number of examples: through `evaluate`, with models that obey
+their examples or ignore them, and against plain loops.
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import toy_export
+import toy_tokenizer
+
+from icl_moe.cli import main
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.proof import SwappedQuery, score_shots, score_swaps
+from icl_moe.evaluation.protocol import evaluate
+from icl_moe.images import crop_and_resize_mask
+from icl_moe.inference.model import InContextModel
+from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.settings import load_recipe
+from icl_moe.tasks import CAPTIONING, SEGMENTATION
+from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.segmentation import Segmentation, SegmentationPair
+from preprocessing.build import build_shards
+from preprocessing.coco import class_masks, load_instances
+from preprocessing.recipe import DataRecipe
+
+
+@pytest.fixture
+def episodes(toy_shards, toy_model_folder):
+    codec = InContextModel.from_pretrained(toy_model_folder).codec
+    shards = ShardSet(toy_shards)
+    return {task: EpisodeSet(shards, codec, task) for task in shards.manifest.samples}
+
+
+@dataclass(frozen=True, eq=False)
+class Said(SegmentationPair):
+    """A pair whose mask is known, whatever its codes."""
+
+    output: dict
+
+
+@pytest.fixture
+def model_that(monkeypatch, episodes):
+    """Has every model mark, or describe, the classes that `marks(all of the query, the one shown)`
+    names. Returns a list that takes what models are asked.
+    """
+
+    def install(marks) -> list:
+        requests_seen = []
+        known = {
+            (e.task.name, e.query.image.tobytes()): e
+            for of_task in episodes.values()
+            for e in map(of_task.__getitem__, range(len(of_task)))
+        }
+
+        def complete(_, requests):
+            requests_seen.extend(requests)
+            return [answer(asked, query) for asked, query in requests]
+
+        def answer(asked, query):
+            truth = known[asked.task.name, query.tobytes()]
+            classes = sorted({e["class"] for e in truth.meta["objects"]})
+            shown = marks(classes, asked.category)
+            entries = [e for e in truth.meta["objects"] if e["class"] in shown]
+            if asked.task is CAPTIONING:
+                first = entries[0]
+                return CaptionPair(query, first["caption"], first["class"], tuple(first["box"]))
+            mask = np.any([decode_rle(e["mask"]) for e in entries], axis=0)
+            return Said(query, query, {"mask": encode_rle(mask)})
+
+        monkeypatch.setattr(InContextModel, "complete", complete)
+        monkeypatch.setattr(Segmentation, "said", lambda _, model, pairs: [p.output for p in pairs])
+        monkeypatch.setattr(Segmentation, "ceiling", lambda *_: None)
+        return requests_seen
+
+    return install
+
+
+@pytest.fixture
+def run(toy_model_folder, toy_shards, tmp_path, no_java):
+    def run(**settings):
+        return evaluate(toy_model_folder, toy_shards, tmp_path / "out", **settings).to_json()
+
+    return run
+
+
+def swapped(metrics, task: str, prediction: str = "model") -> dict:
+    (row,) = [r for r in metrics["tasks"][task]["swapped"] if r["prediction"] == prediction]
+    return row
+
+
+def test_a_model_that_obeys_its_examples_flips_always(run, model_that, tmp_path):
+    model_that(lambda classes, shown: {shown})
+    metrics = run(controls=["swapped"])
+    for task in ("segmentation", "captioning"):
+        row = swapped(metrics, task)
+        assert row["queries"] >= 3
+        assert (row["right"], row["right_swapped"], row["flips"]) == (1, 1, 1)
+        assert row["intervals"]["flips"] == (1, 1)
+    masks = swapped(metrics, "segmentation")
+    assert (masks["own_with_own"], masks["swapped_with_shown"]) == (1, 1)
+    assert (masks["own_with_other"], masks["swapped_with_own"]) == (0, 0)
+    assert swapped(metrics, "segmentation", "every object")["flips"] == 0
+    assert swapped(metrics, "segmentation", "whole image")["flips"] == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.index("one query, examples of two classes") < page.index("Held-out loss")
+    assert "the first query that is right with both" in page
+    assert "the first query that is not" not in page
+
+
+def test_baselines_of_masks_equal_plain_sums(run, model_that, episodes):
+    model_that(lambda classes, shown: {shown})
+    rows = {r["prediction"]: r for r in run(limit=4)["tasks"]["segmentation"]["rows"]}
+    every, whole = [], []
+    for episode in map(episodes["segmentation"].__getitem__, range(4)):
+        true, union = decode_rle(episode.meta["masks"][-1]), np.zeros((64, 64), bool)
+        for entry in episode.meta["objects"]:
+            union |= decode_rle(entry["mask"])
+        every.append(true.sum() / union.sum())  # The query's own mask lies in the union.
+        whole.append(true.mean())
+    assert rows["model"]["mean_iou"] == 1
+    assert rows["every object"]["mean_iou"] == pytest.approx(np.mean(every))
+    assert rows["whole image"]["mean_iou"] == pytest.approx(np.mean(whole))
+
+
+def test_a_model_that_ignores_its_examples_never_flips(run, model_that):
+    """It always takes the class whose name comes first, which is often right, once."""
+    model_that(lambda classes, shown: {classes[0]})
+    metrics = run()
+    for task in ("segmentation", "captioning"):
+        row = swapped(metrics, task)
+        assert 0 < row["right"] + row["right_swapped"] <= 1
+        assert row["flips"] == 0
+    masks = swapped(metrics, "segmentation")
+    assert masks["own_with_own"] == masks["swapped_with_own"] > 0
+
+
+def test_swapped_examples_are_of_another_class_that_the_query_shows(run, model_that, episodes):
+    asked = model_that(lambda classes, shown: {shown})
+    run(shots=(1, 2))
+    for task, of_task in episodes.items():
+        for number, (shown, source) in of_task.swaps.items():
+            episode = of_task[number]
+            assert shown != episode.category == of_task[number].category
+            assert source.category == shown in {e["class"] for e in episode.meta["objects"]}
+            images = {of["image"] for of in source.meta["sources"][:2]}
+            assert episode.meta["sources"][-1]["image"] not in images
+            requests = [
+                len(request.pairs)
+                for request, query in asked
+                if request.task.name == task
+                and request.category == shown
+                and np.array_equal(query, episode.query.image)
+                and request.pairs
+                and np.array_equal(request.pairs[0].image, source.pairs[0].image)
+            ]
+            assert {*requests} == {1, 2}
+
+
+def test_shards_keep_all_that_is_annotated_in_a_query(episodes, toy_shards):
+    """Masks against the scene's own annotations, cut here; captions against its regions."""
+    coco = load_instances(toy_shards / "synthetic/instances_train.json")
+    ids = {record["file_name"]: number for number, record in coco.imgs.items()}
+    described = {
+        record["id"]: record["regions"]
+        for record in json.loads((toy_shards / "synthetic/region_descriptions.json").read_text())
+    }
+    several = 0
+    for episode in map(episodes["segmentation"].__getitem__, range(11)):
+        source = episode.meta["sources"][-1]
+        wanted = {}
+        for number, mask in class_masks(coco, ids[source["image"]]).items():
+            cut = crop_and_resize_mask(mask, tuple(source["crop"]), 64)
+            if cut.any():
+                wanted[coco.cats[number]["name"]] = cut
+        found = {e["class"]: decode_rle(e["mask"]) for e in episode.meta["objects"]}
+        assert found.keys() == wanted.keys()
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+        assert np.array_equal(found[episode.category], decode_rle(episode.meta["masks"][-1]))
+        several += len(found) > 1
+    assert several >= 3
+    for episode in map(episodes["captioning"].__getitem__, range(11)):
+        regions = described[ids[episode.meta["sources"][-1]["image"]]]
+        said = {e["caption"] for e in episode.meta["objects"]}
+        assert said == {region["phrase"] for region in regions}
+        own = {e["caption"] for e in episode.meta["objects"] if e["class"] == episode.category}
+        assert episode.meta["captions"][-1] in own
+
+
+def test_scores_of_swapped_examples_equal_plain_loops(episodes):
+    """Random masks: IoU a pixel at a time, and right where it is higher than with any other."""
+    of_task, rng = episodes["segmentation"], np.random.default_rng(0)
+    queries = []
+    for number, swap in of_task.swaps.items():
+        truth = of_task[number]
+        masks = {e["class"]: decode_rle(e["mask"]) for e in truth.meta["objects"]}
+        kept = [(rng.random((64, 64)) < 0.7) & masks[rng.choice(list(masks))] for _ in range(2)]
+        said = [{"mask": encode_rle(mask)} for mask in kept]
+        queries.append(SwappedQuery(truth, swap.shown, *said))
+    scores = score_swaps(SEGMENTATION, queries, of_task._codec.format)
+
+    def iou(a, b) -> float:
+        pixels = list(zip(a.flat, b.flat, strict=True))
+        return sum(p and q for p, q in pixels) / sum(p or q for p, q in pixels)
+
+    flips, agreements = [], []
+    for truth, shown, said, said_swapped in queries:
+        masks = {e["class"]: decode_rle(e["mask"]) for e in truth.meta["objects"]}
+        both = []
+        for output, wanted in ((said, truth.category), (said_swapped, shown)):
+            found = {name: iou(decode_rle(output["mask"]), mask) for name, mask in masks.items()}
+            best = max(found.values())
+            both.append(found[wanted] == best and list(found.values()).count(best) == 1)
+            agreements.append((found[truth.category], found[shown]))
+        flips.append(all(both))
+    assert scores.flips == pytest.approx(sum(flips) / len(flips))
+    own, after = np.array(agreements[::2]).mean(axis=0), np.array(agreements[1::2]).mean(axis=0)
+    assert (scores.own_with_own, scores.own_with_other) == pytest.approx(tuple(own))
+    assert (scores.swapped_with_own, scores.swapped_with_shown) == pytest.approx(tuple(after))
+    low, high = scores.intervals["own_with_own"]
+    assert low <= scores.own_with_own <= high
+
+
+def test_more_examples_are_compared_query_by_query(episodes):
+    of_task, rng = episodes["captioning"], np.random.default_rng(0)
+    truths = [of_task[number] for number in range(11)]
+    right = [CAPTIONING.true_output(truth) for truth in truths]
+    half = [output if rng.random() < 0.5 else {**output, "caption": "none"} for output in right]
+    none, one, two = score_shots(
+        CAPTIONING, truths, {2: right, 1: half, 0: [{"caption": "none"}] * 11}
+    )
+    assert [row.shots for row in (none, one, two)] == [0, 1, 2]
+    assert (none.agreement, two.agreement) == (0, 1)
+    share = sum(a == b for a, b in zip(half, right, strict=True)) / 11
+    assert one.agreement == one.gain == pytest.approx(share)
+    assert two.gain == pytest.approx(1 - share)
+    assert two.gain_interval == pytest.approx((1 - one.interval[1], 1 - one.interval[0]))
+    assert none.gain is None
+
+
+def test_the_command_swaps_and_shuffles_and_shows_numbers_of_examples(
+    toy_model_folder, toy_shards, tmp_path, no_java, capsys
+):
+    arguments = f"evaluate {toy_model_folder} {toy_shards} --shots 1,2 --limit 6".split()
+    arguments += ["--control", "swapped,shuffled", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "Segmentation, queries that show two classes",
+        "flips",
+        "2 examples of another class",
+        "every annotated object of the query",
+        "the whole image",
+        "Captioning by number of examples",
+        "95 % interval",
+    ):
+        assert text in said, said
+    assert main([*arguments, "--control", "turned"]) == 2
+    assert "A control must be shuffled or swapped, not 'turned'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shards_of(tmp_path):
+    """Builds small shards of drawn scenes; returns their folder and a model for them."""
+
+    def build(*settings: str):
+        tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
+        recipe = load_recipe(
+            DataRecipe,
+            "demo",
+            ["captioning=null", *settings, *toy_tokenizer.recipe_settings(tokenizer)],
+            package="preprocessing",
+        )
+        build_shards(recipe, tmp_path / "shards", workers=0)
+        model = toy_export.save_toy_model(tmp_path / "model", tmp_path / "shards")
+        return model, tmp_path / "shards"
+
+    return build
+
+
+def test_shards_without_what_else_is_seen_are_read_and_the_control_says_what_it_needs(
+    shards_of, monkeypatch, tmp_path
+):
+    described = Segmentation.describe
+
+    def as_before(self, targets, image_size):
+        return {k: v for k, v in described(self, targets, image_size).items() if k != "objects"}
+
+    monkeypatch.setattr(Segmentation, "describe", as_before)
+    model, shards = shards_of("synthetic.images=40", "samples=3")
+    with pytest.raises(InputError, match=r"do not keep what else a query shows.*build them anew"):
+        evaluate(model, shards, tmp_path / "out", controls=["swapped"])
+    assert not (tmp_path / "out").exists()
+    result = evaluate(model, shards, tmp_path / "out").to_json()["tasks"]["segmentation"]
+    assert result["swapped"] == []
+    assert "these shards do not keep what else a query shows" in result["swapped_note"]
+    assert "every object" not in {row["prediction"] for row in result["rows"]}
+    assert result["swapped_note"] in (tmp_path / "out/report.html").read_text()
+
+
+def test_queries_that_show_one_class_only_cannot_be_asked_for_another(
+    shards_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("icl_moe.tasks.segmentation.LEAST_SHOWN", 2.0)
+    model, shards = shards_of("synthetic.images=40", "samples=3")
+    with pytest.raises(InputError, match=r"No query in .* shows another class of which the shards"):
+        evaluate(model, shards, tmp_path / "out", controls=["swapped"])
