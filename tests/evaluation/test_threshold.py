@@ -103,6 +103,6 @@ def test_a_model_that_was_not_trained_for_it_refuses_to_decode_in_parallel(
     command = ["evaluate", str(toy_model_folder), str(other_shards), "--out", str(tmp_path / "out")]
     assert main([*command, "--decoding", "parallel"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("icl-moe: This model cannot decode in parallel")
-    assert said.count("\n") == 1
+    assert "icl-moe: This model cannot decode in parallel, since it was not trained for it" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
