@@ -75,6 +75,7 @@ def caption_region(
     box: Box,
     phrase: str,
     references: tuple[str, ...],
+    style: str = "",
 ) -> PoolRegion | None:
     """A region of the captioning pool; None where the box is empty.
 
@@ -87,7 +88,7 @@ def caption_region(
         return None
     crop = (0, 0, image.width, image.height)
     target = CaptionTarget(box, phrase, references)
-    return PoolRegion(image, category, (annotation,), crop, area, target)
+    return PoolRegion(image, category, (annotation,), crop, area, target, style)
 
 
 def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
