@@ -1,4 +1,5 @@
-"""Episodes: which regions stand together, k examples and a query of one class."""
+"""Episodes: which regions stand together, k examples and a query of one class (and, where
+a source has several ways to describe, of one style)."""
 
 import zlib
 
@@ -13,15 +14,15 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
 
     Queries run over the pool in shuffled order, again and again in new orders where more samples
     are asked for than it has regions (None: one pass). Examples are drawn uniformly from the
-    query's class, each from another image than all others of the episode. An episode is a pure
-    function of (pool, seed, task, its number). Every class must be seen in at least examples + 1
-    images, as `Pool.drop_small_classes` sees to.
+    query's class and style, each from another image than all others of the episode. An episode is
+    a pure function of (pool, seed, task, its number). Every class must be seen in at least
+    examples + 1 images in each of its styles, as `Pool.drop_small_classes` sees to.
     """
     count = len(pool.regions) if samples is None else samples
     if not pool.regions:
         return np.zeros((0, examples + 1), dtype=np.int64)
     task = zlib.crc32(pool.task.encode())
-    members = {category: np.array(numbers) for category, numbers in pool.by_class().items()}
+    members = {kind: np.array(numbers) for kind, numbers in pool.by_kind().items()}
     image_numbers: dict[str, int] = {}
     images = np.array(
         [image_numbers.setdefault(region.image.name, len(image_numbers)) for region in pool.regions]
@@ -34,7 +35,7 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
         query = int(order[place])
         rng = np.random.default_rng([seed, task, 1, index])
         episodes[index] = (
-            *_draw(rng, members[pool.regions[query].category], images, query, examples),
+            *_draw(rng, members[pool.regions[query].kind], images, query, examples),
             query,
         )
     return episodes

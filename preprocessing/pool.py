@@ -36,7 +36,8 @@ class PoolRegion:
 
     annotations: ids in the source. crop: the part of the image that the model sees, stretched to
     image_size x image_size. scale: area of the object / area of the crop. target: what the pair's
-    output says, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`).
+    output says, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`). style: in
+    what way the target describes, where a source has several; an episode is of one style.
     """
 
     image: ImageFile
@@ -45,6 +46,12 @@ class PoolRegion:
     crop: PixelBox
     scale: float
     target: Any
+    style: str = ""
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What all regions of an episode share: class and style."""
+        return self.category, self.style
 
 
 @dataclass
@@ -65,22 +72,29 @@ class Pool:
             numbers.setdefault(region.category, []).append(number)
         return dict(sorted(numbers.items()))
 
+    def by_kind(self) -> dict[tuple[str, str], list[int]]:
+        """Class and style -> numbers of the regions that episodes can be drawn from."""
+        numbers: dict[tuple[str, str], list[int]] = {}
+        for number, region in enumerate(self.regions):
+            numbers.setdefault(region.kind, []).append(number)
+        return numbers
+
     def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
         """Count the classes that a recipe asks for by name and the source has nothing of."""
         unseen = set(asked or ()) - {region.category for region in self.regions}
         self.skipped["classes_without_a_region"] += len(unseen)
 
     def drop_small_classes(self, images: int) -> None:
-        """Leave out classes that are seen in fewer than `images` different images: no episode can
-        be made of them.
+        """Leave out classes that are seen, in a style, in fewer than `images` different images: no
+        episode can be made of them. Counts a class once for each style in which that is so.
         """
-        seen: dict[str, set[str]] = {}
+        seen: dict[tuple[str, str], set[str]] = {}
         for region in self.regions:
-            seen.setdefault(region.category, set()).add(region.image.name)
-        self.drop_classes(
-            {category for category, names in seen.items() if len(names) < images},
-            "classes_with_too_few_images",
-        )
+            seen.setdefault(region.kind, set()).add(region.image.name)
+        small = {kind for kind, names in seen.items() if len(names) < images}
+        if small:
+            self.regions = [region for region in self.regions if region.kind not in small]
+            self.skipped["classes_with_too_few_images"] += len(small)
 
     def drop_classes(self, classes: set[str], reason: str) -> None:
         if classes:

@@ -50,19 +50,24 @@ class SegmentationSource(_Source):
 
 @dataclass(frozen=True)
 class CaptioningSource(_Source):
-    """Where region descriptions come from: Visual Genome, COCO's captions, or drawn scenes in
-    Visual Genome's format.
+    """Where region descriptions come from: Visual Genome, COCO's captions, captions of single
+    instances, or drawn scenes in one of these formats.
 
     images: the folder of images. annotations, instances: the captions and the instances file
-    (source=coco_captions).
+    (source=coco_captions, instance_captions).
+    styles: the styles to use of those that the captions have; null means all
+    (source=instance_captions, and synthetic with synthetic.world=classes).
     regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits,
     split: a JSON file with lists of its image ids by name (such as DenseCap's) and the list to use;
     Visual Genome has no split of its own.
-    classes: the classes to use; null means COCO's 80. min_descriptions: a class needs more
+    classes: the classes to use; null means COCO's 80, or all of the instances file
+    (source=instance_captions). min_descriptions: a class needs more
     descriptions than this.
     """
 
-    source: Literal["visual_genome", "coco_captions", "synthetic"] = "visual_genome"
+    source: Literal["visual_genome", "coco_captions", "instance_captions", "synthetic"] = (
+        "visual_genome"
+    )
     images: str | None = None
     annotations: str | None = None
     instances: str | None = None
@@ -72,6 +77,7 @@ class CaptioningSource(_Source):
     splits: str | None = None
     split: str | None = None
     classes: tuple[str, ...] | None = None
+    styles: tuple[str, ...] | None = None
     min_descriptions: Natural = 100
 
 
@@ -158,11 +164,25 @@ class DataRecipe:
                     "captioning.splits and captioning.split go together: a file, and the name of a "
                     "list in it."
                 )
-        if self.captioning is not None and self.captioning.source == "coco_captions":
+        if self.captioning is not None and self.captioning.source.endswith("_captions"):
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
+        if self.captioning is not None and self.captioning.styles is not None:
+            self._check_styles(self.captioning)
         self.sequence_format(
             codes_per_image=1
         )  # checks the vocabulary against the settings of the text
+
+    def _check_styles(self, captioning: CaptioningSource) -> None:
+        draws_classes = captioning.source == "synthetic" and self.synthetic.world == "classes"
+        if captioning.source != "instance_captions" and not draws_classes:
+            raise InputError(
+                "captioning.styles needs captions that have styles: "
+                "captioning.source=instance_captions, or synthetic with synthetic.world=classes."
+            )
+        if not captioning.styles:
+            raise InputError(
+                "captioning.styles must name at least one style, or be null for all that there are."
+            )
 
     @property
     def draws_scenes(self) -> bool:
@@ -182,15 +202,27 @@ class DataRecipe:
         )
 
     def with_scenes_in(self, folder: Path) -> "DataRecipe":
-        """This recipe with `source: synthetic` resolved to the files that `synthetic.write_dataset`
-        wrote into `folder`.
+        """This recipe with `source: synthetic` resolved to the files that `write_dataset` of
+        `synthetic`, or of `world`, wrote into `folder`.
         """
         images = str(folder / "images")
+        instances = str(folder / f"instances_{self.synthetic.split}.json")
         segmentation, captioning = self.segmentation, self.captioning
         if segmentation is not None and segmentation.source == "synthetic":
-            annotations = str(folder / f"instances_{self.synthetic.split}.json")
             segmentation = replace(
-                segmentation, source="coco", images=images, annotations=annotations
+                segmentation, source="coco", images=images, annotations=instances
+            )
+        if (
+            captioning is not None
+            and captioning.source == "synthetic"
+            and self.synthetic.world == "classes"
+        ):
+            captioning = replace(
+                captioning,
+                source="instance_captions",
+                images=images,
+                annotations=str(folder / f"captions_{self.synthetic.split}.json"),
+                instances=instances,
             )
         if captioning is not None and captioning.source == "synthetic":
             regions, objects, image_data = (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from icl_moe.errors import InputError, nearest
 from icl_moe.settings import from_dict
 from icl_moe.tasks import find_task
-from preprocessing import coco, coco_captions, visual_genome
+from preprocessing import coco, coco_captions, instance_captions, visual_genome
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
@@ -102,6 +102,11 @@ def _read_coco_captions(source: CaptioningSource, reading: Reading) -> Pool:
     return coco_captions.read_captioning(source, reading.usable)
 
 
+def _read_instance_captions(source: CaptioningSource, reading: Reading) -> Pool:
+    return instance_captions.read_captioning(source, reading.usable)
+
+
 register_source("segmentation", "coco", SegmentationSource, _read_coco)
 register_source("captioning", "visual_genome", CaptioningSource, _read_visual_genome)
 register_source("captioning", "coco_captions", CaptioningSource, _read_coco_captions)
+register_source("captioning", "instance_captions", CaptioningSource, _read_instance_captions)

@@ -76,6 +76,7 @@ def caption_region(
     box: Box,
     phrase: str,
     references: tuple[str, ...],
+    style: str = "",
 ) -> PoolRegion | None:
     """A region of the captioning pool; None where the box is empty.
 
@@ -88,7 +89,7 @@ def caption_region(
         return None
     crop = (0, 0, image.width, image.height)
     target = CaptionTarget(box, phrase, references)
-    return PoolRegion(image, category, (annotation,), crop, area, target)
+    return PoolRegion(image, category, (annotation,), crop, area, target, style)
 
 
 def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:

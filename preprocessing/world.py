@@ -10,7 +10,7 @@ split and its number, and so are the bytes of the files.
 import math
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -25,6 +25,7 @@ from icl_moe.images import PixelBox
 from icl_moe.rle import encode_rle
 from icl_moe.seeds import stable_seed
 from preprocessing.recipe import SyntheticScenes
+from preprocessing.styles import SeenObject, describe
 from preprocessing.synthetic import (
     COLOURS,
     OUTLINES,
@@ -225,9 +226,9 @@ _PARTS: dict[str | None, tuple[np.ndarray, ...]] = {
 # --- Scenes --------------------------------------------------------------------------------------
 
 _GROUNDS = {
-    "grey": (128, 128, 128),
-    "dark": (62, 62, 68),
-    "pale": (196, 194, 188),
+    "grey": (122, 122, 122),
+    "dark": (56, 56, 62),
+    "pale": (205, 203, 197),
     "green": (104, 128, 98),
     "blue": (98, 116, 146),
     "brown": (138, 114, 94),
@@ -476,7 +477,7 @@ def _draw_light(rng: np.random.Generator, side: int) -> np.ndarray:
     steps = np.linspace(-1, 1, side, dtype=np.float32)
     fall_HW = slope * (math.cos(angle) * steps + math.sin(angle) * steps[:, None])
     warmth = rng.uniform(-0.06, 0.06)
-    tint = rng.uniform(0.75, 1.1) * np.array([1 + warmth, 1, 1 - warmth])
+    tint = rng.uniform(0.8, 1.1) * np.array([1 + warmth, 1, 1 - warmth])
     return ((1 + fall_HW)[..., None] * tint).astype(np.float32)
 
 
@@ -488,6 +489,7 @@ def write_dataset(folder: Path, scenes: SyntheticScenes, side: int, workers: int
 
     images/<image_id>.png     squares of `side` pixels
     instances_<split>.json    COCO 2017 instances; all masks are RLE
+    captions_<split>.json     captions of each instance, as instance_captions.py reads them
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     numbered = classes_of_split(scenes.split, scenes.classes)
@@ -498,54 +500,84 @@ def write_dataset(folder: Path, scenes: SyntheticScenes, side: int, workers: int
         for start in range(0, scenes.images, _CHUNK)
     ]
     annotations: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
     work = (folder / "images", scenes, pool, side)
     with tqdm(total=scenes.images, desc=f"drawing {scenes.split}", unit="image") as progress:
-        for drawn in ordered_map(_draw_images, work, chunks, workers):
-            for annotation in drawn:
-                category = ids[annotation.pop("class")]
-                number = len(annotations) + 1
+        for chunk, drawn in zip(
+            chunks, ordered_map(_draw_images, work, chunks, workers), strict=True
+        ):
+            for annotation, texts in drawn:
+                category, number = ids[annotation.pop("class")], len(annotations) + 1
                 annotations.append({**annotation, "category_id": category, "id": number})
-            progress.update(_CHUNK)
-    content = {
-        "info": {"description": "Drawn scenes of composed classes, in COCO's format"},
-        "images": [
-            {"id": number, "file_name": f"{number}.png", "width": side, "height": side}
-            for number in range(1, scenes.images + 1)
-        ],
-        "annotations": annotations,
-        "categories": [
-            {"id": number, "name": drawn.name, "supercategory": drawn.outline}
-            for number, drawn in numbered
-        ],
-    }
-    write_json(folder / f"instances_{scenes.split}.json", content)
+                about = {"image_id": annotation["image_id"], "instance_id": number}
+                for text in texts:
+                    captions.append({**about, **text, "id": len(captions) + 1})
+            progress.update(len(chunk))
+    images = [
+        {"id": number, "file_name": f"{number}.png", "width": side, "height": side}
+        for number in range(1, scenes.images + 1)
+    ]
+    categories = [
+        {"id": number, "name": drawn.name, "supercategory": drawn.outline}
+        for number, drawn in numbered
+    ]
+    info = {"description": "Drawn scenes of composed classes, in COCO's format"}
+    head = {"info": info, "images": images}
+    write_json(
+        folder / f"instances_{scenes.split}.json",
+        {**head, "annotations": annotations, "categories": categories},
+    )
+    write_json(folder / f"captions_{scenes.split}.json", {**head, "annotations": captions})
+
+
+_Drawn = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def _draw_images(
     work: tuple[Path, SyntheticScenes, ClassPool, int], numbers: range
-) -> list[dict[str, Any]]:
-    """Draw some scenes; returns the annotations of their objects, in which `class` is the class's
-    number in the pool.
+) -> list[_Drawn]:
+    """Draw some scenes; returns the annotation of each object, in which `class` is the class's
+    number in the pool, and its captions.
     """
     folder, scenes, pool, side = work
-    annotations = []
+    drawn = []
     for index in numbers:
         scene = draw_class_scene(
             pool, side, scenes.seed, scenes.split, index, scenes.hard_neighbours
         )
         scene.image.save(folder / f"{index + 1}.png", compress_level=1)
-        annotations += list(_annotations(scene, index + 1))
-    return annotations
+        texts = _captions(pool, scene, side, scenes, index)
+        drawn += [
+            (_annotation(seen, index + 1), texts[place]) for place, seen in enumerate(scene.objects)
+        ]
+    return drawn
 
 
-def _annotations(scene: ClassScene, image_id: int) -> Iterator[dict[str, Any]]:
+def _captions(
+    pool: ClassPool, scene: ClassScene, side: int, scenes: SyntheticScenes, index: int
+) -> list[list[dict[str, Any]]]:
+    """What is said of each object of a scene, in each style."""
+    rng = np.random.default_rng(
+        [scenes.seed, zlib.crc32(f"captions {scenes.split}".encode()), index]
+    )
+    seen = []
     for drawn in scene.objects:
-        left, top, right, bottom = drawn.box
-        yield {
-            "segmentation": encode_rle(drawn.mask_HW),
-            "area": float(drawn.mask_HW.sum()),
-            "iscrowd": 0,
-            "image_id": image_id,
-            "bbox": [left, top, right - left, bottom - top],
-            "class": drawn.number,
-        }
+        of_class = pool[drawn.number]
+        colours = tuple(filter(None, (of_class.colour, of_class.second)))
+        seen.append(SeenObject(of_class.name, of_class.outline, colours, drawn.box))
+    texts: list[list[dict[str, Any]]] = [[] for _ in seen]
+    for place, style, text in describe(rng, seen, scene.ground, side):
+        texts[place].append({"style": style, "caption": text})
+    return texts
+
+
+def _annotation(drawn: DrawnObject, image_id: int) -> dict[str, Any]:
+    left, top, right, bottom = drawn.box
+    return {
+        "segmentation": encode_rle(drawn.mask_HW),
+        "area": float(drawn.mask_HW.sum()),
+        "iscrowd": 0,
+        "image_id": image_id,
+        "bbox": [left, top, right - left, bottom - top],
+        "class": drawn.number,
+    }

@@ -4,6 +4,7 @@ the seed.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle
 from icl_moe.settings import load_recipe
 from preprocessing.build import build_shards
-from preprocessing.recipe import DataRecipe
+from preprocessing.recipe import DataRecipe, SyntheticScenes
 from preprocessing.verify import verify_shards
 from preprocessing.world import (
     HELD_OUT,
@@ -26,10 +27,11 @@ from preprocessing.world import (
     all_classes,
     classes_of_split,
     draw_class_scene,
+    write_dataset,
 )
 
 SIDE = 64
-SMALL = ["synthetic.images=60", "synthetic.classes=20", "examples=2", "shard_size=100"]
+SMALL = ["synthetic.images=60", "synthetic.classes=20", "examples=2", "samples=160"]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,8 @@ def test_equal_seeds_give_equal_bytes_whatever_the_workers(
 ) -> None:
     build(tokenizer, tmp_path / "again", workers=3)
     assert files(tmp_path / "again") == files(shards)
-    build(tokenizer, tmp_path / "other", "synthetic.seed=1")
-    image = "synthetic/images/1.png"
-    assert files(tmp_path / "other")[image] != files(shards)[image]
+    write_dataset(tmp_path, SyntheticScenes(images=1, seed=1, classes=20), SIDE, workers=0)
+    assert files(tmp_path)["images/1.png"] != files(shards)["synthetic/images/1.png"]
 
 
 def test_a_scene_does_not_depend_on_how_many_follow(pool: ClassPool, shards: Path) -> None:
@@ -138,6 +139,80 @@ def test_colours_and_patterns_are_those_of_the_class(
     assert all(spread < 50 for spread in spreads[True])
 
 
+def style_of(text: str) -> str:
+    if re.search(r"\b(ground|background|backdrop)\b", text):
+        return "colour"
+    return "relation" if re.search(RELATION_WORDS, text) else "place"
+
+
+RELATION_WORDS = r"\b(left of|right of|above|over|below|under|higher|lower)\b"
+
+
+def test_captions_are_of_the_style_of_their_episode_in_varied_words(shards: Path) -> None:
+    shard_set = ShardSet(shards)
+    texts: dict[str, set[str]] = {"place": set(), "colour": set(), "relation": set()}
+    for number in range(shard_set.manifest.samples["captioning"]):
+        meta = shard_set.sample("captioning", number).meta
+        said = [*meta["captions"], *meta["references"][0]]
+        assert {style_of(text) for text in said} == {meta["style"]}
+        assert meta["captions"][-1] in meta["references"][0]
+        assert len(meta["references"][0]) == 2
+        texts[meta["style"]].update(said)
+    assert all(len(of_style) > 60 for of_style in texts.values())
+    content = json.loads((shards / "synthetic/captions_train.json").read_text())
+    styles: dict[int, set[str]] = {}
+    for record in content["annotations"]:
+        styles.setdefault(record["instance_id"], set()).add(record["style"])
+    in_every_style = [of_instance for of_instance in styles.values() if len(of_instance) == 3]
+    assert len(in_every_style) > 0.8 * len(styles)
+
+
+def test_captions_are_true_of_their_pictures(shards: Path) -> None:
+    """Read the words back and hold them against boxes, classes and grounds."""
+    pool = ClassPool([drawn for _, drawn in classes_of_split("train", 20)])
+    content = json.loads((shards / "synthetic/captions_train.json").read_text())
+    instances = json.loads((shards / "synthetic/instances_train.json").read_text())
+    annotations = {record["id"]: record for record in instances["annotations"]}
+    names = {record["id"]: record["name"] for record in instances["categories"]}
+    colours = {colour for drawn in pool.classes for colour in (drawn.colour, drawn.second)}
+    for record in content["annotations"]:
+        words, index = record["caption"].replace(",", "").split(), record["image_id"] - 1
+        annotation = annotations[record["instance_id"]]
+        x, y = (
+            (start + length / 2) / SIDE
+            for start, length in zip(annotation["bbox"][:2], annotation["bbox"][2:], strict=True)
+        )
+        (drawn,) = [c for c in pool.classes if c.name == names[annotation["category_id"]]]
+        if record["style"] == "place":
+            assert ("left" in words, "right" in words) == (x < 1 / 3, x > 2 / 3), record
+            assert ("top" in words, "bottom" in words) == (y < 1 / 3, y > 2 / 3), record
+        elif record["style"] == "colour":
+            scene = draw_class_scene(pool, SIDE, 0, "train", index, 0.5)
+            ground = words.pop() if words[-1] == scene.ground else words.pop(-2)
+            assert ground == scene.ground
+            assert colours.intersection(words) == {drawn.colour, drawn.second} - {None}
+        else:
+            others = [
+                other["bbox"]
+                for other in instances["annotations"]
+                if other["image_id"] == record["image_id"] and other is not annotation
+            ]
+            assert any(holds(record["caption"], annotation["bbox"], box) for box in others), record
+
+
+def holds(text: str, subject: list[int], other: list[int]) -> bool:
+    """Whether a text of style relation is true of the boxes of its subject and of another."""
+    way = re.search(RELATION_WORDS, text)
+    assert way is not None
+    axis, sign = {"left": (0, -1), "right": (0, 1)}.get(
+        way[0].split()[0], (1, -1 if way[0] in ("above", "over", "higher") else 1)
+    )
+    if text.endswith(" it"):
+        sign = -sign
+    centres = [box[axis] + box[axis + 2] / 2 for box in (subject, other)]
+    return sign * (centres[0] - centres[1]) > 0
+
+
 def test_every_class_is_seen_and_hard_neighbours_come_in_their_share(pool: ClassPool) -> None:
     few = ClassPool(pool.classes[:40])
     scenes = [draw_class_scene(few, SIDE, 3, "train", index, 0.0) for index in range(40)]
@@ -177,6 +252,15 @@ def test_held_out_classes_are_never_drawn_in_training(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("captioning.styles=[]", r"captioning.styles must name at least one style, or be null"),
+        (
+            "captioning.styles=[plac]",
+            r"styles names 'plac' \(did you mean 'place'\?\); the styles in",
+        ),
+        (
+            "synthetic.world=shapes captioning.styles=[place]",
+            r"styles needs captions that have styles",
+        ),
         ("synthetic.world=classs", r"'synthetic.world' must be one of shapes \| classes"),
         ("synthetic.classes=3", r"synthetic.classes must lie in 4..100000, not 3"),
         ("synthetic.hard_neighbours=1.5", r"synthetic.hard_neighbours must lie in 0..1, not 1.5"),
@@ -187,4 +271,4 @@ def test_wrong_settings_are_refused(
     tokenizer: Path, tmp_path: Path, setting: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        build(tokenizer, tmp_path / "out", setting)
+        build(tokenizer, tmp_path / "out", *setting.split())

@@ -1,0 +1,105 @@
+"""Captions of single instances -> the captioning pool. The file is one of COCO's captions whose
+records have two keys more:
+
+    {"id": 1, "image_id": 5, "caption": "in the middle", "instance_id": 17, "style": "place"}
+
+instance_id: an annotation of the instances file, whose class and box are the region's. style: in
+what way the text describes, as the data set names it; an episode is of one style. The references of
+a region are all texts of its instance in its style.
+"""
+
+from typing import Any
+
+from tqdm import tqdm
+
+from icl_moe.boxes import normalise_box
+from icl_moe.errors import InputError, nearest, shown
+from preprocessing.coco import CheckedCOCO, check_classes, coco_image, load_captions, load_instances
+from preprocessing.image_check import UsableImages
+from preprocessing.pool import Pool, PoolRegion
+from preprocessing.recipe import CaptioningSource
+from preprocessing.records import read_rect
+from preprocessing.visual_genome import caption_region, clean_phrase, drop_rare_classes
+
+
+def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
+    """The captioning pool. Raises InputError for whatever is wrong in the files, and for a class or
+    style of the recipe that they do not have.
+    """
+    captions = load_captions(source.path("annotations"))
+    instances = load_instances(source.path("instances"))
+    if source.classes is not None:
+        check_classes("captioning.classes", set(source.classes), instances)
+    texts = _texts(captions, instances)
+    styles = {style for _, style in texts}
+    for style in source.styles or ():
+        if style not in styles:
+            raise InputError(
+                f"captioning.styles names '{style}'{nearest(style, sorted(styles))}; the styles in "
+                f"{captions.file} are {', '.join(sorted(styles))}."
+            )
+    pool = Pool("captioning", [])
+    for (number, style), of_instance in tqdm(
+        texts.items(), desc="reading captions", unit="instance"
+    ):
+        if source.styles is None or style in source.styles:
+            pool.regions += _regions(instances, number, style, of_instance, source, pool)
+    pool.regions = usable.keep(pool.regions, source.path("images"), pool)
+    pool.count_classes_without_a_region(source.classes)
+    drop_rare_classes(pool, source.min_descriptions)
+    return pool
+
+
+def _texts(
+    captions: CheckedCOCO, instances: CheckedCOCO
+) -> dict[tuple[Any, str], list[tuple[Any, str]]]:
+    """The ids and texts of the captions of each instance in each style, in the file's order."""
+    texts: dict[tuple[Any, str], list[tuple[Any, str]]] = {}
+    for caption in captions.anns.values():
+        where = f"{captions.file}: annotation {caption['id']}"
+        number, style = caption.get("instance_id"), caption.get("style")
+        if not isinstance(style, str) or not style.strip():
+            raise InputError(f"{where} has the style {shown(style)}; text belongs there.")
+        known = instances.anns.get(number) if isinstance(number, int | str) else None
+        if known is None or known["image_id"] != caption["image_id"]:
+            raise InputError(
+                f"{where} has the instance_id {shown(number)}, which is no annotation of image "
+                f"{shown(caption['image_id'])} in {instances.file}."
+            )
+        texts.setdefault((number, style), []).append(
+            (caption["id"], clean_phrase(caption.get("caption")))
+        )
+    return texts
+
+
+def _regions(
+    instances: CheckedCOCO,
+    number: Any,
+    style: str,
+    texts: list[tuple[Any, str]],
+    source: CaptioningSource,
+    pool: Pool,
+) -> list[PoolRegion]:
+    """A region for each text of an instance in a style; none where its class is not wanted."""
+    annotation = instances.anns[number]
+    category = instances.cats[annotation["category_id"]]["name"]
+    if source.classes is not None and category not in source.classes:
+        return []
+    image = coco_image(instances, source.path("images"), annotation["image_id"])
+    values = annotation.get("bbox")
+    rect = read_rect(
+        values if isinstance(values, list) else [values],
+        f"{instances.file}: annotation {number}",
+        pool.skipped,
+    )
+    if rect is None:
+        return []
+    box = normalise_box(*rect, image.width, image.height)
+    references = tuple(text for _, text in texts)
+    made = [
+        caption_region(image, category, caption, box, text, references, style)
+        for caption, text in texts
+    ]
+    regions = [region for region in made if region is not None]
+    pool.skipped["empty_boxes"] += len(made) - len(regions)
+    return regions

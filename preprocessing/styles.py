@@ -1,0 +1,134 @@
+"""What can be said of an object in a drawn scene of the world of classes, in three styles: where it
+lies, what colours it has, and how it lies to another object.
+
+An episode's captions are all of one style, so that the examples tell in which one the query is to
+be described. Words vary within a style. Every text is true of its picture.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from icl_moe.images import PixelBox
+from preprocessing.synthetic import relation_of, with_article
+
+STYLES = ("place", "colour", "relation")
+
+TEXTS = 2
+"""Texts of each style that are made of an object."""
+
+
+class SeenObject(NamedTuple):
+    """What the words are made of: the name of the class, its outline and colours (one or two), and
+    the box of the visible pixels.
+    """
+
+    name: str
+    outline: str
+    colours: tuple[str, ...]
+    box: PixelBox
+
+
+def describe(
+    rng: np.random.Generator, objects: list[SeenObject], ground: str, side: int
+) -> Iterator[tuple[int, str, str]]:
+    """The number of an object, a style, and a text, for all objects of a scene that is `side`
+    pixels square. An object that lies clearly to no other has no text of style `relation`.
+    """
+    for number, seen in enumerate(objects):
+        relations = _relations(number, objects)
+        for _ in range(TEXTS):
+            yield number, "place", _place(rng, seen, side)
+            yield number, "colour", _colour(rng, seen, ground)
+            if relations:
+                yield number, "relation", _relation(rng, seen, relations)
+
+
+def _place(rng: np.random.Generator, seen: SeenObject, side: int) -> str:
+    x, y = (seen.box[0] + seen.box[2]) / 2 / side, (seen.box[1] + seen.box[3]) / 2 / side
+    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    if across and down:
+        ways = (f"in the {down} {across} corner", f"at the {down} {across}", f"{down} {across}")
+    elif down:
+        ways = (f"near the {down}", f"at the {down} in the middle", f"at the centre of the {down}")
+    elif across:
+        ways = (f"on the {across}", f"at the {across} side", f"halfway up on the {across}")
+    else:
+        ways = ("in the middle", "in the centre", "around the middle of the picture")
+    where, noun = _pick(rng, ways), _noun(rng, seen)
+    return _pick(
+        rng,
+        (
+            where,
+            f"it is {where}",
+            f"{with_article(noun)} {where}",
+            f"the {noun} is {where}",
+            f"the {noun} can be found {where}",
+            f"there is {with_article(noun)} {where}",
+        ),
+    )
+
+
+def _colour(rng: np.random.Generator, seen: SeenObject, ground: str) -> str:
+    both = list(seen.colours)
+    rng.shuffle(both)
+    colours = _pick(rng, (" and ", " with ")).join(both) if len(both) > 1 else both[0]
+    behind = f"{ground} {_pick(rng, ('ground', 'background', 'backdrop'))}"
+    noun = _noun(rng, seen)
+    return _pick(
+        rng,
+        (
+            f"{colours} on a {behind}",
+            f"it is {colours}, on a {behind}",
+            f"{with_article(noun)} in {colours} against a {behind}",
+            f"the {noun} is {colours} and the {behind.split()[1]} {ground}",
+            f"{colours} in front of a {behind}",
+        ),
+    )
+
+
+_RELATIONS = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "lower than"),
+}
+_INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def _relations(number: int, objects: list[SeenObject]) -> list[tuple[str, str]]:
+    """How an object lies to others, where that is clear, and what to call each of those."""
+    found = []
+    for other, seen in enumerate(objects):
+        relation = relation_of(objects[number].box, seen.box) if other != number else None
+        if relation is not None:
+            short = f"{seen.colours[0]} {seen.outline}"
+            alike = sum(f"{o.colours[0]} {o.outline}" == short for o in objects)
+            found.append((relation, short if alike == 1 else seen.name))
+    return found
+
+
+def _relation(rng: np.random.Generator, seen: SeenObject, known: list[tuple[str, str]]) -> str:
+    relation, other = known[int(rng.integers(len(known)))]
+    way, back = _pick(rng, _RELATIONS[relation]), _pick(rng, _RELATIONS[_INVERSE[relation]])
+    noun, article = _noun(rng, seen), with_article(other)
+    return _pick(
+        rng,
+        (
+            f"{way} the {other}",
+            f"it is {way} {article}",
+            f"{with_article(noun)} {way} {article}",
+            f"the {noun} is {way} the {other}",
+            f"{article} is {back} it",
+        ),
+    )
+
+
+def _noun(rng: np.random.Generator, seen: SeenObject) -> str:
+    return _pick(rng, (seen.outline, seen.outline, "shape", "thing", "object"))
+
+
+def _pick(rng: np.random.Generator, ways: tuple[str, ...]) -> str:
+    return ways[int(rng.integers(len(ways)))]
