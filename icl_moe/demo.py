@@ -23,14 +23,18 @@ from icl_moe.training.distributed import free_port
 from icl_moe.training.expert_table import choices_table, expert_choices
 
 RANKS = 2
-_TRAIN_IMAGES, _VALIDATION_IMAGES = 1000, 100
+
+_RECIPE = "modern_demo"
+"""The data recipe, and the training recipe."""
+
+_VALIDATION = ("synthetic.split=val", "synthetic.seed=1", "synthetic.images=160", "samples=400")
 
 
 def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     """Draw data, build shards, train on two ranks, export, evaluate one-shot, and say where the
     report is.
 
-    settings: overrides of the training recipe `demo`. What an interrupted demo had finished is kept
+    settings: overrides of the training recipe. What an interrupted demo had finished is kept
     and not done again. Raises InputError where `out` cannot be written, and where a stage fails.
     """
     out = output_folder(out)
@@ -42,23 +46,16 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
         out / "evaluation",
     )
     started = time.monotonic()
-    _say("1/5 Draw scenes in COCO's and Visual Genome's formats, and build shards")
-    _run("shards", "build", "demo", f"synthetic.images={_TRAIN_IMAGES}", "--out", train)
-    _run(
-        "shards",
-        "build",
-        "demo",
-        f"synthetic.images={_VALIDATION_IMAGES}",
-        "synthetic.seed=1",
-        "synthetic.split=val",
-        "--out",
-        validation,
-    )
+    _say("1/5 Draw scenes in COCO's formats, and build shards")
+    _run("shards", "build", _RECIPE, "--out", train)
+    _run("shards", "build", _RECIPE, *_VALIDATION, "--out", validation)
     _say(f"2/5 Train on {RANKS} ranks")
-    _launch("demo", f"data.shards={train}", f"training.output={run}", *settings)
-    _say("3/5 Export the model")
-    _run("export", run, "--out", model)
-    _say("4/5 Segment and caption held-out scenes, one example each")
+    _launch(_RECIPE, f"data.shards={train}", f"training.output={run}", *settings)
+    _say("3/5 Export the model, and fit the threshold of its masks on training episodes")
+    _run("export", run, "--out", model, "--threshold-from", train)
+    _say(
+        "4/5 Segment and caption scenes of held-out classes, one example each, and swap the examples"
+    )
     metrics = _evaluate(model, validation, run, report)
     _say("5/5 Done")
     print(summary(metrics))
