@@ -53,9 +53,7 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     _launch(_RECIPE, f"data.shards={train}", f"training.output={run}", *settings)
     _say("3/5 Export the model, and fit the threshold of its masks on training episodes")
     _run("export", run, "--out", model, "--threshold-from", train)
-    _say(
-        "4/5 Segment and caption scenes of held-out classes, one example each, and swap the examples"
-    )
+    _say("4/5 Segment and caption scenes of held-out classes by one example; swap the examples")
     metrics = _evaluate(model, validation, run, report)
     _say("5/5 Done")
     print(summary(metrics))
