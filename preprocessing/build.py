@@ -52,14 +52,16 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     out = output_folder(out)
     process = join_processes()
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
-    masks = recipe.mask_tokenizer and PatchTokenizer.from_pretrained(recipe.mask_tokenizer)
+    masks = None
+    if recipe.mask_tokenizer is not None:
+        masks = PatchTokenizer.from_pretrained(recipe.mask_tokenizer)
     codec = SequenceCodec(
         _format(recipe, tokenizer, masks),
         TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer),
     )
     fingerprints = {
         "image tokenizer": tokenizer.fingerprint,
-        "mask tokenizer": masks and masks.fingerprint,
+        "mask tokenizer": None if masks is None else masks.fingerprint,
         "text tokenizer": codec.text.fingerprint,
     }
     folder = _WorkFolder(out, recipe, fingerprints)
@@ -144,7 +146,7 @@ def _build(
             examples=recipe.examples,
             image_size=recipe.image_size,
             image_tokenizer=tokenizer.fingerprint,
-            mask_tokenizer=masks and masks.fingerprint,
+            mask_tokenizer=None if masks is None else masks.fingerprint,
             text_tokenizer=codec.text.fingerprint,
             recipe=to_dict(recipe),
             samples={task: len(episodes[task]) for task in tasks},

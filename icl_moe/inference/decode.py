@@ -227,7 +227,7 @@ def _stacked(
     for number, rows in enumerate(rows_of):
         block_BL5[number, length - len(rows) :] = rows
     block = torch.from_numpy(block_BL5).to(device)
-    return Block(*block[..., :3].unbind(dim=2), cache, block[..., 3:])
+    return Block(block[..., 0], block[..., 1], block[..., 2], cache, block[..., 3:])
 
 
 def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling) -> list[int]:

@@ -146,10 +146,10 @@ class InContextModel:
         shown = tuple(
             SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True)
         )
-        pairs = self.complete(
+        written = self.complete(
             [(Episode(task, category or "", shown), query_codes)], sampling, progress, decoding
         )
-        (drawn,) = task.draw(self, pairs)
+        (drawn,) = task.draw(self, written)
         return drawn.resized(image.height, image.width)
 
     def caption(
