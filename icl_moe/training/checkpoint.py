@@ -135,8 +135,9 @@ def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> in
     model.save_pretrained(temporary)
     for path in temporary.glob("*.safetensors"):
         give_usual_mode(path)
-    write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
-    write_whole(temporary / CARD, model_card(config.to_dict(), trained))
+    if trained is not None:
+        write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
+        write_whole(temporary / CARD, model_card(config.to_dict(), trained))
     if threshold_from is not None:
         config.mask_threshold = fit_threshold(
             InContextModel.from_pretrained(temporary), ShardSet(threshold_from)

@@ -114,14 +114,14 @@ def record_stretch(
     write_whole(output / _FILE, content + "\n")
 
 
-def how_it_was_trained(output: Path, steps: int) -> dict[str, Any]:
+def how_it_was_trained(output: Path, steps: int) -> dict[str, Any] | None:
     """What the run in a folder was computed with, up to its `steps`-th step, without the paths of
-    this machine: the last stretch of run.json, for an exported model to keep. Raises InputError
-    where run.json cannot be read.
+    this machine: the last stretch of run.json, for an exported model to keep. None where the folder
+    has no run.json. Raises InputError where it cannot be read.
     """
     stretches = [stretch for stretch in _read(output) if stretch["from_step"] < steps]
     if not stretches:
-        raise InputError(f"{output} lacks {_FILE}, which training writes beside its checkpoints.")
+        return None
     last = stretches[-1]
     last["recipe"]["training"].pop("output", None)
     last["recipe"]["data"].pop("shards", None)
