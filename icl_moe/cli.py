@@ -214,7 +214,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("shards", help="a shard folder: a path, or a URL")
     parser.add_argument(
-        "--codes", type=take.whole_number(2), default=64, help="patches (default 64)"
+        "--codes", type=take.whole_number(2), default=512, help="patches (default 512)"
     )
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_masks)

@@ -66,6 +66,15 @@ def test_a_folder_gives_the_tokenizer_back(tokenizer, tmp_path):
     assert (again.codes, again.side) == (5, SIDE)
 
 
+def test_the_shipped_one_draws_masks_as_they_are():
+    shipped = PatchTokenizer.from_pretrained("demo_masks")
+    assert (shipped.codes, shipped.side) == (512, 8)
+    rows, columns = np.mgrid[:64, :64]
+    disc_HW = (rows - 30) ** 2 + (columns - 34) ** 2 < 20**2
+    drawn_HW = (shipped.decode(shipped.encode(disc_HW[None]))[0] > 0).numpy()
+    assert (drawn_HW & disc_HW).sum() / (drawn_HW | disc_HW).sum() > 0.95
+
+
 def test_masks_that_do_not_divide_into_cells_are_refused(tokenizer):
     with pytest.raises(InputError, match="do not divide into cells of 4 x 4"):
         tokenizer.encode(np.zeros((1, 8, 10), dtype=bool))
