@@ -91,7 +91,8 @@ def _build(
             folder.open()
             _draw_scenes(recipe, out, workers)
     check = ImageCheck(recipe.missing_images, recipe.bad_images, folder.work, workers, process)
-    pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, workers, check)
+    reading = Reading(recipe.image_size, check, workers, out, process)
+    pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, reading)
     with process.main_process_first():
         folder.check_pools(pools)
 
@@ -211,7 +212,8 @@ class _WorkFolder:
             # Nothing was made by that other recipe, which was refused, say. What it found out about
             # the images stays.
             self._state_file.unlink()
-            shutil.rmtree(self.out / "synthetic", ignore_errors=True)
+            for made in ("synthetic", "composed"):
+                shutil.rmtree(self.out / made, ignore_errors=True)
         if self.out.exists() and (
             not self.out.is_dir()
             or any(path.name not in (".build", LOCK_FILE) for path in self.out.iterdir())
@@ -327,13 +329,11 @@ def _draw_scenes(recipe: DataRecipe, out: Path, workers: int) -> None:
         os.replace(partial, folder)
 
 
-def _read_pools(
-    recipe: DataRecipe, codec: SequenceCodec, workers: int, check: ImageCheck
-) -> list[Pool]:
+def _read_pools(recipe: DataRecipe, codec: SequenceCodec, reading: Reading) -> list[Pool]:
     """The pool of each task, less what no episode can be made of. Raises InputError where a task is
     left with nothing.
     """
-    pools = list(read_pools(recipe, Reading(recipe.image_size, check, workers)))
+    pools = list(read_pools(recipe, reading))
     for pool in pools:
         _drop_texts_without_room(pool, codec)
         pool.drop_small_classes(images=recipe.examples + 1)
@@ -350,6 +350,7 @@ _REMEDIES = {
     "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
     "empty_boxes": "put the boxes right",
     "empty_masks": "put the outlines right",
+    "masks_of_small_scale": "set segmentation.least_scale lower",
     "masks_lacking_an_instance": "give all instances an outline",
     "missing_images": "put the missing images there",
     "regions_without_a_class": "name classes that both the regions and the objects have",

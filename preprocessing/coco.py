@@ -46,13 +46,27 @@ def read_segmentation(
     or missing.
     """
     coco = load_instances(source.path("annotations"))
+    return read_instances(coco, source, image_size, usable, workers)
+
+
+def read_instances(
+    coco: "CheckedCOCO",
+    source: SegmentationSource,
+    image_size: int,
+    usable: UsableImages,
+    workers: int,
+) -> Pool:
+    """`read_segmentation` of a file that was loaded before."""
     pool = Pool("segmentation", [])
     masks = usable.keep(_class_masks(coco, source, pool.skipped), source.path("images"), pool)
     chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
     with tqdm(total=len(masks), desc="cutting masks", unit="mask") as progress:
         for regions in ordered_map(_cut_masks, (image_size, source.object_scale), chunks, workers):
-            pool.regions += [region for region in regions if region is not None]
+            seen = [region for region in regions if region is not None]
+            large = [region for region in seen if region.scale >= source.least_scale]
+            pool.regions += large
             pool.skipped["empty_masks"] += regions.count(None)
+            pool.skipped["masks_of_small_scale"] += len(seen) - len(large)
             progress.update(len(regions))
     pool.count_classes_without_a_region(source.classes)
     return pool
@@ -205,6 +219,15 @@ def class_masks(coco: CheckedCOCO, image_id: Any) -> dict[int, np.ndarray]:
     return {number: decode_rle(mask.rle) for number, mask in found.items() if mask is not None}
 
 
+def instance_rle(
+    coco: CheckedCOCO, image: ImageFile, annotation: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The mask of one annotation as compressed RLE; None where it has no outline. Raises InputError
+    for whatever is wrong in it.
+    """
+    return _OfImage(coco.file, image, SegmentationSource(), Counter()).rle(annotation)
+
+
 @dataclass(frozen=True, slots=True)
 class _ClassMask:
     """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and
@@ -294,7 +317,7 @@ class _OfImage:
         """
         if self.image.is_too_large:  # The check of the images finds that out; there is no memory
             return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))  # for it.
-        rles = [(annotation, self._rle(annotation)) for annotation in annotations]
+        rles = [(annotation, self.rle(annotation)) for annotation in annotations]
         drawn = [(a, rle) for a, rle in rles if rle is not None and rle_tools.area(rle)]
         if not drawn:
             self.skipped["empty_masks"] += 1
@@ -322,7 +345,7 @@ class _OfImage:
             tuple(rle_tools.toBbox(largest)),
         )
 
-    def _rle(self, annotation: dict[str, Any]) -> dict[str, Any] | None:
+    def rle(self, annotation: dict[str, Any]) -> dict[str, Any] | None:
         """An annotation's mask as compressed RLE; None where it has no outline: no polygon, or none
         of three points.
         """

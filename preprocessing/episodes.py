@@ -2,10 +2,13 @@
 a source has several ways to describe, of one style)."""
 
 import zlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from icl_moe.errors import InputError
 from preprocessing.pool import Pool
 
 
@@ -14,19 +17,21 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
 
     Queries run over the pool in shuffled order, again and again in new orders where more samples
     are asked for than it has regions (None: one pass). Examples are drawn uniformly from the
-    query's class and style, each from another image than all others of the episode. An episode is
-    a pure function of (pool, seed, task, its number). Every class must be seen in at least
-    examples + 1 images in each of its styles, as `Pool.drop_small_classes` sees to.
+    query's class and style, each from another photograph than all others of the episode. An episode
+    is a pure function of (pool, seed, task, its number). Every class must be seen in at least
+    examples + 1 photographs in each of its styles, as `Pool.drop_small_classes` sees to.
+
+    In a share `pool.same_instance` of the episodes all regions show one and the same object, each
+    in another image. Where the query whose turn it is shows none that is seen in enough images, a
+    random region that does takes its place. Raises InputError where there is no such region.
     """
     count = len(pool.regions) if samples is None else samples
     if not pool.regions:
         return np.zeros((0, examples + 1), dtype=np.int64)
     task = zlib.crc32(pool.task.encode())
     members = {kind: np.array(numbers) for kind, numbers in pool.by_kind().items()}
-    image_numbers: dict[str, int] = {}
-    images = np.array(
-        [image_numbers.setdefault(region.image.name, len(image_numbers)) for region in pool.regions]
-    )
+    photographs = _number(region.photograph for region in pool.regions)
+    instances = _Instances(pool, examples)
     episodes = np.empty((count, examples + 1), dtype=np.int64)
     for index in tqdm(range(count), desc=f"planning {pool.task}", unit="episode"):
         turn, place = divmod(index, len(pool.regions))
@@ -34,11 +39,56 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
             order = np.random.default_rng([seed, task, 0, turn]).permutation(len(pool.regions))
         query = int(order[place])
         rng = np.random.default_rng([seed, task, 1, index])
-        episodes[index] = (
-            *_draw(rng, members[pool.regions[query].kind], images, query, examples),
-            query,
-        )
+        choice = np.random.default_rng([seed, task, 2, index])
+        if pool.same_instance and choice.random() < pool.same_instance:
+            query = instances.query(choice, query)
+            drawn = _draw(rng, instances.members(query), instances.images, query, examples)
+        else:
+            drawn = _draw(rng, members[pool.regions[query].kind], photographs, query, examples)
+        episodes[index] = (*drawn, query)
     return episodes
+
+
+class _Instances:
+    """The regions that show an object which is seen, alone of its class, in enough images for an
+    episode. `images`: each region's image by number.
+    """
+
+    def __init__(self, pool: Pool, examples: int) -> None:
+        self._regions = pool.regions
+        self.images = _number(str(region.image.path) for region in pool.regions)
+        found: dict[tuple[Any, Any], list[int]] = {}
+        for number, region in enumerate(pool.regions):
+            if region.instance is not None:
+                found.setdefault(region.instance, []).append(number)
+        self._members = {
+            instance: np.array(numbers)
+            for instance, numbers in found.items()
+            if len(np.unique(self.images[numbers])) > examples
+        }
+        self._eligible = sorted(n for numbers in self._members.values() for n in numbers.tolist())
+        if pool.same_instance and not self._eligible:
+            raise InputError(
+                f"No object is seen in the {examples + 1} images that an episode of one object "
+                "needs; set segmentation.composed.images higher, examples lower, or "
+                "segmentation.composed.same_instance=0."
+            )
+
+    def query(self, rng: np.random.Generator, number: int) -> int:
+        """The region, where an episode of its object can be made, else one where that can be."""
+        if self._regions[number].instance in self._members:
+            return number
+        return self._eligible[int(rng.integers(len(self._eligible)))]
+
+    def members(self, query: int) -> np.ndarray:
+        instance = self._regions[query].instance
+        assert instance is not None, "`query` chose it for its instance"
+        return self._members[instance]
+
+
+def _number(names: Iterable[str]) -> np.ndarray:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def _draw(

@@ -146,7 +146,12 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
         "class": category,
         "spans": [[span.start, span.length, span.attributes, span.role] for span in sequence.spans],
         "sources": [
-            {"image": region.image.name, "annotations": region.annotations, "crop": region.crop}
+            {
+                "image": region.image.name,
+                "annotations": region.annotations,
+                "crop": region.crop,
+                **({"provenance": region.provenance} if region.provenance else {}),
+            }
             for region in regions
         ],
         "scale": [round(region.scale, 6) for region in regions],

@@ -38,6 +38,9 @@ class PoolRegion:
     image_size x image_size. scale: area of the object / area of the crop. target: what the pair's
     output says, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`). style: in
     what way the target describes, where a source has several; an episode is of one style.
+    origin: of a composed image, the name of the photograph that the object was cut from. instance:
+    which single object the target is of, where one object is seen in several images. provenance:
+    where the parts of a composed target come from, plain JSON values for KEY.json.
     """
 
     image: ImageFile
@@ -47,6 +50,16 @@ class PoolRegion:
     scale: float
     target: Any
     style: str = ""
+    origin: str = ""
+    instance: tuple[Any, Any] | None = None
+    provenance: tuple[Any, ...] = ()
+
+    @property
+    def photograph(self) -> str:
+        """The name of the image that the object was photographed in: that of the region itself, but
+        for compositions.
+        """
+        return self.origin or self.image.name
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -57,13 +70,15 @@ class PoolRegion:
 @dataclass
 class Pool:
     """The regions of one task in the order of their source, how many things were left out, by
-    reason, and which images could not be used: name -> why.
+    reason, and which images could not be used: name -> why. same_instance: the share of episodes
+    that are of one object, seen in several images.
     """
 
     task: str
     regions: list[PoolRegion]
     skipped: Counter[str] = field(default_factory=Counter)
     bad_images: dict[str, str] = field(default_factory=dict)
+    same_instance: float = 0.0
 
     def by_class(self) -> dict[str, list[int]]:
         """Class -> numbers of its regions, classes in alphabetical order."""
@@ -90,7 +105,7 @@ class Pool:
         """
         seen: dict[tuple[str, str], set[str]] = {}
         for region in self.regions:
-            seen.setdefault(region.kind, set()).add(region.image.name)
+            seen.setdefault(region.kind, set()).add(region.photograph)
         small = {kind for kind, names in seen.items() if len(names) < images}
         if small:
             self.regions = [region for region in self.regions if region.kind not in small]

@@ -27,25 +27,51 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class SegmentationSource(_Source):
-    """Where class masks come from: COCO's instances format, or drawn scenes in that format.
+class ComposedImages:
+    """The compositions that `source: composed` makes of a data set's objects and images.
 
-    images, annotations: the folder of images and the instances file (source=coco).
+    images: how many, from which seed. pasted: the most objects that are pasted into one; at least
+    one is, where any fits.
+    balance: 0 pastes classes as often as the data set has instances of them, 1 all equally often,
+    what lies between something between: in proportion to instances^(1 - balance).
+    same_instance: the share of episodes whose pairs all show one and the same object, cut out and
+    pasted into different images, in another light, turn and size.
+    photographs: whether the images themselves join the pool.
+    """
+
+    images: Count = 2000
+    seed: Natural = 0
+    pasted: Annotated[int, Range(1, 8)] = 3
+    balance: Share = 0.5
+    same_instance: Share = 0.0
+    photographs: bool = True
+
+
+@dataclass(frozen=True)
+class SegmentationSource(_Source):
+    """Where class masks come from: COCO's instances format, compositions of such a data set's own
+    objects, or drawn scenes in that format.
+
+    images, annotations: the folder of images and the instances file (source=coco, composed).
+    composed: the compositions to make (source=composed).
     classes: the classes to use; null means all in the file.
     small_objects: keep images in which the class has only instances of less than 32^2 pixels.
     object_scale: `any`, the largest square of the image; `large`, a square close around the class's
     largest instance.
+    least_scale: leave out masks that cover less than this share of what the pair shows.
     crowds: what is marked iscrowd=1 `join`s the mask of its class's instances, or is taken for
     `instances` itself, where a tool marks all masks so.
     """
 
-    source: Literal["coco", "synthetic"] = "coco"
+    source: Literal["coco", "composed", "synthetic"] = "coco"
     images: str | None = None
     annotations: str | None = None
     classes: tuple[str, ...] | None = None
     small_objects: bool = True
     object_scale: ObjectScale = "any"
+    least_scale: Share = 0.0
     crowds: Literal["join", "instances"] = "join"
+    composed: ComposedImages = ComposedImages()
 
 
 @dataclass(frozen=True)
@@ -150,8 +176,9 @@ class DataRecipe:
                     f"{name}.classes must name at least one class, or be null for all that are "
                     "known."
                 )
-        if self.segmentation is not None and self.segmentation.source == "coco":
+        if self.segmentation is not None and self.segmentation.source != "synthetic":
             _require("segmentation", self.segmentation, ("images", "annotations"))
+        self._check_parts()
         if self.draws_scenes and self.synthetic.world == "classes" and self.image_size < 32:
             raise InputError(
                 f"image_size must be at least 32 where synthetic.world=classes, not "
@@ -171,6 +198,21 @@ class DataRecipe:
         self.sequence_format(
             codes_per_image=1
         )  # checks the vocabulary against the settings of the text
+
+    def _check_parts(self) -> None:
+        """Refuse settings of what the recipe does not make, which would be without effect."""
+        segmentation, plain = self.segmentation, SyntheticScenes()
+        if segmentation is not None and segmentation.source != "composed":
+            for f in fields(ComposedImages):
+                if getattr(segmentation.composed, f.name) != getattr(ComposedImages(), f.name):
+                    raise InputError(
+                        f"segmentation.composed.{f.name} needs segmentation.source=composed."
+                    )
+        for name in ("classes", "hard_neighbours"):
+            if self.synthetic.world == "shapes" and (
+                getattr(self.synthetic, name) != getattr(plain, name)
+            ):
+                raise InputError(f"synthetic.{name} needs synthetic.world=classes.")
 
     def _check_styles(self, captioning: CaptioningSource) -> None:
         draws_classes = captioning.source == "synthetic" and self.synthetic.world == "classes"

@@ -12,12 +12,15 @@ settings of that section and their reader here:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from accelerate import PartialState
 
 from icl_moe.errors import InputError, nearest
 from icl_moe.settings import from_dict
 from icl_moe.tasks import find_task
-from preprocessing import coco, coco_captions, instance_captions, visual_genome
+from preprocessing import coco, coco_captions, composed, instance_captions, visual_genome
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
@@ -28,12 +31,16 @@ class Reading:
     """What readers are given beside their settings.
 
     image_size: side in pixels of what the model sees. usable: which images can be used. workers:
-    processes that may read.
+    processes that may read. folder: the shard folder, beside whose shards a source may keep what it
+    makes. processes: those that share the build; they all read, and what a source makes, the main
+    one makes first.
     """
 
     image_size: int
     usable: UsableImages
     workers: int
+    folder: Path
+    processes: PartialState
 
 
 Reader = Callable[[Any, Reading], Pool]
@@ -58,7 +65,9 @@ def register_source(task: str, name: str, settings: type, read: Reader) -> None:
 def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
     """The pool of each task of a recipe. Raises InputError for whatever is wrong in its files."""
     if recipe.segmentation is not None:
-        yield _SOURCES["segmentation"]["coco"].read(recipe.segmentation, reading)
+        yield _SOURCES["segmentation"][recipe.segmentation.source].read(
+            recipe.segmentation, reading
+        )
     if recipe.captioning is not None:
         yield _SOURCES["captioning"][recipe.captioning.source].read(recipe.captioning, reading)
     for task, values in recipe.tasks.items():
@@ -94,6 +103,15 @@ def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
     return coco.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
 
 
+def _read_composed(source: SegmentationSource, reading: Reading) -> Pool:
+    album = composed.open_album(source, reading.usable)
+    with reading.processes.main_process_first():
+        folder = composed.compose_images(
+            album, source.composed, reading.image_size, reading.folder / "composed", reading.workers
+        )
+    return composed.read_segmentation(album, source, reading.image_size, folder, reading.workers)
+
+
 def _read_visual_genome(source: CaptioningSource, reading: Reading) -> Pool:
     return visual_genome.read_captioning(source, reading.usable)
 
@@ -107,6 +125,7 @@ def _read_instance_captions(source: CaptioningSource, reading: Reading) -> Pool:
 
 
 register_source("segmentation", "coco", SegmentationSource, _read_coco)
+register_source("segmentation", "composed", SegmentationSource, _read_composed)
 register_source("captioning", "visual_genome", CaptioningSource, _read_visual_genome)
 register_source("captioning", "coco_captions", CaptioningSource, _read_coco_captions)
 register_source("captioning", "instance_captions", CaptioningSource, _read_instance_captions)

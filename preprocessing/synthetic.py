@@ -497,6 +497,22 @@ def box_of_mask(mask_HW: np.ndarray) -> PixelBox:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+Slices = tuple[slice, slice]
+"""Rows, then columns."""
+
+
+def window(corner: tuple[int, int], shape: tuple[int, ...], side: int) -> tuple[Slices, Slices]:
+    """What a patch of `shape` (rows, columns), whose left and top lie at `corner`, covers of a
+    square scene, and that part of the patch.
+    """
+    scene, patch = [], []
+    for start, length in zip(corner[::-1], shape, strict=True):
+        low, high = min(max(start, 0), side), max(min(start + length, side), 0)
+        scene.append(slice(low, max(low, high)))
+        patch.append(slice(low - start, max(low, high) - start))
+    return (scene[0], scene[1]), (patch[0], patch[1])
+
+
 # --- Files ---
 
 

@@ -32,6 +32,7 @@ from preprocessing.synthetic import (
     box_of_mask,
     circle,
     polygon,
+    window,
     with_article,
     write_json,
 )
@@ -322,18 +323,9 @@ class _Layer:
     def alpha_hw(self) -> np.ndarray:
         return np.maximum(self.body_hw, self.part_hw)
 
-    def window(self, side: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """What of the scene the patch covers, and that part of the patch; rows, then columns."""
-        scene, patch = [], []
-        for start, length in zip(self.corner[::-1], self.body_hw.shape, strict=True):
-            low, high = max(start, 0), min(start + length, side)
-            scene.append(slice(low, high))
-            patch.append(slice(low - start, high - start))
-        return (scene[0], scene[1]), (patch[0], patch[1])
-
     def mask_HW(self, side: int) -> np.ndarray:
         mask_HW = np.zeros((side, side), dtype=bool)
-        scene, patch = self.window(side)
+        scene, patch = window(self.corner, self.body_hw.shape, side)
         mask_HW[scene] = self.alpha_hw[patch] >= 0.5
         return mask_HW
 
@@ -343,7 +335,7 @@ class _Layer:
             (np.array(_COLOURS[name]) + rng.uniform(-12, 12, 3)).astype(np.float32)
             for name in (drawn.colour, drawn.second or drawn.colour)
         ]
-        scene, patch = self.window(canvas_HW3.shape[0])
+        scene, patch = window(self.corner, self.body_hw.shape, canvas_HW3.shape[0])
         amount_hw1 = _PATTERNS[drawn.pattern](self.x_hw[patch], self.y_hw[patch])[..., None]
         alpha_hw1, body_hw1 = self.alpha_hw[patch][..., None], self.body_hw[patch][..., None]
         surface_hw3 = colours[0] + amount_hw1 * (colours[1] - colours[0])

@@ -1,0 +1,432 @@
+"""Compositions: the objects of a COCO data set, cut out and pasted into its own images, as a source
+of segmentation pairs.
+
+A composition is a square part of a photograph, at the size that the model sees, with up to
+`pasted` cut-outs of other photographs. Who lies in front covers who lies behind, in the picture and
+in the masks: a mask is the set of pixels in which the object is seen. Edges are softened in the
+picture alone. Each composition is a pure function of the seed and its number. Compositions are
+written in COCO's format, with the provenance of every object, and read as any such data set is.
+
+The idea is that of Dwibedi et al. 2017 ("Cut, Paste and Learn") and Ghiasi et al. 2021 ("Simple
+Copy-Paste").
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+from pycocotools import mask as rle_tools
+from tqdm import tqdm
+
+from icl_moe.errors import InputError
+from icl_moe.images import crop_and_resize, crop_and_resize_mask
+from icl_moe.rle import decode_rle, encode_rle
+from preprocessing import coco
+from preprocessing.image_check import Item, UsableImages, open_image
+from preprocessing.pool import ImageFile, Pool, PoolRegion
+from preprocessing.recipe import ComposedImages, SegmentationSource
+from preprocessing.synthetic import box_of_mask, window, write_json
+from preprocessing.workers import ordered_map
+
+LEAST_CUT = 0.01
+"""The least area of a cut-out, as a share of its photograph: what is smaller shows too little."""
+
+LEAST_VISIBLE = 0.5
+"""What a pasted object leaves to see of each object that it covers, and the frame of itself."""
+
+_SIDES = (0.2, 0.65)
+"""The longer side of a pasted object, in sides of the composition."""
+
+_MOST_ENLARGED = 1.5
+_CHUNK = 32
+_TRIES = 12
+
+
+# --- The pool ------------------------------------------------------------------------------------
+
+
+def read_segmentation(
+    album: "Album", source: SegmentationSource, image_size: int, folder: Path, workers: int
+) -> Pool:
+    """The pool of the compositions of an album, which lie in `folder`, and, where the source says
+    so, of its photographs.
+    """
+    files = replace(
+        source, images=str(folder / "images"), annotations=str(folder / "instances.json")
+    )
+    made = coco.load_instances(files.path("annotations"))
+    compositions = coco.read_instances(made, files, image_size, _All(), workers)
+    pool = album.pool
+    pool.same_instance = source.composed.same_instance
+    pool.skipped += compositions.skipped
+    pool.regions += [_with_provenance(made, region) for region in compositions.regions]
+    if source.composed.photographs:
+        of_images = coco.read_instances(album.coco, source, image_size, album, workers)
+        pool.skipped += of_images.skipped
+        pool.regions += [_of_photograph(album, region) for region in of_images.regions]
+    return pool
+
+
+class _All:
+    """Takes every image for usable: we have just written them."""
+
+    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
+        return list(items)
+
+
+def _with_provenance(made: coco.CheckedCOCO, region: PoolRegion) -> PoolRegion:
+    """A region of a composition with what is known of where its objects come from."""
+    annotations = [made.anns[number] for number in region.annotations]
+    largest = max(annotations, key=lambda annotation: annotation["area"])["provenance"]
+    alone = len(annotations) == 1 and largest["pasted"]
+    return replace(
+        region,
+        origin=largest["image"],
+        instance=(largest["image_id"], largest["annotation_id"]) if alone else None,
+        provenance=tuple(annotation["provenance"] for annotation in annotations),
+    )
+
+
+def _of_photograph(album: "Album", region: PoolRegion) -> PoolRegion:
+    if len(region.annotations) > 1:
+        return region
+    (number,) = region.annotations
+    return replace(region, instance=(album.coco.anns[number]["image_id"], number))
+
+
+# --- What can be cut out -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Photograph:
+    image_id: Any
+    image: ImageFile
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """An instance that can be cut out of its photograph."""
+
+    photograph: _Photograph
+    annotation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Album:
+    """A data set that compositions are made of. cuts: the cut-outs of each category id. pool: holds
+    what was left out.
+    """
+
+    coco: coco.CheckedCOCO
+    photographs: tuple[_Photograph, ...]
+    cuts: dict[Any, list[_Cut]]
+    pool: Pool
+
+    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
+        """Of `UsableImages`: the items on photographs of the album, without a word on others, which
+        were counted before.
+        """
+        images = {photograph.image for photograph in self.photographs}
+        return [item for item in items if item.image in images]
+
+
+def open_album(source: SegmentationSource, usable: UsableImages) -> Album:
+    """The data set of a source, its images checked. Raises InputError for whatever is wrong in it,
+    and where it has no object to cut out.
+    """
+    file, folder = coco.load_instances(source.path("annotations")), source.path("images")
+    names = {number: record["name"] for number, record in file.cats.items()}
+    wanted = set(names.values()) if source.classes is None else set(source.classes)
+    coco.check_classes("segmentation.classes", wanted, file)
+    pool = Pool("segmentation", [])
+    every = [_Photograph(number, coco.coco_image(file, folder, number)) for number in file.imgs]
+    photographs = usable.keep(every, folder, pool)
+    cuts: dict[Any, list[_Cut]] = {}
+    for photograph in tqdm(photographs, desc="looking for objects", unit="image"):
+        for annotation in file.imgToAnns.get(photograph.image_id, ()):
+            category = annotation["category_id"]
+            crowd = annotation.get("iscrowd") and source.crowds == "join"
+            if names[category] in wanted and not crowd and _is_large(file, photograph, annotation):
+                cuts.setdefault(category, []).append(_Cut(photograph, annotation))
+    if not cuts:
+        raise InputError(
+            f"{file.file} has no object of the wanted classes that covers {LEAST_CUT:.0%} of its "
+            "image and can be cut out; set segmentation.source=coco."
+        )
+    return Album(file, tuple(photographs), dict(sorted(cuts.items(), key=str)), pool)
+
+
+def _is_large(file: coco.CheckedCOCO, photograph: _Photograph, annotation: dict[str, Any]) -> bool:
+    rle = coco.instance_rle(file, photograph.image, annotation)
+    image = photograph.image
+    return rle is not None and rle_tools.area(rle) >= LEAST_CUT * image.width * image.height
+
+
+# --- Compositions --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Placed:
+    """An object in a composition: the mask (size, size) of what is seen of it, None where its
+    annotation has no outline, and its pixels before anything covered it.
+    """
+
+    category_id: Any
+    crowd: int
+    mask_HW: np.ndarray | None
+    whole: int
+    provenance: dict[str, Any]
+
+    def may_be_covered_by(self, mask_HW: np.ndarray) -> bool:
+        """Whether enough of it would be left to see. Crowds, and small objects behind, may
+        vanish.
+        """
+        if self.mask_HW is None or self.crowd:
+            return True
+        left = int((self.mask_HW & ~mask_HW).sum())
+        small = not self.provenance["pasted"] and self.whole < LEAST_CUT * mask_HW.size
+        return small or left >= LEAST_VISIBLE * self.whole
+
+
+def compose(
+    album: Album, composed: ComposedImages, size: int, index: int
+) -> tuple[Image.Image, list[dict[str, Any]]]:
+    """Composition number `index`, `size` pixels square, with COCO's annotations of all that is seen
+    in it, but for their ids.
+    """
+    rng = np.random.default_rng([composed.seed, zlib.crc32(b"composed"), index])
+    turn, place = divmod(index, len(album.photographs))
+    order = np.random.default_rng([composed.seed, turn]).permutation(len(album.photographs))
+    canvas_HW3, objects = _background(rng, album, album.photographs[order[place]], size)
+    for _ in range(int(rng.integers(1, composed.pasted + 1))):
+        cut = _choose(rng, album, composed.balance, {o.category_id for o in objects})
+        _paste(rng, album, cut, canvas_HW3, objects)
+    image = Image.fromarray(canvas_HW3.clip(0, 255).round().astype(np.uint8))
+    return image, [_annotation(placed) for placed in objects if _is_seen(placed)]
+
+
+def _choose(rng: np.random.Generator, album: Album, balance: float, shown: set[Any]) -> _Cut:
+    """A cut-out of a class that the composition does not show yet, where there is one."""
+    classes = [number for number in album.cuts if number not in shown] or list(album.cuts)
+    weights = np.array([len(album.cuts[number]) for number in classes]) ** (1.0 - balance)
+    of_class = album.cuts[classes[int(rng.choice(len(classes), p=weights / weights.sum()))]]
+    return of_class[int(rng.integers(len(of_class)))]
+
+
+def _background(
+    rng: np.random.Generator, album: Album, photograph: _Photograph, size: int
+) -> tuple[np.ndarray, list[_Placed]]:
+    """A square part of a photograph, perhaps mirrored, in a light of its own: float pixels
+    (size, size, 3), and what is annotated in it.
+    """
+    image = photograph.image
+    side = max(1, round(min(image.width, image.height) * rng.uniform(0.6, 1.0)))
+    left = int(rng.integers(image.width - side + 1))
+    top = int(rng.integers(image.height - side + 1))
+    crop, mirrored, light_3 = (left, top, left + side, top + side), rng.random() < 0.5, _light(rng)
+    across = slice(None, None, -1 if mirrored else 1)
+    shown = crop_and_resize(_open(image), crop, size)
+    canvas_HW3 = np.asarray(shown, dtype=np.float32)[:, across] * light_3
+    objects = []
+    for annotation in album.coco.imgToAnns.get(photograph.image_id, ()):
+        rle = coco.instance_rle(album.coco, image, annotation)
+        mask_HW = None
+        if rle is not None:
+            mask_HW = crop_and_resize_mask(decode_rle(rle), crop, size)[:, across]
+        provenance = {
+            **_source(photograph, annotation, pasted=False),
+            "crop": crop,
+            "mirrored": mirrored,
+            "light": _rounded(light_3),
+        }
+        whole = 0 if mask_HW is None else int(mask_HW.sum())
+        category, crowd = annotation["category_id"], int(annotation.get("iscrowd") or 0)
+        objects.append(_Placed(category, crowd, mask_HW, whole, provenance))
+    return canvas_HW3, objects
+
+
+def _paste(
+    rng: np.random.Generator,
+    album: Album,
+    cut: _Cut,
+    canvas_HW3: np.ndarray,
+    objects: list[_Placed],
+) -> None:
+    """Paste a cut-out where it leaves enough to see of all that it covers; nothing, where no such
+    place is found.
+    """
+    size = canvas_HW3.shape[0]
+    sprite = _cut_out(rng, album, cut, size)
+    whole = int(sprite.mask_hw.sum())
+    for _ in range(_TRIES if whole else 0):
+        x, y = rng.uniform(0.05, 0.95, 2) * size
+        corner = (round(x - sprite.mask_hw.shape[1] / 2), round(y - sprite.mask_hw.shape[0] / 2))
+        scene, patch = window(corner, sprite.mask_hw.shape, size)
+        mask_HW = np.zeros((size, size), dtype=bool)
+        mask_HW[scene] = sprite.mask_hw[patch]
+        seen = int(mask_HW.sum())
+        if seen < max(1, LEAST_VISIBLE * whole):
+            continue
+        if not all(placed.may_be_covered_by(mask_HW) for placed in objects):
+            continue
+        for placed in objects:
+            if placed.mask_HW is not None:
+                placed.mask_HW = placed.mask_HW & ~mask_HW
+        alpha_hw1 = sprite.alpha_hw[patch][..., None]
+        canvas_HW3[scene] += alpha_hw1 * (sprite.pixels_hw3[patch] - canvas_HW3[scene])
+        height, width = sprite.mask_hw.shape
+        box = (corner[0], corner[1], corner[0] + width, corner[1] + height)
+        provenance = {**sprite.provenance, "box": box}
+        objects.append(_Placed(cut.annotation["category_id"], 0, mask_HW, seen, provenance))
+        return
+
+
+@dataclass(frozen=True)
+class _Sprite:
+    """A cut-out as it is pasted: pixels, how much of each it covers, and its mask."""
+
+    pixels_hw3: np.ndarray
+    alpha_hw: np.ndarray
+    mask_hw: np.ndarray
+    provenance: dict[str, Any]
+
+
+def _cut_out(rng: np.random.Generator, album: Album, cut: _Cut, size: int) -> _Sprite:
+    """A cut-out scaled, turned, perhaps mirrored, and in a light of its own."""
+    rle = coco.instance_rle(album.coco, cut.photograph.image, cut.annotation)
+    assert rle is not None, "what has no outline is not cut out"
+    mask_HW = decode_rle(rle)
+    left, top, right, bottom = box_of_mask(mask_HW)
+    longest = min(rng.uniform(*_SIDES) * size, _MOST_ENLARGED * max(right - left, bottom - top))
+    scale = longest / max(right - left, bottom - top)
+    shape = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
+    mirrored, turn, light_3 = rng.random() < 0.5, float(rng.uniform(-25, 25)), _light(rng)
+
+    box = (left, top, right, bottom)
+    colours = _open(cut.photograph.image).crop(box).resize(shape, Image.Resampling.LANCZOS)
+    cover = Image.fromarray(mask_HW[top:bottom, left:right].astype(np.uint8) * 255)
+    cover = cover.resize(shape, Image.Resampling.BOX)
+    if mirrored:
+        colours, cover = (p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in (colours, cover))
+    colours = colours.rotate(turn, Image.Resampling.BICUBIC, expand=True)
+    cover = cover.rotate(turn, Image.Resampling.BILINEAR, expand=True)
+    soft = cover.filter(ImageFilter.GaussianBlur(0.7))
+    provenance = {
+        **_source(cut.photograph, cut.annotation, pasted=True),
+        "scale": round(scale, 4),
+        "turn": round(turn, 2),
+        "mirrored": mirrored,
+        "light": _rounded(light_3),
+    }
+    return _Sprite(
+        np.asarray(colours, dtype=np.float32) * light_3,
+        np.asarray(soft, dtype=np.float32) / 255.0,
+        np.asarray(cover) >= 128,
+        provenance,
+    )
+
+
+_open = lru_cache(maxsize=32)(open_image)
+
+
+def _light(rng: np.random.Generator) -> np.ndarray:
+    """Factors of the three colours: brighter or darker, a little tinted."""
+    return (rng.uniform(0.75, 1.2) * rng.uniform(0.95, 1.05, 3)).astype(np.float32)
+
+
+def _rounded(light_3: np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in light_3]
+
+
+def _source(photograph: _Photograph, annotation: dict[str, Any], pasted: bool) -> dict[str, Any]:
+    return {
+        "image": photograph.image.name,
+        "image_id": photograph.image_id,
+        "annotation_id": annotation["id"],
+        "pasted": pasted,
+    }
+
+
+def _is_seen(placed: _Placed) -> bool:
+    """Whether an object is still in the picture; of one without an outline nobody knows."""
+    return placed.mask_HW is None or bool(placed.mask_HW.any())
+
+
+def _annotation(placed: _Placed) -> dict[str, Any]:
+    record = {
+        "category_id": placed.category_id,
+        "iscrowd": placed.crowd,
+        "provenance": placed.provenance,
+    }
+    if placed.mask_HW is None:
+        return {**record, "segmentation": [], "area": 0.0, "bbox": [0, 0, 0, 0]}
+    left, top, right, bottom = box_of_mask(placed.mask_HW)
+    return {
+        **record,
+        "segmentation": encode_rle(placed.mask_HW),
+        "area": float(placed.mask_HW.sum()),
+        "bbox": [left, top, right - left, bottom - top],
+    }
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def compose_images(
+    album: Album, composed: ComposedImages, size: int, folder: Path, workers: int
+) -> Path:
+    """Make all compositions: images/<image_id>.jpg and instances.json, in COCO's format, unless
+    `folder`, which is returned, is there; it appears whole or not at all.
+    """
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    chunks = [
+        range(start, min(start + _CHUNK, composed.images))
+        for start in range(0, composed.images, _CHUNK)
+    ]
+    annotations: list[dict[str, Any]] = []
+    work = (partial / "images", album, composed, size)
+    with tqdm(total=composed.images, desc="composing images", unit="image") as progress:
+        for chunk, made in zip(
+            chunks, ordered_map(_compose_images, work, chunks, workers), strict=True
+        ):
+            annotations += [
+                {**annotation, "id": number}
+                for number, annotation in enumerate(made, start=len(annotations) + 1)
+            ]
+            progress.update(len(chunk))
+    images = [
+        {"id": number, "file_name": f"{number}.jpg", "width": size, "height": size}
+        for number in range(1, composed.images + 1)
+    ]
+    content = {
+        "info": {"description": f"Compositions of the objects of {album.coco.file.name}"},
+        "images": images,
+        "annotations": annotations,
+        "categories": album.coco.dataset["categories"],
+    }
+    write_json(partial / "instances.json", content)
+    os.replace(partial, folder)
+    return folder
+
+
+def _compose_images(
+    work: tuple[Path, Album, ComposedImages, int], numbers: range
+) -> list[dict[str, Any]]:
+    folder, album, composed, size = work
+    annotations = []
+    for index in numbers:
+        image, of_image = compose(album, composed, size, index)
+        image.save(folder / f"{index + 1}.jpg", quality=95, subsampling=0)
+        annotations += [{**annotation, "image_id": index + 1} for annotation in of_image]
+    return annotations
