@@ -3,7 +3,7 @@ their examples or ignore them, and against plain loops.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def episodes(toy_shards, toy_model_folder):
 class Said(SegmentationPair):
     """A pair whose mask is known, whatever its codes."""
 
-    output: dict
+    output: dict = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def model_that(monkeypatch, episodes):
             for e in map(of_task.__getitem__, range(len(of_task)))
         }
 
-        def complete(_, requests):
+        def complete(_, requests, **options):
             requests_seen.extend(requests)
             return [answer(asked, query) for asked, query in requests]
 
@@ -69,7 +69,7 @@ def model_that(monkeypatch, episodes):
                 first = entries[0]
                 return CaptionPair(query, first["caption"], first["class"], tuple(first["box"]))
             mask = np.any([decode_rle(e["mask"]) for e in entries], axis=0)
-            return Said(query, query, {"mask": encode_rle(mask)})
+            return Said(query, query, output={"mask": encode_rle(mask)})
 
         monkeypatch.setattr(InContextModel, "complete", complete)
         monkeypatch.setattr(Segmentation, "said", lambda _, model, pairs: [p.output for p in pairs])
