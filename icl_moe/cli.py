@@ -294,6 +294,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         "where the shards keep what it needs)",
     )
     _add_decoding(parser)
+    _add_place(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -323,6 +324,7 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
         help="also write how sure each pixel is, from black (50%%) to white, in parallel decoding",
     )
     _add_decoding(parser)
+    _add_place(parser)
     parser.set_defaults(run=_segment)
 
 
@@ -332,6 +334,18 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         choices=["autoregressive", "parallel"],
         help="write masks code by code or in one pass (default: parallel where the model was "
         "trained for it)",
+    )
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="precision of the decoder's weights (default: that of the model's file)",
     )
 
 
@@ -349,6 +363,7 @@ def _add_caption(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
     parser.add_argument("--category", help="the class's name, for models to which it is given")
+    _add_place(parser)
     parser.set_defaults(run=_caption)
 
 
@@ -463,7 +478,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             options.limit,
             options.batch,
             controls,
+            options.device,
             decoding=options.decoding,
+            dtype=options.dtype,
         )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
     return 0
@@ -500,7 +517,7 @@ def _segment(options: argparse.Namespace) -> int:
 
     from icl_moe.inference.model import InContextModel
 
-    model = InContextModel.from_pretrained(options.model)
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
     if sure and model.decoding(options.decoding) != "parallel":
         raise InputError(
             "--confidence needs parallel decoding, which this model or --decoding rules out."
@@ -538,7 +555,7 @@ def _caption(options: argparse.Namespace) -> int:
 
     from icl_moe.inference.model import InContextModel
 
-    model = InContextModel.from_pretrained(options.model)
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
     region = model.caption(
         options.example, query=options.query, category=options.category, progress=True
     )

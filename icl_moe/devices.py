@@ -1,6 +1,11 @@
-"""Where a process alone computes."""
+"""Where a process alone computes, and in which precision."""
 
 import torch
+
+from icl_moe.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Precisions of a decoder's weights, by the names that people use."""
 
 
 def default_device() -> torch.device:
@@ -8,3 +13,35 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, such as cpu, cuda, cuda:1 or mps; None means the default one. Raises
+    InputError where this machine has no such device.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if device is None or (device.index or 0) >= there.get(device.type, 0):
+        names = [kind for kind, count in there.items() if count]
+        raise InputError(
+            f"There is no device {name!s:.60} here; this machine has {' and '.join(names)}."
+        )
+    return device
+
+
+def find_dtype(name: str | None) -> torch.dtype | None:
+    """The precision of that name; None stays None. Raises InputError for another name."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise InputError(f"A dtype must be {' or '.join(DTYPES)}, not {name!s:.60}.")
+    return DTYPES[name]

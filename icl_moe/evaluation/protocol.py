@@ -55,6 +55,7 @@ def evaluate(
     device: str | None = None,
     sections: Sequence[Section] = (),
     decoding: Decoding | None = None,
+    dtype: str | None = None,
 ) -> Metrics:
     """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
     path or a URL (all by default).
@@ -62,6 +63,7 @@ def evaluate(
     shots: how many of an episode's examples to show; each number gives a row of the table.
     controls: how examples are exchanged for comparison; by default `swapped` where the shards keep
     what it needs. sections: more of the report. decoding: of masks, see `InContextModel.complete`.
+    device, dtype: see `InContextModel.from_pretrained`.
     Writes metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes
     them. Called again after an interruption, it goes on after the last whole batch.
 
@@ -72,7 +74,7 @@ def evaluate(
     _check_numbers(shots, limit, batch_size)
     _check_controls(controls)
     shards = ShardSet(shards_dir)
-    model = InContextModel.from_pretrained(model_dir, device)
+    model = InContextModel.from_pretrained(model_dir, device, dtype)
     _check(model, shards, shots)
     decoding = model.decoding(decoding)
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
@@ -115,6 +117,7 @@ def _evaluate(
         "shards": shards.fingerprint[:16],
         "limit": limit,
         "batch_size": batch_size,
+        "dtype": str(model.decoder.dtype).removeprefix("torch."),
         **_written_how(model, decoding),
     }
     batch_size = min(batch_size, max(shards.manifest.samples.values(), default=1))

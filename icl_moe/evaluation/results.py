@@ -117,6 +117,7 @@ class Metrics:
     shards_folder: str
     versions: dict[str, str | None]
     tasks: dict[str, TaskResult]
+    dtype: str = "float32"
     mask_threshold: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:

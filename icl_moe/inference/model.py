@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from icl_moe.boxes import Box
-from icl_moe.devices import default_device
+from icl_moe.devices import find_device, find_dtype
 from icl_moe.errors import InputError
 from icl_moe.files import check_readable
 from icl_moe.images import (
@@ -76,17 +76,23 @@ class InContextModel:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, device: str | torch.device | None = None
+        cls,
+        source: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
     ) -> "InContextModel":
         """Load a model onto `device` (by default a GPU where there is one).
 
         source: the folder that `icl-moe export` wrote, the name of a shipped model, or a model of
-        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. Raises InputError where there is
-        none, and where a file is missing, is damaged, or does not belong to the others.
+        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. dtype: float32 or bfloat16, of the
+        decoder's weights; by default that of the file. Gates stay float32. Raises InputError where
+        there is no such model or device, and where a file is missing, is damaged, or does not
+        belong to the others.
         """
+        place, precision = find_device(device), find_dtype(dtype)
         folder = find_model(source)
         _check_files(folder)
-        decoder = _load_decoder(folder)
+        decoder = _load_decoder(folder, precision)
         masks = folder / "mask_tokenizer"
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
@@ -99,7 +105,7 @@ class InContextModel:
             PatchTokenizer.from_pretrained(masks) if masks.exists() else None,
         )
         model.folder = folder
-        return model.to(device or default_device())
+        return model.to(place)
 
     def to(self, device: str | torch.device) -> "InContextModel":
         self.decoder.to(device)
@@ -378,12 +384,14 @@ def _check_files(folder: Path) -> None:
             raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
 
-def _load_decoder(folder: Path) -> InContextDecoder:
+def _load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     try:
         config = _read_config(config_file)
         _check_weights(weights_file, config)
-        return InContextDecoder.from_pretrained(folder, config=config, local_files_only=True)
+        return InContextDecoder.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=dtype or "auto"
+        )
     except InputError as error:
         # What reads a part of the configuration does not know in which folder it lies.
         reason = str(error)

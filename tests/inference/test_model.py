@@ -489,3 +489,23 @@ def test_a_folder_whose_parts_disagree_is_refused(exported, tmp_path, damage, me
     damage(tmp_path / "model")
     with pytest.raises(InputError, match=message):
         InContextModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:9"}, "There is no device cuda:9 here; this machine has cpu"),
+        ({"device": "gpu"}, "There is no device gpu here"),
+        ({"dtype": "float16"}, "A dtype must be float32 or bfloat16, not float16"),
+    ],
+)
+def test_a_device_or_precision_that_is_not_there_is_refused(exported, options, message):
+    with pytest.raises(InputError, match=message):
+        InContextModel.from_pretrained(exported, **options)
+
+
+def test_a_decoder_computes_in_the_precision_that_is_asked_for(exported):
+    model = InContextModel.from_pretrained(exported, device="cpu", dtype="bfloat16")
+    kinds = {name: weight.dtype for name, weight in model.decoder.named_parameters()}
+    assert kinds["token_embedding.weight"] == torch.bfloat16
+    assert all(kind == torch.float32 for name, kind in kinds.items() if ".gate." in name)
