@@ -245,7 +245,6 @@ def test_rare_classes_can_be_balanced(recipe: Path, tmp_path: Path) -> None:
         ("least_scale=1.1", r"segmentation.least_scale must lie in 0..1, not 1.1"),
         ("source=coco", r"segmentation.composed.images needs segmentation.source=composed"),
         ("images=null", r"source=composed needs the key 'segmentation.images'"),
-        ("composed.images=1", r"No object is seen in the 2 images .* composed.images higher"),
         ("classes=[bleu]", r"segmentation.classes names 'bleu', which is not among"),
     ],
 )
@@ -259,6 +258,13 @@ def test_wrong_settings_are_refused(
             f"segmentation.{setting}",
             "segmentation.composed.photographs=false",
         )
+
+
+def test_episodes_of_one_object_need_objects_that_are_seen_often(
+    recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"No object is seen in the 3 images .*images higher"):
+        build(recipe, tmp_path / "out", "segmentation.composed.images=1", "examples=2")
 
 
 def test_a_data_set_with_nothing_to_cut_out_is_refused(recipe: Path, tmp_path: Path) -> None:

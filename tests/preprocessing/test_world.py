@@ -258,9 +258,10 @@ def test_held_out_classes_are_never_drawn_in_training(
             r"styles names 'plac' \(did you mean 'place'\?\); the styles in",
         ),
         (
-            "synthetic.world=shapes captioning.styles=[place]",
+            "synthetic.world=shapes synthetic.classes=2000 captioning.styles=[place]",
             r"styles needs captions that have styles",
         ),
+        ("synthetic.world=shapes", r"synthetic.classes needs synthetic.world=classes"),
         ("synthetic.world=classs", r"'synthetic.world' must be one of shapes \| classes"),
         ("synthetic.classes=3", r"synthetic.classes must lie in 4..100000, not 3"),
         ("synthetic.hard_neighbours=1.5", r"synthetic.hard_neighbours must lie in 0..1, not 1.5"),

@@ -17,13 +17,14 @@ from pycocotools.coco import COCO
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle
-from icl_moe.settings import load_recipe
+from icl_moe.settings import from_dict, load_recipe
 from preprocessing.build import build_shards
 from preprocessing.classes import COCO_CLASSES
 from preprocessing.coco import read_segmentation
+from preprocessing.composed import compose_images, open_album
 from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
-from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
+from preprocessing.recipe import CaptioningSource, ComposedImages, DataRecipe, SegmentationSource
 from preprocessing.verify import verify_shards
 from preprocessing.visual_genome import read_captioning, read_json_list
 
@@ -266,3 +267,31 @@ def test_the_layout_of_visual_genome_1_0_is_refused_in_a_sentence(genome, key, f
         InputError, match=rf"{file}.*the layout of Visual Genome 1.2 or 1.4 belongs there"
     ):
         read_captioning(genome_source(genome, **{key: str(genome / file)}), AllUsable())
+
+
+def test_compositions_of_real_photographs_are_true_to_their_sources(coco, tmp_path):
+    source = segmentation(coco, "train")
+    settings = {
+        "source": "composed",
+        "images": source.images,
+        "annotations": source.annotations,
+        "composed": {"images": 12},
+    }
+    album = open_album(from_dict(SegmentationSource, settings, "test"), AllUsable())
+    folder = compose_images(album, ComposedImages(images=12), 64, tmp_path / "composed", workers=0)
+    true, made = COCO(source.annotations), COCO(str(folder / "instances.json"))
+    pasted = 0
+    for image_id in made.imgs:
+        annotations = made.loadAnns(made.getAnnIds([image_id]))
+        masks = [made.annToMask(annotation).astype(bool) for annotation in annotations]
+        for annotation, mask_HW in zip(annotations, masks, strict=True):
+            origin = annotation["provenance"]
+            cut = true.anns[origin["annotation_id"]]
+            assert cut["image_id"] == origin["image_id"]
+            assert cut["category_id"] == annotation["category_id"]
+            assert 0 < mask_HW.sum() == annotation["area"]
+            if origin["pasted"]:
+                pasted += 1
+                others = [other for other in masks if other is not mask_HW]
+                assert not any((mask_HW & other).any() for other in others)
+    assert pasted >= 12
