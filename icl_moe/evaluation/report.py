@@ -179,9 +179,9 @@ def _swapped_note(result: TaskResult) -> str:
         "Each query shows its own class and another; it is asked with examples of the one, then of "
         f"the other. {result.measure} is times 100, and a mean over queries. Right: the output "
         "agrees more with what is annotated of the class that the examples show than with any "
-        "other class of the query (a caption that names its class: names that class). Flips: the "
-        "share of queries that are right with both. What says the same whatever the examples, has "
-        "no flips."
+        "other class of the query (a caption: it names that class and places its box there, where "
+        "it writes these). Flips: the share of queries that are right with both. What says the "
+        "same whatever the examples, has no flips."
     )
 
 

@@ -253,10 +253,21 @@ class Captioning(Task):
         return rouge_l(said["caption"] or "", [output["caption"] for output in right])
 
     def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """By the class that the caption names, where the model writes that; else by its words."""
-        if format.category == "written":
-            return _is_category(said, shown)
-        return super().follows(said, shown, objects, format)
+        """By the class that the caption names and the box that it places, where the model writes
+        them; else by its words. The name alone could be copied off an example, the box could not.
+        """
+        if format.category == "written" and not _is_category(said, shown):
+            return False
+        if format.box == "none":
+            return format.category == "written" or super().follows(said, shown, objects, format)
+        overlaps = {
+            name: max(
+                box_iou(said["box"], tuple(each["box"])) if said["box"] else 0.0 for each in of
+            )
+            for name, of in objects.items()
+        }
+        others = [overlap for name, overlap in overlaps.items() if name != shown]
+        return overlaps[shown] > max(others, default=0.0)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return boxed(image, output["box"])

@@ -3,7 +3,7 @@ their examples or ignore them, and against plain loops.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from icl_moe.evaluation.protocol import evaluate
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.sequence import SequenceFormat
 from icl_moe.settings import load_recipe
 from icl_moe.tasks import CAPTIONING, SEGMENTATION
 from icl_moe.tasks.captioning import CaptionPair
@@ -222,6 +223,30 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
     assert (scores.swapped_with_own, scores.swapped_with_shown) == pytest.approx(tuple(after))
     low, high = scores.intervals["own_with_own"]
     assert low <= scores.own_with_own <= high
+
+
+@pytest.mark.parametrize(
+    ("category", "box", "named", "placed", "right"),
+    [
+        ("written", "text", "shown", "shown", True),
+        ("written", "text", "shown", "own", False),  # A name can be copied off an example.
+        ("written", "text", "own", "shown", False),
+        ("written", "none", "shown", "own", True),
+        ("given", "text", "shown", "own", False),
+        ("none", "none", "own", "shown", True),  # Then the words tell.
+    ],
+)
+def test_a_caption_is_right_by_all_that_it_writes(category, box, named, placed, right):
+    objects = {
+        "own": [{"caption": "the red ring on the left", "box": (0.0, 0.0, 0.4, 0.4)}],
+        "shown": [
+            {"caption": "a star", "box": (0.5, 0.5, 0.7, 0.7)},
+            {"caption": "a big star", "box": (0.6, 0.6, 1.0, 1.0)},
+        ],
+    }
+    format = replace(SequenceFormat(), category=category, box=box)
+    said = {"category": named, "box": objects[placed][-1]["box"], "caption": "one star"}
+    assert CAPTIONING.follows(said, "shown", objects, format) is right
 
 
 def test_more_examples_are_compared_query_by_query(episodes):
