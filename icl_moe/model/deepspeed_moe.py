@@ -31,7 +31,14 @@ from torch.func import functional_call
 from icl_moe.batch import RoutingPlan
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
-from icl_moe.model.moe import Decision, Route, combine, dispatch, mix_outputs, mix_weights
+from icl_moe.model.moe import (
+    Decision,
+    combine,
+    dispatch,
+    mix_outputs,
+    mix_weights,
+    with_idle_experts,
+)
 from icl_moe.model.router import AttributeEmbedding, AttributeGate, balancing_loss, full_precision
 from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
 from icl_moe.recipe import ModelSettings
@@ -152,15 +159,21 @@ class AttributeMOELayer(MOELayer):
 
     def _mix(self, rows_C: list[Tensor], decision: Decision) -> list[Tensor]:
         experts = list(self.experts.deepspeed_experts)
+        if self.ep_size > 1:
+            return mix_outputs(
+                rows_C,
+                decision,
+                lambda routes: run_spread(routes, experts, self.ep_group, self.ep_size),
+            )
         if self.combination == "weights":
-            return mix_weights(rows_C, decision, experts)
-
-        def run(routes: list[Route]) -> list[Tensor]:
-            if self.ep_size == 1:
-                return [experts[expert](rows) for expert, rows in routes]
-            return run_spread(routes, experts, self.ep_group, self.ep_size)
-
-        return mix_outputs(rows_C, decision, run)
+            mixed_C = mix_weights(rows_C, decision, experts)
+        else:
+            mixed_C = mix_outputs(
+                rows_C, decision, lambda routes: [experts[expert](rows) for expert, rows in routes]
+            )
+        if torch.is_grad_enabled() and dist.get_world_size() > 1:
+            mixed_C = with_idle_experts(mixed_C, decision, experts)
+        return mixed_C
 
 
 class StockTokenGate(nn.Module):

@@ -75,6 +75,22 @@ def mix_weights(
     return mixed
 
 
+def with_idle_experts(
+    mixed_C: Sequence[Tensor], decision: Decision, experts: Sequence[nn.Module]
+) -> list[Tensor]:
+    """The same rows, on which the experts that no class chose have a part, too: none of their rows.
+
+    Their gradients are then zero, not missing. ZeRO reduces gradients as they come, so all ranks
+    must have those of the same parameters, whatever attribute classes their tokens have.
+    """
+    chosen = {expert for experts_K in decision.experts for expert in experts_K}
+    first = mixed_C[0]
+    for number, expert in enumerate(experts):
+        if number not in chosen:
+            first = first + expert(first[:0]).sum()
+    return [first, *mixed_C[1:]]
+
+
 def combine(mixed_C: Sequence[Tensor], x_TM: Tensor, plan: RoutingPlan) -> Tensor:
     """The inverse of `dispatch`: each row at its place in the stream (T, M), zero at padding."""
     lengths = [length for _, length in plan.segments]

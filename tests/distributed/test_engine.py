@@ -31,7 +31,7 @@ TWO_RANKS = [
     ),
     *(
         Layout(**spread, mixed=True)
-        for spread in ({"stage": 3}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2})
+        for spread in ({"stage": 2}, {"stage": 3}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2})
     ),
     *(
         Layout(**spread, parts=True)
