@@ -37,7 +37,7 @@ from icl_moe.model.moe import (
     dispatch,
     mix_outputs,
     mix_weights,
-    with_idle_experts,
+    with_gradients_together,
 )
 from icl_moe.model.router import AttributeEmbedding, AttributeGate, balancing_loss, full_precision
 from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
@@ -165,15 +165,17 @@ class AttributeMOELayer(MOELayer):
                 decision,
                 lambda routes: run_spread(routes, experts, self.ep_group, self.ep_size),
             )
+        weights = with_gradients_together(experts)
         if self.combination == "weights":
-            mixed_C = mix_weights(rows_C, decision, experts)
-        else:
-            mixed_C = mix_outputs(
-                rows_C, decision, lambda routes: [experts[expert](rows) for expert, rows in routes]
-            )
-        if torch.is_grad_enabled() and dist.get_world_size() > 1:
-            mixed_C = with_idle_experts(mixed_C, decision, experts)
-        return mixed_C
+            return mix_weights(rows_C, decision, experts, weights)
+        return mix_outputs(
+            rows_C,
+            decision,
+            lambda routes: [
+                functional_call(experts[expert], weights[expert], (rows,))
+                for expert, rows in routes
+            ],
+        )
 
 
 class StockTokenGate(nn.Module):

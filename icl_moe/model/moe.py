@@ -15,7 +15,7 @@ Nothing here knows of ranks: expert_parallel.py runs routes on experts of other 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +58,20 @@ def mix_outputs(rows_C: Sequence[Tensor], decision: Decision, run: RunRoutes) ->
 
 
 def mix_weights(
-    rows_C: Sequence[Tensor], decision: Decision, experts: Sequence[nn.Module]
+    rows_C: Sequence[Tensor],
+    decision: Decision,
+    experts: Sequence[nn.Module],
+    weights: Sequence[dict[str, Tensor]] | None = None,
 ) -> list[Tensor]:
     """Each class's rows through one expert whose weights are the sum of w_i W_i, at the cost of one
-    expert (Uni-Perceiver-MoE's code).
+    expert (Uni-Perceiver-MoE's code). weights: the experts' parameters by name, where they are not
+    to be taken from the experts themselves.
     """
+    weights = weights or [dict(expert.named_parameters()) for expert in experts]
     mixed = []
     weights_CK = decision.weights_CK.to(rows_C[0].dtype)
     for rows, chosen, weights_K in zip(rows_C, decision.experts, weights_CK, strict=True):
-        parameters = [dict(experts[expert].named_parameters()) for expert in chosen]
+        parameters = [weights[expert] for expert in chosen]
         merged = {
             name: sum(w * p[name] for w, p in zip(weights_K, parameters, strict=True))
             for name in parameters[0]
@@ -75,20 +80,28 @@ def mix_weights(
     return mixed
 
 
-def with_idle_experts(
-    mixed_C: Sequence[Tensor], decision: Decision, experts: Sequence[nn.Module]
-) -> list[Tensor]:
-    """The same rows, on which the experts that no class chose have a part, too: none of their rows.
+def with_gradients_together(experts: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """The experts' parameters by name, so that the gradients of all come at once: in one order, and
+    zero where no row went to an expert.
 
-    Their gradients are then zero, not missing. ZeRO reduces gradients as they come, so all ranks
-    must have those of the same parameters, whatever attribute classes their tokens have.
+    ZeRO reduces gradients as they come, so all ranks must have those of the same parameters in the
+    same order, whatever attribute classes their tokens have.
     """
-    chosen = {expert for experts_K in decision.experts for expert in experts_K}
-    first = mixed_C[0]
-    for number, expert in enumerate(experts):
-        if number not in chosen:
-            first = first + expert(first[:0]).sum()
-    return [first, *mixed_C[1:]]
+    named = [dict(expert.named_parameters()) for expert in experts]
+    passed = iter(_Together.apply(*(weight for each in named for weight in each.values())))
+    return [{name: next(passed) for name in each} for each in named]
+
+
+class _Together(torch.autograd.Function):
+    """Tensors as they are; autograd gives zeros for those that were not used."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 def combine(mixed_C: Sequence[Tensor], x_TM: Tensor, plan: RoutingPlan) -> Tensor:

@@ -90,6 +90,9 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
     try:
         room = _coming_state(engine)
         with generators_kept(engine.deepspeed.device):
+            # Tensor ranks must drop out alike: tokens' routes would differ otherwise, and with them
+            # what the ranks send each other.
+            torch.manual_seed(0)
             compute(batch)
         del room
     except torch.OutOfMemoryError:
