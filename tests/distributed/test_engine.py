@@ -69,7 +69,17 @@ def check(layout: Layout, parts: list[Trajectory]) -> None:
     parameters = whole(parts, layout.tp_size)
     assert parameters.keys() == expected.parameters.keys()
     for name, values in expected.parameters.items():
-        np.testing.assert_allclose(parameters[name], values, atol=2e-6, err_msg=name)
+        found = parameters[name]
+        if layout.optimizer == "mt_adamw" and name.endswith("attention.qkv.bias"):
+            # The bias of keys changes no attention: its gradient is rounding alone, of which Adam
+            # makes steps as large as any.
+            found, values = (np.delete(each, _keys_of(each)) for each in (found, values))
+        np.testing.assert_allclose(found, values, atol=2e-6, err_msg=name)
+
+
+def _keys_of(bias: np.ndarray) -> slice:
+    """The keys' part of a bias of queries, keys and values."""
+    return slice(len(bias) // 3, 2 * len(bias) // 3)
 
 
 @pytest.mark.parametrize("layout", [*ONE_RANK, *TWO_RANKS, *FOUR_RANKS], ids=str)
