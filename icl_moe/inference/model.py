@@ -332,6 +332,9 @@ class InContextModel:
             )
 
     def _check_request(self, task: Task, examples: int, category: str | None) -> None:
+        trained = self.decoder.config.classes
+        if trained is not None and task.name not in trained:
+            raise InputError(f"This model was trained on {' and '.join(trained)}, not {task.name}.")
         self.check_examples(examples)
         if not isinstance(category, str | None):
             raise InputError(f"The category must be a text, not {type(category).__name__}.")

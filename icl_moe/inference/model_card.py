@@ -79,11 +79,11 @@ def _scores(metrics: Path | None) -> str:
     if metrics is None:
         return "It was exported without an evaluation; `icl-moe evaluate` makes one."
     content = json.loads(metrics.read_text(encoding="utf-8"))
-    about = ("name", "prediction", "shots", "control")
+    about = ("name", "prediction", "shots", "control", "copy_rate", "truth_copy_rate")
     rows = [
-        (task, row["name"], str(row.get("shots", "–")), name, f"{value:.4g}")
+        (task, row["name"], str(row.get("shots") or "–"), name, f"{value:.4g}")
         for task, result in content["tasks"].items()
-        for row in result["rows"]
+        for row in [*result["rows"], *result.get("swapped", [])]
         for name, value in row.items()
         if name not in about and isinstance(value, int | float)
     ]

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy_export
 import toy_tokenizer
 from inference.hub_server import REPOSITORY, REVISION, hub
+from PIL import Image
 
+from icl_moe import InContextModel
 from icl_moe.errors import InputError
 from icl_moe.inference.hub import find_model
+from icl_moe.inference.model import Region
 from icl_moe.inference.model_card import model_card
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import load_recipe, to_dict
@@ -134,3 +138,16 @@ def test_a_card_of_a_model_that_was_not_evaluated_says_so(model):
     card = model_card(config, TRAINING)
     assert "It was exported without an evaluation" in card
     assert f"{config['image_size']} x {config['image_size']} pixels" in card
+
+
+def test_the_model_that_ships_segments_at_once_and_says_that_it_does_not_caption():
+    model = InContextModel.from_pretrained("demo", device="cpu")
+    picture = Image.new("RGB", (64, 64), "grey")
+    picture.paste("red", (10, 10, 40, 40))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (10, 10, 40, 40))
+    found_HW = model.segment([(picture, mask)], query=picture)
+    inside_HW = np.asarray(mask) > 0
+    assert found_HW[inside_HW].mean() > found_HW[~inside_HW].mean()
+    with pytest.raises(InputError, match="was trained on segmentation, not captioning"):
+        model.caption([(picture, Region("a red square", "square", (10, 10, 30, 30)))], picture)
