@@ -225,7 +225,7 @@ def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
         region for region in pool.regions if region.annotations == (5517289,)
     )  # x -2, width 390, of 800 pixels
     assert couch.target.caption == "black tufted leather couch"
-    assert couch.box == pytest.approx((0.0, 367 / 533, 388 / 800, 529 / 533))
+    assert couch.target.box == pytest.approx((0.0, 367 / 533, 388 / 800, 529 / 533))
 
 
 def test_densecaps_split_chooses_visual_genomes_images(genome):
