@@ -51,10 +51,10 @@ def test_real_images_and_captions_go_through_every_stage(
         f"data.images={images}",
         f"data.annotations={instances}",
         *network,
-        "steps=20",
+        "steps=8",
         "batch_size=8",
-        "log_every=10",
-        "save_every=20",
+        "log_every=4",
+        "save_every=8",
         "--out",
         tokenizer,
     )
