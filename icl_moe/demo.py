@@ -27,7 +27,7 @@ RANKS = 2
 _RECIPE = "modern_demo"
 """The data recipe, and the training recipe."""
 
-_VALIDATION = ("synthetic.split=val", "synthetic.seed=1", "synthetic.images=160", "samples=400")
+_VALIDATION = ("synthetic.split=val", "synthetic.seed=1", "synthetic.images=160", "samples=200")
 
 
 def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
