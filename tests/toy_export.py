@@ -7,12 +7,31 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import toy_tokenizer
 
 from icl_moe.data.shards import Manifest
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
-from icl_moe.settings import to_dict
+from icl_moe.settings import load_recipe, to_dict
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+
+
+def build_toy_line(folder: Path, images: int = 12, samples: int = 2) -> Path:
+    """Write a tokenizer, shards of drawn scenes in its codes, and a model for these into folders of
+    `folder`; the model's, which is returned, is `folder/model`.
+    """
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = (f"synthetic.images={images}", f"samples={samples}")
+    recipe = load_recipe(
+        DataRecipe,
+        "demo",
+        [*settings, *toy_tokenizer.recipe_settings(tokenizer)],
+        package="preprocessing",
+    )
+    build_shards(recipe, folder / "shards", workers=0)
+    return save_toy_model(folder / "model", folder / "shards")
 
 
 def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_export
-import toy_tokenizer
 from inference.hub_server import REPOSITORY, REVISION, hub
 from PIL import Image
 
@@ -22,8 +21,6 @@ from icl_moe.inference.model import Region
 from icl_moe.inference.model_card import model_card
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import load_recipe, to_dict
-from preprocessing.build import build_shards
-from preprocessing.recipe import DataRecipe
 
 TRAINING = {
     "steps": 7,
@@ -35,14 +32,9 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
-    settings = ["synthetic.images=12", "samples=2", *toy_tokenizer.recipe_settings(tokenizer)]
-    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
-    build_shards(recipe, folder / "shards", workers=0)
-    toy_export.save_toy_model(folder / "model", folder / "shards")
-    (folder / "model" / "training.json").write_text(json.dumps(TRAINING))
-    return folder / "model"
+    folder = toy_export.build_toy_line(tmp_path_factory.mktemp("hub"))
+    (folder / "training.json").write_text(json.dumps(TRAINING))
+    return folder
 
 
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,12 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_export
-import toy_tokenizer
 from PIL import Image
-
-from icl_moe.settings import load_recipe
-from preprocessing.build import build_shards
-from preprocessing.recipe import DataRecipe
 
 ABSENT = (
     "accelerate",
@@ -52,11 +47,7 @@ def packages(tmp_path_factory, repository):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lean")
-    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
-    settings = ["synthetic.images=12", "samples=2", *toy_tokenizer.recipe_settings(tokenizer)]
-    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
-    build_shards(recipe, folder / "shards", workers=0)
-    toy_export.save_toy_model(folder / "model", folder / "shards")
+    toy_export.build_toy_line(folder)
     Image.new("RGB", (80, 64), "red").save(folder / "image.png")
     mask = np.zeros((64, 80), dtype=np.uint8)
     mask[10:40, 10:40] = 255

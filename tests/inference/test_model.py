@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import toy_export
-import toy_tokenizer
 from PIL import Image
 
 from icl_moe import InContextModel
@@ -23,11 +22,9 @@ from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceFormat
-from icl_moe.settings import load_recipe, to_dict
+from icl_moe.settings import to_dict
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
-from preprocessing.build import build_shards
-from preprocessing.recipe import DataRecipe
 
 SIDE, SQUARE, CODES = 64, 8, 64
 VOCABULARY = Vocabulary(text_merges=1000, image_codes=256)
@@ -409,15 +406,7 @@ def test_a_region_of_no_sense_is_refused_in_python_too(small_text):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
-    settings = ["synthetic.images=30", "samples=1", *toy_tokenizer.recipe_settings(tokenizer)]
-    build_shards(
-        load_recipe(DataRecipe, "demo", settings, package="preprocessing"),
-        folder / "shards",
-        workers=0,
-    )
-    return toy_export.save_toy_model(folder / "model", folder / "shards")
+    return toy_export.build_toy_line(tmp_path_factory.mktemp("exported"), images=30, samples=1)
 
 
 def test_an_exported_folder_is_all_that_is_needed(exported):
