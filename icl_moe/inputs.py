@@ -3,12 +3,23 @@
 import json
 import re
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from icl_moe.errors import InputError, shown
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def shipped_folders(where: str, file: str) -> dict[str, Path]:
+    """The folders that ship in the folder `where` of this package and hold a `file`, by name.
+
+    Such a name is looked up before folders of the user: `icl-moe demo` makes a folder demo, which
+    must not hide what ships as demo. ./demo is a folder.
+    """
+    root = Path(str(resources.files("icl_moe"))) / where
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{file}"))}
 
 
 def read_json(path: Path) -> Any:

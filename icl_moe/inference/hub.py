@@ -4,12 +4,12 @@ Face Hub.
 
 import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from icl_moe.errors import InputError
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
+from icl_moe.inputs import shipped_folders
 
 _FILES = ("*.json", "*.safetensors", "*.txt", CARD)
 """What a model folder consists of; nothing else of a Hub repository is fetched."""
@@ -24,16 +24,14 @@ def find_model(source: str | Path) -> Path:
     OWNER/NAME@REVISION, which is fetched into the Hub's cache. A shipped name comes first, and a
     folder before the Hub: ./demo is a folder. Raises InputError where there is none of them.
     """
-    name = str(source)
-    shipped = Path(str(resources.files("icl_moe"))) / "models"
-    names = sorted(path.parent.name for path in shipped.glob("*/config.json"))
-    if name in names:
-        return shipped / name
+    name, shipped = str(source), shipped_folders("models", "config.json")
+    if name in shipped:
+        return shipped[name]
     folder = Path(source)
     if folder.exists():
         return folder
     if not _HUB_ID.fullmatch(name):
-        known = f" ({', '.join(names)})" if names else ""
+        known = f" ({', '.join(shipped)})" if shipped else ""
         raise InputError(
             f"There is no model folder {source}, no shipped model of that name{known}, and a "
             "model of the Hugging Face Hub is named OWNER/NAME."

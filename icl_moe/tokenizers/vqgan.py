@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
+from icl_moe.inputs import shipped_folders
 from icl_moe.outputs import output_folder, writing
 from icl_moe.ranges import Count, ImageSide
 from icl_moe.settings import from_dict, to_dict
@@ -259,18 +259,15 @@ def find_tokenizer(source: str | Path) -> Path:
     """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError where
     there is neither.
     """
-    shipped = Path(str(resources.files("icl_moe.tokenizers"))) / "assets"
-    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_FILE}"))
-    # A shipped name comes first: `icl-moe demo` makes a folder demo, which must not hide the
-    # tokenizer demo. ./demo is a folder.
-    if source in names:
-        return shipped / str(source)
+    shipped = shipped_folders("tokenizers/assets", CONFIG_FILE)
+    if isinstance(source, str) and source in shipped:
+        return shipped[source]
     folder = Path(source)
     if folder.is_dir():
         return folder
     raise InputError(
         f"There is no tokenizer folder {source}, nor is one of that name shipped "
-        f"({', '.join(names)})."
+        f"({', '.join(shipped)})."
     )
 
 
