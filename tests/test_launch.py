@@ -176,7 +176,10 @@ def test_slurm_starts_a_launcher_a_machine(run: Run, tmp_path: Path) -> None:
     )
     bin_folder = tmp_path / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
-    (bin_folder / "deepspeed").symlink_to(Path(sys.executable).parent / "deepspeed")
+    for name in ("python", "deepspeed"):
+        executable(
+            bin_folder / name, f'#!/bin/sh\nexec {Path(sys.executable).parent / name} "$@"\n'
+        )
     slurm = {
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_NODELIST": "x",
