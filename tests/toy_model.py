@@ -2,6 +2,8 @@
 them by name).
 """
 
+from functools import cache
+
 import numpy as np
 
 from icl_moe.batch import TokenBatch, collate
@@ -60,7 +62,7 @@ def make_recipe(
 def make_sequences(task: str, episodes: int, seed: int = 0, pairs: int = 3) -> list[TokenSequence]:
     """Random episodes of one task; captions of different lengths, so that the layouts differ."""
     rng = np.random.default_rng(seed)
-    codec = SequenceCodec(FORMAT, TextTokenizer(VOCABULARY.text_merges))
+    codec = _codec()
 
     def codes() -> np.ndarray:
         return rng.integers(0, VOCABULARY.image_codes, CODES)
@@ -74,6 +76,12 @@ def make_sequences(task: str, episodes: int, seed: int = 0, pairs: int = 3) -> l
         codec.encode(Episode(TASKS[task], "", tuple(pair() for _ in range(pairs))))
         for _ in range(episodes)
     ]
+
+
+@cache
+def _codec() -> SequenceCodec:
+    """Read once a process: a text tokenizer takes half a second, a toy step a few milliseconds."""
+    return SequenceCodec(FORMAT, TextTokenizer(VOCABULARY.text_merges))
 
 
 def make_batch(
