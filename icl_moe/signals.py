@@ -33,9 +33,6 @@ _ONE_REQUEST = 2.5
 _MEETING = 3.0
 """Seconds that a process which was asked to stop waits for other ranks that are not there yet."""
 
-_WORKER_REST = 60.0
-"""Seconds that a loader worker which its own rank terminates has left."""
-
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -196,7 +193,7 @@ def end_with_parent() -> None:
 
 def obey_parent_alone() -> None:
     """This process, a child of multiprocessing, outlives the signals that others send, and ends
-    with its parent, or a minute after its parent told it to.
+    with its parent, or when its parent tells it to.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     threading.Thread(target=_await_parent, name="signals", daemon=True).start()
@@ -208,7 +205,6 @@ def _await_parent() -> None:
     assert parent is not None
     while signal.sigwaitinfo(STOPPING).si_pid != parent.pid:
         pass
-    time.sleep(_WORKER_REST)
     os._exit(0)
 
 

@@ -135,10 +135,15 @@ class _ErrorsAsItems(Dataset["TokenBatch | SampleError"]):
 
 
 def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Generator[TokenBatch]:
-    for item in items:
-        if isinstance(item, SampleError):
-            raise item
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, SampleError):
+                raise item
+            yield item
+    finally:
+        # The readers end when their iterator is freed, and the traceback of an error keeps this
+        # frame.
+        del items
 
 
 @contextmanager

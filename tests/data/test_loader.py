@@ -206,14 +206,34 @@ def test_a_reader_says_in_one_sentence_which_sample_it_cannot_read(folder, tmp_p
     for task in ("segmentation", "captioning"):
         for index in range(25):
             overwrite(copy, task, index, "tokens", lambda raw: bytes(len(raw)))
+    others = set(multiprocessing.active_children())
     with pytest.raises(
         SampleError,
         match=(
             r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum is not that of the "
             r"index\.$"
         ),
-    ):
+    ) as error:
         read(copy, workers=1)
+    assert set(multiprocessing.active_children()) == others, f"a reader outlives {error.value}"
+
+
+def test_a_rank_that_terminates_its_readers_does_not_wait_for_them(folder):
+    """As a program does with its children when it ends in an error."""
+    shards, part = ShardSet(folder), RankSlice.of(0, 1, GLOBAL_BATCH, 2)
+    dataset = MicroBatches(
+        shards, Schedule(shards.manifest.samples, GLOBAL_BATCH, 0), part, "packed", 0.0
+    )
+    others = set(multiprocessing.active_children())
+    batches = micro_batches(dataset, part.micro_steps, 0, 1000, workers=2)
+    next(batches)
+    readers = set(multiprocessing.active_children()) - others
+    for reader in readers:
+        reader.terminate()
+    for reader in readers:
+        reader.join(5)
+    assert [reader.exitcode for reader in readers] == [0, 0]
+    batches.close()
 
 
 MEASURE = """
