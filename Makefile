@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
+# The tests run in two processes; a file stays in one of them.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all lint format bench docs clean
 
@@ -23,10 +25,10 @@ demo: $(STAMP)  ## The whole pipeline, small, on this machine: data, shards, tra
 	$(BIN)/icl-moe demo $(ARGS)
 
 test: $(STAMP)  ## The tests, without the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP)  ## All tests
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(STAMP)  ## Format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

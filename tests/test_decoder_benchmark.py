@@ -5,6 +5,8 @@ nothing.
 import json
 import sys
 
+import pytest
+
 KINDS = (
     "stock / ours, mix",
     "stock / ours, segmentation",
@@ -44,6 +46,7 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
     assert "goals missed" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_decoder_benchmark_undoes_each_step(run_command, tmp_path):
     file = tmp_path / "figures.json"
     result = run_command(

@@ -50,6 +50,8 @@ class TokenizerRecipe:
     perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default.
     adversarial_from: the step from which a PatchGAN discriminator trains along, none by default.
     Every loss but the L1 difference has its weight.
+    precision: of the network's arithmetic; `auto` is bf16 where the device has instructions for it,
+    else fp32.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)
@@ -69,7 +71,7 @@ class TokenizerRecipe:
     ema_decay: Annotated[float, Range(0, below=1)] = 0.999
     revive_every: Count = 50
     revive_below: Annotated[float, Range(0)] = 0.05
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     half_weights: bool = False
     seed: Natural = 0
     log_every: Count = 100

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from icl_moe.devices import computes_in_bf16
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import to_image
@@ -44,7 +45,7 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
     if not (out / STATE_FILE).is_file():
         check_free(out)
     join_processes()
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    accelerator = _accelerator(recipe.precision)
     run = _Run(recipe, accelerator)
     run.resume(out)
     source = open_source(recipe)
@@ -59,6 +60,13 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
         _train(run, source, mine, out)
     accelerator.wait_for_everyone()
     return run.finished()
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """precision: the recipe's."""
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(Accelerator().device) else "fp32"
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def _train(run: "_Run", source: Source, mine: range, out: Path) -> None:

@@ -2,6 +2,7 @@
 another.
 """
 
+import gc
 import os
 import time
 import traceback
@@ -101,9 +102,12 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    from icl_moe.training import engine  # noqa: F401
     from icl_moe.training.distributed import process_group
 
     with process_group() as ranks:
+        gc.collect()
+        gc.freeze()  # DeepSpeed collects garbage often, and all that is imported so far is none.
         while (task := pipe.recv()) is not None:
             function, args = task
             try:

@@ -55,6 +55,7 @@ def test_real_images_and_captions_go_through_every_stage(
         "batch_size=8",
         "log_every=4",
         "save_every=8",
+        "precision=fp32",
         "--out",
         tokenizer,
     )

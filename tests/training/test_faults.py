@@ -40,6 +40,7 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
         )  # Step 3 was logged before the fault; from the checkpoint of step 2 on all repeats.
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_saving_leaves_the_checkpoint_before_whole(
     train, undisturbed, tmp_path
 ):
@@ -64,6 +65,7 @@ def test_a_terminated_rank_makes_all_save_and_end_well(train, undisturbed, tmp_p
     assert losses(tmp_path) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_path):
     printed = train(tmp_path / "run", "training.steps=4", script=FAULTY, FAULT="nan:1:2")
     assert "step 2: the loss is not finite on rank 1 in " in printed
@@ -89,7 +91,7 @@ def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("overwrite", "its checksum is not that of the index"),
+        pytest.param("overwrite", "its checksum is not that of the index", marks=pytest.mark.slow),
         ("truncate", "it is cut off; the shard is truncated"),
     ],
 )
@@ -137,6 +139,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
     assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
     command = arguments(
         shards, tmp_path / "run", "training.dry_run=false", "training.hang_seconds=4"
@@ -153,7 +156,11 @@ def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "to_rank_0"), [("slow:0:2", signal.SIGSTOP), ("hang:1:2", signal.SIGKILL)]
+    ("fault", "to_rank_0"),
+    [
+        pytest.param("slow:0:2", signal.SIGSTOP, marks=pytest.mark.slow),
+        ("hang:1:2", signal.SIGKILL),
+    ],
 )
 def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_rank_0):
     """Rank 0 keeps the ranks' store, which says who stands still."""
@@ -167,7 +174,7 @@ def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_r
     assert ", and rank 0, which knows of all ranks, does not answer; no progress for 4 s" in said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_fault_that_one_rank_finds_is_said_once(shards, undisturbed, tmp_path, rank):
     shutil.copytree(undisturbed, tmp_path / "run")
     damaged = tmp_path / f"run/checkpoints/step-00000006/exp_avg-0000{rank}.safetensors"

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from processes import arguments, session, two_ranks, wait_for
 from small_run import FAULTY, launcher, losses
 
@@ -83,6 +84,7 @@ def signal_group(leader: int, number: signal.Signals) -> None:
     subprocess.run(["bash", "-c", f"kill -{number} -- -{leader}"], check=True)
 
 
+@pytest.mark.slow
 def test_under_bash_a_run_that_a_signal_stopped_ends_with_0(shards, tmp_path):
     """The script's launcher does not hear the signal: the ranks alone do."""
     command = arguments(shards, tmp_path / "run", "training.steps=500")

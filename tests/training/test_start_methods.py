@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_script_trains_with_readers_that_are_not_forked(train, repository, tmp_path):
     """Such a reader runs the script of its rank once more, which must not train a second time."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -24,11 +24,12 @@ from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 
 
-@pytest.fixture(scope="session")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, train: Callable) -> Path:
+@pytest.fixture(scope="module")
+def whole_run(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that has its last checkpoint alone."""
+    earlier = shutil.ignore_patterns("step-00000002", "step-00000004")
     output = tmp_path_factory.mktemp("whole") / "run"
-    train(output, "training.steps=6")
-    return output
+    return Path(shutil.copytree(undisturbed, output, ignore=earlier))
 
 
 def export(command: Callable, output: Path, to: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from distributed.rank_group import RankGroup
 from PIL import Image
 
+from icl_moe.devices import computes_in_bf16
 from icl_moe.errors import InputError
 from icl_moe.images import mask_to_pixels, pixels_to_mask
 from icl_moe.settings import load_recipe
@@ -123,6 +124,15 @@ def test_two_devices_train_as_one_does(
         two[:8], one[:8], strict=True
     ):  # then the judge joins, whose batch norms see a device's share
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_auto_is_the_precision_that_the_device_computes_in(tmp_path: Path) -> None:
+    precision = "bf16" if computes_in_bf16(torch.device("cpu")) else "fp32"
+    named, auto = (
+        train_tokenizer(dataclasses.replace(RECIPE, steps=2, precision=name), tmp_path / name)
+        for name in (precision, "auto")
+    )
+    assert auto.fingerprint == named.fingerprint
 
 
 def test_a_finished_training_is_not_run_again(trained: Path) -> None:
