@@ -11,8 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
-# The tests run in two processes; a file stays in one of them.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# The tests run in two processes, as tests/conftest.py shares them out.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: help setup demo test test-all lint format bench docs clean
 

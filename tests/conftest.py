@@ -29,6 +29,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_OF_RANKS = ("tests/distributed", "tests/training", "tests/test_launch.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the tests run in two processes, a file stays in one of them, and all that start ranks
+    in the same one: two groups of ranks at once would only wait for each other's cores.
+    """
+    for item in items:
+        file = item.path.relative_to(REPOSITORY).as_posix()
+        group = "ranks" if file.startswith(_OF_RANKS) else file
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
