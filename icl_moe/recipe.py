@@ -109,7 +109,10 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, or MT-AdamW for unmixed batches of several tasks, and the learning rate.
+    """AdamW; MT-AdamW for unmixed batches of several tasks; or Muon, which moves the matrices, with
+    AdamW for the rest; and the learning rate.
+
+    matrix_learning_rate: of what Muon moves; it follows the same schedule.
 
     clip: the largest global gradient norm, or null for no clipping. MT-AdamW divides by the norm,
     so clipping would do nothing there.
@@ -117,8 +120,9 @@ class OptimizerSettings:
     named.
     """
 
-    name: Literal["adamw", "mt_adamw"] = "adamw"
+    name: Literal["adamw", "mt_adamw", "muon"] = "adamw"
     learning_rate: LearningRate = 1e-4
+    matrix_learning_rate: LearningRate = 0.02
     weight_decay: Annotated[float, Range(0)] = 0.05
     betas: tuple[Annotated[float, Range(0, below=1)], ...] = (0.9, 0.999)
     epsilon: Epsilon = 1e-8

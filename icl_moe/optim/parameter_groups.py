@@ -2,10 +2,14 @@
 for DeepSpeed.
 """
 
+import re
 from typing import Any
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
+
+from icl_moe.model.deepspeed_moe import exported_name
+from icl_moe.model.router import GATE
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -15,12 +19,48 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() >= 2 and "embedding" not in name
-        (decayed if is_matrix else plain).append(parameter)
-    groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
-        {"name": "plain", "params": plain, "weight_decay": 0.0},
-    ]
+        (decayed if _is_matrix(name, parameter) else plain).append(parameter)
+    return _for_deepspeed(
+        [
+            {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+            {"name": "plain", "params": plain, "weight_decay": 0.0},
+        ]
+    )
+
+
+def muon_groups(model: nn.Module, weight_decay: float, rate_ratio: float) -> list[dict[str, Any]]:
+    """The same for Muon, which moves the matrices between hidden states; gates' are not among them.
+
+    rate_ratio: the matrices' learning rate over that of the other parameters.
+    """
+    fused: list[nn.Parameter] = []
+    hidden: list[nn.Parameter] = []
+    gates: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        name = exported_name(name)
+        if not _is_matrix(name, parameter):
+            plain.append(parameter)
+        elif re.search(GATE, name):
+            gates.append(parameter)
+        else:
+            (fused if ".qkv." in name else hidden).append(parameter)
+    matrices = {"weight_decay": weight_decay, "rate_ratio": rate_ratio}
+    return _for_deepspeed(
+        [
+            {"name": "qkv", "params": fused, "matrices_in_one": 3, **matrices},
+            {"name": "hidden", "params": hidden, "matrices_in_one": 1, **matrices},
+            {"name": "gates", "params": gates, "weight_decay": weight_decay},
+            {"name": "plain", "params": plain, "weight_decay": 0.0},
+        ]
+    )
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.dim() >= 2 and "embedding" not in name
+
+
+def _for_deepspeed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         group
         for group in split_params_into_different_moe_groups_for_optimizer(groups)

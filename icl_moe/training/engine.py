@@ -27,7 +27,8 @@ from icl_moe.model.loss import DecoderLoss
 from icl_moe.model.tensor_parallel import spread
 from icl_moe.optim import gradient_norm
 from icl_moe.optim.mt_adamw import MTAdamW
-from icl_moe.optim.parameter_groups import parameter_groups
+from icl_moe.optim.muon import Muon
+from icl_moe.optim.parameter_groups import muon_groups, parameter_groups
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.codebook import Codebook
@@ -98,7 +99,7 @@ class TrainingEngine:
         drawn with `probability`.
         """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_ratio", 1.0)
         if isinstance(self._optimizer, MTAdamW):
             self._optimizer.probability = probability
             self._optimizer.weight = (self._recipe.optimizer.task_weights or {}).get(task, 1.0)
@@ -229,17 +230,18 @@ def _build_model(
 
 def _build_optimizer(recipe: TrainingRecipe, model: nn.Module, norm: Any) -> torch.optim.Optimizer:
     settings = recipe.optimizer
-    groups = parameter_groups(model, settings.weight_decay)
     options: dict[str, Any] = dict(
         lr=settings.learning_rate,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.epsilon,
     )
-    return (
-        MTAdamW(groups, norm, **options)
-        if settings.name == "mt_adamw"
-        else torch.optim.AdamW(groups, fused=True, **options)
-    )
+    if settings.name == "muon":
+        ratio = settings.matrix_learning_rate / settings.learning_rate
+        return Muon(muon_groups(model, settings.weight_decay, ratio), **options)
+    groups = parameter_groups(model, settings.weight_decay)
+    if settings.name == "mt_adamw":
+        return MTAdamW(groups, norm, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def _deepspeed_config(

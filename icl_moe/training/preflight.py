@@ -54,6 +54,7 @@ def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]
     engine_config = read_engine(recipe.engine)
     _check_layout(recipe, world, zero_stage(engine_config))
     _check_reduction(recipe, engine_config)
+    _check_optimizer(recipe, engine_config)
     _check_precision(recipe, engine_config)
     RankSlice.of(
         0, world, recipe.training.global_batch, recipe.training.micro_batch, recipe.parallel.tp_size
@@ -223,6 +224,17 @@ def _check_layout(recipe: TrainingRecipe, world: int, stage: int) -> None:
             "parallel.ep_size and parallel.tp_size must be 1 with ZeRO stage 3 "
             f"(engine={recipe.engine}), not {ep_size} and {tp_size}: "
             "it spreads every parameter over all ranks by itself."
+        )
+
+
+def _check_optimizer(recipe: TrainingRecipe, engine_config: dict[str, Any]) -> None:
+    if recipe.optimizer.name != "muon":
+        return
+    if zero_stage(engine_config) or recipe.parallel.tp_size > 1:
+        raise InputError(
+            "optimizer.name=muon needs whole matrices on every rank: an engine of ZeRO stage 0, "
+            f"such as zero0_fp32, not {recipe.engine}, and parallel.tp_size 1, not "
+            f"{recipe.parallel.tp_size}."
         )
 
 

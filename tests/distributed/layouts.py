@@ -27,12 +27,13 @@ from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codeb
 from icl_moe.model.deepspeed_moe import exported_name, first_expert
 from icl_moe.model.router import AttributeGate
 from icl_moe.model.tensor_parallel import is_split, join
+from icl_moe.optim.muon import orthogonal
 from icl_moe.recipe import OptimizerSettings, ParallelSettings
 from icl_moe.training.codebook import Codebook
 
 GLOBAL_BATCH = 4
 CLIP = 0.5
-RATES = {"sgd": 0.5, "mt_adamw": 1e-3}
+RATES = {"sgd": 0.5, "mt_adamw": 1e-3, "muon": 1e-3}
 TASKS = ("segmentation", "captioning", "segmentation", "captioning")
 CODEBOOK = Codebook(torch.arange(32 * 6).view(32, 6).float().sin(), torch.arange(1.0, 33.0))
 PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
@@ -59,7 +60,7 @@ class Layout:
     mixed: bool = False
     collapsed: bool = False
     parts: bool = False
-    optimizer: Literal["sgd", "mt_adamw"] = "sgd"
+    optimizer: Literal["sgd", "mt_adamw", "muon"] = "sgd"
     steps: int = 6
 
     def __str__(self) -> str:
@@ -121,7 +122,9 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
             VOCABULARY.image_range.start,
             seed=0,
         )
-    update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw}[layout.optimizer](decoder)
+    update = {"sgd": _plain_sgd, "mt_adamw": _plain_mt_adamw, "muon": _plain_muon}[
+        layout.optimizer
+    ](decoder)
     losses, auxiliary, norms, choices = [], [], [], []
     chosen = _choices(decoder)
     for step in range(layout.steps):
@@ -254,13 +257,15 @@ def _recipe(layout: Layout) -> Any:
         ),
         parallel=ParallelSettings(layout.ep_size, layout.tp_size),
         optimizer=OptimizerSettings(
-            "mt_adamw" if layout.optimizer == "mt_adamw" else "adamw", clip=_clip(layout)
+            "adamw" if layout.optimizer == "sgd" else layout.optimizer,
+            RATES[layout.optimizer],
+            clip=_clip(layout),
         ),
     )
 
 
 def _clip(layout: Layout) -> float | None:
-    return None if layout.optimizer == "mt_adamw" else CLIP
+    return CLIP if layout.optimizer == "sgd" else None
 
 
 def _task(layout: Layout, step: int) -> str:
@@ -319,6 +324,45 @@ def _plain_mt_adamw(decoder: InContextDecoder) -> Update:
             parameter.data, *moments[name] = plain_step(
                 *values, step + 1, lr=RATES["mt_adamw"], betas=(0.9, 0.999), eps=1e-8, decay=decay
             )
+
+    return update
+
+
+def _plain_muon(decoder: InContextDecoder) -> Update:
+    """Each matrix by itself, by Muon's formula; the rest by torch's AdamW."""
+    momenta = {name: torch.zeros_like(p) for name, p in decoder.named_parameters()}
+    matrices = {
+        name
+        for name, p in decoder.named_parameters()
+        if p.dim() == 2 and "embedding" not in name and "gate" not in name
+    }
+    rest = {name: p for name, p in decoder.named_parameters() if name not in matrices}
+    gates = ("gate.wg.weight", "gate.embed.weight")
+    decayed = [p for name, p in rest.items() if name.endswith(gates)]
+    plain = [p for name, p in rest.items() if not name.endswith(gates)]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=RATES["muon"],
+    )
+
+    def update(step: int, task: str, gradients: dict[str, torch.Tensor], norm: float) -> None:
+        for name, parameter in decoder.named_parameters():
+            gradient = gradients[name]
+            if name in rest:
+                parameter.grad = gradient
+                continue
+            momenta[name] = 0.95 * momenta[name] + 0.05 * gradient
+            ahead = 0.95 * momenta[name] + 0.05 * gradient
+            parts = 3 if "qkv" in name else 1
+            moved = [
+                matrix * (1 - 0.02 * 0.05)
+                - 0.02 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5 * orthogonal(towards)
+                for matrix, towards in zip(
+                    parameter.data.chunk(parts), ahead.chunk(parts), strict=True
+                )
+            ]
+            parameter.data = torch.cat(moved)
+        adamw.step()
 
     return update
 

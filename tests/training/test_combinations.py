@@ -27,7 +27,7 @@ FACTORS = {
     "model.dropout": ("0", "0.1"),
     "model.attention_dropout": ("0", "0.1"),
     "data.layout": ("packed", "padded"),
-    "optimizer.name": ("adamw", "mt_adamw"),
+    "optimizer.name": ("adamw", "mt_adamw", "muon"),
     "optimizer.clip": ("null", "0.5"),
     "optimizer.task_weights": ("null", "{captioning: 2}"),
     "optimizer.schedule": ("constant", "cosine"),
@@ -60,6 +60,12 @@ REFUSED = {
     pair("optimizer.name=mt_adamw", "optimizer.clip=0.5"),
     pair("optimizer.name=mt_adamw", "training.sampling=mixed"),
     pair("optimizer.name=adamw", "optimizer.task_weights={captioning: 2}"),
+    pair("optimizer.name=muon", "optimizer.task_weights={captioning: 2}"),
+    pair("optimizer.name=muon", "parallel.tp_size=2"),
+    *(
+        pair("optimizer.name=muon", f"engine=zero{n}_{precision}")
+        for n, precision in itertools.product((1, 2, 3), ("fp32", "bf16"))
+    ),
     pair("optimizer.clip=0.5", "optimizer.task_weights={captioning: 2}"),
     pair("training.sampling=mixed", "optimizer.task_weights={captioning: 2}"),
     pair("training.sampling=mixed", "training.task_weights={segmentation: 1, captioning: 2}"),

@@ -51,6 +51,11 @@ def test_layouts_that_work_pass(shards, world, settings):
     ("world", "settings", "sentence"),
     [
         (
+            2,
+            ["optimizer.name=muon", "engine=zero1_fp32"],
+            "optimizer.name=muon needs whole matrices on every rank: an engine of ZeRO stage 0",
+        ),
+        (
             6,
             ["parallel.tp_size=3"],
             "parallel.tp_size (3) must divide model.heads (4) and the number of ranks (6).",
