@@ -19,11 +19,10 @@ from icl_moe.files import check_readable
 from icl_moe.images import (
     ImageLike,
     box_to_mask,
-    crop_and_resize,
     crop_and_resize_mask,
     load_image,
     load_mask,
-    to_pixels,
+    to_square_pixels,
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
 from icl_moe.inference.hub import find_model, push_model
@@ -169,7 +168,7 @@ class InContextModel:
             for number, (picture, (_, mask)) in enumerate(zip(pictures, pairs, strict=True), 1)
         ]
         *image_codes, query_codes = self.encode(
-            [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
+            [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
         )
         mask_codes = self.encode_masks(masks)
         shown = tuple(
@@ -210,7 +209,7 @@ class InContextModel:
             for picture, (region, name) in zip(pictures, regions, strict=True)
         ]
         *image_codes, query_codes = self.encode(
-            [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
+            [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
         )
         shown = tuple(
             self._caption_pair(name, codes, region, box, category)
@@ -571,11 +570,6 @@ def _open_region(region: Any, number: int) -> tuple[Region, str]:
         )
     region.check(name)
     return region, name
-
-
-def _squared(image: Image.Image, size: int) -> Image.Image:
-    """The whole image at the model's size, its aspect ratio given up."""
-    return crop_and_resize(image, (0, 0, image.width, image.height), size)
 
 
 def _squared_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
