@@ -40,8 +40,10 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
     for name, ours, theirs in (
         ("sequence format", model.format, manifest.format),
         ("image size", model.image_size, manifest.image_size),
-        ("image tokenizer", model.image_tokenizer.fingerprint, manifest.image_tokenizer),
-        ("mask tokenizer", model.decoder.config.mask_tokenizer, manifest.mask_tokenizer),
+        *(
+            (name.replace("_", " "), found, getattr(manifest, name))
+            for name, found in model.tokenizers.fingerprints.items()
+        ),
         ("text tokenizer", model.codec.text.fingerprint, manifest.text_tokenizer),
     ):
         if ours != theirs:
