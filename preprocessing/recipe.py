@@ -53,6 +53,9 @@ class SegmentationSource(_Source):
     objects, or drawn scenes in that format.
 
     images, annotations: the folder of images and the instances file (source=coco, composed).
+    examples_images, examples_annotations: those of another data set, from which all examples come,
+    while the first one's regions are queries alone, such as training images beside validation
+    images (source=coco).
     composed: the compositions to make (source=composed).
     classes: the classes to use; null means all in the file.
     small_objects: keep images in which the class has only instances of less than 32^2 pixels.
@@ -66,6 +69,8 @@ class SegmentationSource(_Source):
     source: Literal["coco", "composed", "synthetic"] = "coco"
     images: str | None = None
     annotations: str | None = None
+    examples_images: str | None = None
+    examples_annotations: str | None = None
     classes: tuple[str, ...] | None = None
     small_objects: bool = True
     object_scale: ObjectScale = "any"
@@ -224,6 +229,13 @@ class DataRecipe:
                     raise InputError(
                         f"segmentation.composed.{f.name} needs segmentation.source=composed."
                     )
+        if segmentation is not None:
+            examples = (segmentation.examples_images, segmentation.examples_annotations)
+            if any(examples) and (segmentation.source != "coco" or not all(examples)):
+                raise InputError(
+                    "segmentation.examples_images and segmentation.examples_annotations go "
+                    "together, with segmentation.source=coco."
+                )
         for name in ("classes", "hard_neighbours"):
             if self.synthetic.world == "shapes" and (
                 getattr(self.synthetic, name) != getattr(plain, name)
