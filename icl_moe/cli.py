@@ -224,12 +224,23 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     _add_tokenizer_features(actions)
 
     parser = actions.add_parser(
-        "masks", help="learn a tokenizer of black-and-white patches from the masks of shards"
+        "masks", help="learn a tokenizer of black-and-white patches from masks"
     )
-    parser.add_argument("shards", help="a shard folder: a path, or a URL")
     parser.add_argument(
-        "--codes", type=take.whole_number(2), default=512, help="patches (default 512)"
+        "masks", help="a shard folder, a path or a URL; or a COCO instances file (.json)"
     )
+    for option, least, default, text in (
+        ("--codes", 2, 512, "patches"),
+        ("--image-size", 1, 256, "of an instances file: pixels along a side of the images"),
+        ("--cell", 1, 16, "of an instances file: pixels along a side of a patch"),
+    ):
+        parser.add_argument(
+            option,
+            type=take.whole_number(least),
+            default=default,
+            metavar="N",
+            help=f"{text} (default %(default)s)",
+        )
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_masks)
 
@@ -555,7 +566,9 @@ def _tokenizer_masks(options: argparse.Namespace) -> int:
 
     out = output_folder(options.out)
     check_free(out)
-    tokenizer, report = learn_mask_tokenizer(options.shards, options.codes)
+    tokenizer, report = learn_mask_tokenizer(
+        options.masks, options.codes, options.image_size, options.cell
+    )
     with writing(out):
         tokenizer.save_pretrained(out)
     print(
