@@ -52,7 +52,8 @@ def test_the_recipes_for_photographs_make_shards_that_a_model_and_a_matcher_are_
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     training = shutil.copytree(coco_folder.folder, tmp_path / "training")
     build = ["shards", "build", "modern_coco", *settings, *of_folder(training), "samples=8"]
-    build += ["segmentation.composed.images=6", "--workers", 0, "--out", tmp_path / "train"]
+    build += ["segmentation.composed.images=12", "segmentation.composed.same_instance=0"]
+    build += ["--workers", 0, "--out", tmp_path / "train"]
     run(*build)
     build = ["shards", "build", "modern_coco_val", *settings, *of_folder(coco_folder.folder)]
     run(*build, *of_folder(training, "examples_"), "--workers", 0, "--out", tmp_path / "val")
