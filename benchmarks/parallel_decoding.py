@@ -23,6 +23,7 @@ from icl_moe.sequence import Episode, SequenceFormat
 from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.segmentation import SegmentationPair
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 
@@ -72,7 +73,9 @@ def random_model(side: int) -> InContextModel:
     )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
-    return InContextModel(decoder, tokenizer, TextTokenizer(recipe.vocabulary.text_merges))
+    return InContextModel(
+        decoder, ImageTokenizers(tokenizer), TextTokenizer(recipe.vocabulary.text_merges)
+    )
 
 
 def random_requests(model: InContextModel, count: int) -> list[tuple[Episode, np.ndarray]]:

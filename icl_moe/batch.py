@@ -120,7 +120,7 @@ class TokenBatch:
     routing: the plan of attribute classes. predictors_P: where in the stream each target is
     predicted (the token before it);
     labels_P: the target's id; weights_P: its loss weight (float32); visual_P: whether it is an
-    image code.
+    image code or a features code.
     loss_scale: see `icl_moe.model.loss.combine`. task: the task of its episodes, or "mixed".
     sources: a name of each episode, for messages.
     """
@@ -206,7 +206,7 @@ def collate(
     targets = np.flatnonzero(weights_T > 0)
     real_T = np.concatenate([sequence.attributes() for sequence in sequences]) != PADDING
     labels = tokens_T[targets]
-    image = vocabulary.image_range
+    is_image = _within(labels, vocabulary.image_range) | _within(labels, vocabulary.input_range)
     total = float(weights_T.sum())
     return TokenBatch(
         tokens_T=torch.from_numpy(
@@ -224,8 +224,12 @@ def collate(
         predictors_P=torch.from_numpy(targets - 1),
         labels_P=torch.from_numpy(labels.astype(np.int64)),
         weights_P=torch.from_numpy(weights_T[targets]),
-        visual_P=torch.from_numpy((labels >= image.start) & (labels < image.stop)),
+        visual_P=torch.from_numpy(is_image),
         loss_scale=1.0 / max(total, 1.0) if loss_scale is None else loss_scale,
         task=task,
         sources=tuple(sources),
     )
+
+
+def _within(values: np.ndarray, ids: range) -> np.ndarray:
+    return (values >= ids.start) & (values < ids.stop)

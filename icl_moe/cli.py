@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from icl_moe import __version__
 from icl_moe import arguments as take
@@ -198,24 +198,49 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_tokenizer_train)
 
     parser = actions.add_parser(
-        "evaluate", help="measure reconstruction, code usage and the mask ceiling"
+        "evaluate",
+        help="measure what a tokenizer keeps: of pictures and masks, or of what they show",
     )
     parser.add_argument("tokenizer", help="a tokenizer's folder, or the name of a shipped one")
     parser.add_argument("images", type=take.path, help="folder of images")
     parser.add_argument(
         "--annotations",
         type=take.path,
-        help="COCO instances file of these images, for the mask ceiling",
+        help="COCO instances file of these images, for the mask ceiling, or for the matcher's "
+        "queries",
+    )
+    parser.add_argument(
+        "--examples",
+        nargs=2,
+        type=take.path,
+        metavar=("IMAGES", "ANNOTATIONS"),
+        help="of a features tokenizer: where the matcher takes its examples and its threshold",
+    )
+    parser.add_argument(
+        "--shots", default="1,3", help="of a features tokenizer: numbers of examples (default 1,3)"
     )
     parser.set_defaults(run=_tokenizer_evaluate)
 
+    _add_tokenizer_features(actions)
+
     parser = actions.add_parser(
-        "masks", help="learn a tokenizer of black-and-white patches from the masks of shards"
+        "masks", help="learn a tokenizer of black-and-white patches from masks"
     )
-    parser.add_argument("shards", help="a shard folder: a path, or a URL")
     parser.add_argument(
-        "--codes", type=take.whole_number(2), default=512, help="patches (default 512)"
+        "masks", help="a shard folder, a path or a URL; or a COCO instances file (.json)"
     )
+    for option, least, default, text in (
+        ("--codes", 2, 512, "patches"),
+        ("--image-size", 1, 256, "of an instances file: pixels along a side of the images"),
+        ("--cell", 1, 16, "of an instances file: pixels along a side of a patch"),
+    ):
+        parser.add_argument(
+            option,
+            type=take.whole_number(least),
+            default=default,
+            metavar="N",
+            help=f"{text} (default %(default)s)",
+        )
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_masks)
 
@@ -226,6 +251,45 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         "--out", type=take.folder, required=True, help="folder for the converted tokenizer"
     )
     parser.set_defaults(run=_tokenizer_convert)
+
+
+def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser(
+        "features", help="make a tokenizer that reads images by a frozen backbone's features"
+    )
+    parser.add_argument("images", type=take.path, help="folder of images")
+    parser.add_argument(
+        "--backbone",
+        default="efficientnet_lite0",
+        help="efficientnet_lite0, timm/NAME, or a transformers folder or hub id "
+        "(default %(default)s)",
+    )
+    parser.add_argument("--weights", metavar="FILE", help="a file with the backbone's weights")
+    parser.add_argument(
+        "--strides", default="16,32", help="the backbone's maps that are joined (default 16,32)"
+    )
+    for option, least, default, text in (
+        ("--codes", 2, 1024, "codes"),
+        ("--dimensions", 1, 64, "channels that PCA keeps"),
+        ("--image-size", 1, 256, "pixels along a side of the images"),
+        ("--downsampling", 1, 16, "pixels along a side of a cell"),
+        ("--seed", 0, 0, "of k-means"),
+    ):
+        parser.add_argument(
+            option,
+            type=take.whole_number(least),
+            default=default,
+            metavar="N",
+            help=f"{text} (default %(default)s)",
+        )
+    parser.add_argument(
+        "--annotations",
+        type=take.path,
+        help="COCO instances file of these images: report how much of the features' score in "
+        "matching the codes retain",
+    )
+    parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
+    parser.set_defaults(run=_tokenizer_features)
 
 
 _MODEL = "an exported model's folder, the name of a shipped model, or OWNER/NAME on the Hub"
@@ -424,23 +488,87 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_evaluate(options: argparse.Namespace) -> int:
+    from icl_moe.tokenizers.folder import folder_kind
+
+    if folder_kind(options.tokenizer) == "features":
+        _print_values(_match_photographs(options))
+        return 0
+    if options.examples is not None:
+        raise InputError(
+            f"--examples is for a features tokenizer, which {options.tokenizer} is not."
+        )
     from preprocessing.tokenizers.measures import evaluate_tokenizer
 
-    for name, value in evaluate_tokenizer(
-        options.tokenizer, options.images, options.annotations
-    ).items():
-        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    _print_values(evaluate_tokenizer(options.tokenizer, options.images, options.annotations))
     return 0
+
+
+def _match_photographs(options: argparse.Namespace) -> dict[str, Any]:
+    shots = _whole_numbers("--shots", options.shots)
+    if min(shots) < 1:
+        raise InputError(f"--shots must be at least 1 for a matcher, not {min(shots)}.")
+    if options.annotations is None or options.examples is None:
+        raise InputError(
+            f"{options.tokenizer} is a features tokenizer, which is measured by matching: give the "
+            "images' --annotations, and --examples IMAGES ANNOTATIONS."
+        )
+    from icl_moe.tokenizers.features import FeaturesTokenizer
+    from preprocessing.tokenizers.matching import evaluate_matcher, read_photographs
+
+    tokenizer = FeaturesTokenizer.from_pretrained(options.tokenizer)
+    queries = read_photographs(tokenizer, options.images, options.annotations)
+    examples = read_photographs(tokenizer, *options.examples)
+    return evaluate_matcher(tokenizer, queries, examples, shots)
+
+
+def _tokenizer_features(options: argparse.Namespace) -> int:
+    strides = tuple(_whole_numbers("--strides", options.strides))
+
+    from icl_moe.outputs import output_folder, writing
+    from icl_moe.tokenizers.features import FeaturesConfig
+    from icl_moe.tokenizers.folder import check_free
+    from preprocessing.tokenizers.features import make_features_tokenizer
+
+    out = output_folder(options.out)
+    check_free(out)
+    config = FeaturesConfig(
+        backbone=options.backbone,
+        weights=options.weights,
+        strides=strides,
+        channels=(1,) * len(strides),
+        image_size=options.image_size,
+        downsampling=options.downsampling,
+        codebook_size=options.codes,
+        dimensions=options.dimensions,
+    )
+    with writing(out):
+        report = make_features_tokenizer(
+            options.images, config, options.seed, out, options.annotations
+        )
+    _print_values(report)
+    return 0
+
+
+def _print_values(values: dict[str, Any], prefix: str = "") -> None:
+    """Plain values, one a line; those of a table within them under `name.`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _print_values(value, f"{prefix}{name}.")
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{prefix + name:32} {shown}")
 
 
 def _tokenizer_masks(options: argparse.Namespace) -> int:
     from icl_moe.outputs import output_folder, writing
-    from icl_moe.tokenizers.vqgan import check_free
+    from icl_moe.tokenizers.folder import check_free
     from preprocessing.tokenizers.masks import learn_mask_tokenizer
 
     out = output_folder(options.out)
     check_free(out)
-    tokenizer, report = learn_mask_tokenizer(options.shards, options.codes)
+    tokenizer, report = learn_mask_tokenizer(
+        options.masks, options.codes, options.image_size, options.cell
+    )
     with writing(out):
         tokenizer.save_pretrained(out)
     print(

@@ -104,6 +104,11 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
+def to_square_pixels(image: Image.Image, size: int) -> torch.Tensor:
+    """The whole image, its aspect ratio given up, as pixels_3HW of size x size in [-1, 1]."""
+    return to_pixels(crop_and_resize(image, (0, 0, image.width, image.height), size))
+
+
 def to_image(pixels_3HW: torch.Tensor) -> Image.Image:
     """The inverse of `to_pixels`; values outside [-1, 1] are clipped."""
     levels = ((pixels_3HW.detach().float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)

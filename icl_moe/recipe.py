@@ -55,7 +55,7 @@ class ModelSettings:
     that cell in the pair's own input image: W E[c] is added to it, W a matrix of its own.
     initialisation: `gpt2`, N(0, 0.02^2); or `fan_in`, with a scale that does not depend on the
     width, and queries that start equal to keys (icl_moe.model.decoder.initialise).
-    codebook_init: whether the embeddings of image codes start as a random map of the image
+    codebook_init: whether the embeddings of input images' codes start as a random map of their
     tokenizer's code vectors, so that codes which look alike start alike.
     """
 

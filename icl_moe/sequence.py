@@ -146,8 +146,10 @@ class TokenSequence:
 
 
 class Pair(Protocol):
-    """One pair of an episode, as tokens: its image's codes (N,), 0..image_codes-1, and what its
-    task adds.
+    """One pair of an episode, as tokens: its image's codes (N,), and what its task adds.
+
+    The codes of the image are those of the tokenizer that reads input images: features codes where
+    the vocabulary has them, else image codes.
     """
 
     @property
@@ -287,7 +289,7 @@ class SequenceCodec:
         outputs = [part for part in parts if part[0].role in ("output", "given")]
         if image is None or not outputs:
             raise InputError("A pair of the sequence lacks its image or its output.")
-        return task.read_pair(self, self.format.vocabulary.to_codes(image), outputs)
+        return task.read_pair(self, self.format.vocabulary.to_input_codes(image), outputs)
 
     def _prompt(self, sequence: TokenSequence) -> str | None:
         """The class's name in the class prompt, None where there is no prompt."""
@@ -341,7 +343,8 @@ class SequenceWriter:
     def image(self, codes: np.ndarray) -> None:
         """[BOI] and the codes (N,) of an input image."""
         self._append([self._vocabulary.boi], "image", "marker", target=False)
-        self._append(self._image_tokens(codes), "image", "input", target=False)
+        self._check_count(codes)
+        self._append(self._vocabulary.from_input_codes(codes), "image", "input", target=False)
 
     def marker(self, token: int, modality: Modality) -> None:
         """A marker on the target side, which bears no loss."""
@@ -349,7 +352,8 @@ class SequenceWriter:
 
     def drawn(self, codes: np.ndarray) -> None:
         """The codes (N,) of an image on the target side, which bear loss."""
-        self._append(self._image_tokens(codes), "image", "output", target=True)
+        self._check_count(codes)
+        self._append(self._vocabulary.from_codes(codes), "image", "output", target=True)
 
     def hidden(self) -> None:
         """An image on the target side whose codes are not known yet: [MASK] in every cell."""
@@ -377,13 +381,12 @@ class SequenceWriter:
         tokens_L = np.concatenate(self._tokens).astype(np.int64)
         return TokenSequence(tokens_L, np.arange(len(tokens_L)), tuple(self._spans))
 
-    def _image_tokens(self, codes: np.ndarray) -> np.ndarray:
+    def _check_count(self, codes: np.ndarray) -> None:
         if np.shape(codes) != (self.format.codes_per_image,):
             raise InputError(
                 f"An image must be {self.format.codes_per_image} codes in this format, not of "
                 f"shape {np.shape(codes)}."
             )
-        return self._vocabulary.from_codes(codes)
 
     def _append(
         self, tokens: Sequence[int] | np.ndarray, modality: Modality, role: Role, target: bool

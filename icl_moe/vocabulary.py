@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 
 from icl_moe.errors import InputError
-from icl_moe.ranges import Range
+from icl_moe.ranges import Natural, Range
 
 GPT2_MERGES = 50_000
 GPT2_SIZE = 50_257
@@ -34,19 +34,26 @@ MASK = "[MASK]"
 @dataclass(frozen=True)
 class Vocabulary:
     """Sizes of the parts; the ids follow from their order: text, image codes, nine specials, four
-    tags, 1001 bins, [MASK].
+    tags, 1001 bins, [MASK], features codes.
 
     `text_merges`: the first N merges of GPT-2's BPE, at most 50,000. Its ids are in merge order, so
     a smaller text vocabulary (256 bytes + N) keeps the ids of the larger one; the full one also
     holds <|endoftext|>, 50257 in all. `tags`: whether the four tags and the 1001 box bins are there
     (52295 ids with them, 51290 without, at full size). `mask`: whether [MASK] is there, which
-    stands for a code that is hidden; it comes last, so that no other id depends on it.
+    stands for a code that is hidden. `features`: how many codes the features tokenizer has that
+    reads input images; 0 where they are read with the image codes. Both come last, so that no other
+    id depends on them.
     """
 
     text_merges: Annotated[int, Range(0, GPT2_MERGES)] = GPT2_MERGES
     image_codes: Annotated[int, Range(2)] = 1024
     tags: bool = True
     mask: bool = False
+    features: Natural = 0
+
+    def __post_init__(self) -> None:
+        if self.features == 1:
+            raise InputError("vocabulary.features must be 0, or at least 2, not 1.")
 
     @property
     def text_size(self) -> int:
@@ -54,7 +61,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        return self._mask_start + self.mask
+        return self._feature_start + self.features
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -105,6 +112,17 @@ class Vocabulary:
         return range(self.text_size, self.text_size + self.image_codes)
 
     @property
+    def feature_range(self) -> range:
+        return range(self._feature_start, self._feature_start + self.features)
+
+    @property
+    def input_range(self) -> range:
+        """The ids that input images are made of: features codes where there are any, else image
+        codes.
+        """
+        return self.feature_range if self.features else self.image_range
+
+    @property
     def text_range(self) -> range:
         return range(self.text_size)
 
@@ -115,22 +133,25 @@ class Vocabulary:
 
     def from_codes(self, codes: np.ndarray) -> np.ndarray:
         """Image codes (any shape, 0..image_codes-1) as token ids (int64)."""
-        codes = np.asarray(codes, dtype=np.int64)
-        if codes.size and (codes.min() < 0 or codes.max() >= self.image_codes):
-            raise InputError(
-                f"Image codes must lie in 0..{self.image_codes - 1}, but "
-                f"{codes.min()}..{codes.max()} came."
-            )
-        return codes + self.text_size
+        return _to_tokens(codes, self.image_range, "Image codes")
 
     def to_codes(self, tokens: np.ndarray) -> np.ndarray:
         """Token ids of image codes (any shape) as codes (int64); raises InputError where an id is
         no image code.
         """
-        codes = np.asarray(tokens, dtype=np.int64) - self.text_size
-        if codes.size and (codes.min() < 0 or codes.max() >= self.image_codes):
-            raise InputError("A token where an image code belongs is of another range.")
-        return codes
+        return _to_codes(tokens, self.image_range, "an image code")
+
+    def from_input_codes(self, codes: np.ndarray) -> np.ndarray:
+        """Codes of an input image (any shape) as token ids (int64), of `input_range`."""
+        return _to_tokens(
+            codes, self.input_range, "Features codes" if self.features else "Image codes"
+        )
+
+    def to_input_codes(self, tokens: np.ndarray) -> np.ndarray:
+        """The inverse of `from_input_codes`; raises InputError where an id is of another range."""
+        return _to_codes(
+            tokens, self.input_range, "a features code" if self.features else "an image code"
+        )
 
     def name(self, token: int) -> str:
         """A readable name of one id, for previews and error messages; a text id is named by its
@@ -144,6 +165,8 @@ class Vocabulary:
             return f"<bin_{token - self.bin_range.start}>"
         if self.mask and token == self._mask_start:
             return MASK
+        if token in self.feature_range:
+            return f"<feature_{token - self._feature_start}>"
         named = (*SPECIALS, *(TAGS if self.tags else ()))
         index = token - self._special_start
         if 0 <= index < len(named):
@@ -162,6 +185,10 @@ class Vocabulary:
     def _mask_start(self) -> int:
         return self._tag_start + (len(TAGS) + BIN_COUNT if self.tags else 0)
 
+    @property
+    def _feature_start(self) -> int:
+        return self._mask_start + self.mask
+
     def _special(self, name: str) -> int:
         return self._special_start + SPECIALS.index(name)
 
@@ -169,3 +196,19 @@ class Vocabulary:
         if not self.tags:
             raise InputError("Category tags and box bins need vocabulary.tags=true.")
         return self._tag_start + TAGS.index(name)
+
+
+def _to_tokens(codes: np.ndarray, ids: range, what: str) -> np.ndarray:
+    codes = np.asarray(codes, dtype=np.int64)
+    if codes.size and (codes.min() < 0 or codes.max() >= len(ids)):
+        raise InputError(
+            f"{what} must lie in 0..{len(ids) - 1}, but {codes.min()}..{codes.max()} came."
+        )
+    return codes + ids.start
+
+
+def _to_codes(tokens: np.ndarray, ids: range, what: str) -> np.ndarray:
+    codes = np.asarray(tokens, dtype=np.int64) - ids.start
+    if codes.size and (codes.min() < 0 or codes.max() >= len(ids)):
+        raise InputError(f"A token where {what} belongs is of another range.")
+    return codes

@@ -18,7 +18,13 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from icl_moe.data.location import MANIFEST_FILE, FileInfo
-from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
+from icl_moe.data.shards import (
+    SCHEMA_VERSION,
+    TOKENIZER_FOLDERS,
+    Manifest,
+    ShardSet,
+    index_file,
+)
 from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
@@ -27,6 +33,8 @@ from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.settings import from_dict, to_dict
 from icl_moe.tasks import TASKS
+from icl_moe.tokenizers.features import FeaturesTokenizer
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
@@ -51,30 +59,24 @@ def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
     check_sections(recipe)
     out = output_folder(out)
     process = join_processes()
-    tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
-    masks = PatchTokenizer.from_pretrained(recipe.mask_tokenizer) if recipe.mask_tokenizer else None
+    tokenizers = _open_tokenizers(recipe)
     codec = SequenceCodec(
-        _format(recipe, tokenizer, masks),
+        _format(recipe, tokenizers),
         TextTokenizer(recipe.vocabulary.text_merges, recipe.text_tokenizer),
     )
-    fingerprints = {
-        "image tokenizer": tokenizer.fingerprint,
-        "mask tokenizer": masks.fingerprint if masks else None,
-        "text tokenizer": codec.text.fingerprint,
-    }
+    fingerprints = {**tokenizers.fingerprints, "text_tokenizer": codec.text.fingerprint}
     folder = _WorkFolder(out, recipe, fingerprints)
     if folder.is_complete() and not folder.work.exists():
         return ShardSet(out).manifest
     with locked(out, "--out") if process.is_main_process else contextlib.nullcontext():
-        return _build(process, folder, recipe, tokenizer, masks, codec, workers)
+        return _build(process, folder, recipe, tokenizers, codec, workers)
 
 
 def _build(
     process: PartialState,
     folder: "_WorkFolder",
     recipe: DataRecipe,
-    tokenizer: VQGAN,
-    masks: PatchTokenizer | None,
+    tokenizers: ImageTokenizers,
     codec: SequenceCodec,
     workers: int,
 ) -> Manifest:
@@ -104,14 +106,13 @@ def _build(
     rank, ranks = process.process_index, process.num_processes
     quantize(
         pictures,
-        tokenizer,
+        tokenizers,
         recipe.image_size,
         folder.work,
         workers,
         process.device,
         rank,
         ranks,
-        masks,
     )
     process.wait_for_everyone()
 
@@ -135,17 +136,14 @@ def _build(
     process.wait_for_everyone()
     if process.is_main_process:
         shards, classes = collect(packer, plans)
-        tokenizer.cpu().save_pretrained(out / "image_tokenizer")
-        if masks is not None:
-            masks.save_pretrained(out / "mask_tokenizer")
+        tokenizers.to("cpu").save(out)
         codec.text.save(out / "text_tokenizer")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             format=codec.format,
             examples=recipe.examples,
             image_size=recipe.image_size,
-            image_tokenizer=tokenizer.fingerprint,
-            mask_tokenizer=masks.fingerprint if masks else None,
+            **tokenizers.fingerprints,
             text_tokenizer=codec.text.fingerprint,
             recipe=to_dict(recipe),
             samples={task: len(episodes[task]) for task in tasks},
@@ -174,6 +172,7 @@ class _WorkFolder:
     def __init__(self, out: Path, recipe: DataRecipe, fingerprints: dict[str, str | None]) -> None:
         self.out = out
         self.work = out / ".build"
+        self._fingerprints = fingerprints
         self._state_file = self.work / "state.json"
         # Through JSON, so that it compares equal to what was read back.
         self._settings = json.loads(
@@ -189,11 +188,7 @@ class _WorkFolder:
         manifest = Manifest.read(self.out)
         found = _settings(
             _with_newer_keys(manifest.recipe),
-            {
-                "image tokenizer": manifest.image_tokenizer,
-                "mask tokenizer": manifest.mask_tokenizer,
-                "text tokenizer": manifest.text_tokenizer,
-            },
+            {name: getattr(manifest, name) for name in self._fingerprints},
             manifest.schema_version,
         )
         self._check_settings(found, "shards")
@@ -268,7 +263,8 @@ def _settings(
     recipe: dict[str, Any], fingerprints: dict[str, str | None], schema_version: int
 ) -> dict[str, Any]:
     """All that decides the bytes of a shard folder, besides its sources."""
-    return {**recipe, **fingerprints, "schema version": schema_version}
+    named = {name.replace("_", " "): value for name, value in fingerprints.items()}
+    return {**recipe, **named, "schema version": schema_version}
 
 
 def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -279,37 +275,52 @@ def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
         return recipe
 
 
-def _format(recipe: DataRecipe, tokenizer: VQGAN, masks: PatchTokenizer | None) -> SequenceFormat:
-    """The sequence format of a recipe; raises InputError where its tokenizers do not fit."""
-    if recipe.vocabulary.image_codes != tokenizer.config.codebook_size:
+def _open_tokenizers(recipe: DataRecipe) -> ImageTokenizers:
+    """Those that a recipe names. Raises InputError where one is missing or damaged, or has another
+    number of codes than the recipe's vocabulary.
+    """
+    precision, vocabulary = recipe.tokenizer_precision, recipe.vocabulary
+    pictures = VQGAN.from_pretrained(recipe.tokenizer, precision) if recipe.tokenizer else None
+    masks = PatchTokenizer.from_pretrained(recipe.mask_tokenizer) if recipe.mask_tokenizer else None
+    features = (
+        FeaturesTokenizer.from_pretrained(recipe.features_tokenizer)
+        if recipe.features_tokenizer
+        else None
+    )
+    if pictures is not None and vocabulary.image_codes != pictures.codebook_size:
         raise InputError(
-            f"vocabulary.image_codes is {recipe.vocabulary.image_codes}, but the tokenizer "
-            f"{recipe.tokenizer} has "
-            f"{tokenizer.config.codebook_size} codes; set it to that."
+            f"vocabulary.image_codes is {vocabulary.image_codes}, but the tokenizer "
+            f"{recipe.tokenizer} has {pictures.codebook_size} codes; set it to that."
         )
-    if recipe.image_size % tokenizer.downsampling:
-        raise InputError(
-            f"image_size is {recipe.image_size}; the tokenizer {recipe.tokenizer} needs a multiple "
-            f"of {tokenizer.downsampling}."
-        )
-    if masks is not None and masks.side != tokenizer.downsampling:
-        raise InputError(
-            f"mask_tokenizer: {recipe.mask_tokenizer} has cells of {masks.side} pixels, but the "
-            f"tokenizer {recipe.tokenizer} of {tokenizer.downsampling}; they must be equal."
-        )
-    if masks is not None and masks.codes > recipe.vocabulary.image_codes:
+    if masks is not None and masks.codes > vocabulary.image_codes:
         raise InputError(
             f"mask_tokenizer: {recipe.mask_tokenizer} has {masks.codes} codes, more than "
-            f"vocabulary.image_codes ({recipe.vocabulary.image_codes})."
+            f"vocabulary.image_codes ({vocabulary.image_codes})."
         )
-    return recipe.sequence_format((recipe.image_size // tokenizer.downsampling) ** 2)
+    if features is not None and vocabulary.features != features.codebook_size:
+        raise InputError(
+            f"vocabulary.features is {vocabulary.features}, but the features tokenizer "
+            f"{recipe.features_tokenizer} has {features.codebook_size} codes; set it to that."
+        )
+    return ImageTokenizers(pictures, masks, features)
+
+
+def _format(recipe: DataRecipe, tokenizers: ImageTokenizers) -> SequenceFormat:
+    """The sequence format of a recipe; raises InputError where cells do not divide its images."""
+    width = tokenizers.downsampling
+    if recipe.image_size % width:
+        raise InputError(
+            f"image_size is {recipe.image_size}; the tokenizer "
+            f"{recipe.tokenizer or recipe.features_tokenizer} needs a multiple of {width}."
+        )
+    return recipe.sequence_format((recipe.image_size // width) ** 2)
 
 
 def _companions(out: Path, tasks: Iterable[str]) -> list[str]:
     """The files that belong to the shards: indices and tokenizers."""
     tokenizers = sorted(
         path
-        for folder in ("image_tokenizer", "mask_tokenizer", "text_tokenizer")
+        for folder in TOKENIZER_FOLDERS
         if (out / folder).is_dir()
         for path in (out / folder).iterdir()
     )

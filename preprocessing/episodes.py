@@ -15,18 +15,19 @@ from preprocessing.pool import Pool
 def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> np.ndarray:
     """Region numbers of each episode, int64 (samples, examples + 1), the query last.
 
-    Queries run over the pool in shuffled order, again and again in new orders where more samples
-    are asked for than it has regions (None: one pass). Examples are drawn uniformly from the
+    Queries run over the pool's in shuffled order, again and again in new orders where more samples
+    are asked for than it has of them (None: one pass). Examples are drawn uniformly from the
     query's class and style, each from another photograph than all others of the episode. An episode
-    is a pure function of (pool, seed, task, its number). Every class must be seen in at least
-    examples + 1 photographs in each of its styles, as `Pool.drop_small_classes` sees to.
+    is a pure function of (pool, seed, task, its number). Every class must be seen in enough
+    photographs in each of its styles, as `Pool.drop_small_classes` sees to.
 
     In a share `pool.same_instance` of the episodes all regions show one and the same object, each
     in another image. Where the query whose turn it is shows none that is seen in enough images, a
     random region that does takes its place. Raises InputError where there is no such region.
     """
-    count = len(pool.regions) if samples is None else samples
-    if not pool.regions:
+    queries = pool.queries
+    count = len(queries) if samples is None else samples
+    if not queries:
         return np.zeros((0, examples + 1), dtype=np.int64)
     task = zlib.crc32(pool.task.encode())
     members = {kind: np.array(numbers) for kind, numbers in pool.by_kind().items()}
@@ -34,10 +35,10 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
     instances = _Instances(pool, examples)
     episodes = np.empty((count, examples + 1), dtype=np.int64)
     for index in tqdm(range(count), desc=f"planning {pool.task}", unit="episode"):
-        turn, place = divmod(index, len(pool.regions))
+        turn, place = divmod(index, len(queries))
         if place == 0:
-            order = np.random.default_rng([seed, task, 0, turn]).permutation(len(pool.regions))
-        query = int(order[place])
+            order = np.random.default_rng([seed, task, 0, turn]).permutation(len(queries))
+        query = queries[int(order[place])]
         rng = np.random.default_rng([seed, task, 1, index])
         choice = np.random.default_rng([seed, task, 2, index])
         if pool.same_instance and choice.random() < pool.same_instance:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -29,6 +29,10 @@ class ImageFile:
         return self.width * self.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
+Role = Literal["both", "query", "example"]
+"""Which places of an episode a region may take."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolRegion:
     """What one pair of an episode is made of: an image, the class that it shows, and what the task
@@ -40,7 +44,8 @@ class PoolRegion:
     what way the target describes, where a source has several; an episode is of one style.
     origin: of a composed image, the name of the photograph that the object was cut from. instance:
     which single object the target is of, where one object is seen in several images. provenance:
-    where the parts of a composed target come from, plain JSON values for KEY.json.
+    where the parts of a composed target come from, plain JSON values for KEY.json. role: which
+    places of an episode it may take.
     """
 
     image: ImageFile
@@ -53,6 +58,7 @@ class PoolRegion:
     origin: str = ""
     instance: tuple[Any, Any] | None = None
     provenance: tuple[Any, ...] = ()
+    role: Role = field(default="both", repr=False)
 
     @property
     def photograph(self) -> str:
@@ -88,11 +94,17 @@ class Pool:
         return dict(sorted(numbers.items()))
 
     def by_kind(self) -> dict[tuple[str, str], list[int]]:
-        """Class and style -> numbers of the regions that episodes can be drawn from."""
+        """Class and style -> numbers of the regions that examples can be drawn from."""
         numbers: dict[tuple[str, str], list[int]] = {}
         for number, region in enumerate(self.regions):
-            numbers.setdefault(region.kind, []).append(number)
+            if region.role != "query":
+                numbers.setdefault(region.kind, []).append(number)
         return numbers
+
+    @property
+    def queries(self) -> list[int]:
+        """Numbers of the regions that can be queries."""
+        return [n for n, region in enumerate(self.regions) if region.role != "example"]
 
     def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
         """Count the classes that a recipe asks for by name and the source has nothing of."""
@@ -100,13 +112,21 @@ class Pool:
         self.skipped["classes_without_a_region"] += len(unseen)
 
     def drop_small_classes(self, images: int) -> None:
-        """Leave out classes that are seen, in a style, in fewer than `images` different images: no
-        episode can be made of them. Counts a class once for each style in which that is so.
+        """Leave out classes of which, in a style, no query can be asked with examples from `images`
+        - 1 other images. Counts a class once for each style in which that is so.
         """
-        seen: dict[tuple[str, str], set[str]] = {}
+        shown: dict[tuple[str, str], set[str]] = {}
+        asked: dict[tuple[str, str], set[str]] = {}
         for region in self.regions:
-            seen.setdefault(region.kind, set()).add(region.photograph)
-        small = {kind for kind, names in seen.items() if len(names) < images}
+            for names, other in ((shown, "query"), (asked, "example")):
+                of_kind = names.setdefault(region.kind, set())
+                if region.role != other:
+                    of_kind.add(region.photograph)
+        small = {
+            kind
+            for kind, names in shown.items()
+            if not asked[kind] or len(names) < images - names.isdisjoint(asked[kind])
+        }
         if small:
             self.regions = [region for region in self.regions if region.kind not in small]
             self.skipped["classes_with_too_few_images"] += len(small)

@@ -16,8 +16,7 @@ from icl_moe.outputs import output_file, write_output
 from icl_moe.pages import render
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
-from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
-from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from preprocessing.verify import open_codec
 
 SAMPLES_PER_TASK = 12
@@ -47,17 +46,17 @@ class _CodeReader:
     """What tasks need to draw codes."""
 
     def __init__(self, shards: ShardSet) -> None:
-        self._tokenizer = VQGAN.from_pretrained(shards.fetch("image_tokenizer"))
-        self._masks: MaskTokenizer = PictureMasks(self._tokenizer)
-        if shards.manifest.mask_tokenizer is not None:
-            self._masks = PatchTokenizer.from_pretrained(shards.fetch("mask_tokenizer"))
+        folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
+        self._tokenizers = ImageTokenizers.from_folders(folders)
 
-    @torch.inference_mode()
+    def show(self, codes_BN: np.ndarray) -> torch.Tensor:
+        return self._tokenizers.show(torch.from_numpy(codes_BN))
+
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
-        return self._tokenizer.decode(torch.from_numpy(codes_BN))
+        return self._tokenizers.decode(torch.from_numpy(codes_BN))
 
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
-        return self._masks.decode(codes_BN)
+        return self._tokenizers.mask_writer.decode(codes_BN)
 
 
 def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[
     truth = EvaluationEpisode(sample.key, task, sample.category, pairs, meta)
     shown = []
     for number, pair in enumerate(pairs):
-        image = to_image(reader.decode(pair.image[None])[0])
+        image = to_image(reader.show(pair.image[None])[0])
         cells, words = task.preview(truth, number, image, reader)
         source, scale = meta["sources"][number]["image"], meta["scale"][number]
         lines = [*([words] if words else []), f"{source}, object / crop {scale:.3f}"]

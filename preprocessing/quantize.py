@@ -22,8 +22,7 @@ from icl_moe.images import PixelBox, crop_and_resize
 from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
 from icl_moe.tasks.task import Picture
-from icl_moe.tokenizers.masks import PatchTokenizer
-from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile, PoolRegion
 from preprocessing.workers import ordered_map
@@ -37,7 +36,7 @@ CHUNK = 8 * BATCH
 
 @dataclass(frozen=True, slots=True)
 class CropPicture:
-    """A part of an image."""
+    """The input image of a pair, a part of an image file."""
 
     image: ImageFile
     crop: PixelBox
@@ -70,20 +69,18 @@ class CodeStore:
 
 def quantize(
     pictures: list[Picture],
-    tokenizer: VQGAN,
+    tokenizers: ImageTokenizers,
     size: int,
     folder: Path,
     workers: int,
     device: torch.device,
     rank: int = 0,
     ranks: int = 1,
-    masks: PatchTokenizer | None = None,
 ) -> None:
     """Encode the chunks of `pictures` that are this rank's and not in `folder` yet; `CodeStore`
     reads them.
 
-    masks: what writes the pictures that are masks, None for the image tokenizer. workers: processes
-    that load, crop and draw. Raises InputError for an image that cannot be used.
+    workers: processes that load, crop and draw. Raises InputError for an image that cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(rank, _chunk_count(len(pictures)), ranks)
@@ -93,7 +90,7 @@ def quantize(
         for n in todo
         for start in range(n * CHUNK, min((n + 1) * CHUNK, len(pictures)), BATCH)
     ]
-    tokenizer = tokenizer.to(device).eval()
+    tokenizers.to(device)
     done: list[np.ndarray] = []
     with tqdm(
         total=sum(map(len, batches)), desc="encoding pictures", unit="picture", disable=rank != 0
@@ -101,40 +98,12 @@ def quantize(
         for batch, drawn in zip(
             batches, ordered_map(_draw_batch, (pictures, size), batches, workers), strict=True
         ):
-            done.append(_encode(tokenizer, masks, drawn, device))
+            are_inputs = [isinstance(pictures[number], CropPicture) for number in batch]
+            done.append(tokenizers.encode(drawn, are_inputs, device))
             progress.update(len(batch))
             if (batch[-1] + 1) % CHUNK == 0 or batch[-1] + 1 == len(pictures):
                 _write_chunk(_chunk_file(folder, batch[-1] // CHUNK), np.concatenate(done))
                 done = []
-
-
-@torch.inference_mode()
-def _encode(
-    tokenizer: VQGAN,
-    masks: PatchTokenizer | None,
-    drawn: list[np.ndarray],
-    device: torch.device,
-) -> np.ndarray:
-    """Codes of a batch of pictures, some of which may be masks."""
-    codes: dict[int, np.ndarray] = {}
-    if masks is not None:
-        of_masks = {n: picture for n, picture in enumerate(drawn) if picture.dtype == bool}
-        if of_masks:
-            codes |= zip(of_masks, masks.encode(np.stack(list(of_masks.values()))), strict=True)
-    others = {n: _pixels(picture) for n, picture in enumerate(drawn) if n not in codes}
-    if others:
-        pixels_BHW3 = torch.from_numpy(np.stack(list(others.values()))).to(device)
-        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        codes |= zip(others, tokenizer.encode(pixels_B3HW.contiguous()).cpu().numpy(), strict=True)
-    codes_BN = np.stack([codes[n] for n in range(len(drawn))])
-    return codes_BN.astype(np.min_scalar_type(tokenizer.config.codebook_size - 1))
-
-
-def _pixels(picture: np.ndarray) -> np.ndarray:
-    """A picture in colours, uint8 (size, size, 3); a mask is white on black."""
-    if picture.dtype != bool:
-        return picture
-    return np.broadcast_to((picture * np.uint8(255))[..., None], (*picture.shape, 3))
 
 
 def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> list[np.ndarray]:

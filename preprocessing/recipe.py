@@ -53,6 +53,9 @@ class SegmentationSource(_Source):
     objects, or drawn scenes in that format.
 
     images, annotations: the folder of images and the instances file (source=coco, composed).
+    examples_images, examples_annotations: those of another data set, from which all examples come,
+    while the first one's regions are queries alone, such as training images beside validation
+    images (source=coco).
     composed: the compositions to make (source=composed).
     classes: the classes to use; null means all in the file.
     small_objects: keep images in which the class has only instances of less than 32^2 pixels.
@@ -66,6 +69,8 @@ class SegmentationSource(_Source):
     source: Literal["coco", "composed", "synthetic"] = "coco"
     images: str | None = None
     annotations: str | None = None
+    examples_images: str | None = None
+    examples_annotations: str | None = None
     classes: tuple[str, ...] | None = None
     small_objects: bool = True
     object_scale: ObjectScale = "any"
@@ -134,10 +139,12 @@ class DataRecipe:
     """Settings of one shard folder.
 
     tasks: the sections of tasks that are registered from elsewhere, see sources.py.
-    tokenizer: the folder of a VQGAN, or the name of a shipped one. tokenizer_precision: bf16
+    tokenizer: the folder of a VQGAN, or the name of a shipped one; null where mask_tokenizer and
+    features_tokenizer do all its work. tokenizer_precision: bf16
     encodes faster and changes a few codes of a thousand (docs/tokenizer.md). mask_tokenizer: the
     folder of a PatchTokenizer, or the name of a shipped one, to write masks and drawn boxes with;
-    null for the image tokenizer. text_tokenizer: see `TextTokenizer`'s source.
+    null for the image tokenizer. features_tokenizer: the folder of a FeaturesTokenizer, to read
+    input images with; null for the image tokenizer. text_tokenizer: see `TextTokenizer`'s source.
     image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in
     each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
@@ -146,8 +153,9 @@ class DataRecipe:
     than their record; the manifest lists them.
     """
 
-    tokenizer: str
+    tokenizer: str | None
     mask_tokenizer: str | None = None
+    features_tokenizer: str | None = None
     segmentation: SegmentationSource | None = None
     captioning: CaptioningSource | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
@@ -178,6 +186,7 @@ class DataRecipe:
                 )
         if self.segmentation is not None and self.segmentation.source != "synthetic":
             _require("segmentation", self.segmentation, ("images", "annotations"))
+        self._check_tokenizers()
         self._check_parts()
         if self.draws_scenes and self.synthetic.world == "classes" and self.image_size < 32:
             raise InputError(
@@ -199,6 +208,18 @@ class DataRecipe:
             codes_per_image=1
         )  # checks the vocabulary against the settings of the text
 
+    def _check_tokenizers(self) -> None:
+        if self.tokenizer is None and None in (self.mask_tokenizer, self.features_tokenizer):
+            raise InputError(
+                "tokenizer may be null only where mask_tokenizer and features_tokenizer are given: "
+                "something must encode images, and masks."
+            )
+        if self.features_tokenizer is None and self.vocabulary.features:
+            raise InputError(
+                f"vocabulary.features is {self.vocabulary.features}, but the recipe names no "
+                "features_tokenizer; set it to 0."
+            )
+
     def _check_parts(self) -> None:
         """Refuse settings of what the recipe does not make, which would be without effect."""
         segmentation, plain = self.segmentation, SyntheticScenes()
@@ -208,6 +229,13 @@ class DataRecipe:
                     raise InputError(
                         f"segmentation.composed.{f.name} needs segmentation.source=composed."
                     )
+        if segmentation is not None:
+            examples = (segmentation.examples_images, segmentation.examples_annotations)
+            if any(examples) and (segmentation.source != "coco" or not all(examples)):
+                raise InputError(
+                    "segmentation.examples_images and segmentation.examples_annotations go "
+                    "together, with segmentation.source=coco."
+                )
         for name in ("classes", "hard_neighbours"):
             if self.synthetic.world == "shapes" and (
                 getattr(self.synthetic, name) != getattr(plain, name)

@@ -11,7 +11,7 @@ settings of that section and their reader here:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +100,18 @@ def _section(task: str, values: Any) -> tuple[str, Any]:
 
 
 def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
-    return coco.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
+    pool = coco.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
+    if source.examples_annotations is None:
+        return pool
+    others = replace(source, images=source.examples_images, annotations=source.examples_annotations)
+    shown = coco.read_segmentation(others, reading.image_size, reading.usable, reading.workers)
+    pool.regions = [
+        *(replace(region, role="query") for region in pool.regions),
+        *(replace(region, role="example") for region in shown.regions),
+    ]
+    pool.skipped += shown.skipped
+    pool.bad_images |= shown.bad_images
+    return pool
 
 
 def _read_composed(source: SegmentationSource, reading: Reading) -> Pool:

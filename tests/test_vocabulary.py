@@ -16,6 +16,7 @@ vocabularies = st.builds(
     image_codes=st.integers(2, 20_000),
     tags=st.booleans(),
     mask=st.booleans(),
+    features=st.one_of(st.just(0), st.integers(2, 5_000)),
 )
 
 
@@ -48,7 +49,7 @@ def test_ids_of_the_full_vocabulary_stand_where_the_contract_says() -> None:
 def test_every_id_belongs_to_one_part_and_has_its_own_name(vocabulary: Vocabulary) -> None:
     parts = len(vocabulary.text_range) + len(vocabulary.image_range) + len(SPECIALS)
     parts += len(TAGS) + BIN_COUNT if vocabulary.tags else 0
-    assert vocabulary.size == parts + vocabulary.mask
+    assert vocabulary.size == parts + vocabulary.mask + vocabulary.features
     start = vocabulary.image_range.stop
     names = [vocabulary.name(token) for token in range(start, vocabulary.size)]
     assert len(set(names)) == len(names)
@@ -99,6 +100,38 @@ def test_codes_come_back_from_their_tokens(vocabulary: Vocabulary, data: st.Data
     np.testing.assert_array_equal(vocabulary.to_codes(tokens), codes)
 
 
+def test_features_codes_follow_the_mask_token_and_move_no_other_id() -> None:
+    plain, reading = Vocabulary(mask=True), Vocabulary(mask=True, features=64)
+    assert reading.feature_range == range(52296, 52360) and reading.size == 52360
+    assert [reading.name(token) for token in range(50257, 52296)] == [
+        plain.name(token) for token in range(50257, 52296)
+    ]
+    assert reading.name(52296) == "<feature_0>" and reading.mask_token == plain.mask_token
+    assert Vocabulary(tags=False, features=64).feature_range == range(51290, 51354)
+
+
+@given(vocabularies, st.data())
+def test_input_images_are_features_codes_where_there_are_any(
+    vocabulary: Vocabulary, data: st.DataObject
+) -> None:
+    size = vocabulary.features or vocabulary.image_codes
+    codes = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=np.int64)
+    tokens = vocabulary.from_input_codes(codes)
+    wanted = vocabulary.feature_range if vocabulary.features else vocabulary.image_range
+    assert all(int(token) in wanted for token in tokens)
+    np.testing.assert_array_equal(vocabulary.to_input_codes(tokens), codes)
+
+
+def test_image_and_features_codes_are_not_taken_for_each_other() -> None:
+    vocabulary = Vocabulary(features=64)
+    with pytest.raises(InputError, match="where a features code belongs"):
+        vocabulary.to_input_codes(vocabulary.from_codes(np.array([3])))
+    with pytest.raises(InputError, match="where an image code belongs"):
+        vocabulary.to_codes(vocabulary.from_input_codes(np.array([3])))
+    with pytest.raises(InputError, match=r"Features codes must lie in 0\.\.63"):
+        vocabulary.from_input_codes(np.array([64]))
+
+
 @pytest.mark.parametrize("codes", [[-1], [0, 1024]])
 def test_a_code_outside_the_codebook_is_refused(codes: list[int]) -> None:
     with pytest.raises(InputError, match=r"0\.\.1023"):
@@ -125,6 +158,8 @@ def test_tags_are_refused_where_the_vocabulary_has_none() -> None:
         ({"text_merges": 50_001}, "text_merges"),
         ({"text_merges": -1}, "text_merges"),
         ({"image_codes": 1}, "image_codes"),
+        ({"features": 1}, "features"),
+        ({"features": -1}, "features"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(settings: dict[str, int], key: str) -> None:

@@ -52,6 +52,7 @@ def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) 
             examples=manifest.examples,
             image_tokenizer=manifest.image_tokenizer,
             mask_tokenizer=manifest.mask_tokenizer,
+            features_tokenizer=manifest.features_tokenizer,
             **config,
         )
     )

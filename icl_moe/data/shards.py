@@ -2,8 +2,9 @@
 
 manifest.json            what the shards hold and how they were made; `Manifest`
 TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
-image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise, and
-                         mask_tokenizer/ where one wrote the masks
+image_tokenizer/         the VQGAN that made the codes, where there is one; text_tokenizer/
+                         likewise, mask_tokenizer/ where one wrote the masks, and
+                         features_tokenizer/ where one read the input images
 TASK-000000.tar ...      webdataset shards: KEY.tokens.npy and KEY.json per sample
 """
 
@@ -85,13 +86,19 @@ class ShardInfo(FileInfo):
     samples: Natural
 
 
+TOKENIZER_FOLDERS = ("image_tokenizer", "mask_tokenizer", "features_tokenizer", "text_tokenizer")
+"""Folders beside the shards; a manifest has the fingerprint of each that is there under its name.
+"""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a shard folder holds.
 
-    image_tokenizer, text_tokenizer: fingerprints; mask_tokenizer: likewise, None where the image
-    tokenizer wrote the masks. recipe: the data recipe. samples: per task. classes: samples per task
-    and class.
+    image_tokenizer, text_tokenizer: fingerprints; mask_tokenizer, features_tokenizer: likewise,
+    None where the image tokenizer wrote the masks, or read the input images. Where others did both,
+    image_tokenizer may be None. recipe: the data recipe. samples: per task. classes: samples per
+    task and class.
     skipped: how much was left out, by task and reason. files: all files but the shards and the
     manifest itself. bad_images: of each task, the images that were left out because they cannot be
     used, each with why.
@@ -101,7 +108,7 @@ class Manifest:
     format: SequenceFormat
     examples: Natural
     image_size: ImageSide
-    image_tokenizer: str
+    image_tokenizer: str | None
     text_tokenizer: str
     recipe: dict[str, Any]
     samples: dict[str, Natural]
@@ -111,12 +118,12 @@ class Manifest:
     files: tuple[FileInfo, ...] = ()
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
     mask_tokenizer: str | None = None
+    features_tokenizer: str | None = None
 
     @property
     def tokenizer_folders(self) -> tuple[str, ...]:
         """The folders beside the shards that a model needs too."""
-        masks = () if self.mask_tokenizer is None else ("mask_tokenizer",)
-        return ("image_tokenizer", *masks, "text_tokenizer")
+        return tuple(name for name in TOKENIZER_FOLDERS if getattr(self, name) is not None)
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":

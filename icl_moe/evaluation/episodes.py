@@ -40,8 +40,10 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
     for name, ours, theirs in (
         ("sequence format", model.format, manifest.format),
         ("image size", model.image_size, manifest.image_size),
-        ("image tokenizer", model.image_tokenizer.fingerprint, manifest.image_tokenizer),
-        ("mask tokenizer", model.decoder.config.mask_tokenizer, manifest.mask_tokenizer),
+        *(
+            (name.replace("_", " "), found, getattr(manifest, name))
+            for name, found in model.tokenizers.fingerprints.items()
+        ),
         ("text tokenizer", model.codec.text.fingerprint, manifest.text_tokenizer),
     ):
         if ours != theirs:
@@ -79,9 +81,10 @@ class EpisodeSet:
     def __getitem__(self, index: int) -> EvaluationEpisode:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self._read(index)
+        return self.read(index)
 
-    def _read(self, index: int) -> EvaluationEpisode:
+    def read(self, index: int) -> EvaluationEpisode:
+        """Any episode of the folder, beyond the limit too."""
         sample = self._shards.sample(self.task.name, index)
         pairs = self._codec.decode(sample.sequence, self.task).pairs
         return EvaluationEpisode(sample.key, self.task, sample.category, pairs, sample.meta)
@@ -132,17 +135,17 @@ class EpisodeSet:
     def _source(self, episode: EvaluationEpisode, shown: str) -> EvaluationEpisode | None:
         """An episode of the class `shown`, none of whose examples is of the query's image."""
         image = episode.meta["sources"][-1]["image"]
-        numbers = self._by_class.get(shown, [])
+        numbers = self.by_class.get(shown, [])
         start = stable_seed(episode.key, shown, "examples") % max(len(numbers), 1)
         for number in numbers[start:] + numbers[:start]:
-            source = self._read(number)
+            source = self.read(number)
             if all(of["image"] != image for of in source.meta["sources"][: self.examples]):
                 return source
         return None
 
     @cached_property
-    def _by_class(self) -> dict[str, list[int]]:
-        """Class -> its episodes in the whole folder, beyond the limit too."""
+    def by_class(self) -> dict[str, list[int]]:
+        """Class -> the numbers of its episodes in the whole folder, beyond the limit too."""
         numbers: dict[str, list[int]] = {}
         for index in range(self._shards.count(self.task.name)):
             category = self._shards.sample(self.task.name, index).category

@@ -19,14 +19,14 @@ def draw_gallery(
     model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog
 ) -> Gallery:
     """Episodes at even distances, not chosen by their scores. Images are what the tokenizer makes
-    of their codes.
+    of their codes; those of a features tokenizer are shown in false colours.
     """
     places = np.linspace(0, len(episodes) - 1, EPISODES_SHOWN)
     numbers = np.unique(places.round().astype(int)).tolist()
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for number in tqdm(numbers, desc=f"drawing {condition.task}", unit="episode", leave=False):
         episode = episodes[number]
-        pixels = model.decode(np.stack([pair.image for pair in episode.pairs]))
+        pixels = model.show(np.stack([pair.image for pair in episode.pairs]))
         images = [to_image(each) for each in pixels]
         said = log[condition, episode.key].said
         cells = episode.task.cells(episode, images, said, condition.shots)
@@ -74,7 +74,7 @@ def _proof_cells(
     task, objects = episode.task, episode.task.objects(episode)
     sources = (episode, swap.source)
     images = [episode.query.image, *(source.pairs[0].image for source in sources)]
-    picture, *examples = (to_image(each) for each in model.decode(np.stack(images)))
+    picture, *examples = (to_image(each) for each in model.show(np.stack(images)))
     cells = [Cell("query", picture)]
     for source, example, said in zip(
         sources, examples, (query.said, query.said_swapped), strict=True

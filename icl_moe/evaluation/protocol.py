@@ -16,6 +16,7 @@ from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
 from icl_moe.evaluation.gallery import draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
+from icl_moe.evaluation.matcher import Matcher
 from icl_moe.evaluation.predictions import (
     Condition,
     Control,
@@ -38,6 +39,7 @@ from icl_moe.files import write_whole
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
+from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.task import Output
 from icl_moe.versions import installed_versions
 
@@ -132,12 +134,13 @@ def _evaluate(
             predict(model, episodes, condition, log, batch_size, decoding)
         swapped = [c for c in conditions if c.control == "swapped"]
         truths = list(_all(episodes, "reading"))
+        matchers = _matchers(model, episodes, shots)
         tasks[task] = TaskResult(
-            _rows(model, episodes, truths, conditions, log, batch_size),
+            _rows(model, episodes, truths, conditions, log, batch_size, matchers),
             held_out_loss(model, shards, task, limit, batch_size),
             _classes(model, shards, task),
             episodes.task.measure,
-            _swap_rows(model, episodes, swapped, log),
+            _swap_rows(model, episodes, swapped, log, matchers),
             "" if swapped else _why_not_swapped(episodes, shots, controls),
             _by_shots(episodes, truths, conditions, log),
         )
@@ -261,10 +264,11 @@ def _rows(
     conditions: Sequence[Condition],
     log: PredictionLog,
     batch_size: int,
+    matchers: Sequence[Matcher],
 ) -> tuple[Row, ...]:
     """Scores of the model under each condition that asks all queries, then of the first example's
-    output, of the task's baselines, and of the truth through the image tokenizer where that is a
-    bound.
+    output, of matchers, of the task's baselines, and of the truth through the image tokenizer where
+    that is a bound.
     """
     task = episodes.task
     conditions = [condition for condition in conditions if condition.control != "swapped"]
@@ -274,6 +278,9 @@ def _rows(
     if episodes.examples:
         names.append(_FIRST_EXAMPLE)
         sets.append([task.true_output(truth, 0) for truth in truths])
+    for matcher in matchers:
+        names.append(_matched(matcher))
+        sets.append(matcher.said(truths, truths))
     for baseline in task.baselines(truths):
         names.append((baseline.name, baseline.prediction))
         sets.append(list(baseline.outputs))
@@ -296,15 +303,30 @@ _FIRST_EXAMPLE: tuple[str, Source] = (
 )
 
 
+def _matchers(model: InContextModel, episodes: EpisodeSet, shots: Sequence[int]) -> list[Matcher]:
+    """Training-free matchers by so many examples, where input images are features codes."""
+    features = model.tokenizers.features
+    if features is None or episodes.task is not SEGMENTATION:
+        return []
+    counts = [count for count in dict.fromkeys(shots) if count]
+    return [Matcher(features.codebook_KD, episodes, count) for count in counts]
+
+
+def _matched(matcher: Matcher) -> tuple[str, Source]:
+    examples = "1 example" if matcher.shots == 1 else f"{matcher.shots} examples"
+    return f"the training-free matcher, {examples}", "matcher"
+
+
 def _swap_rows(
     model: InContextModel,
     episodes: EpisodeSet,
     conditions: Sequence[Condition],
     log: PredictionLog,
+    matchers: Sequence[Matcher],
 ) -> tuple[SwapRow, ...]:
     """The queries that show another class, with their own and with swapped examples: of the model
-    after each number of examples, of the first example's output, and of the task's baselines, which
-    say the same whatever the examples.
+    after each number of examples, of the first example's output, of matchers, and of the task's
+    baselines, which say the same whatever the examples.
     """
     if not conditions:
         return ()
@@ -335,6 +357,10 @@ def _swap_rows(
     first = [task.true_output(truth, 0) for truth in truths]
     first_swapped = [task.true_output(swap.source, 0) for swap in swaps]
     rows.append(row(*_FIRST_EXAMPLE, 1, first, first_swapped))
+    sources = [swap.source for swap in swaps]
+    for matcher in matchers:
+        outputs = matcher.said(truths, truths), matcher.said(truths, sources)
+        rows.append(row(*_matched(matcher), matcher.shots, *outputs))
     for baseline in task.baselines(truths):
         same = baseline.outputs
         rows.append(row(baseline.name, baseline.prediction, None, same, same))

@@ -10,7 +10,8 @@ from icl_moe.tasks.task import Scores
 
 Source = str
 """Whose outputs a row scores: of the "model", of the "first example" for every query, of the truth
-through the image "tokenizer", or of a baseline of the task, such as "every object".
+through the image "tokenizer", of the training-free "matcher", or of a baseline of the task, such as
+"every object".
 """
 
 

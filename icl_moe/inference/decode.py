@@ -155,7 +155,7 @@ class _Output:
         generator: np.random.Generator,
     ) -> None:
         self._format, self._task = codec.format, episode.task
-        self._image: list[int] = codec.format.vocabulary.from_codes(query_image).tolist()
+        self._image: list[int] = codec.format.vocabulary.from_input_codes(query_image).tolist()
         self._cell = 0  # Of the output image, which is written next.
         self.generator = generator
         prompt = codec.encode_prompt(episode, query_image).unpadded()

@@ -19,25 +19,23 @@ from icl_moe.files import check_readable
 from icl_moe.images import (
     ImageLike,
     box_to_mask,
-    crop_and_resize,
     crop_and_resize_mask,
     load_image,
     load_mask,
-    to_pixels,
+    to_square_pixels,
 )
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.sequence import Episode, SequenceCodec
+from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.captioning import CaptionPair, box_of
 from icl_moe.tasks.drawn_mask import EVEN, DrawnMask
 from icl_moe.tasks.segmentation import SegmentationPair
-from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
-from icl_moe.tokenizers.vqgan import VQGAN
 
 Decoding = Literal["autoregressive", "parallel"]
 """How a mask is written: one code after the other, or all in one forward pass. The second needs a
@@ -58,21 +56,18 @@ class InContextModel:
     def __init__(
         self,
         decoder: InContextDecoder,
-        image_tokenizer: VQGAN,
+        tokenizers: ImageTokenizers,
         text: TextTokenizer,
         fingerprint: str = "",
-        mask_tokenizer: PatchTokenizer | None = None,
     ) -> None:
         self.decoder = decoder.eval()
-        self.image_tokenizer = image_tokenizer.eval()
-        self.mask_tokenizer: MaskTokenizer = mask_tokenizer or PictureMasks(image_tokenizer)
+        self.tokenizers = tokenizers
         self.format = decoder.sequence_format
         self.codec = SequenceCodec(self.format, text)
         self.image_size = decoder.config.image_size
         self.fingerprint = fingerprint
         self.folder: Path | None = None
-        _check_image_tokenizer(decoder.config, self.format.codes_per_image, image_tokenizer)
-        _check_mask_tokenizer(decoder.config, mask_tokenizer)
+        _check_tokenizers(decoder.config, self.format, tokenizers)
 
     @classmethod
     def from_pretrained(
@@ -91,25 +86,24 @@ class InContextModel:
         """
         place, precision = find_device(device), find_dtype(dtype)
         folder = find_model(source)
-        _check_files(folder)
+        _check_files(folder, ("config.json", "model.safetensors", "text_tokenizer"))
         decoder = _load_decoder(folder, precision)
-        masks = folder / "mask_tokenizer"
+        _check_files(folder, [name for name in _TOKENIZERS if getattr(decoder.config, name)])
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
         )
         model = cls(
             decoder,
-            VQGAN.from_pretrained(str(folder / "image_tokenizer")),
+            ImageTokenizers.from_folders({path.name: path for path in folder.iterdir()}),
             text,
             _fingerprint(folder),
-            PatchTokenizer.from_pretrained(masks) if masks.exists() else None,
         )
         model.folder = folder
         return model.to(place)
 
     def to(self, device: str | torch.device) -> "InContextModel":
         self.decoder.to(device)
-        self.image_tokenizer.to(device)
+        self.tokenizers.to(device)
         return self
 
     def push_to_hub(
@@ -168,8 +162,8 @@ class InContextModel:
             self._example_mask(mask, picture, number)
             for number, (picture, (_, mask)) in enumerate(zip(pictures, pairs, strict=True), 1)
         ]
-        *image_codes, query_codes = self.encode(
-            [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
+        *image_codes, query_codes = self.read(
+            [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
         )
         mask_codes = self.encode_masks(masks)
         shown = tuple(
@@ -209,8 +203,8 @@ class InContextModel:
             None if region.box is None else region.box_in(picture.size, name)
             for picture, (region, name) in zip(pictures, regions, strict=True)
         ]
-        *image_codes, query_codes = self.encode(
-            [to_pixels(_squared(picture, self.image_size)) for picture in (*pictures, image)]
+        *image_codes, query_codes = self.read(
+            [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
         )
         shown = tuple(
             self._caption_pair(name, codes, region, box, category)
@@ -230,7 +224,7 @@ class InContextModel:
     ) -> list[Any]:
         """The query's pair of each request, written by the model; all requests are one batch.
 
-        A request is (an episode whose pairs are the examples, the query's image codes (N,)).
+        A request is (an episode whose pairs are the examples, the query's codes (N,), of `read`).
         decoding: of outputs that are one image; by default parallel where the model was trained for
         it and nothing is sampled. Raises InputError where the model cannot decode so.
         """
@@ -278,7 +272,9 @@ class InContextModel:
         tokens_BN = self.format.vocabulary.from_codes(
             probabilities_BNK.argmax(dim=-1).cpu().numpy()
         )
-        brightness_BHW = self.mask_tokenizer.decode_expected(probabilities_BNK).cpu().numpy()
+        brightness_BHW = (
+            self.tokenizers.mask_writer.decode_expected(probabilities_BNK).cpu().numpy()
+        )
         fitted = self.decoder.config.mask_threshold
         threshold = EVEN if fitted is None else float(fitted["value"])
         return [
@@ -291,30 +287,32 @@ class InContextModel:
         ]
 
     @torch.inference_mode()
-    def encode(self, pixels: Sequence[torch.Tensor]) -> list[np.ndarray]:
-        """Image codes (N,) of each picture, pixels_3HW in [-1, 1] at the model's image size."""
+    def read(self, pixels: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """Codes (N,) of each input image, pixels_3HW in [-1, 1] at the model's image size."""
         if not pixels:
             return []
-        return list(
-            self.image_tokenizer.encode(torch.stack(list(pixels)).to(self.decoder.device))
-            .cpu()
-            .numpy()
-        )
+        return list(self.tokenizers.read(torch.stack(list(pixels)).to(self.decoder.device)))
 
     def encode_masks(self, masks: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Codes (N,) of each boolean mask (H, W) at the model's image size."""
-        return list(self.mask_tokenizer.encode(np.stack(masks))) if masks else []
+        return list(self.tokenizers.mask_writer.encode(np.stack(masks))) if masks else []
 
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
         """How bright the pixels of masks are, (B, H, W), float32 in about -1 (outside) to 1."""
-        return self.mask_tokenizer.decode(codes_BN)
+        return self.tokenizers.mask_writer.decode(codes_BN)
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
         """Pixels (B, 3, H, W), float32 in [-1, 1] or a little beyond, of image codes."""
-        return self.image_tokenizer.decode(
-            torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
-        ).float()
+        return self.tokenizers.decode(self._on_device(codes_BN))
+
+    @torch.inference_mode()
+    def show(self, codes_BN: np.ndarray) -> torch.Tensor:
+        """Input images, as codes, for people to see; see `ImageTokenizers.show`."""
+        return self.tokenizers.show(self._on_device(codes_BN))
+
+    def _on_device(self, codes_BN: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
 
     def check_examples(self, count: int) -> None:
         """Raise InputError where the model cannot read `count` examples and a query."""
@@ -375,8 +373,8 @@ class InContextModel:
         return CaptionPair(codes, region.caption, category, box, box_image=drawn)
 
 
-def _check_files(folder: Path) -> None:
-    for name in ("config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"):
+def _check_files(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
         try:
             check_readable(folder / name)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -430,6 +428,8 @@ def _check_weights(file: Path, config: DecoderConfig) -> None:
             raise InputError(f"{file} does not fit its config.json: {kind}, such as {min(names)}.")
 
 
+_TOKENIZERS = ("image_tokenizer", "mask_tokenizer", "features_tokenizer")
+
 _SECTIONS = {
     "model": (
         "layers",
@@ -464,7 +464,7 @@ def _read_config(config_file: Path) -> DecoderConfig:
                 raise InputError(f"config.json lacks the key '{section}.{key}'.")
     for key, is_right, right in (
         ("image_size", _is_count(values.get("image_size")), "a whole number above 0"),
-        ("image_tokenizer", _is_name(values.get("image_tokenizer")), "a fingerprint"),
+        *((name, _is_fingerprint(values, name), "a fingerprint, or null") for name in _TOKENIZERS),
         ("classes", _are_names(values.get("classes")), "lists of names by task, or null"),
         (
             "mask_corruption",
@@ -495,6 +495,10 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_fingerprint(values: dict[str, Any], name: str) -> bool:
+    return values.get(name) is None or _is_name(values[name])
+
+
 def _is_threshold(fitted: Any) -> bool:
     if fitted is None:
         return True
@@ -510,26 +514,28 @@ def _are_names(classes: Any) -> bool:
     )
 
 
-def _check_image_tokenizer(config: Any, codes_per_image: int, tokenizer: VQGAN) -> None:
-    if config.image_tokenizer and config.image_tokenizer != tokenizer.fingerprint:
-        raise InputError(
-            f"The image tokenizer has the fingerprint {tokenizer.fingerprint}, but the model was "
-            f"trained with {config.image_tokenizer}."
-        )
-    side = config.image_size or 0
-    if side % tokenizer.downsampling or (side // tokenizer.downsampling) ** 2 != codes_per_image:
+def _check_tokenizers(config: Any, format: SequenceFormat, tokenizers: ImageTokenizers) -> None:
+    """Raise InputError where the image tokenizers are not those that the model was trained with."""
+    for name, found in tokenizers.fingerprints.items():
+        theirs = getattr(config, name)
+        if found != theirs and (theirs or name != "image_tokenizer"):
+            ours = f"has the fingerprint {found}" if found else "is missing"
+            raise InputError(
+                f"The {name.replace('_', ' ')} {ours}, but the model was trained with "
+                f"{theirs or 'none'}."
+            )
+    side, width = config.image_size or 0, tokenizers.downsampling
+    if side % width or (side // width) ** 2 != format.codes_per_image:
         raise InputError(
             f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
-            f"into {codes_per_image} codes."
+            f"into {format.codes_per_image} codes."
         )
-
-
-def _check_mask_tokenizer(config: Any, tokenizer: PatchTokenizer | None) -> None:
-    found = None if tokenizer is None else tokenizer.fingerprint
-    if found != config.mask_tokenizer:
-        ours = f"has the fingerprint {found}" if found else "is missing"
-        theirs = config.mask_tokenizer or "none"
-        raise InputError(f"The mask tokenizer {ours}, but the model was trained with {theirs}.")
+    codes = tokenizers.features.codebook_size if tokenizers.features else 0
+    if codes != format.vocabulary.features:
+        raise InputError(
+            f"The features tokenizer has {codes} codes, but the model's vocabulary "
+            f"{format.vocabulary.features}."
+        )
 
 
 def _fingerprint(folder: Path) -> str:
@@ -571,11 +577,6 @@ def _open_region(region: Any, number: int) -> tuple[Region, str]:
         )
     region.check(name)
     return region, name
-
-
-def _squared(image: Image.Image, size: int) -> Image.Image:
-    """The whole image at the model's size, its aspect ratio given up."""
-    return crop_and_resize(image, (0, 0, image.width, image.height), size)
 
 
 def _squared_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:

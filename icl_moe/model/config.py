@@ -14,12 +14,12 @@ class DecoderConfig(PretrainedConfig):
     """Everything that an exported model needs to know of itself.
 
     model, vocabulary: the recipe's sections of those names. format, image_size, examples,
-    image_tokenizer, mask_tokenizer, classes: what its training shards say (SequenceFormat, pixels a
-    side, examples an episode, the fingerprints of the VQ-GAN and of what writes masks in its place,
-    class names by task); None before training, and where there is no such tokenizer. loss_on,
-    mask_corruption: the recipe's, in training. mask_threshold: what `icl_moe.evaluation.threshold`
-    fitted; None where nothing was. All are plain values, so that config.json can be read without
-    this package.
+    image_tokenizer, mask_tokenizer, features_tokenizer, classes: what its training shards say
+    (SequenceFormat, pixels a side, examples an episode, the fingerprints of the VQ-GAN, of what
+    writes masks and of what reads input images in its place, class names by task); None before
+    training, and where there is no such tokenizer. loss_on, mask_corruption: the recipe's, in
+    training. mask_threshold: what `icl_moe.evaluation.threshold` fitted; None where nothing was.
+    All are plain values, so that config.json can be read without this package.
     """
 
     model_type = "icl_moe_decoder"
@@ -31,6 +31,7 @@ class DecoderConfig(PretrainedConfig):
     examples: int | None = None
     image_tokenizer: str | None = None
     mask_tokenizer: str | None = None
+    features_tokenizer: str | None = None
     loss_on: LossOn = "all"
     mask_corruption: bool = False
     mask_threshold: dict[str, Any] | None = None

@@ -39,7 +39,7 @@ LEAST_SHOWN = 0.01
 
 @dataclass(frozen=True, eq=False)
 class SegmentationPair:
-    """Image codes and mask codes, each (N,), 0..image_codes-1.
+    """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the mask (N,), image codes.
 
     drawn: the mask's pixels, where they say more than its codes: in one that was written at once.
     """

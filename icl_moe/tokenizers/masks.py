@@ -13,15 +13,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import mask_to_pixels, pixels_to_brightness
 from icl_moe.inputs import read_json
-from icl_moe.tokenizers.vqgan import CONFIG_FILE, VQGAN, WEIGHTS_FILE, find_tokenizer
+from icl_moe.tokenizers.folder import CONFIG_FILE, WEIGHTS_FILE, find_tokenizer, load_weights
+from icl_moe.tokenizers.vqgan import VQGAN
 
 _KIND = "patches"
 
@@ -86,10 +86,7 @@ class PatchTokenizer:
                 f"{folder / CONFIG_FILE} is not a mask tokenizer's: it needs the key kind "
                 f"({_KIND})."
             )
-        try:
-            patches = load_file(folder / WEIGHTS_FILE).get("patches", torch.empty(0))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"{folder / WEIGHTS_FILE} is missing or damaged ({error}).") from error
+        patches = load_weights(folder / WEIGHTS_FILE).get("patches", torch.empty(0))
         if not _are_patches(patches):
             raise InputError(
                 f"{folder / WEIGHTS_FILE} must hold `patches`: two or more squares of numbers in "

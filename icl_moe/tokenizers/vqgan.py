@@ -6,12 +6,8 @@ The network is that of Esser et al., "Taming Transformers for High-Resolution Im
 and model.safetensors.
 """
 
-import contextlib
-import hashlib
 import json
 import math
-import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,17 +15,26 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
-from icl_moe.inputs import shipped_folders
 from icl_moe.outputs import output_folder, writing
 from icl_moe.ranges import Count, ImageSide
 from icl_moe.settings import from_dict, to_dict
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+from icl_moe.tokenizers.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_file,
+    check_free,
+    check_keys,
+    find_tokenizer,
+    first_line,
+    load_torch_weights,
+    load_weights,
+    read_config,
+    save_folder,
+    weights_fingerprint,
+)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -109,11 +114,9 @@ class VQGAN(nn.Module):
         fingerprint was taken of.
         """
         folder = find_tokenizer(source)
-        config, fingerprint = _read_config(folder / CONFIG_FILE)
-        try:
-            weights = load_file(folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"{folder / WEIGHTS_FILE} is missing or damaged ({error}).") from error
+        settings, fingerprint = read_config(folder / CONFIG_FILE, "vqgan", "a VQ-GAN")
+        config = from_dict(VQGANConfig, settings, origin=str(folder / CONFIG_FILE))
+        weights = load_weights(folder / WEIGHTS_FILE)
         model = cls.from_weights(config, weights, origin=str(folder / WEIGHTS_FILE))
         if model.fingerprint != fingerprint:
             raise InputError(
@@ -137,8 +140,8 @@ class VQGAN(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{origin} does not fit its config: {_first_line(error)}.") from error
-        _check_keys(model.state_dict(), weights, origin)
+            raise InputError(f"{origin} does not fit its config: {first_line(error)}.") from error
+        check_keys(model.state_dict(), weights, origin)
         model.load_state_dict(
             {key: _channels_last(value.float()) for key, value in weights.items()}, assign=True
         )
@@ -148,33 +151,25 @@ class VQGAN(nn.Module):
         """Write the folder; weights that float16 holds exactly are stored so, and load as the same
         float32.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {
             key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()
         }
         if all(torch.equal(value.half().to(value.dtype), value) for value in weights.values()):
             weights = {key: value.half() for key, value in weights.items()}
-        content = {"kind": "vqgan", **to_dict(self.config), "fingerprint": self.fingerprint}
-        (folder / (WEIGHTS_FILE + ".partial")).write_bytes(save(weights))
-        (folder / (CONFIG_FILE + ".partial")).write_text(
-            json.dumps(content, indent=2) + "\n", encoding="utf-8"
-        )
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(folder / (name + ".partial"), folder / name)
+        save_folder(Path(folder), "vqgan", to_dict(self.config), self.fingerprint, weights)
 
     @property
     def downsampling(self) -> int:
         return self.config.downsampling
 
     @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits of a SHA-256 over the config and all weights as float32."""
-        digest = hashlib.sha256(json.dumps(to_dict(self.config), sort_keys=True).encode())
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(f"{key} {tuple(value.shape)}".encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(to_dict(self.config), self.state_dict())
 
     @torch.inference_mode()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
@@ -244,7 +239,7 @@ def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
     """
     out = output_folder(out)
     config = _read_taming_config(Path(config_yaml))
-    state = _read_checkpoint(Path(checkpoint))
+    state = load_torch_weights(Path(checkpoint), "The checkpoint")
     weights = {
         key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))
     }
@@ -253,37 +248,6 @@ def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
     with writing(out):
         model.save_pretrained(out)
     return model
-
-
-def find_tokenizer(source: str | Path) -> Path:
-    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError where
-    there is neither.
-    """
-    shipped = shipped_folders("tokenizers/assets", CONFIG_FILE)
-    if isinstance(source, str) and source in shipped:
-        return shipped[source]
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    raise InputError(
-        f"There is no tokenizer folder {source}, nor is one of that name shipped "
-        f"({', '.join(shipped)})."
-    )
-
-
-def check_free(folder: Path, fingerprint: str | None = None) -> None:
-    """Raise InputError where `folder` holds another tokenizer than that of this fingerprint, or
-    another model, which one that is written there would replace.
-    """
-    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        return
-    with contextlib.suppress(InputError):
-        if _read_config(folder / CONFIG_FILE)[1] == fingerprint:
-            return
-    raise InputError(
-        f"{folder} holds another tokenizer or model, which would be lost; choose another folder, "
-        "or delete it."
-    )
 
 
 # --- The network. Attribute names are those of the published checkpoints. ---
@@ -501,29 +465,6 @@ def _norm(channels: int) -> nn.GroupNorm:
 # --- Files ---
 
 
-def _read_config(path: Path) -> tuple[VQGANConfig, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} is missing: a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON.") from error
-    if (
-        not isinstance(content, dict)
-        or content.pop("kind", None) != "vqgan"
-        or not isinstance(content.get("fingerprint"), str)
-    ):
-        raise InputError(
-            f"{path} is not a VQ-GAN's: it needs the keys kind (vqgan) and fingerprint."
-        )
-    fingerprint = content.pop("fingerprint")
-    return from_dict(VQGANConfig, content, origin=str(path)), fingerprint
-
-
 def _channels_last(weight: Tensor) -> Tensor:
     """Laid out in memory as `encode` and `decode` lay out feature maps, so that convolutions need
     not reorder it.
@@ -531,92 +472,6 @@ def _channels_last(weight: Tensor) -> Tensor:
     return weight.contiguous(
         memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format
     )
-
-
-def _check_keys(expected: dict[str, Tensor], given: dict[str, Tensor], origin: str) -> None:
-    missing, surplus = (
-        [k for k in expected if k not in given],
-        [k for k in given if k not in expected],
-    )
-    if missing or surplus:
-        parts = [
-            f"{word} {_listed(keys)}"
-            for word, keys in (("lacks", missing), ("has the surplus", surplus))
-            if keys
-        ]
-        raise InputError(f"{origin} does not fit its config: it {' and '.join(parts)}.")
-    for key, value in expected.items():
-        if given[key].shape != value.shape:
-            shapes = f"{tuple(given[key].shape)} there and {tuple(value.shape)} by the config"
-            raise InputError(f"{origin} contradicts its config: {key} is {shapes}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-
-
-class _Inert:
-    """Stands for the one class that Lightning's checkpoints name (as a key of their callbacks'
-    states), and does nothing.
-    """
-
-
-_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
-def _check_file(path: Path, kind: str) -> None:
-    """Raise InputError where there is no plain file: a device would never end."""
-    try:
-        if not path.is_file():
-            missing = "is no file" if path.exists() else "does not exist"
-            raise InputError(f"The {kind} {path} {missing}.")
-    except OSError as error:
-        raise InputError(f"The {kind} {path} cannot be read ({error.strerror}).") from error
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    _check_file(path, "checkpoint")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip().lower()
-    except OSError as error:
-        raise InputError(f"The checkpoint {path} cannot be read ({error.strerror}).") from error
-    if head.startswith(b"<"):
-        raise InputError(
-            f"The checkpoint {path} is a web page, not a torch file: its address leads to a page "
-            "about the file; download the file itself."
-        )
-    try:
-        with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch says the same of bytes that are neither an archive nor a pickle.
-        if not head.startswith((b"pk", b"\x80")):
-            raise InputError(f"The checkpoint {path} is damaged or no torch file.") from error
-        raise InputError(
-            f"The checkpoint {path} holds more than weights and was not opened, as it could run "
-            "code."
-        ) from error
-    except Exception as error:  # Damaged pickles raise many kinds.
-        raise InputError(
-            f"The checkpoint {path} is damaged or no torch file ({_first_line(error)})."
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise InputError(f"The checkpoint {path} holds no weights by name under 'state_dict'.")
-    return state
-
-
-def _is_torch_file(path: Path) -> bool:
-    """Whether a file begins as an archive or as a pickle does: what torch.save writes."""
-    with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 
 
 # The published YAML's name -> ours; the first group stands in model.params, the second in
@@ -665,7 +520,7 @@ _TAMING_IDLE_NETWORK = ("dropout",)
 
 
 def _read_taming_config(path: Path) -> VQGANConfig:
-    _check_file(path, "config")
+    check_file(path, "The config")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

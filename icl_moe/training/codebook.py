@@ -1,5 +1,5 @@
-"""What a new model's embeddings of image codes start from: the image tokenizer's code vectors, and
-how often each code occurs in the training images.
+"""What a new model's embeddings of input images' codes start from: their tokenizer's code vectors,
+and how often each code occurs in the training images.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from icl_moe.data.shards import ShardSet
-from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 
 _SAMPLES = 256
 """Of each task, at even distances, whose images are counted: tens of thousands of codes."""
@@ -17,27 +17,27 @@ _SAMPLES = 256
 
 @dataclass(frozen=True)
 class Codebook:
-    """vectors_KC, frequencies_K: float32, of the K codes of the image tokenizer."""
+    """vectors_KC, frequencies_K: float32, of the K codes of what reads input images."""
 
     vectors_KC: Tensor
     frequencies_K: Tensor
 
 
 def read_codebook(shards: ShardSet) -> Codebook:
-    """The codebook of a shard folder's image tokenizer. Frequencies are counted in the input images
-    of 256 episodes a task; a code that none of them shows counts as if it had been seen once.
+    """The codebook of what read a shard folder's input images: the VQ-GAN's, or the k-means centres
+    of its features tokenizer. Frequencies are counted in the input images of 256 episodes a task; a
+    code that none of them shows counts as if it had been seen once.
     """
-    tokenizer = VQGAN.from_pretrained(str(shards.fetch("image_tokenizer")))
+    folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
     vocabulary = shards.manifest.format.vocabulary
-    counts_K = np.ones(vocabulary.image_codes, dtype=np.int64)
+    counts_K = np.ones(len(vocabulary.input_range), dtype=np.int64)
     for task, count in shards.manifest.samples.items():
         numbers = np.linspace(0, count - 1, min(count, _SAMPLES)).round().astype(int)
         for number in numbers.tolist():
             sequence = shards.sample(task, number).sequence
             for span in sequence.spans:
                 if span.role == "input":
-                    codes = vocabulary.to_codes(sequence.tokens_L[span.start : span.stop])
+                    codes = vocabulary.to_input_codes(sequence.tokens_L[span.start : span.stop])
                     counts_K += np.bincount(codes, minlength=len(counts_K))
-    return Codebook(
-        tokenizer.quantize.embedding.weight.detach().float(), torch.from_numpy(counts_K).float()
-    )
+    vectors_KC = ImageTokenizers.from_folders(folders).input_vectors_KC
+    return Codebook(vectors_KC, torch.from_numpy(counts_K).float())

@@ -198,6 +198,7 @@ def _build_model(
         examples=manifest.examples,
         image_tokenizer=manifest.image_tokenizer,
         mask_tokenizer=manifest.mask_tokenizer,
+        features_tokenizer=manifest.features_tokenizer,
         classes={task: sorted(classes) for task, classes in manifest.classes.items()},
     )
     ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size
@@ -214,7 +215,7 @@ def _build_model(
     initialise(model, recipe.training.seed, name)
     if recipe.model.codebook_init:
         assert codebook is not None, "the recipe starts from a codebook"
-        first = recipe.vocabulary.image_range.start
+        first = recipe.vocabulary.input_range.start
         start_from_codebook(
             model, codebook.vectors_KC, codebook.frequencies_K, first, recipe.training.seed
         )

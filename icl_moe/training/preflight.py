@@ -11,7 +11,7 @@ from typing import Any
 
 from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
-from icl_moe.data.shards import Manifest, ShardSet
+from icl_moe.data.shards import TOKENIZER_FOLDERS, Manifest, ShardSet
 from icl_moe.errors import InputError, shown
 from icl_moe.outputs import output_folder
 from icl_moe.recipe import TrainingRecipe
@@ -170,7 +170,7 @@ def _check_shards(recipe: TrainingRecipe, manifest: Manifest) -> None:
 
 
 def _check_validation(recipe: TrainingRecipe, training: Manifest, validation: Manifest) -> None:
-    for name in ("format", "image_size", "image_tokenizer", "mask_tokenizer", "text_tokenizer"):
+    for name in ("format", "image_size", *TOKENIZER_FOLDERS):
         ours, theirs = getattr(training, name), getattr(validation, name)
         if ours != theirs:
             raise InputError(
@@ -192,7 +192,7 @@ def _check_earlier_run(recipe: TrainingRecipe, manifest: Manifest) -> None:
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("image_tokenizer", "mask_tokenizer"):
+    for key in ("image_tokenizer", "mask_tokenizer", "features_tokenizer"):
         theirs, ours = config.get(key), getattr(manifest, key)
         if theirs != ours:
             raise InputError(

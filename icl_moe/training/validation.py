@@ -20,9 +20,8 @@ from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import draw_grid
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.tokenizers.masks import PatchTokenizer
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
-from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.training.distributed import Ranks, generators_kept
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
@@ -79,7 +78,7 @@ class Validation:
     def _decode(self, step: int, figures: dict[str, Figures]) -> None:
         with tolerate_unwritten():
             self._complete(step, figures)
-        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
+        self._model.tokenizers.to("cpu")  # Training has the device's memory to itself.
 
     def _complete(self, step: int, figures: dict[str, Figures]) -> None:
         """Complete every query freely after all its examples; add the scores, and write what was
@@ -89,7 +88,7 @@ class Validation:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         log = PredictionLog(folder, {"step": step, "shards": self.shards.fingerprint[:16]})
-        self._model.image_tokenizer.to(self.ranks.device)
+        self._model.tokenizers.to(self.ranks.device)
         for task in figures:
             episodes = _Episodes(
                 self.shards,
@@ -117,15 +116,8 @@ class Validation:
             decoder.sequence_format.vocabulary.text_merges,
             source=str(self.shards.fetch("text_tokenizer")),
         )
-        has_masks = self.shards.manifest.mask_tokenizer is not None
-        return InContextModel(
-            decoder,
-            VQGAN.from_pretrained(self.shards.fetch("image_tokenizer")),
-            text,
-            mask_tokenizer=PatchTokenizer.from_pretrained(self.shards.fetch("mask_tokenizer"))
-            if has_masks
-            else None,
-        )
+        folders = {name: self.shards.fetch(name) for name in self.shards.manifest.tokenizer_folders}
+        return InContextModel(decoder, ImageTokenizers.from_folders(folders), text)
 
     def _show(self, task: str, picture: Image.Image, step: int) -> None:
         tensorboard = self.engine.deepspeed.monitor.tb_monitor

@@ -1,5 +1,9 @@
-"""Learning a mask tokenizer from the masks of a shard folder, and what it is worth."""
+"""Learning a mask tokenizer from the masks of a shard folder or of a COCO instances file, and what
+it is worth.
+"""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,19 +13,25 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.images import crop_and_resize_mask
 from icl_moe.rle import decode_rle
 from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.mask_scores import score_masks
 from icl_moe.tokenizers.masks import PatchTokenizer, mask_cells, nearest_patch
+from preprocessing.coco import class_masks, load_instances
 
 _ITERATIONS = 30
 _HELD_OUT = 10
-"""Every tenth episode is measured, and the others are learned from."""
+"""Every tenth mask is measured, and the others are learned from."""
+
+_IMAGES = 2000
+_LEAST_AREA = 0.01
+"""Of its image: smaller masks of an instances file are left out."""
 
 
 @dataclass(frozen=True)
 class MaskReport:
-    """On episodes that were not learned from. ceiling: mIoU of masks that were encoded and decoded.
+    """On masks that were not learned from. ceiling: mIoU of masks that were encoded and decoded.
     entropy: -sum p ln p of the codes, in nats a cell, the loss of a model that looks at nothing.
     """
 
@@ -30,28 +40,58 @@ class MaskReport:
     entropy: float
 
 
-def learn_mask_tokenizer(location: str | Path, codes: int) -> tuple[PatchTokenizer, MaskReport]:
-    """A tokenizer of `codes` patches, each as large as a cell of the shards' image tokenizer.
+def learn_mask_tokenizer(
+    location: str | Path, codes: int, image_size: int = 256, cell: int = 16
+) -> tuple[PatchTokenizer, MaskReport]:
+    """A tokenizer of `codes` patches.
 
-    Raises InputError where the shards hold no segmentation, or too few different cells.
+    location: a shard folder, whose queries' masks are learned from, and whose cells are as large as
+    the patches; or a COCO instances file (.json), whose class masks are stretched to squares of
+    image_size pixels, for patches of cell x cell pixels. Raises InputError where there is no mask,
+    or too few different cells.
     """
-    shards = ShardSet(location)
+    if codes < 2:
+        raise InputError(f"A mask tokenizer must have at least 2 codes, not {codes}.")
+    if str(location).endswith(".json"):
+        masks = _masks_of_annotations(Path(location), image_size)
+    else:
+        shards = ShardSet(location)
+        manifest = shards.manifest
+        cell = manifest.image_size // math.isqrt(manifest.format.codes_per_image)
+        masks = _masks_of_shards(shards)
+    learned, held_out = [], []
+    for number, (category, mask_HW) in enumerate(masks):
+        if number % _HELD_OUT:
+            learned.append(mask_HW)
+        else:
+            held_out.append((category, mask_HW))
+    if not held_out:
+        raise InputError(f"{location} has no mask that could be learned from.")
+    tokenizer = learn_patches(np.stack(learned or [mask for _, mask in held_out]), cell, codes)
+    return tokenizer, _report(tokenizer, held_out)
+
+
+def _masks_of_shards(shards: ShardSet) -> Iterator[tuple[str, np.ndarray]]:
+    """Class and mask (H, W) of each query."""
     name = SEGMENTATION.name
     if not shards.count(name):
         raise InputError(f"{shards.location} holds no {name}, whose masks could be learned from.")
-    if codes < 2:
-        raise InputError(f"A mask tokenizer must have at least 2 codes, not {codes}.")
-    side = shards.manifest.image_size // int(shards.manifest.format.codes_per_image**0.5)
-    learned, held_out = [], []
     for index in tqdm(range(shards.count(name)), desc="reading masks", unit="episode"):
         sample = shards.sample(name, index)
-        mask_HW = decode_rle(sample.meta["masks"][-1]).astype(bool)
-        if index % _HELD_OUT:
-            learned.append(mask_HW)
-        else:
-            held_out.append((sample.category, mask_HW))
-    tokenizer = learn_patches(np.stack(learned or [mask for _, mask in held_out]), side, codes)
-    return tokenizer, _report(tokenizer, held_out)
+        yield sample.category, decode_rle(sample.meta["masks"][-1]).astype(bool)
+
+
+def _masks_of_annotations(file: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Class and mask (size, size) of each class of each image; of some 2,000 images, at even
+    distances, where there are more.
+    """
+    coco = load_instances(file)
+    images = list(coco.imgs)[:: max(1, len(coco.imgs) // _IMAGES)]
+    for number in tqdm(images, desc="reading masks", unit="image"):
+        for category, mask_HW in class_masks(coco, number).items():
+            if mask_HW.mean() >= _LEAST_AREA:
+                whole = (0, 0, mask_HW.shape[1], mask_HW.shape[0])
+                yield coco.cats[category]["name"], crop_and_resize_mask(mask_HW, whole, size)
 
 
 def learn_patches(masks_BHW: np.ndarray, side: int, codes: int, seed: int = 0) -> PatchTokenizer:

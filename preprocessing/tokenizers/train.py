@@ -22,7 +22,8 @@ from icl_moe.images import to_image
 from icl_moe.outputs import output_folder, writing
 from icl_moe.processes import join_processes
 from icl_moe.settings import to_dict
-from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig, check_free
+from icl_moe.tokenizers.folder import check_free
+from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from preprocessing.tokenizers.losses import Adversary, PerceptualLoss
 from preprocessing.tokenizers.measures import perplexity, psnr_B, through
 from preprocessing.tokenizers.recipe import TokenizerRecipe

@@ -23,6 +23,7 @@ from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceFormat
 from icl_moe.settings import to_dict
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
@@ -67,7 +68,7 @@ def make_model(small_text: TextTokenizer, **settings) -> InContextModel:
     )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
-    return InContextModel(decoder, FlatSquares(), small_text)
+    return InContextModel(decoder, ImageTokenizers(FlatSquares()), small_text)
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_the_model_sees_the_same_pixels_whichever_way_an_image_comes(
         seen.append(torch.stack([torch.as_tensor(each) for each in pixels]))
         return [np.zeros(CODES, np.int64)] * len(pixels)
 
-    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr(model, "read", encode)
     monkeypatch.setattr(model, "encode_masks", encode)
     upright = Image.fromarray(np.rot90(picture(3, 128, 64), -1))
     ways = [

@@ -1,6 +1,7 @@
 """Episodes are drawn as a pure function of pool, seed and number; crops show the object."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,20 @@ def test_a_large_crop_is_close_around_the_largest_instance():
     assert square_crop("any", everything, largest, 640, 480, image_size=64) == (60, 0, 540, 480)
     tiny = square_crop("large", everything, (300, 200, 2, 2), 640, 480, image_size=256)
     assert tiny[2] - tiny[0] == pytest.approx(128)
+
+
+def test_examples_and_queries_of_two_data_sets_keep_their_places():
+    queries = make_pool({"cat": [1, 2], "dog": [1, 3], "emu": [4]}).regions
+    shown = make_pool({"cat": [11, 12, 13], "dog": [11], "fox": [12, 13]}).regions
+    regions = [
+        *(replace(region, role="query") for region in queries),
+        *(replace(region, role="example") for region in shown),
+    ]
+    pool = Pool("segmentation", regions)
+    pool.drop_small_classes(images=3)
+    assert set(pool.by_class()) == {"cat"}
+    assert pool.skipped["classes_with_too_few_images"] == 3
+    episodes = plan_episodes(pool, examples=2, samples=None, seed=0)
+    assert sorted(pool.regions[row[-1]].image.name for row in episodes) == ["1.jpg", "2.jpg"]
+    for row in episodes:
+        assert all(pool.regions[number].role == "example" for number in row[:-1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_features
 import toy_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,9 +19,13 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
 from icl_moe.recipe import TrainingRecipe
+from icl_moe.sequence import NO_LINK
 from icl_moe.settings import load_recipe
+from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.training.codebook import read_codebook
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
 
 PARTS = (
     "model.link=true",
@@ -40,6 +45,21 @@ def trained(rank_group, shards, tmp_path_factory) -> Path:
         for part in rank_group(2).run(run, shards, output, settings):
             assert part["ended"] == "well", part["printed"]
     return output
+
+
+@pytest.fixture(scope="module")
+def shards_of_features(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    toy_features.make_toy_features(folder).save_pretrained(folder / "reader")
+    settings = [
+        *("synthetic.images=30", "samples=8", "vocabulary.mask=true"),
+        *toy_tokenizer.recipe_settings(tokenizer),
+        *toy_features.recipe_settings(folder / "reader"),
+    ]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    return folder / "shards"
 
 
 def test_a_run_that_goes_on_reads_and_hides_what_it_would_have(
@@ -102,6 +122,33 @@ def test_a_new_models_image_codes_start_from_the_codebook_of_the_shards(
     start_from_codebook(expected, codebook.vectors_KC, codebook.frequencies_K, first, seed=0)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), parameter, msg=name)
+
+
+def test_input_images_codes_start_from_the_centres_of_the_features_tokenizer(
+    rank_group, shards_of_features, tmp_path
+):
+    settings = (*PARTS, "training.steps=1", "optimizer.learning_rate=1e-30")
+    settings += (f"vocabulary.features={toy_features.CODES}",)
+    for part in rank_group(2).run(run, shards_of_features, tmp_path / "run", settings):
+        assert part["ended"] == "well", part["printed"]
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
+    found = InContextDecoder.from_pretrained(tmp_path / "model")
+    codebook = read_codebook(ShardSet(shards_of_features))
+    reader = FeaturesTokenizer.from_pretrained(shards_of_features / "features_tokenizer")
+    assert torch.equal(codebook.vectors_KC, reader.codebook_KD)
+    expected = InContextDecoder(found.config)
+    initialise(expected, seed=0)
+    ids = found.sequence_format.vocabulary.feature_range
+    start_from_codebook(expected, codebook.vectors_KC, codebook.frequencies_K, ids.start, seed=0)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter, msg=name)
+
+
+def test_links_of_shards_of_features_are_features_codes(shards_of_features):
+    sequence = ShardSet(shards_of_features).sample("segmentation", 0).sequence
+    vocabulary = ShardSet(shards_of_features).manifest.format.vocabulary
+    linked = sequence.links()[sequence.links() != NO_LINK]
+    assert len(linked) and np.isin(linked, vocabulary.feature_range).all()
 
 
 def test_corruption_without_the_mask_token_is_refused():

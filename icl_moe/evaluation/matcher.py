@@ -1,0 +1,132 @@
+"""The training-free matcher: a cell belongs to the object as far as its features are more like the
+examples' object than like the rest of the examples.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.tasks.task import Output
+
+THRESHOLDS = np.round(np.arange(-1.0, 1.0, 0.01), 2)
+"""Scores above which a pixel may be taken for the object's."""
+
+_EPISODES_FITTED = 256
+
+
+def match(query_ND: Tensor, examples_END: Tensor, shares_EN: Tensor) -> Tensor:
+    """Scores (N,) of a query's cells: cosine to the mean of the examples' object cells, less cosine
+    to the mean of their other cells.
+
+    query_ND, examples_END: features of N cells. shares_EN: how much of each of the E examples'
+    cells is object, 0..1; a cell counts on either side by its share.
+    """
+    inside_D = torch.einsum("en,end->d", shares_EN, examples_END)
+    outside_D = torch.einsum("en,end->d", 1 - shares_EN, examples_END)
+    direction_D = F.normalize(inside_D, dim=0) - F.normalize(outside_D, dim=0)
+    return F.normalize(query_ND, dim=-1) @ direction_D
+
+
+def cell_shares(masks_RHW: Tensor, grid: int) -> Tensor:
+    """The share of each cell that boolean masks cover, (R, grid * grid)."""
+    return F.adaptive_avg_pool2d(masks_RHW.float()[:, None], (grid, grid)).flatten(1)
+
+
+def score_pixels(scores_RN: Tensor, size: int) -> Tensor:
+    """Scores of cells as scores of pixels (R, size, size), interpolated bilinearly."""
+    grid = round(scores_RN.shape[1] ** 0.5)
+    cells_R1gg = scores_RN.view(-1, 1, grid, grid)
+    return F.interpolate(cells_R1gg, (size, size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def iou_above(scores_RP: Tensor, masks_RP: Tensor, edges_T: Tensor) -> np.ndarray:
+    """IoU (R, T) of {score > edge} and the masks, for pixels' scores (R, P) and boolean masks, by
+    histograms between the edges.
+    """
+    rows, bins = len(scores_RP), len(edges_T) + 1
+    # The number of edges below a score; edge t is exceeded by all of more than t.
+    below_RP = torch.bucketize(scores_RP.contiguous(), edges_T)
+    flat = (below_RP + torch.arange(rows)[:, None] * bins).flatten()
+    all_RB = torch.bincount(flat, minlength=rows * bins).view(rows, bins)
+    inside_RB = torch.bincount(flat[masks_RP.flatten()], minlength=rows * bins).view(rows, bins)
+    all_RT, inside_RT = (x.flip(1).cumsum(1).flip(1)[:, 1:].double() for x in (all_RB, inside_RB))
+    union_RT = all_RT + masks_RP.sum(dim=1, keepdim=True) - inside_RT
+    return (inside_RT / union_RT.clamp_min(1)).numpy()
+
+
+class Matcher:
+    """Masks the queries of segmentation episodes by their first `shots` examples, whose codes stand
+    for the vectors codebook_KD.
+
+    The threshold is the one of the highest mean IoU where examples are queries: the first example
+    of up to 256 episodes, each with the examples of another episode of its class. So no query's
+    mask is looked at, but in shards whose queries are other episodes' examples.
+    """
+
+    def __init__(self, codebook_KD: Tensor, episodes: EpisodeSet, shots: int) -> None:
+        self.shots = shots
+        self._codebook_KD = codebook_KD.float().cpu()
+        self._threshold = self._fit(episodes)
+
+    def said(
+        self, truths: Sequence[EvaluationEpisode], sources: Sequence[EvaluationEpisode]
+    ) -> list[Output]:
+        """The masks of queries, by the examples of `sources`."""
+        return [
+            {"mask": encode_rle((self._scores(truth, -1, source) > self._threshold).numpy())}
+            for truth, source in zip(truths, sources, strict=True)
+        ]
+
+    def _scores(self, truth: EvaluationEpisode, pair: int, source: EvaluationEpisode) -> Tensor:
+        """The scores (H, W) of the pixels of a pair's image, by the examples of `source`."""
+        masks_EHW = torch.stack([_mask(source, example) for example in range(self.shots)])
+        codes_EN = np.stack([each.image for each in source.pairs[: self.shots]])
+        query_ND = self._vectors(truth.pairs[pair].image)
+        grid = round(len(query_ND) ** 0.5)
+        shares_EN = cell_shares(masks_EHW, grid)
+        scores_N = match(query_ND, self._vectors(codes_EN), shares_EN)
+        return score_pixels(scores_N[None], masks_EHW.shape[-1])[0]
+
+    def _vectors(self, codes: np.ndarray) -> Tensor:
+        return self._codebook_KD[torch.from_numpy(np.asarray(codes, dtype=np.int64))]
+
+    def _fit(self, episodes: EpisodeSet) -> float:
+        edges_T = torch.from_numpy(THRESHOLDS).float()
+        curves = [
+            iou_above(
+                self._scores(episode, 0, source).flatten()[None],
+                _mask(episode, 0).flatten()[None],
+                edges_T,
+            )
+            for episode, source in self._pairs_to_fit(episodes)
+        ]
+        # Where no class is seen in two images: what is more like the object than like the rest.
+        return float(THRESHOLDS[np.mean(curves, axis=(0, 1)).argmax()]) if curves else 0.0
+
+    def _pairs_to_fit(
+        self, episodes: EpisodeSet
+    ) -> Iterator[tuple[EvaluationEpisode, EvaluationEpisode]]:
+        """Episodes at even distances, and for each another one of its class whose examples are of
+        other images than its first example.
+        """
+        places = np.linspace(0, len(episodes) - 1, _EPISODES_FITTED)
+        for number in np.unique(places.round().astype(int)).tolist():
+            episode = episodes[number]
+            image = episode.meta["sources"][0]["image"]
+            numbers = episodes.by_class[episode.category]
+            start = numbers.index(number)
+            for other in numbers[start + 1 :] + numbers[:start]:
+                source = episodes.read(other)
+                if all(of["image"] != image for of in source.meta["sources"][: self.shots]):
+                    yield episode, source
+                    break
+
+
+def _mask(episode: EvaluationEpisode, pair: int) -> Tensor:
+    """A pair's true mask (H, W), boolean."""
+    return torch.from_numpy(decode_rle(episode.meta["masks"][pair]))

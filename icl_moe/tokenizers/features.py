@@ -1,0 +1,253 @@
+"""The features tokenizer: k-means codes over the feature grid of a frozen backbone. It reads images
+by what they show; drawing stays the VQ-GAN's.
+
+A cell's features are those of several strides joined: each stride is resized to the grid,
+standardised by channel and brought to length 1; then PCA, and length 1 again. Its code is the
+nearest of K centroids. A saved tokenizer is a folder of config.json and model.safetensors, which
+names its backbone by fingerprint; the backbone's weights stay where they are.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icl_moe.errors import InputError
+from icl_moe.ranges import Count, ImageSide, Range
+from icl_moe.settings import from_dict, to_dict
+from icl_moe.tokenizers.backbones import Backbone, open_backbone
+from icl_moe.tokenizers.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_keys,
+    load_weights,
+    read_config,
+    save_folder,
+    weights_fingerprint,
+)
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """What the tables of a features tokenizer belong to.
+
+    backbone, weights: see `open_backbone`. strides: which of its feature maps are joined, in pixels
+    of the image. channels: how many each of those maps has.
+    image_size: the side it was made for. downsampling: pixels along a side of the square that one
+    code stands for. codebook_size: how many codes there are. dimensions: channels that PCA keeps.
+    """
+
+    backbone: str = "efficientnet_lite0"
+    weights: str | None = None
+    strides: tuple[Count, ...] = (16, 32)
+    channels: tuple[Count, ...] = (112, 320)
+    image_size: ImageSide = 256
+    downsampling: Count = 16
+    codebook_size: Annotated[int, Range(2)] = 1024
+    dimensions: Count = 64
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.downsampling:
+            raise InputError(
+                f"image_size must be a multiple of {self.downsampling}, the downsampling, not "
+                f"{self.image_size}."
+            )
+        if not self.strides or len(set(self.strides)) != len(self.strides):
+            raise InputError("strides must name at least one stride, each once.")
+        if len(self.channels) != len(self.strides):
+            raise InputError("channels must be a number for each of the strides.")
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.image_size // self.downsampling) ** 2
+
+
+class FeaturesTokenizer(nn.Module):
+    """An image tokenizer that reads: `encode` gives codes, and nothing draws them back.
+
+    Its tables, besides the backbone: mean_C and deviation_C of the joined channels C, centre_C and
+    projection_CD of the PCA, and the centroids codebook_KD, of length 1 or a little less.
+    """
+
+    mean_C: Tensor
+    deviation_C: Tensor
+    centre_C: Tensor
+    projection_CD: Tensor
+    codebook_KD: Tensor
+
+    def __init__(self, config: FeaturesConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        channels = sum(config.channels)
+        self.register_buffer("mean_C", torch.zeros(channels))
+        self.register_buffer("deviation_C", torch.ones(channels))
+        self.register_buffer("centre_C", torch.zeros(channels))
+        self.register_buffer("projection_CD", torch.zeros(channels, config.dimensions))
+        self.register_buffer("codebook_KD", torch.zeros(config.codebook_size, config.dimensions))
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "FeaturesTokenizer":
+        """The tokenizer in the folder `source`, with its backbone, in eval mode.
+
+        Raises InputError where files are missing or damaged, where they contradict each other, and
+        where the backbone is missing or has other weights than the tokenizer was made with.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            raise InputError(f"There is no tokenizer folder {source}.")
+        settings, fingerprint = read_config(
+            folder / CONFIG_FILE, "features", "a features tokenizer"
+        )
+        backbone_fingerprint = settings.pop("backbone_fingerprint", None)
+        config = from_dict(FeaturesConfig, settings, origin=str(folder / CONFIG_FILE))
+        tables = load_weights(folder / WEIGHTS_FILE)
+        backbone = open_backbone(config.backbone, config.weights)
+        if backbone.fingerprint != backbone_fingerprint:
+            raise InputError(
+                f"The backbone {config.backbone} has other weights (fingerprint "
+                f"{backbone.fingerprint}) than the tokenizer {source} was made with "
+                f"({backbone_fingerprint})."
+            )
+        model = cls(config, backbone)
+        check_keys(model.tables(), tables, str(folder / WEIGHTS_FILE))
+        model.load_state_dict(tables, strict=False)
+        if model.fingerprint != fingerprint:
+            raise InputError(
+                f"The tables in {folder} are not those of the fingerprint {fingerprint} in its "
+                f"{CONFIG_FILE}."
+            )
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder: configuration, tables, and the backbone's name and fingerprint."""
+        config = {**to_dict(self.config), "backbone_fingerprint": self.backbone.fingerprint}
+        tables = {name: table.cpu().contiguous() for name, table in self.tables().items()}
+        save_folder(Path(folder), "features", config, self.fingerprint, tables)
+
+    def tables(self) -> dict[str, Tensor]:
+        """All that is stored besides the backbone."""
+        return dict(self.named_buffers(recurse=False))
+
+    @property
+    def downsampling(self) -> int:
+        return self.config.downsampling
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over all that decides a code: configuration, tables, and the
+        backbone's own fingerprint. Where the backbone lies does not count.
+        """
+        settings = to_dict(self.config)
+        del settings["backbone"], settings["weights"]
+        settings["backbone_fingerprint"] = self.backbone.fingerprint
+        return weights_fingerprint(settings, self.tables())
+
+    @torch.inference_mode()
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] as codes_BN, int64, the grid of H/f x W/f codes row by row.
+
+        Raises InputError where a side is no multiple of the downsampling f.
+        """
+        return self.codes_of(self.features(pixels_B3HW))
+
+    def codes_of(self, features_BND: Tensor) -> Tensor:
+        """The codes_BN of features: the numbers of their nearest centroids."""
+        return nearest(features_BND, self.codebook_KD)
+
+    @torch.inference_mode()
+    def features(self, pixels_B3HW: Tensor) -> Tensor:
+        """The features (B, N, D) of the cells before they become codes, each of length 1."""
+        return self.project(self.join(self.cells(pixels_B3HW)))
+
+    def vectors(self, codes_BN: Tensor) -> Tensor:
+        """The features (B, N, D) that codes stand for: their centroids."""
+        return self.codebook_KD[codes_BN]
+
+    def cells(self, pixels_B3HW: Tensor) -> Tensor:
+        """The backbone's maps on the grid, (B, N, C), as they come."""
+        maps = grid_maps(self.backbone, self.config.strides, self.config.downsampling, pixels_B3HW)
+        found = tuple(map_BNC.shape[-1] for map_BNC in maps)
+        if found != self.config.channels:
+            raise InputError(
+                f"The backbone {self.config.backbone} has maps of {found} channels at the strides "
+                f"{self.config.strides}, but the tokenizer was made for {self.config.channels}."
+            )
+        return torch.cat(maps, dim=-1)
+
+    def join(self, cells_BNC: Tensor) -> Tensor:
+        """`cells` standardised by channel, then each stride brought to length 1."""
+        parts = ((cells_BNC - self.mean_C) / self.deviation_C).split(list(self.config.channels), -1)
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
+
+    def project(self, joined_BNC: Tensor) -> Tensor:
+        """Joined cells on the principal axes, (..., D), each of length 1."""
+        return F.normalize((joined_BNC - self.centre_C) @ self.projection_CD, dim=-1)
+
+    def false_colours(self, codes_BN: Tensor) -> Tensor:
+        """Codes as a picture (B, 3, H, W) in [-1, 1], for people: alike cells in alike colours.
+
+        Red, green and blue are the first three channels of the centroids, which hold most of their
+        differences.
+        """
+        levels_KD = self.codebook_KD[:, :3]
+        low_D, high_D = levels_KD.amin(dim=0), levels_KD.amax(dim=0)
+        colours_KD = F.pad(
+            (levels_KD - low_D) / (high_D - low_D).clamp_min(1e-6) * 2 - 1,
+            (0, 3 - levels_KD.shape[1]),
+        )
+        side = round(codes_BN.shape[1] ** 0.5)
+        cells_B3hw = colours_KD[codes_BN].transpose(1, 2).unflatten(2, (side, side))
+        return F.interpolate(cells_B3hw, scale_factor=float(self.downsampling), mode="nearest")
+
+
+@torch.inference_mode()
+def grid_maps(
+    backbone: Backbone, strides: tuple[int, ...], downsampling: int, pixels_B3HW: Tensor
+) -> list[Tensor]:
+    """The backbone's map of each stride on the grid of H/f x W/f cells, (B, N, channels).
+
+    Finer maps are averaged over a cell, coarser ones interpolated. Raises InputError where the
+    backbone has no map of a stride, or a side of the image is no multiple of f.
+    """
+    height, width = pixels_B3HW.shape[-2:]
+    if height % downsampling or width % downsampling or min(height, width) == 0:
+        raise InputError(
+            f"Image sides must be multiples of {downsampling} pixels, not {height} x {width}."
+        )
+    maps = backbone.maps(pixels_B3HW)
+    lacking = [stride for stride in strides if stride not in maps]
+    if lacking:
+        raise InputError(
+            f"The backbone has no map of stride {lacking[0]} at {height} x {width} pixels; it has "
+            f"{', '.join(map(str, sorted(maps)))}."
+        )
+    grid = (height // downsampling, width // downsampling)
+    return [_on_grid(maps[stride], grid).flatten(2).transpose(1, 2) for stride in strides]
+
+
+def _on_grid(map_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
+    if map_BChw.shape[-1] >= grid[1]:
+        return F.adaptive_avg_pool2d(map_BChw, grid)
+    return F.interpolate(map_BChw, grid, mode="bilinear", align_corners=False)
+
+
+def nearest(features_BND: Tensor, codebook_KD: Tensor) -> Tensor:
+    """codes_BN: the number of the centroid e of least |e|^2 - 2 f.e, that is of the least
+    distance.
+    """
+    flat_MD = features_BND.flatten(0, 1)
+    lengths_K = codebook_KD.square().sum(dim=1)
+    # In slices: 4096 codes against a whole batch would be gigabytes of distances.
+    codes = [
+        (lengths_K - 2 * part_MD @ codebook_KD.T).argmin(dim=1) for part_MD in flat_MD.split(8192)
+    ]
+    return torch.cat(codes).view(features_BND.shape[:-1])

@@ -1,0 +1,214 @@
+"""What the folders of all image tokenizers have in common: config.json with a fingerprint, and
+model.safetensors; and reading weights that others made, without running what else they hold.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from icl_moe.errors import InputError
+from icl_moe.inputs import shipped_folders
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def find_tokenizer(source: str | Path) -> Path:
+    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError where
+    there is neither.
+    """
+    shipped = shipped_folders("tokenizers/assets", CONFIG_FILE)
+    if isinstance(source, str) and source in shipped:
+        return shipped[source]
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    raise InputError(
+        f"There is no tokenizer folder {source}, nor is one of that name shipped "
+        f"({', '.join(shipped)})."
+    )
+
+
+def check_free(folder: Path, fingerprint: str | None = None) -> None:
+    """Raise InputError where `folder` holds another tokenizer than that of this fingerprint, or
+    another model, which one that is written there would replace.
+    """
+    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    with contextlib.suppress(InputError):
+        if _read_json(folder / CONFIG_FILE).get("fingerprint") == fingerprint is not None:
+            return
+    raise InputError(
+        f"{folder} holds another tokenizer or model, which would be lost; choose another folder, "
+        "or delete it."
+    )
+
+
+def weights_fingerprint(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """16 hex digits of a SHA-256 over plain settings and all weights as float32."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for key, value in sorted(weights.items()):
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_folder(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    fingerprint: str,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Write the folder; each file appears whole, the configuration last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"kind": kind, **config, "fingerprint": fingerprint}
+    (folder / (WEIGHTS_FILE + ".partial")).write_bytes(save(dict(weights)))
+    (folder / (CONFIG_FILE + ".partial")).write_text(
+        json.dumps(content, indent=2) + "\n", encoding="utf-8"
+    )
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        os.replace(folder / (name + ".partial"), folder / name)
+
+
+def read_config(path: Path, kind: str, title: str) -> tuple[dict[str, Any], str]:
+    """The settings and the fingerprint of a folder's config.json. title: what a tokenizer of this
+    kind is called in messages.
+
+    Raises InputError where the file is missing, is no JSON, or is another kind's.
+    """
+    content = _read_json(path)
+    if content.pop("kind", None) != kind or not isinstance(content.get("fingerprint"), str):
+        raise InputError(
+            f"{path} is not {title}'s: it needs the keys kind ({kind}) and fingerprint."
+        )
+    fingerprint = content.pop("fingerprint")
+    return content, fingerprint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a config.json, empty where it is none of keys and values."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} is missing: a tokenizer folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def folder_kind(source: str | Path) -> str | None:
+    """The kind of tokenizer that a folder holds, None where it holds none that says."""
+    with contextlib.suppress(InputError):
+        return _read_json(Path(source) / CONFIG_FILE).get("kind")
+    return None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises InputError where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}).") from error
+
+
+def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str) -> None:
+    """Raise InputError where weights lack names, have surplus ones, or are of other shapes."""
+    missing, surplus = (
+        [k for k in expected if k not in given],
+        [k for k in given if k not in expected],
+    )
+    if missing or surplus:
+        parts = [
+            f"{word} {_listed(keys)}"
+            for word, keys in (("lacks", missing), ("has the surplus", surplus))
+            if keys
+        ]
+        raise InputError(f"{origin} does not fit its config: it {' and '.join(parts)}.")
+    for key, value in expected.items():
+        if given[key].shape != value.shape:
+            shapes = f"{tuple(given[key].shape)} there and {tuple(value.shape)} by the config"
+            raise InputError(f"{origin} contradicts its config: {key} is {shapes}.")
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, without a stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+class _Inert:
+    """Stands for the one class that Lightning's checkpoints name (as a key of their callbacks'
+    states), and does nothing.
+    """
+
+
+_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raise InputError where there is no plain file: a device would never end. what: such as "The
+    checkpoint", which opens messages.
+    """
+    try:
+        if not path.is_file():
+            missing = "is no file" if path.exists() else "does not exist"
+            raise InputError(f"{what} {path} {missing}.")
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}).") from error
+
+
+def load_torch_weights(path: Path, what: str) -> dict[str, Tensor]:
+    """Weights by name of what torch.save wrote, such as a checkpoint with a 'state_dict'. what:
+    see `check_file`.
+
+    Raises InputError for a file that is missing, is damaged, or holds anything but tensors and
+    plain values.
+    """
+    check_file(path, what)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}).") from error
+    if head.startswith(b"<"):
+        raise InputError(
+            f"{what} {path} is a web page, not a torch file: its address leads to a page "
+            "about the file; download the file itself."
+        )
+    try:
+        with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch says the same of bytes that are neither an archive nor a pickle.
+        if not head.startswith((b"pk", b"\x80")):
+            raise InputError(f"{what} {path} is damaged or no torch file.") from error
+        raise InputError(
+            f"{what} {path} holds more than weights and was not opened, as it could run code."
+        ) from error
+    except Exception as error:  # Damaged pickles raise many kinds.
+        raise InputError(
+            f"{what} {path} is damaged or no torch file ({first_line(error)})."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise InputError(f"{what} {path} holds no weights by name under 'state_dict'.")
+    return state

@@ -1,0 +1,180 @@
+"""The image tokenizers of a data set or a model: one to three, which must agree on their cells."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icl_moe.errors import InputError
+from icl_moe.tokenizers.features import FeaturesTokenizer
+from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
+from icl_moe.tokenizers.vqgan import VQGAN
+
+Part = Literal["pictures", "masks", "features"]
+
+
+@dataclass(frozen=True)
+class ImageTokenizers:
+    """pictures: the VQ-GAN, which encodes all that no other does. masks: what writes masks and
+    drawn boxes in its place. features: what reads input images in its place. What there is not is
+    None.
+
+    Raises InputError where nothing reads input images or writes masks, and where cells differ.
+    """
+
+    pictures: VQGAN | None
+    masks: PatchTokenizer | None = None
+    features: FeaturesTokenizer | None = None
+
+    def __post_init__(self) -> None:
+        if self.pictures is None and None in (self.masks, self.features):
+            raise InputError(
+                "Without an image tokenizer there must be a mask tokenizer and a features "
+                "tokenizer: something must encode images, and masks."
+            )
+        first, *others = self._cells.items()
+        for name, width in others:
+            if width != first[1]:
+                raise InputError(
+                    f"The {name} has cells of {width} pixels, but the {first[0]} of {first[1]}; "
+                    "they must be equal."
+                )
+
+    @classmethod
+    def from_folders(cls, folders: Mapping[str, Path]) -> "ImageTokenizers":
+        """Those in the folders of these names, as shards and models have them: image_tokenizer,
+        mask_tokenizer and features_tokenizer. Other names are left alone.
+        """
+        image, masks, features = (
+            folders.get(f"{name}_tokenizer") for name in ("image", "mask", "features")
+        )
+        return cls(
+            None if image is None else VQGAN.from_pretrained(image),
+            None if masks is None else PatchTokenizer.from_pretrained(masks),
+            None if features is None else FeaturesTokenizer.from_pretrained(features),
+        )
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """By the names of their folders; None for what there is not."""
+        return {
+            "image_tokenizer": self.pictures.fingerprint if self.pictures else None,
+            "mask_tokenizer": self.masks.fingerprint if self.masks else None,
+            "features_tokenizer": self.features.fingerprint if self.features else None,
+        }
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of a cell."""
+        return next(iter(self._cells.values()))
+
+    @property
+    def _cells(self) -> dict[str, int]:
+        widths = {
+            "image tokenizer": self.pictures.downsampling if self.pictures else None,
+            "mask tokenizer": self.masks.side if self.masks else None,
+            "features tokenizer": self.features.downsampling if self.features else None,
+        }
+        return {name: width for name, width in widths.items() if width is not None}
+
+    def save(self, folder: Path) -> None:
+        """Write each into its folder in `folder`."""
+        for name, tokenizer in (
+            ("image_tokenizer", self.pictures),
+            ("mask_tokenizer", self.masks),
+            ("features_tokenizer", self.features),
+        ):
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / name)
+
+    def to(self, device: str | torch.device) -> "ImageTokenizers":
+        for tokenizer in (self.pictures, self.features):
+            if tokenizer is not None:
+                tokenizer.to(device).eval()
+        return self
+
+    @cached_property
+    def mask_writer(self) -> MaskTokenizer:
+        """What encodes masks and decodes them."""
+        return self.masks or PictureMasks(self._pictures)
+
+    def read(self, pixels_B3HW: Tensor) -> np.ndarray:
+        """codes_BN of input images, pixels in [-1, 1]."""
+        return (self.features or self._pictures).encode(pixels_B3HW).cpu().numpy()
+
+    @property
+    def input_vectors_KC(self) -> Tensor:
+        """The code vectors of what reads input images, float32."""
+        if self.features is not None:
+            return self.features.codebook_KD.float()
+        return self._pictures.quantize.embedding.weight.detach().float()
+
+    def decode(self, codes_BN: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), float32 in [-1, 1] or a little beyond, of image codes."""
+        return self._pictures.decode(codes_BN).float()
+
+    def show(self, codes_BN: Tensor) -> Tensor:
+        """Input images, as codes, for people to see: pixels (B, 3, H, W), about [-1, 1]. Features
+        codes cannot be drawn, so they are shown in false colours.
+        """
+        return self.features.false_colours(codes_BN) if self.features else self.decode(codes_BN)
+
+    @torch.inference_mode()
+    def encode(
+        self, drawn: Sequence[np.ndarray], are_inputs: Sequence[bool], device: torch.device
+    ) -> np.ndarray:
+        """codes_BN of a batch of pictures of one size, some of which are input images: each uint8
+        (H, W, 3), or boolean (H, W) for a mask.
+        """
+        groups: dict[Part, list[int]] = {}
+        for number, (picture, is_input) in enumerate(zip(drawn, are_inputs, strict=True)):
+            groups.setdefault(self._part(picture, is_input), []).append(number)
+        codes: dict[int, np.ndarray] = {}
+        for part, numbers in groups.items():
+            pictures = [drawn[number] for number in numbers]
+            if part == "masks":
+                found = self.mask_writer.encode(np.stack(pictures))
+            elif part == "features":
+                found = self.read(_pixels(pictures, device))
+            else:
+                found = self._pictures.encode(_pixels(pictures, device)).cpu().numpy()
+            codes |= zip(numbers, found, strict=True)
+        codes_BN = np.stack([codes[number] for number in range(len(drawn))])
+        return codes_BN.astype(np.min_scalar_type(self._most_codes - 1))
+
+    def _part(self, picture: np.ndarray, is_input: bool) -> Part:
+        """Which tokenizer encodes a picture."""
+        if is_input and self.features is not None:
+            return "features"
+        return "masks" if picture.dtype == bool and self.masks is not None else "pictures"
+
+    @property
+    def _most_codes(self) -> int:
+        sizes = [each.codebook_size for each in (self.pictures, self.features) if each is not None]
+        return max(sizes + ([self.masks.codes] if self.masks else []))
+
+    @property
+    def _pictures(self) -> VQGAN:
+        if self.pictures is None:
+            raise InputError(
+                "Pictures that are neither masks nor input images need an image tokenizer, and "
+                "there is none: name a VQ-GAN as the tokenizer."
+            )
+        return self.pictures
+
+
+def _pixels(pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Pictures in colours as pixels_B3HW in [-1, 1]; masks are white on black."""
+    coloured = [
+        np.broadcast_to((picture * np.uint8(255))[..., None], (*picture.shape, 3))
+        if picture.dtype == bool
+        else picture
+        for picture in pictures
+    ]
+    pixels_BHW3 = torch.from_numpy(np.stack(coloured)).to(device)
+    return (pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()

@@ -1,0 +1,165 @@
+"""Making a features tokenizer from a folder of images: statistics of the channels, PCA, k-means."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from icl_moe.errors import InputError
+from icl_moe.files import write_whole
+from icl_moe.images import load_image, to_square_pixels
+from icl_moe.tokenizers.backbones import Backbone, open_backbone
+from icl_moe.tokenizers.features import (
+    FeaturesConfig,
+    FeaturesTokenizer,
+    grid_maps,
+    nearest,
+)
+from preprocessing.tokenizers.matching import evaluate_matcher, read_photographs
+from preprocessing.tokenizers.measures import perplexity
+from preprocessing.tokenizers.samples import image_files
+
+REPORT_FILE = "report.json"
+
+CELLS = 200_000
+"""Cells that statistics, PCA and k-means see at most; of more, each image gives an equal share."""
+
+_BATCH = 16
+_ROUNDS = 30
+
+
+def make_features_tokenizer(
+    images: Path, config: FeaturesConfig, seed: int, out: Path, annotations: Path | None = None
+) -> dict[str, Any]:
+    """Write a tokenizer of the pictures in `images` into `out`; returns its report, which is also
+    written there.
+
+    config.channels is not read but found out. annotations: the pictures' COCO instances file, with
+    which the report says how the training-free matcher does among them with features and with
+    codes. Equal input, seed and machine give equal tables. Raises InputError for a folder without
+    pictures, a backbone that is missing, and fewer cells than codes or dimensions ask for.
+    """
+    tokenizer = fit_features_tokenizer(images, config, seed)
+    tokenizer.save_pretrained(out)
+    report = {"tokenizer": tokenizer.fingerprint, **_describe_use(tokenizer, images)}
+    if annotations is not None:
+        photographs = read_photographs(tokenizer, images, annotations)
+        report |= evaluate_matcher(tokenizer, photographs, photographs)
+    write_whole(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def fit_features_tokenizer(images: Path, config: FeaturesConfig, seed: int) -> FeaturesTokenizer:
+    """The tokenizer of `make_features_tokenizer`."""
+    files = image_files(images)
+    backbone = open_backbone(config.backbone, config.weights)
+    sample = _sample_cells(files, config, backbone, seed)
+    cells_MC = sample.cells_MC
+    if len(cells_MC) < config.codebook_size:
+        raise InputError(
+            f"{images} has {len(cells_MC)} cells, fewer than {config.codebook_size} codes; give "
+            "more images or fewer codes."
+        )
+    if cells_MC.shape[1] < config.dimensions:
+        raise InputError(
+            f"The backbone's maps of these strides have {cells_MC.shape[1]} channels, fewer than "
+            f"{config.dimensions} dimensions; give fewer."
+        )
+    tokenizer = FeaturesTokenizer(replace(config, channels=sample.channels), backbone)
+    tokenizer.mean_C.copy_(cells_MC.mean(dim=0))
+    tokenizer.deviation_C.copy_(cells_MC.std(dim=0).clamp_min(1e-6))
+    joined_MC = tokenizer.join(cells_MC)
+    centre_C, projection_CD = principal_axes(joined_MC, config.dimensions)
+    tokenizer.centre_C.copy_(centre_C)
+    tokenizer.projection_CD.copy_(projection_CD)
+    features_MD = tokenizer.project(joined_MC)
+    tokenizer.codebook_KD.copy_(k_means(features_MD, config.codebook_size, seed))
+    return tokenizer
+
+
+def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
+    """How the codes are used on a folder of pictures: how many pictures and cells there are, the
+    share of the codes that occur, their perplexity, and the mean cosine of cells and their
+    centroids.
+    """
+    use_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
+    cosine, files = 0.0, image_files(images)
+    for pixels_B3HW in picture_batches(files, tokenizer.config.image_size, "encoding"):
+        features_BND = tokenizer.features(pixels_B3HW)
+        codes_BN = tokenizer.codes_of(features_BND)
+        use_K += torch.bincount(codes_BN.flatten(), minlength=len(use_K))
+        cosine += float(F.cosine_similarity(features_BND, tokenizer.vectors(codes_BN), -1).sum())
+    return {
+        "pictures": len(files),
+        "cells": int(use_K.sum()),
+        "codes_used": float((use_K > 0).double().mean()),
+        "perplexity": perplexity(use_K),
+        "cosine_to_centroid": cosine / int(use_K.sum()),
+    }
+
+
+def picture_batches(files: list[Path], size: int, what: str) -> Iterator[Tensor]:
+    """The pictures, each whole and stretched to a square, as batches of pixels_B3HW, in order."""
+    for start in tqdm(range(0, len(files), _BATCH), desc=what, unit="batch", disable=None):
+        chosen = files[start : start + _BATCH]
+        yield torch.stack([to_square_pixels(load_image(file), size) for file in chosen])
+
+
+def principal_axes(points_MC: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+    """The mean_C of points and their first principal axes (C, D), of length 1, the greatest
+    variance first. Signs are such that each axis's largest component is positive.
+    """
+    mean_C = points_MC.mean(dim=0)
+    centred_MC = points_MC - mean_C
+    covariance_CC = (centred_MC.T @ centred_MC).double() / len(points_MC)
+    axes_CD = torch.linalg.eigh(covariance_CC).eigenvectors.flip(1)[:, :dimensions]
+    largest_D = axes_CD.gather(0, axes_CD.abs().argmax(dim=0, keepdim=True))
+    return mean_C, (axes_CD * largest_D.sign()).to(points_MC.dtype)
+
+
+def k_means(points_MD: Tensor, clusters: int, seed: int) -> Tensor:
+    """Centroids (K, D) after 30 rounds of Lloyd's algorithm, from K of the points drawn by
+    `seed`; a cluster that has lost its points starts anew at another point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centroids_KD = points_MD[torch.randperm(len(points_MD), generator=generator)[:clusters]].clone()
+    for _ in tqdm(range(_ROUNDS), desc="k-means", unit="round", disable=None):
+        codes_M = nearest(points_MD[None], centroids_KD)[0]
+        count_K = torch.bincount(codes_M, minlength=clusters)
+        sums_KD = torch.zeros_like(centroids_KD).index_add_(0, codes_M, points_MD)
+        anew_K = torch.randint(len(points_MD), (clusters,), generator=generator)
+        centroids_KD = torch.where(
+            (count_K > 0)[:, None], sums_KD / count_K.clamp_min(1)[:, None], points_MD[anew_K]
+        )
+    return centroids_KD
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """cells_MC: joined raw maps of some cells. channels: of each stride."""
+
+    cells_MC: Tensor
+    channels: tuple[int, ...]
+
+
+def _sample_cells(
+    files: list[Path], config: FeaturesConfig, backbone: Backbone, seed: int
+) -> _Sample:
+    rng = np.random.default_rng(seed)
+    per_image = max(1, min(config.codes_per_image, CELLS // len(files)))
+    cells: list[Tensor] = []
+    channels: tuple[int, ...] = ()
+    for pixels_B3HW in picture_batches(files, config.image_size, "reading images"):
+        maps = grid_maps(backbone, config.strides, config.downsampling, pixels_B3HW)
+        channels = tuple(map_BNC.shape[-1] for map_BNC in maps)
+        for cells_NC in torch.cat(maps, dim=-1):
+            chosen = np.sort(rng.permutation(len(cells_NC))[:per_image])
+            cells.append(cells_NC[torch.from_numpy(chosen)])
+    return _Sample(torch.cat(cells), channels)
