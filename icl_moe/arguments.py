@@ -1,10 +1,13 @@
-"""What the command line takes as a path or a number: `type=` of argparse's arguments."""
+"""What the command line takes as a path or a number, `type=` of argparse's arguments; and the
+options that several commands have.
+"""
 
 import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from icl_moe.devices import DTYPES
 from icl_moe.errors import InputError
 from icl_moe.outputs import output_folder
 
@@ -39,3 +42,14 @@ def whole_number(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help=meaning)

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = False
     try:
         try:
-            options = _parse(arguments)
+            options = parse_arguments(arguments)
             code = options.run(options) or 0
             done = True
             return code
@@ -135,7 +135,10 @@ def _say_once(error: InputError) -> None:
         print(f"{platform.node()}: icl-moe: {error}", file=sys.stderr)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line, by default that of this process. `run` of what is returned carries it
+    out. Ends the process with a message, as argparse does, where there is no such command.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments in one go, so those settings that come after an option are
@@ -195,6 +198,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         required=True,
         help="folder for the tokenizer, its log and its training state",
     )
+    take.add_device(parser)
     parser.set_defaults(run=_tokenizer_train)
 
     parser = actions.add_parser(
@@ -207,6 +211,8 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         type=take.path,
         help="COCO instances file of these images, for the mask ceiling",
     )
+    take.add_device(parser)
+    take.add_dtype(parser, "what the tokenizer computes in (default: float32)")
     parser.set_defaults(run=_tokenizer_evaluate)
 
     parser = actions.add_parser(
@@ -260,6 +266,7 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
         help="training shards to fit the threshold of masks on, for a model that decodes in "
         "parallel",
     )
+    take.add_device(parser)
     parser.set_defaults(run=_export)
 
 
@@ -338,14 +345,9 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="precision of the decoder's weights (default: that of the model's file)",
+    take.add_device(parser)
+    take.add_dtype(
+        parser, "precision of the decoder's weights (default: that of the model's file)"
     )
 
 
@@ -405,7 +407,7 @@ def _export(options: argparse.Namespace) -> int:
     from icl_moe.training.checkpoint import export
 
     with writing(options.out):
-        step = export(options.checkpoint, options.out, options.threshold_from)
+        step = export(options.checkpoint, options.out, options.threshold_from, options.device)
     print(f"{options.out}: the model after {step} steps")
     return 0
 
@@ -419,7 +421,7 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
         TokenizerRecipe, options.recipe, options.settings, package="preprocessing.tokenizers"
     )
     with _locked_by_first(options.out):
-        train_tokenizer(recipe, options.out)
+        train_tokenizer(recipe, options.out, options.device)
     return 0
 
 
@@ -427,7 +429,11 @@ def _tokenizer_evaluate(options: argparse.Namespace) -> int:
     from preprocessing.tokenizers.measures import evaluate_tokenizer
 
     for name, value in evaluate_tokenizer(
-        options.tokenizer, options.images, options.annotations
+        options.tokenizer,
+        options.images,
+        options.annotations,
+        device=options.device,
+        dtype=options.dtype,
     ).items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
     return 0

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from icl_moe.data.location import MANIFEST_FILE, FileInfo
 from icl_moe.data.shards import SCHEMA_VERSION, Manifest, ShardSet, index_file
+from icl_moe.devices import Device
 from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
@@ -41,16 +42,18 @@ from preprocessing.sources import Reading, check_sections, read_pools
 from preprocessing.workers import ordered_map
 
 
-def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
+def build_shards(
+    recipe: DataRecipe, out: Path, workers: int, device: Device | None = None
+) -> Manifest:
     """Build the shard folder `out` on `workers` processes, and on all devices under `accelerate
     launch`.
 
-    Goes on where an earlier build with the same settings stopped. Raises InputError for bad input,
-    and where `out` holds something else or cannot be written.
+    Goes on where an earlier build with the same settings stopped. device: see `join_processes`.
+    Raises InputError for bad input, and where `out` holds something else or cannot be written.
     """
     check_sections(recipe)
     out = output_folder(out)
-    process = join_processes()
+    process = join_processes(device)
     tokenizer = VQGAN.from_pretrained(recipe.tokenizer, recipe.tokenizer_precision)
     masks = PatchTokenizer.from_pretrained(recipe.mask_tokenizer) if recipe.mask_tokenizer else None
     codec = SequenceCodec(

@@ -38,6 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="processes, 0 for none but this one (default: %(default)s)",
     )
+    take.add_device(build)
 
     verify = verbs.add_parser("verify", help="check hashes and read every sample")
     stats = verbs.add_parser("stats", help="say what a shard folder holds")
@@ -50,6 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             metavar="DIR",
             help="the shard folder, a path or a URL such as s3://bucket/folder",
         )
+    take.add_device(preview)
     preview.add_argument("--out", required=True, metavar="FILE.html", help="the page, one file")
 
 
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         with writing(args.out):
-            manifest = build_shards(recipe, args.out, args.workers)
+            manifest = build_shards(recipe, args.out, args.workers, args.device)
         process = join_processes()
         if process.is_main_process:
             counts = " and ".join(
@@ -95,6 +97,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         from preprocessing.preview import write_preview
 
-        write_preview(args.folder, args.out)
+        write_preview(args.folder, args.out, args.device)
         print(f"Wrote {args.out}.")
     return 0

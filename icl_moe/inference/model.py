@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from icl_moe.boxes import Box
-from icl_moe.devices import find_device, find_dtype
+from icl_moe.devices import Device, find_device, find_dtype
 from icl_moe.errors import InputError
 from icl_moe.files import check_readable
 from icl_moe.images import (
@@ -78,7 +78,7 @@ class InContextModel:
     def from_pretrained(
         cls,
         source: str | Path,
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         dtype: str | None = None,
     ) -> "InContextModel":
         """Load a model onto `device` (by default a GPU where there is one).
@@ -107,7 +107,7 @@ class InContextModel:
         model.folder = folder
         return model.to(place)
 
-    def to(self, device: str | torch.device) -> "InContextModel":
+    def to(self, device: Device) -> "InContextModel":
         self.decoder.to(device)
         self.image_tokenizer.to(device)
         return self

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
+from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.threshold import fit_threshold
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
@@ -103,16 +104,22 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
         copy_folder(shards.fetch(name), folder / name)
 
 
-def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> int:
+def export(
+    checkpoint: Path,
+    out: Path,
+    threshold_from: str | None = None,
+    device: Device | None = None,
+) -> int:
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
     keep the precision that they trained in. threshold_from: training shards on which the threshold
-    of masks that are written in one pass is fitted. Raises InputError where there is no checkpoint,
-    or one that cannot be read, and where `out` cannot be written.
+    of masks that are written in one pass is fitted, on `device` (by default a GPU where there is
+    one). Raises InputError where there is no checkpoint, or one that cannot be read, where there is
+    no such device, and where `out` cannot be written.
     """
-    out = output_folder(out)
+    out, place = output_folder(out), find_device(device)
     folder = _find(checkpoint)
     run = folder.parent.parent
     if not (run / "model" / "config.json").is_file():
@@ -140,7 +147,7 @@ def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> in
         write_whole(temporary / CARD, model_card(config.to_dict(), trained))
     if threshold_from is not None:
         config.mask_threshold = fit_threshold(
-            InContextModel.from_pretrained(temporary), ShardSet(threshold_from)
+            InContextModel.from_pretrained(temporary, place), ShardSet(threshold_from)
         )
         config.save_pretrained(temporary)
     if out.exists():

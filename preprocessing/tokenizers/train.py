@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from icl_moe.devices import Device
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import to_image
@@ -30,20 +31,20 @@ from preprocessing.tokenizers.samples import UNSEEN, Source, open_source
 STATE_FILE, LOG_FILE = "training_state.pt", "log.jsonl"
 
 
-def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
+def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = None) -> VQGAN:
     """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that
     was saved there.
 
     Beside the tokenizer, `out` gets
     log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after an
     interruption. Every sample and choice is a function of (seed, step): under `accelerate launch`
-    all devices share the batch that one would have. Raises InputError where `out` holds the state
-    of another recipe, or a tokenizer without a state.
+    all devices share the batch that one would have. device: see `join_processes`. Raises InputError
+    where `out` holds the state of another recipe, or a tokenizer without a state.
     """
     out = output_folder(out)
     if not (out / STATE_FILE).is_file():
         check_free(out)
-    join_processes()
+    join_processes(device)
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
     run = _Run(recipe, accelerator)
     run.resume(out)
