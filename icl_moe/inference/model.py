@@ -444,7 +444,7 @@ _SECTIONS = {
         "combination",
     ),
     "vocabulary": ("text_merges", "image_codes", "tags"),
-    "format": ("vocabulary", "codes_per_image", "category", "box", "class_prompt", "prompt_length"),
+    "format": ("codes_per_image", "category", "box", "class_prompt", "prompt_length"),
 }
 """Keys that every config.json has. Without one a recipe's default would make another network."""
 
@@ -481,10 +481,7 @@ def _read_config(config_file: Path) -> DecoderConfig:
             raise InputError(
                 f"config.json: {key} must be {right}, not {str(values.get(key))[:60]!r}."
             )
-    config = DecoderConfig.from_pretrained(config_file.parent)
-    if config.sequence_format.vocabulary.size != config.vocabulary_size:
-        raise InputError("config.json: format.vocabulary is not the vocabulary.")
-    return config
+    return DecoderConfig.from_pretrained(config_file.parent)
 
 
 def _is_count(value: Any) -> bool:
