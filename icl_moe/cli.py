@@ -144,12 +144,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     # argparse takes positional arguments in one go, so those settings that come after an option are
     # left over.
     if rest and not (
-        hasattr(options, "settings")
+        hasattr(options, "overrides")
         and all("=" in each and not each.startswith("-") for each in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.settings = [*options.settings, *rest]
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -186,7 +186,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         "recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo"
     )
     parser.add_argument(
-        "settings",
+        "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
@@ -243,7 +243,7 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as paper_256")
     parser.add_argument(
-        "settings",
+        "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
@@ -346,9 +346,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
     take.add_device(parser)
-    take.add_dtype(
-        parser, "precision of the decoder's weights (default: that of the model's file)"
-    )
+    take.add_dtype(parser, "precision of the decoder's weights (default: that of the model's file)")
 
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
@@ -390,11 +388,11 @@ def _train(options: argparse.Namespace) -> int:
 def _train_until_stopped(options: argparse.Namespace) -> int:
     from icl_moe.recipe import TrainingRecipe
     from icl_moe.settings import load_recipe
-    from icl_moe.training.preflight import check
+    from icl_moe.training.preflight import open_checked
 
-    recipe = load_recipe(TrainingRecipe, options.recipe, options.settings)
+    recipe = load_recipe(TrainingRecipe, options.recipe, options.overrides)
     # Before DeepSpeed is imported, which takes seconds: a refusal comes at once.
-    checked = check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+    checked = open_checked(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
 
     from icl_moe.training.trainer import Trainer
 
@@ -418,7 +416,7 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from preprocessing.tokenizers.train import train_tokenizer
 
     recipe = load_recipe(
-        TokenizerRecipe, options.recipe, options.settings, package="preprocessing.tokenizers"
+        TokenizerRecipe, options.recipe, options.overrides, package="preprocessing.tokenizers"
     )
     with _locked_by_first(options.out):
         train_tokenizer(recipe, options.out, options.device)

@@ -34,7 +34,7 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
 from preprocessing.episodes import plan_episodes
 from preprocessing.image_check import ImageCheck
-from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
+from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
 from preprocessing.pool import Pool
 from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
 from preprocessing.recipe import DataRecipe
@@ -121,14 +121,14 @@ def _build(
     packer = Packer(
         out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size
     )
-    plans = [
-        plan
+    ranges = [
+        shard
         for task in tasks
-        for plan in plan_shards(task, len(tasks[task].episodes), recipe.shard_size)
+        for shard in shard_ranges(task, len(tasks[task].episodes), recipe.shard_size)
     ]
-    mine = plans[rank::ranks]
+    mine = ranges[rank::ranks]
     with tqdm(
-        total=sum(plan.stop - plan.start for plan in mine),
+        total=sum(shard.stop - shard.start for shard in mine),
         desc="packing samples",
         unit="sample",
         disable=rank != 0,
@@ -137,7 +137,7 @@ def _build(
             progress.update(count)
     process.wait_for_everyone()
     if process.is_main_process:
-        shards, classes = collect(packer, plans)
+        shards, classes = collect(packer, ranges)
         tokenizer.cpu().save_pretrained(out / "image_tokenizer")
         if masks is not None:
             masks.save_pretrained(out / "mask_tokenizer")

@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a data recipe: a path, or the name of a shipped one such as demo",
     )
     build.add_argument(
-        "settings",
+        "overrides",
         metavar="key=value",
         nargs="*",
         default=[],
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         from preprocessing.recipe import DataRecipe
         from preprocessing.workers import most_workers
 
-        recipe = load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing")
+        recipe = load_recipe(DataRecipe, args.recipe, args.overrides, package="preprocessing")
         if args.workers > most_workers():
             print(
                 f"icl-moe: --workers {args.workers} is more than this machine has use for; "

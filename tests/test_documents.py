@@ -102,7 +102,7 @@ def check_icl_moe(words: Sequence[str], mention: bool) -> None:
     options = parse_arguments(["2" if word == "N" else word for word in words])
     if hasattr(options, "recipe") and not options.recipe.isupper():
         kind, package = RECIPE_OF[" ".join(words[: words.index(options.recipe)])]
-        load_recipe(kind, options.recipe, options.settings, package=package)
+        load_recipe(kind, options.recipe, options.overrides, package=package)
 
 
 def check_python(words: Sequence[str]) -> None:
@@ -266,9 +266,7 @@ PAGES_THAT_RUN = ("README.md", "inference.md", "shards.md", "tokenizer.md", "tra
     [page for page in documents.PAGES if page.name in PAGES_THAT_RUN],
     ids=lambda page: str(page.relative_to(REPOSITORY)),
 )
-def test_the_python_of_a_page_runs(
-    page: Path, line: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_python_of_a_page_runs(page: Path, line: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.chdir(line)

@@ -25,7 +25,7 @@ removed.
 
 
 @dataclass(frozen=True)
-class Cache:
+class FileCache:
     """At most `capacity` bytes of files under `parent`/icl_moe."""
 
     parent: Path

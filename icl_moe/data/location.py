@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import fsspec
 
-from icl_moe.data.cache import Cache, default_parent
+from icl_moe.data.cache import FileCache, default_parent
 from icl_moe.errors import InputError
 from icl_moe.ranges import Natural
 from icl_moe.recipe import DataSettings
@@ -75,7 +75,7 @@ class ShardFolder(Protocol):
         """The folder `name` within this one, holding `files`, on this machine."""
 
 
-def open_folder(location: str | Path, cache: Cache | None = None) -> ShardFolder:
+def open_folder(location: str | Path, cache: FileCache | None = None) -> ShardFolder:
     """The shard folder at a path or URL. `cache`: where a URL's files are kept, by default in the
     user's cache folder.
 
@@ -88,9 +88,11 @@ def open_folder(location: str | Path, cache: Cache | None = None) -> ShardFolder
 
 def make_cache(
     parent: str | None = DataSettings.cache, gigabytes: float = DataSettings.cache_gigabytes
-) -> Cache:
+) -> FileCache:
     """The cache of the settings data.cache and data.cache_gigabytes."""
-    return Cache(Path(parent).expanduser() if parent else default_parent(), int(gigabytes * 1e9))
+    return FileCache(
+        Path(parent).expanduser() if parent else default_parent(), int(gigabytes * 1e9)
+    )
 
 
 class LocalFolder:
@@ -137,7 +139,7 @@ class RemoteFolder:
 
     open_files = 1  # A removed file takes room as long as it is open.
 
-    def __init__(self, url: str, cache: Cache) -> None:
+    def __init__(self, url: str, cache: FileCache) -> None:
         self.name = url.rstrip("/")
         self._cache = cache
         try:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from icl_moe.data.cache import Cache
+from icl_moe.data.cache import FileCache
 from icl_moe.data.location import MANIFEST_FILE, FileInfo, ShardFolder, open_folder
 from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
@@ -199,7 +199,7 @@ class ShardSet:
     shards verify`'s to check.
     """
 
-    def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
+    def __init__(self, location: str | Path, cache: FileCache | None = None) -> None:
         self._folder = open_folder(location, cache)
         self.location = self._folder.name
         self.manifest = Manifest.read(self._folder)

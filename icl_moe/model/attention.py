@@ -19,15 +19,17 @@ from icl_moe.model.kernels import Linear, causal_attention
 from icl_moe.recipe import ModelSettings
 
 
-class AttentionPlan(Protocol):
-    """Attends for one layer: queries, keys and values (T, H, D) in, values (T, H, D) out."""
+class AttentionScope(Protocol):
+    """Which tokens attend to which. `attend` does so for one layer: queries, keys and values
+    (T, H, D) in, values (T, H, D) out.
+    """
 
     def attend(
         self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
     ) -> Tensor: ...
 
 
-class Cache(Protocol):
+class AttentionCache(Protocol):
     """What decoding needs of a key-value cache; see icl_moe.inference.cache."""
 
     @property
@@ -90,7 +92,7 @@ class CachedAttention:
     token is never attended to.
     """
 
-    def __init__(self, cache: Cache, attributes_BL: Tensor) -> None:
+    def __init__(self, cache: AttentionCache, attributes_BL: Tensor) -> None:
         self._cache = cache
         self._rows, self._new = attributes_BL.shape
         real_BL = cache.append_attributes(attributes_BL) != 0
@@ -121,11 +123,11 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(settings.width, 3 * settings.width)
         self.out = Linear(settings.width, settings.width)
 
-    def forward(self, x_TM: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x_TM: Tensor, scope: AttentionScope) -> Tensor:
         q, k, v = self.qkv(x_TM).unflatten(-1, (3, self.heads, -1)).unbind(1)
         dropout = self.dropout if self.training else 0.0
         with self.dropout_draws(x_TM.device) if dropout else nullcontext():
-            attended_THD = plan.attend(self.layer, q, k, v, dropout)
+            attended_THD = scope.attend(self.layer, q, k, v, dropout)
         return self.out(attended_THD.flatten(1))
 
 

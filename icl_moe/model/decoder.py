@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from icl_moe.batch import RoutingPlan, TokenBatch
 from icl_moe.model.attention import (
-    AttentionPlan,
-    Cache,
+    AttentionCache,
+    AttentionScope,
     CachedAttention,
     EpisodeAttention,
     SelfAttention,
@@ -82,10 +82,10 @@ class InContextDecoder(PreTrainedModel):
         """The loss of a micro-batch; `noise` is (seed, step) of the gate noise, used in training
         mode only.
         """
-        plan = EpisodeAttention(batch.lengths, batch.real_T)
+        attention = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
         hidden_TM, auxiliary = self.hidden(
-            batch.tokens_T, batch.positions_T, plan, routing, batch.links_T2
+            batch.tokens_T, batch.positions_T, attention, routing, batch.links_T2
         )
         predictors_PM = hidden_TM[batch.predictors_P]
         weighted_sum, losses_P = self.target_losses(
@@ -105,7 +105,7 @@ class InContextDecoder(PreTrainedModel):
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        attention: AttentionPlan,
+        attention: AttentionScope,
         routing: RoutingPlan,
         links_T2: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -164,7 +164,7 @@ class InContextDecoder(PreTrainedModel):
         tokens_BL: Tensor,
         positions_BL: Tensor,
         attributes_BL: Tensor,
-        cache: Cache | None = None,
+        cache: AttentionCache | None = None,
         links_BL2: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, V), float32, of the token after the last position of each row; see
@@ -178,7 +178,7 @@ class InContextDecoder(PreTrainedModel):
         tokens_BL: Tensor,
         positions_BL: Tensor,
         attributes_BL: Tensor,
-        cache: Cache | None = None,
+        cache: AttentionCache | None = None,
         links_BL2: Tensor | None = None,
         ids: range | None = None,
     ) -> Tensor:
@@ -189,13 +189,13 @@ class InContextDecoder(PreTrainedModel):
         class 0) stands on the left. links_BL2: see `hidden`.
         """
         if cache is None:
-            plan: AttentionPlan = self._episodes(attributes_BL)
+            attention: AttentionScope = self._episodes(attributes_BL)
         else:
-            plan = CachedAttention(cache, attributes_BL)
+            attention = CachedAttention(cache, attributes_BL)
         hidden_TM, _ = self.hidden(
             tokens_BL.flatten(),
             positions_BL.flatten(),
-            plan,
+            attention,
             self._routing(attributes_BL),
             None if links_BL2 is None else links_BL2.flatten(0, 1),
         )
@@ -240,7 +240,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_TM: Tensor,
-        attention: AttentionPlan,
+        attention: AttentionScope,
         routing: RoutingPlan,
         decision: Decision | None = None,
     ) -> Tensor:

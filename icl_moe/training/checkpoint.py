@@ -91,7 +91,7 @@ def resume(engine: Any, output: Path) -> int:
     folder, refusal = found
     if refusal:
         raise InputError(refusal)
-    return 0 if folder is None else training_state.read(engine, folder)
+    return 0 if folder is None else training_state.restore(engine, folder)
 
 
 def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet) -> None:

@@ -28,7 +28,7 @@ _LAUNCHER_NOTICES = 5.0
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Place:
     """This process's place: its rank among `world`, and the device that it computes on."""
 
     rank: int
@@ -87,7 +87,7 @@ class ModelParallelUnit:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
+def process_group() -> Iterator[Place]:
     """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
     be the only one. A group that the process is in already is used, and left to whoever made it.
 
@@ -97,8 +97,8 @@ def process_group() -> Iterator[Ranks]:
     another reason, the others say that they lost it, without a traceback.
     """
     logger.setLevel("WARNING")
-    with _launched_or_alone(), _joined() as ranks:
-        yield ranks
+    with _launched_or_alone(), _joined() as place:
+        yield place
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def _launched_or_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _joined() -> Iterator[Ranks]:
+def _joined() -> Iterator[Place]:
     # A collective for inference on CPUs that would otherwise be compiled here, for half a minute,
     # and needs a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -140,7 +140,7 @@ def _joined() -> Iterator[Ranks]:
             "--master_port to the launcher."
         ) from error
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield Place(dist.get_rank(), dist.get_world_size(), device)
     except InputError as error:
         if not is_first(_REASON):
             raise SystemExit(2) from error

@@ -15,7 +15,7 @@ from icl_moe.data.schedule import MIXED
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import RankError
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.training.distributed import Ranks, generators_kept, is_first
+from icl_moe.training.distributed import Place, generators_kept, is_first
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges
@@ -27,7 +27,7 @@ def dry_run(
     engine: TrainingEngine,
     recipe: TrainingRecipe,
     shards: ShardSet,
-    ranks: Ranks,
+    place: Place,
     watchdog: Watchdog,
 ) -> None:
     """One step on the largest batch of every task, which every rank computes alike and which moves
@@ -46,8 +46,8 @@ def dry_run(
                 raise SystemExit(2)
             raise RankError(
                 f"training.micro_batch: {size} of the longest {task} episodes do not fit into the "
-                f"memory of {_device(ranks)} "
-                f"(rank {ranks.rank}); {advice}."
+                f"memory of {_device(place)} "
+                f"(rank {place.rank}); {advice}."
             )
 
 
@@ -72,14 +72,14 @@ def _largest(
         ]
     longest = sorted(candidates, reverse=True)[:size]
     sequences = [shards.sample(task, index).sequence for _, task, index in longest]
-    settings = recipe.training
+    training = recipe.training
     return collate(
         sequences,
         shards.manifest.format.vocabulary,
         tasks[0],
         recipe.data.layout,
-        settings.input_loss_weight,
-        loss_on=settings.loss_on,
+        training.input_loss_weight,
+        loss_on=training.loss_on,
     )
 
 
@@ -183,8 +183,8 @@ def _gradients(engine: TrainingEngine, batch: TokenBatch) -> None:
     )
 
 
-def _device(ranks: Ranks) -> str:
-    if ranks.device.type != "cuda":
+def _device(place: Place) -> str:
+    if place.device.type != "cuda":
         return "this machine"
-    properties = torch.cuda.get_device_properties(ranks.device)
+    properties = torch.cuda.get_device_properties(place.device)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

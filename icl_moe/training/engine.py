@@ -31,7 +31,7 @@ from icl_moe.optim.parameter_groups import parameter_groups
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.codebook import Codebook
-from icl_moe.training.distributed import ModelParallelUnit, Ranks
+from icl_moe.training.distributed import ModelParallelUnit, Place
 from icl_moe.training.partitions import refresh_gates
 from icl_moe.training.preflight import zero_stage
 
@@ -50,24 +50,24 @@ class TrainingEngine:
         manifest: Manifest,
         engine_config: dict[str, Any],
         part: RankSlice,
-        ranks: Ranks,
+        place: Place,
         codebook: Codebook | None = None,
     ) -> None:
         self._recipe = recipe
-        self._device = ranks.device
+        self._device = place.device
         self.norm: float | None = None
         # DeepSpeed's expert layers read the unit there, where an earlier engine of this process may
         # have left its own.
         groups.mpu = (
             ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
         )
-        model = _build_model(recipe, manifest, ranks, zero_stage(engine_config), codebook)
+        model = _build_model(recipe, manifest, place, zero_stage(engine_config), codebook)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
         ):  # A line a rank and layer group about process groups being made.
             self.deepspeed, *_ = deepspeed.initialize(
-                model=nn.Module.to(model, ranks.device),
+                model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,
                 config=_deepspeed_config(recipe, engine_config, part),
                 mpu=groups.mpu,
@@ -183,7 +183,7 @@ def _guarded(
 def _build_model(
     recipe: TrainingRecipe,
     manifest: Manifest,
-    ranks: Ranks,
+    place: Place,
     stage: int,
     codebook: Codebook | None,
 ) -> InContextDecoder:
@@ -203,12 +203,12 @@ def _build_model(
     sparse_layer = (
         SparseFeedForward
         if stage == 3
-        else sparse_layer_factory(ep_size, ranks.rank % tp_size, tp_size)
+        else sparse_layer_factory(ep_size, place.rank % tp_size, tp_size)
     )
     model = InContextDecoder(config, sparse_layer, recipe.training.auxiliary_loss_weight)
     model.gradient_checkpointing = recipe.training.activation_checkpointing
     name = partial(
-        exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts)
+        exported_name, first_expert=first_expert(place.rank, ep_size, recipe.model.experts)
     )
     initialise(model, recipe.training.seed, name)
     if recipe.model.codebook_init:

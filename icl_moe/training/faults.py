@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from icl_moe.signals import stop_requested
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import Place
 
 _BEFORE = "before the first step"
 _STORE_PATIENCE = 5.0
@@ -30,9 +30,9 @@ def any_rank(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]
     return [value > 0 for value in values.tolist()]
 
 
-def agreed_to_stop(ranks: Ranks) -> bool:
+def agreed_to_stop(place: Place) -> bool:
     """Whether any rank was asked to stop. Every rank must call it together."""
-    return any_rank([stop_requested()], ranks.device)[0]
+    return any_rank([stop_requested()], place.device)[0]
 
 
 class Watchdog:
@@ -43,8 +43,8 @@ class Watchdog:
     for. Used as a context; `seconds` None: no watchdog.
     """
 
-    def __init__(self, ranks: Ranks, seconds: float | None) -> None:
-        self._ranks = ranks
+    def __init__(self, place: Place, seconds: float | None) -> None:
+        self._place = place
         self._seconds = seconds
         self._beats = 0
         self._last = time.monotonic()
@@ -66,7 +66,7 @@ class Watchdog:
         self._last = time.monotonic()
         self._where = f"at step {step + 1}, {stage}"
         if self._seconds is not None:
-            self._store.set(f"beat/{self._ranks.rank}", f"{self._beats}|{self._where}")
+            self._store.set(f"beat/{self._place.rank}", f"{self._beats}|{self._where}")
 
     def on_main(self, step: int, stage: str, work: Callable[[], None]) -> None:
         """Rank 0 does some work while the others wait for it. Every rank must call it together.
@@ -76,13 +76,13 @@ class Watchdog:
         """
         done = "work of rank 0 is done"
         self.beat(step, stage)
-        if self._ranks.is_main:
+        if self._place.is_main:
             work()
             self._store.set(done, "")
         else:
             self._wait(done, step)
         dist.barrier()
-        if self._ranks.is_main:
+        if self._place.is_main:
             self._store.delete_key(done)
 
     def _wait(self, key: str, step: int) -> None:
@@ -106,7 +106,7 @@ class Watchdog:
                 report.join(_STORE_PATIENCE)
                 if not reported.is_set():
                     self._say(
-                        f"rank {self._ranks.rank} stands still {self._where}, and rank 0, which "
+                        f"rank {self._place.rank} stands still {self._where}, and rank 0, which "
                         "knows of all ranks, does not answer"
                     )
                 os._exit(1)
@@ -114,8 +114,8 @@ class Watchdog:
     def _report(self, reported: threading.Event) -> None:
         """Name the rank with the fewest beats, once for all ranks."""
         with contextlib.suppress(dist.DistError):
-            beats = [self._beats_of(rank) for rank in range(self._ranks.world)]
-            slowest = min(range(self._ranks.world), key=lambda rank: beats[rank][0])
+            beats = [self._beats_of(rank) for rank in range(self._place.world)]
+            slowest = min(range(self._place.world), key=lambda rank: beats[rank][0])
             if self._store.add("hang reported", 1) == 1:
                 self._say(f"rank {slowest} stands still {beats[slowest][1]}")
             reported.set()

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from icl_moe.model.loss import DecoderLoss
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import Place
 
 # What is summed over micro-steps and ranks between two lines, of each task: parts of a DecoderLoss,
 # which lie on the device, and what the host knows.
@@ -47,7 +47,7 @@ class ProgressMonitor:
         every: int,
         global_batch: int,
         tasks: Sequence[str],
-        ranks: Ranks,
+        place: Place,
         peak_flops: float | None,
         events: EventWriter,
     ) -> None:
@@ -55,11 +55,11 @@ class ProgressMonitor:
         self._every = every
         self._global_batch = global_batch
         self._tasks = list(tasks)
-        self._is_main = ranks.is_main
+        self._is_main = place.is_main
         self._peak_flops = peak_flops
         self._events = events
         self._losses_KS = torch.zeros(
-            len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=ranks.device
+            len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=place.device
         )
         self._counts_KS = torch.zeros(len(self._tasks), len(_COUNTS), dtype=torch.float64)
         self._step: list[Tensor] = []  # the losses of the present step's micro-steps
@@ -70,7 +70,7 @@ class ProgressMonitor:
             total=steps,
             initial=start,
             unit="step",
-            disable=None if ranks.is_main else True,
+            disable=None if place.is_main else True,
             dynamic_ncols=True,
         )
 

@@ -22,7 +22,7 @@ from icl_moe.settings import to_dict
 from icl_moe.versions import installed_versions
 
 if TYPE_CHECKING:
-    from icl_moe.training.distributed import Ranks  # With DeepSpeed, which a refusal must not need.
+    from icl_moe.training.distributed import Place  # With DeepSpeed, which a refusal must not need.
 
 _FILE = "run.json"
 
@@ -68,13 +68,13 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(output: Path, ranks: "Ranks") -> Iterator[None]:
+def alone_in(output: Path, place: "Place") -> Iterator[None]:
     """Within it no other run writes `output`. Every rank must enter it together; rank 0 keeps the
     lock. Raises InputError on every rank where another run has it.
     """
     with contextlib.ExitStack() as stack:
         refusal: list[str | None] = [None]
-        if ranks.is_main:
+        if place.is_main:
             try:
                 stack.enter_context(locked(output, "training.output"))
             except InputError as error:
@@ -90,7 +90,7 @@ def record_stretch(
     recipe: TrainingRecipe,
     shards: ShardSet,
     engine_config: dict[str, Any],
-    ranks: "Ranks",
+    place: "Place",
     start: int,
 ) -> None:
     """Write into run.json all that decides what is computed from the step after `start` on.
@@ -104,9 +104,9 @@ def record_stretch(
         "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
         "revision": _git_revision(),
         "versions": installed_versions(_PACKAGES),
-        "ranks": ranks.world,
-        "device": torch.cuda.get_device_name(ranks.device)
-        if ranks.device.type == "cuda"
+        "ranks": place.world,
+        "device": torch.cuda.get_device_name(place.device)
+        if place.device.type == "cuda"
         else platform.processor() or platform.machine(),
     }
     earlier = [known for known in _read(output) if known["from_step"] < start]

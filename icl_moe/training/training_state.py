@@ -119,7 +119,7 @@ def size(engine: Any) -> int:
 
 
 @torch.no_grad()
-def read(engine: Any, folder: Path) -> int:
+def restore(engine: Any, folder: Path) -> int:
     """Give a fresh engine, of any layout, the state in `folder`; returns its number of steps. Every
     rank calls it.
 

@@ -23,7 +23,7 @@ from icl_moe.recipe import TrainingRecipe
 from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
-from icl_moe.training.distributed import Ranks, generators_kept
+from icl_moe.training.distributed import Place, generators_kept
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.monitor import tolerate_unwritten
@@ -45,7 +45,7 @@ class Validation:
     engine: TrainingEngine
     recipe: TrainingRecipe
     shards: ShardSet
-    ranks: Ranks
+    place: Place
     watchdog: Watchdog
 
     def run(self, step: int) -> None:
@@ -54,7 +54,7 @@ class Validation:
             figures = {task: self._loss(task, step) for task in self.shards.manifest.samples}
             if self.engine.computes_alone:
                 self.watchdog.on_main(step - 1, "evaluating", lambda: self._decode(step, figures))
-        if self.ranks.is_main:
+        if self.place.is_main:
             self._report(step, figures)
 
     def _loss(self, task: str, step: int) -> Figures:
@@ -71,7 +71,7 @@ class Validation:
             vocabulary = self.shards.manifest.format.vocabulary
             loss_on = self.recipe.training.loss_on
             batch = collate(sequences, vocabulary, task, self.recipe.data.layout, loss_on=loss_on)
-            loss = self.engine.model(batch.to(self.ranks.device))
+            loss = self.engine.model(batch.to(self.place.device))
             total += float(loss.image_sum + loss.text_sum)
             weight += float(loss.image_weight + loss.text_weight)
         return {"loss": total / weight}
@@ -89,7 +89,7 @@ class Validation:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         log = PredictionLog(folder, {"step": step, "shards": self.shards.fingerprint[:16]})
-        self._model.image_tokenizer.to(self.ranks.device)
+        self._model.image_tokenizer.to(self.place.device)
         for task in figures:
             episodes = _Episodes(
                 self.shards,

@@ -92,9 +92,9 @@ class _Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def waits(ranks: Any, shards: Path, output: Path, settings: tuple[str, ...]) -> int:
+def waits(place: Any, shards: Path, output: Path, settings: tuple[str, ...]) -> int:
     with _Waits() as mode:
-        ended = training_on_ranks.run(ranks, shards, output, (*PLAIN, *settings))["ended"]
+        ended = training_on_ranks.run(place, shards, output, (*PLAIN, *settings))["ended"]
     assert ended == "well"
     return mode.count
 

@@ -17,7 +17,7 @@ from icl_moe.errors import InputError
 from icl_moe.images import mask_to_pixels, pixels_to_mask
 from icl_moe.settings import load_recipe
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import Place
 from preprocessing.synthetic import write_dataset
 from preprocessing.tokenizers import measures, samples, train
 from preprocessing.tokenizers.losses import Adversary, PerceptualLoss
@@ -104,7 +104,7 @@ SHARED = dataclasses.replace(
 )
 
 
-def _train_as_rank(_: Ranks, folder: Path) -> str:
+def _train_as_rank(_: Place, folder: Path) -> str:
     return train_tokenizer(SHARED, folder).fingerprint
 
 
