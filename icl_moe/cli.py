@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from icl_moe import __version__
 from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
+from icl_moe.messages import is_main, say, say_on_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,11 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say_once(error)
         return 2
     except UnsavedError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"icl-moe: {error}", file=sys.stderr)
+        say_on_main(str(error))
         return 1
     except KeyboardInterrupt:
-        print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
+        say("interrupted; what was finished is kept.")
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _discard_closed_pipes():
@@ -87,7 +87,7 @@ def _answer_system(error: OSError) -> int:
     except OSError:
         where = "standard output"
         _discard(sys.stdout)
-    print(f"icl-moe: {where}: {error.strerror}.", file=sys.stderr)
+    say(f"{where}: {error.strerror}.")
     return 2
 
 
@@ -129,10 +129,10 @@ def _say_once(error: InputError) -> None:
     be one machine's alone, so the first rank of every other machine says it with that machine's
     name, and a RankError is said by the rank that has it.
     """
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-        print(f"icl-moe: {error}", file=sys.stderr)
+    if is_main() or isinstance(error, RankError):
+        say(str(error))
     elif os.environ.get("LOCAL_RANK") == "0":
-        print(f"{platform.node()}: icl-moe: {error}", file=sys.stderr)
+        say(str(error), machine=platform.node())
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -494,7 +494,7 @@ def _locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
     """The lock of --out; of several processes that share the work the first one has it."""
     from icl_moe.locks import locked
 
-    return locked(out, "--out") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+    return locked(out, "--out") if is_main() else contextlib.nullcontext()
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

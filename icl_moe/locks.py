@@ -4,12 +4,12 @@ import contextlib
 import fcntl
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from icl_moe.errors import InputError
+from icl_moe.messages import say
 
 LOCK_FILE = ".lock"
 """Stands in a folder while a process writes there, and names that process."""
@@ -70,10 +70,9 @@ def _try_lock(file: int, path: Path) -> bool:
     except (BlockingIOError, FileNotFoundError):
         return False  # Another process has it, or had it and has just removed it.
     except OSError as error:
-        print(
-            f"icl-moe: warning: {path.parent} cannot be locked ({error.strerror}); see to it that "
-            "no other process writes there.",
-            file=sys.stderr,
+        say(
+            f"warning: {path.parent} cannot be locked ({error.strerror}); see to it that no other "
+            "process writes there."
         )
     with contextlib.suppress(OSError):  # A full disk keeps the name out, not the lock.
         os.ftruncate(file, 0)

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from icl_moe.messages import say, say_on_main
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 _ONE_REQUEST = 2.5
@@ -63,18 +65,18 @@ class _Requests:
         """Count a signal; `sender` is the process that sent it, where that is known."""
         now = time.monotonic()
         if self.phase is _Phase.BEFORE:
-            _say_on_main(f"{_name(number)}: stopped before the run began.")
+            say_on_main(f"{_name(number)}: stopped before the run began.")
             self._end(number)
         elif self.first is None:
             self.first = now
-            _say_on_main(
+            say_on_main(
                 f"{_name(number)}: asked to stop, which the run does as soon as its ranks agree; a "
                 "second signal, some seconds from now, ends it at once."
             )
         # The launcher signals its ranks one after another, each when the one before has ended: its
         # signal may be late, and is never a request of its own.
         elif now - self.first > _ONE_REQUEST and (sender is None or sender != self.launcher):
-            _say_on_main("a second signal: the run ends at once.")
+            say_on_main("a second signal: the run ends at once.")
             os._exit(128 + number)
 
     def listen(self) -> None:
@@ -108,7 +110,7 @@ class _Requests:
             if self.phase is not _Phase.MEETING or self.first is None:
                 meeting_since = time.monotonic()
             elif time.monotonic() - meeting_since > _MEETING:
-                _say("stopped before the run began, while it waited for the other ranks.")
+                say("stopped before the run began, while it waited for the other ranks.")
                 self._end(signal.SIGTERM)
 
     def _end(self, number: int) -> None:
@@ -238,16 +240,6 @@ def _held_back() -> int | None:
 
 def _name(number: int) -> str:
     return signal.Signals(number).name
-
-
-def _say_on_main(what: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        _say(what)
-
-
-def _say(what: str) -> None:
-    with contextlib.suppress(OSError):  # The terminal may be gone.
-        print(f"icl-moe: {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

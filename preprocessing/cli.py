@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 
 from icl_moe import arguments as take
+from icl_moe.messages import say
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -68,10 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
         recipe = load_recipe(DataRecipe, args.recipe, args.overrides, package="preprocessing")
         if args.workers > most_workers():
-            print(
-                f"icl-moe: --workers {args.workers} is more than this machine has use for; "
-                f"{most_workers()} are started at most.",
-                file=sys.stderr,
+            say(
+                f"--workers {args.workers} is more than this machine has use for; "
+                f"{most_workers()} are started at most."
             )
         with writing(args.out):
             manifest = build_shards(recipe, args.out, args.workers, args.device)

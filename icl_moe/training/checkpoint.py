@@ -9,7 +9,6 @@ wrote them, and would hold the same numbers again.
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from icl_moe.evaluation.threshold import fit_threshold
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
+from icl_moe.messages import say
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
@@ -180,7 +180,7 @@ def _newest_whole(folder: Path) -> Path | None:
         if damage is None:
             if damages:
                 newer = "; ".join(f"{name} is damaged: {what}" for name, what in damages.items())
-                _say(f"warning: {newer}; {candidate} is used.")
+                say(f"warning: {newer}; {candidate} is used.")
             return candidate
         damages[str(candidate)] = damage
     finished = {name: what for name, what in damages.items() if what != _UNFINISHED}
@@ -260,8 +260,4 @@ def _retain(checkpoints: Path, saved: Path, keep: int) -> None:
             try:
                 shutil.rmtree(old)
             except OSError as error:
-                _say(f"warning: {old} cannot be removed ({error.strerror}).")
-
-
-def _say(what: str) -> None:
-    print(f"icl-moe: {what}", file=sys.stderr)
+                say(f"warning: {old} cannot be removed ({error.strerror}).")

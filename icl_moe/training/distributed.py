@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from deepspeed.utils import logger
 from torch import distributed as dist
 
 from icl_moe.errors import InputError, RankError
+from icl_moe.messages import say
 from icl_moe.signals import meeting, stop_requested
 
 _REASON = "the reason that a rank gave for its end"
@@ -168,10 +168,9 @@ def _end_after_another(error: RuntimeError) -> None:
     with contextlib.suppress(dist.DistError):
         if dist.distributed_c10d._get_default_store().check([_REASON]):
             raise SystemExit(2) from error
-    print(
-        f"icl-moe: rank {dist.get_rank()} has lost the connection to another rank and ends "
-        f"({str(error).splitlines()[0]}).",
-        file=sys.stderr,
+    say(
+        f"rank {dist.get_rank()} has lost the connection to another rank and ends "
+        f"({str(error).splitlines()[0]})."
     )
     # The launcher signals all when one has ended, and exits with the code of the first that it
     # finds: that should be the one that ended by itself.

@@ -4,7 +4,6 @@ not finite, ranks that hang.
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from icl_moe.messages import say
 from icl_moe.signals import stop_requested
 from icl_moe.training.distributed import Place
 
@@ -128,8 +128,4 @@ class Watchdog:
 
     def _say(self, what: str) -> None:
         seconds = f"{self._seconds:.0f} s"
-        print(
-            f"icl-moe: {what}; no progress for {seconds}, so the run ends.",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{what}; no progress for {seconds}, so the run ends.")

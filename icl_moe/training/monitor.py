@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.training.distributed import Place
 
@@ -169,7 +170,7 @@ def tolerate_unwritten() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        tqdm.write(f"icl-moe: warning: {error}; the run goes on.")
+        note(f"warning: {error}; the run goes on.")
 
 
 def _named(sums_S: Tensor) -> dict[str, float]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from icl_moe.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
@@ -17,6 +16,7 @@ from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError, UnsavedError
 from icl_moe.files import write_whole
+from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe
@@ -78,7 +78,7 @@ class Trainer:
         with process_group() as place:
             if agreed_to_stop(place):
                 if place.is_main:
-                    _say("stopped by a signal before it began; the same command starts it")
+                    note("stopped by a signal before it began; the same command starts it")
             else:
                 try:
                     self.fit_on(place)
@@ -97,7 +97,7 @@ class Trainer:
             if self.state.step < stop:
                 run.go_on(stop)
             elif place.is_main:
-                _say(
+                note(
                     f"{training.output} is already at step {self.state.step} of {stop}; set "
                     "training.steps higher to go on"
                 )
@@ -184,7 +184,7 @@ class _Run:
             validation = self._validation(watchdog)
             watchdog.beat(self.state.step, "agreeing with the other ranks")
             if agreed_to_stop(self.place):
-                self._say(
+                self._note(
                     f"stopped by a signal before step {self.state.step + 1}; the same command "
                     "goes on"
                 )
@@ -211,7 +211,7 @@ class _Run:
                 elif ending:
                     raise UnsavedError(self._lost(saved, completed))
             if stopping:
-                self._say(
+                self._note(
                     f"stopped by a signal after step {completed}; the same command goes on "
                     "from there"
                 )
@@ -232,7 +232,7 @@ class _Run:
                 self.state.step,
             )
         if optimizer.warmup_steps > training.steps:
-            self._say(
+            self._note(
                 f"optimizer.warmup_steps ({optimizer.warmup_steps}) is more than "
                 f"training.steps ({training.steps}): the learning rate climbs to the end and does "
                 "not reach optimizer.learning_rate"
@@ -319,8 +319,8 @@ class _Run:
     def _name_sources(self, step: int, sources: list[tuple[str, ...]], finite_M: Tensor) -> None:
         for of_batch, is_finite in zip(sources, finite_M.tolist(), strict=True):
             if not is_finite:
-                tqdm.write(
-                    f"icl-moe: step {step + 1}: the loss is not finite on rank {self.place.rank} "
+                note(
+                    f"step {step + 1}: the loss is not finite on rank {self.place.rank} "
                     f"in {', '.join(of_batch)}"
                 )
 
@@ -365,7 +365,7 @@ class _Run:
 
     def _skip(self, step: int, what: str) -> None:
         skipped, limit = self.state.skipped, self.recipe.training.skipped_steps
-        self._say(
+        self._note(
             f"step {step + 1} is left out, its {what} not finite ({skipped} of at most {limit})"
         )
         if skipped > limit:
@@ -375,10 +375,6 @@ class _Run:
                 "look at the samples named above, or lower optimizer.learning_rate."
             )
 
-    def _say(self, what: str) -> None:
+    def _note(self, what: str) -> None:
         if self.place.is_main:
-            _say(what)
-
-
-def _say(what: str) -> None:
-    tqdm.write(f"icl-moe: {what}")
+            note(what)

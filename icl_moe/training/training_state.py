@@ -25,7 +25,6 @@ is in partitions.py.
 
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,7 @@ from torch import distributed as dist
 
 from icl_moe.errors import InputError
 from icl_moe.files import flush_to_disk, give_usual_mode, write_whole
+from icl_moe.messages import say
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.router import GATE
@@ -97,8 +97,7 @@ def attempt(engine: Any, folder: Path, work: Callable[[], None]) -> bool:
         work()
     except (OSError, SafetensorError) as error:
         rank = dist.get_rank()
-        why = f"no checkpoint is saved in {folder.parent}: {error} (rank {rank})."
-        print(f"icl-moe: {why}", file=sys.stderr)
+        say(f"no checkpoint is saved in {folder.parent}: {error} (rank {rank}).")
         failed = True
     return not any_rank([failed], engine.device)[0]
 
