@@ -44,6 +44,20 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
+def add_recipe(parser: argparse.ArgumentParser, metavar: str, such_as: str) -> None:
+    """A recipe, and settings that override its own."""
+    parser.add_argument(
+        "recipe", metavar=metavar, help=f"a path, or the name of a shipped one such as {such_as}"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that override the recipe's",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",

@@ -182,16 +182,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     ).add_subparsers(required=True, metavar="ACTION")
 
     parser = actions.add_parser("train", help="train a VQ-GAN by a recipe")
-    parser.add_argument(
-        "recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings that override the recipe's",
-    )
+    take.add_recipe(parser, "recipe", "tokenizer_demo")
     parser.add_argument(
         "--out",
         type=take.folder,
@@ -241,14 +232,7 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser(
         "train", help="train a decoder, alone or under the deepspeed launcher"
     )
-    parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as paper_256")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings that override the recipe's",
-    )
+    take.add_recipe(parser, "recipe", "paper_256")
     parser.set_defaults(run=_train)
 
 
@@ -307,17 +291,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("segment", help="segment an image as examples show")
-    parser.add_argument("model", type=take.path, help=_MODEL)
-    parser.add_argument(
-        "--example",
-        nargs=2,
-        type=take.path,
-        action="append",
-        default=[],
-        metavar=("IMAGE", "MASK"),
-        help="may be repeated",
-    )
-    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
+    _add_examples(parser, "MASK")
     parser.add_argument("--category", help="the class's name, for models with a class prompt")
     parser.add_argument(
         "--out",
@@ -333,6 +307,21 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
     _add_decoding(parser)
     _add_place(parser)
     parser.set_defaults(run=_segment)
+
+
+def _add_examples(parser: argparse.ArgumentParser, output: str) -> None:
+    """A model, examples of an image and its `output`, and a query."""
+    parser.add_argument("model", type=take.path, help=_MODEL)
+    parser.add_argument(
+        "--example",
+        nargs=2,
+        type=take.path,
+        action="append",
+        default=[],
+        metavar=("IMAGE", output),
+        help="may be repeated",
+    )
+    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -351,17 +340,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("caption", help="caption an image as examples show")
-    parser.add_argument("model", type=take.path, help=_MODEL)
-    parser.add_argument(
-        "--example",
-        nargs=2,
-        type=take.path,
-        action="append",
-        default=[],
-        metavar=("IMAGE", "REGION.json"),
-        help="may be repeated",
-    )
-    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
+    _add_examples(parser, "REGION.json")
     parser.add_argument("--category", help="the class's name, for models to which it is given")
     _add_place(parser)
     parser.set_defaults(run=_caption)

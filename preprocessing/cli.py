@@ -16,18 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build = verbs.add_parser(
         "build", help="turn annotations and images into shards; goes on where it was interrupted"
     )
-    build.add_argument(
-        "recipe",
-        metavar="DATA",
-        help="a data recipe: a path, or the name of a shipped one such as demo",
-    )
-    build.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="settings to change, such as image_size=128",
-    )
+    take.add_recipe(build, "DATA", "demo")
     build.add_argument(
         "--out", type=take.folder, required=True, metavar="DIR", help="the shard folder"
     )

@@ -14,13 +14,7 @@ PLAIN = ("data.workers=0", "training.dry_run=false", "training.save_every=2", "t
 @pytest.fixture(scope="module")
 def run(rank_group, shards):
     """Trains on two ranks; what each of them said."""
-
-    def train(output: Path, *settings: str, fault=None) -> list[dict[str, str]]:
-        return rank_group(2).run(
-            training_on_ranks.run, shards, output, (*PLAIN, *settings), None, fault
-        )
-
-    return train
+    return training_on_ranks.on_two_ranks(rank_group, shards, PLAIN)
 
 
 @pytest.fixture(scope="module")

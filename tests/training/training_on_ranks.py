@@ -38,6 +38,19 @@ def load(shards: Path, output: Path, *settings: str) -> TrainingRecipe:
     )
 
 
+def on_two_ranks(
+    rank_group: Any, shards: Path, plain: tuple[str, ...]
+) -> Callable[..., list[dict[str, str]]]:
+    """A function that trains with the settings `plain`, and others that it is given, and returns
+    what `run` does on each rank.
+    """
+
+    def train(output: Path, *settings: str, fault: Fault | None = None) -> list[dict[str, str]]:
+        return rank_group(2).run(run, shards, output, (*plain, *settings), None, fault)
+
+    return train
+
+
 def run(
     place: Any,
     shards: Path,
