@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.moe import mappings
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
-from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.func import functional_call
 
 from icl_moe.batch import RoutingPlan
+from icl_moe.deepspeed_internals import gather_tokens_by, tensor_parallel_group
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
 from icl_moe.model.moe import (
@@ -90,7 +89,7 @@ class DeepSpeedFeedForward(MoE):
         )
         deepspeed_logger.setLevel(level)
         if tp_size > 1:
-            mappings._gather_tokens = _gather_tokens
+            gather_tokens_by(_gather_tokens)
         stock: MOELayer = self.get_submodule("deepspeed_moe")
         if routes_streams(settings):
             self.deepspeed_moe = AttributeMOELayer(settings, layer, stock, tp_rank, tp_size)
@@ -228,10 +227,8 @@ class StockTokenGate(nn.Module):
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
-    """In place of deepspeed.moe.mappings's own, with which stock layers join the tensor ranks'
-    shares: that one hands gloo a flat output for an N-dimensional input, which gloo refuses.
-    """
-    group = groups.mpu.get_tensor_model_parallel_group()
+    """The tensor ranks' shares, joined along `dim`; in place of DeepSpeed's own function."""
+    group = tensor_parallel_group()
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for _ in range(dist.get_world_size(group))

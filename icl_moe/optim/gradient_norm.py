@@ -17,10 +17,10 @@ nobody else has, and it went uncounted. `mark_parts` marks experts, too.
 import torch
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
-from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import expert_parallel_group, tensor_parallel_group
 from icl_moe.model.deepspeed_moe import exported_name
 from icl_moe.model.tensor_parallel import is_split
 
@@ -58,12 +58,8 @@ def global_norm(model: nn.Module) -> Tensor:
 
 def _parts_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     if is_moe_param(parameter):
-        return groups._get_expert_parallel_group(vars(parameter)["group_name"])
-    return (
-        groups.mpu.get_tensor_model_parallel_group()
-        if is_model_parallel_parameter(parameter)
-        else None
-    )
+        return expert_parallel_group(parameter)
+    return tensor_parallel_group() if is_model_parallel_parameter(parameter) else None
 
 
 def clip(model: nn.Module, norm: Tensor, largest: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import logger
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import leave_out_shared_memory_collective
 from icl_moe.errors import InputError, RankError
 from icl_moe.messages import say
 from icl_moe.signals import meeting, stop_requested
@@ -120,9 +121,7 @@ def _launched_or_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _joined() -> Iterator[Place]:
-    # A collective for inference on CPUs that would otherwise be compiled here, for half a minute,
-    # and needs a C++ compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory_collective()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

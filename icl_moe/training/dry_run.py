@@ -13,6 +13,7 @@ from torch import Tensor
 from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.schedule import MIXED
 from icl_moe.data.shards import ShardSet
+from icl_moe.deepspeed_internals import counters, set_counters
 from icl_moe.errors import RankError
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.training.distributed import Place, generators_kept, is_first
@@ -124,14 +125,13 @@ def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
     since gradients are held between them.
     """
     deepspeed = engine.deepspeed
-    names = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
-    counters = {name: vars(deepspeed)[name] for name in names}
+    before = counters(deepspeed)
     micro_steps = min(2, deepspeed.gradient_accumulation_steps())
-    deepspeed.micro_steps = deepspeed.gradient_accumulation_steps() - micro_steps
+    set_counters(deepspeed, micro_steps=deepspeed.gradient_accumulation_steps() - micro_steps)
     for _ in range(micro_steps):
         engine.backward(batch, noise=(0, _NO_STEP))
         engine.step(skip=True)
-    vars(deepspeed).update(counters)
+    set_counters(deepspeed, **before)
 
 
 def _advice(

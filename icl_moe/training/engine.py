@@ -13,12 +13,17 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import groups, set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from icl_moe.batch import TokenBatch
 from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import Manifest
+from icl_moe.deepspeed_internals import (
+    norm_of_the_step_at_hand,
+    set_counters,
+    set_model_parallel_unit,
+)
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
 from icl_moe.model.deepspeed_moe import exported_name, first_expert, sparse_layer_factory
@@ -56,11 +61,9 @@ class TrainingEngine:
         self._recipe = recipe
         self._device = place.device
         self.norm: float | None = None
-        # DeepSpeed's expert layers read the unit there, where an earlier engine of this process may
-        # have left its own.
-        groups.mpu = (
-            ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
-        )
+        tp_size = recipe.parallel.tp_size
+        unit = ModelParallelUnit(tp_size) if tp_size > 1 else None
+        set_model_parallel_unit(unit)
         model = _build_model(recipe, manifest, place, zero_stage(engine_config), codebook)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
@@ -70,7 +73,7 @@ class TrainingEngine:
                 model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,
                 config=_deepspeed_config(recipe, engine_config, part),
-                mpu=groups.mpu,
+                mpu=unit,
                 dist_init_required=False,
             )
         self.deepspeed.train()
@@ -130,7 +133,7 @@ class TrainingEngine:
         with _guarded(self._optimizer, lambda: not skip and self._norm_is_usable()) as calls:
             self.deepspeed.step()
         moved = any(calls)
-        self.deepspeed.skipped_steps = skipped + (not moved)
+        set_counters(self.deepspeed, skipped_steps=skipped + (not moved))
         if moved:
             refresh_gates(self.deepspeed)
         else:
@@ -150,8 +153,7 @@ class TrainingEngine:
         Task-balanced AdamW divides by it.
         """
         if self.norm is None:
-            norm = self.deepspeed.optimizer._global_grad_norm
-            self.norm = None if norm is None else float(norm)
+            self.norm = norm_of_the_step_at_hand(self.deepspeed)
         return (
             self.norm is not None
             and math.isfinite(self.norm)

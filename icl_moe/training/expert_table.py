@@ -9,6 +9,7 @@ import torch
 
 from icl_moe.attributes import describe_attributes
 from icl_moe.batch import RoutingPlan
+from icl_moe.deepspeed_internals import is_partitioned
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.router import AttributeGate
 from icl_moe.tables import Table
@@ -51,7 +52,7 @@ def expert_choices(decoder: InContextDecoder) -> list[Choice]:
         for gate in (module for module in layer.modules() if isinstance(module, AttributeGate)):
             parameters = list(gate.parameters())
             with deepspeed.zero.GatheredParameters(
-                parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)
+                parameters, enabled=any(map(is_partitioned, parameters))
             ):
                 decision = gate(plan)
             for attributes, experts, weights in zip(

@@ -14,6 +14,7 @@ from icl_moe.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
+from icl_moe.deepspeed_internals import silence_own_events, tensorboard_writer
 from icl_moe.errors import InputError, UnsavedError
 from icl_moe.files import write_whole
 from icl_moe.messages import note
@@ -117,8 +118,7 @@ class Trainer:
         engine = TrainingEngine(
             self.recipe, self.shards.manifest, self.engine_config, part, place, codebook
         )
-        # It would write the learning rate at every step; the monitor here does, at its lines.
-        engine.deepspeed.monitor.enabled = False
+        silence_own_events(engine.deepspeed)
         self.state.step = checkpoint.resume(engine.deepspeed, output)
         self.state.skipped = engine.deepspeed.skipped_steps
         if place.is_main:
@@ -345,9 +345,9 @@ class _Run:
     def _write_experts(self, output: Path, completed: int, choices: list[Choice]) -> None:
         table = choices_table(choices)
         write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(table)}\n")
-        tensorboard = self.engine.deepspeed.monitor.tb_monitor
+        tensorboard = tensorboard_writer(self.engine.deepspeed)
         if tensorboard is not None:
-            tensorboard.summary_writer.add_text(
+            tensorboard.add_text(
                 "experts", as_markdown(table), completed * self.recipe.training.global_batch
             )
 

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import set_completed_steps
 from icl_moe.errors import InputError
 from icl_moe.files import flush_to_disk, give_usual_mode, write_whole
 from icl_moe.messages import say
@@ -142,11 +143,8 @@ def restore(engine: Any, folder: Path) -> int:
         engine.basic_optimizer.state[master] = state
     refresh_model(engine)
     steps = int(stored.index["completed_steps"])
-    engine.global_steps = steps
-    # Earlier versions did not write it.
-    engine.skipped_steps = int(stored.index.get("skipped_steps", 0))
-    engine.global_samples = steps * engine.train_batch_size()
-    engine.micro_steps = steps * engine.gradient_accumulation_steps()
+    # Earlier versions did not write how many steps were skipped.
+    set_completed_steps(engine, steps, int(stored.index.get("skipped_steps", 0)))
     return steps
 
 

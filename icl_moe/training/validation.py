@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from icl_moe.batch import collate
 from icl_moe.data.shards import ShardSet
+from icl_moe.deepspeed_internals import tensorboard_writer
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.gallery import draw_gallery
 from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
@@ -128,10 +129,10 @@ class Validation:
         )
 
     def _show(self, task: str, picture: Image.Image, step: int) -> None:
-        tensorboard = self.engine.deepspeed.monitor.tb_monitor
+        tensorboard = tensorboard_writer(self.engine.deepspeed)
         if tensorboard is not None:
             pixels_HW3 = np.asarray(picture)
-            tensorboard.summary_writer.add_image(
+            tensorboard.add_image(
                 f"eval/{task}",
                 pixels_HW3,
                 step * self.recipe.training.global_batch,
