@@ -104,7 +104,7 @@ def double(engine: TrainingEngine) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_adapter_finds_what_the_engine_keeps(rank_group, tmp_path, case):
-    stage, bf16, ep_size = case
+    stage, _, ep_size = case
     first, second = rank_group(2).run(find, tmp_path, *case)
     for found in (first, second):
         assert found["norms"][0] == pytest.approx(float(found["norms"][1]), rel=1e-6)
