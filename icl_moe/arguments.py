@@ -16,7 +16,7 @@ def path(text: str) -> Path:
     """A path, with ~ expanded: shells leave it in --query=~/x.png."""
     if not text:
         raise argparse.ArgumentTypeError("a path belongs there, not an empty text")
-    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, it never raises
+    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, this never raises
 
 
 def folder(text: str) -> Path:

@@ -1,5 +1,5 @@
-"""The command line: `icl-moe`, a verb a stage. Every verb imports what it needs when it runs, so
-that --help answers at once.
+"""The command line `icl-moe`, with one verb for each stage. Every verb imports what it needs when
+it runs, so that --help answers at once.
 """
 
 import argparse
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is
-    wrong, 1 with one where what was computed could not be kept.
+    """Run one verb and return the exit code: 0 if it succeeded; 2, with one sentence on standard
+    error, if the input is wrong; 1, with one sentence, if a result could not be saved.
     """
     _prepare_streams()
     done = False
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = options.run(options) or 0
             done = True
             return code
-        except SystemExit:  # argparse has said all that there is to say.
+        except SystemExit:  # argparse has printed its message.
             done = True
             raise
         finally:
-            sys.stdout.flush()  # Now, while it can be answered that nobody takes it.
+            sys.stdout.flush()  # Now, while an error of writing can still be handled.
     except InputError as error:
         _say_once(error)
         return 2
@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _discard_closed_pipes():
-            # The reader of our output, such as `head`, has seen enough. Where the work was not done
-            # yet, nobody may take it for done: the code is that of other commands.
+            # The reader of our output, such as `head`, has ended. If the work was not done yet, the
+            # exit code must not say that it was: it is the one that other commands have then.
             return 0 if done else 128 + signal.SIGPIPE
         return _answer_system(error)
     finally:
         if arguments is None:
-            # What is left to do is nobody's work: a Ctrl-C ends it without words.
+            # Only the interpreter's own clean-up is left: a Ctrl-C ends it without a message.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -72,12 +72,12 @@ _OF_THE_MACHINE = (
     errno.ENOMEM,
     errno.EAGAIN,
 )
-"""Kinds of refusals that no file needs to be named for."""
+"""Errors of the machine, which are reported even where no file is named."""
 
 
 def _answer_system(error: OSError) -> int:
-    """Say in a sentence what the operating system refused, where that is no bug of ours, and
-    return the exit code; other errors are raised again.
+    """Report in one sentence what the operating system refused, and return the exit code. Errors
+    that point to a bug in this code are raised again.
     """
     if error.filename is None and error.errno not in _OF_THE_MACHINE:
         raise error
@@ -92,8 +92,8 @@ def _answer_system(error: OSError) -> int:
 
 
 def _discard_closed_pipes() -> bool:
-    """Discard what is written to those of standard output and error that are pipes without a
-    reader; returns whether there are any.
+    """Discard what is written to standard output or standard error if it is a pipe without a
+    reader; returns whether there was such a pipe.
     """
     closed = []
     for stream in (sys.stdout, sys.stderr):
@@ -106,17 +106,17 @@ def _discard_closed_pipes() -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let go nowhere what a stream still holds, and all that follows."""
+    """Discard what a stream holds in its buffer, and everything that is written to it later."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _prepare_streams() -> None:
-    """Let nothing fail for being said: open the streams that whoever started us closed, and let
-    names of files that are no text be written.
+    """Make sure that printing cannot fail: open standard streams that are closed, and escape
+    characters in file names that cannot be encoded.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # The lowest free number, so the stream's own: no file of ours may get it.
+            # It gets the lowest free number, which is the stream's own: no other file may get it.
             descriptor = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
@@ -125,9 +125,9 @@ def _prepare_streams() -> None:
 
 
 def _say_once(error: InputError) -> None:
-    """Under a launcher every rank finds the same fault, and the first one says it. But a fault may
-    be one machine's alone, so the first rank of every other machine says it with that machine's
-    name, and a RankError is said by the rank that has it.
+    """Print an error once. Under a launcher every rank finds the same error, and rank 0 prints it.
+    But an error may concern one machine only, so the first rank of every other machine prints it
+    with the name of that machine, and a RankError is printed by the rank that raises it.
     """
     if is_main() or isinstance(error, RankError):
         say(str(error))
@@ -141,8 +141,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one go, so those settings that come after an option are
-    # left over.
+    # argparse reads positional arguments in one go, so settings that come after an option are left
+    # over.
     if rest and not (
         hasattr(options, "overrides")
         and all("=" in each and not each.startswith("-") for each in rest)
@@ -470,7 +470,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock of --out; of several processes that share the work the first one has it."""
+    """The lock of --out; if several processes share the work, the first one takes it."""
     from icl_moe.locks import locked
 
     return locked(out, "--out") if is_main() else contextlib.nullcontext()
@@ -487,7 +487,7 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 
 _PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-"""Formats of images that keep a mask as it is, by the ending of the file's name."""
+"""Image formats that store a mask without loss, by the ending of the file's name."""
 
 
 def _segment(options: argparse.Namespace) -> int:

@@ -133,7 +133,7 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise InputError(
                 f"{origin} has schema_version {version!r}; this version of icl-moe reads "
-                f"{SCHEMA_VERSION}: build the shards anew."
+                f"{SCHEMA_VERSION}: build the shards again."
             )
         manifest = from_dict(cls, values, origin)
         for info in (*manifest.shards, *manifest.files):
@@ -152,7 +152,7 @@ class Manifest:
         for info in self.files:
             if info.file == name:
                 return info
-        raise InputError(f"The manifest of these shards lacks the file {name}; build them anew.")
+        raise InputError(f"The manifest of these shards lacks the file {name}; build them again.")
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ class ShardSet:
         if loss_on == "query" and self._index_types[task] != INDEX_TYPE:
             raise InputError(
                 f"training.loss_on: the index {self.location}/{index_file(task)} does not count "
-                "the queries' tokens, since an earlier version wrote it; build the shards anew, or "
-                "set training.loss_on=all."
+                "the queries' tokens, since an earlier version wrote it; build the shards again, "
+                "or set training.loss_on=all."
             )
         rows = self._rows(task, indices)
         names = ("inputs", "outputs") if loss_on == "all" else ("query_inputs", "query_outputs")

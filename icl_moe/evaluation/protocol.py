@@ -181,7 +181,7 @@ def _check_swaps(shards: ShardSet, sets: Sequence[EpisodeSet]) -> None:
     if not any(episodes.keep_objects for episodes in sets):
         raise InputError(
             f"The shards in {shards.location} do not keep what else a query shows, which the "
-            "control swapped needs; build them anew, in another folder, with this version of "
+            "control swapped needs; build them again, in another folder, with this version of "
             "icl-moe."
         )
     if not any(episodes.swaps for episodes in sets):
@@ -247,7 +247,7 @@ def _why_not_swapped(
     if not episodes.keep_objects:
         return (
             "Examples were not swapped: these shards do not keep what else a query shows, as "
-            "shards that are built anew do."
+            "shards that are built again do."
         )
     return (
         "Examples were not swapped: no query shows another class of which the shards have examples."

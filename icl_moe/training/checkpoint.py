@@ -187,8 +187,8 @@ def _newest_whole(folder: Path) -> Path | None:
     if finished:
         name, what = next(iter(finished.items()))
         raise InputError(
-            f"The checkpoint {name} is damaged: {what}; remove it to start anew, or put the file "
-            "back."
+            f"The checkpoint {name} is damaged: {what}; remove it to start from the "
+            "beginning, or put the file back."
         )
     return None
 

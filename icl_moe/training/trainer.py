@@ -360,7 +360,7 @@ class _Run:
             f"training.output: the run ended after step {completed}, of which no checkpoint could "
             f"be saved, for the reason above, so {lost} is lost; once "
             f"{self.recipe.training.output} can be written, the same command "
-            f"{'goes on from there' if saved else 'starts anew'}."
+            f"{'goes on from there' if saved else 'starts from the beginning'}."
         )
 
     def _skip(self, step: int, what: str) -> None:

@@ -263,7 +263,9 @@ class _Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             before = dict(state["recipe"])
         except Exception as error:  # Damage raises many kinds.
-            raise InputError(f"{path} is damaged; remove it to train anew.") from error
+            raise InputError(
+                f"{path} is damaged; remove it to train from the beginning."
+            ) from error
         if before != to_dict(self.recipe):
             changed = [
                 key for key, value in to_dict(self.recipe).items() if before.get(key) != value
@@ -281,7 +283,9 @@ class _Run:
                 self.adversary.load_state_dict(state["adversary"])
             self.step = int(state["step"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path} is damaged; remove it to train anew.") from error
+            raise InputError(
+                f"{path} is damaged; remove it to train from the beginning."
+            ) from error
         if self.accelerator.is_main_process:
             _cut_log(out, self.step)
 
