@@ -9,8 +9,8 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for the optimizer, each with a `name`, as DeepSpeed asks where there are experts;
-    empty ones are left out.
+    """Groups for the optimizer, each with a `name`, which DeepSpeed requires if there are experts;
+    empty groups are left out.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

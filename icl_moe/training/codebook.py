@@ -12,7 +12,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.tokenizers.vqgan import VQGAN
 
 _SAMPLES = 256
-"""Of each task, at even distances, whose images are counted: tens of thousands of codes."""
+"""How many episodes of each task, at even distances, are counted: tens of thousands of codes."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Codebook:
 
 def read_codebook(shards: ShardSet) -> Codebook:
     """The codebook of a shard folder's image tokenizer. Frequencies are counted in the input images
-    of 256 episodes a task; a code that none of them shows counts as if it had been seen once.
+    of 256 episodes of each task; a code that none of them contains counts as if seen once.
     """
     tokenizer = VQGAN.from_pretrained(str(shards.fetch("image_tokenizer")))
     vocabulary = shards.manifest.format.vocabulary

@@ -1,5 +1,5 @@
-"""The dry run: the largest batches come first, so that one that is too large for the device's
-memory shows in the first minute.
+"""The dry run: the largest batches are computed first, so that one that is too large for the memory
+of the device is detected in the first minute.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ def dry_run(
     place: Place,
     watchdog: Watchdog,
 ) -> None:
-    """One step on the largest batch of every task, which every rank computes alike and which moves
-    nothing.
+    """Compute one step on the largest batch of every task, the same on every rank, without changing
+    any weights.
 
-    The run that follows is the same bit for bit as without it. Raises RankError, with a micro-batch
-    that would do, where the device's memory does not suffice; the first rank to find that speaks,
-    and others end in silence.
+    The run that follows is bit for bit the same as without it. Raises RankError, with a micro-batch
+    that would fit, if the memory of the device does not suffice; the first rank that finds this
+    reports it, and the others end without a message.
     """
     size = recipe.training.micro_batch
     for task, members in _pools(recipe, shards).items():
@@ -85,8 +85,8 @@ def _largest(
 
 
 def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
-    """Whether the memory suffices to compute a batch, beside what the optimizer will keep from its
-    first step on.
+    """Whether the memory suffices to compute a batch in addition to what the optimizer will hold
+    from its first step on.
     """
     try:
         room = _coming_state(engine)
@@ -100,7 +100,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
         fitted = False
     else:
         fitted = True
-    # Only here is the exception gone, which held the tensors of all frames that it went through.
+    # Only here has the exception gone, which held the tensors of all frames that it passed.
     if not fitted:
         for parameter in engine.model.parameters():
             parameter.grad = None
@@ -110,7 +110,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
 
 
 def _coming_state(engine: TrainingEngine) -> list[Tensor]:
-    """As much memory as AdamW's two moments take, where there are none yet."""
+    """As much memory as the two moments of AdamW need, if there are none yet."""
     state = engine.deepspeed.basic_optimizer.state
     masters = {id(held.master): held.master for held in held_ranges(engine.deepspeed)}
     return [
@@ -121,8 +121,8 @@ def _coming_state(engine: TrainingEngine) -> list[Tensor]:
 
 
 def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
-    """All that a step does but to move the weights; with accumulation its last two micro-steps,
-    since gradients are held between them.
+    """Everything that a step does except changing the weights; with accumulation, its last two
+    micro-steps, since gradients are held between them.
     """
     deepspeed = engine.deepspeed
     before = counters(deepspeed)
@@ -137,8 +137,8 @@ def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
 def _advice(
     engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str]
 ) -> str:
-    """What to change, tried as far as one rank can by itself: where ranks compute together, half is
-    a guess.
+    """What to change. The advice is tried if this rank can compute alone; if ranks compute
+    together, half of the size is a guess.
     """
     compute = partial(_gradients, engine)
     alone = engine.computes_alone
@@ -157,8 +157,8 @@ def _advice(
 
 
 def _smaller(recipe: TrainingRecipe) -> list[int]:
-    """Micro-batches of at most half the size each, which divide the global batch as the present one
-    does.
+    """Smaller micro-batches, each at most half of the one before, that also divide the global
+    batch.
     """
     sizes, size = [], recipe.training.micro_batch
     while size > 1:
@@ -172,7 +172,7 @@ def _smaller(recipe: TrainingRecipe) -> list[int]:
 
 
 def _gradients(engine: TrainingEngine, batch: TokenBatch) -> None:
-    """Forward and backward on this rank alone: `autograd.grad` sets off none of the hooks with
+    """Forward and backward on this rank alone: `autograd.grad` does not trigger the hooks with
     which DeepSpeed reduces gradients.
     """
     loss = engine.model(batch.to(engine.deepspeed.device), noise=(0, _NO_STEP))

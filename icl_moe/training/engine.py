@@ -1,7 +1,7 @@
 """From a recipe to a DeepSpeed engine, and one micro-step on it.
 
-Apart from the loop in trainer.py, because tests and benchmarks step an engine on batches of their
-own.
+Separate from the loop in trainer.py, because tests and benchmarks step an engine on batches of
+their own.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class TrainingEngine:
     """A freshly initialised decoder on DeepSpeed. codebook: what a recipe with model.codebook_init
     starts from.
 
-    deepspeed: the engine itself. norm: the global gradient norm of the last whole step before
-    clipping, None where nothing moved.
+    deepspeed: the engine itself. norm: the global gradient norm of the last complete step
+    before clipping, None if the step was skipped.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TrainingEngine:
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
-        ):  # A line a rank and layer group about process groups being made.
+        ):  # It prints a line for each process group that it creates, on every rank.
             self.deepspeed, *_ = deepspeed.initialize(
                 model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,
@@ -97,8 +97,8 @@ class TrainingEngine:
         )
 
     def begin_step(self, rate: float, task: str, probability: float) -> None:
-        """Set the learning rate of the coming step, and for MT-AdamW what its task weighs: it was
-        drawn with `probability`.
+        """Set the learning rate of the next step and, for MT-AdamW, the probability with which its
+        task was drawn and the weight of that task.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
@@ -113,12 +113,12 @@ class TrainingEngine:
         return loss
 
     def step(self, skip: bool = False) -> bool:
-        """After each micro-step's `backward`; at the last one of a step the optimizer moves, unless
-        `skip`, or where the gradient has no norm that can be used. Whether it moved.
+        """After each micro-step's `backward`; at the last one of a step the optimizer changes the
+        weights, unless `skip` is set or the gradient has no usable norm. Returns whether it did.
 
         A gradient that is not finite has an infinite norm on every rank: the norm is taken over all
         parameters, so the ranks agree without asking each other. `deepspeed.skipped_steps` counts
-        the steps in which nothing moved.
+        the skipped steps.
         """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
@@ -148,9 +148,8 @@ class TrainingEngine:
         return bool(self.deepspeed.zero_optimization() or self.deepspeed.bfloat16_enabled())
 
     def _norm_is_usable(self) -> bool:
-        """In the middle of a step, when DeepSpeed has computed the norm but not yet published it.
-
-        Task-balanced AdamW divides by it.
+        """Called in the middle of a step, when DeepSpeed has computed the norm but not yet
+        published it. Task-balanced AdamW divides by the norm, so it must not be 0 either.
         """
         if self.norm is None:
             self.norm = norm_of_the_step_at_hand(self.deepspeed)
@@ -165,8 +164,9 @@ class TrainingEngine:
 def _guarded(
     optimizer: torch.optim.Optimizer, may_step: Callable[[], bool]
 ) -> Iterator[list[bool]]:
-    """Within it the engine steps as always, and clears its gradients, but the optimizer under it
-    does so only where it may. Gives, of each time that the engine called it, whether it did.
+    """Within this context the engine steps as usual, and clears its gradients, but the optimizer
+    under it steps only if it may. Gives a list with one entry for each call by the engine: whether
+    the optimizer stepped.
     """
     step, calls = optimizer.step, list[bool]()
 
@@ -224,7 +224,7 @@ def _build_model(
         gradient_norm.mark_parts(model)
     if stage == 3 and recipe.model.sparse_layers:
         # All experts of a layer are gathered together: ranks whose tokens go to different ones
-        # would wait for each other for ever.
+        # would wait for each other forever.
         set_z3_leaf_modules(model, [Experts])
     return model
 

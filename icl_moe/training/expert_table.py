@@ -37,10 +37,10 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def expert_choices(decoder: InContextDecoder) -> list[Choice]:
-    """Of every layer whose gate decides by attributes alone, in its order, without noise; none in
-    other models.
+    """The choices of every layer whose gate decides by attributes alone, in the order of the
+    layers, without noise; an empty list for other models.
 
-    Every rank has the whole gate, whatever experts it holds. At ZeRO stage 3 it must be gathered,
+    Every rank has the whole gate, whichever experts it holds. At ZeRO stage 3 it must be gathered,
     so every rank calls it.
     """
     classes = tuple(streams(decoder.sequence_format))

@@ -18,12 +18,12 @@ from icl_moe.training.distributed import Place
 
 _BEFORE = "before the first step"
 _STORE_PATIENCE = 5.0
-"""Seconds in which the store, which lives in rank 0, must answer a watchdog."""
+"""Seconds within which the store, which rank 0 keeps, must answer a watchdog."""
 
 
 def any_rank(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]:
-    """Each flag, true where it is true on any rank; those that are tensors lie on `device`, and the
-    host waits for all of them once. Every rank must call it together.
+    """For each flag, whether it is true on any rank. Flags that are tensors lie on `device`, and
+    the host waits for all of them once. All ranks must call this together.
     """
     values = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -31,16 +31,16 @@ def any_rank(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]
 
 
 def agreed_to_stop(place: Place) -> bool:
-    """Whether any rank was asked to stop. Every rank must call it together."""
+    """Whether any rank was asked to stop. All ranks must call this together."""
     return any_rank([stop_requested()], place.device)[0]
 
 
 class Watchdog:
-    """Ends a run in which a rank stands still, and says which one and where.
+    """Ends a run in which a rank makes no progress, and reports which rank and where.
 
-    Every rank beats at each stage of a micro-step and publishes its count of beats. Where this rank
+    Every rank beats at each stage of a micro-step and publishes its number of beats. If this rank
     has not beaten for `seconds`, the rank with the fewest beats is the one that the others wait
-    for. Used as a context; `seconds` None: no watchdog.
+    for. Use it as a context; with `seconds` None there is no watchdog.
     """
 
     def __init__(self, place: Place, seconds: float | None) -> None:
@@ -61,7 +61,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, step: int, stage: str) -> None:
-        """This rank is at `stage` of the step that follows `step` whole ones."""
+        """Record that this rank is at `stage` of the step after `step` completed ones."""
         self._beats += 1
         self._last = time.monotonic()
         self._where = f"at step {step + 1}, {stage}"
@@ -69,10 +69,10 @@ class Watchdog:
             self._store.set(f"beat/{self._place.rank}", f"{self._beats}|{self._where}")
 
     def on_main(self, step: int, stage: str, work: Callable[[], None]) -> None:
-        """Rank 0 does some work while the others wait for it. Every rank must call it together.
+        """Let rank 0 do some work while the others wait for it. All ranks must call this together.
 
-        They do not wait in a collective, which would time out, and as long as rank 0 beats they
-        beat with it: work may take longer than `seconds`, but a rank 0 that stands still is found.
+        They do not wait in a collective, which would time out. As long as rank 0 beats, they beat
+        with it, so the work may take longer than `seconds`, but a rank 0 that hangs is detected.
         """
         done = "work of rank 0 is done"
         self.beat(step, stage)
@@ -99,7 +99,7 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
                 # The main thread is in a collective or in foreign code, and the store may be gone
-                # or hang with rank 0: nothing may keep this process from its end.
+                # or hang with rank 0: nothing may prevent this process from ending.
                 reported = threading.Event()
                 report = threading.Thread(target=self._report, args=(reported,), daemon=True)
                 report.start()

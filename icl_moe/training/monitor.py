@@ -16,14 +16,14 @@ from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.training.distributed import Place
 
-# What is summed over micro-steps and ranks between two lines, of each task: parts of a DecoderLoss,
-# which lie on the device, and what the host knows.
+# Per-task quantities, summed over micro-steps and ranks since the last progress line: parts of a
+# DecoderLoss, which lie on the device, and counts that the host knows.
 _LOSS_PARTS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliary")
 _COUNTS = ("micro_steps", "tokens", "flops")
 
 
 class EventWriter(Protocol):
-    """Where figures go: DeepSpeed's monitor, or anything that takes events as it does."""
+    """A receiver of figures: DeepSpeed's monitor, or anything with the same method."""
 
     def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
         """Write (name, value, samples seen) of each figure; called on rank 0."""
@@ -33,7 +33,7 @@ class EventWriter(Protocol):
 class ProgressMonitor:
     """Collects losses on the device and reads them, over all ranks, only when a line is due.
 
-    Modality losses are means in nats a target over the steps since the last line. tokens/s counts
+    Modality losses are means in nats per target over the steps since the last line. tokens/s counts
     real tokens, not padding, over all the time since the last line, evaluation and saving included.
 
     tasks: of the schedule. peak_flops: what all devices together could do in a second, None where
@@ -80,7 +80,7 @@ class ProgressMonitor:
         with one that counts them.
         """
         self._step.append(torch.stack([getattr(loss, name).double() for name in _LOSS_PARTS]))
-        # On the host, lest it wait for the device at every micro-step.
+        # Summed on the host, so that it does not wait for the device at every micro-step.
         self._counts_KS[self._tasks.index(task), 1:] += torch.tensor([tokens, flops])
 
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
@@ -164,8 +164,8 @@ class ProgressMonitor:
 
 @contextmanager
 def tolerate_unwritten() -> Iterator[None]:
-    """Within it, figures for an operator are written: where they cannot be, that is said and the
-    run goes on. A disk without room must not end it while it could still save later.
+    """Within this context figures for an operator are written; if they cannot be, that is reported
+    and the run goes on. A full disk must not end a run that may still be able to save later.
     """
     try:
         yield

@@ -103,7 +103,7 @@ def _share(copies: list[HeldRange]) -> Iterator[HeldRange]:
 
 
 def refresh_gates(engine: Any) -> None:
-    """Let gates compute with their master weights as they are now. Every rank calls it.
+    """Let gates compute with their current master weights. Every rank calls it.
 
     DeepSpeed casts every parameter of a bf16 model and keeps what it is a rounding of in
     partitions, so each rank hands what it holds of the gates to all others: the number of their

@@ -41,8 +41,8 @@ from icl_moe.training.validation import Validation
 
 @dataclass
 class TrainerState:
-    """How far a run has come: completed optimizer steps, and steps that were left out among them
-    because their loss or gradient was not finite.
+    """How far a run has come: completed optimizer steps, and how many of them were skipped because
+    their loss or gradient was not finite.
     """
 
     step: int = 0
@@ -52,9 +52,9 @@ class TrainerState:
 class Trainer:
     """A run of a recipe: `Trainer(recipe).fit()`.
 
-    Under a launcher every rank makes one, and all call `fit` together; alone, a process is the only
-    rank. `state` says how far the run has come. The model, its checkpoints and figures lie in the
-    recipe's training.output.
+    Under a launcher every rank creates one, and all call `fit` together; without a launcher, the
+    process is the only rank. `state` says how far the run has come. The model, its checkpoints and
+    figures are written into the recipe's training.output.
 
     Raises InputError, before any rank starts, for a recipe that cannot run (see
     `preflight.open_checked`).
@@ -63,7 +63,7 @@ class Trainer:
     def __init__(
         self, recipe: TrainingRecipe, checked: tuple[ShardSet, dict[str, Any]] | None = None
     ) -> None:
-        """checked: what `preflight.open_checked` gave, where it was called before."""
+        """checked: the result of `preflight.open_checked`, if it was called before."""
         self.recipe = recipe
         self.shards, self.engine_config = checked or open_checked(recipe, launched_ranks())
         self.state = TrainerState()
@@ -72,7 +72,7 @@ class Trainer:
         """Train until training.steps, or stop_after, resuming from the newest checkpoint in
         training.output where there is one. Returns the state at the end.
 
-        A request to stop (SIGTERM, SIGINT) ends it after the step at hand, with a checkpoint.
+        A request to stop (SIGTERM, SIGINT) ends it after the current step, with a checkpoint.
         Raises UnsavedError where the run ends with steps that are in no checkpoint.
         """
         unsaved = None
@@ -84,13 +84,13 @@ class Trainer:
                 try:
                     self.fit_on(place)
                 except UnsavedError as error:
-                    unsaved = error  # All ranks end here together, so the group ends as it should.
+                    unsaved = error  # All ranks end here together, so the group can be closed.
         if unsaved is not None:
             raise unsaved
         return self.state
 
     def fit_on(self, place: Place) -> TrainerState:
-        """`fit` on ranks that have met already."""
+        """`fit` on ranks that are already connected."""
         training, output = self.recipe.training, Path(self.recipe.training.output)
         with alone_in(output, place), _repeatable(training.deterministic):
             run = self._resume(place, output)
@@ -137,8 +137,8 @@ class Trainer:
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Within it, where wanted, torch refuses operations that may give other bits when they are run
-    again.
+    """Within this context, if wanted, torch refuses operations whose result may differ when they
+    are run again.
     """
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
@@ -147,9 +147,8 @@ def _repeatable(wanted: bool) -> Iterator[None]:
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # cuBLAS repeats itself only with a workspace of fixed size.
         torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = (
-            False  # It would fill DeepSpeed's buckets, gigabytes, in every step.
-        )
+        # Otherwise it would fill DeepSpeed's buckets, which are gigabytes, in every step.
+        memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
@@ -159,8 +158,8 @@ def _repeatable(wanted: bool) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """The steps of a run. Every rank walks through it in the same way: what one rank finds, all
-    agree on before they act.
+    """The steps of a run. Every rank goes through it in the same way: before the ranks act on what
+    one of them finds, all agree on it.
     """
 
     recipe: TrainingRecipe
@@ -220,7 +219,9 @@ class _Run:
                 validation.run(completed)
 
     def _record(self) -> None:
-        """Note what this stretch of the run is computed with, and what an operator should know."""
+        """Record what this stretch of the run is computed with, and tell what an operator should
+        know.
+        """
         optimizer, training = self.recipe.optimizer, self.recipe.training
         if self.place.is_main:
             record_stretch(
@@ -284,7 +285,7 @@ class _Run:
         )
 
     def _step(self, step: int, batches: Iterator[TokenBatch], watchdog: Watchdog) -> bool:
-        """One optimizer step; whether any rank was asked to stop."""
+        """Take one optimizer step; returns whether any rank was asked to stop."""
         training = self.recipe.training
         task = self.schedule.task(step)
         rate = learning_rate(self.recipe.optimizer, step, training.steps)
@@ -331,7 +332,7 @@ class _Run:
         self.monitor.add(task, loss, *((real_tokens(batch), flops) if counts else (0, 0)))
 
     def _save(self, completed: int) -> bool:
-        """Whether there is a checkpoint of so many steps now."""
+        """Save; returns whether there is a checkpoint of so many steps now."""
         output = Path(self.recipe.training.output)
         keep = self.recipe.training.keep_checkpoints
         if not checkpoint.save(self.engine.deepspeed, output, completed, keep):

@@ -1,4 +1,4 @@
-"""Evaluation while training: the same episodes every so many steps, without a trace in the run."""
+"""Evaluation during training: the same episodes every so many steps, with no effect on the run."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,9 +38,9 @@ Figures = dict[str, float]
 class Validation:
     """The first training.evaluate_episodes of each task of data.validation.
 
-    The teacher-forced loss is computed by all ranks, each the same batches: it costs no more time
-    than on one of them, and serves every layout. Free decoding and pictures are rank 0's, while the
-    others wait, and only where a rank computes alone.
+    All ranks compute the teacher-forced loss on the same batches, which takes no more time than on
+    one of them and works in every layout. Rank 0 decodes freely and draws pictures while the others
+    wait, and only if a rank can compute alone.
     """
 
     engine: TrainingEngine
@@ -80,7 +80,7 @@ class Validation:
     def _decode(self, step: int, figures: dict[str, Figures]) -> None:
         with tolerate_unwritten():
             self._complete(step, figures)
-        self._model.image_tokenizer.to("cpu")  # Training has the device's memory to itself.
+        self._model.image_tokenizer.to("cpu")  # Training gets the memory of the device back.
 
     def _complete(self, step: int, figures: dict[str, Figures]) -> None:
         """Complete every query freely after all its examples; add the scores, and write what was
@@ -156,8 +156,8 @@ class Validation:
 
 
 class _Episodes(EpisodeSet):
-    """The episodes of a task; `beat` is called with each that is read, so that a long evaluation is
-    not taken for a hang.
+    """The episodes of a task; `beat` is called for each that is read, so that a long evaluation
+    does not look like a hang.
     """
 
     def __init__(
@@ -178,8 +178,8 @@ class _Episodes(EpisodeSet):
 
 @contextmanager
 def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
-    """Within it the model is in evaluation mode, without gradients; afterwards all that training
-    depends on is as before.
+    """Within this context the model is in evaluation mode, without gradients; afterwards everything
+    that training depends on is restored.
     """
     engine.model.eval()
     try:
@@ -195,6 +195,6 @@ def _scores(
     """Of all predictions under a condition; docs/evaluation.md says what they are."""
     truths = [episodes[index] for index in range(len(episodes))]
     said = [log[condition, truth.key].said for truth in truths]
-    # METEOR's Java program would want 2 GB and half a minute.
+    # METEOR's Java program would need 2 GB and half a minute.
     (scores,) = episodes.task.score([said], truths, model.format, quick=True)
     return scores.figures()
