@@ -19,7 +19,7 @@ class DecoderConfig(PretrainedConfig):
     its vocabulary, pixels a side, examples an episode, the fingerprints of the VQ-GAN and of what
     writes masks in its place, class names by task); None before training, and where there is no
     such tokenizer. loss_on, mask_corruption: the recipe's, in training. mask_threshold: what
-    `icl_moe.evaluation.threshold` fitted; None where nothing was. All are plain values, so that
+    `icl_moe.evaluation.threshold` fitted; None if nothing was fitted. All are plain values, so that
     config.json can be read without this package.
 
     A format may hold the vocabulary too, as that of earlier exports does, where it is the same
@@ -77,8 +77,8 @@ class DecoderConfig(PretrainedConfig):
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        """How the model's sequences are written; raises InputError where the configuration does not
-        say.
+        """How the sequences of the model are written. Raises InputError if the configuration is not
+        that of a format.
         """
         values = {**(self.format or {}), "vocabulary": self.vocabulary or {}}
         return from_dict(SequenceFormat, values, origin="config.json")
