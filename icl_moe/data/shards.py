@@ -1,9 +1,10 @@
-"""A shard folder as its readers see it: manifest, index, and any sample by its number.
+"""A shard folder from the side of its readers: manifest, index, and access to any sample by its
+number.
 
 manifest.json            what the shards hold and how they were made; `Manifest`
 TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
-image_tokenizer/         the VQGAN that made the codes; text_tokenizer/ likewise, and
-                         mask_tokenizer/ where one wrote the masks
+image_tokenizer/         the VQGAN that made the codes; also text_tokenizer/, and
+                         mask_tokenizer/ if one encoded the masks
 TASK-000000.tar ...      webdataset shards: KEY.tokens.npy and KEY.json per sample
 """
 
@@ -70,7 +71,7 @@ _LARGEST_GAP = 4096
 """Bytes between the two parts of a sample in its tar: padding and the second one's headers."""
 
 _SPANS = re.compile(rb'"spans":(\[\[.*?\]\])')
-"""The spans of KEY.json, as it is packed: without a space. A text cannot look like it, since its
+"""The spans in KEY.json as it is packed, without spaces. A text cannot look like this, since its
 quotes would be escaped.
 """
 
@@ -89,12 +90,11 @@ class ShardInfo(FileInfo):
 class Manifest:
     """What a shard folder holds.
 
-    image_tokenizer, text_tokenizer: fingerprints; mask_tokenizer: likewise, None where the image
-    tokenizer wrote the masks. recipe: the data recipe. samples: per task. classes: samples per task
-    and class.
-    skipped: how much was left out, by task and reason. files: all files but the shards and the
-    manifest itself. bad_images: of each task, the images that were left out because they cannot be
-    used, each with why.
+    image_tokenizer, text_tokenizer, mask_tokenizer: fingerprints; the last is None if the image
+    tokenizer encoded the masks. recipe: the data recipe. samples: per task. classes: samples per
+    task and class. skipped: how much was left out, by task and reason. files: all files except the
+    shards and the manifest itself. bad_images: for each task, the images that were left out because
+    they cannot be used, each with the reason.
     """
 
     schema_version: int
@@ -114,14 +114,14 @@ class Manifest:
 
     @property
     def tokenizer_folders(self) -> tuple[str, ...]:
-        """The folders beside the shards that a model needs too."""
+        """The folders beside the shards that a model needs as well."""
         masks = () if self.mask_tokenizer is None else ("mask_tokenizer",)
         return ("image_tokenizer", *masks, "text_tokenizer")
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":
-        """The manifest of a folder; raises InputError where there is none, or one of another
-        schema.
+        """The manifest of a folder. Raises InputError if there is none, or if it has another schema
+        version.
         """
         opened = open_folder(folder) if isinstance(folder, str | Path) else folder
         origin = f"{opened.name}/{MANIFEST_FILE}"
@@ -148,7 +148,7 @@ class Manifest:
         write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def file(self, name: str) -> FileInfo:
-        """What is said of one of `files`; raises InputError where it is not among them."""
+        """The entry of one of `files`; raises InputError if it has none."""
         for info in self.files:
             if info.file == name:
                 return info
@@ -157,8 +157,8 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One episode. `shard` is its file's name; `json` is KEY.json as it is stored, since training
-    has no use for most of it.
+    """One episode. `shard` is its file's name; `json` is the unparsed content of KEY.json, since
+    training does not need most of it.
     """
 
     key: str
@@ -169,7 +169,7 @@ class Sample:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """The content of KEY.json (see docs/shards.md). Raises SampleError where it is none."""
+        """The content of KEY.json (see docs/shards.md). Raises SampleError if it is damaged."""
         try:
             meta = json.loads(self.json)
         except ValueError as error:
@@ -195,8 +195,8 @@ class ShardSet:
     location: as messages name it. fingerprint: the sha256 of its manifest.
 
     Raises InputError where the folder, its manifest or its index is missing or broken, and where a
-    shard is missing or has another size than the manifest says; hashes of local files are `icl-moe
-    shards verify`'s to check.
+    shard is missing or has another size than the manifest says; `icl-moe shards verify`
+    checks the hashes of local files.
     """
 
     def __init__(self, location: str | Path, cache: FileCache | None = None) -> None:
@@ -247,9 +247,9 @@ class ShardSet:
         """Sample `index` of `task`, in the padded layout. Raises SampleError, naming shard and key,
         where it is corrupt.
 
-        The checksum shows what was written over it, cut off or moved. A sample that was packed
-        wrong, with a checksum to match, shows as far as `_check_tokens` and `_parse_spans` look;
-        `icl-moe shards verify` looks further.
+        The checksum detects a sample that was overwritten, cut off or moved. A sample that was
+        packed wrongly, with a matching checksum, is detected as far as `_check_tokens` and
+        `_parse_spans` check; `icl-moe shards verify` checks more.
         """
         if not 0 <= index < self.count(task):
             raise InputError(
@@ -378,7 +378,7 @@ class ShardSet:
             )
         return np.load(
             io.BytesIO(raw), allow_pickle=False
-        )  # It is not what it should be: let its true shape be named.
+        )  # It is not what it should be: numpy's parser finds its true shape.
 
     def _open_shard(self, shard: ShardInfo) -> int:
         if shard.file not in self._files:
