@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
+from icl_moe.devices import find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
 from icl_moe.evaluation.gallery import draw_gallery, draw_proof
@@ -73,8 +74,9 @@ def evaluate(
     out, shots = output_folder(out), list(shots)
     _check_numbers(shots, limit, batch_size)
     _check_controls(controls)
+    place = find_device(device)
     shards = ShardSet(shards_dir)
-    model = InContextModel.from_pretrained(model_dir, device, dtype)
+    model = InContextModel.from_pretrained(model_dir, place, dtype)
     _check(model, shards, shots)
     decoding = model.decoding(decoding)
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
