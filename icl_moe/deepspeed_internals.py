@@ -173,7 +173,8 @@ def counters(engine: Engine) -> dict[str, int]:
 def set_counters(engine: Engine, **counts: int) -> None:
     """Set some of `counters`."""
     assert counts.keys() <= set(_COUNTERS)
-    vars(engine).update(counts)
+    for name, count in counts.items():
+        setattr(engine, name, count)
 
 
 def set_completed_steps(engine: Engine, steps: int, skipped: int) -> None:
