@@ -53,7 +53,7 @@ clean:  ## Remove .venv and caches
 # taming-transformers is the peer of a test; what it would bring along (pytorch-lightning, torchvision) the test does not need.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e '.[test,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,test,dev]'
 	$(PIP) install -c constraints.txt --no-deps taming-transformers-rom1504
 	touch $@
 

@@ -96,8 +96,8 @@ def train_step(folder: Path) -> dict[str, float]:
     batch = dataset[0]
     length = batch.lengths[0]
 
-    with process_group() as ranks:
-        engine = TrainingEngine(recipe, shards.manifest, read_engine(recipe.engine), part, ranks)
+    with process_group() as place:
+        engine = TrainingEngine(recipe, shards.manifest, read_engine(recipe.engine), part, place)
         model = recipe.model
         sizes = dict(
             n_positions=length, n_embd=model.width, n_layer=model.layers, n_head=model.heads

@@ -13,7 +13,7 @@ from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.captioning import CaptionTarget
 from icl_moe.tasks.segmentation import MaskTarget
 from icl_moe.tokenizers.text import TextTokenizer
-from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
+from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
 from preprocessing.pool import ImageFile, PoolRegion
 
 _WORDS = [
@@ -69,10 +69,10 @@ def write_shards(
     pictures = max(int(of_task.pictures.max()) for of_task in tasks.values()) + 1
     codes = rng.integers(0, format.vocabulary.image_codes, (pictures, format.codes_per_image))
     packer = Packer(folder, folder, codec, codes, tasks, image_size)  # type: ignore[arg-type]
-    plans = [plan for task in tasks for plan in plan_shards(task, samples, shard_size)]
-    for plan in plans:
-        pack_shard(packer, plan)
-    shards, classes = collect(packer, plans)
+    ranges = [shard for task in tasks for shard in shard_ranges(task, samples, shard_size)]
+    for shard in ranges:
+        pack_shard(packer, shard)
+    shards, classes = collect(packer, ranges)
     manifest = Manifest(
         SCHEMA_VERSION,
         format,

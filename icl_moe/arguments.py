@@ -1,10 +1,13 @@
-"""What the command line takes as a path or a number: `type=` of argparse's arguments."""
+"""What the command line takes as a path or a number, `type=` of argparse's arguments; and the
+options that several commands have.
+"""
 
 import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from icl_moe.devices import DTYPES
 from icl_moe.errors import InputError
 from icl_moe.outputs import output_folder
 
@@ -13,7 +16,7 @@ def path(text: str) -> Path:
     """A path, with ~ expanded: shells leave it in --query=~/x.png."""
     if not text:
         raise argparse.ArgumentTypeError("a path belongs there, not an empty text")
-    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, it never raises
+    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, this never raises
 
 
 def folder(text: str) -> Path:
@@ -39,3 +42,28 @@ def whole_number(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def add_recipe(parser: argparse.ArgumentParser, metavar: str, such_as: str) -> None:
+    """A recipe, and settings that override its own."""
+    parser.add_argument(
+        "recipe", metavar=metavar, help=f"a path, or the name of a shipped one such as {such_as}"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that override the recipe's",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help=meaning)

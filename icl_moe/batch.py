@@ -34,13 +34,13 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Where the attribute classes of a batch lie, worked out once and read by every sparse layer.
+    """Where the attribute classes of a batch lie: computed once, and read by every sparse layer.
 
     classes: the distinct attribute classes, without padding.
     segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
     order. lengths: tokens of each episode, padding included.
-    shares_BC: of each episode's tokens that are no padding, the share of each class (float32); rows
-    add up to 1.
+    shares_BC: the share of each class among the tokens of each episode, without padding (float32);
+    rows add up to 1.
     noise: (seed, step) of the gate noise, or None for none.
     """
 
@@ -74,7 +74,7 @@ class RoutingPlan:
         return cls.of_runs([_runs(attributes_L) for attributes_L in attributes_BL])
 
     def episode_means(self, values_TE: Tensor) -> Tensor:
-        """(B, E): the means over each episode's tokens that are no padding."""
+        """(B, E): the means over the tokens of each episode, without padding."""
         sums_BE = values_TE.new_zeros(len(self.lengths) + 1, values_TE.shape[1])
         sums_BE = sums_BE.index_add(0, self._episodes_T, values_TE)[:-1]
         counts_B = self._episodes_T.bincount(minlength=len(self.lengths) + 1)[:-1]
@@ -140,8 +140,8 @@ class TokenBatch:
     sources: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A batch travels between processes as one tensor: each tensor that does costs a file and a
-        handshake, more than its content.
+        """A batch is sent between processes as one tensor, because each tensor that is sent costs a
+        file and a handshake, which is more than its content.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)} | {

@@ -1,5 +1,5 @@
-"""The command line: `icl-moe`, a verb a stage. Every verb imports what it needs when it runs, so
-that --help answers at once.
+"""The command line `icl-moe`, with one verb for each stage. Every verb imports what it needs when
+it runs, so that --help answers at once.
 """
 
 import argparse
@@ -18,47 +18,47 @@ from typing import TYPE_CHECKING, Any, TextIO
 from icl_moe import __version__
 from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
+from icl_moe.messages import is_main, say, say_on_main
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 where it succeeded, 2 with one sentence on standard error where the input is
-    wrong, 1 with one where what was computed could not be kept.
+    """Run one verb and return the exit code: 0 if it succeeded; 2, with one sentence on standard
+    error, if the input is wrong; 1, with one sentence, if a result could not be saved.
     """
     _prepare_streams()
     done = False
     try:
         try:
-            options = _parse(arguments)
+            options = parse_arguments(arguments)
             code = options.run(options) or 0
             done = True
             return code
-        except SystemExit:  # argparse has said all that there is to say.
+        except SystemExit:  # argparse has printed its message.
             done = True
             raise
         finally:
-            sys.stdout.flush()  # Now, while it can be answered that nobody takes it.
+            sys.stdout.flush()  # Now, while an error of writing can still be handled.
     except InputError as error:
         _say_once(error)
         return 2
     except UnsavedError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"icl-moe: {error}", file=sys.stderr)
+        say_on_main(str(error))
         return 1
     except KeyboardInterrupt:
-        print("icl-moe: interrupted; what was finished is kept.", file=sys.stderr)
+        say("interrupted; what was finished is kept.")
         return 130
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _discard_closed_pipes():
-            # The reader of our output, such as `head`, has seen enough. Where the work was not done
-            # yet, nobody may take it for done: the code is that of other commands.
+            # The reader of our output, such as `head`, has ended. If the work was not done yet, the
+            # exit code must not say that it was: it is the one that other commands have then.
             return 0 if done else 128 + signal.SIGPIPE
         return _answer_system(error)
     finally:
         if arguments is None:
-            # What is left to do is nobody's work: a Ctrl-C ends it without words.
+            # Only the interpreter's own clean-up is left: a Ctrl-C ends it without a message.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -72,12 +72,12 @@ _OF_THE_MACHINE = (
     errno.ENOMEM,
     errno.EAGAIN,
 )
-"""Kinds of refusals that no file needs to be named for."""
+"""Errors of the machine, which are reported even where no file is named."""
 
 
 def _answer_system(error: OSError) -> int:
-    """Say in a sentence what the operating system refused, where that is no bug of ours, and
-    return the exit code; other errors are raised again.
+    """Report in one sentence what the operating system refused, and return the exit code. Errors
+    that point to a bug in this code are raised again.
     """
     if error.filename is None and error.errno not in _OF_THE_MACHINE:
         raise error
@@ -87,13 +87,13 @@ def _answer_system(error: OSError) -> int:
     except OSError:
         where = "standard output"
         _discard(sys.stdout)
-    print(f"icl-moe: {where}: {error.strerror}.", file=sys.stderr)
+    say(f"{where}: {error.strerror}.")
     return 2
 
 
 def _discard_closed_pipes() -> bool:
-    """Discard what is written to those of standard output and error that are pipes without a
-    reader; returns whether there are any.
+    """Discard what is written to standard output or standard error if it is a pipe without a
+    reader; returns whether there was such a pipe.
     """
     closed = []
     for stream in (sys.stdout, sys.stderr):
@@ -106,17 +106,17 @@ def _discard_closed_pipes() -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let go nowhere what a stream still holds, and all that follows."""
+    """Discard what a stream holds in its buffer, and everything that is written to it later."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _prepare_streams() -> None:
-    """Let nothing fail for being said: open the streams that whoever started us closed, and let
-    names of files that are no text be written.
+    """Make sure that printing cannot fail: open standard streams that are closed, and escape
+    characters in file names that cannot be encoded.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # The lowest free number, so the stream's own: no file of ours may get it.
+            # It gets the lowest free number, which is the stream's own: no other file may get it.
             descriptor = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
@@ -125,28 +125,31 @@ def _prepare_streams() -> None:
 
 
 def _say_once(error: InputError) -> None:
-    """Under a launcher every rank finds the same fault, and the first one says it. But a fault may
-    be one machine's alone, so the first rank of every other machine says it with that machine's
-    name, and a RankError is said by the rank that has it.
+    """Print an error once. Under a launcher every rank finds the same error, and rank 0 prints it.
+    But an error may concern one machine only, so the first rank of every other machine prints it
+    with the name of that machine, and a RankError is printed by the rank that raises it.
     """
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-        print(f"icl-moe: {error}", file=sys.stderr)
+    if is_main() or isinstance(error, RankError):
+        say(str(error))
     elif os.environ.get("LOCAL_RANK") == "0":
-        print(f"{platform.node()}: icl-moe: {error}", file=sys.stderr)
+        say(str(error), machine=platform.node())
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line, by default that of this process. `run` of what is returned carries it
+    out. Ends the process with a message, as argparse does, where there is no such command.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one go, so those settings that come after an option are
-    # left over.
+    # argparse reads positional arguments in one go, so settings that come after an option are left
+    # over.
     if rest and not (
-        hasattr(options, "settings")
+        hasattr(options, "overrides")
         and all("=" in each and not each.startswith("-") for each in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.settings = [*options.settings, *rest]
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -179,22 +182,14 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     ).add_subparsers(required=True, metavar="ACTION")
 
     parser = actions.add_parser("train", help="train a VQ-GAN by a recipe")
-    parser.add_argument(
-        "recipe", help="a path, or the name of a shipped recipe such as tokenizer_demo"
-    )
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings that override the recipe's",
-    )
+    take.add_recipe(parser, "recipe", "tokenizer_demo")
     parser.add_argument(
         "--out",
         type=take.folder,
         required=True,
         help="folder for the tokenizer, its log and its training state",
     )
+    take.add_device(parser)
     parser.set_defaults(run=_tokenizer_train)
 
     parser = actions.add_parser(
@@ -219,6 +214,8 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shots", default="1,3", help="of a features tokenizer: numbers of examples (default 1,3)"
     )
+    take.add_device(parser)
+    take.add_dtype(parser, "what the tokenizer computes in (default: float32)")
     parser.set_defaults(run=_tokenizer_evaluate)
 
     _add_tokenizer_features(actions)
@@ -299,14 +296,7 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser(
         "train", help="train a decoder, alone or under the deepspeed launcher"
     )
-    parser.add_argument("recipe", help="a path, or the name of a shipped recipe such as paper_256")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="settings that override the recipe's",
-    )
+    take.add_recipe(parser, "recipe", "paper_256")
     parser.set_defaults(run=_train)
 
 
@@ -324,6 +314,7 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
         help="training shards to fit the threshold of masks on, for a model that decodes in "
         "parallel",
     )
+    take.add_device(parser)
     parser.set_defaults(run=_export)
 
 
@@ -364,17 +355,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("segment", help="segment an image as examples show")
-    parser.add_argument("model", type=take.path, help=_MODEL)
-    parser.add_argument(
-        "--example",
-        nargs=2,
-        type=take.path,
-        action="append",
-        default=[],
-        metavar=("IMAGE", "MASK"),
-        help="may be repeated",
-    )
-    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
+    _add_examples(parser, "MASK")
     parser.add_argument("--category", help="the class's name, for models with a class prompt")
     parser.add_argument(
         "--out",
@@ -392,6 +373,21 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_segment)
 
 
+def _add_examples(parser: argparse.ArgumentParser, output: str) -> None:
+    """A model, examples of an image and its `output`, and a query."""
+    parser.add_argument("model", type=take.path, help=_MODEL)
+    parser.add_argument(
+        "--example",
+        nargs=2,
+        type=take.path,
+        action="append",
+        default=[],
+        metavar=("IMAGE", output),
+        help="may be repeated",
+    )
+    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
+
+
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoding",
@@ -402,30 +398,13 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="precision of the decoder's weights (default: that of the model's file)",
-    )
+    take.add_device(parser)
+    take.add_dtype(parser, "precision of the decoder's weights (default: that of the model's file)")
 
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("caption", help="caption an image as examples show")
-    parser.add_argument("model", type=take.path, help=_MODEL)
-    parser.add_argument(
-        "--example",
-        nargs=2,
-        type=take.path,
-        action="append",
-        default=[],
-        metavar=("IMAGE", "REGION.json"),
-        help="may be repeated",
-    )
-    parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
+    _add_examples(parser, "REGION.json")
     parser.add_argument("--category", help="the class's name, for models to which it is given")
     _add_place(parser)
     parser.set_defaults(run=_caption)
@@ -452,11 +431,11 @@ def _train(options: argparse.Namespace) -> int:
 def _train_until_stopped(options: argparse.Namespace) -> int:
     from icl_moe.recipe import TrainingRecipe
     from icl_moe.settings import load_recipe
-    from icl_moe.training.preflight import check
+    from icl_moe.training.preflight import open_checked
 
-    recipe = load_recipe(TrainingRecipe, options.recipe, options.settings)
+    recipe = load_recipe(TrainingRecipe, options.recipe, options.overrides)
     # Before DeepSpeed is imported, which takes seconds: a refusal comes at once.
-    checked = check(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+    checked = open_checked(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
 
     from icl_moe.training.trainer import Trainer
 
@@ -469,7 +448,7 @@ def _export(options: argparse.Namespace) -> int:
     from icl_moe.training.checkpoint import export
 
     with writing(options.out):
-        step = export(options.checkpoint, options.out, options.threshold_from)
+        step = export(options.checkpoint, options.out, options.threshold_from, options.device)
     print(f"{options.out}: the model after {step} steps")
     return 0
 
@@ -480,10 +459,10 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from preprocessing.tokenizers.train import train_tokenizer
 
     recipe = load_recipe(
-        TokenizerRecipe, options.recipe, options.settings, package="preprocessing.tokenizers"
+        TokenizerRecipe, options.recipe, options.overrides, package="preprocessing.tokenizers"
     )
     with _locked_by_first(options.out):
-        train_tokenizer(recipe, options.out)
+        train_tokenizer(recipe, options.out, options.device)
     return 0
 
 
@@ -499,7 +478,15 @@ def _tokenizer_evaluate(options: argparse.Namespace) -> int:
         )
     from preprocessing.tokenizers.measures import evaluate_tokenizer
 
-    _print_values(evaluate_tokenizer(options.tokenizer, options.images, options.annotations))
+    _print_values(
+        evaluate_tokenizer(
+            options.tokenizer,
+            options.images,
+            options.annotations,
+            device=options.device,
+            dtype=options.dtype,
+        )
+    )
     return 0
 
 
@@ -615,10 +602,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock of --out; of several processes that share the work the first one has it."""
+    """The lock of --out; if several processes share the work, the first one takes it."""
     from icl_moe.locks import locked
 
-    return locked(out, "--out") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+    return locked(out, "--out") if is_main() else contextlib.nullcontext()
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
@@ -632,7 +619,7 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 
 _PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-"""Formats of images that keep a mask as it is, by the ending of the file's name."""
+"""Image formats that store a mask without loss, by the ending of the file's name."""
 
 
 def _segment(options: argparse.Namespace) -> int:

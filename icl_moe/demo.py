@@ -1,6 +1,6 @@
 """`icl-moe demo`: the whole pipeline, small, by the same commands that a user would type.
 
-A room of its own at the top, since it goes through all the others.
+This module is at the top of the package, because it uses all the others.
 """
 
 import csv
@@ -110,7 +110,7 @@ def _run(*arguments: str | Path) -> None:
 
 
 def _launch(*arguments: str) -> None:
-    # A port of its own, since another run on this machine may have the launcher's.
+    # A free port, since another run on this machine may use the launcher's default.
     launcher = [
         "--num_gpus",
         str(RANKS),
@@ -126,8 +126,8 @@ def _launch(*arguments: str) -> None:
 
 def _call(command: list[str], shown: list[str]) -> None:
     print("$ " + shlex.join(shown), flush=True)
-    # A thread a rank, since more would fight over the cores; and the launcher need not look for
-    # accelerators.
+    # One thread for each rank, since more would compete for the cores; and the launcher need not
+    # look for accelerators.
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:

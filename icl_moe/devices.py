@@ -1,33 +1,45 @@
-"""Where a process alone computes, and in which precision."""
+"""Where a process alone computes, and in which precision. Torch is imported when it is needed: the
+command line reads the names without waiting for it.
+"""
 
-import torch
+from typing import TYPE_CHECKING, Union
 
 from icl_moe.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Precisions of a decoder's weights, by the names that people use."""
+if TYPE_CHECKING:
+    import torch
+
+Device = Union[str, "torch.device"]
+DTYPES = ("float32", "bfloat16")
+"""Precisions that can be asked for, by torch's names."""
 
 
-def default_device() -> torch.device:
+def default_device() -> "torch.device":
     """A GPU where there is one: CUDA, or Apple's Metal where this torch has it; else the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16. Where it has none, a convolution in it
-    takes up to a hundred times as long as one in float32.
+def computes_in_bf16(device: "torch.device") -> bool:
+    """Whether the device has instructions for bfloat16. If it has none, a convolution in it takes
+    up to a hundred times as long as one in float32.
     """
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def find_device(name: str | torch.device | None) -> torch.device:
+def find_device(name: Device | None) -> "torch.device":
     """The device of that name, such as cpu, cuda, cuda:1 or mps; None means the default one. Raises
     InputError where this machine has no such device.
     """
+    import torch
+
     if name is None:
         return default_device()
     try:
@@ -47,10 +59,12 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def find_dtype(name: str | None) -> torch.dtype | None:
+def find_dtype(name: str | None) -> "torch.dtype | None":
     """The precision of that name; None stays None. Raises InputError for another name."""
+    import torch
+
     if name is None:
         return None
     if name not in DTYPES:
         raise InputError(f"A dtype must be {' or '.join(DTYPES)}, not {name!s:.60}.")
-    return DTYPES[name]
+    return getattr(torch, name)

@@ -1,5 +1,5 @@
-"""The exceptions that are no bugs of ours, so that the command line can tell them from those: the
-input is wrong, or what was computed could not be kept.
+"""Exceptions that are not bugs in this code, so that the command line can tell the two apart: the
+input is wrong, or a result could not be saved.
 """
 
 import difflib
@@ -24,11 +24,11 @@ class RankError(InputError):
 
 
 class SampleError(RankError):
-    """A sample cannot be read: only the rank whose turn it is finds that."""
+    """A sample cannot be read, which only the rank that reads it can detect."""
 
 
 class UnsavedError(Exception):
-    """A run ended, and its last steps are in no checkpoint, though the input was right.
+    """A run ended and its last steps are in no checkpoint, although the input was right.
 
     The message is one sentence that says what is lost. The command line prints it alone and exits
     with code 1. All ranks raise it together.
@@ -36,8 +36,8 @@ class UnsavedError(Exception):
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a sentence about an unknown name: " (did you mean 'NAME'?)", or nothing where no
-    known name is near.
+    """The end of a sentence about an unknown name: " (did you mean 'NAME'?)", or an empty string if
+    no known name is similar.
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""
@@ -48,5 +48,5 @@ _short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
 
 
 def shown(value: Any) -> str:
-    """A value of the user's as a message shows it: cut where it is long."""
+    """A value from the user as a message shows it, shortened if it is long."""
     return _short.repr(value)

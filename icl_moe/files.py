@@ -1,5 +1,5 @@
-"""Writing files whole: under a temporary name, then renamed, so that no reader ever sees half of
-one.
+"""Writing files as a whole: under a temporary name, then renamed, so that no reader ever sees a
+part of a file.
 """
 
 import contextlib
@@ -9,21 +9,23 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write `path` (text as UTF-8), replacing what was there, or leave it as it was."""
+    """Write `path` (text as UTF-8), replacing an existing file, or leave that unchanged if it
+    fails.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)  # A full disk needs the room.
+            partial.unlink(missing_ok=True)  # A full disk needs the space.
         raise
 
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy the files of a folder and of those in it into `target`, replacing what is there.
 
-    They become new files like any other: a read-only source makes no read-only copy.
+    They get the usual mode of new files: the copy of a read-only file is not read-only.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
@@ -50,8 +52,8 @@ def give_usual_mode(path: Path) -> None:
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk.
 
-    Raises OSError where it cannot be: a disk, a quota or a network may take what is written and say
-    only now that there is no room for it.
+    Raises OSError if that fails: a disk, a quota or a network may accept a file and report only
+    now that there is no room for it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Reading the files that people give: JSON as it really comes, and sentences for the rest."""
+"""Reading files that users provide: JSON in the forms that occur, and clear errors for the rest."""
 
 import json
 import re
@@ -105,8 +105,8 @@ def with_whole_characters(content: Any, text: str) -> Any:
 def whole_characters(text: str) -> str:
     """`text` with U+FFFD for each half of a surrogate pair that stands alone.
 
-    JSON can write such halves, where a program cut a text within an emoji, but UTF-8 cannot hold
-    them, so that neither files nor tokenizers take them.
+    JSON can contain such halves, if a program cut a text within an emoji, but UTF-8 cannot, so
+    neither files nor tokenizers accept them.
     """
     try:
         text.encode()

@@ -1,30 +1,31 @@
-"""Folders that one process at a time writes."""
+"""Folders into which only one process at a time writes."""
 
 import contextlib
 import fcntl
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from icl_moe.errors import InputError
+from icl_moe.messages import say
 
 LOCK_FILE = ".lock"
-"""Stands in a folder while a process writes there, and names that process."""
+"""A file in a folder while a process writes there; it names that process."""
 
 _PATIENCE = 5.0
-"""Seconds in which a process that is about to end may free its folder."""
+"""How many seconds to wait for a process that is about to end and free its folder."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
-    """Within it this process alone writes `folder`, which is made where it is missing.
+    """Within this context only this process writes into `folder`, which is created if it is
+    missing.
 
-    The lock ends with the process, however that ends, and holds between machines where their file
-    system has locks. key: the setting that names the folder, for messages. Raises InputError where
-    another process has the lock, and where the folder cannot be written.
+    The lock ends with the process, in whichever way it ends, and also works between machines if
+    their file system has locks. key: the setting that names the folder, for messages. Raises
+    InputError if another process has the lock, and if the folder cannot be written.
     """
     is_new = not folder.exists()
     path = folder / LOCK_FILE
@@ -35,7 +36,7 @@ def locked(folder: Path, key: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
             if is_new:
-                folder.rmdir()  # It stays where anything was written.
+                folder.rmdir()  # It stays if anything was written into it.
         os.close(file)
 
 
@@ -68,14 +69,13 @@ def _try_lock(file: int, path: Path) -> bool:
         if not os.path.samestat(os.fstat(file), path.stat()):
             return False
     except (BlockingIOError, FileNotFoundError):
-        return False  # Another process has it, or had it and has just removed it.
+        return False  # Another process has the lock, or has just removed its file.
     except OSError as error:
-        print(
-            f"icl-moe: warning: {path.parent} cannot be locked ({error.strerror}); see to it that "
-            "no other process writes there.",
-            file=sys.stderr,
+        say(
+            f"warning: {path.parent} cannot be locked ({error.strerror}); see to it that no other "
+            "process writes there."
         )
-    with contextlib.suppress(OSError):  # A full disk keeps the name out, not the lock.
+    with contextlib.suppress(OSError):  # On a full disk the name is missing; the lock works.
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     return True

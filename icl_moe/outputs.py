@@ -1,5 +1,5 @@
-"""Where commands write: looked at before the work begins, so that no work is lost for want of a
-place, and written whole.
+"""The files and folders that commands write: checked before the work begins, so that no work is
+lost because its result cannot be written, and written as a whole.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder to write into, which need not be there yet, with ~ expanded.
+    """The folder to write into, which need not exist yet, with ~ expanded.
 
-    Nothing is made. Raises InputError for a URL, for an empty name, and where the file system would
-    not let a file be made there.
+    Nothing is created. Raises InputError for a URL, for an empty name, and if the file system does
+    not allow a file there.
     """
     folder = _local(path)
     _check_place(folder, folder)
@@ -36,9 +36,9 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 def output_file(
     path: str | os.PathLike[str], suffixes: Sequence[str], inputs: Iterable[str | Path] = ()
 ) -> Path:
-    """The file to write, whose folder need not be there yet, with ~ expanded.
+    """The file to write, whose folder need not exist yet, with ~ expanded.
 
-    A link stands for what it points to; what is no plain file, such as a device, may have any name.
+    A link stands for its target. A special file, such as a device, may have any name.
     Raises InputError as `output_folder` does, and for a folder, for a name that ends in none of
     `suffixes`, and for one of the command's `inputs`.
     """
@@ -77,8 +77,7 @@ def write_output(path: Path, content: bytes | str) -> None:
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what the operating system refuses while `path`, a file or a folder, is written into an
-    InputError that names it. What fails elsewhere meanwhile stays what it is, but for a want of
-    room.
+    InputError that names it. Errors of other files remain what they are, except for a full disk.
     """
     try:
         yield
@@ -89,7 +88,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         raise InputError(f"Writing {where} failed: {error.strerror or error}.") from error
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # It tells of the system in words only.
+        number = re.search(r"os error (\d+)", str(error))  # The system's error is only in its text.
         if number is None:
             raise
         raise InputError(f"Writing {path} failed: {os.strerror(int(number[1]))}.") from error
@@ -118,7 +117,7 @@ def _check_place(path: Path, folder: Path) -> None:
             folder = folder.parent
         if not folder.is_dir():
             raise InputError(f"{path} cannot be written: {folder} is no folder.")
-        # The surest way to know: it meets access rights, quotas and read-only file systems.
+        # The safest test: access rights, quotas and read-only file systems all show in it.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -1,4 +1,4 @@
-"""Pictures for people: masks and boxes drawn over images, cells with words, and grids of them."""
+"""Pictures for people: masks and boxes drawn over images, cells with text, and grids of cells."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ _CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture with a word above it and text below."""
+    """A picture with a heading above it and a text below it."""
 
     heading: str
     picture: Image.Image
@@ -27,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of cells, an episode each, under a title of their own."""
+    """Rows of cells, one row for each episode, each under its own title."""
 
     title: str
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]

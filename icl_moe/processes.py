@@ -9,13 +9,28 @@ import os
 import torch
 from accelerate import PartialState
 
+from icl_moe.devices import Device, find_device
+from icl_moe.errors import InputError
 
-def join_processes() -> PartialState:
+
+def join_processes(device: Device | None = None) -> PartialState:
     """The processes that `accelerate launch` or torchrun started, or this one alone; to be called
     before anything else of accelerate.
+
+    device: what each computes on, by default a GPU where there is one. Raises InputError where this
+    machine has no such device, and where several processes would share one that has a number.
 
     Without CUDA, accelerate joins torchrun's processes only if told that they use CPUs. Otherwise
     each would do all of the work.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=launched and not torch.cuda.is_available())
+    if device is None:
+        return PartialState(cpu=launched and not torch.cuda.is_available())
+    place = find_device(device)
+    if place.type == "cuda" and place.index is not None:
+        if launched:
+            raise InputError(
+                f"The device {place} would be shared by all processes; cuda gives each its own."
+            )
+        torch.cuda.set_device(place)
+    return PartialState(cpu=place.type == "cpu")

@@ -1,21 +1,21 @@
-"""The ranges of a recipe's numbers, which stand beside the fields:
+"""The ranges of the numbers in recipes, which are declared beside the fields:
 
     heads: Count = 12
     dropout: Annotated[float, Range(0, below=1)] = 0.1
 
-`icl_moe.settings` holds what it reads to them. A module of its own because the vocabulary, which
-recipes are made of, has ranges too.
+`icl_moe.settings` checks what it reads against them. This is a separate module because the
+vocabulary, which is a part of recipes, has ranges too.
 """
 
 from dataclasses import dataclass
 from typing import Annotated
 
 LARGEST_INTEGER = 2**31 - 1
-"""No whole number of a recipe is larger: so many steps, samples or pixels nobody can mean."""
+"""No whole number of a recipe may be larger: nobody needs so many steps, samples or pixels."""
 
 LARGEST, SMALLEST = 1e9, 1e-30
-"""No number of a recipe is larger, or nearer to 0 without being 0: in float32 it would soon be
-infinite, or 0.
+"""No number of a recipe may be larger, or nearer to 0 without being 0: computations in float32
+would soon make it infinite, or 0.
 """
 
 
@@ -68,7 +68,7 @@ ImageSide = Annotated[int, Range(1, 8192)]
 """The side in pixels of what an image tokenizer sees."""
 
 Weight = Annotated[float, Range(0)]
-"""What a part of a loss counts; 0 leaves it out."""
+"""The weight of a part of a loss; 0 leaves the part out."""
 
 Share = Annotated[float, Range(0, 1)]
 """A part of a whole, or of all cases."""

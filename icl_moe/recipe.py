@@ -24,9 +24,9 @@ class DataSettings:
     """What to train on. `shards` and `validation` are folders that `icl-moe shards build` wrote, or
     their fsspec URLs (s3://bucket/folder).
 
-    cache, cache_gigabytes: where the files of a URL are kept and how much room they may take; by
-    default the user's cache folder. Room for
-    all shards is best: each step reads from everywhere.
+    cache, cache_gigabytes: the folder in which the files of a URL are kept, by default the user's
+    cache folder, and how much room they may take. Room for all shards is best, because each step
+    reads from all of them.
     """
 
     shards: str
@@ -51,12 +51,12 @@ class ModelSettings:
     `weights`, the output of one expert whose weights are the weighted sum of theirs
     (Uni-Perceiver-MoE's code, at a dense layer's cost).
     gate_noise: whether the gate of the attributes is noisy in training.
-    link: whether a position that predicts or holds a cell of an output image is told the code of
-    that cell in the pair's own input image: W E[c] is added to it, W a matrix of its own.
+    link: whether a position that predicts or holds a cell of an output image is given the code of
+    that cell in the pair's own input image: W E[c] is added to it, with a separate matrix W.
     initialisation: `gpt2`, N(0, 0.02^2); or `fan_in`, with a scale that does not depend on the
     width, and queries that start equal to keys (icl_moe.model.decoder.initialise).
-    codebook_init: whether the embeddings of input images' codes start as a random map of their
-    tokenizer's code vectors, so that codes which look alike start alike.
+    codebook_init: whether the embeddings of input images' codes start as a random projection of
+    their tokenizer's code vectors, so that codes which look alike have similar embeddings at first.
     """
 
     layers: Annotated[int, Range(1, 1024)] = 12
@@ -115,9 +115,8 @@ class OptimizerSettings:
     matrix_learning_rate: of what Muon moves; it follows the same schedule.
 
     clip: the largest global gradient norm, or null for no clipping. MT-AdamW divides by the norm,
-    so clipping would do nothing there.
-    task_weights: omega_k of MT-AdamW, with which force a task pushes; 1 for tasks that are not
-    named.
+    so clipping would have no effect there.
+    task_weights: omega_k of MT-AdamW, the influence of each task; 1 for tasks that are not named.
     """
 
     name: Literal["adamw", "mt_adamw", "muon"] = "adamw"
@@ -150,31 +149,26 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long, how much a step, what is kept.
+    """The length of a run, the size of a step, and what is saved and reported.
 
     task_weights: with `unmixed` sampling, a task is drawn with probability proportional to its
     weight here, and never if it is not named; null for the square root of its number of samples.
     stop_after: save and stop at that step, as an interruption would; schedules still aim at
-    `steps`.
-    loss_on: which pairs bear loss, `all` of an episode or the `query` alone.
+    `steps`. loss_on: the pairs that have a loss, `all` of an episode or only the `query`.
     mask_corruption: whether codes of the query's mask are hidden from the model as [MASK], in a
     share that is drawn for each episode (icl_moe.data.corruption); parallel decoding needs it.
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's
-    caption-only model).
-    skipped_steps: how many steps may be left out, over the whole run, because their loss is not
-    finite, before training ends.
-    hang_seconds: without progress for so long, the run ends and names the rank that stands still;
-    null to wait for ever.
-    dry_run: before the first step, compute the largest batch of every task, so that one that is too
-    large for the memory shows at once.
-    accept_changes: whether a run may go on with other shards, or another seed, global batch,
-    sampling or task weights, than it has trained with so far.
-    evaluate_every, evaluate_episodes: every so many steps, ask the first so many episodes of each
-    task of data.validation; null for never.
-    gradient_report_every: how often the gradient's norm is written by task and part of the model;
-    null for never.
-    deterministic: whether operations whose result may differ from run to run on a GPU are replaced
-    by slower ones that repeat it.
+    caption-only model). skipped_steps: how many steps may be skipped in the whole run, because
+    their loss or gradient is not finite, before training ends. hang_seconds: after so long without
+    progress, the run ends and names the rank that hangs; null to wait forever. dry_run: before the
+    first step, compute the largest batch of every task, so that one that is too large for the
+    memory is detected at once. accept_changes: whether a run may continue with other shards, or
+    another seed, global batch, sampling or task weights, than it has trained with so far.
+    evaluate_every, evaluate_episodes: how often, in steps, to evaluate the first so many episodes
+    of each task of data.validation; null for never. gradient_report_every: how often, in steps, the
+    gradient's norm is written by task and part of the model; null for never. deterministic: whether
+    operations whose result may differ from run to run on a GPU are replaced by slower ones that are
+    repeatable.
     """
 
     steps: Count

@@ -54,7 +54,7 @@ def run_lengths(counts: str | bytes) -> list[int]:
         group = 0x20
         while group & 0x20:
             group = text[position] - 48
-            if not 0 <= group < 64 or shift > 60:  # Longer numbers would take for ever.
+            if not 0 <= group < 64 or shift > 60:  # Longer numbers would take too long.
                 raise ValueError("not run lengths")
             value |= (group & 0x1F) << shift
             shift += 5

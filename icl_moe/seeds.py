@@ -1,5 +1,5 @@
-"""Seeds from names: what is drawn for a purpose depends on that purpose alone, on no other draw and
-on no process.
+"""Seeds from names: what is drawn for a purpose depends only on that purpose, and not on other
+draws or on the process.
 """
 
 import hashlib

@@ -1,15 +1,17 @@
-"""Requests to stop a run, and processes that end with the one that they serve.
+"""Requests to stop a run, and child processes that end with their parent.
 
-SIGTERM, as a cluster or `docker stop` sends it, and SIGINT, as Ctrl-C does, ask a run to stop. One
-request comes as several signals: where the whole process group gets one, each rank gets it from
-there and once more from its launcher, which passes on what it got itself. A second request ends the
-process at once.
+SIGTERM, which a cluster or `docker stop` sends, and SIGINT, which Ctrl-C sends, ask a run to stop.
+One request arrives as several signals: if a whole process group receives a signal, each rank gets
+it from there and once more from its launcher, which passes on what it received itself. A second
+request ends the process at once.
 
-Apart from training/ because it must be in force before torch is imported, which takes seconds.
+This module is separate from training/ because it must be active before torch is imported, which
+takes seconds.
 
-`python -m icl_moe.signals COMMAND ...` runs a command from which these signals are held back, and
-so from all that it starts, until that hears them. The launch scripts start the launcher so, which
-would pass them on to its ranks for 30 seconds, kill what is left, and exit with 1.
+`python -m icl_moe.signals COMMAND ...` runs a command and keeps these signals from it and from all
+processes that it starts, until those processes unblock them. The launch scripts start the launcher
+in this way; otherwise it would pass the signals on to its ranks, kill those that remain after 30
+seconds, and exit with 1.
 """
 
 import contextlib
@@ -25,20 +27,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from icl_moe.messages import say, say_on_main
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 _ONE_REQUEST = 2.5
-"""Seconds from a request's first signal in which all others belong to it."""
+"""Seconds after the first signal of a request within which all others belong to it."""
 
 _MEETING = 3.0
-"""Seconds that a process which was asked to stop waits for other ranks that are not there yet."""
+"""Seconds that a process which was asked to stop waits for ranks that are not connected yet."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class _Phase(enum.Enum):
-    """How far a run has come: until its ranks meet nothing is lost where one of them ends, and then
-    they have to agree.
+    """How far a run has come. Before its ranks are connected nothing is lost if one of them ends;
+    afterwards they have to agree on ending.
     """
 
     BEFORE = enum.auto()
@@ -57,26 +61,26 @@ class _Requests:
         self._ended = threading.Event()
 
     def note(self, number: int, sender: int | None = None) -> None:
-        """Count a signal; `sender` is the process that sent it, where that is known."""
+        """Count a signal; `sender` is the process that sent it, if that is known."""
         now = time.monotonic()
         if self.phase is _Phase.BEFORE:
-            _say_on_main(f"{_name(number)}: stopped before the run began.")
+            say_on_main(f"{_name(number)}: stopped before the run began.")
             self._end(number)
         elif self.first is None:
             self.first = now
-            _say_on_main(
+            say_on_main(
                 f"{_name(number)}: asked to stop, which the run does as soon as its ranks agree; a "
                 "second signal, some seconds from now, ends it at once."
             )
         # The launcher signals its ranks one after another, each when the one before has ended: its
         # signal may be late, and is never a request of its own.
         elif now - self.first > _ONE_REQUEST and (sender is None or sender != self.launcher):
-            _say_on_main("a second signal: the run ends at once.")
+            say_on_main("a second signal: the run ends at once.")
             os._exit(128 + number)
 
     def listen(self) -> None:
-        """From now on a thread of its own takes the signals: it knows who sent them, and is heard
-        while the main thread is in foreign code, such as a collective.
+        """From now on a separate thread receives the signals: it knows who sent them, and it runs
+        even while the main thread is in foreign code, such as a collective.
         """
         # Threads that start from here on inherit the mask, so that no other is given a signal.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -105,12 +109,12 @@ class _Requests:
             if self.phase is not _Phase.MEETING or self.first is None:
                 meeting_since = time.monotonic()
             elif time.monotonic() - meeting_since > _MEETING:
-                _say("stopped before the run began, while it waited for the other ranks.")
+                say("stopped before the run began, while it waited for the other ranks.")
                 self._end(signal.SIGTERM)
 
     def _end(self, number: int) -> None:
-        """End before the ranks have met. The launcher takes no notice of a rank that ends well, so
-        that the others would wait for this one: it does not end well where there are others.
+        """End before the ranks are connected. The launcher ignores a rank that ends with 0, and the
+        others would wait for this one, so it ends with an error code if there are others.
         """
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
         os._exit(0 if is_alone else 128 + number)
@@ -126,8 +130,8 @@ def stop_requested() -> bool:
 
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
-    """Within it this process waits for the other ranks. Before, a request to stop ends it at once;
-    from here on it is for the ranks to agree on, unless they do not come.
+    """Within this context this process waits for the other ranks. Before it, a request to stop ends
+    the process at once; from here on the ranks have to agree, unless the others do not appear.
     """
     _requests.phase = _Phase.MEETING
     yield
@@ -135,9 +139,9 @@ def meeting() -> Iterator[None]:
 
 
 def is_program() -> bool:
-    """Whether this is a rank's own process. A reader of shards that multiprocessing starts anew
-    ("spawn", "forkserver") first runs the program of its rank, under the name __mp_main__: it must
-    neither train nor hear signals.
+    """Whether this is a rank's own process. A reader of shards that multiprocessing starts as a new
+    program ("spawn", "forkserver") first runs the program of its rank, under the name __mp_main__:
+    it must neither train nor listen to signals.
     """
     return getattr(sys.modules.get("__mp_main__"), "__name__", None) != "__mp_main__"
 
@@ -145,9 +149,9 @@ def is_program() -> bool:
 def hear() -> None:
     """From now on a signal is a request to stop, and nothing more, until the process ends.
 
-    For a program's first line: what runs before `listen` need not know of signals. Signals that a
-    launcher of ours holds back from this process are let through, and one that came before this
-    process was there counts.
+    This is for the first line of a program: code that runs before `listen` need not know about
+    signals. Signals that our launch scripts block for this process are unblocked, and a signal that
+    was sent before this process existed counts.
     """
     for number in STOPPING:
         signal.signal(number, _handle)
@@ -159,7 +163,7 @@ def hear() -> None:
 
 
 def listen() -> None:
-    """`hear` for good, with a thread of its own, to the very end of the process."""
+    """`hear` until the very end of the process, with a separate thread."""
     if not _requests.listens:
         hear()
         _requests.listen()
@@ -167,7 +171,7 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Within it signals are requests to stop; afterwards they do again what they did before."""
+    """Within this context signals are requests to stop; afterwards their former effect is back."""
     if _requests.listens:
         yield
         return
@@ -182,9 +186,7 @@ def listening() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """This process, a child of multiprocessing, is killed when its parent dies, however that
-    dies.
-    """
+    """Have this process, a child of multiprocessing, killed when its parent dies in any way."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
@@ -192,8 +194,8 @@ def end_with_parent() -> None:
 
 
 def obey_parent_alone() -> None:
-    """This process, a child of multiprocessing, outlives the signals that others send, and ends
-    with its parent, or when its parent tells it to.
+    """Make this process, a child of multiprocessing, ignore the signals of others and end with its
+    parent, or when its parent tells it to.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     threading.Thread(target=_await_parent, name="signals", daemon=True).start()
@@ -213,9 +215,9 @@ def _handle(number: int, _: FrameType | None) -> None:
 
 
 def _held_back() -> int | None:
-    """A signal that waits in a process above this one, which holds it back: `python -m
-    icl_moe.signals`, or a launcher that it started. One that came while there were no ranks yet
-    waits there.
+    """A signal that is pending in a process above this one which blocks it: `python -m
+    icl_moe.signals`, or a launcher that it started. A signal that arrived before there were ranks
+    is pending there.
     """
     pid = os.getppid()
     with contextlib.suppress(OSError, KeyError, ValueError):
@@ -234,16 +236,6 @@ def _held_back() -> int | None:
 
 def _name(number: int) -> str:
     return signal.Signals(number).name
-
-
-def _say_on_main(what: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        _say(what)
-
-
-def _say(what: str) -> None:
-    with contextlib.suppress(OSError):  # The terminal may be gone.
-        print(f"icl-moe: {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

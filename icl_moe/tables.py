@@ -1,4 +1,4 @@
-"""Tables of texts, and numbers as tables print them."""
+"""Tables of texts, and the format of numbers in tables."""
 
 import re
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ class Table(NamedTuple):
 
 
 def percent(value: float | None) -> str:
-    """A share times 100, as papers print it; a dash where there is none."""
+    """A share times 100, as papers print it; a dash for None."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def percent_range(interval: tuple[float, float] | None) -> str:
-    """Both ends of an interval, as `percent` prints them; empty where there is none."""
+    """Both ends of an interval, as `percent` prints them; an empty string for None."""
     return "" if interval is None else " – ".join(map(percent, interval))
 
 
 def as_text(table: Table) -> str:
-    """A table for a terminal: columns of numbers to the right, others to the left."""
+    """A table for a terminal: columns of numbers are right-aligned, others left-aligned."""
     lines = [table.head, *table.rows]
     columns = []
     for column, cells in enumerate(zip(*lines, strict=True)):

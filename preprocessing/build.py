@@ -25,6 +25,7 @@ from icl_moe.data.shards import (
     ShardSet,
     index_file,
 )
+from icl_moe.devices import Device
 from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
@@ -41,7 +42,7 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
 from preprocessing.episodes import plan_episodes
 from preprocessing.image_check import ImageCheck
-from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, plan_shards
+from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
 from preprocessing.pool import Pool
 from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
 from preprocessing.recipe import DataRecipe
@@ -49,16 +50,18 @@ from preprocessing.sources import Reading, check_sections, read_pools
 from preprocessing.workers import ordered_map
 
 
-def build_shards(recipe: DataRecipe, out: Path, workers: int) -> Manifest:
+def build_shards(
+    recipe: DataRecipe, out: Path, workers: int, device: Device | None = None
+) -> Manifest:
     """Build the shard folder `out` on `workers` processes, and on all devices under `accelerate
     launch`.
 
-    Goes on where an earlier build with the same settings stopped. Raises InputError for bad input,
-    and where `out` holds something else or cannot be written.
+    Goes on where an earlier build with the same settings stopped. device: see `join_processes`.
+    Raises InputError for bad input, and where `out` holds something else or cannot be written.
     """
     check_sections(recipe)
     out = output_folder(out)
-    process = join_processes()
+    process = join_processes(device)
     tokenizers = _open_tokenizers(recipe)
     codec = SequenceCodec(
         _format(recipe, tokenizers),
@@ -119,14 +122,14 @@ def _build(
     packer = Packer(
         out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size
     )
-    plans = [
-        plan
+    ranges = [
+        shard
         for task in tasks
-        for plan in plan_shards(task, len(tasks[task].episodes), recipe.shard_size)
+        for shard in shard_ranges(task, len(tasks[task].episodes), recipe.shard_size)
     ]
-    mine = plans[rank::ranks]
+    mine = ranges[rank::ranks]
     with tqdm(
-        total=sum(plan.stop - plan.start for plan in mine),
+        total=sum(shard.stop - shard.start for shard in mine),
         desc="packing samples",
         unit="sample",
         disable=rank != 0,
@@ -135,7 +138,7 @@ def _build(
             progress.update(count)
     process.wait_for_everyone()
     if process.is_main_process:
-        shards, classes = collect(packer, plans)
+        shards, classes = collect(packer, ranges)
         tokenizers.to("cpu").save(out)
         codec.text.save(out / "text_tokenizer")
         manifest = Manifest(

@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 
 from icl_moe import arguments as take
+from icl_moe.messages import say
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,18 +16,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build = verbs.add_parser(
         "build", help="turn annotations and images into shards; goes on where it was interrupted"
     )
-    build.add_argument(
-        "recipe",
-        metavar="DATA",
-        help="a data recipe: a path, or the name of a shipped one such as demo",
-    )
-    build.add_argument(
-        "settings",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="settings to change, such as image_size=128",
-    )
+    take.add_recipe(build, "DATA", "demo")
     build.add_argument(
         "--out", type=take.folder, required=True, metavar="DIR", help="the shard folder"
     )
@@ -38,6 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="processes, 0 for none but this one (default: %(default)s)",
     )
+    take.add_device(build)
 
     verify = verbs.add_parser("verify", help="check hashes and read every sample")
     stats = verbs.add_parser("stats", help="say what a shard folder holds")
@@ -50,6 +40,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             metavar="DIR",
             help="the shard folder, a path or a URL such as s3://bucket/folder",
         )
+    take.add_device(preview)
     preview.add_argument("--out", required=True, metavar="FILE.html", help="the page, one file")
 
 
@@ -64,15 +55,14 @@ def run(args: argparse.Namespace) -> int:
         from preprocessing.recipe import DataRecipe
         from preprocessing.workers import most_workers
 
-        recipe = load_recipe(DataRecipe, args.recipe, args.settings, package="preprocessing")
+        recipe = load_recipe(DataRecipe, args.recipe, args.overrides, package="preprocessing")
         if args.workers > most_workers():
-            print(
-                f"icl-moe: --workers {args.workers} is more than this machine has use for; "
-                f"{most_workers()} are started at most.",
-                file=sys.stderr,
+            say(
+                f"--workers {args.workers} is more than this machine has use for; "
+                f"{most_workers()} are started at most."
             )
         with writing(args.out):
-            manifest = build_shards(recipe, args.out, args.workers)
+            manifest = build_shards(recipe, args.out, args.workers, args.device)
         process = join_processes()
         if process.is_main_process:
             counts = " and ".join(
@@ -95,6 +85,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         from preprocessing.preview import write_preview
 
-        write_preview(args.folder, args.out)
+        write_preview(args.folder, args.out, args.device)
         print(f"Wrote {args.out}.")
     return 0

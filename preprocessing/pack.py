@@ -54,8 +54,8 @@ class Packer:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """A shard to be: samples `start` to `stop` of `task`."""
+class ShardRange:
+    """Which samples a shard will hold: those from `start` to before `stop` of `task`."""
 
     task: str
     number: int
@@ -67,31 +67,31 @@ class ShardPlan:
         return f"{self.task}-{self.number:06d}.tar"
 
 
-def plan_shards(task: str, samples: int, shard_size: int) -> list[ShardPlan]:
+def shard_ranges(task: str, samples: int, shard_size: int) -> list[ShardRange]:
     return [
-        ShardPlan(task, n, start, min(start + shard_size, samples))
+        ShardRange(task, n, start, min(start + shard_size, samples))
         for n, start in enumerate(range(0, samples, shard_size))
     ]
 
 
-def pack_shard(packer: Packer, plan: ShardPlan) -> int:
+def pack_shard(packer: Packer, shard: ShardRange) -> int:
     """Write one shard and its notes, unless both are there; returns its number of samples."""
-    target, notes = packer.folder / plan.file, packer.notes / f"{plan.file}.json"
+    target, notes = packer.folder / shard.file, packer.notes / f"{shard.file}.json"
     if target.is_file() and notes.is_file():
-        return plan.stop - plan.start
-    partial = packer.folder / f"{plan.file}.partial"
+        return shard.stop - shard.start
+    partial = packer.folder / f"{shard.file}.partial"
     ends, classes = [], Counter[str]()
     with (
         partial.open("wb") as file,
         webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer,
     ):
-        for index in range(plan.start, plan.stop):
-            category, sequence, meta = _sample(packer, plan.task, index)
+        for index in range(shard.start, shard.stop):
+            category, sequence, meta = _sample(packer, shard.task, index)
             tokens_L = sequence.tokens_L.astype(packer.codec.format.vocabulary.token_dtype)
             raw_tokens, raw_json = _npy_bytes(tokens_L), _json_bytes(meta)
             writer.write(
                 {
-                    "__key__": sample_key(plan.task, index),
+                    "__key__": sample_key(shard.task, index),
                     "tokens.npy": raw_tokens,
                     "json": raw_json,
                 }
@@ -101,14 +101,15 @@ def pack_shard(packer: Packer, plan: ShardPlan) -> int:
             classes[category] += 1
     rows = [[*places, *end] for places, end in zip(_places(partial), ends, strict=True)]
     written = FileInfo.of(packer.folder, partial.name)
-    info = ShardInfo(plan.file, written.bytes, written.sha256, plan.task, plan.stop - plan.start)
+    samples = shard.stop - shard.start
+    info = ShardInfo(shard.file, written.bytes, written.sha256, shard.task, samples)
     os.replace(partial, target)
     write_whole(notes, _json_bytes({"shard": asdict(info), "classes": classes, "rows": rows}))
-    return info.samples
+    return samples
 
 
 def collect(
-    packer: Packer, plans: Sequence[ShardPlan]
+    packer: Packer, ranges: Sequence[ShardRange]
 ) -> tuple[tuple[ShardInfo, ...], dict[str, dict[str, int]]]:
     """Write the index of all shards from their notes; returns what the manifest says of them:
     shards and classes of each task.
@@ -116,11 +117,11 @@ def collect(
     shards: list[ShardInfo] = []
     classes: dict[str, Counter[str]] = {task: Counter() for task in packer.tasks}
     rows: dict[str, list[np.ndarray]] = {task: [] for task in packer.tasks}
-    for number, plan in enumerate(plans):
-        notes = json.loads((packer.notes / f"{plan.file}.json").read_bytes())
+    for number, shard in enumerate(ranges):
+        notes = json.loads((packer.notes / f"{shard.file}.json").read_bytes())
         shards.append(ShardInfo(**notes["shard"]))
-        classes[plan.task].update(notes["classes"])
-        rows[plan.task].append(
+        classes[shard.task].update(notes["classes"])
+        rows[shard.task].append(
             np.array([(number, *row) for row in notes["rows"]], dtype=INDEX_TYPE)
         )
     for task, parts in rows.items():

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from icl_moe.data.shards import Sample, ShardSet
+from icl_moe.devices import Device, find_device
 from icl_moe.evaluation.episodes import EvaluationEpisode
 from icl_moe.images import to_image
 from icl_moe.outputs import output_file, write_output
@@ -22,14 +23,16 @@ from preprocessing.verify import open_codec
 SAMPLES_PER_TASK = 12
 
 
-def write_preview(location: str | Path, out: Path) -> None:
+def write_preview(location: str | Path, out: Path, device: Device | None = None) -> None:
     """Write a page, one file without references, with samples of each task spread over the shards
-    at a path or a URL. Raises InputError, before anything is drawn, where `out` cannot be written.
+    at a path or a URL. device: what decodes them, by default a GPU where there is one. Raises
+    InputError, before anything is drawn, where `out` cannot be written or there is no such device.
     """
     out = output_file(out, (".html", ".htm"))
+    place = find_device(device)
     shards = ShardSet(location)
     codec = open_codec(shards)
-    reader = _CodeReader(shards)
+    reader = _CodeReader(shards, place)
     tasks = []
     for task, count in shards.manifest.samples.items():
         places = np.linspace(0, count - 1, SAMPLES_PER_TASK)
@@ -45,18 +48,22 @@ def write_preview(location: str | Path, out: Path) -> None:
 class _CodeReader:
     """What tasks need to draw codes."""
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: ShardSet, device: torch.device) -> None:
         folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
-        self._tokenizers = ImageTokenizers.from_folders(folders)
+        self._tokenizers = ImageTokenizers.from_folders(folders).to(device)
+        self._device = device
 
     def show(self, codes_BN: np.ndarray) -> torch.Tensor:
-        return self._tokenizers.show(torch.from_numpy(codes_BN))
+        return self._tokenizers.show(self._tensor(codes_BN))
 
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
-        return self._tokenizers.decode(torch.from_numpy(codes_BN))
+        return self._tokenizers.decode(self._tensor(codes_BN))
 
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
         return self._tokenizers.mask_writer.decode(codes_BN)
+
+    def _tensor(self, codes_BN: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(codes_BN).to(self._device)
 
 
 def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
+    {"messages"},
     {
         "attributes",
         "auto_classes",
         "bootstrap",
+        "deepspeed_internals",
         "errors",
         "ranges",
         "seeds",
@@ -20,8 +22,8 @@ FLOORS = [
         "tables",
         "versions",
     },
-    {"boxes", "devices", "files", "hear_signals", "inputs", "locks", "processes"},
-    {"images", "outputs", "rle", "settings", "vocabulary"},
+    {"boxes", "devices", "files", "hear_signals", "inputs", "locks"},
+    {"images", "outputs", "processes", "rle", "settings", "vocabulary"},
     {"arguments", "pictures", "tokenizers"},
     {"pages", "sequence"},
     {"tasks"},
@@ -87,3 +89,12 @@ def test_the_online_half_does_not_import_the_offline_half():
     for path in (ROOT / "icl_moe").rglob("*.py"):
         if path.name != "cli.py":
             assert not any(name.startswith("preprocessing") for _, name in imports(path)), path
+
+
+@pytest.mark.parametrize("package", ["icl_moe", "preprocessing"])
+def test_what_is_said_to_the_user_is_said_in_one_place(package):
+    for path in (ROOT / package).rglob("*.py"):
+        if path != ROOT / "icl_moe/messages.py":
+            text = path.read_text(encoding="utf-8")
+            assert '"icl-moe: ' not in text, path
+            assert "print" not in text or "file=sys.stderr" not in text, path

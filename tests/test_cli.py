@@ -55,6 +55,25 @@ def test_settings_are_not_among_what_is_missing(arguments, missing, capsys):
     assert said.endswith(f"the following arguments are required: {missing}\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "shards build demo synthetic.images=12 --out {out}",
+        "shards preview {out} --out {out}.html",
+        "tokenizer train tokenizer_demo --out {out}",
+        "tokenizer evaluate demo {out}",
+        "export {out} --out {out}",
+        "evaluate demo {out} --out {out}",
+        "segment demo --example a.png b.png --query a.png --out {out}.png",
+        "caption demo --example a.png b.json --query a.png",
+    ],
+)
+def test_every_command_that_computes_says_that_a_device_is_not_there(command, tmp_path, capsys):
+    arguments = command.format(out=tmp_path / "out").split()
+    assert main([*arguments, "--device", "cuda:99"]) == 2
+    assert "icl-moe: There is no device cuda:99 here" in capsys.readouterr().err
+
+
 def test_what_may_not_be_read_is_named(tmp_path):
     """As another user than root, who may read everything."""
     prefix: list[str] = []

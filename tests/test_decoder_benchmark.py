@@ -16,23 +16,17 @@ KINDS = (
 )
 
 
-def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp_path):
-    file = tmp_path / "figures.json"
-    result = run_command(
-        [
-            sys.executable,
-            "benchmarks/decoder.py",
-            "--quick",
-            "--repeat",
-            "1",
-            "--precision",
-            "bf16",
-            "--json",
-            file,
-        ]
-    )
+def run_quickly(run_command, folder, *options):
+    """The figures that the benchmark writes at toy size, and what it says."""
+    file = folder / "figures.json"
+    command = [sys.executable, "benchmarks/decoder.py", "--quick", "--repeat", "1"]
+    result = run_command([*command, *options, "--json", file])
     assert result.returncode == 0, result.stdout
-    content = json.loads(file.read_text())
+    return json.loads(file.read_text()), result.stdout
+
+
+def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp_path):
+    content, said = run_quickly(run_command, tmp_path, "--precision", "bf16")
     goals = {goal["name"]: goal for goal in content["goals"]}
     assert goals.keys() == {
         f"bf16, {kind}"
@@ -43,26 +37,11 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
     for system in ("ours", "stock", "gpt2"):
         for task in ("segmentation", "captioning", "mix"):
             assert content["figures"][f"bf16, {system}, {task}: s an episode"] > 0
-    assert "goals missed" in result.stdout
+    assert "goals missed" in said
 
 
 @pytest.mark.slow
 def test_the_decoder_benchmark_undoes_each_step(run_command, tmp_path):
-    file = tmp_path / "figures.json"
-    result = run_command(
-        [
-            sys.executable,
-            "benchmarks/decoder.py",
-            "--quick",
-            "--repeat",
-            "1",
-            "--precision",
-            "fp32",
-            "--steps",
-            "--json",
-            file,
-        ]
-    )
-    assert result.returncode == 0, result.stdout
-    figures = json.loads(file.read_text())["figures"]
+    content, _ = run_quickly(run_command, tmp_path, "--precision", "fp32", "--steps")
+    figures = content["figures"]
     assert sum(name.endswith("time on the mix") for name in figures) == 6

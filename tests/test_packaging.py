@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from inference.test_lean_install import ABSENT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -47,6 +48,36 @@ def test_every_dependency_is_pinned_within_its_range(project: dict, pins: dict[s
     for line in [*project["dependencies"], *extras["test"], *extras["dev"]]:
         requirement = Requirement(line)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line
+
+
+EXTRAS = ("evaluate", "train")
+"""What a default install on Linux has, and an install elsewhere lacks."""
+
+
+def installed_on(platform: str, lines: list[str]) -> dict[str, Requirement]:
+    requirements = map(Requirement, lines)
+    return {
+        canonicalize_name(each.name): each
+        for each in requirements
+        if each.marker is None or each.marker.evaluate({"sys_platform": platform})
+    }
+
+
+def test_a_default_install_is_whole_on_linux_and_inference_elsewhere(project: dict) -> None:
+    default = installed_on("linux", project["dependencies"])
+    extras = [line for name in EXTRAS for line in project["optional-dependencies"][name]]
+    for name, requirement in installed_on("linux", extras).items():
+        if name == project["name"]:
+            assert requirement.extras <= set(EXTRAS)
+        else:
+            assert default[name].specifier == requirement.specifier
+    for platform in ("darwin", "win32"):
+        lean = installed_on(platform, project["dependencies"])
+        assert not lean.keys() & installed_on("linux", extras).keys()
+        assert not lean.keys() & {name.replace("_", "-") for name in ABSENT}
+        added = installed_on(platform, extras)
+        assert not added.keys() & {"deepspeed", "megatron-core", "ninja"}
+        assert lean.keys() | added.keys() < default.keys() | {project["name"]}
 
 
 def test_every_import_is_a_declared_dependency(project: dict) -> None:

@@ -1,9 +1,9 @@
-"""A folder of downloaded files that all processes of a machine share, kept below a bound by
-removing what was used least recently.
+"""A folder of downloaded files that all processes of a machine share. Its size is limited: the
+least recently used files are removed.
 
-All that changes names happens under one lock, which is never held while a file comes in:
+Everything that changes names happens under one lock, which is never held during a download:
 
-    NAME                   a whole file; its time of modification is the time of its last use
+    NAME                   a complete file; its time of modification is the time of its last use
     NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its room is
     taken from the start
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 from icl_moe.errors import InputError
 
 _OWN_FOLDER = "icl_moe"
-"""Everything lies in this part of the folder that a user names: nothing beside it is counted or
-removed.
+"""Everything lies in this subfolder of the folder that the user names: other files there are not
+counted or removed.
 """
 
 
 @dataclass(frozen=True)
-class Cache:
+class FileCache:
     """At most `capacity` bytes of files under `parent`/icl_moe."""
 
     parent: Path
@@ -36,11 +36,11 @@ class Cache:
         return self.parent / _OWN_FOLDER
 
     def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
-        """A descriptor to read the file `name` of `size` bytes; `fetch` writes it to the path that
-        it is given, where it is not here yet.
+        """A descriptor to read the file `name` of `size` bytes; if the file is not in
+        the cache, `fetch` writes it to the path that it is given.
 
-        Whoever holds the descriptor can read on when the file is removed to make room. Raises
-        InputError for a file above the capacity.
+        The descriptor stays readable when the file is removed to make room. Raises InputError for
+        a file that is larger than the capacity.
         """
         if size > self.capacity:
             raise InputError(
@@ -56,10 +56,10 @@ class Cache:
                 return descriptor
             time.sleep(
                 0.02
-            )  # Another process fetches it, or all the room is taken by files on their way.
+            )  # Another process fetches it, or downloads in progress take all the room.
 
     def _fetch(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int | None:
-        """Bring the file here; None where that cannot begin now."""
+        """Download the file; None if that cannot begin now."""
         partial = path.with_name(f"{path.name}.{size}.partial")
         claim = self._claim(path, partial, size)
         if claim is None:
@@ -92,8 +92,8 @@ class Cache:
             return claim
 
     def _make_room(self, size: int, keep: Path) -> bool:
-        """Remove files, the least recently used first, until `size` more bytes fit; whether they
-        do. `keep` is the one to come.
+        """Remove files, the least recently used first, until `size` more bytes fit; returns
+        whether they do. `keep` is the file to be downloaded.
         """
         files = sorted(
             (_last_use(path), path, _room(path))
@@ -135,14 +135,14 @@ def default_parent() -> Path:
 
 
 def _open_whole(path: Path, size: int) -> int | None:
-    """A descriptor of a whole file, noting its use; None where there is none."""
+    """A descriptor of a complete file, whose use is recorded; None if there is no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     if (
         os.fstat(descriptor).st_size != size
-    ):  # The machine went down before its content was on the disk.
+    ):  # The machine stopped before the content was on the disk.
         os.close(descriptor)
         path.unlink(missing_ok=True)
         return None
@@ -151,8 +151,8 @@ def _open_whole(path: Path, size: int) -> int | None:
 
 
 def _is_being_fetched(path: Path) -> bool:
-    """Whether a process holds the lock of a partial file; what a killed one left behind is not
-    locked.
+    """Whether a process holds the lock of a partial file; the partial file of a killed
+    process is not locked.
     """
     if path.suffix != ".partial":
         return False

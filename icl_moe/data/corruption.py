@@ -1,8 +1,9 @@
-"""Mask corruption: some of the query's mask codes are hidden from the model that is to write them.
+"""Mask corruption: some of the codes of the query's mask are hidden from the model that has to
+write them.
 
-What is hidden is read as [MASK]; targets stay, and so do the examples' masks. A model that has seen
-this relies less on the codes that it has just written and more on the examples, and when all codes
-are hidden it has to write the whole mask at once, which is what parallel decoding asks of it.
+Hidden codes are read as [MASK]; the targets and the masks of the examples do not change. A model
+that is trained in this way relies less on the codes that it has just written and more on the
+examples. When all codes are hidden it has to write the whole mask at once, as in parallel decoding.
 """
 
 from dataclasses import replace
@@ -22,10 +23,11 @@ def hide_query_mask(
     sequence: TokenSequence, vocabulary: Vocabulary, seed: int, step: int, place: int
 ) -> TokenSequence:
     """The sequence with each code of the query's mask hidden at a rate p, drawn for the episode: 0
-    in 25% of them, 1 in 25%, else uniform in 0..1.
+    in 25% of them, 1 in 25%, and uniform in 0..1 otherwise.
 
     The draw is a pure function of (seed, step, place in the global batch of that step). A sequence
-    whose output is text is returned as it is: a box that is drawn before a caption is none.
+    whose output is text is returned unchanged, since a box that is drawn before a caption is no
+    mask.
     """
     spans = [span for span in sequence.query_spans if span.role == "output"]
     if not all(is_output_image(span.attributes) for span in spans):

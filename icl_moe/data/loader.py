@@ -86,8 +86,8 @@ class MicroBatches(Dataset[TokenBatch]):
         return self._listed[1:]
 
     def _total_weight(self, samples: list[tuple[str, int]]) -> float:
-        """Sum of the loss weights over the global batch, read from the index: no rank needs to ask
-        another.
+        """The sum of the loss weights over the global batch, read from the index, so that ranks
+        need not communicate.
         """
         total = 0.0
         for task in {task for task, _ in samples}:
@@ -101,10 +101,10 @@ class MicroBatches(Dataset[TokenBatch]):
 def micro_batches(
     dataset: MicroBatches, micro_steps: int, start: int, stop: int, workers: int
 ) -> Generator[TokenBatch]:
-    """The micro-batches of steps start..stop-1 in order; `workers` processes read ahead, 0 reads in
-    this one. To close it ends them.
+    """The micro-batches of steps start..stop-1 in order; `workers` processes read ahead; with 0,
+    this process reads. Closing the generator ends them.
 
-    Raises SampleError when the turn comes to a sample that cannot be read.
+    Raises SampleError when it reaches a sample that cannot be read.
     """
     order = range(start * micro_steps, stop * micro_steps)
     options: dict[str, Any] = dict(
@@ -112,7 +112,7 @@ def micro_batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_obey_the_rank,
     )
-    # The readers start now, before the first batch is asked for.
+    # The readers start now, before the first batch is requested.
     with _signals_held_back():
         return _raise_errors(
             iter(DataLoader(_ErrorsAsItems(dataset), batch_size=None, sampler=order, **options))
@@ -120,8 +120,8 @@ def micro_batches(
 
 
 class _ErrorsAsItems(Dataset["TokenBatch | SampleError"]):
-    """Gives a SampleError as an item: one that leaves a worker as an exception has the worker's
-    traceback for its message.
+    """Returns a SampleError as an item: if it left a worker as an exception, its message would be
+    the traceback of the worker.
     """
 
     def __init__(self, dataset: MicroBatches) -> None:
@@ -148,13 +148,14 @@ def _raise_errors(items: Iterator[TokenBatch | SampleError]) -> Generator[TokenB
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes that are started within it get no signal to stop until they ask for it: one to the
-    whole job would end a reader before it can heed it, or the process that starts readers.
+    """Processes that are started within this context receive no signal to stop until they unblock
+    it: a signal to the whole job would otherwise end a reader before it can handle it, or end the
+    process that starts readers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         if multiprocessing.get_start_method() != "fork":
-            # To start this helper lets the signals through, so it must be there already.
+            # Starting this helper unblocks the signals, so it must be running already.
             resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         yield

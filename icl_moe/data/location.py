@@ -1,7 +1,7 @@
-"""Where shards live: in a folder of this machine, or at an fsspec URL, whose files come through a
-bounded local cache.
+"""The places of shards: a folder of this machine, or an fsspec URL, whose files go through a local
+cache of limited size.
 
-A folder is never listed: its manifest names every file, with size and sha256.
+A folder is never listed, because its manifest names every file, with size and sha256.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import fsspec
 
-from icl_moe.data.cache import Cache, default_parent
+from icl_moe.data.cache import FileCache, default_parent
 from icl_moe.errors import InputError
 from icl_moe.ranges import Natural
 from icl_moe.recipe import DataSettings
@@ -62,8 +62,8 @@ class ShardFolder(Protocol):
     open_files: int
 
     def check(self, info: FileInfo) -> None:
-        """Raise InputError where it is known without reading the file that it is missing or of
-        another size.
+        """Raise InputError if the file is missing or has another size, as far as that is known
+        without reading it.
         """
 
     def open(self, info: FileInfo) -> int:
@@ -75,7 +75,7 @@ class ShardFolder(Protocol):
         """The folder `name` within this one, holding `files`, on this machine."""
 
 
-def open_folder(location: str | Path, cache: Cache | None = None) -> ShardFolder:
+def open_folder(location: str | Path, cache: FileCache | None = None) -> ShardFolder:
     """The shard folder at a path or URL. `cache`: where a URL's files are kept, by default in the
     user's cache folder.
 
@@ -88,9 +88,11 @@ def open_folder(location: str | Path, cache: Cache | None = None) -> ShardFolder
 
 def make_cache(
     parent: str | None = DataSettings.cache, gigabytes: float = DataSettings.cache_gigabytes
-) -> Cache:
+) -> FileCache:
     """The cache of the settings data.cache and data.cache_gigabytes."""
-    return Cache(Path(parent).expanduser() if parent else default_parent(), int(gigabytes * 1e9))
+    return FileCache(
+        Path(parent).expanduser() if parent else default_parent(), int(gigabytes * 1e9)
+    )
 
 
 class LocalFolder:
@@ -131,13 +133,13 @@ class LocalFolder:
 class RemoteFolder:
     """A folder at a URL.
 
-    What is downloaded is checked against the manifest, and kept under the manifest's own hash: a
-    folder that changes at its source is another folder in the cache.
+    Downloads are checked against the manifest and kept under the hash of the manifest, so a folder
+    that changes at its source gets a new folder in the cache.
     """
 
-    open_files = 1  # A removed file takes room as long as it is open.
+    open_files = 1  # A removed file takes up space as long as it is open.
 
-    def __init__(self, url: str, cache: Cache) -> None:
+    def __init__(self, url: str, cache: FileCache) -> None:
         self.name = url.rstrip("/")
         self._cache = cache
         try:
@@ -192,8 +194,8 @@ class _MissingError(InputError):
 
 
 def _with_retries(url: str, transfer: Callable[[Any, str], T]) -> T:
-    """What `transfer(filesystem, path)` gives; tried again after a failure that may pass. Raises
-    InputError, naming the URL.
+    """The result of `transfer(filesystem, path)`, which is tried again after a failure that may be
+    temporary. Raises InputError, naming the URL.
     """
     filesystem, path = _filesystem(url)
     for wait in (*_WAITS, None):
@@ -205,7 +207,7 @@ def _with_retries(url: str, transfer: Callable[[Any, str], T]) -> T:
             raise InputError(
                 f"{url} may not be read ({_reason(error)}); check the credentials."
             ) from error
-        except Exception as error:  # Every protocol's client raises kinds of its own.
+        except Exception as error:  # The client of every protocol has its own exceptions.
             if wait is None or _is_refusal(error):
                 raise (
                     error
@@ -236,7 +238,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What must differ from the clients' defaults."""
+    """Options that must differ from the defaults of the clients."""
     if protocol in ("http", "https"):
         # By default a whole transfer may take five minutes, however large it is.
         timeout = importlib.import_module("aiohttp").ClientTimeout(

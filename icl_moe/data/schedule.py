@@ -1,8 +1,8 @@
 """Which task and which samples make the global batch of step t: a pure function of (seed, t, sample
 counts, global batch size).
 
-No rank waits for another to choose, any number of ranks reads the same batches, and resuming needs
-the step number alone.
+No rank waits for another one to choose, any number of ranks reads the same batches, and resuming
+needs only the step number.
 """
 
 import math
@@ -27,8 +27,8 @@ class Schedule:
     counts: samples of each task. sampling: `unmixed` draws one task for the whole global batch,
     with probability proportional to the square root of its count (the paper), or to `weights` where
     they are given, 0 for a task that is not among them; `mixed` shuffles the samples of all tasks
-    together (the baseline of its Table 3). Each task is shuffled anew every epoch, and its place in
-    the shuffle is the number of its earlier draws times the batch, so every sample comes once an
+    together (the baseline of its Table 3). Each task is shuffled again every epoch, and its place
+    in the shuffle is the number of its earlier draws times the batch, so every sample comes once an
     epoch.
 
     Raises InputError where a task has fewer samples than a global batch, and for weights of tasks
@@ -71,14 +71,14 @@ class Schedule:
         self._open_caches()
 
     def _open_caches(self) -> None:
-        # Caches belong to this object; a decorated method would keep every Schedule alive.
+        # The caches belong to this object; a decorated method would keep every Schedule alive.
         self._draws = lru_cache(maxsize=8)(self._draw_block)
         self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(
             self._draw_shuffle
         )  # One a task, two where an epoch ends.
 
     def __getstate__(self) -> dict[str, Any]:
-        # A reader that is not forked gets its copy pickled, which such a cache cannot be.
+        # A reader that is not forked gets a pickled copy, and such a cache cannot be pickled.
         return {k: v for k, v in vars(self).items() if k not in ("_draws", "_shuffle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Schedule:
         )
         return generator.permutation(self._pools[pool]).astype(
             np.uint32
-        )  # Four bytes a sample are all that a reader holds.
+        )  # A reader holds only four bytes for each sample.
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class RankSlice:
     """Which part of each global batch this rank reads: `micro_batch` samples in each of
     `micro_steps` micro-steps.
 
-    rank, ranks: of data-parallel ones; the tp_size neighbours of a tensor-parallel group share a
-    slice and count as one. Micro-step m of rank r takes the samples from (m * ranks + r) *
+    rank, ranks: among the data-parallel ranks; the tp_size neighbours of a tensor-parallel group
+    share a slice and count as one. Micro-step m of rank r takes the samples from (m * ranks + r) *
     micro_batch on.
     """
 

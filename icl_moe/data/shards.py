@@ -1,10 +1,11 @@
-"""A shard folder as its readers see it: manifest, index, and any sample by its number.
+"""A shard folder from the side of its readers: manifest, index, and access to any sample by its
+number.
 
 manifest.json            what the shards hold and how they were made; `Manifest`
 TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
-image_tokenizer/         the VQGAN that made the codes, where there is one; text_tokenizer/
-                         likewise, mask_tokenizer/ where one wrote the masks, and
-                         features_tokenizer/ where one read the input images
+image_tokenizer/         the VQGAN that made the codes, if there is one; also text_tokenizer/,
+                         mask_tokenizer/ if one encoded the masks, and features_tokenizer/ if one
+                         read the input images
 TASK-000000.tar ...      webdataset shards: KEY.tokens.npy and KEY.json per sample
 """
 
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from icl_moe.data.cache import Cache
+from icl_moe.data.cache import FileCache
 from icl_moe.data.location import MANIFEST_FILE, FileInfo, ShardFolder, open_folder
 from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
@@ -71,7 +72,7 @@ _LARGEST_GAP = 4096
 """Bytes between the two parts of a sample in its tar: padding and the second one's headers."""
 
 _SPANS = re.compile(rb'"spans":(\[\[.*?\]\])')
-"""The spans of KEY.json, as it is packed: without a space. A text cannot look like it, since its
+"""The spans in KEY.json as it is packed, without spaces. A text cannot look like this, since its
 quotes would be escaped.
 """
 
@@ -95,13 +96,12 @@ TOKENIZER_FOLDERS = ("image_tokenizer", "mask_tokenizer", "features_tokenizer", 
 class Manifest:
     """What a shard folder holds.
 
-    image_tokenizer, text_tokenizer: fingerprints; mask_tokenizer, features_tokenizer: likewise,
-    None where the image tokenizer wrote the masks, or read the input images. Where others did both,
+    image_tokenizer, text_tokenizer, mask_tokenizer, features_tokenizer: fingerprints; the last two
+    are None if the image tokenizer encoded the masks, or read the input images. If others did both,
     image_tokenizer may be None. recipe: the data recipe. samples: per task. classes: samples per
-    task and class.
-    skipped: how much was left out, by task and reason. files: all files but the shards and the
-    manifest itself. bad_images: of each task, the images that were left out because they cannot be
-    used, each with why.
+    task and class. skipped: how much was left out, by task and reason. files: all files except the
+    shards and the manifest itself. bad_images: for each task, the images that were left out because
+    they cannot be used, each with the reason.
     """
 
     schema_version: int
@@ -122,13 +122,13 @@ class Manifest:
 
     @property
     def tokenizer_folders(self) -> tuple[str, ...]:
-        """The folders beside the shards that a model needs too."""
+        """The folders beside the shards that a model needs as well."""
         return tuple(name for name in TOKENIZER_FOLDERS if getattr(self, name) is not None)
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":
-        """The manifest of a folder; raises InputError where there is none, or one of another
-        schema.
+        """The manifest of a folder. Raises InputError if there is none, or if it has another schema
+        version.
         """
         opened = open_folder(folder) if isinstance(folder, str | Path) else folder
         origin = f"{opened.name}/{MANIFEST_FILE}"
@@ -140,7 +140,7 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise InputError(
                 f"{origin} has schema_version {version!r}; this version of icl-moe reads "
-                f"{SCHEMA_VERSION}: build the shards anew."
+                f"{SCHEMA_VERSION}: build the shards again."
             )
         manifest = from_dict(cls, values, origin)
         for info in (*manifest.shards, *manifest.files):
@@ -155,17 +155,17 @@ class Manifest:
         write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def file(self, name: str) -> FileInfo:
-        """What is said of one of `files`; raises InputError where it is not among them."""
+        """The entry of one of `files`; raises InputError if it has none."""
         for info in self.files:
             if info.file == name:
                 return info
-        raise InputError(f"The manifest of these shards lacks the file {name}; build them anew.")
+        raise InputError(f"The manifest of these shards lacks the file {name}; build them again.")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One episode. `shard` is its file's name; `json` is KEY.json as it is stored, since training
-    has no use for most of it.
+    """One episode. `shard` is its file's name; `json` is the unparsed content of KEY.json, since
+    training does not need most of it.
     """
 
     key: str
@@ -176,7 +176,7 @@ class Sample:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """The content of KEY.json (see docs/shards.md). Raises SampleError where it is none."""
+        """The content of KEY.json (see docs/shards.md). Raises SampleError if it is damaged."""
         try:
             meta = json.loads(self.json)
         except ValueError as error:
@@ -202,11 +202,11 @@ class ShardSet:
     location: as messages name it. fingerprint: the sha256 of its manifest.
 
     Raises InputError where the folder, its manifest or its index is missing or broken, and where a
-    shard is missing or has another size than the manifest says; hashes of local files are `icl-moe
-    shards verify`'s to check.
+    shard is missing or has another size than the manifest says; `icl-moe shards verify`
+    checks the hashes of local files.
     """
 
-    def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
+    def __init__(self, location: str | Path, cache: FileCache | None = None) -> None:
         self._folder = open_folder(location, cache)
         self.location = self._folder.name
         self.manifest = Manifest.read(self._folder)
@@ -239,8 +239,8 @@ class ShardSet:
         if loss_on == "query" and self._index_types[task] != INDEX_TYPE:
             raise InputError(
                 f"training.loss_on: the index {self.location}/{index_file(task)} does not count "
-                "the queries' tokens, since an earlier version wrote it; build the shards anew, or "
-                "set training.loss_on=all."
+                "the queries' tokens, since an earlier version wrote it; build the shards again, "
+                "or set training.loss_on=all."
             )
         rows = self._rows(task, indices)
         names = ("inputs", "outputs") if loss_on == "all" else ("query_inputs", "query_outputs")
@@ -254,9 +254,9 @@ class ShardSet:
         """Sample `index` of `task`, in the padded layout. Raises SampleError, naming shard and key,
         where it is corrupt.
 
-        The checksum shows what was written over it, cut off or moved. A sample that was packed
-        wrong, with a checksum to match, shows as far as `_check_tokens` and `_parse_spans` look;
-        `icl-moe shards verify` looks further.
+        The checksum detects a sample that was overwritten, cut off or moved. A sample that was
+        packed wrongly, with a matching checksum, is detected as far as `_check_tokens` and
+        `_parse_spans` check; `icl-moe shards verify` checks more.
         """
         if not 0 <= index < self.count(task):
             raise InputError(
@@ -385,7 +385,7 @@ class ShardSet:
             )
         return np.load(
             io.BytesIO(raw), allow_pickle=False
-        )  # It is not what it should be: let its true shape be named.
+        )  # It is not what it should be: numpy's parser finds its true shape.
 
     def _open_shard(self, shard: ShardInfo) -> int:
         if shard.file not in self._files:

@@ -53,9 +53,9 @@ def held_out_loss(
         loss_on = model.decoder.config.loss_on
         batch = collate(sequences, model.format.vocabulary, task, loss_on=loss_on)
         batch = batch.to(model.decoder.device)
-        plan = EpisodeAttention(batch.lengths, batch.real_T)
+        attention = EpisodeAttention(batch.lengths, batch.real_T)
         hidden_TM, _ = model.decoder.hidden(
-            batch.tokens_T, batch.positions_T, plan, batch.routing, batch.links_T2
+            batch.tokens_T, batch.positions_T, attention, batch.routing, batch.links_T2
         )
         embedding_VM = model.decoder.token_embedding.weight
         _, found_P = cross_entropy(

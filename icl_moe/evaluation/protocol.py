@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
+from icl_moe.devices import find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
 from icl_moe.evaluation.gallery import draw_gallery, draw_proof
@@ -75,8 +76,9 @@ def evaluate(
     out, shots = output_folder(out), list(shots)
     _check_numbers(shots, limit, batch_size)
     _check_controls(controls)
+    place = find_device(device)
     shards = ShardSet(shards_dir)
-    model = InContextModel.from_pretrained(model_dir, device, dtype)
+    model = InContextModel.from_pretrained(model_dir, place, dtype)
     _check(model, shards, shots)
     decoding = model.decoding(decoding)
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
@@ -184,7 +186,7 @@ def _check_swaps(shards: ShardSet, sets: Sequence[EpisodeSet]) -> None:
     if not any(episodes.keep_objects for episodes in sets):
         raise InputError(
             f"The shards in {shards.location} do not keep what else a query shows, which the "
-            "control swapped needs; build them anew, in another folder, with this version of "
+            "control swapped needs; build them again, in another folder, with this version of "
             "icl-moe."
         )
     if not any(episodes.swaps for episodes in sets):
@@ -250,7 +252,7 @@ def _why_not_swapped(
     if not episodes.keep_objects:
         return (
             "Examples were not swapped: these shards do not keep what else a query shows, as "
-            "shards that are built anew do."
+            "shards that are built again do."
         )
     return (
         "Examples were not swapped: no query shows another class of which the shards have examples."

@@ -1,5 +1,5 @@
-"""Where models come from and go to: a folder, a model that ships with the package, or the Hugging
-Face Hub.
+"""Finding and uploading models: a folder, a model that ships with the package, or the Hugging Face
+Hub.
 """
 
 import json
@@ -22,7 +22,7 @@ def find_model(source: str | Path) -> Path:
 
     source: the name of a shipped model; a folder; or a model of the Hugging Face Hub, OWNER/NAME or
     OWNER/NAME@REVISION, which is fetched into the Hub's cache. A shipped name comes first, and a
-    folder before the Hub: ./demo is a folder. Raises InputError where there is none of them.
+    folder before the Hub: ./demo is a folder. Raises InputError if there is none of these.
     """
     name, shipped = str(source), shipped_folders("models", "config.json")
     if name in shipped:
@@ -42,8 +42,8 @@ def find_model(source: str | Path) -> Path:
 def push_model(
     folder: Path, repository: str, metrics: Path | None, private: bool | None, token: str | None
 ) -> str:
-    """Upload a model folder as `repository` (OWNER/NAME), its card written anew with the scores of
-    `metrics`, where that is given; returns the address of the commit.
+    """Upload a model folder as `repository` (OWNER/NAME), with a new card that has the scores of
+    `metrics`, if given; returns the address of the commit.
 
     private: of a repository that is made for it; None leaves it to the owner's settings. Raises
     InputError where the Hub refuses it or cannot be reached.

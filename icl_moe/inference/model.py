@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from icl_moe.boxes import Box
-from icl_moe.devices import find_device, find_dtype
+from icl_moe.devices import Device, find_device, find_dtype
 from icl_moe.errors import InputError
 from icl_moe.files import check_readable
 from icl_moe.images import (
@@ -73,7 +73,7 @@ class InContextModel:
     def from_pretrained(
         cls,
         source: str | Path,
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         dtype: str | None = None,
     ) -> "InContextModel":
         """Load a model onto `device` (by default a GPU where there is one).
@@ -101,7 +101,7 @@ class InContextModel:
         model.folder = folder
         return model.to(place)
 
-    def to(self, device: str | torch.device) -> "InContextModel":
+    def to(self, device: Device) -> "InContextModel":
         self.decoder.to(device)
         self.tokenizers.to(device)
         return self
@@ -444,7 +444,7 @@ _SECTIONS = {
         "combination",
     ),
     "vocabulary": ("text_merges", "image_codes", "tags"),
-    "format": ("vocabulary", "codes_per_image", "category", "box", "class_prompt", "prompt_length"),
+    "format": ("codes_per_image", "category", "box", "class_prompt", "prompt_length"),
 }
 """Keys that every config.json has. Without one a recipe's default would make another network."""
 
@@ -481,10 +481,7 @@ def _read_config(config_file: Path) -> DecoderConfig:
             raise InputError(
                 f"config.json: {key} must be {right}, not {str(values.get(key))[:60]!r}."
             )
-    config = DecoderConfig.from_pretrained(config_file.parent)
-    if config.sequence_format.vocabulary.size != config.vocabulary_size:
-        raise InputError("config.json: format.vocabulary is not the vocabulary.")
-    return config
+    return DecoderConfig.from_pretrained(config_file.parent)
 
 
 def _is_count(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 The decoder works on tokens_T, the concatenation of a batch's episodes, in every layout. What
 differs between training, the padded layout and decoding with a cache is only how keys are reached,
-which an `AttentionPlan` knows.
+which an `AttentionScope` knows.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,17 @@ from icl_moe.model.kernels import Linear, causal_attention
 from icl_moe.recipe import ModelSettings
 
 
-class AttentionPlan(Protocol):
-    """Attends for one layer: queries, keys and values (T, H, D) in, values (T, H, D) out."""
+class AttentionScope(Protocol):
+    """Which tokens attend to which. `attend` does so for one layer: queries, keys and values
+    (T, H, D) in, values (T, H, D) out.
+    """
 
     def attend(
         self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
     ) -> Tensor: ...
 
 
-class Cache(Protocol):
+class AttentionCache(Protocol):
     """What decoding needs of a key-value cache; see icl_moe.inference.cache."""
 
     @property
@@ -45,8 +47,8 @@ class EpisodeAttention:
     """Whole episodes, one after the other.
 
     lengths: tokens of each episode, padding included; they add up to T.
-    real_T: False at padding, which is never attended to; None where there is none. Only equal
-    lengths can be padded.
+    real_T: False at padding, to which no token attends; None without padding. Episodes can be
+    padded only if all have the same length.
     """
 
     lengths: tuple[int, ...]
@@ -67,7 +69,7 @@ class EpisodeAttention:
                     q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout
                 )
             return out.transpose(1, 2).flatten(0, 1)
-        # An explicit mask over the whole stream would cost T x T; an episode at a time needs none.
+        # An explicit mask over the whole stream would cost T x T; one episode at a time needs none.
         pieces = [
             x.transpose(0, 1).split(list(self.lengths), dim=1)
             for x in (queries_THD, keys_THD, values_THD)
@@ -84,13 +86,13 @@ class EpisodeAttention:
 
 
 class CachedAttention:
-    """The newest tokens of B rows, attending to all before them through a cache.
+    """The newest tokens of B rows, which attend to all tokens before them through a cache.
 
     attributes_BL: attribute classes of the new tokens; where they are 0 (padding, on the left) a
     token is never attended to.
     """
 
-    def __init__(self, cache: Cache, attributes_BL: Tensor) -> None:
+    def __init__(self, cache: AttentionCache, attributes_BL: Tensor) -> None:
         self._cache = cache
         self._rows, self._new = attributes_BL.shape
         real_BL = cache.append_attributes(attributes_BL) != 0
@@ -116,16 +118,16 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.heads = settings.heads
         self.dropout = settings.attention_dropout
-        # Tensor-parallel training puts its own here, for heads that are spread over ranks.
+        # Tensor-parallel training replaces this, for heads that are spread over ranks.
         self.dropout_draws: Callable[[torch.device], AbstractContextManager[None]] = _as_they_come
         self.qkv = Linear(settings.width, 3 * settings.width)
         self.out = Linear(settings.width, settings.width)
 
-    def forward(self, x_TM: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x_TM: Tensor, scope: AttentionScope) -> Tensor:
         q, k, v = self.qkv(x_TM).unflatten(-1, (3, self.heads, -1)).unbind(1)
         dropout = self.dropout if self.training else 0.0
         with self.dropout_draws(x_TM.device) if dropout else nullcontext():
-            attended_THD = plan.attend(self.layer, q, k, v, dropout)
+            attended_THD = scope.attend(self.layer, q, k, v, dropout)
         return self.out(attended_THD.flatten(1))
 
 
@@ -134,8 +136,8 @@ def _as_they_come(_: torch.device) -> AbstractContextManager[None]:
 
 
 def _causal_mask(real_BL: Tensor, queries: int) -> Tensor:
-    """Who may see whom, (B, 1, queries, L): the past, but no padding; padding sees itself, lest its
-    softmax be empty.
+    """Which tokens each query may attend to, (B, 1, queries, L): those before it and itself, but no
+    padding. Padding attends to itself, so that its softmax is not empty.
     """
     length = real_BL.shape[1]
     positions = torch.arange(length, device=real_BL.device)

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from icl_moe.errors import InputError
 from icl_moe.recipe import ModelSettings, TrainingRecipe
 from icl_moe.sequence import LossOn, SequenceFormat
 from icl_moe.settings import from_dict, to_dict
@@ -15,11 +16,14 @@ class DecoderConfig(PretrainedConfig):
 
     model, vocabulary: the recipe's sections of those names. format, image_size, examples,
     image_tokenizer, mask_tokenizer, features_tokenizer, classes: what its training shards say
-    (SequenceFormat, pixels a side, examples an episode, the fingerprints of the VQ-GAN, of what
-    writes masks and of what reads input images in its place, class names by task); None before
-    training, and where there is no such tokenizer. loss_on, mask_corruption: the recipe's, in
-    training. mask_threshold: what `icl_moe.evaluation.threshold` fitted; None where nothing was.
-    All are plain values, so that config.json can be read without this package.
+    (SequenceFormat but for its vocabulary, pixels a side, examples an episode, the fingerprints of
+    the VQ-GAN, of what writes masks and of what reads input images in its place, class names by
+    task); None before training, and where there is no such tokenizer. loss_on, mask_corruption: the
+    recipe's, in training. mask_threshold: what `icl_moe.evaluation.threshold` fitted; None if
+    nothing was fitted. All are plain values, so that config.json can be read without this package.
+
+    A format may hold the vocabulary too, as that of earlier exports does, where it is the same
+    vocabulary; otherwise InputError is raised.
     """
 
     model_type = "icl_moe_decoder"
@@ -37,6 +41,17 @@ class DecoderConfig(PretrainedConfig):
     mask_threshold: dict[str, Any] | None = None
     classes: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, **others: Any) -> None:
+        if self.format is not None and "vocabulary" in self.format:
+            format = dict(self.format)
+            again = _vocabulary(format.pop("vocabulary"))
+            if self.vocabulary is None:
+                self.vocabulary = to_dict(again)
+            elif again != _vocabulary(self.vocabulary):
+                raise InputError("config.json: format.vocabulary is not the vocabulary.")
+            self.format = format
+        super().__post_init__(**others)
 
     @classmethod
     def from_recipe(cls, recipe: TrainingRecipe, **data: Any) -> "DecoderConfig":
@@ -59,11 +74,16 @@ class DecoderConfig(PretrainedConfig):
 
     @property
     def vocabulary_size(self) -> int:
-        return from_dict(Vocabulary, self.vocabulary or {}, origin="config.json").size
+        return _vocabulary(self.vocabulary).size
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        """How the model's sequences are written; raises InputError where the configuration does not
-        say.
+        """How the sequences of the model are written. Raises InputError if the configuration is not
+        that of a format.
         """
-        return from_dict(SequenceFormat, self.format or {}, origin="config.json")
+        values = {**(self.format or {}), "vocabulary": self.vocabulary or {}}
+        return from_dict(SequenceFormat, values, origin="config.json")
+
+
+def _vocabulary(values: dict[str, Any] | None) -> Vocabulary:
+    return from_dict(Vocabulary, values or {}, origin="config.json")

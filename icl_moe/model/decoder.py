@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from icl_moe.batch import RoutingPlan, TokenBatch
 from icl_moe.model.attention import (
-    AttentionPlan,
-    Cache,
+    AttentionCache,
+    AttentionScope,
     CachedAttention,
     EpisodeAttention,
     SelfAttention,
@@ -34,9 +34,9 @@ class InContextDecoder(PreTrainedModel):
     """Token ids of both modalities in, logits over the one vocabulary out; input and output
     embeddings are tied.
 
-    sparse_layer: builds the feed-forward of a sparse layer from (settings, layer); training gives
-    deepspeed.moe's here (icl_moe.model.deepspeed_moe), inference leaves the plain one.
-    auxiliary_weight: of the auxiliary loss in `forward`.
+    sparse_layer: builds the feed-forward of a sparse layer from (settings, layer); training passes
+    that of deepspeed.moe (icl_moe.model.deepspeed_moe), inference uses the plain default.
+    auxiliary_weight: the weight of the auxiliary loss in `forward`.
     """
 
     config_class = DecoderConfig
@@ -55,7 +55,7 @@ class InContextDecoder(PreTrainedModel):
         self.settings = settings
         self.auxiliary_weight = auxiliary_weight
         self.gradient_checkpointing = False
-        # Tensor-parallel training puts its own here, for a vocabulary spread over ranks.
+        # Tensor-parallel training replaces this, for a vocabulary that is spread over ranks.
         self.target_losses = cross_entropy
         self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
@@ -82,10 +82,10 @@ class InContextDecoder(PreTrainedModel):
         """The loss of a micro-batch; `noise` is (seed, step) of the gate noise, used in training
         mode only.
         """
-        plan = EpisodeAttention(batch.lengths, batch.real_T)
+        attention = EpisodeAttention(batch.lengths, batch.real_T)
         routing = batch.routing.with_noise(noise)
         hidden_TM, auxiliary = self.hidden(
-            batch.tokens_T, batch.positions_T, plan, routing, batch.links_T2
+            batch.tokens_T, batch.positions_T, attention, routing, batch.links_T2
         )
         predictors_PM = hidden_TM[batch.predictors_P]
         weighted_sum, losses_P = self.target_losses(
@@ -105,7 +105,7 @@ class InContextDecoder(PreTrainedModel):
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        attention: AttentionPlan,
+        attention: AttentionScope,
         routing: RoutingPlan,
         links_T2: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -138,8 +138,9 @@ class InContextDecoder(PreTrainedModel):
         """sum over the links c of each position of W E[c], (T, M): what a position that predicts or
         holds a cell of an output image is told of that cell in the input image.
 
-        W is applied once to each distinct code. Where a batch has no link, W and E take part all
-        the same, with a gradient of zero, so that ranks whose batches differ reduce alike.
+        W is applied once to each distinct code. If a batch has no link, W and E take part
+        nevertheless, with a gradient of zero, so that ranks with different batches reduce the same
+        parameters.
         """
         codes_U, rows_T2 = links_T2.unique(return_inverse=True)
         table_UM = self.link(self.token_embedding(codes_U.clamp(min=0)))
@@ -153,8 +154,8 @@ class InContextDecoder(PreTrainedModel):
         attributes_BL: Tensor,
         links_BL2: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V), float32, at every position. Tokens of attribute class 0 are padding and
-        never attended to. links_BL2: see `hidden`.
+        """Logits (B, L, V), float32, at every position. Tokens of attribute class 0 are padding, to
+        which no token attends. links_BL2: see `hidden`.
         """
         length = tokens_BL.shape[1]
         return self.last_logits(length, tokens_BL, positions_BL, attributes_BL, links_BL2=links_BL2)
@@ -164,7 +165,7 @@ class InContextDecoder(PreTrainedModel):
         tokens_BL: Tensor,
         positions_BL: Tensor,
         attributes_BL: Tensor,
-        cache: Cache | None = None,
+        cache: AttentionCache | None = None,
         links_BL2: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, V), float32, of the token after the last position of each row; see
@@ -178,7 +179,7 @@ class InContextDecoder(PreTrainedModel):
         tokens_BL: Tensor,
         positions_BL: Tensor,
         attributes_BL: Tensor,
-        cache: Cache | None = None,
+        cache: AttentionCache | None = None,
         links_BL2: Tensor | None = None,
         ids: range | None = None,
     ) -> Tensor:
@@ -189,13 +190,13 @@ class InContextDecoder(PreTrainedModel):
         class 0) stands on the left. links_BL2: see `hidden`.
         """
         if cache is None:
-            plan: AttentionPlan = self._episodes(attributes_BL)
+            attention: AttentionScope = self._episodes(attributes_BL)
         else:
-            plan = CachedAttention(cache, attributes_BL)
+            attention = CachedAttention(cache, attributes_BL)
         hidden_TM, _ = self.hidden(
             tokens_BL.flatten(),
             positions_BL.flatten(),
-            plan,
+            attention,
             self._routing(attributes_BL),
             None if links_BL2 is None else links_BL2.flatten(0, 1),
         )
@@ -223,7 +224,9 @@ class InContextDecoder(PreTrainedModel):
         return self.token_embedding
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `initialise` draws the weights of a new model, and a loaded one has them all."""
+        """Does nothing: `initialise` draws the weights of a new model, and a loaded one has them
+        all.
+        """
 
 
 class DecoderLayer(nn.Module):
@@ -240,7 +243,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_TM: Tensor,
-        attention: AttentionPlan,
+        attention: AttentionScope,
         routing: RoutingPlan,
         decision: Decision | None = None,
     ) -> Tensor:
@@ -265,7 +268,7 @@ def initialise(
 
         gpt2    N(0, 0.02^2), as GPT-2 does
         fan_in  embeddings and the link N(0, 1 / M), other matrices N(0, 1 / fan_in); then W_k = W_q
-                in every layer, so that attention starts by looking for what is like itself
+                in every layer, so that at the start a token attends to tokens like itself
 
     Both divide residual projections by sqrt(2 x layers); biases are 0, norms 1; the link's matrix
     is N(0, 1 / M). Every parameter has its own stream, from the seed and its exported name (an
@@ -300,8 +303,8 @@ def start_from_codebook(
     to norm 1.
 
     z: the codes' vectors, less their mean, over their standard deviation by channel, both weighted
-    by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed. Codes that look alike
-    thus start alike.
+    by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed. So codes that look
+    alike get similar embeddings.
     """
     shares_K1 = (frequencies_K / frequencies_K.sum()).unsqueeze(1)
     centred_KC = vectors_KC - (shares_K1 * vectors_KC).sum(dim=0)

@@ -1,5 +1,5 @@
-"""The sparse layer in training: deepspeed.moe, with our gate and dispatch where the recipe routes
-by attributes.
+"""The sparse layer in training: deepspeed.moe, with this project's gate and dispatch if the recipe
+routes by attributes.
 
 Each sparse layer is a deepspeed.moe.layer.MoE, so DeepSpeed's Experts, expert groups and parameter
 tagging are its own.
@@ -7,9 +7,9 @@ tagging are its own.
 Experts lie on ranks as DeepSpeed puts them: the ep_size ranks of an expert group are neighbours
 among *all* ranks, tensor ranks included, and rank r holds part r % ep_size of the experts
 (`first_expert`). Tensor ranks hold experts whole and have the same tokens, so each of them computes
-its share of the rows, stock layers and ours alike. The gradient of an expert is then the sum over
-all ranks that hold it, tensor ranks too, divided by the number of data-parallel ranks, which is
-just what DeepSpeed computes.
+its share of the rows, in stock layers as well as in ours. The gradient of an expert is then the sum
+over all ranks that hold it, tensor ranks included, divided by the number of data-parallel ranks,
+which is exactly what DeepSpeed computes.
 """
 
 import logging
@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.moe import mappings
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer
-from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.func import functional_call
 
 from icl_moe.batch import RoutingPlan
+from icl_moe.deepspeed_internals import gather_tokens_by, tensor_parallel_group
 from icl_moe.model.expert_parallel import run_spread
 from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
 from icl_moe.model.moe import (
@@ -63,8 +62,8 @@ def first_expert(rank: int, ep_size: int, experts: int) -> int:
 
 
 class DeepSpeedFeedForward(MoE):
-    """A deepspeed.moe layer that takes and gives the flat stream (T, M), dropless, and keeps its
-    auxiliary loss for the model.
+    """A deepspeed.moe layer that reads and returns the flat stream (T, M), drops no tokens, and
+    keeps its auxiliary loss for the model.
 
     `token`, and `attributes` whose gate reads tokens: stock, with `StockTokenGate`. Stock adds
     Gumbel noise to the second choice in evaluation too, so that is off. `attributes` otherwise: the
@@ -77,7 +76,7 @@ class DeepSpeedFeedForward(MoE):
         level = deepspeed_logger.level
         deepspeed_logger.setLevel(
             logging.WARNING
-        )  # One line a layer on standard output says nothing that the recipe does not.
+        )  # Its one line for each layer on standard output only repeats the recipe.
         super().__init__(
             settings.width,
             FeedForward(settings.width),
@@ -90,7 +89,7 @@ class DeepSpeedFeedForward(MoE):
         )
         deepspeed_logger.setLevel(level)
         if tp_size > 1:
-            mappings._gather_tokens = _gather_tokens
+            gather_tokens_by(_gather_tokens)
         stock: MOELayer = self.get_submodule("deepspeed_moe")
         if routes_streams(settings):
             self.deepspeed_moe = AttributeMOELayer(settings, layer, stock, tp_rank, tp_size)
@@ -100,14 +99,14 @@ class DeepSpeedFeedForward(MoE):
 
     @property
     def stream_gate(self) -> AttributeGate | None:
-        """The gate, where it decides for whole streams, so that the decoder asks it beforehand."""
+        """The gate, if it decides for whole streams, so that the decoder can ask it in advance."""
         gate = self.deepspeed_moe.gate
         return gate if isinstance(gate, AttributeGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
         """decision: of `stream_gate`, where there is one."""
         if decision is not None:
-            # What MoE hands on unchanged to the layer within it.
+            # MoE passes this argument on unchanged to the layer within it.
             out_TM, *_ = super().forward(x_TM, (plan, decision))
             return out_TM
         out_TM, self.auxiliary_loss, _ = super().forward(x_TM, plan)
@@ -135,8 +134,8 @@ class AttributeMOELayer(MOELayer):
         )
         self.combination = settings.combination
         self.tp_rank, self.tp_size = tp_rank, tp_size
-        # MoE reads both after every pass. The decoder has the auxiliary loss from the gate itself,
-        # and the gate's table says more than counts of tokens.
+        # MoE reads both after every pass. The decoder gets the auxiliary loss from the gate itself,
+        # and the table of the gate tells more than counts of tokens.
         self.l_aux = self.exp_counts = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
@@ -220,7 +219,7 @@ class StockTokenGate(nn.Module):
         gets, and a multiple of the tensor ranks, which share them evenly.
 
         Stock's top-1 gate bounds that by the tokens of its own rank, so that ranks whose streams
-        differ in length could come to different numbers, and wait for each other for ever.
+        differ in length could compute different numbers, and wait for each other forever.
         """
         places = counts_E.max()
         dist.all_reduce(places, op=dist.ReduceOp.MAX, group=self._stock[0].ep_group)
@@ -228,10 +227,8 @@ class StockTokenGate(nn.Module):
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
-    """In place of deepspeed.moe.mappings's own, with which stock layers join the tensor ranks'
-    shares: that one hands gloo a flat output for an N-dimensional input, which gloo refuses.
-    """
-    group = groups.mpu.get_tensor_model_parallel_group()
+    """The tensor ranks' shares, joined along `dim`; in place of DeepSpeed's own function."""
+    group = tensor_parallel_group()
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for _ in range(dist.get_world_size(group))

@@ -1,10 +1,11 @@
 """Experts spread over the ranks of a group: bring the rows to the experts, or the experts' weights
 to the rows.
 
-Attribute routing sends whole spans to the same two experts, so that of eight at most four work on a
-batch of one task. Sent to their experts, all rows of all ranks meet on the few ranks that hold
-those; with the weights sent round instead every rank computes its own rows, none idles, and what
-travels does not grow with the batch. docs/parallelism.md has the volumes and the work of both.
+Attribute routing sends whole spans to the same two experts, so at most four of eight experts work
+on a batch of one task. If rows are sent to their experts, the rows of all ranks meet on the few
+ranks that hold those experts. If the weights are sent to all ranks instead, every rank computes its
+own rows, no rank is idle, and the volume does not grow with the batch. docs/parallelism.md has the
+volumes and the work of both ways.
 """
 
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ Routes = list[Route]
 def run_spread(
     routes: Routes, experts: Sequence[nn.Module], group: dist.ProcessGroup, ep_size: int
 ) -> list[Tensor]:
-    """Run routes by whichever moves fewer bytes. Both give equal numbers, and every rank of the
-    group comes to the same choice.
+    """Run routes in the way that moves fewer bytes. Both ways give equal numbers, and every rank of
+    the group makes the same choice.
 
-    experts: this rank's; rank r of the group holds the global ids r * len(experts) and on. All
-    ranks of the group must call it together.
+    experts: those of this rank; rank r of the group holds the global ids from r * len(experts) on.
+    All ranks of the group must call it together.
     """
     counts_RE = rows_by_rank(routes, len(experts), group, ep_size)
     parameters, width = sum(p.numel() for p in experts[0].parameters()), routes[0][1].shape[-1]
@@ -110,8 +111,8 @@ def run_gathered(
         for i, expert in enumerate(experts)
         if first + i in active
     }
-    # A rank that holds none of them must take part in the backward pass too, so that its
-    # place-holders ask for a gradient.
+    # A rank that holds none of them must take part in the backward pass too, so its
+    # placeholders require a gradient.
     vectors = [mine[e] if e in mine else torch.empty_like(like).requires_grad_() for e in active]
     owners = [e // len(experts) for e in active]
     gathered = dict(zip(active, _GatherWeights.apply(group, owners, *vectors), strict=True))

@@ -36,8 +36,8 @@ class Experts(nn.ModuleList):
     """The experts of a layer, all of them in this process.
 
     At ZeRO stage 3 their weights are whole only within `forward`, and its backward pass ends with
-    the reduction of their gradients. All ranks must do both equally often, whatever their tokens'
-    routes, so a layer calls it once, with one tensor.
+    the reduction of their gradients. All ranks must do both equally often, whatever the
+    routes of their tokens, so a layer calls it once, with one tensor.
     """
 
     def forward(self, compute: Callable[[list[nn.Module], Tensor], Tensor], x_TM: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class SparseFeedForward(nn.Module):
 
     @property
     def stream_gate(self) -> AttributeGate | None:
-        """The gate, where it decides for whole streams, so that the decoder asks it beforehand."""
+        """The gate, if it decides for whole streams, so that the decoder can ask it in advance."""
         return self.gate if isinstance(self.gate, AttributeGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:

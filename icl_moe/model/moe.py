@@ -93,7 +93,7 @@ def with_gradients_together(experts: Sequence[nn.Module]) -> list[dict[str, Tens
 
 
 class _Together(torch.autograd.Function):
-    """Tensors as they are; autograd gives zeros for those that were not used."""
+    """Returns its tensors unchanged; autograd gives zeros for those that were not used."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:

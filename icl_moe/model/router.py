@@ -13,7 +13,7 @@ from icl_moe.model.moe import Decision
 from icl_moe.seeds import stable_seed
 
 GATE = r"\.gate\."
-"""What is in the names of the parameters of gates, and in no others, in an exported model."""
+"""A pattern that the names of gates' parameters match in an exported model, and no others."""
 
 
 class StreamChoice(NamedTuple):
@@ -31,8 +31,8 @@ def decide(
 ) -> tuple[dict[int, Decision], list[Tensor]]:
     """The decision of each layer whose gate reads attributes alone, and the auxiliary losses.
 
-    No gate reads the tokens, so all of them decide before the first layer runs, and the experts'
-    numbers come to the host in one transfer.
+    These gates do not read the tokens, so all of them decide before the first layer runs, and the
+    numbers of the experts are copied to the host in one transfer.
     """
     choices = [gate(plan) for gate in gates.values()]
     if not choices:
@@ -54,9 +54,10 @@ class AttributeGate(nn.Module):
         no gradient
 
     In training noise is N(0, (1/E)^2), drawn from (seed, step, layer, attribute class): equal on
-    every rank and under recomputation. All in float32, the weights too (`full_precision`). The
-    auxiliary loss is GShard's, E * sum_e (mean p_e) (share of tokens whose first expert is e), per
-    episode over its tokens that are no padding, then averaged over the episodes.
+    every rank and under recomputation. Everything is in float32, the weights too
+    (`full_precision`). The auxiliary loss is GShard's, E * sum_e (mean p_e) (share of tokens whose
+    first expert is e), per episode over its tokens without padding, then averaged over the
+    episodes.
     """
 
     def __init__(
@@ -113,8 +114,8 @@ class AttributeGate(nn.Module):
 
 
 def balancing_loss(probabilities_TE: Tensor, first_T: Tensor, plan: RoutingPlan) -> Tensor:
-    """GShard's auxiliary loss of gates that decide for each token, per episode over its tokens that
-    are no padding, then averaged over the episodes, so that neither the layout nor the division
+    """GShard's auxiliary loss of gates that decide for each token, per episode over its tokens
+    without padding, then averaged over the episodes, so that neither the layout nor the division
     into micro-batches changes it:
 
         E * sum_e (mean p_e) (share of tokens whose first expert is e)
@@ -182,19 +183,19 @@ class TokenGate(nn.Module):
 
 
 def keep_full_precision(parameter: Tensor, values: Tensor) -> None:
-    """Let a gate compute with `values` (float32) in the place of its parameter, which holds them
+    """Let a gate compute with `values` (float32) instead of its parameter, which holds them
     rounded.
     """
     vars(parameter)["full_precision"] = values
 
 
 def full_precision(parameter: Tensor) -> Tensor:
-    """The weights that a gate computes with, float32: where training in bfloat16 keeps them
-    (`keep_full_precision`) its master weights, else the parameter. The gradient is the
+    """The weights that a gate computes with, float32: the master weights if training in bfloat16
+    keeps them (`keep_full_precision`), otherwise the parameter. The gradient is the
     parameter's.
 
-    Experts whose probabilities are nearly equal must not be told apart by the rounding of a gate's
-    weights, which are few.
+    If the probabilities of two experts are nearly equal, the rounding of the gate's weights must
+    not decide between them. These weights are few, so full precision costs little.
     """
     values = vars(parameter).get("full_precision")
     if values is None:
@@ -204,7 +205,7 @@ def full_precision(parameter: Tensor) -> Tensor:
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """Values in the place of a parameter, to which their gradient goes."""
+    """Values that replace a parameter, which receives their gradient."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, values: Tensor) -> Tensor:

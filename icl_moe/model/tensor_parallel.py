@@ -1,15 +1,15 @@
 """Tensor parallelism: which part of each exported parameter a tensor rank holds, and a decoder
 spread over tensor ranks.
 
-`split` gives a tensor rank's part of a parameter, or of a moment of its shape; `join` makes the
-whole again of the parts of all tensor ranks. Both go by the name that a parameter has in an
-exported model (`icl_moe.model.deepspeed_moe.exported_name`), and are plain functions of tensors.
+`split` returns a tensor rank's part of a parameter, or of a moment of its shape; `join` assembles
+the whole from the parts of all tensor ranks. Both use the name that a parameter has in an exported
+model (`icl_moe.model.deepspeed_moe.exported_name`), and are plain functions of tensors.
 
-Cut are the vocabulary embedding (by rows, which are ids), attention (by heads) and dense
-feed-forwards (by hidden units). Everything else, experts among it, is whole on every tensor rank.
+The vocabulary embedding is split by rows, which are ids, attention by heads, and dense
+feed-forwards by hidden units. Everything else, including experts, is whole on every tensor rank.
 
-megatron-core is imported only where there is more than one tensor rank: inference and training on
-one device do without it.
+megatron-core is imported only if there is more than one tensor rank: inference and training on one
+device do not need it.
 """
 
 import re
@@ -76,10 +76,10 @@ def join(name: str, parts: Sequence[Tensor], vocabulary_size: int) -> Tensor:
 
 def spread(model: InContextDecoder) -> None:
     """Cut a whole decoder, in place, to this tensor rank's part, on megatron-core's layers; its
-    expert layers stay as they are.
+    expert layers do not change.
 
-    The whole weights are drawn first and cut then, so they do not depend on the layout.
-    megatron-core's groups must be there.
+    The whole weights are drawn first and then split, so they do not depend on the layout.
+    megatron-core's groups must exist.
     """
     from megatron.core import parallel_state
 
@@ -126,13 +126,15 @@ def vocabulary_parallel_losses(
     if real < embedding_VM.shape[0]:
         logits_PV[
             :, real:
-        ] = -torch.inf  # Padding is no word: it takes no part in the softmax and gets no gradient.
+        ] = (
+            -torch.inf
+        )  # Padding is not a token: it takes no part in the softmax and gets no gradient.
     losses_P: Tensor = vocab_parallel_cross_entropy(logits_PV, labels_P)
     return (losses_P * weights_P).sum(), losses_P.detach()
 
 
 def enter(x: Tensor) -> Tensor:
-    """Where work on a value that all tensor ranks have is divided among them: the identity, whose
+    """The beginning of divided work on a value that all tensor ranks have: the identity, whose
     gradient is summed over the ranks.
     """
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -142,9 +144,7 @@ def enter(x: Tensor) -> Tensor:
 
 
 def leave(x: Tensor) -> Tensor:
-    """Where divided work comes together again: the sum over the tensor ranks, whose gradient is the
-    identity.
-    """
+    """The end of divided work: the sum over the tensor ranks, whose gradient is the identity."""
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
     # Contiguous, since megatron-core would reduce a copy of anything else, and drop it.
@@ -211,7 +211,7 @@ def _spread_linears(module: nn.Module, first: str, second: str) -> None:
 def _output_only(
     _: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]
 ) -> Tensor:
-    """megatron-core's linear layers also give a bias for the caller to add, which here is none."""
+    """megatron-core's linear layers also return a bias for the caller to add; it is None here."""
     return outputs[0]
 
 

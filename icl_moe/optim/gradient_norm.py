@@ -1,33 +1,33 @@
-"""The global gradient norm: computed here where the engine has none, and what the engine must know
-to compute it rightly.
+"""The global gradient norm: computed here if the engine does not compute it, and the marks that the
+engine needs to compute it correctly.
 
-At ZeRO stage 0 in fp32 DeepSpeed reports no norm, and clips by the mean of the ranks' own norms,
-which under expert parallelism is not
-the norm of the whole gradient: a rank's own sum of squares misses the experts of the others.
+At ZeRO stage 0 in fp32 DeepSpeed reports no norm, and clips by the mean of the ranks' own norms.
+Under expert parallelism that is not the norm of the whole gradient: the sum of squares of one rank
+misses the experts of the others.
 
 At stages 1 and 2 it sums squares over every rank's partition of the gradient (get_grad_norm_direct
 in runtime/zero/stage_1_and_2.py), but on tensor ranks other than the first it leaves out each
 parameter that is not marked as model-parallel, since the first one has the same. That is true of
 parameters whose state is partitioned over data-parallel ranks, each tensor rank having its own
 partitions of them. The state of experts is partitioned over *all* ranks that hold them, and expert
-groups span tensor ranks: what a tensor rank other than the first has of an expert's gradient,
-nobody else has, and it went uncounted. `mark_parts` marks experts, too.
+groups span tensor ranks: the part of an expert's gradient on a tensor rank other than the first is
+on no other rank, and would not be counted. Therefore `mark_parts` marks experts as well.
 """
 
 import torch
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
-from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import expert_parallel_group, tensor_parallel_group
 from icl_moe.model.deepspeed_moe import exported_name
 from icl_moe.model.tensor_parallel import is_split
 
 
 def mark_parts(model: nn.Module) -> None:
-    """Mark what each tensor rank has a part of its own of, so that the norm counts all parts: cut
-    parameters, and experts.
+    """Mark the parameters of which each tensor rank has a different part, so that the norm counts
+    all parts: split parameters, and experts.
     """
     for name, parameter in model.named_parameters():
         vars(parameter)["tensor_model_parallel"] = is_split(exported_name(name)) or is_moe_param(
@@ -58,12 +58,8 @@ def global_norm(model: nn.Module) -> Tensor:
 
 def _parts_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     if is_moe_param(parameter):
-        return groups._get_expert_parallel_group(vars(parameter)["group_name"])
-    return (
-        groups.mpu.get_tensor_model_parallel_group()
-        if is_model_parallel_parameter(parameter)
-        else None
-    )
+        return expert_parallel_group(parameter)
+    return tensor_parallel_group() if is_model_parallel_parameter(parameter) else None
 
 
 def clip(model: nn.Module, norm: Tensor, largest: float) -> None:

@@ -1,5 +1,5 @@
-"""Task-balanced AdamW (MT-AdamW): every task pushes the model with the same force, however large
-its gradients and however rare it is.
+"""Task-balanced AdamW (MT-AdamW): every task has the same influence on the model, whatever the size
+of its gradients and however rare it is.
 """
 
 import math
@@ -25,13 +25,13 @@ class MTAdamW(torch.optim.Optimizer):
 
     The norm must be given, since under ZeRO this optimizer sees one partition of one group at a
     time: `norm` is asked at every call of `step`. Set `probability` (s_k) and `weight` (omega_k)
-    before each. A norm that is missing, not positive or not finite is no step at all. After
+    before each. If the norm is missing, not positive or not finite, nothing is changed. After
     normalisation the root mean square of g is 1 / sqrt(number of parameters), so eps must be 1e-8
     or less.
 
     The arithmetic is done by torch's fused AdamW, one pass over memory. m is a weighted sum of
-    gradients, and so is kept as their weighted mean M (`exp_avg`, float32 where the parameter is)
-    times the sum of the weights Z (`weight`, float64), and n likewise:
+    gradients, so it is kept as their weighted mean M (`exp_avg`, float32 if the parameter is) times
+    the sum of the weights Z (`weight`, float64), and n in the same way:
 
         w = omega_k / (s_k ||G||);        c = b1 Z_before / Z
         m = Z M;   Z = b1 Z + (1 - b1) w;   M = c M + (1 - c) G
@@ -39,7 +39,7 @@ class MTAdamW(torch.optim.Optimizer):
         v = omega_k^2 / (s_k ||G||^2);    d = b2 Y_before / Y
         n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2
 
-    which are AdamW's own moments of G with c and d for b1 and b2. What is left of the formula goes
+    which are AdamW's own moments of G with c and d for b1 and b2. The rest of the formula goes
     into its learning rate and eps. Of a norm R times those before, 1 - d keeps a relative error of
     about 1e-13 R^2: float32's own up to R = 1,000, 1e-5 at 10,000.
     """

@@ -13,8 +13,8 @@ from icl_moe.model.router import GATE
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for the optimizer, each with a `name`, as DeepSpeed asks where there are experts;
-    empty ones are left out.
+    """Groups for the optimizer, each with a `name`, which DeepSpeed requires if there are experts;
+    empty groups are left out.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

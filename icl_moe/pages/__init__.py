@@ -1,5 +1,5 @@
-"""Pages for people: one HTML file each that needs nothing else, from templates that escape what
-they are given.
+"""HTML pages: each is one file that needs no others, rendered from templates that escape their
+content.
 """
 
 from functools import cache
@@ -11,8 +11,8 @@ from icl_moe.pictures import data_url
 
 
 def render(template: str, **content: Any) -> str:
-    """The page that a template of this folder makes of its content. Texts are escaped; HTML of our
-    own is `markupsafe.Markup`.
+    """The page that a template of this folder renders. Texts are escaped; HTML from this package is
+    `markupsafe.Markup`.
     """
     return _environment().get_template(template).render(**content)
 

@@ -1,6 +1,4 @@
-"""How well written captions agree with the references, by the scorers of the COCO caption
-evaluation.
-"""
+"""Scores of captions against references, by the scorers of the COCO caption evaluation."""
 
 import re
 import shutil
@@ -31,15 +29,14 @@ class CaptionScores:
     (papers print 100 times these).
 
     bleu: BLEU-1 to BLEU-4 (Papineni et al. 2002), with the closest reference length. rouge_l:
-    ROUGE-L (Lin 2004), beta 1.2.
-    cider: CIDEr-D (Vedantam et al. 2015), sigma 6, document frequencies from these very references.
-    meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None; `meteor_note` then says why. `tokenizer`
-    says what split the texts.
-    category_accuracy: how often the category is right, up to case; box_iou: the mean intersection
-    over union of the boxes. None where captions do not have them.
-    intervals: 95 % intervals over queries (see bootstrap.py), by score; empty where they were not
-    asked for. BLEU is computed anew from the counts of each draw; CIDEr's document frequencies stay
-    those of the whole set; METEOR, which its Java program computes, has none.
+    ROUGE-L (Lin 2004), beta 1.2. cider: CIDEr-D (Vedantam et al. 2015), sigma 6, document
+    frequencies from these very references. meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None;
+    `meteor_note` then says why. `tokenizer` says what split the texts. category_accuracy: how often
+    the category is right, up to case; box_iou: the mean intersection over union of the boxes. None
+    where captions do not have them. intervals: 95 % intervals over queries (see bootstrap.py), by
+    score; empty where they were not asked for. BLEU is computed again from the counts of each draw;
+    CIDEr's document frequencies stay those of the whole set; METEOR, which its Java program
+    computes, has none.
     """
 
     episodes: int
@@ -280,7 +277,7 @@ def _meteor(
 ) -> tuple[Sequence[float | None], str]:
     """The corpus score of each set and "", or as many None and why.
 
-    Not by pycocoevalcap's wrapper, which waits for ever once its Java process has died.
+    Not by pycocoevalcap's wrapper, which waits forever once its Java process has died.
     """
     problem = java_problem(java)
     if problem is not None:

@@ -1,4 +1,6 @@
-"""A mask as a model draws it: how bright each pixel is, and from where on one is of the mask."""
+"""A mask as a model draws it: the brightness of each pixel, and the threshold above which a pixel
+belongs to the mask.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -7,15 +9,16 @@ import torch
 import torch.nn.functional as F
 
 EVEN = 0.5
-"""The threshold of a mask that was written as codes, and of one where none was fitted."""
+"""The threshold of a mask that was written code by code, and of a model without a fitted one."""
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnMask:
     """brightness_HW: float32, about -1 (black: outside) to 1 (inside).
 
-    threshold: in 0..1, how far up from black to white a pixel begins to belong to the mask.
-    at_once: whether it was written in one pass: its pixels then show how sure the model is.
+    threshold: a level in 0..1 from black to white; brighter pixels belong to the mask.
+    at_once: whether the mask was written in one pass, so that its pixels show how sure the model
+    is.
     """
 
     brightness_HW: np.ndarray
@@ -30,8 +33,8 @@ class DrawnMask:
     @property
     def confidence_HW(self) -> np.ndarray | None:
         """How sure each pixel is of what the mask says, float32: 0.5 where it lies on the
-        threshold, 1 where it is white, or black. None of a mask that was written code by code,
-        whose pixels show how sure the tokenizer is, not the model.
+        threshold, 1 where it is white or black. None for a mask that was written code by code,
+        whose pixels say nothing about how sure the model is.
         """
         if not self.at_once:
             return None

@@ -34,7 +34,7 @@ from icl_moe.tasks.task import (
 )
 
 LEAST_SHOWN = 0.01
-"""Of a query's pixels: a class that covers less is not asked for in another's place."""
+"""The least share of a query's pixels that a class must cover to be used in swapped examples."""
 
 
 @dataclass(frozen=True, eq=False)

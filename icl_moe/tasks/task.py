@@ -1,8 +1,8 @@
 """What the rest of the code asks of a task.
 
-A task owns all that is particular to it: its pair and how that is written and read, what may be
-decoded, what an annotated region must have encoded, its scores and its pictures. The input of every
-task is an image (with a class prompt, also the name of the class).
+A task contains everything that is particular to it: its pair and how that is written and read, what
+may be decoded, which pictures of an annotated region must be encoded, its scores and its pictures.
+The input of every task is an image (with a class prompt, also the name of the class).
 """
 
 from abc import ABC, abstractmethod
@@ -29,8 +29,8 @@ Objects = Mapping[str, Sequence[Output]]
 
 
 class Baseline(NamedTuple):
-    """Outputs that no model wrote, one an episode, to compare a model's with. name: as tables have
-    it; prediction: as metrics.json has it.
+    """Outputs that no model wrote, one for each episode, to compare a model's outputs with. name:
+    as in tables; prediction: as in metrics.json.
     """
 
     name: str

@@ -6,8 +6,7 @@ import warnings
 import torch
 
 if not torch.cuda.is_available():
-    # Said outright, before deepspeed is imported, lest every rank warn that it found no
-    # accelerator.
+    # Set before deepspeed is imported, so that not every rank warns that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# DeepSpeed's own calls; nothing that a user could change.
+# From DeepSpeed's own calls; the user cannot change them.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")

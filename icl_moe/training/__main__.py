@@ -1,7 +1,8 @@
 """Training as a program: `python -m icl_moe.training [RECIPE] [key=value ...]`, alone or under a
 launcher.
 
-Importing this module runs it: the Python half of launch_scripts/pretrain.sh is bare imports.
+Importing this module runs it, because the Python half of launch_scripts/pretrain.sh consists of
+imports only.
 """
 
 import sys
@@ -23,6 +24,7 @@ def _run() -> int:
 
 
 if is_program():
-    # To the very end: the launcher's signal may come when this rank has saved and is about to end.
+    # Until the very end: the launcher's signal may arrive when this rank has saved and is about to
+    # end.
     listen()
     sys.exit(_run())

@@ -1,15 +1,14 @@
 """Checkpoints of a run, and the exported model that inference reads.
 
 A run's output folder holds run.json, model/ (what an exported model needs besides weights) and
-checkpoints/, a folder a step. In it are the files of training_state.py and, written last,
-complete.json. DeepSpeed's own files are not among them: they can only be resumed in the layout that
-wrote them, and would hold the same numbers again.
+checkpoints/, with one folder for each saved step. Such a folder holds the files of
+training_state.py and complete.json, which is written last. DeepSpeed's own files are not among
+them: they can only be resumed in the layout that wrote them, and would hold the same numbers again.
 """
 
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from torch import distributed as dist
 from transformers import PretrainedConfig
 
 from icl_moe.data.shards import ShardSet
+from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.threshold import fit_threshold
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
+from icl_moe.messages import say
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
@@ -32,18 +33,18 @@ from icl_moe.training.run_folder import how_it_was_trained
 _TAG = "step-{:08d}"
 _NAME = re.compile(r"step-\d{8,}")
 _COMPLETE = "complete.json"
-"""Written into a checkpoint's folder last: its files and their sizes. Without it, or where they
-differ, the checkpoint is not whole.
+"""Written into the folder of a checkpoint last: its files and their sizes. Without it, or if they
+differ, the checkpoint is incomplete.
 """
 
 
 def save(engine: Any, output: Path, step: int, keep: int) -> bool:
     """Save the whole training state after `step` steps, then remove older checkpoints. Every rank
-    calls it, and hears whether there is a checkpoint of that step now.
+    calls it and is told whether there is a checkpoint of that step now.
 
-    output: a folder that all ranks see. keep: how many whole checkpoints stay; damaged ones do not
-    count, and the one just saved is never removed. Where a checkpoint cannot be made, the ranks
-    that find why say so and nothing is left of it.
+    output: a folder that all ranks can access. keep: how many complete checkpoints are kept;
+    damaged ones do not count, and the one just saved is never removed. If a checkpoint cannot be
+    written, the ranks that find the reason report it, and its files are removed.
     """
     checkpoints = output / "checkpoints"
     folder = checkpoints / _TAG.format(step)
@@ -73,15 +74,15 @@ def save(engine: Any, output: Path, step: int, keep: int) -> bool:
 
 
 def resume(engine: Any, output: Path) -> int:
-    """Load the newest whole checkpoint of a run and return its number of completed steps; 0 where
-    there is none. Every rank calls it.
+    """Load the newest complete checkpoint of a run and return its number of completed steps, or 0
+    if there is no checkpoint. Every rank calls it.
 
-    The layout may be another than the one that saved. A damaged checkpoint is named, and the one
-    before it is used. Raises InputError where all are damaged, and for one of another model or
-    optimizer.
+    The layout may differ from the one that saved. A damaged checkpoint is named, and the one
+    before it is used. Raises InputError if all are damaged, and for a checkpoint of another model
+    or optimizer.
     """
     found: list[Any] = [None, None]
-    if dist.get_rank() == 0:  # It alone looks at the size of every file.
+    if dist.get_rank() == 0:  # Only rank 0 checks the size of every file.
         try:
             found[0] = _newest_whole(output / "checkpoints")
         except InputError as error:
@@ -90,12 +91,12 @@ def resume(engine: Any, output: Path) -> int:
     folder, refusal = found
     if refusal:
         raise InputError(refusal)
-    return 0 if folder is None else training_state.read(engine, folder)
+    return 0 if folder is None else training_state.restore(engine, folder)
 
 
 def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet) -> None:
-    """Write model/: configuration and tokenizers, so that an export needs neither shards nor
-    network.
+    """Write the folder model/ with configuration and tokenizers, so that an export needs neither
+    the shards nor a network.
     """
     folder = output / "model"
     config.save_pretrained(folder)
@@ -103,16 +104,22 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
         copy_folder(shards.fetch(name), folder / name)
 
 
-def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> int:
+def export(
+    checkpoint: Path,
+    out: Path,
+    threshold_from: str | None = None,
+    device: Device | None = None,
+) -> int:
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
-    keep the precision that they trained in. threshold_from: training shards on which the threshold
-    of masks that are written in one pass is fitted. Raises InputError where there is no checkpoint,
-    or one that cannot be read, and where `out` cannot be written.
+    keep the precision of the training. threshold_from: training shards on which the threshold
+    of masks that are written in one pass is fitted, on `device` (by default a GPU where there is
+    one). Raises InputError where there is no checkpoint, or one that cannot be read, where there is
+    no such device, and where `out` cannot be written.
     """
-    out = output_folder(out)
+    out, place = output_folder(out), find_device(device)
     folder = _find(checkpoint)
     run = folder.parent.parent
     if not (run / "model" / "config.json").is_file():
@@ -140,7 +147,7 @@ def export(checkpoint: Path, out: Path, threshold_from: str | None = None) -> in
         write_whole(temporary / CARD, model_card(config.to_dict(), trained))
     if threshold_from is not None:
         config.mask_threshold = fit_threshold(
-            InContextModel.from_pretrained(temporary), ShardSet(threshold_from)
+            InContextModel.from_pretrained(temporary, place), ShardSet(threshold_from)
         )
         config.save_pretrained(temporary)
     if out.exists():
@@ -166,22 +173,22 @@ def _find(checkpoint: Path) -> Path:
 
 
 def _newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that is whole; None where the folder has none at all."""
+    """The newest complete checkpoint in a folder; None if the folder has no checkpoints."""
     damages: dict[str, str] = {}
     for candidate in reversed(_all(folder)):
         damage = _damage(candidate)
         if damage is None:
             if damages:
                 newer = "; ".join(f"{name} is damaged: {what}" for name, what in damages.items())
-                _say(f"warning: {newer}; {candidate} is used.")
+                say(f"warning: {newer}; {candidate} is used.")
             return candidate
         damages[str(candidate)] = damage
     finished = {name: what for name, what in damages.items() if what != _UNFINISHED}
     if finished:
         name, what = next(iter(finished.items()))
         raise InputError(
-            f"The checkpoint {name} is damaged: {what}; remove it to start anew, or put the file "
-            "back."
+            f"The checkpoint {name} is damaged: {what}; remove it to start from the "
+            "beginning, or put the file back."
         )
     return None
 
@@ -190,15 +197,15 @@ _UNFINISHED = "its saving was interrupted"
 
 
 def _all(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, by their steps; copies under other names are left
-    alone.
+    """The checkpoints in a folder, complete or not, sorted by their steps; copies under other names
+    are ignored.
     """
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by their sizes; None where they are all there."""
+    """What is wrong with the files of a checkpoint, by their sizes; None if all are right."""
     try:
         content = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
         files = [(folder / Path(name).name, size) for name, size in content["files"].items()]
@@ -217,9 +224,9 @@ def _damage(folder: Path) -> str | None:
 
 
 def _make_room(folder: Path, needed: int) -> None:
-    """Remove what an interrupted save left behind, or a damaged checkpoint of this very step.
+    """Remove the files of an interrupted save, and a damaged checkpoint of the same step.
 
-    Raises OSError where the disk has no room for `needed` bytes.
+    Raises OSError if the disk has no room for `needed` bytes.
     """
     checkpoints = folder.parent
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -241,9 +248,9 @@ def _complete(folder: Path) -> None:
 
 
 def _retain(checkpoints: Path, saved: Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints, `saved` among those that stay, and
-    damaged ones that are older than it. A newer damaged one stays until a save takes its place:
-    its files may be put back.
+    """Remove all but the newest `keep` complete checkpoints, among which `saved` always is, and
+    damaged ones that are older than it. A newer damaged one is kept until a save replaces it,
+    because its files may be restored.
     """
     folders = _all(checkpoints)
     whole = [folder for folder in folders if folder == saved or _damage(folder) is None]
@@ -253,8 +260,4 @@ def _retain(checkpoints: Path, saved: Path, keep: int) -> None:
             try:
                 shutil.rmtree(old)
             except OSError as error:
-                _say(f"warning: {old} cannot be removed ({error.strerror}).")
-
-
-def _say(what: str) -> None:
-    print(f"icl-moe: {what}", file=sys.stderr)
+                say(f"warning: {old} cannot be removed ({error.strerror}).")

@@ -12,7 +12,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 
 _SAMPLES = 256
-"""Of each task, at even distances, whose images are counted: tens of thousands of codes."""
+"""How many episodes of each task, at even distances, are counted: tens of thousands of codes."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Codebook:
 
 def read_codebook(shards: ShardSet) -> Codebook:
     """The codebook of what read a shard folder's input images: the VQ-GAN's, or the k-means centres
-    of its features tokenizer. Frequencies are counted in the input images of 256 episodes a task; a
-    code that none of them shows counts as if it had been seen once.
+    of its features tokenizer. Frequencies are counted in the input images of 256 episodes of each
+    task; a code that none of them contains counts as if seen once.
     """
     folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
     vocabulary = shards.manifest.format.vocabulary

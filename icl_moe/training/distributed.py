@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,21 +14,23 @@ import torch
 from deepspeed.utils import logger
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import leave_out_shared_memory_collective
 from icl_moe.errors import InputError, RankError
+from icl_moe.messages import say
 from icl_moe.signals import meeting, stop_requested
 
 _REASON = "the reason that a rank gave for its end"
 
 _LOST = re.compile("Connection (closed|reset) by|Broken pipe|ncclRemoteError")
-"""What gloo and NCCL say where another rank has ended."""
+"""The errors of gloo and NCCL when another rank has ended."""
 
 _LAUNCHER_NOTICES = 5.0
-"""Seconds in which the launcher notices that a rank has ended; it looks every second."""
+"""Seconds within which the launcher notices that a rank has ended; it checks every second."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place: its rank among `world`, and the device that it computes on."""
+class Place:
+    """The place of this process: its rank among `world` ranks, and the device that it uses."""
 
     rank: int
     world: int
@@ -51,15 +52,15 @@ def launched_rank() -> int:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, answered by megatron-core: it asks for some things under
-    other names than megatron-core has.
+    """What DeepSpeed asks of an `mpu`, answered by megatron-core: DeepSpeed uses other
+    names than megatron-core for some of it.
 
-    Tensor ranks are neighbours (tp 2 on four ranks: 0 1 | 2 3), and ranks of equal place in them
-    make a data-parallel group (0 2 | 1 3).
+    Tensor ranks are neighbours (tp 2 on four ranks: 0 1 | 2 3), and ranks at the same place in
+    them form a data-parallel group (0 2 | 1 3).
     """
 
     def __init__(self, tp_size: int) -> None:
-        # It warns on every rank of optional packages that it does without.
+        # On every rank it warns about optional packages that are missing.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         from megatron.core import parallel_state
 
@@ -87,24 +88,25 @@ class ModelParallelUnit:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
+def process_group() -> Iterator[Place]:
     """Join the launcher's ranks (environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*), or
-    be the only one. A group that the process is in already is used, and left to whoever made it.
+    be the only one. If the process is in a group already, that group is used and not closed.
 
-    An InputError that leaves it is a RankError of the first rank that has one: all ranks may find
-    the same fault, or any of them alone, and one says it. The others end with exit code 2 in
-    silence, also where a collective fails because that rank has ended. Where a rank ended for
-    another reason, the others say that they lost it, without a traceback.
+    An InputError within the context leaves it as a RankError on the first rank that has one,
+    because all ranks may find the same error, or only one of them, and one must report it. The
+    others end with exit code 2 and without a message, even if a collective fails because that rank
+    has ended. If a rank ended for another reason, the others report that they lost it, without a
+    traceback.
     """
     logger.setLevel("WARNING")
-    with _launched_or_alone(), _joined() as ranks:
-        yield ranks
+    with _launched_or_alone(), _joined() as place:
+        yield place
 
 
 @contextlib.contextmanager
 def _launched_or_alone() -> Iterator[None]:
-    """Within it the launcher's variables are there, also where there is no launcher. Commands that
-    this process starts later must not take themselves for ranks.
+    """Within this context the launcher's variables are set, even without a launcher. They are
+    removed afterwards, so that commands which this process starts do not act as ranks.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if launched_ranks() == 1:
@@ -119,10 +121,8 @@ def _launched_or_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _joined() -> Iterator[Ranks]:
-    # A collective for inference on CPUs that would otherwise be compiled here, for half a minute,
-    # and needs a C++ compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def _joined() -> Iterator[Place]:
+    leave_out_shared_memory_collective()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -140,7 +140,7 @@ def _joined() -> Iterator[Ranks]:
             "--master_port to the launcher."
         ) from error
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield Place(dist.get_rank(), dist.get_world_size(), device)
     except InputError as error:
         if not is_first(_REASON):
             raise SystemExit(2) from error
@@ -149,8 +149,8 @@ def _joined() -> Iterator[Ranks]:
         if isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)):
             _end_after_another(error)
         raise
-    # Without this, ranks now and then die at exit. After an exception it is not tried: the others
-    # may not be listening.
+    # Without this, ranks sometimes crash at exit. After an exception it is not tried, because the
+    # other ranks may not take part.
     if is_ours:
         dist.destroy_process_group()
 
@@ -160,7 +160,7 @@ def is_first(name: str) -> bool:
     try:
         return bool(dist.distributed_c10d._get_default_store().add(name, 1) == 1)
     except dist.DistError:
-        return False  # The rank that keeps the store has spoken and ended.
+        return False  # The rank that keeps the store has reported and ended.
 
 
 def _end_after_another(error: RuntimeError) -> None:
@@ -168,10 +168,9 @@ def _end_after_another(error: RuntimeError) -> None:
     with contextlib.suppress(dist.DistError):
         if dist.distributed_c10d._get_default_store().check([_REASON]):
             raise SystemExit(2) from error
-    print(
-        f"icl-moe: rank {dist.get_rank()} has lost the connection to another rank and ends "
-        f"({str(error).splitlines()[0]}).",
-        file=sys.stderr,
+    say(
+        f"rank {dist.get_rank()} has lost the connection to another rank and ends "
+        f"({str(error).splitlines()[0]})."
     )
     # The launcher signals all when one has ended, and exits with the code of the first that it
     # finds: that should be the one that ended by itself.
@@ -182,7 +181,7 @@ def _end_after_another(error: RuntimeError) -> None:
 
 
 def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Within it torch's random generators may be drawn from: afterwards they are as they were."""
+    """Within this context random numbers may be drawn; afterwards the generators are restored."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 

@@ -1,5 +1,5 @@
-"""The dry run: the largest batches come first, so that one that is too large for the device's
-memory shows in the first minute.
+"""The dry run: the largest batches are computed first, so that one that is too large for the memory
+of the device is detected in the first minute.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from torch import Tensor
 from icl_moe.batch import TokenBatch, collate
 from icl_moe.data.schedule import MIXED
 from icl_moe.data.shards import ShardSet
+from icl_moe.deepspeed_internals import counters, set_counters
 from icl_moe.errors import RankError
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.training.distributed import Ranks, generators_kept, is_first
+from icl_moe.training.distributed import Place, generators_kept, is_first
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges
@@ -27,15 +28,15 @@ def dry_run(
     engine: TrainingEngine,
     recipe: TrainingRecipe,
     shards: ShardSet,
-    ranks: Ranks,
+    place: Place,
     watchdog: Watchdog,
 ) -> None:
-    """One step on the largest batch of every task, which every rank computes alike and which moves
-    nothing.
+    """Compute one step on the largest batch of every task, the same on every rank, without changing
+    any weights.
 
-    The run that follows is the same bit for bit as without it. Raises RankError, with a micro-batch
-    that would do, where the device's memory does not suffice; the first rank to find that speaks,
-    and others end in silence.
+    The run that follows is bit for bit the same as without it. Raises RankError, with a micro-batch
+    that would fit, if the memory of the device does not suffice; the first rank that finds this
+    reports it, and the others end without a message.
     """
     size = recipe.training.micro_batch
     for task, members in _pools(recipe, shards).items():
@@ -46,8 +47,8 @@ def dry_run(
                 raise SystemExit(2)
             raise RankError(
                 f"training.micro_batch: {size} of the longest {task} episodes do not fit into the "
-                f"memory of {_device(ranks)} "
-                f"(rank {ranks.rank}); {advice}."
+                f"memory of {_device(place)} "
+                f"(rank {place.rank}); {advice}."
             )
 
 
@@ -72,20 +73,20 @@ def _largest(
         ]
     longest = sorted(candidates, reverse=True)[:size]
     sequences = [shards.sample(task, index).sequence for _, task, index in longest]
-    settings = recipe.training
+    training = recipe.training
     return collate(
         sequences,
         shards.manifest.format.vocabulary,
         tasks[0],
         recipe.data.layout,
-        settings.input_loss_weight,
-        loss_on=settings.loss_on,
+        training.input_loss_weight,
+        loss_on=training.loss_on,
     )
 
 
 def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
-    """Whether the memory suffices to compute a batch, beside what the optimizer will keep from its
-    first step on.
+    """Whether the memory suffices to compute a batch in addition to what the optimizer will hold
+    from its first step on.
     """
     try:
         room = _coming_state(engine)
@@ -99,7 +100,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
         fitted = False
     else:
         fitted = True
-    # Only here is the exception gone, which held the tensors of all frames that it went through.
+    # Only here has the exception gone, which held the tensors of all frames that it passed.
     if not fitted:
         for parameter in engine.model.parameters():
             parameter.grad = None
@@ -109,7 +110,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
 
 
 def _coming_state(engine: TrainingEngine) -> list[Tensor]:
-    """As much memory as AdamW's two moments take, where there are none yet."""
+    """As much memory as the two moments of AdamW need, if there are none yet."""
     state = engine.deepspeed.basic_optimizer.state
     masters = {id(held.master): held.master for held in held_ranges(engine.deepspeed)}
     return [
@@ -120,25 +121,24 @@ def _coming_state(engine: TrainingEngine) -> list[Tensor]:
 
 
 def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
-    """All that a step does but to move the weights; with accumulation its last two micro-steps,
-    since gradients are held between them.
+    """Everything that a step does except changing the weights; with accumulation, its last two
+    micro-steps, since gradients are held between them.
     """
     deepspeed = engine.deepspeed
-    names = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
-    counters = {name: vars(deepspeed)[name] for name in names}
+    before = counters(deepspeed)
     micro_steps = min(2, deepspeed.gradient_accumulation_steps())
-    deepspeed.micro_steps = deepspeed.gradient_accumulation_steps() - micro_steps
+    set_counters(deepspeed, micro_steps=deepspeed.gradient_accumulation_steps() - micro_steps)
     for _ in range(micro_steps):
         engine.backward(batch, noise=(0, _NO_STEP))
         engine.step(skip=True)
-    vars(deepspeed).update(counters)
+    set_counters(deepspeed, **before)
 
 
 def _advice(
     engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str]
 ) -> str:
-    """What to change, tried as far as one rank can by itself: where ranks compute together, half is
-    a guess.
+    """What to change. The advice is tried if this rank can compute alone; if ranks compute
+    together, half of the size is a guess.
     """
     compute = partial(_gradients, engine)
     alone = engine.computes_alone
@@ -157,8 +157,8 @@ def _advice(
 
 
 def _smaller(recipe: TrainingRecipe) -> list[int]:
-    """Micro-batches of at most half the size each, which divide the global batch as the present one
-    does.
+    """Smaller micro-batches, each at most half of the one before, that also divide the global
+    batch.
     """
     sizes, size = [], recipe.training.micro_batch
     while size > 1:
@@ -172,7 +172,7 @@ def _smaller(recipe: TrainingRecipe) -> list[int]:
 
 
 def _gradients(engine: TrainingEngine, batch: TokenBatch) -> None:
-    """Forward and backward on this rank alone: `autograd.grad` sets off none of the hooks with
+    """Forward and backward on this rank alone: `autograd.grad` does not trigger the hooks with
     which DeepSpeed reduces gradients.
     """
     loss = engine.model(batch.to(engine.deepspeed.device), noise=(0, _NO_STEP))
@@ -183,8 +183,8 @@ def _gradients(engine: TrainingEngine, batch: TokenBatch) -> None:
     )
 
 
-def _device(ranks: Ranks) -> str:
-    if ranks.device.type != "cuda":
+def _device(place: Place) -> str:
+    if place.device.type != "cuda":
         return "this machine"
-    properties = torch.cuda.get_device_properties(ranks.device)
+    properties = torch.cuda.get_device_properties(place.device)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

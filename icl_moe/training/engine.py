@@ -1,7 +1,7 @@
 """From a recipe to a DeepSpeed engine, and one micro-step on it.
 
-Apart from the loop in trainer.py, because tests and benchmarks step an engine on batches of their
-own.
+Separate from the loop in trainer.py, because tests and benchmarks step an engine on batches of
+their own.
 """
 
 import contextlib
@@ -13,12 +13,17 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import groups, set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from icl_moe.batch import TokenBatch
 from icl_moe.data.schedule import RankSlice
 from icl_moe.data.shards import Manifest
+from icl_moe.deepspeed_internals import (
+    norm_of_the_step_at_hand,
+    set_counters,
+    set_model_parallel_unit,
+)
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
 from icl_moe.model.deepspeed_moe import exported_name, first_expert, sparse_layer_factory
@@ -32,7 +37,7 @@ from icl_moe.optim.parameter_groups import muon_groups, parameter_groups
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.codebook import Codebook
-from icl_moe.training.distributed import ModelParallelUnit, Ranks
+from icl_moe.training.distributed import ModelParallelUnit, Place
 from icl_moe.training.partitions import refresh_gates
 from icl_moe.training.preflight import zero_stage
 
@@ -41,8 +46,8 @@ class TrainingEngine:
     """A freshly initialised decoder on DeepSpeed. codebook: what a recipe with model.codebook_init
     starts from.
 
-    deepspeed: the engine itself. norm: the global gradient norm of the last whole step before
-    clipping, None where nothing moved.
+    deepspeed: the engine itself. norm: the global gradient norm of the last complete step
+    before clipping, None if the step was skipped.
     """
 
     def __init__(
@@ -51,27 +56,25 @@ class TrainingEngine:
         manifest: Manifest,
         engine_config: dict[str, Any],
         part: RankSlice,
-        ranks: Ranks,
+        place: Place,
         codebook: Codebook | None = None,
     ) -> None:
         self._recipe = recipe
-        self._device = ranks.device
+        self._device = place.device
         self.norm: float | None = None
-        # DeepSpeed's expert layers read the unit there, where an earlier engine of this process may
-        # have left its own.
-        groups.mpu = (
-            ModelParallelUnit(recipe.parallel.tp_size) if recipe.parallel.tp_size > 1 else None
-        )
-        model = _build_model(recipe, manifest, ranks, zero_stage(engine_config), codebook)
+        tp_size = recipe.parallel.tp_size
+        unit = ModelParallelUnit(tp_size) if tp_size > 1 else None
+        set_model_parallel_unit(unit)
+        model = _build_model(recipe, manifest, place, zero_stage(engine_config), codebook)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
-        ):  # A line a rank and layer group about process groups being made.
+        ):  # It prints a line for each process group that it creates, on every rank.
             self.deepspeed, *_ = deepspeed.initialize(
-                model=nn.Module.to(model, ranks.device),
+                model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,
                 config=_deepspeed_config(recipe, engine_config, part),
-                mpu=groups.mpu,
+                mpu=unit,
                 dist_init_required=False,
             )
         self.deepspeed.train()
@@ -95,8 +98,8 @@ class TrainingEngine:
         )
 
     def begin_step(self, rate: float, task: str, probability: float) -> None:
-        """Set the learning rate of the coming step, and for MT-AdamW what its task weighs: it was
-        drawn with `probability`.
+        """Set the learning rate of the next step and, for MT-AdamW, the probability with which its
+        task was drawn and the weight of that task.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate * group.get("rate_ratio", 1.0)
@@ -111,12 +114,12 @@ class TrainingEngine:
         return loss
 
     def step(self, skip: bool = False) -> bool:
-        """After each micro-step's `backward`; at the last one of a step the optimizer moves, unless
-        `skip`, or where the gradient has no norm that can be used. Whether it moved.
+        """After each micro-step's `backward`; at the last one of a step the optimizer changes the
+        weights, unless `skip` is set or the gradient has no usable norm. Returns whether it did.
 
         A gradient that is not finite has an infinite norm on every rank: the norm is taken over all
         parameters, so the ranks agree without asking each other. `deepspeed.skipped_steps` counts
-        the steps in which nothing moved.
+        the skipped steps.
         """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
@@ -131,7 +134,7 @@ class TrainingEngine:
         with _guarded(self._optimizer, lambda: not skip and self._norm_is_usable()) as calls:
             self.deepspeed.step()
         moved = any(calls)
-        self.deepspeed.skipped_steps = skipped + (not moved)
+        set_counters(self.deepspeed, skipped_steps=skipped + (not moved))
         if moved:
             refresh_gates(self.deepspeed)
         else:
@@ -146,13 +149,11 @@ class TrainingEngine:
         return bool(self.deepspeed.zero_optimization() or self.deepspeed.bfloat16_enabled())
 
     def _norm_is_usable(self) -> bool:
-        """In the middle of a step, when DeepSpeed has computed the norm but not yet published it.
-
-        Task-balanced AdamW divides by it.
+        """Called in the middle of a step, when DeepSpeed has computed the norm but not yet
+        published it. Task-balanced AdamW divides by the norm, so it must not be 0 either.
         """
         if self.norm is None:
-            norm = self.deepspeed.optimizer._global_grad_norm
-            self.norm = None if norm is None else float(norm)
+            self.norm = norm_of_the_step_at_hand(self.deepspeed)
         return (
             self.norm is not None
             and math.isfinite(self.norm)
@@ -164,8 +165,9 @@ class TrainingEngine:
 def _guarded(
     optimizer: torch.optim.Optimizer, may_step: Callable[[], bool]
 ) -> Iterator[list[bool]]:
-    """Within it the engine steps as always, and clears its gradients, but the optimizer under it
-    does so only where it may. Gives, of each time that the engine called it, whether it did.
+    """Within this context the engine steps as usual, and clears its gradients, but the optimizer
+    under it steps only if it may. Gives a list with one entry for each call by the engine: whether
+    the optimizer stepped.
     """
     step, calls = optimizer.step, list[bool]()
 
@@ -184,7 +186,7 @@ def _guarded(
 def _build_model(
     recipe: TrainingRecipe,
     manifest: Manifest,
-    ranks: Ranks,
+    place: Place,
     stage: int,
     codebook: Codebook | None,
 ) -> InContextDecoder:
@@ -205,12 +207,12 @@ def _build_model(
     sparse_layer = (
         SparseFeedForward
         if stage == 3
-        else sparse_layer_factory(ep_size, ranks.rank % tp_size, tp_size)
+        else sparse_layer_factory(ep_size, place.rank % tp_size, tp_size)
     )
     model = InContextDecoder(config, sparse_layer, recipe.training.auxiliary_loss_weight)
     model.gradient_checkpointing = recipe.training.activation_checkpointing
     name = partial(
-        exported_name, first_expert=first_expert(ranks.rank, ep_size, recipe.model.experts)
+        exported_name, first_expert=first_expert(place.rank, ep_size, recipe.model.experts)
     )
     initialise(model, recipe.training.seed, name)
     if recipe.model.codebook_init:
@@ -224,7 +226,7 @@ def _build_model(
         gradient_norm.mark_parts(model)
     if stage == 3 and recipe.model.sparse_layers:
         # All experts of a layer are gathered together: ranks whose tokens go to different ones
-        # would wait for each other for ever.
+        # would wait for each other forever.
         set_z3_leaf_modules(model, [Experts])
     return model
 

@@ -9,6 +9,7 @@ import torch
 
 from icl_moe.attributes import describe_attributes
 from icl_moe.batch import RoutingPlan
+from icl_moe.deepspeed_internals import is_partitioned
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.router import AttributeGate
 from icl_moe.tables import Table
@@ -36,10 +37,10 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def expert_choices(decoder: InContextDecoder) -> list[Choice]:
-    """Of every layer whose gate decides by attributes alone, in its order, without noise; none in
-    other models.
+    """The choices of every layer whose gate decides by attributes alone, in the order of the
+    layers, without noise; an empty list for other models.
 
-    Every rank has the whole gate, whatever experts it holds. At ZeRO stage 3 it must be gathered,
+    Every rank has the whole gate, whichever experts it holds. At ZeRO stage 3 it must be gathered,
     so every rank calls it.
     """
     classes = tuple(streams(decoder.sequence_format))
@@ -51,7 +52,7 @@ def expert_choices(decoder: InContextDecoder) -> list[Choice]:
         for gate in (module for module in layer.modules() if isinstance(module, AttributeGate)):
             parameters = list(gate.parameters())
             with deepspeed.zero.GatheredParameters(
-                parameters, enabled=any(hasattr(parameter, "ds_id") for parameter in parameters)
+                parameters, enabled=any(map(is_partitioned, parameters))
             ):
                 decision = gate(plan)
             for attributes, experts, weights in zip(

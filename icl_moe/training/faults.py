@@ -4,7 +4,6 @@ not finite, ranks that hang.
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,38 +12,39 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from icl_moe.messages import say
 from icl_moe.signals import stop_requested
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import Place
 
 _BEFORE = "before the first step"
 _STORE_PATIENCE = 5.0
-"""Seconds in which the store, which lives in rank 0, must answer a watchdog."""
+"""Seconds within which the store, which rank 0 keeps, must answer a watchdog."""
 
 
 def any_rank(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]:
-    """Each flag, true where it is true on any rank; those that are tensors lie on `device`, and the
-    host waits for all of them once. Every rank must call it together.
+    """For each flag, whether it is true on any rank. Flags that are tensors lie on `device`, and
+    the host waits for all of them once. All ranks must call this together.
     """
     values = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [value > 0 for value in values.tolist()]
 
 
-def agreed_to_stop(ranks: Ranks) -> bool:
-    """Whether any rank was asked to stop. Every rank must call it together."""
-    return any_rank([stop_requested()], ranks.device)[0]
+def agreed_to_stop(place: Place) -> bool:
+    """Whether any rank was asked to stop. All ranks must call this together."""
+    return any_rank([stop_requested()], place.device)[0]
 
 
 class Watchdog:
-    """Ends a run in which a rank stands still, and says which one and where.
+    """Ends a run in which a rank makes no progress, and reports which rank and where.
 
-    Every rank beats at each stage of a micro-step and publishes its count of beats. Where this rank
+    Every rank beats at each stage of a micro-step and publishes its number of beats. If this rank
     has not beaten for `seconds`, the rank with the fewest beats is the one that the others wait
-    for. Used as a context; `seconds` None: no watchdog.
+    for. Use it as a context; with `seconds` None there is no watchdog.
     """
 
-    def __init__(self, ranks: Ranks, seconds: float | None) -> None:
-        self._ranks = ranks
+    def __init__(self, place: Place, seconds: float | None) -> None:
+        self._place = place
         self._seconds = seconds
         self._beats = 0
         self._last = time.monotonic()
@@ -61,28 +61,28 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, step: int, stage: str) -> None:
-        """This rank is at `stage` of the step that follows `step` whole ones."""
+        """Record that this rank is at `stage` of the step after `step` completed ones."""
         self._beats += 1
         self._last = time.monotonic()
         self._where = f"at step {step + 1}, {stage}"
         if self._seconds is not None:
-            self._store.set(f"beat/{self._ranks.rank}", f"{self._beats}|{self._where}")
+            self._store.set(f"beat/{self._place.rank}", f"{self._beats}|{self._where}")
 
     def on_main(self, step: int, stage: str, work: Callable[[], None]) -> None:
-        """Rank 0 does some work while the others wait for it. Every rank must call it together.
+        """Let rank 0 do some work while the others wait for it. All ranks must call this together.
 
-        They do not wait in a collective, which would time out, and as long as rank 0 beats they
-        beat with it: work may take longer than `seconds`, but a rank 0 that stands still is found.
+        They do not wait in a collective, which would time out. As long as rank 0 beats, they beat
+        with it, so the work may take longer than `seconds`, but a rank 0 that hangs is detected.
         """
         done = "work of rank 0 is done"
         self.beat(step, stage)
-        if self._ranks.is_main:
+        if self._place.is_main:
             work()
             self._store.set(done, "")
         else:
             self._wait(done, step)
         dist.barrier()
-        if self._ranks.is_main:
+        if self._place.is_main:
             self._store.delete_key(done)
 
     def _wait(self, key: str, step: int) -> None:
@@ -99,14 +99,14 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
                 # The main thread is in a collective or in foreign code, and the store may be gone
-                # or hang with rank 0: nothing may keep this process from its end.
+                # or hang with rank 0: nothing may prevent this process from ending.
                 reported = threading.Event()
                 report = threading.Thread(target=self._report, args=(reported,), daemon=True)
                 report.start()
                 report.join(_STORE_PATIENCE)
                 if not reported.is_set():
                     self._say(
-                        f"rank {self._ranks.rank} stands still {self._where}, and rank 0, which "
+                        f"rank {self._place.rank} stands still {self._where}, and rank 0, which "
                         "knows of all ranks, does not answer"
                     )
                 os._exit(1)
@@ -114,8 +114,8 @@ class Watchdog:
     def _report(self, reported: threading.Event) -> None:
         """Name the rank with the fewest beats, once for all ranks."""
         with contextlib.suppress(dist.DistError):
-            beats = [self._beats_of(rank) for rank in range(self._ranks.world)]
-            slowest = min(range(self._ranks.world), key=lambda rank: beats[rank][0])
+            beats = [self._beats_of(rank) for rank in range(self._place.world)]
+            slowest = min(range(self._place.world), key=lambda rank: beats[rank][0])
             if self._store.add("hang reported", 1) == 1:
                 self._say(f"rank {slowest} stands still {beats[slowest][1]}")
             reported.set()
@@ -128,8 +128,4 @@ class Watchdog:
 
     def _say(self, what: str) -> None:
         seconds = f"{self._seconds:.0f} s"
-        print(
-            f"icl-moe: {what}; no progress for {seconds}, so the run ends.",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{what}; no progress for {seconds}, so the run ends.")

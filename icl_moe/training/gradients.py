@@ -1,5 +1,5 @@
-"""How hard each task pulls at each part of the model: the figures of the paper's comparison of
-gradients over tasks (its figure 6).
+"""How large the gradient of each task is in each part of the model: the figures for the paper's
+comparison of gradients between tasks (its figure 6).
 """
 
 import csv
@@ -22,8 +22,8 @@ _HEADS = ["step", "task", "part", "norm", "normalised"]
 
 
 class GradientReport:
-    """Writes, for the first step of each task in every `every` steps, a row a part of the model to
-    gradients.csv and the monitors.
+    """Writes, for the first step of each task in every `every` steps, one row for each part of the
+    model to gradients.csv and the monitors.
 
     norm: the L2 norm ||G_i|| of the gradient of the part's parameters, averaged over the global
     batch, before clipping.
@@ -31,7 +31,7 @@ class GradientReport:
     task-balanced AdamW works with, whatever the optimizer of this run. Their squares add up to 1 in
     each step, so tasks can be compared whose losses differ in size.
 
-    start: the steps that the run has behind it.
+    start: the number of completed steps of the run.
 
     Parts are the embeddings, the last norm, and in each layer the attention, the feed-forward (gate
     and experts too) and their norms.
@@ -58,8 +58,8 @@ class GradientReport:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the optimizer's part of step t (counted from 0). Every rank enters it, and those
-        of a step that is due reduce together.
+        """The context of the optimizer's part of step t (counted from 0). Every rank enters it; in
+        a step that is due, the ranks reduce together.
         """
         if not self._is_due(step):
             yield
@@ -67,8 +67,8 @@ class GradientReport:
         squares: dict[str, Tensor] = {}
         optimizer: torch.optim.Optimizer = self._engine.deepspeed.basic_optimizer
         ranges = ranges_to_write(self._engine.deepspeed)
-        # Between the reduction of gradients and the optimizer, at every ZeRO stage, each master
-        # weight has its gradient for a moment.
+        # At every ZeRO stage each master weight has its gradient only between the reduction of
+        # gradients and the optimizer's step.
         hook = optimizer.register_step_pre_hook(lambda *_: _add_squares(ranges, squares))
         try:
             yield
@@ -77,7 +77,7 @@ class GradientReport:
         self._report(step, _sum_over_ranks(squares, self._engine))
 
     def _is_due(self, step: int) -> bool:
-        """A function of the step alone, so that ranks agree and a resumed run goes on alike."""
+        """A function of the step only, so that ranks agree and a resumed run behaves the same."""
         if self._every is None:
             return False
         first = step // self._every * self._every
@@ -87,8 +87,8 @@ class GradientReport:
         )
 
     def _keep_rows(self, steps: int) -> None:
-        """Drop the rows of steps after the first `steps`, which a run that broke off had written
-        and this one takes again.
+        """Drop the rows of steps after the first `steps`: an interrupted run wrote them, and this
+        run takes these steps again.
         """
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [
@@ -101,7 +101,7 @@ class GradientReport:
     def _report(self, step: int, squares: dict[str, float]) -> None:
         total = sum(squares.values())
         if dist.get_rank() or not total or self._engine.norm is None:
-            return  # A step that was left out has no gradient.
+            return  # A skipped step has no gradient.
         task = self._schedule.task(step)
         shares = {part: (value / total) ** 0.5 for part, value in squares.items()}
         rows = [
@@ -137,7 +137,7 @@ def part_of(name: str) -> str:
 @torch.no_grad()
 def _add_squares(ranges: list[HeldRange], squares: dict[str, Tensor]) -> None:
     """Add the squares of the gradients that the optimizer is about to read; ranges: what this rank
-    has and no other counts.
+    holds and no other rank counts.
 
     DeepSpeed calls the optimizer group by group, and only that group's master weights have a
     gradient then.

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import Place
 
-# What is summed over micro-steps and ranks between two lines, of each task: parts of a DecoderLoss,
-# which lie on the device, and what the host knows.
+# Per-task quantities, summed over micro-steps and ranks since the last progress line: parts of a
+# DecoderLoss, which lie on the device, and counts that the host knows.
 _LOSS_PARTS = ("image_sum", "image_weight", "text_sum", "text_weight", "auxiliary")
 _COUNTS = ("micro_steps", "tokens", "flops")
 
 
 class EventWriter(Protocol):
-    """Where figures go: DeepSpeed's monitor, or anything that takes events as it does."""
+    """A receiver of figures: DeepSpeed's monitor, or anything with the same method."""
 
     def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
         """Write (name, value, samples seen) of each figure; called on rank 0."""
@@ -32,7 +33,7 @@ class EventWriter(Protocol):
 class ProgressMonitor:
     """Collects losses on the device and reads them, over all ranks, only when a line is due.
 
-    Modality losses are means in nats a target over the steps since the last line. tokens/s counts
+    Modality losses are means in nats per target over the steps since the last line. tokens/s counts
     real tokens, not padding, over all the time since the last line, evaluation and saving included.
 
     tasks: of the schedule. peak_flops: what all devices together could do in a second, None where
@@ -47,7 +48,7 @@ class ProgressMonitor:
         every: int,
         global_batch: int,
         tasks: Sequence[str],
-        ranks: Ranks,
+        place: Place,
         peak_flops: float | None,
         events: EventWriter,
     ) -> None:
@@ -55,11 +56,11 @@ class ProgressMonitor:
         self._every = every
         self._global_batch = global_batch
         self._tasks = list(tasks)
-        self._is_main = ranks.is_main
+        self._is_main = place.is_main
         self._peak_flops = peak_flops
         self._events = events
         self._losses_KS = torch.zeros(
-            len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=ranks.device
+            len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=place.device
         )
         self._counts_KS = torch.zeros(len(self._tasks), len(_COUNTS), dtype=torch.float64)
         self._step: list[Tensor] = []  # the losses of the present step's micro-steps
@@ -70,7 +71,7 @@ class ProgressMonitor:
             total=steps,
             initial=start,
             unit="step",
-            disable=None if ranks.is_main else True,
+            disable=None if place.is_main else True,
             dynamic_ncols=True,
         )
 
@@ -79,7 +80,7 @@ class ProgressMonitor:
         with one that counts them.
         """
         self._step.append(torch.stack([getattr(loss, name).double() for name in _LOSS_PARTS]))
-        # On the host, lest it wait for the device at every micro-step.
+        # Summed on the host, so that it does not wait for the device at every micro-step.
         self._counts_KS[self._tasks.index(task), 1:] += torch.tensor([tokens, flops])
 
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
@@ -163,13 +164,13 @@ class ProgressMonitor:
 
 @contextmanager
 def tolerate_unwritten() -> Iterator[None]:
-    """Within it, figures for an operator are written: where they cannot be, that is said and the
-    run goes on. A disk without room must not end it while it could still save later.
+    """Within this context figures for an operator are written; if they cannot be, that is reported
+    and the run goes on. A full disk must not end a run that may still be able to save later.
     """
     try:
         yield
     except OSError as error:
-        tqdm.write(f"icl-moe: warning: {error}; the run goes on.")
+        note(f"warning: {error}; the run goes on.")
 
 
 def _named(sums_S: Tensor) -> dict[str, float]:

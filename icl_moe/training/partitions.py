@@ -1,6 +1,4 @@
-"""Where on this rank DeepSpeed keeps each number of the training state, at ZeRO stages 0 to 3.
-
-Here are all the attributes of DeepSpeed's optimizers that the training state rests on;
+"""Where on this rank each number of the training state is kept, at ZeRO stages 0 to 3.
 training_state.py says what is written of it.
 """
 
@@ -13,10 +11,16 @@ from typing import Any
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import (
+    copy_masters_into_model,
+    expert_data_parallel_group,
+    master_weights,
+    optimized_range,
+    whole_shape,
+)
 from icl_moe.model.deepspeed_moe import exported_name, first_expert
 from icl_moe.model.router import GATE, keep_full_precision
 from icl_moe.model.tensor_parallel import is_split
@@ -57,19 +61,15 @@ def held_ranges(engine: Any) -> Iterator[HeldRange]:
     """All that this rank holds."""
     tensor_rank, tensor_ranks = tensor_place(engine)
     first = first_expert(dist.get_rank(), ep_size(engine), engine.module.settings.experts)
-    masters = _masters(engine)
+    masters = master_weights(engine)
     for name, parameter in engine.module.named_parameters():
         name = exported_name(name, first)
         part, parts = (tensor_rank, tensor_ranks) if is_split(name) else (0, 1)
         owners, repeated = engine.seq_data_parallel_group, parts == 1 and tensor_rank > 0
-        if is_moe_param(
-            parameter
-        ):  # DeepSpeed spreads copies of an expert over tensor ranks as over others.
-            owners, repeated = (
-                groups._get_expert_data_parallel_group(vars(parameter)["group_name"]),
-                False,
-            )
-        start, length, master, offset = _place(engine, parameter, masters)
+        if is_moe_param(parameter):
+            # DeepSpeed spreads copies of an expert over tensor ranks as over others.
+            owners, repeated = expert_data_parallel_group(parameter), False
+        start, length, master, offset = optimized_range(engine, parameter, masters)
         if length:
             yield HeldRange(name, part, parts, start, length, master, offset, owners, repeated)
 
@@ -103,7 +103,7 @@ def _share(copies: list[HeldRange]) -> Iterator[HeldRange]:
 
 
 def refresh_gates(engine: Any) -> None:
-    """Let gates compute with their master weights as they are now. Every rank calls it.
+    """Let gates compute with their current master weights. Every rank calls it.
 
     DeepSpeed casts every parameter of a bf16 model and keeps what it is a rounding of in
     partitions, so each rank hands what it holds of the gates to all others: the number of their
@@ -118,7 +118,7 @@ def refresh_gates(engine: Any) -> None:
     }
     if not gates:
         return
-    shapes = [vars(parameter).get("ds_shape", parameter.shape) for parameter in gates.values()]
+    shapes = [whole_shape(parameter) for parameter in gates.values()]
     counts = [shape.numel() for shape in shapes]
     # What a rank does not hold it leaves at zero, and each number is held once.
     values = torch.zeros(sum(counts), device=engine.device)
@@ -132,66 +132,9 @@ def refresh_gates(engine: Any) -> None:
 
 
 def refresh_model(engine: Any) -> None:
-    """Make the weights that the model computes with those of the master weights."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()
-        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()
-    elif stage:
-        optimizer.update_lp_params()
-    for parameter, master in _masters(engine).items():
-        parameter.copy_(master)
+    """Copy the float32 master weights into the model's working weights."""
+    copy_masters_into_model(engine)
     refresh_gates(engine)
-
-
-def _place(
-    engine: Any, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]
-) -> tuple[int, int, Tensor, int]:
-    """Which range of a parameter (start, length) this rank optimizes, and where (master tensor,
-    offset).
-    """
-    optimizer = engine.optimizer
-    if hasattr(
-        parameter, "ds_id"
-    ):  # Stage 3: every rank has a piece of every parameter, the last ones padded.
-        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = optimizer._get_param_partition_rank(parameter) * length
-        return (
-            start,
-            max(0, min(length, vars(parameter)["ds_numel"] - start)),
-            optimizer.fp32_partitioned_groups_flat[group],
-            offset,
-        )
-    if hasattr(
-        parameter, "_hp_mapping"
-    ):  # Stages 1 and 2: a rank has a piece of all parameters of a group, laid end to end.
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return 0, 0, parameter, 0
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return (
-            here.start,
-            here.numel,
-            engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0],
-            there.start,
-        )
-    return 0, parameter.numel(), masters.get(parameter, parameter), 0
-
-
-def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """The master weight of each parameter where there is no ZeRO but bf16; without that, parameters
-    are their own.
-    """
-    if engine.zero_optimization_stage() or not engine.bfloat16_enabled():
-        return {}
-    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-    return {
-        parameter: master
-        for group, masters in pairs
-        for parameter, master in zip(group, masters, strict=True)
-    }
 
 
 def ep_size(engine: Any) -> int:

@@ -36,7 +36,7 @@ _READERS_A_PROCESSOR = 4
 """More readers than that only wait for each other."""
 
 
-def check(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]:
+def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]:
     """The shards and the engine file of a recipe that can run on `world` ranks.
 
     Raises InputError, before any rank starts, for an output that cannot be written, shards that are
@@ -80,13 +80,13 @@ def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:
     """The order in which a run of this recipe takes the samples. Raises InputError where it
     cannot.
     """
-    settings = recipe.training
+    training = recipe.training
     return Schedule(
         manifest.samples,
-        settings.global_batch,
-        settings.seed,
-        settings.sampling,
-        settings.task_weights,
+        training.global_batch,
+        training.seed,
+        training.sampling,
+        training.task_weights,
     )
 
 

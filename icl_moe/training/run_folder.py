@@ -1,5 +1,5 @@
-"""The folder of a run, training.output: one run at a time writes it, what goes on in it is the run
-that began in it, and run.json says what each stretch of it was computed with.
+"""The folder of a run, training.output: only one run at a time writes into it, only the run that
+began in it may continue there, and run.json records what each part of the run was computed with.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ from icl_moe.settings import to_dict
 from icl_moe.versions import installed_versions
 
 if TYPE_CHECKING:
-    from icl_moe.training.distributed import Ranks  # With DeepSpeed, which a refusal must not need.
+    from icl_moe.training.distributed import (
+        Place,
+    )  # This imports DeepSpeed, for which a refusal must not wait.
 
 _FILE = "run.json"
 
@@ -35,8 +37,8 @@ _SAME = ("seed", "global_batch", "sampling", "task_weights")
 
 
 def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
-    """Raise InputError where the run in training.output has checkpoints, and takes other samples
-    than this recipe would; it names what differs.
+    """Raise InputError, naming the differences, if the run in training.output has checkpoints and
+    takes other samples than this recipe would.
     """
     output = Path(recipe.training.output)
     names = (file.parent.name.removeprefix("step-") for file in output.glob(_CHECKPOINTS))
@@ -68,13 +70,13 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(output: Path, ranks: "Ranks") -> Iterator[None]:
-    """Within it no other run writes `output`. Every rank must enter it together; rank 0 keeps the
-    lock. Raises InputError on every rank where another run has it.
+def alone_in(output: Path, place: "Place") -> Iterator[None]:
+    """Within this context no other run writes into `output`. All ranks must enter it together; rank
+    0 holds the lock. Raises InputError on every rank if another run has it.
     """
     with contextlib.ExitStack() as stack:
         refusal: list[str | None] = [None]
-        if ranks.is_main:
+        if place.is_main:
             try:
                 stack.enter_context(locked(output, "training.output"))
             except InputError as error:
@@ -90,12 +92,12 @@ def record_stretch(
     recipe: TrainingRecipe,
     shards: ShardSet,
     engine_config: dict[str, Any],
-    ranks: "Ranks",
+    place: "Place",
     start: int,
 ) -> None:
-    """Write into run.json all that decides what is computed from the step after `start` on.
+    """Write into run.json everything that decides what is computed after step `start`.
 
-    Earlier stretches stay there, but for those of which no step is left.
+    Earlier stretches are kept, except those of which no step remains.
     """
     stretch = {
         "from_step": start,
@@ -104,9 +106,9 @@ def record_stretch(
         "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
         "revision": _git_revision(),
         "versions": installed_versions(_PACKAGES),
-        "ranks": ranks.world,
-        "device": torch.cuda.get_device_name(ranks.device)
-        if ranks.device.type == "cuda"
+        "ranks": place.world,
+        "device": torch.cuda.get_device_name(place.device)
+        if place.device.type == "cuda"
         else platform.processor() or platform.machine(),
     }
     earlier = [known for known in _read(output) if known["from_step"] < start]

@@ -1,5 +1,5 @@
-"""How much arithmetic a batch needs, and how much a device could do: what model FLOPs utilisation
-(MFU) is made of.
+"""How much arithmetic a batch needs, and how much a device could do: the two parts of model FLOPs
+utilisation (MFU).
 """
 
 import re
@@ -39,9 +39,9 @@ _PEAKS = {
     "V100-PCIE": _Peak(None, None, 14),
     "V100": _Peak(None, None, 15.7),
 }
-"""By a word of the device's name, the narrower first. NVIDIA's data sheets of these products;
-figures that they give with sparsity are halved. H100 without a suffix is the SXM module, whose name
-is "NVIDIA H100 80GB HBM3".
+"""By a word in the name of the device, the more specific one first. NVIDIA's data sheets of these
+products; figures that they give with sparsity are halved. H100 without a suffix is the SXM module,
+whose name is "NVIDIA H100 80GB HBM3".
 """
 
 
@@ -59,9 +59,9 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
         logits                           2 P M V
 
     and a backward pass twice as much. Attention counts a token's own past and itself; logits are
-    made at targets only. Counted is what the model needs, as Chowdhery et al. 2022
-    (PaLM, appendix B) define MFU: neither what activation checkpointing computes again nor what
-    padded buffers of experts hold, nor gates of attributes, which cost nothing.
+    made at targets only. This counts what the model needs, as Chowdhery et al.
+    2022 (PaLM, appendix B) define MFU, and neither what activation checkpointing computes again nor
+    padded buffers of experts, nor gates of attributes, whose cost is negligible.
     """
     tokens, width = len(batch.tokens_T), settings.width
     attention = 8 * tokens * width**2 + sum(
@@ -87,11 +87,11 @@ def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:
         return 16 * experts * real * width**2
     return (
         16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts
-    )  # Stock layers know no padding.
+    )  # Stock layers do not leave out padding.
 
 
 def real_tokens(batch: TokenBatch) -> int:
-    """Tokens that are no padding."""
+    """The number of tokens without padding."""
     return sum(length for index, length in batch.routing.segments if index >= 0)
 
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from icl_moe.batch import TokenBatch
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
+from icl_moe.deepspeed_internals import silence_own_events, tensorboard_writer
 from icl_moe.errors import InputError, UnsavedError
 from icl_moe.files import write_whole
+from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
 from icl_moe.recipe import TrainingRecipe
@@ -25,14 +26,14 @@ from icl_moe.signals import stop_requested
 from icl_moe.tables import as_markdown, as_text
 from icl_moe.training import checkpoint
 from icl_moe.training.codebook import read_codebook
-from icl_moe.training.distributed import Ranks, launched_ranks, process_group
+from icl_moe.training.distributed import Place, launched_ranks, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.expert_table import Choice, choices_table, expert_choices
 from icl_moe.training.faults import Watchdog, agreed_to_stop, any_rank
 from icl_moe.training.gradients import GradientReport
 from icl_moe.training.monitor import ProgressMonitor, tolerate_unwritten
-from icl_moe.training.preflight import check, make_schedule, open_validation
+from icl_moe.training.preflight import make_schedule, open_checked, open_validation
 from icl_moe.training.run_folder import alone_in, record_stretch
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
 from icl_moe.training.validation import Validation
@@ -40,8 +41,8 @@ from icl_moe.training.validation import Validation
 
 @dataclass
 class TrainerState:
-    """How far a run has come: completed optimizer steps, and steps that were left out among them
-    because their loss or gradient was not finite.
+    """How far a run has come: completed optimizer steps, and how many of them were skipped because
+    their loss or gradient was not finite.
     """
 
     step: int = 0
@@ -51,77 +52,76 @@ class TrainerState:
 class Trainer:
     """A run of a recipe: `Trainer(recipe).fit()`.
 
-    Under a launcher every rank makes one, and all call `fit` together; alone, a process is the only
-    rank. `state` says how far the run has come. The model, its checkpoints and figures lie in the
-    recipe's training.output.
+    Under a launcher every rank creates one, and all call `fit` together; without a launcher, the
+    process is the only rank. `state` says how far the run has come. The model, its checkpoints and
+    figures are written into the recipe's training.output.
 
     Raises InputError, before any rank starts, for a recipe that cannot run (see
-    `preflight.check`).
+    `preflight.open_checked`).
     """
 
     def __init__(
         self, recipe: TrainingRecipe, checked: tuple[ShardSet, dict[str, Any]] | None = None
     ) -> None:
-        """checked: what `preflight.check` gave, where it was called before."""
+        """checked: the result of `preflight.open_checked`, if it was called before."""
         self.recipe = recipe
-        self.shards, self.engine_config = checked or check(recipe, launched_ranks())
+        self.shards, self.engine_config = checked or open_checked(recipe, launched_ranks())
         self.state = TrainerState()
 
     def fit(self) -> TrainerState:
         """Train until training.steps, or stop_after, resuming from the newest checkpoint in
         training.output where there is one. Returns the state at the end.
 
-        A request to stop (SIGTERM, SIGINT) ends it after the step at hand, with a checkpoint.
+        A request to stop (SIGTERM, SIGINT) ends it after the current step, with a checkpoint.
         Raises UnsavedError where the run ends with steps that are in no checkpoint.
         """
         unsaved = None
-        with process_group() as ranks:
-            if agreed_to_stop(ranks):
-                if ranks.is_main:
-                    _say("stopped by a signal before it began; the same command starts it")
+        with process_group() as place:
+            if agreed_to_stop(place):
+                if place.is_main:
+                    note("stopped by a signal before it began; the same command starts it")
             else:
                 try:
-                    self.fit_on(ranks)
+                    self.fit_on(place)
                 except UnsavedError as error:
-                    unsaved = error  # All ranks end here together, so the group ends as it should.
+                    unsaved = error  # All ranks end here together, so the group can be closed.
         if unsaved is not None:
             raise unsaved
         return self.state
 
-    def fit_on(self, ranks: Ranks) -> TrainerState:
-        """`fit` on ranks that have met already."""
-        settings, output = self.recipe.training, Path(self.recipe.training.output)
-        with alone_in(output, ranks), _repeatable(settings.deterministic):
-            run = self._resume(ranks, output)
-            stop = min(settings.steps, settings.stop_after or settings.steps)
+    def fit_on(self, place: Place) -> TrainerState:
+        """`fit` on ranks that are already connected."""
+        training, output = self.recipe.training, Path(self.recipe.training.output)
+        with alone_in(output, place), _repeatable(training.deterministic):
+            run = self._resume(place, output)
+            stop = min(training.steps, training.stop_after or training.steps)
             if self.state.step < stop:
                 run.go_on(stop)
-            elif ranks.is_main:
-                _say(
-                    f"{settings.output} is already at step {self.state.step} of {stop}; set "
+            elif place.is_main:
+                note(
+                    f"{training.output} is already at step {self.state.step} of {stop}; set "
                     "training.steps higher to go on"
                 )
         return self.state
 
-    def _resume(self, ranks: Ranks, output: Path) -> "_Run":
+    def _resume(self, place: Place, output: Path) -> "_Run":
         """A run at the step of the newest checkpoint."""
-        settings = self.recipe.training
+        training = self.recipe.training
         part = RankSlice.of(
-            ranks.rank,
-            ranks.world,
-            settings.global_batch,
-            settings.micro_batch,
+            place.rank,
+            place.world,
+            training.global_batch,
+            training.micro_batch,
             self.recipe.parallel.tp_size,
         )
         codebook = read_codebook(self.shards) if self.recipe.model.codebook_init else None
         engine = TrainingEngine(
-            self.recipe, self.shards.manifest, self.engine_config, part, ranks, codebook
+            self.recipe, self.shards.manifest, self.engine_config, part, place, codebook
         )
-        # It would write the learning rate at every step; the monitor here does, at its lines.
-        engine.deepspeed.monitor.enabled = False
+        silence_own_events(engine.deepspeed)
         self.state.step = checkpoint.resume(engine.deepspeed, output)
         self.state.skipped = engine.deepspeed.skipped_steps
-        if ranks.is_main:
+        if place.is_main:
             checkpoint.write_model_folder(output, engine.model.config, self.shards)
         return _Run(
             self.recipe,
@@ -131,14 +131,14 @@ class Trainer:
             engine,
             make_schedule(self.recipe, self.shards.manifest),
             part,
-            ranks,
+            place,
         )
 
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Within it, where wanted, torch refuses operations that may give other bits when they are run
-    again.
+    """Within this context, if wanted, torch refuses operations whose result may differ when they
+    are run again.
     """
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
@@ -147,9 +147,8 @@ def _repeatable(wanted: bool) -> Iterator[None]:
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # cuBLAS repeats itself only with a workspace of fixed size.
         torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = (
-            False  # It would fill DeepSpeed's buckets, gigabytes, in every step.
-        )
+        # Otherwise it would fill DeepSpeed's buckets, which are gigabytes, in every step.
+        memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
@@ -159,8 +158,8 @@ def _repeatable(wanted: bool) -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """The steps of a run. Every rank walks through it in the same way: what one rank finds, all
-    agree on before they act.
+    """The steps of a run. Every rank goes through it in the same way: before the ranks act on what
+    one of them finds, all agree on it.
     """
 
     recipe: TrainingRecipe
@@ -170,7 +169,7 @@ class _Run:
     engine: TrainingEngine
     schedule: Schedule
     part: RankSlice
-    ranks: Ranks
+    place: Place
 
     def go_on(self, stop: int) -> None:
         """From the step of the state to step `stop`."""
@@ -178,13 +177,13 @@ class _Run:
         self.monitor, self.gradients = self._monitors(stop)
         reading = self._batches(stop)
         hang_seconds = self.recipe.training.hang_seconds
-        with closing(reading) as batches, Watchdog(self.ranks, hang_seconds) as watchdog:
+        with closing(reading) as batches, Watchdog(self.place, hang_seconds) as watchdog:
             if self.recipe.training.dry_run:
-                dry_run(self.engine, self.recipe, self.shards, self.ranks, watchdog)
+                dry_run(self.engine, self.recipe, self.shards, self.place, watchdog)
             validation = self._validation(watchdog)
             watchdog.beat(self.state.step, "agreeing with the other ranks")
-            if agreed_to_stop(self.ranks):
-                self._say(
+            if agreed_to_stop(self.place):
+                self._note(
                     f"stopped by a signal before step {self.state.step + 1}; the same command "
                     "goes on"
                 )
@@ -199,66 +198,68 @@ class _Run:
         watchdog: Watchdog,
         validation: Validation | None,
     ) -> None:
-        settings, saved = self.recipe.training, self.state.step
+        training, saved = self.recipe.training, self.state.step
         for step in range(self.state.step, stop):
             stopping = self._step(step, batches, watchdog)
             completed = self.state.step = step + 1
             ending = stopping or completed == stop
-            if ending or completed % settings.save_every == 0:
+            if ending or completed % training.save_every == 0:
                 watchdog.beat(step, "saving a checkpoint")
                 if self._save(completed):
                     saved = completed
                 elif ending:
                     raise UnsavedError(self._lost(saved, completed))
             if stopping:
-                self._say(
+                self._note(
                     f"stopped by a signal after step {completed}; the same command goes on "
                     "from there"
                 )
                 break
-            if validation is not None and completed % (settings.evaluate_every or 1) == 0:
+            if validation is not None and completed % (training.evaluate_every or 1) == 0:
                 validation.run(completed)
 
     def _record(self) -> None:
-        """Note what this stretch of the run is computed with, and what an operator should know."""
-        optimizer, settings = self.recipe.optimizer, self.recipe.training
-        if self.ranks.is_main:
+        """Record what this stretch of the run is computed with, and tell what an operator should
+        know.
+        """
+        optimizer, training = self.recipe.optimizer, self.recipe.training
+        if self.place.is_main:
             record_stretch(
-                Path(settings.output),
+                Path(training.output),
                 self.recipe,
                 self.shards,
                 self.engine_config,
-                self.ranks,
+                self.place,
                 self.state.step,
             )
-        if optimizer.warmup_steps > settings.steps:
-            self._say(
+        if optimizer.warmup_steps > training.steps:
+            self._note(
                 f"optimizer.warmup_steps ({optimizer.warmup_steps}) is more than "
-                f"training.steps ({settings.steps}): the learning rate climbs to the end and does "
+                f"training.steps ({training.steps}): the learning rate climbs to the end and does "
                 "not reach optimizer.learning_rate"
             )
 
     def _monitors(self, stop: int) -> tuple[ProgressMonitor, GradientReport]:
-        settings = self.recipe.training
-        peak = peak_flops(self.ranks.device, self.engine_config)
+        training = self.recipe.training
+        peak = peak_flops(self.place.device, self.engine_config)
         events = self.engine.deepspeed.monitor
         progress = ProgressMonitor(
             self.state.step,
             stop,
-            settings.log_every,
-            settings.global_batch,
+            training.log_every,
+            training.global_batch,
             list(self.schedule.probabilities),
-            self.ranks,
-            None if peak is None else peak * self.ranks.world,
+            self.place,
+            None if peak is None else peak * self.place.world,
             events,
         )
         gradients = GradientReport(
             self.engine,
             self.schedule,
-            settings.gradient_report_every,
-            Path(settings.output),
+            training.gradient_report_every,
+            Path(training.output),
             self.state.step,
-            settings.global_batch,
+            training.global_batch,
             events,
         )
         return progress, gradients
@@ -280,14 +281,14 @@ class _Run:
         if self.recipe.training.evaluate_every is None:
             return None
         return Validation(
-            self.engine, self.recipe, open_validation(self.recipe), self.ranks, watchdog
+            self.engine, self.recipe, open_validation(self.recipe), self.place, watchdog
         )
 
     def _step(self, step: int, batches: Iterator[TokenBatch], watchdog: Watchdog) -> bool:
-        """One optimizer step; whether any rank was asked to stop."""
-        settings = self.recipe.training
+        """Take one optimizer step; returns whether any rank was asked to stop."""
+        training = self.recipe.training
         task = self.schedule.task(step)
-        rate = learning_rate(self.recipe.optimizer, step, settings.steps)
+        rate = learning_rate(self.recipe.optimizer, step, training.steps)
         self.engine.begin_step(rate, task, self.schedule.probabilities[task])
         sources, finite, stopping = [], [], False
         for micro_step in range(self.part.micro_steps):
@@ -295,9 +296,9 @@ class _Run:
             batch = next(batches)
             watchdog.beat(step, "computing")
             torch.manual_seed(
-                stable_seed("dropout", settings.seed, step, micro_step, self.part.rank)
+                stable_seed("dropout", training.seed, step, micro_step, self.part.rank)
             )
-            loss = self.engine.backward(batch, noise=(settings.seed, step))
+            loss = self.engine.backward(batch, noise=(training.seed, step))
             self._count(task, loss, batch)
             sources.append(batch.sources)
             finite.append(loss.total.detach().isfinite())  # The host does not wait for it here.
@@ -305,7 +306,7 @@ class _Run:
                 self.engine.step()
         watchdog.beat(step, "agreeing with the other ranks")
         finite_M = torch.stack(finite)
-        not_finite, stopping = any_rank([~finite_M.all(), stop_requested()], self.ranks.device)
+        not_finite, stopping = any_rank([~finite_M.all(), stop_requested()], self.place.device)
         if not_finite:
             self._name_sources(step, sources, finite_M)
         with self.gradients.step(step):
@@ -319,25 +320,25 @@ class _Run:
     def _name_sources(self, step: int, sources: list[tuple[str, ...]], finite_M: Tensor) -> None:
         for of_batch, is_finite in zip(sources, finite_M.tolist(), strict=True):
             if not is_finite:
-                tqdm.write(
-                    f"icl-moe: step {step + 1}: the loss is not finite on rank {self.ranks.rank} "
+                note(
+                    f"step {step + 1}: the loss is not finite on rank {self.place.rank} "
                     f"in {', '.join(of_batch)}"
                 )
 
     def _count(self, task: str, loss: DecoderLoss, batch: TokenBatch) -> None:
         # Tensor ranks read the same tokens; the first of them counts them.
-        counts = self.ranks.rank % self.recipe.parallel.tp_size == 0
+        counts = self.place.rank % self.recipe.parallel.tp_size == 0
         flops = training_flops(self.recipe.model, self.recipe.vocabulary.size, batch)
         self.monitor.add(task, loss, *((real_tokens(batch), flops) if counts else (0, 0)))
 
     def _save(self, completed: int) -> bool:
-        """Whether there is a checkpoint of so many steps now."""
+        """Save; returns whether there is a checkpoint of so many steps now."""
         output = Path(self.recipe.training.output)
         keep = self.recipe.training.keep_checkpoints
         if not checkpoint.save(self.engine.deepspeed, output, completed, keep):
             return False
         choices = expert_choices(self.engine.model)
-        if choices and self.ranks.is_main:
+        if choices and self.place.is_main:
             with tolerate_unwritten():
                 self._write_experts(output, completed, choices)
         return True
@@ -345,9 +346,9 @@ class _Run:
     def _write_experts(self, output: Path, completed: int, choices: list[Choice]) -> None:
         table = choices_table(choices)
         write_whole(output / "experts.txt", f"after {completed} steps\n\n{as_text(table)}\n")
-        tensorboard = self.engine.deepspeed.monitor.tb_monitor
+        tensorboard = tensorboard_writer(self.engine.deepspeed)
         if tensorboard is not None:
-            tensorboard.summary_writer.add_text(
+            tensorboard.add_text(
                 "experts", as_markdown(table), completed * self.recipe.training.global_batch
             )
 
@@ -360,12 +361,12 @@ class _Run:
             f"training.output: the run ended after step {completed}, of which no checkpoint could "
             f"be saved, for the reason above, so {lost} is lost; once "
             f"{self.recipe.training.output} can be written, the same command "
-            f"{'goes on from there' if saved else 'starts anew'}."
+            f"{'goes on from there' if saved else 'starts from the beginning'}."
         )
 
     def _skip(self, step: int, what: str) -> None:
         skipped, limit = self.state.skipped, self.recipe.training.skipped_steps
-        self._say(
+        self._note(
             f"step {step + 1} is left out, its {what} not finite ({skipped} of at most {limit})"
         )
         if skipped > limit:
@@ -375,10 +376,6 @@ class _Run:
                 "look at the samples named above, or lower optimizer.learning_rate."
             )
 
-    def _say(self, what: str) -> None:
-        if self.ranks.is_main:
-            _say(what)
-
-
-def _say(what: str) -> None:
-    tqdm.write(f"icl-moe: {what}")
+    def _note(self, what: str) -> None:
+        if self.place.is_main:
+            note(what)

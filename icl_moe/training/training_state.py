@@ -1,9 +1,9 @@
-"""The training state in files, free of the layout that wrote it: DeepSpeed has no such form for
-models with experts.
+"""The training state in files that do not depend on the layout that wrote them: DeepSpeed has no
+such form for models with experts.
 
 The state is every parameter's float32 master weight and what the optimizer keeps of it (moments,
 and counts of steps), under the name that the parameter has in an exported model, where an expert
-has its global id. All else is a function of the step.
+has its global id. Everything else is a function of the step.
 
     index.json                     steps, and how many of them were left out; optimizer, precision;
     of each parameter its shape, its counts, and which rank wrote which range
@@ -15,17 +15,16 @@ has its global id. All else is a function of the step.
 Under ZeRO a rank writes what its partitions hold; at stage 0 the ranks that hold equal copies write
 equal shares. So D data-parallel ranks write, under AdamW, 12 bytes x parameters in all and 1 / D of
 it each; nothing is gathered, and on a GPU one state's range at a time is copied to the host. A rank
-reads the ranges that its own partitions hold. Only where the number of tensor ranks changes does it
-put whole parameters together, one at a time. The weights that a bf16 model computes with are its
-master weights, rounded but for the gates': not stored.
+reads the ranges that its own partitions hold. Only if the number of tensor ranks changes does it
+assemble whole parameters, one at a time. The weights that a bf16 model computes with are not
+stored, because they are the master weights, rounded except for those of gates.
 
-Apart from checkpoint.py, which knows folders and what is whole; where DeepSpeed keeps each number
-is in partitions.py.
+This is separate from checkpoint.py, which knows folders and which of them are complete;
+partitions.py knows where DeepSpeed keeps each number.
 """
 
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +36,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from icl_moe.deepspeed_internals import set_completed_steps
 from icl_moe.errors import InputError
 from icl_moe.files import flush_to_disk, give_usual_mode, write_whole
+from icl_moe.messages import say
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.router import GATE
@@ -59,7 +60,7 @@ _WEIGHT = "weight"
 
 
 def write(engine: Any, folder: Path, step: int) -> bool:
-    """Write the state after `step` steps into `folder`. Every rank calls it, and hears whether
+    """Write the state after `step` steps into `folder`. Every rank calls it and is told whether
     every rank could write.
     """
     rank, ranges = dist.get_rank(), ranges_to_write(engine)
@@ -89,16 +90,15 @@ def write(engine: Any, folder: Path, step: int) -> bool:
 
 
 def attempt(engine: Any, folder: Path, work: Callable[[], None]) -> bool:
-    """Do this rank's part of a save into `folder`; whether every rank could do its own. Those that
-    could not say why.
+    """Do this rank's part of a save into `folder`; returns whether every rank could do its part.
+    Ranks that could not report the reason.
     """
     failed = False
     try:
         work()
     except (OSError, SafetensorError) as error:
         rank = dist.get_rank()
-        why = f"no checkpoint is saved in {folder.parent}: {error} (rank {rank})."
-        print(f"icl-moe: {why}", file=sys.stderr)
+        say(f"no checkpoint is saved in {folder.parent}: {error} (rank {rank}).")
         failed = True
     return not any_rank([failed], engine.device)[0]
 
@@ -119,7 +119,7 @@ def size(engine: Any) -> int:
 
 
 @torch.no_grad()
-def read(engine: Any, folder: Path) -> int:
+def restore(engine: Any, folder: Path) -> int:
     """Give a fresh engine, of any layout, the state in `folder`; returns its number of steps. Every
     rank calls it.
 
@@ -143,11 +143,8 @@ def read(engine: Any, folder: Path) -> int:
         engine.basic_optimizer.state[master] = state
     refresh_model(engine)
     steps = int(stored.index["completed_steps"])
-    engine.global_steps = steps
-    # Earlier versions did not write it.
-    engine.skipped_steps = int(stored.index.get("skipped_steps", 0))
-    engine.global_samples = steps * engine.train_batch_size()
-    engine.micro_steps = steps * engine.gradient_accumulation_steps()
+    # Earlier versions did not write how many steps were skipped.
+    set_completed_steps(engine, steps, int(stored.index.get("skipped_steps", 0)))
     return steps
 
 
@@ -172,8 +169,8 @@ def read_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Tensor]
 
 
 class _Stored:
-    """A written state, read by ranges: a file is opened once, and of it only what is asked for is
-    read.
+    """A written state that is read by ranges: each file is opened once, and only the requested
+    parts of it are read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -311,8 +308,8 @@ def _index(engine: Any, step: int, gathered: list[list[Any]]) -> dict[str, Any]:
 
 
 def _assert_complete(parameters: dict[str, dict[str, Any]]) -> None:
-    """Every number was written, and once: a state with a hole must not be found only when it is
-    needed.
+    """Assert that every number was written exactly once: a missing one must not be noticed only
+    when the state is needed.
     """
     for name, entry in parameters.items():
         for part in range(entry["parts"]):

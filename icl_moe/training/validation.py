@@ -1,4 +1,4 @@
-"""Evaluation while training: the same episodes every so many steps, without a trace in the run."""
+"""Evaluation during training: the same episodes every so many steps, with no effect on the run."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from icl_moe.batch import collate
 from icl_moe.data.shards import ShardSet
+from icl_moe.deepspeed_internals import tensorboard_writer
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.gallery import draw_gallery
 from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
@@ -22,7 +23,7 @@ from icl_moe.pictures import draw_grid
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
-from icl_moe.training.distributed import Ranks, generators_kept
+from icl_moe.training.distributed import Place, generators_kept
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.monitor import tolerate_unwritten
@@ -36,15 +37,15 @@ Figures = dict[str, float]
 class Validation:
     """The first training.evaluate_episodes of each task of data.validation.
 
-    The teacher-forced loss is computed by all ranks, each the same batches: it costs no more time
-    than on one of them, and serves every layout. Free decoding and pictures are rank 0's, while the
-    others wait, and only where a rank computes alone.
+    All ranks compute the teacher-forced loss on the same batches, which takes no more time than on
+    one of them and works in every layout. Rank 0 decodes freely and draws pictures while the others
+    wait, and only if a rank can compute alone.
     """
 
     engine: TrainingEngine
     recipe: TrainingRecipe
     shards: ShardSet
-    ranks: Ranks
+    place: Place
     watchdog: Watchdog
 
     def run(self, step: int) -> None:
@@ -53,7 +54,7 @@ class Validation:
             figures = {task: self._loss(task, step) for task in self.shards.manifest.samples}
             if self.engine.computes_alone:
                 self.watchdog.on_main(step - 1, "evaluating", lambda: self._decode(step, figures))
-        if self.ranks.is_main:
+        if self.place.is_main:
             self._report(step, figures)
 
     def _loss(self, task: str, step: int) -> Figures:
@@ -70,7 +71,7 @@ class Validation:
             vocabulary = self.shards.manifest.format.vocabulary
             loss_on = self.recipe.training.loss_on
             batch = collate(sequences, vocabulary, task, self.recipe.data.layout, loss_on=loss_on)
-            loss = self.engine.model(batch.to(self.ranks.device))
+            loss = self.engine.model(batch.to(self.place.device))
             total += float(loss.image_sum + loss.text_sum)
             weight += float(loss.image_weight + loss.text_weight)
         return {"loss": total / weight}
@@ -78,7 +79,7 @@ class Validation:
     def _decode(self, step: int, figures: dict[str, Figures]) -> None:
         with tolerate_unwritten():
             self._complete(step, figures)
-        self._model.tokenizers.to("cpu")  # Training has the device's memory to itself.
+        self._model.tokenizers.to("cpu")  # Training gets the memory of the device back.
 
     def _complete(self, step: int, figures: dict[str, Figures]) -> None:
         """Complete every query freely after all its examples; add the scores, and write what was
@@ -88,7 +89,7 @@ class Validation:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         log = PredictionLog(folder, {"step": step, "shards": self.shards.fingerprint[:16]})
-        self._model.tokenizers.to(self.ranks.device)
+        self._model.tokenizers.to(self.place.device)
         for task in figures:
             episodes = _Episodes(
                 self.shards,
@@ -120,10 +121,10 @@ class Validation:
         return InContextModel(decoder, ImageTokenizers.from_folders(folders), text)
 
     def _show(self, task: str, picture: Image.Image, step: int) -> None:
-        tensorboard = self.engine.deepspeed.monitor.tb_monitor
+        tensorboard = tensorboard_writer(self.engine.deepspeed)
         if tensorboard is not None:
             pixels_HW3 = np.asarray(picture)
-            tensorboard.summary_writer.add_image(
+            tensorboard.add_image(
                 f"eval/{task}",
                 pixels_HW3,
                 step * self.recipe.training.global_batch,
@@ -147,8 +148,8 @@ class Validation:
 
 
 class _Episodes(EpisodeSet):
-    """The episodes of a task; `beat` is called with each that is read, so that a long evaluation is
-    not taken for a hang.
+    """The episodes of a task; `beat` is called for each that is read, so that a long evaluation
+    does not look like a hang.
     """
 
     def __init__(
@@ -169,8 +170,8 @@ class _Episodes(EpisodeSet):
 
 @contextmanager
 def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
-    """Within it the model is in evaluation mode, without gradients; afterwards all that training
-    depends on is as before.
+    """Within this context the model is in evaluation mode, without gradients; afterwards everything
+    that training depends on is restored.
     """
     engine.model.eval()
     try:
@@ -186,6 +187,6 @@ def _scores(
     """Of all predictions under a condition; docs/evaluation.md says what they are."""
     truths = [episodes[index] for index in range(len(episodes))]
     said = [log[condition, truth.key].said for truth in truths]
-    # METEOR's Java program would want 2 GB and half a minute.
+    # METEOR's Java program would need 2 GB and half a minute.
     (scores,) = episodes.task.score([said], truths, model.format, quick=True)
     return scores.figures()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from icl_moe.devices import default_device
+from icl_moe.devices import Device, find_device, find_dtype
 from icl_moe.images import (
     crop_and_resize,
     crop_and_resize_mask,
@@ -20,12 +20,17 @@ from icl_moe.images import (
     pixels_to_mask,
     to_pixels,
 )
-from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.tokenizers.vqgan import VQGAN, Precision
 from preprocessing.tokenizers.samples import ClassMasks, image_files
 
 
 def evaluate_tokenizer(
-    folder: str | Path, images: Path, annotations: Path | None = None, batch_size: int = 32
+    folder: str | Path,
+    images: Path,
+    annotations: Path | None = None,
+    batch_size: int = 32,
+    device: Device | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Measure the tokenizer `folder` (or a shipped one by name) on the pictures in `images`, as
     plain values.
@@ -40,11 +45,15 @@ def evaluate_tokenizer(
     small, medium and large, bounded by 32^2 and 96^2 pixels of the whole mask in the picture as it
     is in its file.
 
-    Memory does not grow with the number of pictures. Raises InputError for a folder without
+    device: by default a GPU where there is one. dtype: float32, or bfloat16 for what
+    `VQGAN.from_pretrained(precision="bf16")` computes in it. Memory does not grow with the number
+    of pictures. Raises InputError for a device or dtype that there is not, a folder without
     pictures, an unreadable picture, annotations that are not COCO's, and a picture whose size
     disagrees with its record.
     """
-    tokenizer = VQGAN.from_pretrained(folder).to(default_device())
+    precision: Precision = "bf16" if find_dtype(dtype) is torch.bfloat16 else "fp32"
+    place = find_device(device)
+    tokenizer = VQGAN.from_pretrained(folder, precision).to(place)
     truth = ClassMasks(Path(annotations)) if annotations else None
     measures = _Measures(tokenizer, batch_size)
     for file in tqdm(image_files(Path(images)), desc="measuring", unit="image", disable=None):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from icl_moe.devices import computes_in_bf16
+from icl_moe.devices import Device, computes_in_bf16
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import to_image
@@ -32,20 +32,20 @@ from preprocessing.tokenizers.samples import UNSEEN, Source, open_source
 STATE_FILE, LOG_FILE = "training_state.pt", "log.jsonl"
 
 
-def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> VQGAN:
+def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = None) -> VQGAN:
     """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that
     was saved there.
 
     Beside the tokenizer, `out` gets
     log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after an
     interruption. Every sample and choice is a function of (seed, step): under `accelerate launch`
-    all devices share the batch that one would have. Raises InputError where `out` holds the state
-    of another recipe, or a tokenizer without a state.
+    all devices share the batch that one would have. device: see `join_processes`. Raises InputError
+    where `out` holds the state of another recipe, or a tokenizer without a state.
     """
     out = output_folder(out)
     if not (out / STATE_FILE).is_file():
         check_free(out)
-    join_processes()
+    join_processes(device)
     accelerator = _accelerator(recipe.precision)
     run = _Run(recipe, accelerator)
     run.resume(out)
@@ -271,7 +271,9 @@ class _Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             before = dict(state["recipe"])
         except Exception as error:  # Damage raises many kinds.
-            raise InputError(f"{path} is damaged; remove it to train anew.") from error
+            raise InputError(
+                f"{path} is damaged; remove it to train from the beginning."
+            ) from error
         if before != to_dict(self.recipe):
             changed = [
                 key for key, value in to_dict(self.recipe).items() if before.get(key) != value
@@ -289,7 +291,9 @@ class _Run:
                 self.adversary.load_state_dict(state["adversary"])
             self.step = int(state["step"])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path} is damaged; remove it to train anew.") from error
+            raise InputError(
+                f"{path} is damaged; remove it to train from the beginning."
+            ) from error
         if self.accelerator.is_main_process:
             _cut_log(out, self.step)
 

@@ -17,7 +17,7 @@ from damage import overwrite
 
 from icl_moe.cli import main
 from icl_moe.data import location
-from icl_moe.data.cache import Cache
+from icl_moe.data.cache import FileCache
 from icl_moe.data.loader import MicroBatches, micro_batches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
@@ -116,7 +116,7 @@ def assert_equal_batches(ours: list, theirs: list) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def held(cache: Cache) -> int:
+def held(cache: FileCache) -> int:
     """The bytes that a cache takes on the disk."""
     return sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
 
@@ -124,24 +124,26 @@ def held(cache: Cache) -> int:
 def test_batches_over_http_are_those_of_local_disk_and_each_file_comes_once(
     folder, server, tmp_path
 ):
-    shards = ShardSet(server.url, Cache(tmp_path / "cache", LARGE))
+    shards = ShardSet(server.url, FileCache(tmp_path / "cache", LARGE))
     expected = batches(ShardSet(folder))
     assert_equal_batches(batches(shards, workers=2), expected)
-    assert_equal_batches(batches(ShardSet(server.url, Cache(tmp_path / "cache", LARGE))), expected)
+    assert_equal_batches(
+        batches(ShardSet(server.url, FileCache(tmp_path / "cache", LARGE))), expected
+    )
     assert {server.asked[shard.file] for shard in shards.manifest.shards} == {1}
 
 
 def test_batches_from_an_s3_bucket_are_those_of_local_disk(folder, bucket, tmp_path):
-    shards = ShardSet(bucket, Cache(tmp_path / "cache", LARGE))
+    shards = ShardSet(bucket, FileCache(tmp_path / "cache", LARGE))
     assert_equal_batches(batches(shards, workers=1), batches(ShardSet(folder)))
     with pytest.raises(
         InputError, match=r"there are no shards in s3://data/elsewhere, which has no manifest.json"
     ):
-        ShardSet("s3://data/elsewhere", Cache(tmp_path / "cache", LARGE))
+        ShardSet("s3://data/elsewhere", FileCache(tmp_path / "cache", LARGE))
 
 
 def test_tokenizers_come_as_folders(folder, server, tmp_path):
-    shards = ShardSet(server.url, Cache(tmp_path / "cache", LARGE))
+    shards = ShardSet(server.url, FileCache(tmp_path / "cache", LARGE))
     for name in ("image_tokenizer", "text_tokenizer"):
         fetched = shards.fetch(name)
         assert {path.name: path.read_bytes() for path in fetched.iterdir()} == {
@@ -151,7 +153,7 @@ def test_tokenizers_come_as_folders(folder, server, tmp_path):
 
 def test_the_cache_keeps_its_bound_and_what_is_open_stays_readable(folder, server, tmp_path):
     manifest = ShardSet(folder).manifest
-    cache = Cache(
+    cache = FileCache(
         tmp_path / "cache",
         2 * max(shard.bytes for shard in manifest.shards)
         + sum(info.bytes for info in manifest.files[:2]),
@@ -170,7 +172,7 @@ def test_the_cache_keeps_its_bound_and_what_is_open_stays_readable(folder, serve
     assert (tmp_path / "cache" / "mine").exists()
 
 
-def read_everything(url: str, cache: Cache, order: int) -> int:
+def read_everything(url: str, cache: FileCache, order: int) -> int:
     shards = ShardSet(url, cache)
     largest = 0
     for index in range(0, 25, 4):
@@ -183,7 +185,7 @@ def read_everything(url: str, cache: Cache, order: int) -> int:
 
 def test_processes_share_a_small_cache_without_harm(folder, server, tmp_path):
     manifest = ShardSet(folder).manifest
-    cache = Cache(tmp_path / "cache", 2 * max(shard.bytes for shard in manifest.shards))
+    cache = FileCache(tmp_path / "cache", 2 * max(shard.bytes for shard in manifest.shards))
     with ProcessPoolExecutor(3) as pool:
         largest = list(pool.map(partial(read_everything, server.url, cache), (1, 2, 3)))
     assert max(largest) <= cache.capacity
@@ -191,7 +193,7 @@ def test_processes_share_a_small_cache_without_harm(folder, server, tmp_path):
 
 
 def test_a_download_that_a_killed_process_left_behind_is_no_obstacle(folder, server, tmp_path):
-    cache = Cache(tmp_path / "cache", LARGE)
+    cache = FileCache(tmp_path / "cache", LARGE)
     shards = ShardSet(server.url, cache)
     shard = shards.manifest.shards[0]
     shards.sample("segmentation", 0)
@@ -208,13 +210,13 @@ def test_a_cache_that_cannot_hold_a_shard_says_so(server, tmp_path):
         InputError,
         match=r"data.cache_gigabytes: the cache .* may hold 3000 bytes, but .* alone takes \d+",
     ):
-        ShardSet(server.url, Cache(tmp_path / "cache", 3000)).sample("segmentation", 0)
+        ShardSet(server.url, FileCache(tmp_path / "cache", 3000)).sample("segmentation", 0)
 
 
 @pytest.mark.parametrize("fault", ["cut", 503])
 def test_a_failure_that_passes_is_not_noticed(server, tmp_path, fault):
     server.faults["segmentation-000000.tar"] = [fault, fault]
-    ShardSet(server.url, Cache(tmp_path / "cache", LARGE)).sample("segmentation", 0)
+    ShardSet(server.url, FileCache(tmp_path / "cache", LARGE)).sample("segmentation", 0)
     assert server.asked["segmentation-000000.tar"] == 3
 
 
@@ -234,7 +236,7 @@ def test_a_failure_that_stays_is_one_sentence_with_the_url(
     with pytest.raises(
         InputError, match=rf"segmentation-00000000 cannot be read: {server.url}/{message}"
     ) as raised:
-        ShardSet(server.url, Cache(tmp_path / "cache", LARGE)).sample("segmentation", 0)
+        ShardSet(server.url, FileCache(tmp_path / "cache", LARGE)).sample("segmentation", 0)
     assert "\n" not in str(raised.value)
     assert server.asked["segmentation-000000.tar"] == requests
 
@@ -242,7 +244,7 @@ def test_a_failure_that_stays_is_one_sentence_with_the_url(
 def test_a_remote_shard_that_is_corrupt_or_truncated_is_named(server, tmp_path):
     overwrite(server.folder, "segmentation", 3, "tokens", lambda raw: raw[:-2] + bytes(2))
     (server.folder / "captioning-000000.tar").write_bytes(b"short")
-    shards = ShardSet(server.url, Cache(tmp_path / "cache", LARGE))
+    shards = ShardSet(server.url, FileCache(tmp_path / "cache", LARGE))
     with pytest.raises(
         InputError,
         match=(

@@ -95,7 +95,7 @@ def test_an_index_of_an_earlier_version_is_read_but_cannot_count_queries(folder,
     for task, count in SAMPLES.items():
         assert np.array_equal(shards.lengths(task), whole.lengths(task))
         assert shards.sample(task, 7).json == whole.sample(task, 7).json
-        with pytest.raises(InputError, match=r"training\.loss_on: .*build the shards anew"):
+        with pytest.raises(InputError, match=r"training\.loss_on: .*build the shards again"):
             shards.target_counts(task, range(count), "query")
     verify_shards(damaged)
 
@@ -291,7 +291,7 @@ def test_a_manifest_of_another_schema_or_with_strange_contents_is_refused(damage
     edit_json(path, schema_version=99)
     with pytest.raises(
         InputError,
-        match="has schema_version 99; this version of icl-moe reads 2: build the shards anew",
+        match="has schema_version 99; this version of icl-moe reads 2: build the shards again",
     ):
         ShardSet(damaged)
     edit_json(path, schema_version=2, exmaples=2)

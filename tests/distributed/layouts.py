@@ -151,14 +151,14 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
     )
 
 
-def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
+def rank_trajectory(place: Any, layout: Layout) -> Trajectory:
     """The same under the engine, on this rank of the layout; `parameters` are what this rank has of
     them.
     """
     from icl_moe.training import engine as engine_module
 
     recipe = _recipe(layout)
-    part = RankSlice.of(ranks.rank, ranks.world, GLOBAL_BATCH, layout.micro_batch, layout.tp_size)
+    part = RankSlice.of(place.rank, place.world, GLOBAL_BATCH, layout.micro_batch, layout.tp_size)
     # Without that threshold stage 3 would leave parameters as small as these whole on every rank.
     zero = {"stage": layout.stage, "reduce_scatter": True, "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
@@ -168,7 +168,7 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
         if layout.optimizer == "sgd"
         else nullcontext(),
     ):
-        engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, ranks, CODEBOOK)
+        engine = engine_module.TrainingEngine(recipe, MANIFEST, config, part, place, CODEBOOK)
     losses, auxiliary, norms, choices = [], [], [], []
     chosen = _choices(engine.model)
     for step in range(layout.steps):
@@ -180,13 +180,13 @@ def rank_trajectory(ranks: Any, layout: Layout) -> Trajectory:
             engine.step()
             total += torch.stack([loss.total.detach().float(), loss.auxiliary.float()])
         dist.all_reduce(total)
-        total /= ranks.world * part.micro_steps
+        total /= place.world * part.micro_steps
         losses.append(total[0].item())
         auxiliary.append(total[1].item())
         norms.append(engine.norm)
         choices.append(list(chosen.values()))
     parameters = dict(engine.model.named_parameters())
-    first = first_expert(ranks.rank, layout.ep_size, recipe.model.experts)
+    first = first_expert(place.rank, layout.ep_size, recipe.model.experts)
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=layout.stage == 3):
         held = {
             exported_name(name, first): p.detach().float().cpu().numpy().copy()

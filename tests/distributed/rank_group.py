@@ -20,7 +20,7 @@ PATIENCE = 20.0
 
 
 class RankGroup:
-    """`run(function, *args)` calls `function(ranks, *args)` on every rank and returns their
+    """`run(function, *args)` calls `function(place, *args)` on every rank and returns their
     results, by rank.
 
     function: importable by name, since it is pickled. Raises AssertionError with the tracebacks of
@@ -105,12 +105,12 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     from icl_moe.training import engine  # noqa: F401
     from icl_moe.training.distributed import process_group
 
-    with process_group() as ranks:
+    with process_group() as place:
         gc.collect()
         gc.freeze()  # DeepSpeed collects garbage often, and all that is imported so far is none.
         while (task := pipe.recv()) is not None:
             function, args = task
             try:
-                pipe.send((True, function(ranks, *args)))
+                pipe.send((True, function(place, *args)))
             except BaseException:
                 pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))

@@ -55,7 +55,7 @@ LAYOUTS = {
 
 
 def train(
-    ranks: Any, layout: Layout, optimizer: str, output: Path, stop: int
+    place: Any, layout: Layout, optimizer: str, output: Path, stop: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Go on from the newest checkpoint of `output` to step `stop` and save; the losses of global
     batches, and this rank's parameters.
@@ -71,12 +71,12 @@ def train(
             optimizer, learning_rate=RATE, epsilon=1e-6, clip=0.5 if optimizer == "adamw" else None
         ),
     )
-    part = RankSlice.of(ranks.rank, ranks.world, recipe.training.global_batch, 1, layout.tp_size)
+    part = RankSlice.of(place.rank, place.world, recipe.training.global_batch, 1, layout.tp_size)
     config = {
         "zero_optimization": {"stage": layout.stage, "reduce_scatter": True},
         "bf16": {"enabled": layout.bf16},
     }
-    engine = TrainingEngine(recipe, MANIFEST, config, part, ranks)
+    engine = TrainingEngine(recipe, MANIFEST, config, part, place)
     try:
         start = checkpoint.resume(engine.deepspeed, output)
         losses = [_step(engine, part, step) for step in range(start, stop)]
@@ -274,13 +274,13 @@ def test_the_momentum_of_another_optimizer_goes_on_too(rank_group, tmp_path):
 
 
 def train_with_momentum(
-    ranks: Any, layout: Layout, output: Path, stop: int
+    place: Any, layout: Layout, output: Path, stop: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     def sgd(_: Any, model: torch.nn.Module, norm: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameter_groups(model, 0.0), momentum=0.9)
 
     with mock.patch.object(engine_module, "_build_optimizer", sgd):
-        return train(ranks, layout, "adamw", output, stop)
+        return train(place, layout, "adamw", output, stop)
 
 
 @pytest.mark.parametrize(
@@ -312,9 +312,9 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(
         assert sentence in refusal
 
 
-def refused(ranks: Any, *arguments: Any) -> str:
+def refused(place: Any, *arguments: Any) -> str:
     with pytest.raises(InputError) as refusal:
-        train(ranks, *arguments, STEPS)
+        train(place, *arguments, STEPS)
     return str(refusal.value)
 
 
@@ -323,15 +323,15 @@ def test_where_one_rank_cannot_write_none_takes_the_checkpoint_for_saved(rank_gr
     assert not list(tmp_path.rglob("complete.json"))
 
 
-def save_on_a_disk_that_fails(ranks: Any, output: Path) -> bool:
+def save_on_a_disk_that_fails(place: Any, output: Path) -> bool:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe = make_recipe()
     engine = TrainingEngine(
-        recipe, MANIFEST, {}, RankSlice.of(ranks.rank, 2, recipe.training.global_batch, 1), ranks
+        recipe, MANIFEST, {}, RankSlice.of(place.rank, 2, recipe.training.global_batch, 1), place
     )
     with mock.patch.object(
-        training_state, "save_file", full if ranks.rank == 1 else training_state.save_file
+        training_state, "save_file", full if place.rank == 1 else training_state.save_file
     ):
         return checkpoint.save(engine.deepspeed, output, 1, keep=1)

@@ -15,7 +15,7 @@ from icl_moe.recipe import ParallelSettings
 from icl_moe.training.engine import TrainingEngine
 
 
-def compute(ranks: Any, layout: str, checkpointing: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+def compute(place: Any, layout: str, checkpointing: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
     """With seeds 1, 1, 2 and in evaluation: what this rank's heads of the first layer give
     (T, H, D), the layer's output (T, M), and the gradient of its fused projection.
 
@@ -25,8 +25,8 @@ def compute(ranks: Any, layout: str, checkpointing: bool) -> list[tuple[Tensor, 
         model={"dropout": 0.3, "attention_dropout": 0.3}, activation_checkpointing=checkpointing
     )
     recipe = replace(recipe, parallel=ParallelSettings(tp_size=2))
-    part = RankSlice.of(ranks.rank, 2, recipe.training.global_batch, 1, tp_size=2)
-    engine = TrainingEngine(recipe, MANIFEST, {"zero_optimization": {"stage": 0}}, part, ranks)
+    part = RankSlice.of(place.rank, 2, recipe.training.global_batch, 1, tp_size=2)
+    engine = TrainingEngine(recipe, MANIFEST, {"zero_optimization": {"stage": 0}}, part, place)
     layer = engine.model.layers[0]
     weight = layer.attention.qkv.weight
     with torch.no_grad():

@@ -40,15 +40,15 @@ def gradients(experts: list[FeedForward]) -> list[Tensor]:
     ]
 
 
-def run_here(ranks: Any, way: str, case: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def run_here(place: Any, way: str, case: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs and gradients of this rank's rows, and gradients of its experts."""
-    local = EXPERTS // ranks.world
-    mine = whole_experts()[ranks.rank * local : (ranks.rank + 1) * local]
+    local = EXPERTS // place.world
+    mine = whole_experts()[place.rank * local : (place.rank + 1) * local]
     routes = [
-        (expert, rows_of(ranks.rank, i, count))
-        for i, (expert, count) in enumerate(ROUTES[case][ranks.rank])
+        (expert, rows_of(place.rank, i, count))
+        for i, (expert, count) in enumerate(ROUTES[case][place.rank])
     ]
-    counts_RE = expert_parallel.rows_by_rank(routes, local, dist.group.WORLD, ranks.world)
+    counts_RE = expert_parallel.rows_by_rank(routes, local, dist.group.WORLD, place.world)
     outputs = getattr(expert_parallel, way)(
         routes, nn.ModuleList(mine), dist.group.WORLD, counts_RE
     )
@@ -74,23 +74,23 @@ def test_spread_experts_give_what_all_experts_in_one_place_do(rank_group, way, c
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 
 
-def choose(ranks: Any, rows: int) -> str:
+def choose(place: Any, rows: int) -> str:
     """Which way `run_spread` goes where each rank has `rows` rows for each of two experts of rank
     0.
     """
     chosen = []
     for way in ("run_exchanged", "run_gathered"):
         setattr(expert_parallel, way, lambda routes, *_, way=way: chosen.append(way))
-    experts = [FeedForward(WIDTH) for _ in range(EXPERTS // ranks.world)]
+    experts = [FeedForward(WIDTH) for _ in range(EXPERTS // place.world)]
     routes = [(e, torch.zeros(rows, WIDTH)) for e in (0, 1)]
-    expert_parallel.run_spread(routes, experts, dist.group.WORLD, ranks.world)
+    expert_parallel.run_spread(routes, experts, dist.group.WORLD, place.world)
     return chosen[0]
 
 
-def choose_and_restore(ranks: Any, rows: int) -> str:
+def choose_and_restore(place: Any, rows: int) -> str:
     before = expert_parallel.run_exchanged, expert_parallel.run_gathered
     try:
-        return choose(ranks, rows)
+        return choose(place, rows)
     finally:
         expert_parallel.run_exchanged, expert_parallel.run_gathered = before
 

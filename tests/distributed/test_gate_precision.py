@@ -50,16 +50,16 @@ CASES = [
 
 
 def train(
-    ranks: Any, case: Case, output: Path, steps: int
+    place: Any, case: Case, output: Path, steps: int
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Go on from the newest checkpoint for so many steps, and save; the weights of gates that a
     forward pass then computes with, and their gradients by exported name.
     """
     recipe = make_recipe(model=case.model)
     recipe = replace(recipe, parallel=ParallelSettings(case.ep_size, case.tp_size))
-    part = RankSlice.of(ranks.rank, 2, recipe.training.global_batch, 1, case.tp_size)
+    part = RankSlice.of(place.rank, 2, recipe.training.global_batch, 1, case.tp_size)
     config = {"zero_optimization": {"stage": case.stage}, "bf16": {"enabled": True}}
-    engine = TrainingEngine(recipe, MANIFEST, config, part, ranks)
+    engine = TrainingEngine(recipe, MANIFEST, config, part, place)
     start = checkpoint.resume(engine.deepspeed, output)
     for step in range(start, start + steps):
         engine.begin_step(1e-3, "segmentation", 0.5)

@@ -59,7 +59,7 @@ OTHERS = [
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in OTHERS]
 
 
-def train(ranks: Any, case: Case) -> dict[str, Any]:
+def train(place: Any, case: Case) -> dict[str, Any]:
     """Three steps of several micro-steps, the second one's last gradient spoilt on rank 1."""
     recipe = make_recipe(model={"feed_forward": "attributes"})
     recipe = replace(
@@ -69,18 +69,18 @@ def train(ranks: Any, case: Case) -> dict[str, Any]:
             case.optimizer, clip=0.5 if case.optimizer == "adamw" else None
         ),
     )
-    part = RankSlice.of(ranks.rank, 2, recipe.training.global_batch, 1, case.tp_size)
+    part = RankSlice.of(place.rank, 2, recipe.training.global_batch, 1, case.tp_size)
     config = {
         "zero_optimization": {"stage": case.stage, "reduce_scatter": True},
         "bf16": {"enabled": case.bf16, "check_grad_overflow": case.checks},
     }
-    engine = TrainingEngine(recipe, MANIFEST, config, part, ranks)
+    engine = TrainingEngine(recipe, MANIFEST, config, part, place)
     try:
         states, moved = [], []
         for step in range(3):
             engine.begin_step(1e-3, "segmentation", 0.5)
             for micro_step in range(part.micro_steps):
-                spoilt = (ranks.rank, step, micro_step) == (1, 1, part.micro_steps - 1)
+                spoilt = (place.rank, step, micro_step) == (1, 1, part.micro_steps - 1)
                 hooks = [
                     parameter.register_hook(lambda gradient: gradient * case.value)
                     for name, parameter in engine.model.named_parameters()

@@ -316,7 +316,7 @@ def test_shards_without_what_else_is_seen_are_read_and_the_control_says_what_it_
 
     monkeypatch.setattr(Segmentation, "describe", as_before)
     model, shards = shards_of("synthetic.images=40", "samples=3")
-    with pytest.raises(InputError, match=r"do not keep what else a query shows.*build them anew"):
+    with pytest.raises(InputError, match=r"do not keep what else a query shows.*build them again"):
         evaluate(model, shards, tmp_path / "out", controls=["swapped"])
     assert not (tmp_path / "out").exists()
     result = evaluate(model, shards, tmp_path / "out").to_json()["tasks"]["segmentation"]

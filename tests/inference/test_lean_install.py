@@ -20,6 +20,7 @@ ABSENT = (
     "pycocoevalcap",
     "pycocotools",
     "tensorboard",
+    "torchmetrics",
     "webdataset",
 )
 

@@ -462,6 +462,28 @@ def _set(**values):
     return change
 
 
+def _state_the_vocabulary_again(**values):
+    """In the format, where earlier exports have it."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["format"]["vocabulary"] = {**config["vocabulary"], **values}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def test_the_vocabulary_stands_once_in_an_exported_configuration(exported, tmp_path):
+    config = json.loads((exported / "config.json").read_text())
+    assert config["vocabulary"] and "vocabulary" not in config["format"]
+    shutil.copytree(exported, tmp_path / "older")
+    _state_the_vocabulary_again()(tmp_path / "older")
+    older = InContextModel.from_pretrained(tmp_path / "older")
+    assert older.format == InContextModel.from_pretrained(exported).format
+    older.decoder.config.save_pretrained(tmp_path / "again")
+    assert "vocabulary" not in json.loads((tmp_path / "again/config.json").read_text())["format"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -469,7 +491,7 @@ def _set(**values):
         (_set(image_tokenizer="0123"), "the model was trained with 0123"),
         (_set(image_size=128), "does not turn the model's images of 128 pixels into 64 codes"),
         (
-            _set(vocabulary=to_dict(Vocabulary(text_merges=2000, image_codes=64))),
+            _state_the_vocabulary_again(text_merges=2000),
             "format.vocabulary is not the vocabulary",
         ),
     ],

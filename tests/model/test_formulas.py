@@ -220,7 +220,7 @@ def test_attention_drops_weights_of_the_past_and_of_nothing_else(kind):
     real_T = torch.ones(tokens, dtype=torch.bool)
     if kind == "padded":
         real_T[9:12] = real_T[33:36] = False
-    plan = EpisodeAttention(lengths, real_T if kind == "padded" else None)
+    attention = EpisodeAttention(lengths, real_T if kind == "padded" else None)
     values = torch.eye(tokens)[:, None].expand(-1, heads, -1)
     episode_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     order_T = torch.arange(tokens)
@@ -228,9 +228,9 @@ def test_attention_drops_weights_of_the_past_and_of_nothing_else(kind):
     seen_TT &= real_T | (order_T[:, None] == order_T)
     scores = torch.einsum("ihd,jhd->ihj", q, k) / math.sqrt(tokens)
     expected = scores.masked_fill(~seen_TT[:, None], -math.inf).softmax(-1)
-    whole = plan.attend(0, q, k, values, 0.0)
+    whole = attention.attend(0, q, k, values, 0.0)
     torch.testing.assert_close(whole, expected)
-    dropped = plan.attend(0, q, k, values, p)
+    dropped = attention.attend(0, q, k, values, p)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], expected[kept] / (1 - p))
     share = kept.sum().item() / (heads * seen_TT.sum().item())

@@ -18,7 +18,7 @@ from icl_moe.tokenizers.text import TextTokenizer
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
-    from icl_moe.training.distributed import Ranks
+    from icl_moe.training.distributed import Place
     from icl_moe.training.engine import TrainingEngine
 
     overrides = [
@@ -46,7 +46,7 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
         manifest,
         {"zero_optimization": {"stage": 1}},
         part,
-        Ranks(0, 1, torch.device("cpu")),
+        Place(0, 1, torch.device("cpu")),
     )
     batch = collate([sequence], recipe.vocabulary, "segmentation")
     losses = []

@@ -12,7 +12,7 @@ from training import training_on_ranks
 from training.pairwise import Pair, covering_rows
 
 from icl_moe.errors import InputError
-from icl_moe.training.preflight import check
+from icl_moe.training.preflight import open_checked
 
 FACTORS = {
     "model.feed_forward": ("dense", "token", "attributes"),
@@ -122,7 +122,7 @@ def test_any_two_choices_that_are_refused_are_refused_before_anything_starts(
     for key, _ in refused:
         row |= needed.get(key, {})
     with pytest.raises(InputError):
-        check(
+        open_checked(
             training_on_ranks.load(
                 shards, tmp_path / "run", *settings({**row, **dict(refused)}, engines)
             ),

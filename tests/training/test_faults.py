@@ -215,6 +215,6 @@ def test_a_run_whose_last_step_cannot_be_saved_says_what_is_lost_and_fails(train
     assert last == (
         "icl-moe: training.output: the run ended after step 4, of which no checkpoint could be "
         "saved, for the reason above, so all that it computed is lost; once "
-        f"{disk / 'run'} can be written, the same command starts anew."
+        f"{disk / 'run'} can be written, the same command starts from the beginning."
     )
     assert "Traceback" not in printed

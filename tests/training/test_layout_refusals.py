@@ -13,7 +13,7 @@ from small_run import SETTINGS
 from icl_moe.errors import InputError
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import load_recipe
-from icl_moe.training.preflight import check
+from icl_moe.training.preflight import open_checked
 
 LAYOUT = ("model.heads=4", "training.global_batch=8", "training.micro_batch=2")
 
@@ -24,7 +24,7 @@ def check_demo(shards: Path, world: int, *settings: str) -> dict:
         "demo",
         [f"data.shards={shards}", "training.output=unused", *SETTINGS, *LAYOUT, *settings],
     )
-    return check(recipe, world)[1]
+    return open_checked(recipe, world)[1]
 
 
 def engine_file(folder: Path, **config: object) -> str:

@@ -339,7 +339,7 @@ def test_evaluation_needs_validation_shards_of_the_same_kind(shards, tmp_path):
         ValueError,
         match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both alike",
     ):
-        training_on_ranks.check(recipe, 2)
+        training_on_ranks.open_checked(recipe, 2)
 
 
 def test_ranks_that_wait_for_rank_0_beat_when_it_does_and_stop_when_it_stops(rank_group):

@@ -143,7 +143,7 @@ def test_the_trainer_trains_as_a_plain_loop(rank_group, shards, tmp_path, optimi
         assert difference.max() < RATE / 20, name
 
 
-def seeds_of_forward_passes(ranks: Any, *arguments: Any) -> list[int]:
+def seeds_of_forward_passes(place: Any, *arguments: Any) -> list[int]:
     """Of each forward pass of this rank in a run, the seed of what dropout draws."""
     seeds, forward = [], InContextDecoder.forward
 
@@ -152,7 +152,7 @@ def seeds_of_forward_passes(ranks: Any, *arguments: Any) -> list[int]:
         return forward(decoder, batch, noise)
 
     with mock.patch.object(InContextDecoder, "forward", record):
-        assert training_on_ranks.run(ranks, *arguments)["ended"] == "well"
+        assert training_on_ranks.run(place, *arguments)["ended"] == "well"
     return seeds
 
 

@@ -35,7 +35,7 @@ def micro_step(step: int, rank: int, number: int) -> dict[str, float]:
     }
 
 
-def watched(ranks: Any) -> tuple[list[tuple[str, float, int]], str]:
+def watched(place: Any) -> tuple[list[tuple[str, float, int]], str]:
     """The events that this rank wrote, and what it printed."""
     events: list[tuple[str, float, int]] = []
     now = 1000.0
@@ -47,10 +47,10 @@ def watched(ranks: Any) -> tuple[list[tuple[str, float, int]], str]:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         monitors = SimpleNamespace(write_events=events.extend)
-        progress = ProgressMonitor(START, END, EVERY, GLOBAL_BATCH, tasks, ranks, PEAK, monitors)
+        progress = ProgressMonitor(START, END, EVERY, GLOBAL_BATCH, tasks, place, PEAK, monitors)
         for step, task in TASKS.items():
             for number in range(2):
-                values = micro_step(step, ranks.rank, number)
+                values = micro_step(step, place.rank, number)
                 tokens, flops = (int(values.pop(name)) for name in ("tokens", "flops"))
                 parts = {name: torch.tensor(value) for name, value in values.items()}
                 progress.add(task, DecoderLoss(torch.zeros(()), **parts), tokens, flops)

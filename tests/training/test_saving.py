@@ -14,13 +14,7 @@ PLAIN = ("data.workers=0", "training.dry_run=false", "training.save_every=2", "t
 @pytest.fixture(scope="module")
 def run(rank_group, shards):
     """Trains on two ranks; what each of them said."""
-
-    def train(output: Path, *settings: str, fault=None) -> list[dict[str, str]]:
-        return rank_group(2).run(
-            training_on_ranks.run, shards, output, (*PLAIN, *settings), None, fault
-        )
-
-    return train
+    return training_on_ranks.on_two_ranks(rank_group, shards, PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +98,6 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_in_silence(
     ranks = run(output)
     assert [rank["ended"] for rank in ranks] == [
         f"The checkpoint {folder} is damaged: its file complete.json is not what was written; "
-        "remove it to start anew, or put the file back."
+        "remove it to start from the beginning, or put the file back."
     ] * 2
     assert (folder / "index.json").is_file()

@@ -25,13 +25,7 @@ PLAIN = (
 @pytest.fixture(scope="module")
 def run(rank_group, shards):
     """Trains on two ranks; what each of them said."""
-
-    def train(output: Path, *settings: str, fault=None) -> list[dict[str, str]]:
-        return rank_group(2).run(
-            training_on_ranks.run, shards, output, (*PLAIN, *settings), None, fault
-        )
-
-    return train
+    return training_on_ranks.on_two_ranks(rank_group, shards, PLAIN)
 
 
 def curve(output: Path, name: str) -> dict[int, float]:
@@ -92,9 +86,9 @@ class _Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def waits(ranks: Any, shards: Path, output: Path, settings: tuple[str, ...]) -> int:
+def waits(place: Any, shards: Path, output: Path, settings: tuple[str, ...]) -> int:
     with _Waits() as mode:
-        ended = training_on_ranks.run(ranks, shards, output, (*PLAIN, *settings))["ended"]
+        ended = training_on_ranks.run(place, shards, output, (*PLAIN, *settings))["ended"]
     assert ended == "well"
     return mode.count
 

@@ -24,7 +24,7 @@ from icl_moe.signals import listening, meeting
 from icl_moe.training import trainer
 from icl_moe.training.faults import Watchdog
 from icl_moe.training.partitions import held_ranges
-from icl_moe.training.preflight import check
+from icl_moe.training.preflight import open_checked
 
 Fault = Callable[[Any, Any, int, int], None]
 """Does its harm to (engine, batch, step, rank); steps are counted from 1."""
@@ -38,8 +38,21 @@ def load(shards: Path, output: Path, *settings: str) -> TrainingRecipe:
     )
 
 
+def on_two_ranks(
+    rank_group: Any, shards: Path, plain: tuple[str, ...]
+) -> Callable[..., list[dict[str, str]]]:
+    """A function that trains with the settings `plain`, and others that it is given, and returns
+    what `run` does on each rank.
+    """
+
+    def train(output: Path, *settings: str, fault: Fault | None = None) -> list[dict[str, str]]:
+        return rank_group(2).run(run, shards, output, (*plain, *settings), None, fault)
+
+    return train
+
+
 def run(
-    ranks: Any,
+    place: Any,
     shards: Path,
     output: Path,
     settings: tuple[str, ...],
@@ -69,7 +82,7 @@ def run(
 
     def disturbed(engine: Any, batch: Any, noise: Any) -> Any:
         if fault is not None:
-            fault(engine, batch, noise[1] + 1, ranks.rank)
+            fault(engine, batch, noise[1] + 1, place.rank)
         return backward(engine, batch, noise)
 
     with (
@@ -81,7 +94,7 @@ def run(
         contextlib.redirect_stderr(said),
     ):
         try:
-            trainer.Trainer(recipe, check(recipe, ranks.world)).fit_on(ranks)
+            trainer.Trainer(recipe, open_checked(recipe, place.world)).fit_on(place)
         except (InputError, UnsavedError) as error:
             ended = str(error)
         except SystemExit as error:
@@ -116,9 +129,9 @@ def _digest(engine: Any) -> str:
     return digest.hexdigest()
 
 
-def beats_while_rank_0_works(ranks: Any, beats: int) -> int:
+def beats_while_rank_0_works(place: Any, beats: int) -> int:
     """How often this rank beat while rank 0 did so `beats` times in its work."""
-    watchdog = Watchdog(ranks, seconds=1000.0)
+    watchdog = Watchdog(place, seconds=1000.0)
     counted = []
 
     def work() -> None:

@@ -18,7 +18,7 @@ from icl_moe.errors import InputError
 from icl_moe.images import mask_to_pixels, pixels_to_mask
 from icl_moe.settings import load_recipe
 from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
-from icl_moe.training.distributed import Ranks
+from icl_moe.training.distributed import Place
 from preprocessing.synthetic import write_dataset
 from preprocessing.tokenizers import measures, samples, train
 from preprocessing.tokenizers.losses import Adversary, PerceptualLoss
@@ -79,20 +79,27 @@ def test_training_learns_and_logs(trained: Path) -> None:
     assert VQGAN.from_pretrained(trained).config == RECIPE.network
 
 
-def test_an_interrupted_training_ends_where_an_unbroken_one_does(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def interrupt(
+    recipe: TokenizerRecipe, folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
+    """Train until Ctrl-C is pressed before `step`."""
     train_step = train._Run.train_step
 
     def interrupted(run: train._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        if run.step == 25:
+        if run.step == step:
             raise KeyboardInterrupt
         return train_step(run, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(train._Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(RECIPE, tmp_path)
+            train_tokenizer(recipe, folder)
+
+
+def test_an_interrupted_training_ends_where_an_unbroken_one_does(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(RECIPE, tmp_path, monkeypatch, step=25)
     torch.manual_seed(123)  # what else was drawn since must not matter
     assert (
         train_tokenizer(RECIPE, tmp_path).fingerprint == VQGAN.from_pretrained(trained).fingerprint
@@ -105,7 +112,7 @@ SHARED = dataclasses.replace(
 )
 
 
-def _train_as_rank(_: Ranks, folder: Path) -> str:
+def _train_as_rank(_: Place, folder: Path) -> str:
     return train_tokenizer(SHARED, folder).fingerprint
 
 
@@ -193,17 +200,7 @@ def test_the_adversary_joins_at_its_step_and_resumes_with_the_rest(
     whole = train_tokenizer(recipe, tmp_path / "whole")
     assert [("discriminator" in row) for row in _rows(tmp_path / "whole")] == [False, True, True]
 
-    train_step = train._Run.train_step
-
-    def interrupted(run: train._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        if run.step == 10:
-            raise KeyboardInterrupt
-        return train_step(run, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train._Run, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_tokenizer(recipe, tmp_path / "parts")
+    interrupt(recipe, tmp_path / "parts", monkeypatch, step=10)
     assert train_tokenizer(recipe, tmp_path / "parts").fingerprint == whole.fingerprint
 
 
