@@ -258,7 +258,7 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--backbone",
         default="efficientnet_lite0",
-        help="efficientnet_lite0, timm/NAME, or a transformers folder or hub id "
+        help="efficientnet_lite0, colours, timm/NAME, or a transformers folder or hub id "
         "(default %(default)s)",
     )
     parser.add_argument("--weights", metavar="FILE", help="a file with the backbone's weights")

@@ -179,7 +179,7 @@ for name in ("demo", "ablation_128", "paper_256"):
     done = elsewhere("-c", code)
     assert done.stdout.splitlines() == [
         str(installed / "icl_moe/recipe.py"),
-        "demo 1",
+        "demo 0",
         "ablation_128 1",
         "paper_256 1",
     ]

@@ -19,7 +19,7 @@ def draw_gallery(
     model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog
 ) -> Gallery:
     """Episodes at even distances, not chosen by their scores. Images are what the tokenizer makes
-    of their codes; those of a features tokenizer are shown in false colours.
+    of their codes; those of a features tokenizer are shown by their mean colours.
     """
     places = np.linspace(0, len(episodes) - 1, EPISODES_SHOWN)
     numbers = np.unique(places.round().astype(int)).tolist()

@@ -297,21 +297,28 @@ def initialise(
 
 @torch.no_grad()
 def start_from_codebook(
-    model: InContextDecoder, vectors_KC: Tensor, frequencies_K: Tensor, first: int, seed: int
+    model: InContextDecoder,
+    vectors_KC: Tensor,
+    frequencies_K: Tensor,
+    first: int,
+    seed: int,
+    whiten: bool = True,
 ) -> None:
     """Set the embeddings of a tokenizer's K codes, the ids from `first` on, to z R, each row then
     to norm 1.
 
-    z: the codes' vectors, less their mean, over their standard deviation by channel, both weighted
-    by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed. So codes that look
-    alike get similar embeddings.
+    z: the codes' vectors, less their mean and, to whiten them, over their standard deviation by
+    channel, both weighted by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed.
+    So codes that look alike get similar embeddings.
     """
     shares_K1 = (frequencies_K / frequencies_K.sum()).unsqueeze(1)
     centred_KC = vectors_KC - (shares_K1 * vectors_KC).sum(dim=0)
-    deviation_C = (shares_K1 * centred_KC.square()).sum(dim=0).sqrt()
+    if whiten:
+        deviation_C = (shares_K1 * centred_KC.square()).sum(dim=0).sqrt()
+        centred_KC = centred_KC / deviation_C.clamp(min=1e-12)
     weight_VM = model.token_embedding.weight
     map_CM = _normal(seed, "codebook", (vectors_KC.shape[1], weight_VM.shape[1]))
-    rows_KM = F.normalize(centred_KC / deviation_C.clamp(min=1e-12) @ map_CM, dim=1)
+    rows_KM = F.normalize(centred_KC @ map_CM, dim=1)
     weight_VM[first : first + len(rows_KM)] = rows_KM
 
 

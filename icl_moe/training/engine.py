@@ -219,7 +219,12 @@ def _build_model(
         assert codebook is not None, "the recipe starts from a codebook"
         first = recipe.vocabulary.input_range.start
         start_from_codebook(
-            model, codebook.vectors_KC, codebook.frequencies_K, first, recipe.training.seed
+            model,
+            codebook.vectors_KC,
+            codebook.frequencies_K,
+            first,
+            recipe.training.seed,
+            codebook.whiten,
         )
     if tp_size > 1:
         spread(model)

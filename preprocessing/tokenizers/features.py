@@ -81,7 +81,17 @@ def fit_features_tokenizer(images: Path, config: FeaturesConfig, seed: int) -> F
     tokenizer.projection_CD.copy_(projection_CD)
     features_MD = tokenizer.project(joined_MC)
     tokenizer.codebook_KD.copy_(k_means(features_MD, config.codebook_size, seed))
+    tokenizer.colours_K3.copy_(
+        _mean_colours(tokenizer.codes_of(features_MD[None])[0], sample, config)
+    )
     return tokenizer
+
+
+def _mean_colours(codes_M: Tensor, sample: "_Sample", config: FeaturesConfig) -> Tensor:
+    """The mean colour (K, 3) of the sampled cells of each code, grey where there are none."""
+    count_K = torch.bincount(codes_M, minlength=config.codebook_size)
+    sums_K3 = torch.zeros(config.codebook_size, 3).index_add_(0, codes_M, sample.colours_M3)
+    return sums_K3 / count_K.clamp_min(1)[:, None]
 
 
 def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
@@ -143,9 +153,12 @@ def k_means(points_MD: Tensor, clusters: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sample:
-    """cells_MC: joined raw maps of some cells. channels: of each stride."""
+    """cells_MC: joined raw maps of some cells. colours_M3: their mean colours in [-1, 1].
+    channels: of each stride.
+    """
 
     cells_MC: Tensor
+    colours_M3: Tensor
     channels: tuple[int, ...]
 
 
@@ -155,11 +168,14 @@ def _sample_cells(
     rng = np.random.default_rng(seed)
     per_image = max(1, min(config.codes_per_image, CELLS // len(files)))
     cells: list[Tensor] = []
+    colours: list[Tensor] = []
     channels: tuple[int, ...] = ()
     for pixels_B3HW in picture_batches(files, config.image_size, "reading images"):
         maps = grid_maps(backbone, config.strides, config.downsampling, pixels_B3HW)
         channels = tuple(map_BNC.shape[-1] for map_BNC in maps)
-        for cells_NC in torch.cat(maps, dim=-1):
-            chosen = np.sort(rng.permutation(len(cells_NC))[:per_image])
-            cells.append(cells_NC[torch.from_numpy(chosen)])
-    return _Sample(torch.cat(cells), channels)
+        colours_BN3 = F.avg_pool2d(pixels_B3HW, config.downsampling).flatten(2).transpose(1, 2)
+        for cells_NC, colours_N3 in zip(torch.cat(maps, dim=-1), colours_BN3, strict=True):
+            chosen = torch.from_numpy(np.sort(rng.permutation(len(cells_NC))[:per_image]))
+            cells.append(cells_NC[chosen])
+            colours.append(colours_N3[chosen])
+    return _Sample(torch.cat(cells), torch.cat(colours), channels)

@@ -507,7 +507,8 @@ def test_gpt2s_scale_is_what_it_was_and_does_not_reach_the_link():
     assert without["layers.0.attention.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_image_codes_start_as_a_random_map_of_their_whitened_vectors():
+@pytest.mark.parametrize("whiten", [True, False])
+def test_image_codes_start_as_a_random_map_of_their_vectors(whiten):
     model = build(make_config(initialisation="fan_in"))
     before = model.token_embedding.weight.detach().clone()
     generator = torch.Generator().manual_seed(1)
@@ -515,13 +516,13 @@ def test_image_codes_start_as_a_random_map_of_their_whitened_vectors():
     vectors[7] = vectors[3]  # Two codes that look alike.
     frequencies = torch.rand(32, generator=generator)
     first = VOCABULARY.image_range.start
-    start_from_codebook(model, vectors, frequencies, first, seed=0)
+    start_from_codebook(model, vectors, frequencies, first, seed=0, whiten=whiten)
     rows = model.token_embedding.weight.detach()[first : first + 32]
 
     share = frequencies / frequencies.sum()
     mean = sum(share[k] * vectors[k] for k in range(32))
     deviation = sum(share[k] * (vectors[k] - mean) ** 2 for k in range(32)).sqrt()
-    z = (vectors - mean) / deviation
+    z = (vectors - mean) / (deviation if whiten else 1.0)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(32))
     assert torch.equal(rows[3], rows[7])
     cosine = F.cosine_similarity(z[:, None], z[None], dim=2)
@@ -531,5 +532,5 @@ def test_image_codes_start_as_a_random_map_of_their_whitened_vectors():
     rest[first : first + 32] = False
     assert torch.equal(model.token_embedding.weight.detach()[rest], before[rest])
     again = build(make_config(initialisation="fan_in"))
-    start_from_codebook(again, vectors, frequencies, first, seed=0)
+    start_from_codebook(again, vectors, frequencies, first, seed=0, whiten=whiten)
     assert torch.equal(again.token_embedding.weight, model.token_embedding.weight)

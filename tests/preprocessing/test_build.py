@@ -26,6 +26,7 @@ from icl_moe.sequence import SequenceCodec
 from icl_moe.settings import load_recipe
 from icl_moe.tasks import TASKS
 from icl_moe.tasks.captioning import BoxPicture
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import build as build_module
@@ -151,7 +152,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
         return wrapper
 
     target, name, at = {
-        "encoding": (quantize, "_encode", 3),
+        "encoding": (ImageTokenizers, "encode", 3),
         "packing": (build_module, "pack_shard", 3),
         "manifest": (Manifest, "write", 1),
     }[stage]
@@ -173,7 +174,9 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
 
     encoded = []
     monkeypatch.setattr(
-        quantize, "_encode", lambda *args, real=quantize._encode: encoded.append(1) or real(*args)
+        ImageTokenizers,
+        "encode",
+        lambda *args, real=ImageTokenizers.encode: encoded.append(1) or real(*args),
     )
     build(out)
     assert hashes(out) == hashes(demo)

@@ -170,7 +170,9 @@ def test_training_counts_input_codes_as_visual_targets(folder):
     assert torch.isin(batch.weights_P, torch.tensor([0.5, 1.0])).all()
 
 
-def test_evaluation_shows_input_images_in_false_colours(exported, folder, tmp_path, monkeypatch):
+def test_evaluation_shows_input_images_by_their_mean_colours(
+    exported, folder, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # METEOR's Java takes seconds.
     metrics = evaluate(exported, folder, tmp_path, shots=[1], limit=2)
     assert metrics.tasks["segmentation"].rows

@@ -37,6 +37,31 @@ def test_a_transformers_networks_maps_are_its_hidden_states_by_stride(tmp_path: 
         torch.testing.assert_close(maps[stride], state)
 
 
+def test_colours_are_the_roots_of_their_shares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels_BHW3 = torch.randint(0, 5, (2, 16, 16, 3), generator=generator)
+    pixels_B3HW = levels_BHW3.permute(0, 3, 1, 2).float() / 2 - 1
+    maps = open_backbone("colours").maps(pixels_B3HW)
+    assert {stride: tuple(found.shape) for stride, found in maps.items()} == {
+        4: (2, 125, 4, 4),
+        8: (2, 125, 2, 2),
+        16: (2, 125, 1, 1),
+    }
+    numbers_BHW = (levels_BHW3 * torch.tensor([25, 5, 1])).sum(dim=-1)
+    for row, column in ((0, 0), (1, 2)):
+        cell = numbers_BHW[1, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
+        shares = torch.bincount(cell, minlength=125) / 16
+        torch.testing.assert_close(maps[4][1, :, row, column].square(), shares)
+
+
+def test_a_colour_between_others_is_shared_out_among_them() -> None:
+    pixels_B3HW = torch.tensor([0.25, -1.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    (shares,) = open_backbone("colours").maps(pixels_B3HW)[4].square().flatten(1)
+    # Red 0.625 lies halfway between its levels 0.5 and 0.75.
+    assert shares.nonzero().flatten().tolist() == [2 * 25 + 4, 3 * 25 + 4]
+    torch.testing.assert_close(shares[shares > 0], torch.tensor([0.5, 0.5]))
+
+
 def test_a_vision_transformers_map_is_its_patches_without_the_class_token(tmp_path: Path) -> None:
     config = ViTConfig(
         hidden_size=8,

@@ -156,10 +156,16 @@ def test_what_a_backbone_or_the_pictures_cannot_give_is_said(place, tokenizer, s
         fit_features_tokenizer(place / "pictures", config, seed=0)
 
 
-def test_false_colours_are_a_picture_in_which_equal_codes_look_alike(tokenizer, pixels_B3HW):
+def test_codes_are_shown_in_the_mean_colour_of_their_cells(tokenizer, pixels_B3HW):
     codes_BN = tokenizer.encode(pixels_B3HW)
-    drawn = tokenizer.false_colours(codes_BN)
+    drawn = tokenizer.show(codes_BN)
     assert drawn.shape == (8, 3, 64, 64) and drawn.abs().max() <= 1.0
+    cells = torch.nn.functional.avg_pool2d(pixels_B3HW, 8)
+    of_codes, of_all = (
+        (cells - shown).square().mean()
+        for shown in (drawn[:, :, ::8, ::8], cells.mean(dim=(0, 2, 3), keepdim=True))
+    )
+    assert of_codes < 0.7 * of_all
     first = drawn[:, :, ::8, ::8].flatten(2)
     same = codes_BN[0, 0] == codes_BN[0]
     assert torch.equal(first[0, :, same], first[0, :, :1].expand(-1, int(same.sum())))
