@@ -23,9 +23,10 @@ from icl_moe.sequence import Episode, SequenceFormat
 from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.segmentation import SegmentationPair
+from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
+from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
-from icl_moe.tokenizers.vqgan import VQGAN
 
 SIDES = (64, 128)
 BATCHES = (1, 16)
@@ -60,22 +61,24 @@ def main() -> None:
 
 
 def random_model(side: int) -> InContextModel:
-    """modern_demo's decoder for pictures of `side` pixels, with random weights, and the tokenizer
-    that ships.
+    """modern_demo's decoder for pictures of `side` pixels, with random weights, and the tokenizers
+    that ship.
     """
     recipe = load_recipe(TrainingRecipe, "modern_demo")
-    tokenizer = VQGAN.from_pretrained("demo")
-    cells = (side // tokenizer.downsampling) ** 2
+    tokenizers = ImageTokenizers(
+        None,
+        PatchTokenizer.from_pretrained("demo_masks"),
+        FeaturesTokenizer.from_pretrained("demo_colours"),
+    )
+    cells = (side // tokenizers.downsampling) ** 2
     format = SequenceFormat(recipe.vocabulary, cells)
     recipe = replace(recipe, model=replace(recipe.model, positions=format.length(2)))
     config = DecoderConfig.from_recipe(
-        recipe, format=to_dict(format), image_size=side, image_tokenizer=tokenizer.fingerprint
+        recipe, format=to_dict(format), image_size=side, **tokenizers.fingerprints
     )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
-    return InContextModel(
-        decoder, ImageTokenizers(tokenizer), TextTokenizer(recipe.vocabulary.text_merges)
-    )
+    return InContextModel(decoder, tokenizers, TextTokenizer(recipe.vocabulary.text_merges))
 
 
 def random_requests(model: InContextModel, count: int) -> list[tuple[Episode, np.ndarray]]:
