@@ -33,13 +33,12 @@ _OF_RANKS = ("tests/distributed", "tests/training", "tests/test_launch.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the tests run in two processes, a file stays in one of them, and all that start ranks
-    in the same one: two groups of ranks at once would only wait for each other's cores.
+    """Mark the tests that start ranks: beside others they take three times as long, since each rank
+    waits at every collective for one that has lost its core.
     """
     for item in items:
-        file = item.path.relative_to(REPOSITORY).as_posix()
-        group = "ranks" if file.startswith(_OF_RANKS) else file
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.path.relative_to(REPOSITORY).as_posix().startswith(_OF_RANKS):
+            item.add_marker(pytest.mark.ranks)
 
 
 @pytest.fixture(scope="session")

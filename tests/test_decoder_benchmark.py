@@ -25,6 +25,7 @@ def run_quickly(run_command, folder, *options):
     return json.loads(file.read_text()), result.stdout
 
 
+@pytest.mark.slow
 def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp_path):
     content, said = run_quickly(run_command, tmp_path, "--precision", "bf16")
     goals = {goal["name"]: goal for goal in content["goals"]}

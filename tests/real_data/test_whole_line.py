@@ -25,6 +25,7 @@ NETWORK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_real_images_and_captions_go_through_every_stage(
     real_data: Path, run_command: Callable, tmp_path: Path

@@ -75,6 +75,7 @@ def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_pat
     assert "nan" not in json.dumps(losses(tmp_path / "run")["image_loss"][2:])
 
 
+@pytest.mark.slow
 def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path):
     printed = train(
         tmp_path / "run",

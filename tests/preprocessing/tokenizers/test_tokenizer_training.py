@@ -116,6 +116,7 @@ def _train_as_rank(_: Place, folder: Path) -> str:
     return train_tokenizer(SHARED, folder).fingerprint
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one_does(
     rank_group: Callable[[int], RankGroup], tmp_path: Path
 ) -> None:
