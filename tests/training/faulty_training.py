@@ -8,6 +8,7 @@ import icl_moe.hear_signals  # noqa: I001  (as launch_scripts/pretrain.sh does)
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -47,10 +48,12 @@ def faulty_backward(engine, batch, noise):
         if kind == "nan":
             batch.weights_P.fill_(float("nan"))
         if kind == "terminate":
-            # As a cluster does it: every process of the job, the readers too; here all of this
-            # rank, once.
-            for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
-                process.terminate()
+            # As a cluster does it: every process of the job, the readers too, from outside of it;
+            # here all of this rank, once.
+            rank_itself = psutil.Process()
+            job = [*rank_itself.children(recursive=True), rank_itself]
+            numbers = " ".join(str(process.pid) for process in job)
+            subprocess.run(["sh", "-c", f"kill -TERM {numbers}"], check=True)
             faults.clear()
     return backward(engine, batch, noise)
 
