@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 from icl_moe.cli import main
 from icl_moe.data.shards import Manifest, ShardSet
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from preprocessing import build as build_module
-from preprocessing import image_check, quantize
+from preprocessing import image_check
 from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile
 
@@ -233,7 +234,7 @@ def test_a_build_that_leaves_bad_images_out_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(image_check, "open_image", count)
     with monkeypatch.context() as patch:
         if stage == "encoding":
-            patch.setattr(quantize, "_encode", _interrupt)
+            patch.setattr(ImageTokenizers, "encode", _interrupt)
         if stage == "packing":
             patch.setattr(build_module, "pack_shard", _interrupt)
         assert build(tmp_path / "out", "bad_images=skip") == 130
