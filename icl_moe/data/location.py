@@ -114,7 +114,11 @@ class LocalFolder:
 
     def check(self, info: FileInfo) -> None:
         path = self._path / info.file
-        if not path.is_file():
+        try:
+            is_there = path.is_file()
+        except OSError as error:  # Of a name that is too long, for one.
+            raise InputError(f"The file {path} cannot be read ({error.strerror}).") from error
+        if not is_there:
             raise InputError(f"The file {path} is missing.")
         check_size(str(path), path.stat().st_size, info)
 

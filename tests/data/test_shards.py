@@ -355,3 +355,12 @@ def test_an_index_row_that_points_elsewhere_is_noticed(damaged, column, value):
     np.save(damaged / "captioning.index.npy", rows)
     with pytest.raises(SampleError, match=r"sample captioning-00000003 cannot be read"):
         ShardSet(damaged).sample("captioning", 3)
+
+
+def test_a_file_name_that_no_folder_can_hold_is_refused_in_a_sentence(damaged):
+    path = damaged / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["file"] = "1" * 300
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"1111 (is missing|cannot be read)"):
+        ShardSet(damaged)
