@@ -45,8 +45,12 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = 
     out = output_folder(out)
     if not (out / STATE_FILE).is_file():
         check_free(out)
-    join_processes(device)
-    accelerator = _accelerator(recipe.precision)
+    precision = recipe.precision
+    place = join_processes(device).device
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(place) else "fp32"
+    # The first Accelerator of a process decides its precision for good.
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     run = _Run(recipe, accelerator)
     run.resume(out)
     source = open_source(recipe)
@@ -61,13 +65,6 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = 
         _train(run, source, mine, out)
     accelerator.wait_for_everyone()
     return run.finished()
-
-
-def _accelerator(precision: str) -> Accelerator:
-    """precision: the recipe's."""
-    if precision == "auto":
-        precision = "bf16" if computes_in_bf16(Accelerator().device) else "fp32"
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def _train(run: "_Run", source: Source, mine: range, out: Path) -> None:

@@ -4,16 +4,16 @@ measuring one tells the truth.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from distributed.rank_group import RankGroup
 from PIL import Image
 
-from icl_moe.devices import computes_in_bf16
 from icl_moe.errors import InputError
 from icl_moe.images import mask_to_pixels, pixels_to_mask
 from icl_moe.settings import load_recipe
@@ -134,13 +134,26 @@ def test_two_devices_train_as_one_does(
         assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_auto_is_the_precision_that_the_device_computes_in(tmp_path: Path) -> None:
-    precision = "bf16" if computes_in_bf16(torch.device("cpu")) else "fp32"
-    named, auto = (
+@pytest.fixture
+def new_state() -> Iterator[None]:
+    """A process has one precision for good, and other tests of this one theirs."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("new_state")
+def test_auto_is_the_precision_that_the_device_computes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(train, "computes_in_bf16", lambda _: precision == "bf16")
+    auto, named = (
         train_tokenizer(dataclasses.replace(RECIPE, steps=2, precision=name), tmp_path / name)
-        for name in (precision, "auto")
+        for name in ("auto", precision)
     )
     assert auto.fingerprint == named.fingerprint
+    assert AcceleratorState().mixed_precision == {"fp32": "no", "bf16": "bf16"}[precision]
 
 
 def test_a_finished_training_is_not_run_again(trained: Path) -> None:
