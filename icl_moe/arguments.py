@@ -44,6 +44,21 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
+def add_whole_number(
+    parser: argparse.ArgumentParser, option: str, least: int, default: int, text: str
+) -> None:
+    """An option that takes a whole number of at least `least`; its help is `text` and the
+    default.
+    """
+    parser.add_argument(
+        option,
+        type=whole_number(least),
+        default=default,
+        metavar="N",
+        help=f"{text} (default %(default)s)",
+    )
+
+
 def add_recipe(parser: argparse.ArgumentParser, metavar: str, such_as: str) -> None:
     """A recipe, and settings that override its own."""
     parser.add_argument(

@@ -231,13 +231,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         ("--image-size", 1, 256, "of an instances file: pixels along a side of the images"),
         ("--cell", 1, 16, "of an instances file: pixels along a side of a patch"),
     ):
-        parser.add_argument(
-            option,
-            type=take.whole_number(least),
-            default=default,
-            metavar="N",
-            help=f"{text} (default %(default)s)",
-        )
+        take.add_whole_number(parser, option, least, default, text)
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_masks)
 
@@ -272,13 +266,7 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
         ("--downsampling", 1, 16, "pixels along a side of a cell"),
         ("--seed", 0, 0, "of k-means"),
     ):
-        parser.add_argument(
-            option,
-            type=take.whole_number(least),
-            default=default,
-            metavar="N",
-            help=f"{text} (default %(default)s)",
-        )
+        take.add_whole_number(parser, option, least, default, text)
     parser.add_argument(
         "--annotations",
         type=take.path,

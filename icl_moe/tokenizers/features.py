@@ -23,6 +23,7 @@ from icl_moe.tokenizers.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_keys,
+    check_sides,
     find_tokenizer,
     load_weights,
     read_config,
@@ -213,11 +214,8 @@ def grid_maps(
     Finer maps are averaged over a cell, coarser ones interpolated. Raises InputError where the
     backbone has no map of a stride, or a side of the image is no multiple of f.
     """
+    check_sides(pixels_B3HW, downsampling)
     height, width = pixels_B3HW.shape[-2:]
-    if height % downsampling or width % downsampling or min(height, width) == 0:
-        raise InputError(
-            f"Image sides must be multiples of {downsampling} pixels, not {height} x {width}."
-        )
     maps = backbone.maps(pixels_B3HW)
     lacking = [stride for stride in strides if stride not in maps]
     if lacking:

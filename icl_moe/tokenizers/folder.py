@@ -38,6 +38,15 @@ def find_tokenizer(source: str | Path) -> Path:
     )
 
 
+def check_sides(pixels_B3HW: Tensor, downsampling: int) -> None:
+    """Raise InputError where a side of the images is no multiple of the downsampling."""
+    height, width = pixels_B3HW.shape[-2:]
+    if height % downsampling or width % downsampling or min(height, width) == 0:
+        raise InputError(
+            f"Image sides must be multiples of {downsampling} pixels, not {height} x {width}."
+        )
+
+
 def check_free(folder: Path, fingerprint: str | None = None) -> None:
     """Raise InputError where `folder` holds another tokenizer than that of this fingerprint, or
     another model, which one that is written there would replace.

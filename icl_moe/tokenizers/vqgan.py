@@ -27,6 +27,7 @@ from icl_moe.tokenizers.folder import (
     check_file,
     check_free,
     check_keys,
+    check_sides,
     find_tokenizer,
     first_line,
     load_torch_weights,
@@ -177,12 +178,7 @@ class VQGAN(nn.Module):
 
         Raises InputError where a side is no multiple of the downsampling f.
         """
-        height, width = pixels_B3HW.shape[-2:]
-        if height % self.downsampling or width % self.downsampling or min(height, width) == 0:
-            raise InputError(
-                f"Image sides must be multiples of {self.downsampling} pixels, not {height} x "
-                f"{width}."
-            )
+        check_sides(pixels_B3HW, self.downsampling)
         pixels_B3HW = pixels_B3HW.contiguous(memory_format=torch.channels_last)
         latents_BChw = self.quant_conv(self.encoder(pixels_B3HW, self.precision))
         return self.quantize.nearest(latents_BChw).flatten(1)
