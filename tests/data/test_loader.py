@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -221,8 +222,8 @@ def test_a_reader_says_in_one_sentence_which_sample_it_cannot_read(folder, tmp_p
     assert set(multiprocessing.active_children()) == others, f"a reader outlives {error.value}"
 
 
-def test_a_rank_that_terminates_its_readers_does_not_wait_for_them(folder):
-    """As a program does with its children when it ends in an error."""
+def begun(folder: Path) -> tuple[Generator[TokenBatch], set[BaseProcess]]:
+    """Micro-batches of which the first one has been read, and the two readers that read ahead."""
     shards, part = ShardSet(folder), RankSlice.of(0, 1, GLOBAL_BATCH, 2)
     dataset = MicroBatches(
         shards, Schedule(shards.manifest.samples, GLOBAL_BATCH, 0), part, "packed", 0.0
@@ -231,6 +232,13 @@ def test_a_rank_that_terminates_its_readers_does_not_wait_for_them(folder):
     batches = micro_batches(dataset, part.micro_steps, 0, 1000, workers=2)
     next(batches)
     readers = set(multiprocessing.active_children()) - others
+    assert len(readers) == 2
+    return batches, readers
+
+
+def test_a_rank_that_terminates_its_readers_does_not_wait_for_them(folder):
+    """As a program does with its children when it ends in an error."""
+    batches, readers = begun(folder)
     for reader in readers:
         reader.terminate()
     for reader in readers:
@@ -315,14 +323,6 @@ def test_readers_outlive_every_signal_but_the_death_of_their_rank(folder):
 
 
 def test_readers_end_when_the_batches_are_closed(folder):
-    shards, part = ShardSet(folder), RankSlice.of(0, 1, GLOBAL_BATCH, 2)
-    dataset = MicroBatches(
-        shards, Schedule(shards.manifest.samples, GLOBAL_BATCH, 0), part, "packed", 0.0
-    )
-    before = set(multiprocessing.active_children())
-    batches = micro_batches(dataset, part.micro_steps, 0, 1000, workers=2)
-    next(batches)
-    readers = set(multiprocessing.active_children()) - before
-    assert len(readers) == 2
+    batches, readers = begun(folder)
     batches.close()
     assert not any(reader.is_alive() for reader in readers)
