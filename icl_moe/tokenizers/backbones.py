@@ -60,7 +60,13 @@ class Backbone(nn.Module):
         """Stride -> the last feature map (B, C, H/stride, W/stride) of that stride; pixels in
         [-1, 1].
         """
-        return self._maps(((pixels_B3HW + 1) / 2 - self.mean_311) / self.deviation_311)
+        levels_B3HW = ((pixels_B3HW + 1) / 2 - self.mean_311) / self.deviation_311
+        if levels_B3HW.device.type != "cpu" or len(levels_B3HW) == 1:
+            return self._maps(levels_B3HW)
+        # On a CPU, the maps of one image fit into its caches, and those of a batch do not:
+        # EfficientNet-lite0 at 256 pixels takes 61 ms an image alone and 156 ms in a batch of 16.
+        alone = [self._maps(image_13HW) for image_13HW in levels_B3HW.split(1)]
+        return {stride: torch.cat([maps[stride] for maps in alone]) for stride in alone[0]}
 
     @property
     def fingerprint(self) -> str:
