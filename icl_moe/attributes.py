@@ -64,6 +64,14 @@ def is_target(attributes: int) -> bool:
     return bool(attribute_bits(attributes)[6])
 
 
+def own_stream(attributes: int) -> int:
+    """Which of four streams an attribute class is: 0 and 1 are the input and the target of tasks
+    that write images alone, and 2 and 3 are those of tasks that write text.
+    """
+    bits = attribute_bits(attributes)
+    return 2 * bits[3] + bits[6]
+
+
 def is_output_image(attributes: int) -> bool:
     """Whether a stream is of images on the target side of its pair."""
     return is_target(attributes) and bool(attribute_bits(attributes)[4])

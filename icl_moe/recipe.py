@@ -45,8 +45,8 @@ class ModelSettings:
     counted from 1.
     feed_forward: `dense`; `token`, GShard's experts, which is stock deepspeed.moe; or `attributes`,
     for which there are two more settings.
-    gate_input: what its gate reads, `attributes` (Uni-Perceiver-MoE), `token` (GShard) or the sum
-    of both.
+    gate_input: what its gate reads, `attributes` (Uni-Perceiver-MoE), `token` (GShard), the sum
+    of both, or `none`: there is no gate, and each stream of a task has one expert of its own.
     combination: `outputs`, the weighted sum of the experts' outputs (the paper's formula), or
     `weights`, the output of one expert whose weights are the weighted sum of theirs
     (Uni-Perceiver-MoE's code, at a dense layer's cost).
@@ -70,7 +70,7 @@ class ModelSettings:
     layers_with_experts: tuple[Natural, ...] = (1, 3, 5, 7, 9, 11)
     experts: Annotated[int, Range(1, 4096)] = 8
     experts_per_token: Annotated[int, Range(1, 2)] = 2
-    gate_input: Literal["attributes", "token", "token+attributes"] = "attributes"
+    gate_input: Literal["attributes", "token", "token+attributes", "none"] = "attributes"
     combination: Literal["outputs", "weights"] = "outputs"
     gate_noise: bool = True
     link: bool = False
@@ -88,11 +88,18 @@ class ModelSettings:
                 f"({self.experts})."
             )
         if self.combination == "weights" and (
-            self.gate_input != "attributes" or self.feed_forward == "token"
+            self.gate_input not in ("attributes", "none") or self.feed_forward == "token"
         ):
             raise InputError(
                 "model.combination=weights needs model.feed_forward=attributes and "
-                "model.gate_input=attributes: only whole streams share merged experts."
+                "model.gate_input=attributes or none: only whole streams share merged experts."
+            )
+        if self.gate_input == "none" and (
+            self.experts_per_token != 1 or self.feed_forward != "attributes"
+        ):
+            raise InputError(
+                "model.gate_input=none needs model.feed_forward=attributes and "
+                "model.experts_per_token=1: each stream has one expert of its own."
             )
         outside = [layer for layer in self.layers_with_experts if layer >= self.layers]
         if outside:

@@ -152,6 +152,8 @@ class PlainDecoder:
                 rows.append(sum(share * _mlp(x_M, *ws) for share, ws in parts))
             probabilities.append(p_E)
             first[best[0]] += 1 / len(tokens)
+        if s.gate_input == "none":
+            return torch.stack(rows), torch.zeros((), dtype=torch.float64)
         return torch.stack(rows), s.experts * (torch.stack(probabilities).mean(0) * first).sum()
 
     def _gate(self, layer: int, x_M: Tensor, attributes: int) -> Tensor:
@@ -159,6 +161,10 @@ class PlainDecoder:
         or the sum of both.
         """
         s, name = self._settings, f"layers.{layer}.feed_forward.gate"
+        if s.gate_input == "none":
+            writes_text, target = attributes >> 3 & 1, attributes >> 6 & 1
+            own = (2 * writes_text + target) % s.experts
+            return torch.eye(s.experts, dtype=torch.float64)[own]
         reads = s.gate_input if s.feed_forward == "attributes" else "token"
         h_M = x_M if "token" in reads else torch.zeros_like(x_M)
         if "attributes" in reads:

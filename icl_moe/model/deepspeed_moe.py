@@ -29,7 +29,7 @@ from torch.func import functional_call
 from icl_moe.batch import RoutingPlan
 from icl_moe.deepspeed_internals import gather_tokens_by, tensor_parallel_group
 from icl_moe.model.expert_parallel import run_spread
-from icl_moe.model.feed_forward import FeedForward, attribute_gate, reads_attributes, routes_streams
+from icl_moe.model.feed_forward import FeedForward, reads_attributes, routes_streams, stream_gate
 from icl_moe.model.moe import (
     Decision,
     combine,
@@ -38,7 +38,7 @@ from icl_moe.model.moe import (
     mix_weights,
     with_gradients_together,
 )
-from icl_moe.model.router import AttributeEmbedding, AttributeGate, balancing_loss, full_precision
+from icl_moe.model.router import AttributeEmbedding, StreamGate, balancing_loss, full_precision
 from icl_moe.model.tensor_parallel import enter, leave, place_share, share_of_rows
 from icl_moe.recipe import ModelSettings
 
@@ -98,10 +98,10 @@ class DeepSpeedFeedForward(MoE):
         self.auxiliary_loss: Tensor | None = None
 
     @property
-    def stream_gate(self) -> AttributeGate | None:
+    def stream_gate(self) -> StreamGate | None:
         """The gate, if it decides for whole streams, so that the decoder can ask it in advance."""
         gate = self.deepspeed_moe.gate
-        return gate if isinstance(gate, AttributeGate) else None
+        return gate if isinstance(gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
         """decision: of `stream_gate`, where there is one."""
@@ -126,7 +126,7 @@ class AttributeMOELayer(MOELayer):
         self, settings: ModelSettings, layer: int, stock: MOELayer, tp_rank: int, tp_size: int
     ) -> None:
         super().__init__(
-            attribute_gate(settings, layer),
+            stream_gate(settings, layer),
             stock.experts,
             stock.ep_group_name,
             stock.ep_size,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from icl_moe.batch import RoutingPlan
 from icl_moe.model.kernels import Linear
 from icl_moe.model.moe import Decision, Route, combine, dispatch, mix_outputs, mix_weights
-from icl_moe.model.router import AttributeGate, TokenGate
+from icl_moe.model.router import AttributeGate, FixedGate, StreamGate, TokenGate
 from icl_moe.recipe import ModelSettings
 
 
@@ -51,16 +51,16 @@ class SparseFeedForward(nn.Module):
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.gate = (
-            attribute_gate(settings, layer) if routes_streams(settings) else _token_gate(settings)
+            stream_gate(settings, layer) if routes_streams(settings) else _token_gate(settings)
         )
         self.experts = Experts(FeedForward(settings.width) for _ in range(settings.experts))
         self.combination = settings.combination
         self.auxiliary_loss: Tensor | None = None
 
     @property
-    def stream_gate(self) -> AttributeGate | None:
+    def stream_gate(self) -> StreamGate | None:
         """The gate, if it decides for whole streams, so that the decoder can ask it in advance."""
-        return self.gate if isinstance(self.gate, AttributeGate) else None
+        return self.gate if isinstance(self.gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
         """decision: of `stream_gate`, where there is one."""
@@ -95,10 +95,8 @@ def _mix_by_token(
 
 
 def routes_streams(settings: ModelSettings) -> bool:
-    """Whether whole streams go to the same experts: the gate reads attributes and nothing of the
-    token.
-    """
-    return settings.feed_forward == "attributes" and settings.gate_input == "attributes"
+    """Whether whole streams go to the same experts: the gate reads nothing of the token."""
+    return settings.feed_forward == "attributes" and settings.gate_input in ("attributes", "none")
 
 
 def reads_attributes(settings: ModelSettings) -> bool:
@@ -106,7 +104,9 @@ def reads_attributes(settings: ModelSettings) -> bool:
     return settings.feed_forward == "attributes" and settings.gate_input == "token+attributes"
 
 
-def attribute_gate(settings: ModelSettings, layer: int) -> AttributeGate:
+def stream_gate(settings: ModelSettings, layer: int) -> StreamGate:
+    if settings.gate_input == "none":
+        return FixedGate(settings.experts)
     return AttributeGate(
         settings.width, settings.experts, settings.experts_per_token, layer, settings.gate_noise
     )

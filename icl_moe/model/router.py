@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icl_moe.attributes import ATTRIBUTE_BITS, attribute_bits
+from icl_moe.attributes import ATTRIBUTE_BITS, attribute_bits, own_stream
 from icl_moe.batch import RoutingPlan
 from icl_moe.model.moe import Decision
 from icl_moe.seeds import stable_seed
@@ -27,7 +27,7 @@ class StreamChoice(NamedTuple):
 
 
 def decide(
-    gates: Mapping[int, "AttributeGate"], plan: RoutingPlan
+    gates: Mapping[int, "StreamGate"], plan: RoutingPlan
 ) -> tuple[dict[int, Decision], list[Tensor]]:
     """The decision of each layer whose gate reads attributes alone, and the auxiliary losses.
 
@@ -45,7 +45,45 @@ def decide(
     return decisions, [choice.auxiliary_loss for choice in choices]
 
 
-class AttributeGate(nn.Module):
+class StreamGate(nn.Module):
+    """A gate that reads the attribute vector alone, so that whole streams go to the same experts.
+
+    Its `forward` gives the `StreamChoice` of a plan.
+    """
+
+    def probabilities(
+        self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
+    ) -> Tensor:
+        """p_CE of the attribute classes, float32; with noise where (seed, step) is given."""
+        raise NotImplementedError
+
+
+class FixedGate(StreamGate):
+    """Gives each stream of a task one expert of its own (`own_stream`, modulo the number of
+    experts), with weight 1. It has no parameters and no auxiliary loss.
+    """
+
+    ones: Tensor
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        # It only tells on which device the layer is.
+        self.register_buffer("ones", torch.ones(1), persistent=False)
+
+    def forward(self, plan: RoutingPlan) -> StreamChoice:
+        weights_C1, experts_C1 = self.probabilities(plan.classes).topk(1, dim=-1)
+        return StreamChoice(experts_C1, weights_C1, self.ones.new_zeros(()))
+
+    def probabilities(
+        self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
+    ) -> Tensor:
+        """1 for the stream's own expert, float32."""
+        own_C = torch.tensor([own_stream(c) % self.experts for c in classes], dtype=torch.int64)
+        return F.one_hot(own_C, self.experts).float().to(self.ones.device)
+
+
+class AttributeGate(StreamGate):
     """Routes by the attribute vector alone, so it decides once per distinct vector
     (Uni-Perceiver-MoE).
 

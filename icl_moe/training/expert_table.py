@@ -11,7 +11,7 @@ from icl_moe.attributes import describe_attributes
 from icl_moe.batch import RoutingPlan
 from icl_moe.deepspeed_internals import is_partitioned
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.model.router import AttributeGate
+from icl_moe.model.router import StreamGate
 from icl_moe.tables import Table
 from icl_moe.tasks import streams
 
@@ -49,7 +49,7 @@ def expert_choices(decoder: InContextDecoder) -> list[Choice]:
     )
     choices = []
     for number, layer in enumerate(decoder.layers):
-        for gate in (module for module in layer.modules() if isinstance(module, AttributeGate)):
+        for gate in (module for module in layer.modules() if isinstance(module, StreamGate)):
             parameters = list(gate.parameters())
             with deepspeed.zero.GatheredParameters(
                 parameters, enabled=any(map(is_partitioned, parameters))

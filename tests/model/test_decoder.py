@@ -219,7 +219,16 @@ def test_sparse_layer_equals_the_formula_token_by_token(routing, k, attributes_T
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_deepspeed_layers_equal_the_plain_ones(routing, task, k, one_rank):
-    config = make_config(**routing, experts_per_token=k)
+    compare_with_deepspeed(make_config(**routing, experts_per_token=k), task, one_rank)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "captioning"])
+def test_deepspeed_layers_without_a_gate_equal_the_plain_ones(task, one_rank):
+    routing = {"feed_forward": "attributes", "gate_input": "none", "experts_per_token": 1}
+    compare_with_deepspeed(make_config(**routing), task, one_rank)
+
+
+def compare_with_deepspeed(config, task, one_rank):
     plain, trained = build(config), one_rank(build(config, sparse_layer=sparse_layer_factory()))
     batch = make_batch(task, 4)
     (loss, gradients), (expected, reference) = (

@@ -31,6 +31,7 @@ ROUTINGS = {
     "attributes": {"feed_forward": "attributes"},
     "attributes, one expert": {"feed_forward": "attributes", "experts_per_token": 1},
     "attributes without noise": {"feed_forward": "attributes", "gate_noise": False},
+    "no gate": {"feed_forward": "attributes", "gate_input": "none", "experts_per_token": 1},
     "merged weights": {"feed_forward": "attributes", "combination": "weights"},
     "stock tokens": {"feed_forward": "token"},
     "our gate on tokens": {"feed_forward": "attributes", "gate_input": "token"},

@@ -16,7 +16,7 @@ from icl_moe.training.preflight import open_checked
 
 FACTORS = {
     "model.feed_forward": ("dense", "token", "attributes"),
-    "model.gate_input": ("attributes", "token", "token+attributes"),
+    "model.gate_input": ("attributes", "token", "token+attributes", "none"),
     "model.combination": ("outputs", "weights"),
     "model.experts_per_token": ("1", "2"),
     "model.gate_noise": ("true", "false"),
@@ -56,6 +56,9 @@ REFUSED = {
     pair("model.combination=weights", "model.feed_forward=token"),
     pair("model.combination=weights", "model.gate_input=token"),
     pair("model.combination=weights", "model.gate_input=token+attributes"),
+    pair("model.gate_input=none", "model.feed_forward=dense"),
+    pair("model.gate_input=none", "model.feed_forward=token"),
+    pair("model.gate_input=none", "model.experts_per_token=2"),
     pair("model.combination=weights", "parallel.ep_size=2"),
     pair("optimizer.name=mt_adamw", "optimizer.clip=0.5"),
     pair("optimizer.name=mt_adamw", "training.sampling=mixed"),
