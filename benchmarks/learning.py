@@ -1,7 +1,8 @@
 """What each part of modern_demo is worth: python benchmarks/learning.py TRAIN VALIDATION --out DIR
 [--arms NAME,...] [--seeds 0,1,2] [--recipe modern_demo] [key=value ...]
 
-TRAIN and VALIDATION are shard folders. Each arm is the recipe with one part left out, trained,
+TRAIN and VALIDATION are shard folders. Each arm is the recipe with one part left out, or
+with another routing, trained,
 exported with a threshold fitted on TRAIN, and evaluated on VALIDATION by the commands that a user
 would type, one process at a time on one thread. What is finished is kept: the same command goes on
 after an interruption. DIR gets a folder an arm and seed, and learning.json and learning.md with
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ARMS: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "all parts": (),
     "no link": ("model.link=false",),
     "no codebook": ("model.codebook_init=false",),
@@ -35,6 +36,15 @@ ARMS: dict[str, tuple[str, ...]] = {
         "training.loss_on=all",
     ),
 }
+ROUTINGS: dict[str, tuple[str, ...]] = {
+    "dense": ("model.feed_forward=dense",),
+    "token gates": ("model.feed_forward=token",),
+    "one expert": ("model.experts_per_token=1",),
+    "no gate": ("model.gate_input=none", "model.experts_per_token=1"),
+    "no auxiliary loss": ("training.auxiliary_loss_weight=0",),
+    "no auxiliary loss, no noise": ("training.auxiliary_loss_weight=0", "model.gate_noise=false"),
+}
+ARMS = PARTS | ROUTINGS
 SCORES = ("miou", "mean_iou")
 
 
@@ -46,7 +56,7 @@ def main() -> None:
     parser.add_argument("validation", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", default=",".join(ARMS), help="(default: %(default)s)")
+    parser.add_argument("--arms", default=",".join(PARTS), help="(default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default %(default)s)")
     parser.add_argument("--recipe", default="modern_demo")
     parser.add_argument("--shots", default="1")
@@ -83,7 +93,7 @@ def run(arm: str, seed: str, options: argparse.Namespace) -> dict[str, Any]:
         model, out = folder / "model", ["--out", folder / "evaluation"]
         command("train", options.recipe, *settings)
         command("export", folder / "run", "--out", model, *fitted)
-        shots = ["--shots", options.shots, "--control", "shuffled"]
+        shots = ["--shots", options.shots, "--control", "swapped"]
         command("evaluate", model, options.validation, *shots, *limit, *out)
     found: dict[str, Any] = json.loads(metrics.read_text())
     return {"seed": seed, "decoding": found["decoding"], "tasks": found["tasks"]}
@@ -99,17 +109,24 @@ def command(*arguments: Any) -> None:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """A row an arm and condition."""
+    """A row for each arm and kind of prediction; flips are of the queries that show two classes."""
     lines = [
-        f"| arm | decoding | row | {' | '.join(SCORES)} | seeds |",
-        f"|---|---|---|{'---|' * (len(SCORES) + 1)}",
+        f"| arm | decoding | row | {' | '.join(SCORES)} | flips | seeds |",
+        f"|---|---|---|{'---|' * (len(SCORES) + 2)}",
     ]
     for arm, runs in results.items():
-        rows = [run["tasks"].get("segmentation", {}).get("rows", []) for run in runs]
-        for same in zip(*rows, strict=True):
-            scores = [_spread([row[score] for row in same]) for score in SCORES]
+        tasks = [run["tasks"].get("segmentation", {}) for run in runs]
+        for same in zip(*(task.get("rows", []) for task in tasks), strict=True):
             name, how = same[0]["name"], runs[0]["decoding"]
-            lines.append(f"| {arm} | {how} | {name} | {' | '.join(scores)} | {len(runs)} |")
+            flips = [
+                row["flips"]
+                for task in tasks
+                for row in task.get("swapped", [])
+                if row["name"] == name
+            ]
+            scores = [[row[score] for row in same] for score in SCORES]
+            cells = [_spread(values) if values else "–" for values in (*scores, flips)]
+            lines.append(f"| {arm} | {how} | {name} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@ monitors.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.training.distributed import Place
+from icl_moe.training.expert_table import Choice
 
 # Per-task quantities, summed over micro-steps and ranks since the last progress line: parts of a
 # DecoderLoss, which lie on the device, and counts that the host knows.
@@ -38,7 +39,9 @@ class ProgressMonitor:
 
     tasks: of the schedule. peak_flops: what all devices together could do in a second, None where
     that is not known (then there is no MFU). events: where figures go, on rank 0,
-    with [(name, value, samples seen)].
+    with [(name, value, samples seen)]. choices: gives the experts of every stream at present; every
+    rank calls it, at each line. Of two lines in a row the second says how many of the sets of
+    experts have changed.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ProgressMonitor:
         place: Place,
         peak_flops: float | None,
         events: EventWriter,
+        choices: Callable[[], list[Choice]],
     ) -> None:
         self._steps = steps
         self._every = every
@@ -59,6 +63,8 @@ class ProgressMonitor:
         self._is_main = place.is_main
         self._peak_flops = peak_flops
         self._events = events
+        self._choices = choices
+        self._chosen: list[set[int]] = []
         self._losses_KS = torch.zeros(
             len(self._tasks), len(_LOSS_PARTS), dtype=torch.float64, device=place.device
         )
@@ -100,9 +106,10 @@ class ProgressMonitor:
             return
         sums_KS = torch.cat([self._losses_KS, self._counts_KS.to(self._losses_KS.device)], dim=1)
         dist.all_reduce(sums_KS)
+        changes = self._expert_changes()
         now = time.monotonic()
         if self._is_main:
-            self._report(step, task, sums_KS, norm, rate, seconds=now - self._since)
+            self._report(step, task, sums_KS, norm, rate, now - self._since, changes)
         self._losses_KS.zero_()
         self._counts_KS.zero_()
         self._norms.clear()
@@ -112,8 +119,25 @@ class ProgressMonitor:
     def close(self) -> None:
         self._bar.close()
 
+    def _expert_changes(self) -> int | None:
+        """How many streams of all layers go to another set of experts than at the last line; None
+        for the first line, and for a model without such experts.
+        """
+        chosen = [set(choice.experts) for choice in self._choices()]
+        before, self._chosen = self._chosen, chosen
+        if not before:
+            return None
+        return sum(old != new for old, new in zip(before, chosen, strict=True))
+
     def _report(
-        self, step: int, task: str, sums_KS: Tensor, norm: float | None, rate: float, seconds: float
+        self,
+        step: int,
+        task: str,
+        sums_KS: Tensor,
+        norm: float | None,
+        rate: float,
+        seconds: float,
+        changes: int | None,
     ) -> None:
         steps, total = step - self._done, _named(sums_KS.sum(dim=0))
         figures = _losses(total) | {
@@ -124,6 +148,7 @@ class ProgressMonitor:
             "model_flops_utilisation": total["flops"] / seconds / self._peak_flops
             if self._peak_flops
             else None,
+            "expert_changes": changes,
         }
         parts = [f"step {step}/{self._steps}", task]
         parts += [

@@ -252,6 +252,7 @@ class _Run:
             self.place,
             None if peak is None else peak * self.place.world,
             events,
+            lambda: expert_choices(self.engine.model),
         )
         gradients = GradientReport(
             self.engine,

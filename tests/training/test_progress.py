@@ -13,12 +13,15 @@ import torch
 
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.training import monitor
+from icl_moe.training.expert_table import Choice
 from icl_moe.training.monitor import ProgressMonitor
 
 START, END, EVERY, GLOBAL_BATCH, PEAK = 3, 7, 3, 8, 50.0
 TASKS = {4: "segmentation", 5: "captioning", 6: "segmentation", 7: "captioning"}
 NORMS = {4: 0.5, 5: 2.0, 6: 3.5, 7: 4.0}
 SECONDS = {6: 10_983.0, 7: 20.0}  # since the line before
+EXPERTS = [[(0, 1), (2, 3), (3, 0)], [(1, 0), (2, 3), (3, 1)]]
+"""Of three streams at either line: the sets of the first two are the same at both."""
 
 
 def micro_step(step: int, rank: int, number: int) -> dict[str, float]:
@@ -47,7 +50,18 @@ def watched(place: Any) -> tuple[list[tuple[str, float, int]], str]:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         monitors = SimpleNamespace(write_events=events.extend)
-        progress = ProgressMonitor(START, END, EVERY, GLOBAL_BATCH, tasks, place, PEAK, monitors)
+        chosen = iter(EXPERTS)
+        progress = ProgressMonitor(
+            START,
+            END,
+            EVERY,
+            GLOBAL_BATCH,
+            tasks,
+            place,
+            PEAK,
+            monitors,
+            lambda: [Choice(0, stream, two, (0.5, 0.5)) for stream, two in enumerate(next(chosen))],
+        )
         for step, task in TASKS.items():
             for number in range(2):
                 values = micro_step(step, place.rank, number)
@@ -83,6 +97,8 @@ def expected(steps: tuple[int, ...]) -> dict[str, float]:
         "episodes_per_second": len(steps) * GLOBAL_BATCH / seconds,
         "model_flops_utilisation": total("flops", of_all) / seconds / PEAK,
     }
+    if last == END:
+        figures["expert_changes"] = 1
     for task in {TASKS[step] for step in steps}:
         mine = [step for step in steps if TASKS[step] == task]
         of_task = losses(mine) | {"gradient_norm": sum(NORMS[s] for s in mine) / len(mine)}
