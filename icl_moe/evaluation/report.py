@@ -11,7 +11,7 @@ from icl_moe.pages import render
 from icl_moe.pages.chart import Chart
 from icl_moe.pictures import Gallery
 from icl_moe.tables import Table, as_text, percent, percent_range
-from icl_moe.tasks.task import ClassScore
+from icl_moe.tasks.task import GroupScore
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def write_report(
             "scores": scores_table(result),
             "notes": _notes(result),
             "overlap": _overlap(result),
-            "classes": _class_table(result),
+            "groups": _group_tables(result),
         }
         for name, result in metrics.tasks.items()
     ]
@@ -195,19 +195,23 @@ def _overlap(result: TaskResult) -> str:
     )
 
 
-def _class_table(result: TaskResult) -> Table | None:
-    """The score of each class in each row; None for a task whose scores are not by class."""
-    of_rows = [row.scores.by_class() for row in result.rows]
-    rows = [
-        [name, str(first.episodes), *(_class_cell(by_class[name]) for by_class in of_rows)]
-        for name, first in of_rows[0].items()
+def _group_tables(result: TaskResult) -> list[Table]:
+    """The score of each class in each row, and of whatever else a task's scores are grouped by."""
+    of_rows = [row.scores.groups() for row in result.rows]
+    names = [row.name for row in result.rows]
+    return [
+        Table(
+            [grouped_by, "episodes", *names],
+            [
+                [name, str(first.episodes), *(_group_cell(of[grouped_by][name]) for of in of_rows)]
+                for name, first in groups.items()
+            ],
+        )
+        for grouped_by, groups in of_rows[0].items()
     ]
-    if not rows:
-        return None
-    return Table(["class", "episodes", *(row.name for row in result.rows)], rows)
 
 
-def _class_cell(found: ClassScore) -> str:
+def _group_cell(found: GroupScore) -> str:
     if found.interval is None:
         return percent(found.score)
     return f"{percent(found.score)} ({percent_range(found.interval)})"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from icl_moe.bootstrap import Interval, intervals
 from icl_moe.tables import percent, percent_range
-from icl_moe.tasks.task import ClassScore
+from icl_moe.tasks.task import GroupScore
 
 _MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _MARKS |= {"-LRB-", "-RRB-", "-LCB-", "-RCB-"}
@@ -72,7 +72,7 @@ class CaptionScores:
         }
         return {headings[name]: percent_range(found) for name, found in self.intervals.items()}
 
-    def by_class(self) -> dict[str, ClassScore]:
+    def groups(self) -> dict[str, dict[str, GroupScore]]:
         return {}
 
     def notes(self) -> list[str]:

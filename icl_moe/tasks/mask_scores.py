@@ -7,7 +7,12 @@ import numpy as np
 
 from icl_moe.bootstrap import Interval, intervals
 from icl_moe.tables import percent, percent_range
-from icl_moe.tasks.task import ClassScore
+from icl_moe.tasks.task import GroupScore
+
+SIZES = {"under 3 %": 0.03, "3 to 20 %": 0.2, "over 20 %": 1.0}
+"""The sizes of objects, by the largest share of the picture's pixels that the true mask may mark.
+COCO's border between medium and large, 96 x 96 pixels, is 3 % of a picture of 640 x 480.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,11 @@ class SegmentationScores:
     mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of
         salient object detection (Perazzi et al. 2012), here of binary masks.
     class_iou: IoU_c of each class, and class_episodes how many episodes it had.
-    intervals, class_intervals: 95 % intervals over episodes (see bootstrap.py), by score and by
-        class; empty where they were not asked for. A class that a draw lacks is left out of that
-        draw's miou.
+    size_iou: mean_iou of the episodes of each of `SIZES` that occurs, and size_episodes how many
+        there were.
+    intervals, class_intervals, size_intervals: 95 % intervals over episodes (see bootstrap.py), by
+        score, by class and by size; empty where they were not asked for. A class or a size that a
+        draw lacks is left out of that draw.
     """
 
     episodes: int
@@ -34,6 +41,9 @@ class SegmentationScores:
     class_episodes: dict[str, int]
     intervals: dict[str, Interval] = field(default_factory=dict)
     class_intervals: dict[str, Interval] = field(default_factory=dict)
+    size_iou: dict[str, float] = field(default_factory=dict)
+    size_episodes: dict[str, int] = field(default_factory=dict)
+    size_intervals: dict[str, Interval] = field(default_factory=dict)
 
     def cells(self) -> dict[str, str]:
         return {
@@ -55,14 +65,24 @@ class SegmentationScores:
             "MAE": f"{low:.3f} – {high:.3f}",
         }
 
-    def by_class(self) -> dict[str, ClassScore]:
+    def groups(self) -> dict[str, dict[str, GroupScore]]:
         return {
-            name: ClassScore(self.class_episodes[name], iou, self.class_intervals.get(name))
-            for name, iou in self.class_iou.items()
+            "class": _group_scores(self.class_episodes, self.class_iou, self.class_intervals),
+            "size of the object": _group_scores(
+                self.size_episodes, self.size_iou, self.size_intervals
+            ),
         }
 
     def notes(self) -> list[str]:
         return ["MAE is not times 100."]
+
+
+def _group_scores(
+    episodes: dict[str, int], scores: dict[str, float], ranges: dict[str, Interval]
+) -> dict[str, GroupScore]:
+    return {
+        name: GroupScore(episodes[name], score, ranges.get(name)) for name, score in scores.items()
+    }
 
 
 def score_masks(
@@ -71,24 +91,31 @@ def score_masks(
     """Scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one an episode; at least
     one.
     """
-    names, pixels, errors = [], [], []
+    names, pixels, errors, sizes = [], [], [], []
     for name, predicted, true in triples:
         names.append(name)
         pixels.append((int(np.sum(predicted & true)), int(np.sum(predicted | true))))
         errors.append(float(np.mean(predicted != true)))
+        sizes.append(_size(true))
     classes, of_E = np.unique(names, return_inverse=True)
     both_E, either_E = np.array(pixels, dtype=np.float64).T
     ious_E, counts_C = _ratios(both_E, either_E), np.bincount(of_E)
+    size_names = [name for name in SIZES if name in sizes]
+    is_size_ES = np.array(sizes)[:, None] == np.array(size_names)
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
-        """mIoU, mean IoU, MAE and each class's IoU, (B, 3 + C)."""
+        """mIoU, mean IoU, MAE, each class's IoU and each size's mean IoU, (B, 3 + C + S)."""
         one_EC = np.eye(len(classes))[of_E]
+        drawn_BS = weights_BE @ is_size_ES
+        of_sizes_BS = weights_BE @ (ious_E[:, None] * is_size_ES) / np.where(drawn_BS, drawn_BS, 1)
         ious_BC = _ratios(weights_BE * both_E @ one_EC, weights_BE * either_E @ one_EC)
         ious_BC[weights_BE @ one_EC == 0] = np.nan
         means_B2 = weights_BE @ np.stack([ious_E, errors], axis=1) / len(names)
-        return np.column_stack([np.nanmean(ious_BC, axis=1), means_B2, ious_BC])
+        of_sizes_BS[drawn_BS == 0] = np.nan
+        return np.column_stack([np.nanmean(ious_BC, axis=1), means_B2, ious_BC, of_sizes_BS])
 
-    miou, mean_iou, mae, *of_classes = scores(np.ones((1, len(names))))[0].tolist()
+    miou, mean_iou, mae, *of_groups = scores(np.ones((1, len(names))))[0].tolist()
+    of_classes, of_sizes = of_groups[: len(classes)], of_groups[len(classes) :]
     found = intervals(scores, len(names)) if with_intervals else []
     by_name = list(map(str, classes))
     return SegmentationScores(
@@ -100,7 +127,15 @@ def score_masks(
         dict(zip(by_name, counts_C.tolist(), strict=True)),
         dict(zip(("miou", "mean_iou", "mae"), found, strict=False)),
         dict(zip(by_name, found[3:], strict=False)),
+        dict(zip(size_names, of_sizes, strict=True)),
+        {name: sizes.count(name) for name in size_names},
+        dict(zip(size_names, found[3 + len(classes) :], strict=False)),
     )
+
+
+def _size(mask_HW: np.ndarray) -> str:
+    share = float(mask_HW.mean())
+    return next(name for name, most in SIZES.items() if share < most or most == 1.0)
 
 
 def mask_iou(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -71,8 +71,8 @@ class CodeReader(Protocol):
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
 
-class ClassScore(NamedTuple):
-    """The main score of a class, over its episodes."""
+class GroupScore(NamedTuple):
+    """The main score of a group of episodes, such as those of a class."""
 
     episodes: int
     score: float
@@ -97,8 +97,10 @@ class Scores(Protocol):
         """The 95 % intervals (see bootstrap.py) of the columns that have one: heading -> text."""
         ...
 
-    def by_class(self) -> Mapping[str, ClassScore]:
-        """The main score of each class; empty where scores are not by class."""
+    def groups(self) -> Mapping[str, Mapping[str, GroupScore]]:
+        """The main score of groups of episodes: what they are grouped by, such as "class" ->
+        the group's name -> its score. Empty where nothing is scored by groups.
+        """
         ...
 
     def notes(self) -> list[str]:

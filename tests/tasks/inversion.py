@@ -17,7 +17,7 @@ from icl_moe.images import PixelBox, crop_and_resize, load_image, to_image
 from icl_moe.pictures import Cell
 from icl_moe.tasks import register
 from icl_moe.tasks.grammar import image_codes
-from icl_moe.tasks.task import ClassScore, Task
+from icl_moe.tasks.task import GroupScore, Task
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.sources import Reading, register_source
 
@@ -55,7 +55,7 @@ class Closeness:
     def ranges(self) -> dict[str, str]:
         return {}
 
-    def by_class(self) -> dict[str, ClassScore]:
+    def groups(self) -> dict[str, dict[str, GroupScore]]:
         return {}
 
     def notes(self) -> list[str]:

@@ -55,6 +55,18 @@ def test_a_class_counts_once_and_its_large_objects_count_more():
     assert scores.mae == pytest.approx((0 + 2 + 1) / 12 / 3)
 
 
+def test_sizes_are_shares_of_the_picture():
+    """Of 100 pixels: 2 are small, 3 and 19 are medium, 20 and all are large."""
+    small, least, most, large, whole = (
+        np.arange(100).reshape(10, 10) < pixels for pixels in (2, 3, 19, 20, 100)
+    )
+    wrong = np.zeros((10, 10), bool)
+    pairs = [(wrong, small), (least, least), (wrong, most), (large, large), (wrong, whole)]
+    scores = score_masks(("cat", predicted, true) for predicted, true in pairs)
+    assert scores.size_episodes == {"under 3 %": 1, "3 to 20 %": 2, "over 20 %": 2}
+    assert scores.size_iou == {"under 3 %": 0.0, "3 to 20 %": 0.5, "over 20 %": 0.5}
+
+
 def test_empty_masks_agree():
     empty = np.zeros((2, 2), bool)
     assert mask_iou(empty, empty) == 1.0
@@ -84,5 +96,9 @@ def test_intervals_are_those_of_scores_of_plain_draws():
     assert found.class_intervals.keys() == found.class_iou.keys()
     for name, interval in found.class_intervals.items():
         drawn = [s.class_iou[name] for s in scores if name in s.class_iou]
+        assert interval == pytest.approx(middle(drawn))
+    assert found.size_intervals.keys() == found.size_iou.keys()
+    for name, interval in found.size_intervals.items():
+        drawn = [s.size_iou[name] for s in scores if name in s.size_iou]
         assert interval == pytest.approx(middle(drawn))
     assert found.intervals["miou"][0] <= found.miou <= found.intervals["miou"][1]
