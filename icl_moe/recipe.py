@@ -14,7 +14,7 @@ from icl_moe.ranges import (
     TaskWeight,
     Weight,
 )
-from icl_moe.sequence import LossOn
+from icl_moe.sequence import InputLoss, LossOn
 from icl_moe.tasks import find_task
 from icl_moe.vocabulary import Vocabulary
 
@@ -165,7 +165,9 @@ class TrainingSettings:
     mask_corruption: whether codes of the query's mask are hidden from the model as [MASK], in a
     share that is drawn for each episode (icl_moe.data.corruption); parallel decoding needs it.
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's
-    caption-only model). skipped_steps: how many steps may be skipped in the whole run, because
+    caption-only model). input_loss: what it weighs, each of these `tokens` against a token of the
+    output, or the `mean` loss of the inputs of a global batch against that of its outputs.
+    skipped_steps: how many steps may be skipped in the whole run, because
     their loss or gradient is not finite, before training ends. hang_seconds: after so long without
     progress, the run ends and names the rank that hangs; null to wait forever. dry_run: before the
     first step, compute the largest batch of every task, so that one that is too large for the
@@ -189,6 +191,7 @@ class TrainingSettings:
     loss_on: LossOn = "all"
     mask_corruption: bool = False
     input_loss_weight: Weight = 0.0
+    input_loss: InputLoss = "tokens"
     auxiliary_loss_weight: Weight = 0.02
     save_every: Count = 1000
     keep_checkpoints: Count = 2

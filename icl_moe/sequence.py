@@ -38,6 +38,7 @@ Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
 """
 
 
+InputLoss = Literal["tokens", "mean"]
 LossOn = Literal["all", "query"]
 """Which pairs of an episode bear loss: every one, examples too, or the query alone."""
 

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,15 +14,17 @@ from icl_moe.data.corruption import hide_query_mask
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError
-from icl_moe.sequence import LossOn
+from icl_moe.sequence import InputLoss, LossOn
 from icl_moe.signals import STOPPING, obey_parent_alone
 
 
 class MicroBatches(Dataset[TokenBatch]):
     """Item i is micro-step i % micro_steps of step i // micro_steps.
 
-    layout, input_weight, loss_on, mask_corruption: as in the recipe's sections `data` and
-    `training`.
+    layout, input_weight, input_loss, loss_on, mask_corruption: as in the recipe's sections `data`
+    and `training`. With input_loss=mean the loss of a global batch with N_in targets in inputs and
+    N_out in outputs is mean_out + w_in mean_in, that is, a target in an input weighs
+    w_in N_out / N_in.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class MicroBatches(Dataset[TokenBatch]):
         input_weight: float,
         loss_on: LossOn = "all",
         mask_corruption: bool = False,
+        input_loss: InputLoss = "tokens",
     ) -> None:
         self._shards = shards
         self._schedule = schedule
@@ -42,11 +45,12 @@ class MicroBatches(Dataset[TokenBatch]):
         self._input_weight = input_weight
         self._loss_on = loss_on
         self._mask_corruption = mask_corruption
-        self._listed: tuple[int, list[tuple[str, int]], float] | None = None
+        self._input_loss = input_loss
+        self._listed: tuple[int, _GlobalBatch] | None = None
 
     def __getitem__(self, index: int) -> TokenBatch:
         step, micro_step = divmod(index, self._part.micro_steps)
-        samples, total_weight = self._global_batch(step)
+        samples, input_weight, total_weight = self._global_batch(step)
         first = (micro_step * self._part.ranks + self._part.rank) * self._part.micro_batch
         mine = [
             self._shards.sample(task, i)
@@ -70,32 +74,42 @@ class MicroBatches(Dataset[TokenBatch]):
             vocabulary,
             self._schedule.task(step),
             self._layout,
-            self._input_weight,
+            input_weight,
             scale,
             sources,
             self._loss_on,
         )
 
-    def _global_batch(self, step: int) -> tuple[list[tuple[str, int]], float]:
-        """The samples of a step's global batch, and the sum of their loss weights; kept for the
-        micro-steps that follow.
-        """
+    def _global_batch(self, step: int) -> "_GlobalBatch":
+        """The global batch of a step; kept for the micro-steps that follow."""
         if self._listed is None or self._listed[0] != step:
             samples = self._schedule.samples(step)
-            self._listed = (step, samples, self._total_weight(samples))
-        return self._listed[1:]
+            self._listed = (step, _GlobalBatch(samples, *self._weights(samples)))
+        return self._listed[1]
 
-    def _total_weight(self, samples: list[tuple[str, int]]) -> float:
-        """The sum of the loss weights over the global batch, read from the index, so that ranks
-        need not communicate.
+    def _weights(self, samples: list[tuple[str, int]]) -> tuple[float, float]:
+        """The weight of a target in an input, and by what the sum over the global batch is divided.
+        The counts of targets are read from the index, so that ranks need not communicate.
         """
-        total = 0.0
-        for task in {task for task, _ in samples}:
-            inputs, outputs = self._shards.target_counts(
+        inputs, outputs = sum(
+            self._shards.target_counts(
                 task, [i for t, i in samples if t == task], self._loss_on
             ).sum(axis=0)
-            total += self._input_weight * float(inputs) + float(outputs)
-        return total
+            for task in sorted({task for task, _ in samples})
+        ).tolist()
+        if self._input_loss == "mean":
+            return self._input_weight * outputs / max(inputs, 1), outputs
+        return self._input_weight, self._input_weight * inputs + outputs
+
+
+class _GlobalBatch(NamedTuple):
+    """samples: (task, index) of each. input_weight: of each target in an input; those in outputs
+    weigh 1. total_weight: by what the weighted sum is divided.
+    """
+
+    samples: list[tuple[str, int]]
+    input_weight: float
+    total_weight: float
 
 
 def micro_batches(

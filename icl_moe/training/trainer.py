@@ -274,6 +274,7 @@ class _Run:
             self.recipe.training.input_loss_weight,
             self.recipe.training.loss_on,
             self.recipe.training.mask_corruption,
+            self.recipe.training.input_loss,
         )
         workers = self.recipe.data.workers
         return micro_batches(dataset, self.part.micro_steps, self.state.step, stop, workers)

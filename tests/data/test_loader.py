@@ -70,6 +70,33 @@ def test_global_batches_are_equal_for_any_number_of_ranks_and_readers(folder, sa
         assert global_batches(folder, ranks, workers, sampling) == expected, (ranks, workers)
 
 
+@pytest.mark.parametrize("loss_on", ["all", "query"])
+@pytest.mark.parametrize("sampling", ["unmixed", "mixed"])
+def test_the_mean_losses_of_inputs_and_outputs_are_weighed_against_each_other(
+    folder, sampling, loss_on
+):
+    """The loss of a step, worked out from its targets, where each is read as a loss of its own."""
+    options = {"sampling": sampling, "loss_on": loss_on}
+    plain = read(folder, input_loss="tokens", **options)
+    found = read(folder, input_loss="mean", **options)
+    micro_steps = GLOBAL_BATCH // 2
+    for start in range(0, len(found), micro_steps):
+        both = [batches[start : start + micro_steps] for batches in (plain, found)]
+        (of_tokens, weights), (same, weighed) = (
+            [
+                torch.cat([getattr(batch, name) for batch in batches]).double()
+                for name in ("labels_P", "weights_P")
+            ]
+            for batches in both
+        )
+        assert torch.equal(of_tokens, same)
+        losses = of_tokens.cos()
+        is_input = weights == INPUT_WEIGHT
+        expected = losses[~is_input].mean() + INPUT_WEIGHT * losses[is_input].mean()
+        scale = both[1][0].loss_scale / micro_steps
+        assert (losses * weighed).sum() * scale == pytest.approx(float(expected), rel=1e-6)
+
+
 @pytest.fixture(params=["forkserver", "spawn"])
 def start_method(request) -> Iterator[str]:
     """How readers start within the test; forkserver is the default from Python 3.14 on."""

@@ -37,6 +37,7 @@ FACTORS = {
     "training.loss_on": ("all", "query"),
     "training.mask_corruption": ("false", "true"),
     "training.input_loss_weight": ("0", "0.5"),
+    "training.input_loss": ("tokens", "mean"),
     "training.activation_checkpointing": ("false", "true"),
     "training.dry_run": ("false", "true"),
     "training.deterministic": ("false", "true"),
