@@ -103,14 +103,14 @@ def evaluate_matcher(
         readings: tuple[Reading, ...] = ("features", "codes")
         for reading in readings:
             threshold = fit_threshold(tokenizer, examples, examples, fitting, reading)
-            curve_RT = iou_curves(tokenizer, queries, examples, drawn, reading)
-            mean_T = curve_RT.mean(axis=0)
+            scores_RN = cell_scores(tokenizer, queries, examples, drawn, reading)
+            mean_T = iou_curves(scores_RN, queries, drawn).mean(axis=0)
             report[f"{reading}_{count}"] = {
                 "miou": float(mean_T[np.searchsorted(THRESHOLDS, threshold)]),
                 "threshold": threshold,
                 "best_threshold": float(THRESHOLDS[mean_T.argmax()]),
                 "miou_at_best": float(mean_T.max()),
-                **_choices(tokenizer, queries, examples, drawn, reading),
+                **_choices(scores_RN, queries),
             }
         whole = report[f"features_{count}"]["miou"]
         report[f"retention_{count}"] = report[f"codes_{count}"]["miou"] / whole if whole else None
@@ -145,7 +145,7 @@ def fit_threshold(
     reading: Reading,
 ) -> float:
     """The score above which the mean IoU is highest, over the queries that have examples."""
-    curve_RT = iou_curves(tokenizer, queries, examples, drawn, reading)
+    curve_RT = iou_curves(cell_scores(tokenizer, queries, examples, drawn, reading), queries, drawn)
     has_examples = np.array([len(numbers) > 0 for numbers in drawn])
     if not has_examples.any():
         raise InputError(
@@ -155,17 +155,10 @@ def fit_threshold(
     return float(THRESHOLDS[curve_RT[has_examples].mean(axis=0).argmax()])
 
 
-def iou_curves(
-    tokenizer: FeaturesTokenizer,
-    queries: Photographs,
-    examples: Photographs,
-    drawn: list[np.ndarray],
-    reading: Reading,
-) -> np.ndarray:
+def iou_curves(scores_RN: Tensor, queries: Photographs, drawn: list[np.ndarray]) -> np.ndarray:
     """IoU of each query (R, T) where pixels that score above each of `THRESHOLDS` are the answer; 0
-    for a query without examples.
+    for a query without examples. scores_RN: `cell_scores` of the queries.
     """
-    scores_RN = _scores(tokenizer, queries, examples, drawn, reading)
     edges_T = torch.from_numpy(THRESHOLDS).to(scores_RN.dtype)
     curves = []
     for scores_RN_, masks_RHW in zip(scores_RN.split(32), queries.masks_RHW.split(32), strict=True):
@@ -176,7 +169,7 @@ def iou_curves(
     return iou_RT
 
 
-def _scores(
+def cell_scores(
     tokenizer: FeaturesTokenizer,
     queries: Photographs,
     examples: Photographs,
@@ -199,19 +192,12 @@ def _scores(
     return torch.stack(rows)
 
 
-def _choices(
-    tokenizer: FeaturesTokenizer,
-    queries: Photographs,
-    examples: Photographs,
-    drawn: list[np.ndarray],
-    reading: Reading,
-) -> dict[str, float]:
+def _choices(scores_RN: Tensor, queries: Photographs) -> dict[str, float]:
     """Of ordered pairs (a, b) of masks of one photograph: `choice`, how often a's cells score
     higher than b's with a's examples; `flips`, how often b's also do with b's.
     """
     grid = round(queries.codes_IN.shape[1] ** 0.5)
     shares_RN = cell_shares(queries.masks_RHW, grid)
-    scores_RN = _scores(tokenizer, queries, examples, drawn, reading)
     mean_RR = scores_RN @ (shares_RN / shares_RN.sum(dim=1, keepdim=True)).T
     right: dict[tuple[int, int], bool] = {}
     for image in np.unique(queries.image_R):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from icl_moe.evaluation.matcher import THRESHOLDS, cell_shares, match, score_pixels
 from preprocessing.tokenizers.matching import (
     Photographs,
+    cell_scores,
     draw_examples,
     evaluate_matcher,
     iou_curves,
@@ -78,7 +79,8 @@ def test_curves_are_a_plain_count_of_pixels_over_each_threshold():
     queries, examples = photographs(0), photographs(1)
     drawn = draw_examples(queries, examples, 1, seed=0)
     tokenizer = Centroids(torch.eye(3, D))
-    curves_RT = iou_curves(tokenizer, queries, examples, drawn, "features")
+    scores_RN = cell_scores(tokenizer, queries, examples, drawn, "features")
+    curves_RT = iou_curves(scores_RN, queries, drawn)
     for row in (0, 3):
         (example,) = drawn[row]
         scores_N = match(
