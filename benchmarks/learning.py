@@ -42,7 +42,7 @@ ROUTINGS: dict[str, tuple[str, ...]] = {
     "one expert": ("model.experts_per_token=1",),
     "no gate": ("model.gate_input=none", "model.experts_per_token=1"),
     "no auxiliary loss": ("training.auxiliary_loss_weight=0",),
-    "no auxiliary loss, no noise": ("training.auxiliary_loss_weight=0", "model.gate_noise=false"),
+    "no auxiliary loss or noise": ("training.auxiliary_loss_weight=0", "model.gate_noise=false"),
 }
 ARMS = PARTS | ROUTINGS
 SCORES = ("miou", "mean_iou")
