@@ -35,7 +35,7 @@ class ImageTokenizers:
         if self.pictures is None and None in (self.masks, self.features):
             raise InputError(
                 "Without an image tokenizer there must be a mask tokenizer and a features "
-                "tokenizer: something must encode images, and masks."
+                "tokenizer: both images and masks need a tokenizer."
             )
         first, *others = self._cells.items()
         for name, width in others:

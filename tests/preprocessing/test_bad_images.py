@@ -162,7 +162,7 @@ def test_a_bad_image_is_named_before_anything_is_encoded(
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said
     assert "and 1 more of 12 annotated images cannot be used" in said
-    assert said.endswith("correct that, or set bad_images=skip.")
+    assert said.endswith("replace it, or set bad_images=skip.")
 
 
 def test_bad_images_are_left_out_counted_and_listed_on_demand(data, build, tmp_path, capsys):

@@ -351,9 +351,9 @@ def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_re
     ("settings", "edit", "remedy"),
     [
         (["captioning=null"], {"iscrowd": 1}, "set segmentation.crowds=instances"),
-        (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); put the outlines right"),
+        (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); correct the outlines"),
         (["captioning=null", "segmentation.small_objects=false"], {}, "small_objects=true"),
-        (["captioning=null", "examples=6"], {}, "give more data or set examples lower"),
+        (["captioning=null", "examples=6"], {}, "provide more data or set examples lower"),
         (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "put the boxes right"),
         (["segmentation=null", "captioning.classes=[cat]", "examples=3"], {}, "more data or set"),
         (["segmentation=null", "captioning.min_descriptions=99"], {}, "min_descriptions lower"),
@@ -410,7 +410,7 @@ def test_missing_images_are_counted_in_the_manifest_on_demand(
         (["captioning.split=train"], "captioning.splits and captioning.split go together"),
         (
             ["segmentation=null", "captioning=null"],
-            "needs a section segmentation, captioning or both",
+            "needs a section 'segmentation', 'captioning' or both",
         ),
         (["examples=-1"], "examples must be at least 0"),
         (["samples=0"], "samples must be null or at least 1"),
@@ -422,7 +422,7 @@ def test_missing_images_are_counted_in_the_manifest_on_demand(
         (["image_size=65"], r"image_size is 65; the tokenizer .* needs a multiple of 8"),
         (
             ["examples=200"],
-            "No class of segmentation is seen in the 201 images that an episode needs",
+            "No class of segmentation appears in the 201 images that an episode needs",
         ),
     ],
 )
@@ -446,7 +446,7 @@ def test_every_shipped_recipe_is_valid():
 
 def test_verify_accepts_what_was_built_and_says_so(demo, capsys):
     assert shards("verify", demo) == 0
-    assert "6 shards with 50 samples are whole and right" in capsys.readouterr().out
+    assert "6 shards with 50 samples are complete and correct" in capsys.readouterr().out
 
 
 def test_verify_names_every_damaged_shard(damaged):

@@ -177,7 +177,7 @@ def test_a_bbox_that_is_no_box_is_named(coco_folder):
     coco_folder.write(lambda content: content["annotations"][0].update(bbox=[1, 2, 3]))
     with pytest.raises(
         InputError,
-        match=r"annotation 1 has the box \[1, 2, 3\]; x, y, width and height in pixels belong",
+        match=r"annotation 1 has the box \[1, 2, 3\]; it must be x, y, width and height in pixels",
     ):
         read(coco_folder)
 

@@ -263,7 +263,7 @@ def test_wrong_settings_are_refused(
 def test_episodes_of_one_object_need_objects_that_are_seen_often(
     recipe: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"No object is seen in the 3 images .*images higher"):
+    with pytest.raises(InputError, match=r"No object appears in the 3 images .*images higher"):
         build(recipe, tmp_path / "out", "segmentation.composed.images=1", "examples=2")
 
 

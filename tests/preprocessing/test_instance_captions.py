@@ -73,11 +73,11 @@ def test_an_episode_is_of_one_style(coco_folder, captions):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"style": ""}, "annotation 1 has the style ''; text belongs there"),
-        ({"style": 3}, "annotation 1 has the style 3; text belongs there"),
-        ({"instance_id": 99}, "has the instance_id 99, which is no annotation of image 1 in"),
-        ({"instance_id": [1]}, r"has the instance_id \[1\], which is no annotation"),
-        ({"image_id": 2}, "has the instance_id 1, which is no annotation of image 2"),
+        ({"style": ""}, "annotation 1 has the style ''; it must be text"),
+        ({"style": 3}, "annotation 1 has the style 3; it must be text"),
+        ({"instance_id": 99}, "has the instance_id 99, which is not an annotation of image 1 in"),
+        ({"instance_id": [1]}, r"has the instance_id \[1\], which is not an annotation"),
+        ({"image_id": 2}, "has the instance_id 1, which is not an annotation of image 2"),
         ({"caption": 7}, "annotation 1 has no text as its caption"),
     ],
 )

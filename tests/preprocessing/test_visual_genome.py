@@ -72,7 +72,7 @@ def test_a_split_chooses_images(genome_folder, tmp_path):
     [
         (
             ["1", "2"],
-            r"'train' has the image id '1', and the ids of .*image_data.json are such as 1",
+            r"'train' has the image id '1', but the ids of .*image_data.json look like 1",
         ),
         (["1.jpg"], r"'train' has the image id '1.jpg'"),
         ([[1], [2]], r"'train' has the image id \[1\]"),
@@ -200,12 +200,12 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[0].update(id=99),
-            "has regions of image 99, which image_data does not know",
+            "has regions of image 99, which image_data lacks",
         ),
         (
             "objects",
             lambda records: records[0].update(image_id=99),
-            "has objects of image 99, which image_data does not know",
+            "has objects of image 99, which image_data lacks",
         ),
         (
             "region_descriptions",
@@ -261,12 +261,12 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[0].update(id=2),
-            "has two records of image 2; one belongs there",
+            "has two records of image 2; each image may have only one record",
         ),
         (
             "objects",
             lambda records: records[0].update(image_id=2),
-            "has two records of image 2; one belongs there",
+            "has two records of image 2; each image may have only one record",
         ),
         (
             "objects",

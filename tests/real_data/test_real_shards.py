@@ -264,7 +264,7 @@ def test_missing_images_of_visual_genome_are_counted(genome, tmp_path):
 )
 def test_the_layout_of_visual_genome_1_0_is_refused_in_a_sentence(genome, key, file):
     with pytest.raises(
-        InputError, match=rf"{file}.*the layout of Visual Genome 1.2 or 1.4 belongs there"
+        InputError, match=rf"{file}.*it must have the layout of Visual Genome 1.2 or 1.4"
     ):
         read_captioning(genome_source(genome, **{key: str(genome / file)}), AllUsable())
 
