@@ -183,8 +183,7 @@ class _WorkFolder:
         )
 
     def is_complete(self) -> bool:
-        """Whether `out` already holds exactly these shards. Raises InputError if it holds others.
-        """
+        """Whether `out` already holds these very shards. Raises InputError if it holds others."""
         if not (self.out / MANIFEST_FILE).is_file():
             return False
         manifest = Manifest.read(self.out)
@@ -222,8 +221,7 @@ class _WorkFolder:
         self._write({"settings": self._settings})
 
     def check_pools(self, pools: list[Pool]) -> None:
-        """Raise InputError if the sources have changed since the build produced its first results.
-        """
+        """Raise InputError if the sources have changed since the first results of the build."""
         digest = hashlib.sha256(f"batch {BATCH}".encode())
         for pool in pools:
             for region in pool.regions:

@@ -278,8 +278,7 @@ def _masks_of_image(
     of_class: dict[str, list[dict[str, Any]]],
     wanted: set[str],
 ) -> Iterator[_ClassMask]:
-    """The masks of the wanted classes in one image, each with the masks of all classes seen there.
-    """
+    """The masks of the wanted classes in one image, each with the masks of all its classes."""
     masks = _OfImage(file, image, source, skipped)
     found = {
         name: mask
@@ -388,7 +387,8 @@ def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
         length = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
         if length > _LONGEST_OUTLINE:
             raise InputError(
-                f"{where} has a polygon whose outline is {length:.0f} pixels long; it is not an object."
+                f"{where} has a polygon whose outline is {length:.0f} pixels long, too long for an "
+                "object."
             )
 
 

@@ -1,4 +1,4 @@
-"""The data recipe: what `icl-moe shards build` reads."""
+"""The data recipe, for `icl-moe shards build`."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -194,9 +194,7 @@ class DataRecipe:
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
         if self.captioning is not None and self.captioning.styles is not None:
             self._check_styles(self.captioning)
-        self.sequence_format(
-            codes_per_image=1
-        )  # checks the vocabulary against the text settings
+        self.sequence_format(codes_per_image=1)  # checks the vocabulary against the text settings
 
     def _check_tokenizers(self) -> None:
         if self.tokenizer is None and None in (self.mask_tokenizer, self.features_tokenizer):

@@ -319,7 +319,8 @@ def _records(
             )
         if number in seen:
             raise InputError(
-                f"{file} has two records of image {number}; each image may have only one record.")
+                f"{file} has two records of image {number}; each image may have only one record."
+            )
         seen.add(number)
         yield f"{file}: image {number}", number, record[key]
 

@@ -69,8 +69,7 @@ def most_workers() -> int:
 
 @contextlib.contextmanager
 def _without_interruption() -> Iterator[None]:
-    """Defer Ctrl-C until the end of the context. Processes that are forked within it ignore Ctrl-C.
-    """
+    """Defer Ctrl-C until the end of the context. Processes forked within it ignore Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

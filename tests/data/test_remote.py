@@ -264,7 +264,10 @@ def test_the_command_line_reads_a_url_and_says_in_one_sentence_when_the_server_i
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["shards", "verify", server.url]) == 0
-    assert f"{server.url}: 6 shards with 50 samples are complete and correct" in capsys.readouterr().out
+    assert (
+        f"{server.url}: 6 shards with 50 samples are complete and correct"
+        in capsys.readouterr().out
+    )
     assert main(["shards", "stats", server.url]) == 0
     assert server.url in capsys.readouterr().out
     server.shutdown()

@@ -180,7 +180,7 @@ def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) ->
     other = dataclasses.replace(RECIPE, start_from="demo")
     with pytest.raises(
         InputError,
-        match=r"start_from: demo is of another network: image_size is 64 there and 32 here",
+        match=r"start_from: demo has another network: image_size is 64 there and 32 here",
     ):
         train_tokenizer(other, tmp_path / "other")
 
@@ -423,7 +423,7 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
         load_recipe(
             TokenizerRecipe, "tokenizer_demo", ["step=5"], package="preprocessing.tokenizers"
         )
-    with pytest.raises(InputError, match=r"no folder with \.jpg or \.png"):
+    with pytest.raises(InputError, match=r"not a folder with \.jpg or \.png"):
         evaluate_tokenizer(trained, tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "none.json")
