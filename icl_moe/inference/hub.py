@@ -5,7 +5,6 @@ Hub.
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from icl_moe.errors import InputError
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
@@ -48,26 +47,25 @@ def push_model(
     private: of a repository that is made for it; None leaves it to the owner's settings. Raises
     InputError where the Hub refuses it or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
+    contents: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _FILES
+        for path in sorted(folder.rglob(pattern))
+        if path.name != CARD
+    }
     card = _card(folder, metrics)
+    if card is not None:
+        contents[CARD] = card.encode()
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit: Any = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=list(_FILES),
-            ignore_patterns=[CARD],
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message="Upload an in-context model",
         )
-        if card is not None:
-            commit = api.upload_file(
-                path_or_fileobj=card.encode(),
-                path_in_repo=CARD,
-                repo_id=repository,
-                commit_message="Write the model card",
-            )
     except Exception as error:  # The Hub's client raises many kinds, network and login among them.
         raise InputError(f"{repository} was not written to the Hub: {_reason(error)}.") from error
     return str(commit.commit_url)

@@ -57,12 +57,12 @@ print(fetched.push_to_hub("someone/model", metrics=sys.argv[3], token="secret"))
 """
 
 
-def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card(model, tmp_path):
+def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card_in_one_commit(model, tmp_path):
     row = {"name": "1 example", "prediction": "model", "shots": 1, "miou": 0.4321}
     metrics = tmp_path / "metrics.json"
     metrics.write_text(json.dumps({"tasks": {"segmentation": {"rows": [row]}}}))
     uploaded = tmp_path / "uploaded"
-    with hub(model, uploaded) as address:
+    with hub(model, uploaded) as (address, commits):
         done = run(
             THERE_AND_BACK,
             f"{REPOSITORY}@main",
@@ -73,9 +73,8 @@ def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card(model, tmp_p
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["True", f"{address}/{REPOSITORY}/commit/{REVISION}"]
-    sent = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
     there = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
-    assert sent == there | {"README.md"}
+    assert commits == [there | {"README.md"}]
     for name in there:
         assert (uploaded / name).read_bytes() == (model / name).read_bytes()
     card = (uploaded / "README.md").read_text()
