@@ -204,7 +204,7 @@ def test_shards_of_another_tokenizer_are_refused(toy_model_folder, toy_shards, t
     (other / "manifest.json").write_text(
         json.dumps({**manifest, "image_tokenizer": "0123456789abcdef"})
     )
-    with pytest.raises(InputError, match="image tokenizer is not that of"):
+    with pytest.raises(InputError, match="image tokenizer differs from that of"):
         evaluate(toy_model_folder, other, tmp_path / "out")
 
 

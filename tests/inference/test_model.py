@@ -265,7 +265,7 @@ def test_a_mark_that_vanishes_at_the_models_size_is_refused(small_text, tmp_path
     marks[3:5, 300:303] = 255
     Image.fromarray(marks).save(tmp_path / "dot.png")
     for mask, name in ((tmp_path / "dot.png", "dot.png"), (marks, "The mask of example 1")):
-        with pytest.raises(InputError, match=f"{name} marks so little that nothing"):
+        with pytest.raises(InputError, match=f"{name} is so small that nothing"):
             make_model(small_text).segment([(picture(0, 640, 640), mask)], query=picture(0))
 
 
@@ -361,7 +361,7 @@ def test_a_regions_file_may_stand_for_the_region(small_text, copying, tmp_path):
         ('{"caption": "a dog", "category": 7}', "the category must be a text"),
         ('{"caption": "a dog \\ud83d"}', "the caption must be a text"),
         ('{"caption": "a dog", "category": "\\udc67"}', "the category must be a text"),
-        ('{"caption": "a dog", "caption": "a cat"}', "a key stands there twice"),
+        ('{"caption": "a dog", "caption": "a cat"}', "a key occurs twice"),
         ("[" * 100_000, "is not valid JSON"),
         ("", "is not valid JSON"),
         (b"\xff\xfe{", "is not valid JSON"),
@@ -389,7 +389,7 @@ def test_a_box_outside_of_its_image_is_refused_by_the_regions_name(small_text, t
         with pytest.raises(InputError) as caught:
             model.caption([(picture(0), region)], query=picture(1))
         assert str(caught.value).startswith(f"{name}: the box [")
-        assert "lies outside of its image, which is 64 x 64 pixels" in str(caught.value)
+        assert "lies outside its image, which is 64 x 64 pixels" in str(caught.value)
 
 
 def test_a_region_of_no_sense_is_refused_in_python_too(small_text):
@@ -489,7 +489,7 @@ def test_the_vocabulary_stands_once_in_an_exported_configuration(exported, tmp_p
     [
         (_cut, "cannot be read"),
         (_set(image_tokenizer="0123"), "the model was trained with 0123"),
-        (_set(image_size=128), "does not turn the model's images of 128 pixels into 64 codes"),
+        (_set(image_size=128), "does not encode the model's images of 128 pixels as 64 codes"),
         (
             _state_the_vocabulary_again(text_merges=2000),
             "format.vocabulary is not the vocabulary",

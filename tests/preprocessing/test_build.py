@@ -476,7 +476,7 @@ def test_verify_names_every_damaged_shard(damaged):
         (
             "captioning",
             lambda raw: re.sub(rb'"boxes":\[\[0\.\d', b'"boxes":[[0.9', raw),
-            "the box of pair 0 is not that of its JSON",
+            "the box of pair 0 differs from its JSON",
         ),
         (
             "segmentation",

@@ -268,8 +268,8 @@ def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> Non
     [
         ("model.yaml", "model: {params: {embed_dim: 8, n_embed: 16}}", "ddconfig"),
         ("model.yaml", "model: [", "not valid YAML"),
-        ("model.yaml", "", "no config of a taming-transformers VQModel"),
-        ("model.yaml", "[1, 2]", "no config of a taming-transformers VQModel"),
+        ("model.yaml", "", "not a config of a taming-transformers VQModel"),
+        ("model.yaml", "[1, 2]", "not a config of a taming-transformers VQModel"),
         ("last.ckpt", "no checkpoint", "no torch"),
         ("last.ckpt", "<!DOCTYPE html><html>a page</html>" * 50, "page"),
     ],

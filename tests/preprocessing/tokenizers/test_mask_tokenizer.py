@@ -98,12 +98,12 @@ def test_a_page_shows_the_masks_that_the_patches_draw(folders, tmp_path):
 def test_a_model_without_its_mask_tokenizer_is_refused(folders, tmp_path):
     model = shutil.copytree(folders["model"], tmp_path / "model")
     shutil.rmtree(model / "mask_tokenizer")
-    with pytest.raises(InputError, match="no exported model: it lacks mask_tokenizer"):
+    with pytest.raises(InputError, match="is not an exported model: it lacks mask_tokenizer"):
         InContextModel.from_pretrained(model, "cpu")
 
 
 def test_shards_of_other_masks_are_refused(folders, tmp_path):
-    with pytest.raises(InputError, match="The model's mask tokenizer is not that of"):
+    with pytest.raises(InputError, match="The model's mask tokenizer differs from that of"):
         evaluate(folders["model"], folders["plain"], tmp_path / "out")
 
 
