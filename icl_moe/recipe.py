@@ -1,4 +1,4 @@
-"""The training recipe: what `icl-moe train` reads, section by section."""
+"""The training recipe, for `icl-moe train`, section by section."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class DataSettings:
     their fsspec URLs (s3://bucket/folder).
 
     cache, cache_gigabytes: the folder in which the files of a URL are kept, by default the user's
-    cache folder, and how much room they may take. Room for all shards is best, because each step
+    cache folder, and how much space they may take. Space for all shards is best, because each step
     reads from all of them.
     """
 

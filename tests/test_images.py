@@ -154,7 +154,7 @@ def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0"])
 def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.jpg").write_bytes(content)
-    with pytest.raises(InputError, match="cannot be read; it is damaged or no image"):
+    with pytest.raises(InputError, match="cannot be read; it is damaged or not an image"):
         load_image(tmp_path / "text.jpg")
 
 
@@ -292,7 +292,7 @@ def test_floats_may_be_fractions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("levels", [[0, np.nan], [-3, 200], [0, 1e6], [0, np.inf]])
 def test_levels_of_no_scale_are_refused(tmp_path: Path, levels: list[float]) -> None:
     Image.fromarray(np.array([levels], np.float32)).save(tmp_path / "odd.tiff")
-    with pytest.raises(InputError, match=r"odd\.tiff has the levels .*belong there"):
+    with pytest.raises(InputError, match=r"odd\.tiff has the levels .*they must be in"):
         load_image(tmp_path / "odd.tiff")
 
 
@@ -340,10 +340,10 @@ def test_a_pillow_image_that_cannot_be_read_is_refused_like_its_file(tmp_path: P
 
 def test_a_path_that_leads_to_no_file_is_refused(tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path, "is no file"),
+        (tmp_path, "is not a file"),
         (tmp_path / "absent", "does not exist"),
         (tmp_path / ("a" * 400), "cannot be read .File name too long"),
-        ("", "is no file"),
+        ("", "is not a file"),
     ):
         with pytest.raises(InputError, match=message):
             load_image(path)
@@ -484,9 +484,9 @@ def with_border(level: int) -> np.ndarray:
         (Image.fromarray(with_border(1)), "it has areas of 0, 1 and 255"),
         (with_border(20), "it has areas of 0, 20 and 255"),
         (palette(labels(), [0, 0, 0, 255, 0, 0, 76, 76, 76]), r"areas of \(0, 0, 0\), \(76, 76, 7"),
-        (colourful().resize((64, 64), Image.Resampling.BICUBIC), "of its pixels are like neither"),
-        (np.tile(np.arange(64, dtype=np.uint8), (64, 1)), "are like neither|has areas"),
-        (np.where(disc(), -1, 0), "has the level -1; 0 and above belong there"),
+        (colourful().resize((64, 64), Image.Resampling.BICUBIC), "of its pixels resemble neither"),
+        (np.tile(np.arange(64, dtype=np.uint8), (64, 1)), "resemble neither|has areas"),
+        (np.where(disc(), -1, 0), "has the level -1; levels must be at least 0"),
         (np.where(disc(), np.nan, 0), "must hold finite numbers"),
         (np.full((64, 64), "x"), "must hold finite numbers"),
         (np.zeros((64, 64, 64), np.uint8), "must be uint8, uint16 or boolean of shape"),
@@ -521,7 +521,7 @@ def test_real_masks_are_taken_and_real_label_maps_are_not(real_data: Path) -> No
             agrees = load_mask(Image.open(file), size) == load_mask(first, size)
             assert agrees.mean() > 0.995
         if ids.histogram()[1:].count(0) < 253 and max(sorted(ids.histogram()[1:])[-2:-1]) > 400:
-            with pytest.raises(InputError, match="not of two levels"):
+            with pytest.raises(InputError, match="does not have two levels"):
                 load_mask(ids, size)
 
 

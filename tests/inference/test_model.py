@@ -164,7 +164,7 @@ def test_a_copied_caption_has_its_box_in_the_querys_pixels(small_text, copying, 
 def test_a_class_prompt_makes_examples_dispensable_but_not_the_class(small_text):
     model = make_model(small_text, class_prompt=True)
     assert model.segment([], query=picture(0), category="dog").shape == (SIDE, SIDE)
-    with pytest.raises(InputError, match="give the category"):
+    with pytest.raises(InputError, match="set the category"):
         model.segment([], query=picture(0))
 
 
@@ -182,7 +182,7 @@ REGION = Region("a dog", "dog", BOX)
         ),
         ({}, [Region("a dog", None, BOX)], "Example 1 lacks the category"),
         ({}, [REGION, Region("a dog", "dog")], "Example 2 lacks the box"),
-        ({"category": "given"}, [REGION, Region("a cat", "cat", BOX)], "give the category"),
+        ({"category": "given"}, [REGION, Region("a cat", "cat", BOX)], "set the category"),
         ({}, [Region("dog " * 300, "dog", BOX)], "there is room for 64"),
     ],
 )

@@ -139,8 +139,8 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda path: truncate(path), "3.jpg cannot be read; it is damaged or no image"),
-        (lambda path: path.write_bytes(b""), "3.jpg cannot be read; it is damaged or no image"),
+        (lambda path: truncate(path), "3.jpg cannot be read; it is damaged or not an image"),
+        (lambda path: path.write_bytes(b""), "3.jpg cannot be read; it is damaged or not an image"),
         (
             lambda path: picture(3, (97, 80)).save(path),
             "3.jpg has 97 x 80 pixels, but its record says 96 x 80",

@@ -354,7 +354,7 @@ def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_re
         (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); correct the outlines"),
         (["captioning=null", "segmentation.small_objects=false"], {}, "small_objects=true"),
         (["captioning=null", "examples=6"], {}, "provide more data or set examples lower"),
-        (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "put the boxes right"),
+        (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "correct the boxes"),
         (["segmentation=null", "captioning.classes=[cat]", "examples=3"], {}, "more data or set"),
         (["segmentation=null", "captioning.min_descriptions=99"], {}, "min_descriptions lower"),
     ],

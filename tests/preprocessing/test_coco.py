@@ -184,8 +184,8 @@ HUGE = 10**400
             lambda content: content["categories"][0].pop("name"),
             "entry 0 of 'categories' has the na",
         ),
-        (lambda content: content.update(categories=[]), "has no categories; a COCO instances file"),
-        (lambda content: content.pop("categories"), "has no categories; a COCO instances file"),
+        (lambda content: content.update(categories=[]), "has no categories; it must be a COCO instances file"),
+        (lambda content: content.pop("categories"), "has no categories; it must be a COCO instances file"),
         (lambda content: content.update(categories={"1": "dog"}), "'categories' must be a list"),
         (annotation(iscrowd="0"), "annotation 1 has the iscrowd '0'; it must be 0 or 1"),
         (annotation(iscrowd=None), "annotation 1 has the iscrowd None"),
@@ -395,7 +395,7 @@ def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_
         read(coco_folder, missing_images="skip")
     coco_folder.images = images
     coco_folder.file = images
-    with pytest.raises(InputError, match="images is no file; a file belongs there"):
+    with pytest.raises(InputError, match="images is not a file; it must be one"):
         read(coco_folder)
 
 
@@ -409,10 +409,10 @@ def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_
         (b"null", "is not in COCO's format"),
         (
             b'{"images": [], "annotations": [1], "annotations": [2]}',
-            "the key 'annotations' stands there twice in one record",
+            "the key 'annotations' occurs twice in one record",
         ),
         (b"\x1f\x8b\x08\x00 compressed", "it is not text in UTF-8"),
-        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number of too many digits"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number with too many digits"),
         (b"[" * 100_000, "its JSON is nested too deep"),
     ],
 )

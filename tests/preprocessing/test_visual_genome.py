@@ -169,7 +169,7 @@ def test_classes_that_are_asked_for_and_never_seen_are_counted(genome_folder):
         ("regions", "objects", "and its list of regions"),
         ("regions", "image_data", "and its list of regions"),
         ("regions", "coco", "is not a list of records"),
-        ("regions", "images", "is no file"),
+        ("regions", "images", "is not a file"),
     ],
 )
 def test_a_file_under_the_wrong_key_is_named(genome_folder, tmp_path, key, given, message):
@@ -210,22 +210,22 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[1]["regions"][0].pop("x"),
-            r"image 2, region 21 has the box \[None, 0, 50, 36\]; x, y, width and height",
+            r"image 2, region 21 has the box \[None, 0, 50, 36\]; it must be x, y, width and height",
         ),
         (
             "region_descriptions",
             lambda records: records[0]["regions"][0].pop("region_id"),
-            "without 'region_id': the layout of .* 1.2",
+            "without 'region_id'; it must have the layout of .* 1.2",
         ),
         (
             "objects",
             lambda records: records[0]["objects"][0].pop("names"),
-            "without 'names': the layout of .* 1.2",
+            "without 'names'; it must have the layout of .* 1.2",
         ),
         (
             "image_data",
             lambda records: records[0].pop("image_id"),
-            "without 'image_id': the layout of .* 1.2",
+            "without 'image_id'; it must have the layout of .* 1.2",
         ),
         ("image_data", lambda records: records[0].update(height=0), "image 1 has the size 100 x 0"),
         ("region_descriptions", region(region_id=None), "without 'region_id'"),
@@ -239,7 +239,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             region(x="0"),
-            r"image 1, region 11 has the box \['0', 0, 50, 36\]; x, y, width and height",
+            r"image 1, region 11 has the box \['0', 0, 50, 36\]; it must be x, y, width and height",
         ),
         ("region_descriptions", region(width=float("nan")), "image 1, region 11 has the box"),
         ("region_descriptions", region(width=10**400), "image 1, region 11 has the box"),
@@ -282,7 +282,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "image_data",
             lambda records: records[0].update(image_id=2),
-            "image 2 stands there twice",
+            "image 2 occurs twice",
         ),
         (
             "image_data",
@@ -334,9 +334,9 @@ def test_a_wrong_record_is_named_in_a_sentence(genome_folder, file, edit, messag
         ("[1 2", "is not valid JSON, a list of records, after its entry 2"),
         ("[1] [2]", "something follows after the list of 1 records"),
         ("[1]]", "something follows after the list of 1 records"),
-        ("[1, " + "9" * 5000 + "]", "a number of too many digits"),
+        ("[1, " + "9" * 5000 + "]", "a number with too many digits"),
         ("[" * 100_000, "nested too deep"),
-        ('[{"a": {"b": 1, "b": 2}}]', "the key 'b' stands there twice in one record"),
+        ('[{"a": {"b": 1, "b": 2}}]', "the key 'b' occurs twice in one record"),
     ],
 )
 def test_a_list_that_is_malformed_or_cut_off_is_refused(tmp_path, text, message):

@@ -192,4 +192,4 @@ def test_the_command_makes_a_tokenizer_and_measures_it(place, tmp_path, capsys):
     assert main([str(part) for part in (*evaluate, "--examples", *examples)]) == 0
     assert "codes_1.miou" in capsys.readouterr().out
     assert main([str(part) for part in evaluate]) == 2
-    assert "give the images' --annotations, and --examples" in capsys.readouterr().err
+    assert "set --annotations for the images, and --examples" in capsys.readouterr().err
