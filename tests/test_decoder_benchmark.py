@@ -37,7 +37,7 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
     assert all(goal["value"] >= 0 and goal["met"] in (True, False) for goal in goals.values())
     for system in ("ours", "stock", "gpt2"):
         for task in ("segmentation", "captioning", "mix"):
-            assert content["figures"][f"bf16, {system}, {task}: s an episode"] > 0
+            assert content["figures"][f"bf16, {system}, {task}: s per episode"] > 0
     assert "goals missed" in said
 
 

@@ -84,10 +84,10 @@ def test_bash_starts_the_launcher(run: Run) -> None:
     ("content", "sentence"),
     [
         (None, "there is no readable file hosts; name one with a line for each machine"),
-        ("# none\n\n", "hosts names no machine; write a line for each"),
-        ("one slots=2\ntwo\n", "in hosts the line 'two' is not right; each machine has one line"),
-        ("one slots=2\none slots=2", "in hosts the line 'one slots=2' is not right"),
-        ("one slots=0\n", "in hosts the line 'one slots=0' is not right"),
+        ("# none\n\n", "hosts names no machine; write one line per machine"),
+        ("one slots=2\ntwo\n", "in hosts the line 'two' is invalid; each machine needs one line"),
+        ("one slots=2\none slots=2", "in hosts the line 'one slots=2' is invalid"),
+        ("one slots=0\n", "in hosts the line 'one slots=0' is invalid"),
     ],
 )
 def test_a_hostfile_that_names_no_machines_is_refused(

@@ -184,8 +184,14 @@ HUGE = 10**400
             lambda content: content["categories"][0].pop("name"),
             "entry 0 of 'categories' has the na",
         ),
-        (lambda content: content.update(categories=[]), "has no categories; it must be a COCO instances file"),
-        (lambda content: content.pop("categories"), "has no categories; it must be a COCO instances file"),
+        (
+            lambda content: content.update(categories=[]),
+            "has no categories; it must be a COCO instances file",
+        ),
+        (
+            lambda content: content.pop("categories"),
+            "has no categories; it must be a COCO instances file",
+        ),
         (lambda content: content.update(categories={"1": "dog"}), "'categories' must be a list"),
         (annotation(iscrowd="0"), "annotation 1 has the iscrowd '0'; it must be 0 or 1"),
         (annotation(iscrowd=None), "annotation 1 has the iscrowd None"),

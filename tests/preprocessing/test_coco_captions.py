@@ -87,7 +87,9 @@ def test_files_that_were_exchanged_are_named(coco_folder):
     ):
         read(coco_folder)
     coco_folder.captions_file = coco_folder.file = files[0]
-    with pytest.raises(InputError, match=r"captions.json has no categories; it must be a COCO instances file"):
+    with pytest.raises(
+        InputError, match=r"captions.json has no categories; it must be a COCO instances file"
+    ):
         read(coco_folder)
 
 

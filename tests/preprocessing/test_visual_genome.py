@@ -210,7 +210,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[1]["regions"][0].pop("x"),
-            r"image 2, region 21 has the box \[None, 0, 50, 36\]; it must be x, y, width and height",
+            r"image 2, region 21 has the box \[None, 0, 50, 36\]; it must be x, y, width and h",
         ),
         (
             "region_descriptions",
@@ -239,7 +239,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             region(x="0"),
-            r"image 1, region 11 has the box \['0', 0, 50, 36\]; it must be x, y, width and height",
+            r"image 1, region 11 has the box \['0', 0, 50, 36\]; it must be x, y, width and h",
         ),
         ("region_descriptions", region(width=float("nan")), "image 1, region 11 has the box"),
         ("region_descriptions", region(width=10**400), "image 1, region 11 has the box"),
