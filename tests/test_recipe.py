@@ -1,5 +1,5 @@
-"""Recipes are read strictly: what is wrong is named, with the nearest right key, and what is right
-comes back typed.
+"""Recipes are read strictly: errors are reported with the nearest right key, and values have their
+types.
 """
 
 import dataclasses
@@ -233,7 +233,7 @@ def test_settings_that_cannot_work_together_are_refused(override: str, message: 
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a recipe: its key, its type, its range, and how a value of it is written."""
+    """A number in a recipe: its key, type and range, and how its value is written."""
 
     key: str
     type: type
@@ -252,7 +252,7 @@ class Number:
 
 
 def numbers(kind: object, key: str = "", written: str = "{}") -> Iterator[Number]:
-    """Every number that a recipe of type `kind` has, those in lists and tables too."""
+    """Every number of a recipe of type `kind`, including those in lists and tables."""
     if dataclasses.is_dataclass(kind):
         for name, inner in get_type_hints(kind, include_extras=True).items():
             yield from numbers(inner, f"{key}.{name}".lstrip("."))

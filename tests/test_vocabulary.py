@@ -1,4 +1,4 @@
-"""The vocabulary's sizes are the paper's, its parts do not overlap, and nothing is left over."""
+"""The vocabulary has the paper's sizes, and its parts cover it without overlap."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A shard folder gives back what went in, opens in webdataset, and damage is named."""
+"""A shard folder returns what was packed, webdataset can read it, and damage is reported."""
 
 import hashlib
 import io
@@ -252,7 +252,7 @@ def test_json_that_was_packed_wrong_is_named_by_shard_and_key(damaged, change, m
 def test_any_changed_byte_of_a_sample_is_noticed(damaged, part, place):
     def flip_a_bit(raw: bytes) -> bytes:
         changed = bytearray(raw)
-        changed[place] ^= 1  # A token stays a token by this, and text stays text.
+        changed[place] ^= 1  # This keeps a token a valid token, and text valid text.
         return bytes(changed)
 
     overwrite(damaged, "segmentation", 12, part, flip_a_bit)

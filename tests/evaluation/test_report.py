@@ -41,7 +41,7 @@ METRICS = Metrics(
 
 
 class Page(HTMLParser):
-    """The page's texts; every tag that is opened must be closed in order."""
+    """The page's texts. Checks that every tag is closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Models by name: folders, the Hugging Face Hub (a server on this machine that speaks its API), and
-transformers' Auto classes.
+"""Models by name: folders, the Hugging Face Hub (a local server with its API), and transformers'
+Auto classes.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The public door, with a tokenizer that loses nothing on pictures made of flat 8 x 8 squares, and
-a decoder that copies.
+"""The public interface, with a tokenizer that is lossless on pictures of flat 8 x 8 squares, and a
+decoder that copies.
 """
 
 import json
@@ -73,7 +73,7 @@ def make_model(small_text: TextTokenizer, **settings) -> InContextModel:
 
 @pytest.fixture
 def copying(monkeypatch):
-    """The decoder writes what the last example has."""
+    """Makes the decoder write the output of the last example."""
 
     class Copy:
         device = torch.device("cpu")
@@ -109,7 +109,7 @@ def picture(seed: int, width: int = SIDE, height: int = SIDE) -> np.ndarray:
 
 
 def blocks(width: int, height: int) -> np.ndarray:
-    """A mask of whole squares, for an image that is a whole multiple of the model's size."""
+    """A mask of whole squares, for an image whose size is a multiple of the model's."""
     grid = np.random.default_rng(9).integers(0, 2, (SIDE // SQUARE, SIDE // SQUARE), dtype=np.uint8)
     return np.kron(
         grid, np.ones((height * SQUARE // SIDE, width * SQUARE // SIDE), np.uint8)
@@ -117,7 +117,7 @@ def blocks(width: int, height: int) -> np.ndarray:
 
 
 def test_a_copied_mask_comes_back_at_the_querys_size(small_text, copying):
-    """The query has another size than the example; squares of the mask stay squares, up to a pixel
+    """The query has another size than the example. Squares of the mask stay squares, up to a pixel
     at their borders.
     """
     model = make_model(small_text)
@@ -203,7 +203,7 @@ def test_a_mask_of_another_size_than_its_image_is_refused(small_text):
 def test_the_model_sees_the_same_pixels_whichever_way_an_image_comes(
     small_text, tmp_path, monkeypatch
 ):
-    """A photo on its side, as a file and as web services hand it over."""
+    """A photograph with EXIF rotation, as a file and in the forms that web services use."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(picture(3, 128, 64)).save(tmp_path / "side.png", exif=exif)
@@ -463,7 +463,7 @@ def _set(**values):
 
 
 def _state_the_vocabulary_again(**values):
-    """In the format, where earlier exports have it."""
+    """In the format, as in earlier exports."""
 
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""`icl-moe shards build | verify | stats | preview`, as their users run them."""
+"""`icl-moe shards build | verify | stats | preview`, as a user runs them."""
 
 import argparse
 import hashlib
@@ -48,7 +48,7 @@ Build = Callable[..., Manifest]
 
 @pytest.fixture(scope="module")
 def build(tokenizer) -> Build:
-    """Builds `recipe`, made small, with the toy tokenizer."""
+    """Builds a small version of `recipe` with the toy tokenizer."""
 
     def build(out: Path, *settings: str, recipe: str = "demo", workers: int = 0) -> Manifest:
         overrides = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer), *settings]
@@ -183,7 +183,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
     assert all(
         path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar"
     )
-    assert bool(encoded) == (stage == "encoding"), "what was encoded is not encoded again"
+    assert bool(encoded) == (stage == "encoding"), "encoded chunks are not encoded again"
 
 
 def test_two_builds_do_not_share_a_folder_and_a_killed_one_does_not_keep_it(
@@ -533,7 +533,7 @@ def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
 @pytest.mark.parametrize(
     "launch",
     [
-        # All named, so that a machine's own accelerate configuration does not matter.
+        # All options are set, so that the machine's accelerate configuration has no effect.
         "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no -m icl_moe",
         "torchrun --standalone --nproc_per_node 2 -m icl_moe",

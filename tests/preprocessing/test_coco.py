@@ -1,5 +1,5 @@
-"""COCO instances become one region for each image and class, and nothing wrong in the file
-passes.
+"""COCO instances become one region for each image and class, and every error in the file is
+reported.
 """
 
 import numpy as np
@@ -335,12 +335,12 @@ def test_a_file_whose_instances_are_all_crowds_names_the_setting_that_takes_them
         read(coco_folder)
     pool = read(coco_folder, crowds="instances")
     assert [region for region in pool.regions if region.annotations != (11,)] == expected
-    assert len(pool.by_class()["cat"]) == 4, "the crowd of image 4 is an instance now"
+    assert len(pool.by_class()["cat"]) == 4, "the crowd of image 4 now counts as an instance"
     assert pool.skipped["crowds_alone"] == 0
 
 
 def test_names_that_stand_twice_are_one_class_and_unused_categories_do_no_harm(coco_folder):
-    """Some tools write the data set's name as a category above the class of the same name."""
+    """Some tools write the data set's name as a supercategory with the same name as a class."""
     expected = read(coco_folder).regions
     coco_folder.write(
         lambda content: content["categories"].extend(

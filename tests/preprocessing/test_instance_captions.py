@@ -30,7 +30,9 @@ def read(folder, captions: list[dict[str, Any]], **settings: Any) -> Pool:
 
 @pytest.fixture
 def captions(coco_folder) -> list[dict[str, Any]]:
-    """Of each dog two places and a colour; of the first cat of image 1 a place."""
+    """Two captions of style place and one of style colour for each dog; one of style place for the
+    first cat of image 1.
+    """
     records: list[dict[str, Any]] = []
     for annotation in coco_folder.content["annotations"]:
         texts = [("left.", "place"), ("on the left", "place"), ("brown", "colour")]

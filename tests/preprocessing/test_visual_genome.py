@@ -1,5 +1,5 @@
-"""Visual Genome's regions get a class from an object of that name and place, and wrong files are
-named.
+"""Visual Genome's regions get the class of an object with that name and place, and errors in files
+are reported.
 """
 
 import json
@@ -35,7 +35,7 @@ def test_a_region_has_the_class_that_its_phrase_names_and_an_object_at_its_place
     assert first.crop == (0, 0, 100, 80)
     assert first.scale == pytest.approx(0.225)
     assert second.target.caption == "a dog past the edge"
-    # Of each image, one region names a dog where there is none, and one names no class.
+    # In each image, one region names a dog where there is no dog, and one names no class.
     assert pool.skipped["regions_without_a_class"] == 10
 
 

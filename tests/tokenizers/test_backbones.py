@@ -1,4 +1,4 @@
-"""A backbone's maps are the network's own, and whatever is wrong with one is said in a sentence."""
+"""A backbone's maps are those of the network, and every error is reported in one sentence."""
 
 import os
 import sys
@@ -122,7 +122,9 @@ def test_a_pickle_of_more_than_weights_is_refused_and_not_run(
     with pytest.raises(InputError, match="hostile"):
         open_backbone(str(folder))
     assert not (tmp_path / "hostile_was_here").exists()
-    torch.load("weights.pth", weights_only=False)  # the same file does run its code elsewhere
+    torch.load(
+        "weights.pth", weights_only=False
+    )  # this file does run its code if loaded without protection
     assert (tmp_path / "hostile_was_here").exists()
 
 
@@ -186,7 +188,7 @@ def test_timms_efficientnet_lite_has_the_same_maps(tmp_path: Path) -> None:
 
 
 def usable_timm() -> Any:
-    """timm, where it is installed with a torchvision of this torch."""
+    """timm, if it is installed with a torchvision for this torch."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: whole and cut, from any of its sources, without loss and without special
+"""GPT-2's tokenizer: with all or fewer merges, from any source, lossless, and without special
 tokens in plain text.
 """
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from icl_moe.errors import InputError
 from icl_moe.tokenizers.text import TextTokenizer
 
-# Encodings that OpenAI's published GPT-2 gives.
+# Encodings by OpenAI's published GPT-2.
 KNOWN = {
     "Hello world": [15496, 995],
     " the quick brown fox": [262, 2068, 7586, 21831],
@@ -66,7 +66,7 @@ def test_fewer_merges_keep_the_ids_of_the_rest(
     gpt2: TextTokenizer, small_text: TextTokenizer
 ) -> None:
     assert small_text.size == 1256
-    # A piece that the cut vocabulary has bears the id that it has in the whole one.
+    # A piece of the smaller vocabulary has the same id as in the full one.
     for piece in (" the", " a", "ing", " on", "q"):
         (token,) = gpt2.encode(piece)
         assert token < small_text.size

@@ -1,5 +1,5 @@
-"""The VQ-GAN is the published one: same numbers as an independent implementation, its checkpoints
-taken, wrong ones refused.
+"""The VQ-GAN is the published one: it equals an independent implementation, accepts its
+checkpoints, and refuses wrong ones.
 """
 
 import json
@@ -33,9 +33,7 @@ SMALL = VQGANConfig(
 def _release(
     folder: Path, state: dict[str, Tensor], network: dict[str, Any], codes: int, width: int
 ) -> tuple[Path, Path]:
-    """A checkpoint and YAML as they were published: with a loss, and a callback's class as
-    a key.
-    """
+    """A checkpoint and YAML as published: with a loss, and the class of a callback as a key."""
     path = "pytorch_lightning.callbacks.model_checkpoint"
     lightning = types.ModuleType(path)
     callback = lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": path})
@@ -152,7 +150,7 @@ def test_bf16_draws_nearly_the_same_codes_and_pixels_and_is_the_same_tokenizer()
     codes_BN = exact.encode(pixels_B3HW)
     assert (
         0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1
-    )  # 1 would mean that nothing ran in bfloat16
+    )  # 1 would mean that nothing was computed in bfloat16
     assert (fast.decode(codes_BN) - exact.decode(codes_BN)).abs().mean() < 0.01
 
 
@@ -237,7 +235,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     assert not (tmp_path / "hostile_was_here").exists() and not (tmp_path / "out").exists()
     torch.load(
         checkpoint, weights_only=False
-    )  # the same file does run its code when loaded carelessly
+    )  # this file does run its code if loaded without protection
     assert (tmp_path / "hostile_was_here").exists()
 
 

@@ -1,5 +1,5 @@
-"""Faults, each injected for real into a run of two ranks: what is lost, what is said, and how the
-next start goes on.
+"""Faults injected into real runs of two ranks: what is lost, what is reported, and how the next
+start resumes.
 """
 
 import json
@@ -28,7 +28,7 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
     )
     assert (
         time.monotonic() - started < 90
-    )  # The start included; the launcher ends the others within a second or two.
+    )  # Including the start; the launcher ends the other ranks within a second or two.
     assert "step 3/6" in printed
     assert "icl-moe: rank 0 has lost the connection to another rank and ends (" in printed
     assert "Traceback" not in printed
@@ -37,7 +37,7 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
         again = losses(tmp_path)[name]
         assert again[3:] == rows[2:], (
             name
-        )  # Step 3 was logged before the fault; from the checkpoint of step 2 on all repeats.
+        )  # Step 3 was logged before the fault; everything after the checkpoint of step 2 repeats.
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path
 def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(
     train, shards, tmp_path, fault, reason
 ):
-    """The rank that reads it says so, in one sentence, though it is not the first rank, and the
+    """The rank that reads it reports it in one sentence, even though it is not rank 0, and the
     whole run ends.
     """
     copy = shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("synthetic"))
@@ -164,7 +164,7 @@ def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
     ],
 )
 def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_rank_0):
-    """Rank 0 keeps the ranks' store, which says who stands still."""
+    """Rank 0 holds the store that records which rank hangs."""
     command = arguments(shards, tmp_path / "run", "training.hang_seconds=4")
     with two_ranks(tmp_path, Path(FAULTY[0]), *command, FAULT=fault) as (main, other):
         wait_for(lambda: "the fault begins" in printed(tmp_path), lambda: printed(tmp_path))
@@ -190,7 +190,7 @@ def test_a_fault_that_one_rank_finds_is_said_once(shards, undisturbed, tmp_path,
 
 
 def printed(folder: Path) -> str:
-    """What two ranks without a launcher said."""
+    """The output of two ranks without a launcher."""
     return "".join((folder / f"rank-{rank}.log").read_text() for rank in (0, 1))
 
 

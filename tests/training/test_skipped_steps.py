@@ -1,5 +1,5 @@
-"""Steps that are left out because their loss or gradient is not finite: how they are counted, and
-what they leave behind.
+"""Steps that are skipped because their loss or gradient is not finite: how they are counted, and
+their effects.
 """
 
 import csv
@@ -24,7 +24,7 @@ PLAIN = (
 
 @pytest.fixture(scope="module")
 def run(rank_group, shards):
-    """Trains on two ranks; what each of them said."""
+    """Trains on two ranks. Returns the output of each."""
     return training_on_ranks.on_two_ranks(rank_group, shards, PLAIN)
 
 
@@ -77,7 +77,9 @@ def test_a_step_left_out_drops_its_own_losses_and_no_others(run, tmp_path):
 
 
 class _Waits(TorchDispatchMode):
-    """Counts how often the host reads a number off a tensor, for which it would wait on a GPU."""
+    """Counts how often the host reads a number from a tensor, which would synchronise with a
+    GPU.
+    """
 
     count = 0
 
@@ -96,7 +98,7 @@ def waits(place: Any, shards: Path, output: Path, settings: tuple[str, ...]) -> 
 def test_the_host_waits_for_the_device_once_a_step_not_once_a_micro_step(
     rank_group, shards, tmp_path
 ):
-    """In a dense model: gates of experts have waits of their own."""
+    """In a dense model, since the gates of experts have their own synchronisation."""
     settings = ("training.steps=2", "model.feed_forward=dense", "engine=zero1_bf16")
     counts = [
         rank_group(2).run(

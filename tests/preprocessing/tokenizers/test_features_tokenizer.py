@@ -1,5 +1,5 @@
-"""Codes are the nearest centroids of what the formula says, equal input makes equal tokenizers, and
-a folder knows its backbone.
+"""Codes are the nearest centroids to the vectors of the formula, equal input makes equal
+tokenizers, and a folder identifies its backbone.
 """
 
 import json

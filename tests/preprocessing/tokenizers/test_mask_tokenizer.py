@@ -1,4 +1,6 @@
-"""A mask tokenizer from shards, shards that it wrote the masks of, and a model that reads them."""
+"""A mask tokenizer learned from shards, shards whose masks it encoded, and a model that reads
+them.
+"""
 
 import json
 import shutil
@@ -37,8 +39,8 @@ def build(out: Path, *settings: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Shards of the image tokenizer alone, a mask tokenizer learned from them, and shards of both;
-    and a model for these.
+    """Shards of only the image tokenizer, a mask tokenizer learned from them, shards of both
+    tokenizers, and a model for the latter.
     """
     root = tmp_path_factory.mktemp("masks")
     image = f"tokenizer={toy_tokenizer.save_toy_tokenizer(root / 'tokenizer')}"
