@@ -27,8 +27,8 @@ def load_recipe(
     """Read the recipe `source`, a path or the name of one shipped in `package`, with
     `key.path=value` overrides.
 
-    Raises InputError if the file is missing or not YAML, if `kind` lacks a key, or if a value has
-    another type.
+    Raises InputError if the file is missing or not YAML, if it has a key that `kind` lacks, or if a
+    value has another type.
     """
     path = find_recipe(source, package)
     values = _read_yaml(path)
