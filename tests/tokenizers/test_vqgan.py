@@ -3,7 +3,6 @@ checkpoints, and refuses wrong ones.
 """
 
 import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hostile import MARK, Hostile
 from torch import Tensor
 
 from icl_moe.errors import InputError
@@ -219,24 +219,19 @@ def test_the_shipped_tokenizer_loads_by_name_and_draws_a_mask() -> None:
     assert (drawn & wanted).sum() / (drawn | wanted).sum() > 0.85
 
 
-class _Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile_was_here",)
-
-
 def test_a_hostile_checkpoint_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint, config = _tiny_release(tmp_path)
-    torch.save({"state_dict": {"encoder.conv_in.weight": _Hostile()}}, checkpoint)
+    torch.save({"state_dict": {"encoder.conv_in.weight": Hostile()}}, checkpoint)
     with pytest.raises(InputError, match="could run code"):
         convert_taming(checkpoint, config, tmp_path / "out")
-    assert not (tmp_path / "hostile_was_here").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / MARK).exists() and not (tmp_path / "out").exists()
     torch.load(
         checkpoint, weights_only=False
     )  # this file does run its code if loaded without protection
-    assert (tmp_path / "hostile_was_here").exists()
+    assert (tmp_path / MARK).exists()
 
 
 def test_surplus_and_missing_keys_are_listed(tmp_path: Path) -> None:
