@@ -366,7 +366,7 @@ def test_a_class_name_without_room_is_too_long() -> None:
         (
             SequenceFormat(SMALL, CODES),
             SegmentationPair(np.zeros(CODES, dtype=np.int64), np.zeros(CODES, dtype=np.int64)),
-            "SegmentationPair cannot stand",
+            "SegmentationPair cannot be in",
         ),
     ],
 )

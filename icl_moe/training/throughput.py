@@ -1,5 +1,5 @@
-"""How much arithmetic a batch needs, and how much a device could do: the two parts of model FLOPs
-utilisation (MFU).
+"""The FLOPs of a batch and the peak FLOP/s of a device, which give the model FLOPs utilisation
+(MFU).
 """
 
 import re
@@ -15,7 +15,7 @@ _TERA = 1e12
 
 
 class _Peak(NamedTuple):
-    """Dense matrix products in TFLOP/s; None where the device lacks the format."""
+    """Dense matrix products in TFLOP/s; None if the device lacks the format."""
 
     bf16: float | None
     tf32: float | None
@@ -48,7 +48,7 @@ whose name is "NVIDIA H100 80GB HBM3".
 def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBatch) -> int:
     """Floating-point operations of the matrix products of a forward and backward pass over a batch.
 
-    With T tokens of which R are no padding, P targets, episodes of L tokens, width M, V ids, k
+    With T tokens, R of them without padding, P targets, episodes of L tokens, width M, V ids, k
     experts a token and two operations a multiplication and addition, a forward pass takes
 
         attention, a layer               8 T M^2 + sum over episodes of 2 L (L + 1) M
@@ -80,14 +80,14 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
 
 
 def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:
-    """Of the forward pass of one sparse layer."""
+    """FLOPs of the forward pass of one sparse layer."""
     tokens, real, width = len(batch.tokens_T), real_tokens(batch), settings.width
     experts = 1 if settings.combination == "weights" else settings.experts_per_token
     if routes_streams(settings):
         return 16 * experts * real * width**2
     return (
         16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts
-    )  # Stock layers do not leave out padding.
+    )  # Stock layers do not skip padding.
 
 
 def real_tokens(batch: TokenBatch) -> int:
@@ -96,8 +96,8 @@ def real_tokens(batch: TokenBatch) -> int:
 
 
 def peak_flops(device: torch.device, engine_config: dict[str, Any]) -> float | None:
-    """What `device` could do in a second, in the precision that the run trains in; None where that
-    is not known, as on a CPU.
+    """The peak FLOP/s of `device` in the precision of the training; None if it is unknown, as on a
+    CPU.
     """
     if device.type != "cuda":
         return None

@@ -70,10 +70,10 @@ class Trainer:
 
     def fit(self) -> TrainerState:
         """Train until training.steps, or stop_after, resuming from the newest checkpoint in
-        training.output where there is one. Returns the state at the end.
+        training.output if there is one. Returns the state at the end.
 
         A request to stop (SIGTERM, SIGINT) ends it after the current step, with a checkpoint.
-        Raises UnsavedError where the run ends with steps that are in no checkpoint.
+        Raises UnsavedError if the run ends with steps that are in no checkpoint.
         """
         unsaved = None
         with process_group() as place:
@@ -145,7 +145,7 @@ def _repeatable(wanted: bool) -> Iterator[None]:
     if wanted:
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS repeats itself only with a workspace of fixed size.
+        )  # cuBLAS is repeatable only with a workspace of fixed size.
         torch.use_deterministic_algorithms(True)
         # Otherwise it would fill DeepSpeed's buckets, which are gigabytes, in every step.
         memory.fill_uninitialized_memory = False
@@ -219,8 +219,8 @@ class _Run:
                 validation.run(completed)
 
     def _record(self) -> None:
-        """Record what this stretch of the run is computed with, and tell what an operator should
-        know.
+        """Record what this stretch of the run is computed with, and print notes for the
+        operator.
         """
         optimizer, training = self.recipe.optimizer, self.recipe.training
         if self.place.is_main:
@@ -353,8 +353,8 @@ class _Run:
             )
 
     def _lost(self, saved: int, completed: int) -> str:
-        """What is lost where a run ends after `completed` steps, and the newest checkpoint is that
-        of `saved`.
+        """A message about what is lost if a run ends after `completed` steps and the newest
+        checkpoint is that of step `saved`.
         """
         lost = f"what it computed after step {saved}" if saved else "all that it computed"
         return (

@@ -195,7 +195,7 @@ def npy(array: np.ndarray) -> bytes:
         (
             "tokens",
             lambda raw: npy(np.zeros((len(raw) - 128) // 2, np.int16)),
-            r"its tokens are int16 .*; uint16 .* belong there",
+            r"its tokens are int16 .*; uint16 .* are expected",
         ),
         (
             "tokens",
@@ -312,7 +312,7 @@ def test_a_file_name_that_leaves_the_folder_is_refused(damaged, kind, name):
     files[0]["file"] = name
     edit_json(path, **{kind: files})
     with pytest.raises(
-        InputError, match=f"names the file {re.escape(repr(name))}; a plain file name belongs there"
+        InputError, match=f"names the file {re.escape(repr(name))}; it must be a plain file name"
     ):
         ShardSet(damaged)
 

@@ -492,7 +492,7 @@ def test_the_vocabulary_stands_once_in_an_exported_configuration(exported, tmp_p
         (_set(image_size=128), "does not encode the model's images of 128 pixels as 64 codes"),
         (
             _state_the_vocabulary_again(text_merges=2000),
-            "format.vocabulary is not the vocabulary",
+            "format.vocabulary differs from the vocabulary",
         ),
     ],
     ids=["truncated weights", "another tokenizer", "another size", "another vocabulary"],

@@ -254,8 +254,8 @@ def test_a_build_that_was_refused_does_not_block_its_folder(
     out, recipe = tmp_path / "out", str(coco_recipe)
     refused = [
         ([f"segmentation.images={tmp_path / 'typo'}"], "typo does not exist"),
-        (["examples=200"], "seen in the 201 images"),
-        (["segmentation.source=synthetic", "examples=200"], "seen in the 201 images"),
+        (["examples=200"], "appears in the 201 images"),
+        (["segmentation.source=synthetic", "examples=200"], "appears in the 201 images"),
     ]
     for settings, message in refused:
         with pytest.raises(InputError, match=message):

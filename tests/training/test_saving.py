@@ -97,7 +97,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_in_silence(
     (folder / "complete.json").write_text(content)
     ranks = run(output)
     assert [rank["ended"] for rank in ranks] == [
-        f"The checkpoint {folder} is damaged: its file complete.json is not what was written; "
+        f"The checkpoint {folder} is damaged: its file complete.json is not valid; "
         "remove it to start from the beginning, or put the file back."
     ] * 2
     assert (folder / "index.json").is_file()
