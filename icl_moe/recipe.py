@@ -246,7 +246,7 @@ class TrainingRecipe:
         if self.optimizer.name == "mt_adamw" and self.training.sampling == "mixed":
             raise InputError(
                 "training.sampling must be unmixed with optimizer.name=mt_adamw, which needs one "
-                "task a step."
+                "task per step."
             )
         if self.training.evaluate_every is not None and self.data.validation is None:
             raise InputError(

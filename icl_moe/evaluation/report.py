@@ -119,8 +119,8 @@ def held_out_table(metrics: Metrics) -> Table:
     head = [
         "task",
         "loss (nats/token)",
-        "entropy of the unigrams",
-        "below it by",
+        "unigram entropy",
+        "below the entropy by",
         "loss by pair, first to last",
         "targets",
     ]

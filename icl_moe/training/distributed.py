@@ -67,7 +67,7 @@ class ModelParallelUnit:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(tp_size)
         assert parallel_state.get_tensor_model_parallel_world_size() == tp_size, (
-            "one layout of tensor ranks a process"
+            "a process can have only one layout of tensor ranks"
         )
         self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = (
             parallel_state.get_tensor_model_parallel_rank

@@ -39,9 +39,9 @@ _PEAKS = {
     "V100-PCIE": _Peak(None, None, 14),
     "V100": _Peak(None, None, 15.7),
 }
-"""By a word in the name of the device, the more specific one first. NVIDIA's data sheets of these
-products; figures that they give with sparsity are halved. H100 without a suffix is the SXM module,
-whose name is "NVIDIA H100 80GB HBM3".
+"""A word in the name of the device -> its peak, the more specific words first. Figures are from
+NVIDIA's data sheets; those with sparsity are halved. H100 without a suffix is the SXM module, whose
+name is "NVIDIA H100 80GB HBM3".
 """
 
 
@@ -49,19 +49,19 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
     """Floating-point operations of the matrix products of a forward and backward pass over a batch.
 
     With T tokens, R of them without padding, P targets, episodes of L tokens, width M, V ids, k
-    experts a token and two operations a multiplication and addition, a forward pass takes
+    experts per token and two operations per multiplication and addition, a forward pass takes
 
-        attention, a layer               8 T M^2 + sum over episodes of 2 L (L + 1) M
-        dense feed-forward, a layer     16 T M^2
-        experts, a layer                16 k R M^2, or 16 R M^2 with merged weights
-        gates of tokens, a layer         2 T M E
+        attention, per layer             8 T M^2 + sum over episodes of 2 L (L + 1) M
+        dense feed-forward, per layer   16 T M^2
+        experts, per layer              16 k R M^2, or 16 R M^2 with merged weights
+        token gates, per layer           2 T M E
         link                             2 C M^2, C the distinct codes in the links
         logits                           2 P M V
 
     and a backward pass twice as much. Attention counts a token's own past and itself; logits are
-    made at targets only. This counts what the model needs, as Chowdhery et al.
-    2022 (PaLM, appendix B) define MFU, and neither what activation checkpointing computes again nor
-    padded buffers of experts, nor gates of attributes, whose cost is negligible.
+    made at targets only. This counts only what the model needs, as Chowdhery et al. 2022 (PaLM,
+    appendix B) define MFU: neither recomputation by activation checkpointing, nor padded buffers of
+    experts, nor attribute gates, whose cost is negligible.
     """
     tokens, width = len(batch.tokens_T), settings.width
     attention = 8 * tokens * width**2 + sum(
