@@ -37,11 +37,12 @@ class RoutingPlan:
     """The positions of the attribute classes in a batch, computed once and read by every sparse
     layer.
 
-    classes: the distinct attribute classes, without padding. segments: (index into classes, or -1
-    for padding; number of tokens) of each run of equal class, in stream order. lengths: tokens of
-    each episode, padding included. shares_BC: the share of each class among the tokens of each
-    episode, without padding (float32); each row sums to 1. noise: (seed, step) of the gate noise,
-    or None for none.
+    classes: the distinct attribute classes, without padding.
+    segments: (index into classes, or -1 for padding; number of tokens) of each run of equal class,
+    in stream order. lengths: tokens of each episode, padding included.
+    shares_BC: the share of each class among the tokens of each episode, without padding (float32);
+    each row sums to 1.
+    noise: (seed, step) of the gate noise, or None for none.
     """
 
     classes: tuple[int, ...]
@@ -116,11 +117,13 @@ class TokenBatch:
 
     tokens_T: the tokens that the model reads, with [MASK] for hidden ones; positions_T; links_T2:
     see `TokenSequence.links`; all int64. lengths: tokens of each episode. real_T: False at padding,
-    None without padding. routing: the plan of attribute classes. predictors_P: the place in the
-    stream that predicts each target (the token before it); labels_P: the target's id; weights_P:
-    its loss weight (float32); visual_P: whether it is an image code or a features code. loss_scale:
-    see `icl_moe.model.loss.combine`. task: the task of its episodes, or "mixed". sources: the name
-    of each episode, for messages.
+    None without padding.
+    routing: the plan of attribute classes. predictors_P: the place in the stream that predicts each
+    target (the token before it);
+    labels_P: the target's id; weights_P: its loss weight (float32); visual_P: whether it is an
+    image code or a features code.
+    loss_scale: see `icl_moe.model.loss.combine`. task: the task of its episodes, or "mixed".
+    sources: the name of each episode, for messages.
     """
 
     tokens_T: Tensor

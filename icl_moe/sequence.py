@@ -176,10 +176,11 @@ PromptLength = Annotated[int, Range(4)]
 class SequenceFormat:
     """The format of sequences; part of the data recipe, the manifest and the exported model.
 
-    codes_per_image: N, for example 256 for 256 px at downsampling 16. category: in captions `none`,
-    `written` (part of the output) or `given` (part of the prompt, without loss). box: in captions
-    `none`, `text` (four bins) or `image` (drawn, before the text). class_prompt: whether sequences
-    begin with the class name, in `prompt_length` positions.
+    codes_per_image: N, for example 256 for 256 px at downsampling 16.
+    category: in captions `none`, `written` (part of the output) or `given` (part of the prompt,
+    without loss).
+    box: in captions `none`, `text` (four bins) or `image` (drawn, before the text).
+    class_prompt: whether sequences begin with the class name, in `prompt_length` positions.
     """
 
     vocabulary: Vocabulary = Vocabulary()

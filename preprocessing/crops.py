@@ -21,10 +21,10 @@ def square_crop(
     """The square of a width x height image that a segmentation pair shows.
 
     any: the largest square, as near to the middle of `objects` (the box of all instances) as the
-    image allows, so that it contains as much of them as possible. large: a square around `largest`
-    (the box of the largest instance), 1.5 times its longer side, so that the object fills much of
-    it. Its side is at least half of image_size, so that pixels are at most doubled, and at most the
-    image's shorter side.
+    image allows, so that it contains as much of them as possible.
+    large: a square around `largest` (the box of the largest instance), 1.5 times its longer side,
+    so that the object fills much of it. Its side is at least half of image_size, so that pixels are
+    at most doubled, and at most the image's shorter side.
     """
     whole = min(width, height)
     if scale == "any":

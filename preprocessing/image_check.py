@@ -50,9 +50,10 @@ class ImageCheck:
     """Finds the annotated images and reads each of them once.
 
     missing_images, bad_images: whether images that are missing, or cannot be used, stop the build
-    or are left out and counted. notes: a folder for the results, so that a resumed build need not
-    read the images again; an image that has changed since is read again. workers: processes that
-    read. Several `processes` share the notes, and each reads its part of the images.
+    or are left out and counted.
+    notes: a folder for the results, so that a resumed build need not read the images again; an
+    image that has changed since is read again. workers: processes that read. Several `processes`
+    share the notes, and each reads its part of the images.
     """
 
     def __init__(

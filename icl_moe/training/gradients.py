@@ -26,9 +26,10 @@ class GradientReport:
     model to gradients.csv and the monitors.
 
     norm: the L2 norm ||G_i|| of the gradient of the part's parameters, averaged over the global
-    batch, before clipping. normalised: ||G_i|| / ||G|| with G the gradient of all parameters, each
-    expert once: what task-balanced AdamW works with, whatever the optimizer of this run. Their
-    squares sum to 1 in each step, so tasks can be compared whose losses differ in size.
+    batch, before clipping.
+    normalised: ||G_i|| / ||G|| with G the gradient of all parameters, each expert once: what
+    task-balanced AdamW works with, whatever the optimizer of this run. Their squares sum to 1 in
+    each step, so tasks can be compared whose losses differ in size.
 
     start: the number of completed steps of the run.
 

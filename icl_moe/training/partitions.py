@@ -31,10 +31,13 @@ class HeldRange:
     """A range of a parameter whose state this rank holds.
 
     part, parts: which of how many tensor-parallel parts of the parameter; 0 of 1 if it is whole on
-    every tensor rank. start, length: the range, in the flattened part. master, offset: the float32
-    tensor that the optimizer knows, often of many parameters, and where in it the range begins.
+    every tensor rank.
+    start, length: the range, in the flattened part.
+    master, offset: the float32 tensor that the optimizer knows, often of many parameters, and where
+    in it the range begins.
     owners: the ranks that hold this part, whole at ZeRO stage 0 and each its own range at the
-    others. repeated: whether another tensor rank holds the same.
+    others.
+    repeated: whether another tensor rank holds the same.
     """
 
     name: str

@@ -43,13 +43,15 @@ class TokenizerRecipe:
     running mean over about 100 steps) is moved onto a latent of the batch.
 
     mask_weight: the weight of a hinge loss on the pixels of masks that are on the wrong side of the
-    threshold or close to it; 0 by default. start_from: the folder of a tokenizer (or a shipped
-    name) with the same network, whose weights replace the random initialisation; for example a
-    converted release that is to learn masks. unquantised_steps should then be 0.
+    threshold or close to it; 0 by default.
+    start_from: the folder of a tokenizer (or a shipped name) with the same network, whose weights
+    replace the random initialisation; for example a converted release that is to learn masks.
+    unquantised_steps should then be 0.
     perceptual_network: an .npz file of SqueezeNet weights for a perceptual loss; none by default.
     adversarial_from: the step from which a PatchGAN discriminator is trained as well; none by
-    default. Every loss except the L1 loss has a weight. precision: of the network's arithmetic;
-    `auto` is bf16 if the device has instructions for it, otherwise fp32.
+    default. Every loss except the L1 loss has a weight.
+    precision: of the network's arithmetic; `auto` is bf16 if the device has instructions for it,
+    otherwise fp32.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)

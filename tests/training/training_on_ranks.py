@@ -62,8 +62,8 @@ def run(
     """Train. Returns this rank's output, how it ended, a digest of its weights and optimizer state,
     and whether torch was set to be deterministic.
 
-    episodes_that_fit: a forward pass with more episodes runs out of memory, as on a GPU. fault:
-    called before each micro-step of training.
+    episodes_that_fit: a forward pass with more episodes runs out of memory, as on a GPU.
+    fault: called before each micro-step of training.
     """
     recipe = load(shards, output, *settings)
     printed, said, ended, engines, deterministic = io.StringIO(), io.StringIO(), "well", [], set()
