@@ -3,8 +3,9 @@ least recently used files are removed.
 
 Everything that changes names happens under one lock, which is never held during a download:
 
-    NAME a complete file; its time of modification is the time of its last use NAME.SIZE.partial a
-    file on its way, locked by the process that fetches it; its room is taken from the start
+    NAME                   a complete file; its time of modification is the time of its last use
+    NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its space is
+                           reserved from the start
 """
 
 import contextlib
