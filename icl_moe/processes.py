@@ -31,7 +31,8 @@ def join_processes(device: Device | None = None) -> PartialState:
     if place.type == "cuda" and place.index is not None:
         if launched:
             raise InputError(
-                f"The device {place} would be shared by all processes; cuda gives each its own."
+                f"The device {place} would be shared by all processes; cuda gives each process "
+                "its own."
             )
         torch.cuda.set_device(place)
     return PartialState(cpu=place.type == "cpu")

@@ -178,7 +178,7 @@ class RemoteFolder:
             check_size(url, path.stat().st_size, info)
             if FileInfo.of(path.parent, path.name).sha256 != info.sha256:
                 raise InputError(
-                    f"The file {url} is corrupt: its sha256 is not that of the manifest."
+                    f"The file {url} is corrupt: its sha256 differs from the manifest."
                 )
 
         _with_retries(url, transfer)

@@ -374,7 +374,7 @@ class ShardSet:
         tokens = content[row.tokens_offset - start :][: row.tokens_size]
         meta = content[row.json_offset - start :][: row.json_size]
         if sample_checksum(tokens, meta) != row.crc32:
-            raise InputError("its checksum is not that of the index")
+            raise InputError("its checksum differs from the index")
         return tokens, meta
 
     def _parse_tokens(self, raw: bytes) -> np.ndarray:

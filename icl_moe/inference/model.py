@@ -340,7 +340,7 @@ class InContextModel:
             raise InputError(f"This model was trained on {' and '.join(trained)}, not {task.name}.")
         self.check_examples(examples)
         if not isinstance(category, str | None):
-            raise InputError(f"The category must be a text, not {type(category).__name__}.")
+            raise InputError(f"The category must be text, not {type(category).__name__}.")
         if not category and task.needs_category(self.format):
             raise InputError("This model needs the class's name: set the category.")
 

@@ -57,7 +57,7 @@ class Region:
         """
         for key, text in (("caption", self.caption), ("category", self.category)):
             if not (text is None and key == "category") and not _is_text(text):
-                raise InputError(f"{name}: the {key} must be a text, not {_short(text)}.")
+                raise InputError(f"{name}: the {key} must be text, not {_short(text)}.")
         if self.box is not None and not _has_area(self.box):
             raise InputError(
                 f"{name}: the box must be x, y, width and height in pixels, finite numbers with a "

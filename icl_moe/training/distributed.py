@@ -136,7 +136,7 @@ def _joined() -> Iterator[Place]:
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(
-            f"The ranks cannot meet at {address} ({error}); is another run there? Give "
+            f"The ranks cannot connect at {address} ({error}); is another run there? Give "
             "--master_port to the launcher."
         ) from error
     try:

@@ -84,7 +84,7 @@ class ProgressMonitor:
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
         """Count one optimizer step, the `step`-th (from 1), and print the line if it is due.
 
-        norm: of the gradient; None for a step that was left out, whose losses do not count: they
+        norm: of the gradient; None for a skipped step, whose losses do not count: they
         may not be finite. Its tokens do: computing them took its time.
         """
         self._bar.update(1)
@@ -168,7 +168,7 @@ def tolerate_unwritten() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        note(f"warning: {error}; the run goes on.")
+        note(f"warning: {error}; the run continues.")
 
 
 def _named(sums_S: Tensor) -> dict[str, float]:

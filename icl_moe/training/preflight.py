@@ -75,7 +75,9 @@ def _check_output(output: str) -> None:
     except InputError as error:
         raise InputError(f"training.output: {error}") from error
     if folder != Path(output):
-        raise InputError(f"training.output: write {folder} instead of {output}; a shell knows ~.")
+        raise InputError(
+            f"training.output: write {folder} instead of {output}; only a shell expands ~."
+        )
 
 
 def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:
@@ -176,11 +178,11 @@ def _check_validation(recipe: TrainingRecipe, training: Manifest, validation: Ma
             raise InputError(
                 f"data.validation: {recipe.data.validation} has {name.replace('_', ' ')} {theirs}, "
                 f"but {recipe.data.shards} has {ours}; "
-                "build both alike."
+                "build both in the same way."
             )
     if validation.examples > training.examples:
         raise InputError(
-            f"data.validation: {recipe.data.validation} has {validation.examples} examples an "
+            f"data.validation: {recipe.data.validation} has {validation.examples} examples per "
             f"episode, more than the {training.examples} "
             f"of {recipe.data.shards}; build it with at most as many."
         )

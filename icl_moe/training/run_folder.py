@@ -65,7 +65,7 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
         raise InputError(
             f"training.output: {output} holds a run on other samples ({'; '.join(named)}); make "
             "them equal, set training.output to a new folder, or training.accept_changes=true to "
-            "go on all the same."
+            "continue anyway."
         )
 
 
@@ -145,8 +145,8 @@ def _read(output: Path) -> list[dict[str, Any]]:
             stretch["recipe"]["training"], stretch["shards"]["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"training.output: {path} cannot be read ({error}); put it back, or remove it to go on "
-            "without a record of what was trained before."
+            f"training.output: {path} cannot be read ({error}); restore it, or remove it to "
+            "continue without a record of what was trained before."
         ) from error
     return stretches
 

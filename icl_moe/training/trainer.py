@@ -100,7 +100,7 @@ class Trainer:
             elif place.is_main:
                 note(
                     f"{training.output} is already at step {self.state.step} of {stop}; set "
-                    "training.steps higher to go on"
+                    "training.steps higher to continue"
                 )
         return self.state
 
@@ -185,7 +185,7 @@ class _Run:
             if agreed_to_stop(self.place):
                 self._note(
                     f"stopped by a signal before step {self.state.step + 1}; the same command "
-                    "goes on"
+                    "resumes it"
                 )
                 return
             self._steps(stop, batches, watchdog, validation)
@@ -211,7 +211,7 @@ class _Run:
                     raise UnsavedError(self._lost(saved, completed))
             if stopping:
                 self._note(
-                    f"stopped by a signal after step {completed}; the same command goes on "
+                    f"stopped by a signal after step {completed}; the same command resumes "
                     "from there"
                 )
                 break
@@ -361,17 +361,17 @@ class _Run:
             f"training.output: the run ended after step {completed}, of which no checkpoint could "
             f"be saved, for the reason above, so {lost} is lost; once "
             f"{self.recipe.training.output} can be written, the same command "
-            f"{'goes on from there' if saved else 'starts from the beginning'}."
+            f"{'resumes from there' if saved else 'starts from the beginning'}."
         )
 
     def _skip(self, step: int, what: str) -> None:
         skipped, limit = self.state.skipped, self.recipe.training.skipped_steps
         self._note(
-            f"step {step + 1} is left out, its {what} not finite ({skipped} of at most {limit})"
+            f"step {step + 1} is skipped, its {what} not finite ({skipped} of at most {limit})"
         )
         if skipped > limit:
             raise InputError(
-                f"training.skipped_steps: {skipped} step(s) were left out, the last of them step "
+                f"training.skipped_steps: {skipped} step(s) were skipped, the last of them step "
                 f"{step + 1}, because their loss or gradient was not finite; "
                 "look at the samples named above, or lower optimizer.learning_rate."
             )

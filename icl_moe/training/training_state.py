@@ -5,7 +5,7 @@ The state is every parameter's float32 master weight and the optimizer's state o
 counts of steps), under the name that the parameter has in an exported model, where an expert has
 its global id. Everything else is a function of the step.
 
-    index.json                     steps, and how many of them were left out; optimizer, precision;
+    index.json                     steps, and how many of them were skipped; optimizer, precision;
     of each parameter its shape, its counts, and which rank wrote which range
     weight-RRRRR.safetensors       the ranges of master weights that rank R wrote, flattened, by
     parameter
@@ -260,8 +260,8 @@ def _check_fits(stored: _Stored, engine: Any, folder: Path) -> None:
     difference = stored.difference(_shapes(engine.module.config))
     if difference:
         raise InputError(
-            f"The checkpoint {folder} is of another model than the recipe's ({difference}); "
-            "set training.output to a new folder, or make the recipe equal."
+            f"The checkpoint {folder} has another model than the recipe ({difference}); "
+            "set training.output to a new folder, or correct the recipe."
         )
     theirs, ours = stored.index["optimizer"], type(engine.basic_optimizer).__name__
     if theirs != ours:

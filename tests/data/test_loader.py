@@ -216,7 +216,7 @@ def test_a_reader_says_in_one_sentence_which_sample_it_cannot_read(folder, tmp_p
     with pytest.raises(
         SampleError,
         match=(
-            r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum is not that of the "
+            r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum differs from the "
             r"index\.$"
         ),
     ) as error:

@@ -250,7 +250,7 @@ def test_a_remote_shard_that_is_corrupt_or_truncated_is_named(server, tmp_path):
     with pytest.raises(
         InputError,
         match=(
-            rf"{server.url}/segmentation-000000.tar is corrupt: its sha256 is not that of the "
+            rf"{server.url}/segmentation-000000.tar is corrupt: its sha256 differs from the "
             rf"manifest"
         ),
     ):

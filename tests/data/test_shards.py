@@ -260,7 +260,7 @@ def test_any_changed_byte_of_a_sample_is_noticed(damaged, part, place):
     shards.sample("segmentation", 11)
     with pytest.raises(
         SampleError,
-        match=r"sample segmentation-00000012 cannot be read: its checksum is not that of the index",
+        match=r"sample segmentation-00000012 cannot be read: its checksum differs from the index",
     ):
         shards.sample("segmentation", 12)
 

@@ -292,7 +292,7 @@ def train_with_momentum(
         (
             Layout(model={"feed_forward": "dense"}),
             "adamw",
-            "than the recipe's (layers.1.feed_forward.down.bias is missing",
+            "than the recipe (layers.1.feed_forward.down.bias is missing",
         ),
         (
             Layout(model={"layers": 2, "layers_with_experts": (1,)}),

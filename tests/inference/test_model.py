@@ -271,7 +271,7 @@ def test_a_mark_that_vanishes_at_the_models_size_is_refused(small_text, tmp_path
 
 @pytest.mark.parametrize("category", [3, b"dog", ["dog"]])
 def test_a_category_that_is_no_text_is_refused(small_text, category):
-    with pytest.raises(InputError, match="The category must be a text"):
+    with pytest.raises(InputError, match="The category must be text"):
         make_model(small_text).segment(
             [(picture(0), blocks(64, 64))], query=picture(0), category=category
         )
@@ -355,12 +355,12 @@ def test_a_regions_file_may_stand_for_the_region(small_text, copying, tmp_path):
         ('{"caption": "a dog", "box": [0, 0, 1e999, 3]}', "finite numbers"),
         (f'{{"caption": "a dog", "box": [0, 0, {"9" * 400}, 3]}}', "finite numbers"),
         (f'{{"caption": "a dog", "box": [0, 0, {"9" * 5000}, 3]}}', "is not valid JSON"),
-        ('{"caption": null}', "the caption must be a text"),
-        ('{"caption": 5}', "the caption must be a text"),
-        ('{"caption": " "}', "the caption must be a text"),
-        ('{"caption": "a dog", "category": 7}', "the category must be a text"),
-        ('{"caption": "a dog \\ud83d"}', "the caption must be a text"),
-        ('{"caption": "a dog", "category": "\\udc67"}', "the category must be a text"),
+        ('{"caption": null}', "the caption must be text"),
+        ('{"caption": 5}', "the caption must be text"),
+        ('{"caption": " "}', "the caption must be text"),
+        ('{"caption": "a dog", "category": 7}', "the category must be text"),
+        ('{"caption": "a dog \\ud83d"}', "the caption must be text"),
+        ('{"caption": "a dog", "category": "\\udc67"}', "the category must be text"),
         ('{"caption": "a dog", "caption": "a cat"}', "a key occurs twice"),
         ("[" * 100_000, "is not valid JSON"),
         ("", "is not valid JSON"),
@@ -397,7 +397,7 @@ def test_a_region_of_no_sense_is_refused_in_python_too(small_text):
         (Region("a dog", "dog", (5, 5, -3, 4)), "Example 1: the box must be"),
         (Region("a dog", "dog", (1, 2, 3)), "Example 1: the box must be"),
         (Region("a dog", "dog", "abcd"), "Example 1: the box must be"),
-        (Region(None, "dog", BOX), "Example 1: the caption must be a text"),
+        (Region(None, "dog", BOX), "Example 1: the caption must be text"),
     ):
         with pytest.raises(InputError, match=message):
             make_model(small_text).caption([(picture(0), region)], query=picture(1))

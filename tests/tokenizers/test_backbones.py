@@ -128,7 +128,7 @@ def test_a_pickle_of_more_than_weights_is_refused_and_not_run(
     [
         ("efficientnet_lite0", "nowhere.pth", "The backbone file nowhere.pth does not exist"),
         ("/nowhere/at/all", None, "The backbone /nowhere/at/all is neither efficientnet_lite0"),
-        ("/nowhere/at/all", "w.pth", "the transformers model /nowhere/at/all brings its own"),
+        ("/nowhere/at/all", "w.pth", "the transformers model /nowhere/at/all provides its own"),
     ],
 )
 def test_a_missing_backbone_is_named(name: str, weights: str | None, message: str) -> None:

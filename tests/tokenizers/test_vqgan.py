@@ -305,7 +305,7 @@ def test_a_wrong_config_is_refused(tmp_path: Path, change: dict[str, Any], messa
 
 
 def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="shipped \\(demo"):
+    with pytest.raises(InputError, match="of that name \\(demo"):
         VQGAN.from_pretrained("no_such_tokenizer")
     with pytest.raises(InputError, match=r"config\.json is missing"):
         VQGAN.from_pretrained(tmp_path)

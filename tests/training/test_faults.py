@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_pat
     printed = train(tmp_path / "run", "training.steps=4", script=FAULTY, FAULT="nan:1:2")
     assert "step 2: the loss is not finite on rank 1 in " in printed
     assert ".tar:" in printed
-    assert "step 2 is left out, its loss is not finite (1 of at most 5)" in printed
+    assert "step 2 is skipped, its loss is not finite (1 of at most 5)" in printed
     assert "step 4/4" in printed
     assert "nan" not in json.dumps(losses(tmp_path / "run")["image_loss"][2:])
 
@@ -85,14 +85,14 @@ def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path
         FAULT="nan:1:2",
         expect=2,
     )
-    assert "training.skipped_steps: 1 step(s) were left out, the last of them step 2" in printed
+    assert "training.skipped_steps: 1 step(s) were skipped, the last of them step 2" in printed
     assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        pytest.param("overwrite", "its checksum is not that of the index", marks=pytest.mark.slow),
+        pytest.param("overwrite", "its checksum differs from the index", marks=pytest.mark.slow),
         ("truncate", "it is cut off; the shard is truncated"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
         FAULT="hang:1:3",
         expect=1,
     )
-    assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
+    assert "rank 1 hangs at step 3, computing; no progress for 8 s" in printed
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
         assert [rank.wait() for rank in ranks] == [1, 1]
     assert (
         printed(tmp_path).count(
-            "rank 1 stands still before the first step; no progress for 4 s, so the run ends."
+            "rank 1 hangs before the first step; no progress for 4 s, so the run ends."
         )
         == 1
     )
@@ -171,8 +171,11 @@ def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_r
         main.send_signal(to_rank_0)
         assert other.wait(timeout=120) == 1
     said = (tmp_path / "rank-1.log").read_text()
-    assert "rank 1 stands still at step 2, " in said
-    assert ", and rank 0, which knows of all ranks, does not answer; no progress for 4 s" in said
+    assert "rank 1 hangs at step 2, " in said
+    assert (
+        ", and rank 0, which holds the store of all ranks, does not answer; no progress for 4 s"
+        in said
+    )
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

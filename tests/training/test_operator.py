@@ -337,7 +337,7 @@ def test_evaluation_needs_validation_shards_of_the_same_kind(shards, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both alike",
+        match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both in the same",
     ):
         training_on_ranks.open_checked(recipe, 2)
 

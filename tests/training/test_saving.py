@@ -38,7 +38,7 @@ def test_a_run_that_is_stopped_but_cannot_be_saved_does_not_claim_to_go_on_from_
     for rank in ranks:
         assert rank["ended"].startswith("training.output: the run ended after step 3, of which no")
         assert "all that it computed is lost" in rank["ended"]
-    assert "goes on from there" not in ranks[0]["printed"]
+    assert "resumes from there" not in ranks[0]["printed"]
     assert "no checkpoint is saved in" in ranks[0]["said"]
 
 
@@ -53,7 +53,7 @@ def test_a_disk_that_fills_up_costs_the_steps_after_the_last_checkpoint_and_no_m
         assert [rank["ended"] for rank in ranks] == [
             "training.output: the run ended after step 6, of which no checkpoint could be saved, "
             "for the reason above, so what it computed after step 2 is lost; once "
-            f"{output} can be written, the same command goes on from there."
+            f"{output} can be written, the same command resumes from there."
         ] * 2
         assert "No space left on device" in ranks[0]["printed"]
         assert "step 6/6" in ranks[0]["printed"]
@@ -98,6 +98,6 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_in_silence(
     ranks = run(output)
     assert [rank["ended"] for rank in ranks] == [
         f"The checkpoint {folder} is damaged: its file complete.json is not valid; "
-        "remove it to start from the beginning, or put the file back."
+        "remove it to start from the beginning, or restore the file."
     ] * 2
     assert (folder / "index.json").is_file()

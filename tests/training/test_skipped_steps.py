@@ -45,8 +45,8 @@ def test_a_gradient_that_is_not_finite_costs_what_a_loss_that_is_not_does(
     gradient = run(tmp_path / "gradient", *settings, fault=partial(gradient_spoilt, 2))
     assert [rank["ended"] for rank in loss + gradient] == ["well"] * 4
     assert [rank["state"] for rank in loss] == [rank["state"] for rank in gradient]
-    assert "step 2 is left out, its loss is not finite (1 of at most 5)" in loss[0]["printed"]
-    said = "step 2 is left out, its gradient is zero or not finite (1 of at most 5)"
+    assert "step 2 is skipped, its loss is not finite (1 of at most 5)" in loss[0]["printed"]
+    said = "step 2 is skipped, its gradient is zero or not finite (1 of at most 5)"
     assert said in gradient[0]["printed"]
     assert "the loss is not finite on rank" not in gradient[0]["printed"]
 
@@ -59,7 +59,7 @@ def test_steps_left_out_are_counted_over_the_whole_run_whatever_it_is_interrupte
     assert index["skipped_steps"] == 1
     for rank in run(tmp_path, *settings, fault=partial(gradient_spoilt, 4)):
         assert rank["ended"].startswith(
-            "training.skipped_steps: 2 step(s) were left out, the last of them step 4, because "
+            "training.skipped_steps: 2 step(s) were skipped, the last of them step 4, because "
             "their loss or gradient was not finite; "
         )
 
