@@ -2,14 +2,14 @@
 #
 #   docker build -t icl-moe .                              PyTorch's CPU build
 #   docker build -t icl-moe --build-arg TORCH=cu130 .      its CUDA 13.0 build; run with --gpus all --shm-size 8g
-#   docker run --rm icl-moe icl-moe demo                   the smoke test
+#   docker run --rm icl-moe icl-moe demo                   a smoke test
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
-# cpu, or cu130 and the like: a folder of PyTorch's package index. Empty: torch from pip's own index.
+# A folder of PyTorch's package index, such as cpu or cu130. If empty, torch comes from pip's default index.
 ARG TORCH=cpu
 
-# gcc and the C headers serve Triton, which compiles its launchers at run time on GPUs.
+# Triton needs gcc and the C headers to compile its launchers at run time on GPUs.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev make tini \
     && rm -rf /var/lib/apt/lists/*
@@ -21,13 +21,13 @@ ENV PATH=/opt/icl-moe/.venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
-# The dependencies first, around empty packages: they stay as they are while only the code changes.
+# The dependencies are installed first, with empty packages, so that this layer stays cached while only the code changes.
 COPY --chown=icl Makefile pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir icl_moe preprocessing \
     && touch icl_moe/__init__.py preprocessing/__init__.py \
     && make setup TORCH_INDEX="${TORCH:+https://download.pytorch.org/whl/${TORCH}}"
 COPY --chown=icl . .
 
-# tini passes signals on to the whole process group: `docker stop` reaches every process of a run.
+# tini passes signals to the whole process group, so that `docker stop` reaches every process of a run.
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["icl-moe", "--help"]

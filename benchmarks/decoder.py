@@ -1,18 +1,18 @@
-"""The decoder's speed and memory against its peers': python benchmarks/decoder.py [--json FILE]
-[--precision fp32 bf16] [--repeat N]
+"""Speed and memory of the decoder compared with other implementations: python benchmarks/decoder.py
+[--json FILE] [--precision fp32 bf16] [--repeat N]
 
-GPT-2 small's size, the paper's episodes (3 examples and a query at 256 pixels, micro-batch 1),
-forward and backward, in turns:
+A model of the size of GPT-2 small, the paper's episodes (3 examples and a query at 256 pixels,
+micro-batch 1), forward and backward passes, in turns:
 
     ours    attribute-routed experts, packed layout, logits at targets
     stock   the same trunk on stock parts: deepspeed.moe top-2, dropless, PyTorch's own kernels,
             padded layout, all logits
     gpt2    Hugging Face's GPT2LMHeadModel, dense, padded layout, all logits
-    floor   the matrix products that ours cannot do without, each timed alone
+    floor   the matrix products that ours needs, each timed separately
 
-Weights are random and there is no dropout, in any of them. Read ratios, not seconds. On a GPU the
-model FLOPs utilisation is printed too. With --steps ours is timed against itself instead, less one
-of the steps that made it fast at a time.
+All have random weights and no dropout. Compare ratios, not seconds. On a GPU the model FLOPs
+utilisation is printed too. With --steps ours is instead compared with itself without each of its
+optimizations.
 """
 
 import argparse
@@ -56,9 +56,10 @@ PAIRS = 4
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 SAMPLES = {"segmentation": 300_000, "captioning": 460_000}
-"""Of each task; a task's share of the mix goes with the square root. Captions are the paper's
-number; segmentation is COCO's train2017, 118,287 images of about 2.5 classes with a region of at
-least 32 x 32 pixels (so 663 of its images, and docs/shards.md's recipe).
+"""The number of samples of each task; a task's share of the mix is proportional to the square root.
+Captions are the paper's number; segmentation is COCO's train2017, 118,287 images of about 2.5
+classes with a region of at least 32 x 32 pixels (estimated from 663 of its images with the recipe
+of docs/shards.md).
 """
 
 CAPTIONS = (
@@ -67,8 +68,8 @@ CAPTIONS = (
     "dog wearing a red collar",
     "a black and white dog running outside",
 )
-"""4, 5, 5 and 7 tokens with GPT-2's vocabulary. Of Visual Genome's regions (the 7,278 of 100
-images) the quartiles are 4, 6 and 7.
+"""These have 4, 5, 5 and 7 tokens with GPT-2's vocabulary. The quartiles of Visual Genome's regions
+(the 7,278 of 100 images) are 4, 6 and 7.
 """
 
 EFFICIENCY = {"fp32": 0.7, "bf16": 0.5}
@@ -78,28 +79,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="turns that are timed, after one to warm up"
-    )
+    parser.add_argument("--repeat", type=int, default=3, help="timed turns, after one warm-up turn")
     parser.add_argument(
         "--micro-batch",
         type=int,
         default=1,
-        help="episodes at a time; the goals are set for 1 on a CPU",
+        help="episodes at a time; the goals are for 1 on a CPU",
     )
     parser.add_argument(
         "--steps",
         action="store_true",
-        help="what each step gives: time ours with one of them undone at a time",
+        help="time ours without each of its optimizations",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a toy model, to see that the benchmark runs"
+        "--quick", action="store_true", help="use a toy model, to test the benchmark itself"
     )
     parser.add_argument(
         "--memory", choices=("ours", "stock"), help=argparse.SUPPRESS
-    )  # what this process is to measure the memory of
+    )  # the system whose memory this process measures
     options = parser.parse_args()
     if options.memory:
         print(
@@ -119,7 +118,7 @@ def main() -> None:
     goals: list[Goal] = []
     if (
         not options.steps
-    ):  # Before this process joins a group, whose address the ones it starts would inherit.
+    ):  # This precedes joining a process group, whose address child processes would inherit.
         goals += [
             goal for precision in options.precision for goal in memory(precision, options, figures)
         ]
@@ -136,7 +135,7 @@ def main() -> None:
 
 @dataclass
 class Workload:
-    """The model's size and the episodes that all systems are given."""
+    """The model's size and the episodes, which are the same for all systems."""
 
     quick: bool
     precision: str
@@ -185,7 +184,7 @@ class Workload:
 
 
 class System:
-    """A model and its step, forward and backward, on the episodes of a task."""
+    """A model and its step, a forward and a backward pass, on the episodes of a task."""
 
     def __init__(
         self,
@@ -206,7 +205,7 @@ class System:
 
 @dataclass(frozen=True)
 class Parts:
-    """What our decoder is made of; each part that is not ours is PyTorch's or DeepSpeed's own.
+    """The parts of our decoder that are used; the others are replaced by PyTorch's or DeepSpeed's.
 
     linear, attention, loss: icl_moe.model.{linear, blockwise_attention, loss}. targets: logits at
     targets only.
@@ -230,7 +229,9 @@ STEPS = {
     "packed layout": Parts(layout="padded"),
     "attributes' experts by slices": Parts("token"),
 }
-"""Each step and ours without it. Where logits are everywhere, they are not in chunks either."""
+"""Each optimization, and our decoder without it. If logits are computed everywhere, they are not
+computed in chunks either.
+"""
 
 
 def decoder(workload: Workload, parts: Parts) -> System:
@@ -305,11 +306,11 @@ SYSTEMS: dict[str, Callable[[Workload], System]] = {
 
 
 class Floor:
-    """The products of one step that no implementation can do without: x W^T, dy W and dy^T x of
-    every linear layer, at this batch's shapes.
+    """The matrix products of one step that every implementation needs: x W^T, dy W and dy^T x of
+    every linear layer, with this batch's shapes.
 
-    A product is timed alone, with the fastest kernel that there is; attention's share is added at
-    the rate of the rest.
+    Each product is timed separately, with the fastest available kernel; attention is added at the
+    same rate.
     """
 
     def __init__(self, workload: Workload, batch: TokenBatch) -> None:
@@ -339,7 +340,7 @@ class Floor:
 
     @property
     def rate(self) -> float:
-        """FLOP/s, with each product weighed by how often a step computes it."""
+        """FLOP/s, with each product weighted by how often a step computes it."""
         seconds = sum(
             product[0] * statistics.median(times[1:] or times)
             for product, times in zip(self._products, self._times, strict=True)
@@ -351,7 +352,7 @@ class Floor:
 
 
 def race(workload: Workload, repeats: int, figures: dict[str, Any]) -> list[Goal]:
-    """Episodes a second of all systems, on each task and over the mix."""
+    """Episodes per second of all systems, on each task and on the mix."""
     systems = {name: build(workload) for name, build in SYSTEMS.items()}
     floors = {task: Floor(workload, systems["ours"].batches[task]) for task in SAMPLES}
     seconds = _seconds_an_episode(
@@ -359,12 +360,12 @@ def race(workload: Workload, repeats: int, figures: dict[str, Any]) -> list[Goal
     )
     for name, by_task in seconds.items():
         for task, found in [*by_task.items(), ("mix", _mix(by_task))]:
-            figures[f"{workload.precision}, {name}, {task}: s an episode"] = found
+            figures[f"{workload.precision}, {name}, {task}: s per episode"] = found
     return _speed_goals(workload, seconds, floors, figures)
 
 
 def undo_steps(workload: Workload, repeats: int, figures: dict[str, Any]) -> list[Goal]:
-    """The time of ours with one step undone, over that of ours, on each task and over the mix."""
+    """The time of ours without one optimization relative to ours, on each task and on the mix."""
     for step, parts in STEPS.items():
         systems = {"ours": decoder(workload, Parts()), "without": decoder(workload, parts)}
         seconds = _seconds_an_episode(workload, systems, repeats)
@@ -384,7 +385,7 @@ def _seconds_an_episode(
     repeats: int,
     others: dict[str, tuple[Callable[[], None], ...]] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """By system and task, timed in turns; `others` run in the same turns, by task."""
+    """System -> task -> seconds, timed in turns; `others` run in the same turns, by task."""
     seconds: dict[str, dict[str, float]] = {name: {} for name in systems}
     for task in SAMPLES:
         print(
@@ -419,7 +420,7 @@ def _speed_goals(
         ),
     ]
     for task, floor in floors.items():
-        figures[f"{precision}, {task}: TFLOP an episode"] = (
+        figures[f"{precision}, {task}: TFLOP per episode"] = (
             floor.flops / workload.micro_batch / 1e12
         )
         figures[f"{precision}, {task}: products alone, GFLOP/s"] = floor.rate / 1e9
@@ -444,8 +445,8 @@ def _speed_goals(
 
 
 def memory(precision: str, options: argparse.Namespace, figures: dict[str, Any]) -> list[Goal]:
-    """Peak memory of a step of each task, the larger one, in a process of its own: above weights
-    and gradients, and in all.
+    """Peak memory of a step, the maximum over the tasks, in a separate process: without weights and
+    gradients, and in total.
     """
     above, whole = [], []
     for name in ("ours", "stock"):
@@ -477,8 +478,8 @@ def memory(precision: str, options: argparse.Namespace, figures: dict[str, Any])
 
 
 def memory_of(name: str, workload: Workload) -> tuple[float, float]:
-    """MiB that this process holds with weights and all gradients, and at the peak of a step of each
-    task.
+    """Memory of this process in MiB with weights and all gradients, and at the peak of a step of
+    each task.
     """
     with process_group():
         system = SYSTEMS[name](workload)
@@ -494,7 +495,7 @@ def memory_of(name: str, workload: Workload) -> tuple[float, float]:
 def _linear_layers(
     settings: ModelSettings, batch: TokenBatch, vocabulary: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """(rows, input features, output features, how many) of the linear layers of one step."""
+    """(rows, input features, output features, count) of the linear layers of one step."""
     tokens, targets, width = len(batch.tokens_T), len(batch.labels_P), settings.width
     sparse = len(settings.sparse_layers)
     feed_forwards = settings.layers - sparse + settings.experts_per_token * sparse
@@ -506,7 +507,9 @@ def _linear_layers(
 
 
 def _mix(by_task: dict[str, float]) -> float:
-    """The mean over the paper's mix: a task's probability goes with the square root of its size."""
+    """The mean over the paper's mix, in which a task's probability is proportional to the square
+    root of its size.
+    """
     weights = {task: samples**0.5 for task, samples in SAMPLES.items()}
     return sum(weights[task] * value for task, value in by_task.items()) / sum(weights.values())
 
@@ -530,8 +533,8 @@ def _sparse_layers(model: InContextDecoder) -> list[Any]:
 
 @dataclass(frozen=True)
 class _StockAttention:
-    """Causal attention of `rows` equal rows by PyTorch's own kernel; padding comes after what it
-    could disturb only in its own pair.
+    """Causal attention over `rows` rows of equal length with PyTorch's kernel. Padding needs no
+    mask, since it only follows the tokens of its own pair.
     """
 
     rows: int
@@ -564,7 +567,7 @@ def _synchronize() -> None:
 
 
 def _peak_memory() -> float:
-    """MiB, the most so far: of the process on a CPU, of tensors on a GPU."""
+    """The peak so far in MiB: of the process on a CPU, of tensors on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

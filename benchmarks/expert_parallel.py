@@ -1,15 +1,15 @@
-"""Where experts and rows meet under expert parallelism: python benchmarks/expert_parallel.py
+"""Moving rows or moving weights under expert parallelism: python benchmarks/expert_parallel.py
 [--json FILE]
 
-An expert layer of each sparse layer's gate, forward and backward on ep 2, 4 and 8 gloo ranks, each
-with an episode of its own at the paper's lengths, in two ways:
+An expert layer for the gate of each sparse layer, forward and backward on 2, 4 and 8 gloo ranks,
+each with its own episode of the paper's lengths, in two ways:
 
     rows       every row goes to the rank that holds its expert, and back
-    weights    the experts at work go to every rank, and their gradients back
+    weights    the active experts go to every rank, and their gradients back
 
-Counted are the rows that each rank computes, and the bytes that cross between ranks, which must
+The benchmark counts the rows that each rank computes and the bytes sent between ranks, which must
 equal the formulas of docs/parallelism.md. Neither depends on the machine. The layer is narrow, to
-be quick; bytes at the paper's width are computed by the same formulas.
+be fast; bytes at the paper's width are computed with the same formulas.
 """
 
 import argparse
@@ -49,8 +49,8 @@ FP32, BF16 = 4, 2
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of a task: the episode's rows of each attribute class, and the experts that its gate
-    sends them to.
+    """A layer for a task: the episode's rows of each attribute class, and the experts to which its
+    gate sends them.
     """
 
     task: str
@@ -58,7 +58,7 @@ class Case:
     experts_CK: tuple[tuple[int, ...], ...]
 
     def routes(self) -> list[tuple[int, int]]:
-        """(expert, rows) of one rank."""
+        """The (expert, rows) of one rank."""
         return [
             (expert, rows)
             for rows, chosen in zip(self.rows_C, self.experts_CK, strict=True)
@@ -68,8 +68,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Count:
-    """What one rank counted: rows computed, bytes that left it for other ranks, seconds of forward
-    and backward.
+    """The counts of one rank: rows computed, bytes sent to other ranks, seconds of forward and
+    backward.
     """
 
     rows: int
@@ -81,8 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--ep", type=int, nargs="+", default=EP_SIZES, help="how many ranks")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--ep", type=int, nargs="+", default=EP_SIZES, help="numbers of ranks")
     parser.add_argument("--width", type=int, default=WIDTH)
     options = parser.parse_args()
     experts, cases = layers()
@@ -101,8 +101,8 @@ def main() -> None:
 
 
 def layers() -> tuple[int, list[Case]]:
-    """How many experts a layer has, and every sparse layer of a new model of the paper's size on an
-    episode of each task.
+    """The number of experts in a layer, and every sparse layer of a new model of the paper's size
+    on an episode of each task.
     """
     workload = Workload(quick=False, precision="fp32", micro_batch=1)
     with torch.device("meta"):
@@ -144,7 +144,7 @@ def _rows(batch: TokenBatch) -> tuple[int, ...]:
 def on_ranks(
     ep_size: int, width: int, experts: int, cases: list[Case]
 ) -> dict[str, list[list[Count]]]:
-    """By way: what each rank counted on each case."""
+    """Way -> the counts of each rank for each case."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     port = free_port()
@@ -219,8 +219,8 @@ def _measure(
 
 
 class _CountedBytes:
-    """Within it, adds up the bytes that this rank hands to collectives for other ranks (a broadcast
-    counts once for each of them).
+    """Within this context, sums the bytes that this rank sends to other ranks in collectives (a
+    broadcast counts once for each of them).
     """
 
     def __enter__(self) -> "_CountedBytes":
@@ -254,8 +254,8 @@ class _CountedBytes:
 def bytes_of_rows(
     case: Case, ep_size: int, experts: int, width: int, size: int = FP32, micro_batch: int = 1
 ) -> int:
-    """4 M b (rows that a rank routes to experts of others), over all ranks: there and back, in
-    forward and backward.
+    """4 M b (rows that a rank routes to experts of other ranks), summed over all ranks: sent and
+    returned, in forward and backward.
     """
     away = sum(
         rows
@@ -267,16 +267,16 @@ def bytes_of_rows(
 
 
 def bytes_of_weights(case: Case, ep_size: int, width: int, size: int = FP32) -> int:
-    """2 A (P - 1) (8 M^2 + 5 M) b: each of A experts at work to P - 1 ranks, and its
-    gradient back.
+    """2 A (P - 1) (8 M^2 + 5 M) b: each of A active experts goes to P - 1 ranks, and its gradient
+    back.
     """
     active = len({expert for chosen in case.experts_CK for expert in chosen})
     return 2 * active * (ep_size - 1) * (8 * width**2 + 5 * width) * size
 
 
 def busiest(case: Case, ep_size: int, experts: int, best: bool) -> float:
-    """Rows of the busiest rank over the mean where rows go to experts: as experts lie, or as they
-    would lie best for this case alone.
+    """Rows of the busiest rank / mean if rows go to experts: with the actual placement of experts,
+    or with the best one for this case.
     """
     loads: dict[int, int] = {}
     for expert, rows in case.routes():
@@ -312,8 +312,8 @@ def tabulate(
     counted: dict[str, list[list[Count]]],
     figures: dict[str, Any],
 ) -> list[Goal]:
-    """Means over the layers of a task; the script ends where a counted number of bytes is not the
-    formula's.
+    """Means over the layers of a task. The script ends if a number of bytes differs from the
+    formula.
     """
     chosen = [i for i, case in enumerate(cases) if case.task == task]
     head = f"ep {ep_size}, {task}"
@@ -329,22 +329,22 @@ def tabulate(
             )
             if sent != formula:
                 sys.exit(
-                    f"{head}, {way}: {sent} bytes were counted, and the formula says {formula}."
+                    f"{head}, {way}: {sent} bytes were counted, but the formula gives {formula}."
                 )
         rows = [[count.rows for count in counts[i]] for i in chosen]
         work[way] = statistics.mean(max(of_ranks) / statistics.mean(of_ranks) for of_ranks in rows)
         figures[f"{head}, {way}: busiest rank's rows / mean"] = work[way]
-        figures[f"{head}, {way}: share of ranks that idle"] = statistics.mean(
+        figures[f"{head}, {way}: share of idle ranks"] = statistics.mean(
             of_ranks.count(0) / ep_size for of_ranks in rows
         )
-        figures[f"{head}, {way}: MB counted, a layer"] = statistics.mean(
+        figures[f"{head}, {way}: MB per layer, counted"] = statistics.mean(
             sum(c.sent for c in counts[i]) / 1e6 for i in chosen
         )
-        figures[f"{head}, {way}: s a layer"] = statistics.mean(
+        figures[f"{head}, {way}: s per layer"] = statistics.mean(
             max(count.seconds for count in counts[i]) for i in chosen
         )
-    figures[f"{head}, rows, experts placed best: busiest rank's rows / mean"] = statistics.mean(
-        busiest(cases[i], ep_size, experts, best=True) for i in chosen
+    figures[f"{head}, rows, best placement of experts: busiest rank's rows / mean"] = (
+        statistics.mean(busiest(cases[i], ep_size, experts, best=True) for i in chosen)
     )
     paper = [(cases[i], ep_size, PAPER_WIDTH) for i in chosen]
     by_rows = statistics.mean(
@@ -352,7 +352,7 @@ def tabulate(
     )
     by_weights = statistics.mean(bytes_of_weights(case, ep, m, BF16) for case, ep, m in paper)
     figures[
-        f"{head}, rows: MB a rank and layer at width {PAPER_WIDTH}, bf16, micro-batch "
+        f"{head}, rows: MB per rank and layer at width {PAPER_WIDTH}, bf16, micro-batch "
         f"{PAPER_MICRO_BATCH}, by formula"
     ] = by_rows / ep_size / 1e6
     figures[f"{head}, weights: the same"] = by_weights / ep_size / 1e6

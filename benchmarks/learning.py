@@ -1,12 +1,11 @@
-"""What each part of modern_demo is worth: python benchmarks/learning.py TRAIN VALIDATION --out DIR
-[--arms NAME,...] [--seeds 0,1,2] [--recipe modern_demo] [key=value ...]
+"""Ablations of modern_demo: python benchmarks/learning.py TRAIN VALIDATION --out DIR [--arms
+NAME,...] [--seeds 0,1,2] [--recipe modern_demo] [key=value ...]
 
-TRAIN and VALIDATION are shard folders. Each arm is the recipe with one part left out, or
-with another routing, trained,
-exported with a threshold fitted on TRAIN, and evaluated on VALIDATION by the commands that a user
-would type, one process at a time on one thread. What is finished is kept: the same command goes on
-after an interruption. DIR gets a folder an arm and seed, and learning.json and learning.md with
-every score as mean and range over the seeds.
+TRAIN and VALIDATION are shard folders. Each arm is the recipe without one part, or with another
+routing: it is trained, exported with a threshold fitted on TRAIN, and evaluated on VALIDATION with
+the commands that a user would type, one process at a time on one thread. The same command resumes
+after an interruption. DIR gets a folder for each arm and seed, and learning.json and learning.md
+with the mean and range of every score over the seeds.
 
 key=value are settings of the recipe for all arms, such as training.steps=2000.
 """
@@ -60,13 +59,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default %(default)s)")
     parser.add_argument("--recipe", default="modern_demo")
     parser.add_argument("--shots", default="1")
-    parser.add_argument("--limit", help="episodes a task that are evaluated")
+    parser.add_argument("--limit", help="number of evaluated episodes per task")
     options = parser.parse_intermixed_args()
     arms = options.arms.split(",")
     if unknown := set(arms) - ARMS.keys():
         sys.exit(f"There is no arm {min(unknown)}; there are {', '.join(ARMS)}.")
     results: dict[str, list[dict[str, Any]]] = {}
-    for seed in options.seeds.split(","):  # All arms once before any seed twice.
+    for seed in options.seeds.split(","):  # All arms run with one seed before the next seed.
         for arm in arms:
             results.setdefault(arm, []).append(run(arm, seed, options))
             options.out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +75,7 @@ def main() -> None:
 
 
 def run(arm: str, seed: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of one arm and seed, by commands that do nothing where they were done before."""
+    """The metrics of one arm and seed; commands that are done already do nothing."""
     folder = options.out / f"{arm.replace(' ', '_')}-{seed}"
     metrics = folder / "evaluation/metrics.json"
     if not metrics.is_file():
@@ -102,10 +101,10 @@ def run(arm: str, seed: str, options: argparse.Namespace) -> dict[str, Any]:
 def command(*arguments: Any) -> None:
     words = [sys.executable, "-m", "icl_moe", *map(str, arguments)]
     print("$", " ".join(words), flush=True)
-    # A process alone needs no launcher, and one thread leaves the machine to others.
+    # A single process needs no launcher; one thread leaves the rest of the machine free.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if subprocess.run(words, env=environment, check=False).returncode:
-        sys.exit("The command above failed; the same command as before goes on from there.")
+        sys.exit("The command above failed; run this script again to resume from there.")
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -1,9 +1,9 @@
-"""How fast the line is on this machine, and what memory each stage needs: python benchmarks/line.py
-[--json FILE]
+"""Speed and memory of each stage of the pipeline on this machine: python benchmarks/line.py [--json
+FILE]
 
-Each stage runs in a process of its own, so that its peak memory is its own. The training step is
-timed against Hugging Face's GPT-2 of the same size on the same number of tokens, in turns within
-one process; read the ratio, not the seconds.
+Each stage runs in a separate process, which gives its peak memory. The training step is compared
+with Hugging Face's GPT-2 of the same size on the same number of tokens, in turns within one
+process; compare the ratio, not the seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ IMAGES, BATCH, REPEATS = 200, 8, 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--stage", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
@@ -62,8 +62,8 @@ def build_shards(folder: Path) -> dict[str, float]:
 
 
 def train_step(folder: Path) -> dict[str, float]:
-    """The demo's micro-batch of segmentation, forward, backward and AdamW step, against GPT-2 on as
-    many tokens.
+    """Forward, backward and AdamW step on the demo's micro-batch of segmentation, compared with
+    GPT-2 on as many tokens.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -133,8 +133,8 @@ def train_step(folder: Path) -> dict[str, float]:
 
 
 def evaluate(folder: Path) -> dict[str, float]:
-    """Free decoding of one-shot queries by an untrained model of the demo's size: as slow as a
-    trained one.
+    """Free decoding of one-shot queries with an untrained model of the demo's size, which is as
+    slow as a trained one.
     """
     from icl_moe.data.shards import ShardSet
     from icl_moe.evaluation.episodes import EpisodeSet

@@ -1,10 +1,9 @@
-"""How fast one reading process feeds training: python benchmarks/loader.py [--json FILE]
+"""The rate at which one reader process feeds training: python benchmarks/loader.py [--json FILE]
 
-Shards of paper_256's format (three examples and a query at 256 px, 515 tokens a pair) are packed in
-a temporary folder. One worker of our loader, which reads each sample where the schedule's shuffle
-has it, and one of a plain webdataset pipeline, which reads the same shards from first to last
-without any shuffle, feed batches of the same make-up in turns. Read the ratio; tokens are real
-ones, not padding.
+Shards of paper_256's format (three examples and a query at 256 px, 515 tokens per pair) are packed
+into a temporary folder. One worker of our loader, which reads samples in the schedule's shuffled
+order, and one of a plain webdataset pipeline, which reads the same shards sequentially, produce
+batches of the same composition in turns. Compare the ratio; tokens exclude padding.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from icl_moe.settings import load_recipe
 SAMPLES, SHARD_SIZE = 2000, 500
 BATCHES, ROUNDS = 200, 7
 AHEAD = 8
-"""Micro-batches that a turn drops before its clock starts: the worker made them in the other's
+"""Micro-batches that are dropped before a turn is timed: the worker made them during the other's
 turn.
 """
 
@@ -43,9 +42,7 @@ GOALS = {"tokens/s": 1_000_000.0, "ratio to webdataset": 1.0}
 
 
 class PlainPipeline(IterableDataset[TokenBatch]):
-    """webdataset's own reader and decoders over the shards of each task in their order, then our
-    collate.
-    """
+    """webdataset's reader and decoders on the shards of each task in order, then our collate."""
 
     def __init__(self, folder: Path, shards: ShardSet, schedule: Schedule, part: RankSlice) -> None:
         self._vocabulary = shards.manifest.format.vocabulary
@@ -83,7 +80,7 @@ def _sequence(sample: dict[str, Any]) -> TokenSequence:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, help="episodes of each task (default %(default)s)"
     )
@@ -98,7 +95,7 @@ def main() -> None:
 
 
 def measure(samples: int, batches: int) -> dict[str, float]:
-    """Median rates of both over the rounds, and of the ratio within a round."""
+    """The medians over the rounds of both rates and of their ratio."""
     recipe = load_recipe(TrainingRecipe, "paper_256")
     batch, micro_batch = min(recipe.training.global_batch, samples), recipe.training.micro_batch
     with tempfile.TemporaryDirectory() as parent:
@@ -121,8 +118,8 @@ def measure(samples: int, batches: int) -> dict[str, float]:
         theirs = iter(DataLoader(pipeline, batch_size=None, num_workers=1, prefetch_factor=4))
         rates = [(_rate(ours, batches), _rate(theirs, batches)) for _ in range(ROUNDS + 1)][
             1:
-        ]  # The first warms up.
-        del ours, theirs  # Their workers end before the folder goes.
+        ]  # The first round is a warm-up.
+        del ours, theirs  # Their workers must end before the folder is deleted.
     return {
         "tokens/s": statistics.median(mine for mine, _ in rates),
         "webdataset tokens/s": statistics.median(other for _, other in rates),

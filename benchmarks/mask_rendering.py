@@ -1,9 +1,9 @@
-"""How masks survive the tokenizer, by how they are drawn and where they are cut: python
+"""The mask ceiling of a tokenizer for different renderings and thresholds: python
 benchmarks/mask_rendering.py [--json FILE]
 
-On unseen drawn scenes: every class mask is drawn in two grey levels, encoded, decoded, and taken to
-be where a pixel lies nearer to the object's level than to the ground's, at several places between
-the two. The figure is `icl-moe tokenizer evaluate`'s mask_miou.
+Every class mask of unseen drawn scenes is drawn in two grey levels, encoded, decoded, and
+thresholded at several levels between the ground's and the object's. The figure is mask_miou of
+`icl-moe tokenizer evaluate`.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from preprocessing.synthetic import draw_scene
 
 SCENES, SEED = 200, 4242
 CUTS = (0.25, 0.375, 0.45, 0.5, 0.55, 0.625, 0.75)
-"""Where a pixel begins to belong to the object, from 0, the ground's level, to 1, the object's."""
+"""Thresholds above which a pixel belongs to the object, from 0, the ground's level, to 1, the
+object's.
+"""
 RENDERINGS = {
     "white on black": (-1.0, 1.0),
     "black on white": (1.0, -1.0),
@@ -34,7 +36,7 @@ RENDERINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--tokenizer", default="demo", help="a tokenizer's folder, or the name of a shipped one"
     )
@@ -75,9 +77,7 @@ def _masks(size: int) -> tuple[Tensor, list[str]]:
 def _redraw(
     tokenizer: VQGAN, masks_BHW: Tensor, levels: tuple[float, float], blurred: bool
 ) -> Tensor:
-    """Every pixel's place between the ground's level, 0, and the object's, 1, after encoding and
-    decoding.
-    """
+    """Every pixel's level after encoding and decoding, from 0, the ground's, to 1, the object's."""
     ground, figure = levels
     drawn_BHW = masks_BHW.float()
     if blurred:

@@ -1,5 +1,5 @@
-"""What all benchmarks share: timing in turns, memory of a process of its own, and goals that a
-ratio meets or misses.
+"""Tools of all benchmarks: timing in turns, peak memory of a separate process, and goals for
+ratios.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and the bound that it is held to: at least `bound`, or at most it."""
+    """A figure and its bound: at least `bound`, or at most `bound`."""
 
     name: str
     value: float
@@ -29,8 +29,8 @@ class Goal:
 
 
 def in_turns(*functions: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float]:
-    """Median seconds of each, measured in turns so that a change of the machine's pace meets all of
-    them.
+    """Median seconds of each function, measured in turns so that changes of the machine's speed
+    affect all of them.
     """
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(warm_up + repeats):
@@ -43,8 +43,8 @@ def in_turns(*functions: Callable[[], Any], repeats: int, warm_up: int = 1) -> l
 
 
 def run_apart(arguments: Sequence[str]) -> tuple[str, float]:
-    """Run this Python with `arguments`; its last line on standard output, and its peak memory in
-    MiB.
+    """Run this Python with `arguments`. Returns the last line of its standard output, and its peak
+    memory in MiB.
     """
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -56,8 +56,8 @@ def run_apart(arguments: Sequence[str]) -> tuple[str, float]:
 
 
 def report(figures: dict[str, Any], goals: Sequence[Goal], file: Path | None) -> None:
-    """Print figures and goals as tables, say which goals are missed, and write all of it to `file`
-    as JSON where one is given.
+    """Print figures and goals as tables, list missed goals, and write everything to `file` as JSON,
+    if given.
     """
     print("\n| figure | value |\n|---|---|")
     for name, value in figures.items():

@@ -1,8 +1,8 @@
-"""MT-AdamW's step against torch's own AdamW, fused and foreach: python benchmarks/optimizer.py
-[--json FILE] [--device cuda]
+"""The step of MT-AdamW compared with torch's AdamW, fused and foreach: python
+benchmarks/optimizer.py [--json FILE] [--device cuda]
 
-On parameters of the paper's shapes, as one process without ZeRO holds them, and as one flat tensor,
-as ZeRO's partitions are. In turns; read the ratios.
+On parameters of the paper's shapes, as in one process without ZeRO, and on one flat tensor, as in
+ZeRO's partitions. They run in turns; compare the ratios.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REPEATS = 7
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     figures: dict[str, float] = {
@@ -38,7 +38,7 @@ def main() -> None:
     ):
         mt, fused, foreach = _seconds([tuple(shape) for shape in shapes], options.device)
         for name, seconds in (("MT-AdamW", mt), ("AdamW fused", fused), ("AdamW foreach", foreach)):
-            figures[f"{layout}, {name}, ms a step"] = 1000 * seconds
+            figures[f"{layout}, {name}, ms per step"] = 1000 * seconds
         goals.append(
             Goal(f"{layout}, MT-AdamW against fused AdamW", mt / fused, 1.15, at_most=True)
         )
@@ -49,8 +49,8 @@ def main() -> None:
 
 
 def _shapes() -> list[torch.Size]:
-    """Of paper_256 with 4 of its 12 layers, so that three optimizers' states fit into a laptop's
-    memory.
+    """The shapes of paper_256 with 4 of its 12 layers, so that the states of three optimizers fit
+    into a laptop's memory.
     """
     with torch.device("meta"):
         recipe = load_recipe(

@@ -1,9 +1,9 @@
-"""How much faster masks are in one pass than code by code: python benchmarks/parallel_decoding.py
+"""Decoding masks in one pass compared with code by code: python benchmarks/parallel_decoding.py
 [--json FILE]
 
-The same decoder, with random weights of modern_demo's size, completes the same queries both ways in
+A decoder of modern_demo's size with random weights completes the same queries in both ways in
 turns: 64 cells (64 pixels at downsampling 8) and 256 cells, one query and sixteen at a time, one
-example each. Drawing the pixels of the codes is part of both. Read the ratios.
+example each. Both include decoding the codes to pixels. Compare the ratios.
 """
 
 import argparse
@@ -35,8 +35,10 @@ GOALS = {"64 cells, batch 1": 8.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--repeats", type=int, default=9, help="of each way (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--repeats", type=int, default=9, help="repeats of each way (default %(default)s)"
+    )
     options = parser.parse_args()
     figures: dict[str, float] = {"cores": len(os.sched_getaffinity(0))}
     ratios: dict[str, float] = {}
@@ -51,8 +53,8 @@ def main() -> None:
             ]
             at_once, in_turn = in_turns(*ways, repeats=options.repeats)
             name = f"{cells} cells, batch {batch}"
-            figures[f"{name}: ms a mask, in one pass"] = 1e3 * at_once / batch
-            figures[f"{name}: ms a mask, code by code"] = 1e3 * in_turn / batch
+            figures[f"{name}: ms per mask, in one pass"] = 1e3 * at_once / batch
+            figures[f"{name}: ms per mask, code by code"] = 1e3 * in_turn / batch
             ratios[name] = in_turn / at_once
     figures |= {f"{name}: times faster": ratio for name, ratio in ratios.items()}
     report(
@@ -61,8 +63,8 @@ def main() -> None:
 
 
 def random_model(side: int) -> InContextModel:
-    """modern_demo's decoder for pictures of `side` pixels, with random weights, and the tokenizers
-    that ship.
+    """modern_demo's decoder for pictures of `side` pixels, with random weights, and the shipped
+    tokenizers.
     """
     recipe = load_recipe(TrainingRecipe, "modern_demo")
     tokenizers = ImageTokenizers(

@@ -1,8 +1,8 @@
-"""The published VQ-GAN, independent of this project's: the modules of taming-transformers-rom1504,
-put together as its VQModel does.
+"""The published VQ-GAN, independent of this project: the modules of taming-transformers-rom1504,
+assembled as in its VQModel.
 
-VQModel itself needs pytorch_lightning; its modules need torch alone. Tests hold our VQGAN to it,
-and benchmarks/tokenizer.py races it.
+VQModel itself needs pytorch_lightning; its modules need only torch. Tests compare our VQGAN with
+it, and benchmarks/tokenizer.py measures both.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from icl_moe.tokenizers.vqgan import VQGANConfig
 
 
 class PublishedVQGAN(nn.Module):
-    """Its parameters have the names of a release, which are also ours. New ones have random
+    """Its parameters have the names of a release, which are also ours. A new instance has random
     weights.
     """
 
@@ -27,7 +27,7 @@ class PublishedVQGAN(nn.Module):
         self.quantize = VectorQuantizer2(config.codebook_size, config.code_channels, beta=0.25)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
-        # Codes where the latents are, or all pictures would fall on a few of them.
+        # The codes are close to the latents; otherwise all pictures would use only a few codes.
         self.quantize.embedding.weight.data.normal_(std=0.5)
         self.eval()
 
@@ -52,7 +52,7 @@ class PublishedVQGAN(nn.Module):
 
 
 def network_options(config: VQGANConfig) -> dict[str, Any]:
-    """The network's sizes by the names of the published YAML's `ddconfig`."""
+    """The network's sizes under the names of `ddconfig` in the published YAML."""
     return {
         "double_z": False,
         "z_channels": config.latent_channels,

@@ -1,5 +1,5 @@
-"""Shard folders of random episodes, of any size, written by the packer itself: where size and
-layout matter and sense does not.
+"""Writes shard folders of random episodes with the real packer, for measurements that depend only
+on size and layout.
 """
 
 from pathlib import Path
@@ -54,8 +54,8 @@ def write_shards(
     examples: int = 3,
     mask_bytes: int = 300,
 ) -> Manifest:
-    """Write `samples` episodes of each task into `folder`; `mask_bytes`: of the run lengths of a
-    mask in KEY.json.
+    """Write `samples` episodes of each task into `folder`. mask_bytes: the size of a mask's run
+    lengths in KEY.json.
     """
     folder.mkdir(parents=True)
     codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges))
@@ -106,7 +106,7 @@ def _with_masks(mask_bytes: int) -> list[PoolRegion]:
 
 
 def _with_captions(rng: np.random.Generator) -> list[PoolRegion]:
-    """Phrases of the length of Visual Genome's, 5 words in the mean."""
+    """Phrases of Visual Genome's length, 5 words on average."""
     regions = []
     for n in range(200):
         category = _CLASSES[n % len(_CLASSES)]
@@ -128,9 +128,7 @@ def _with_captions(rng: np.random.Generator) -> list[PoolRegion]:
 def _episodes(
     task: Task, regions: list[PoolRegion], samples: int, pairs: int, rng: np.random.Generator
 ) -> TaskEpisodes:
-    """Pictures 2n and 2n + 1 stand for region n's image and mask; an episode's class is its
-    query's, as everywhere.
-    """
+    """Pictures 2n and 2n + 1 are the image and the mask of region n."""
     pictures = np.arange(2 * len(regions)).reshape(-1, 2)
     if task is CAPTIONING:
         pictures[:, 1] = -1

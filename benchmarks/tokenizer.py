@@ -1,11 +1,11 @@
-"""The image tokenizer's speed against the published implementation's: python
+"""Speed of the image tokenizer compared with the published implementation: python
 benchmarks/tokenizer.py [--json FILE]
 
-At the released size (256 pixels, f16, 1024 codes) with random weights, the same for both, on the
-same pictures: encoding and decoding in turns, in float32 and in bf16. How far bf16 changes codes is
-counted on a trained tokenizer (the demo's, or --tokenizer DIR), on drawn scenes and their masks,
-half and half as episodes hold them. Memory is that of measuring 60 and 240 pictures, each in a
-process of its own.
+Both encode and decode the same pictures in turns, at the released size (256 pixels, f16, 1024
+codes) with the same random weights, in float32 and in bf16. The share of codes that bf16 changes is
+measured with a trained tokenizer (the demo's, or --tokenizer DIR) on drawn scenes and their masks,
+in equal parts as in episodes. Memory is that of measuring 60 and 240 pictures, each in a separate
+process.
 """
 
 import argparse
@@ -33,7 +33,7 @@ FEW, MANY = 60, 240
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--tokenizer",
         default="demo",
@@ -41,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--measure", help=argparse.SUPPRESS
-    )  # the folder of pictures that this process is to measure
+    )  # the folder of pictures that this process measures
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(evaluate_tokenizer("demo", Path(options.measure))))
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def race(figures: dict[str, float]) -> list[Goal]:
-    """Images a second of both implementations, in both directions."""
+    """Images per second of both implementations, in both directions."""
     torch.manual_seed(0)
     config = VQGANConfig()
     published = PublishedVQGAN(config)
@@ -88,7 +88,7 @@ def race(figures: dict[str, float]) -> list[Goal]:
 
 
 def agreement(source: str, figures: dict[str, float]) -> list[Goal]:
-    """How many codes bf16 leaves as float32 has them, with trained weights."""
+    """The share of codes that are equal in bf16 and float32, with trained weights."""
     print("agreement ...", file=sys.stderr, flush=True)
     exact, fast = VQGAN.from_pretrained(source), VQGAN.from_pretrained(source, precision="bf16")
     rng = np.random.default_rng(0)

@@ -1,5 +1,4 @@
-"""Draws docs/images/sequence.svg: two sequences as their spans are, coloured by attribute class.
-
+"""Draws docs/images/sequence.svg, the spans of two sequences coloured by attribute class:
 python docs/draw_sequence.py
 """
 

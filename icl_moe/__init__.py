@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line's --help must not wait for torch.
+    # Imported on first use, so that the command line's --help does not wait for torch.
     if name == "InContextModel":
         from icl_moe.inference.model import InContextModel
 

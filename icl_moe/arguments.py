@@ -1,6 +1,4 @@
-"""What the command line takes as a path or a number, `type=` of argparse's arguments; and the
-options that several commands have.
-"""
+"""Types of paths and numbers for argparse's `type=`, and options that several commands share."""
 
 import argparse
 import os
@@ -13,9 +11,9 @@ from icl_moe.outputs import output_folder
 
 
 def path(text: str) -> Path:
-    """A path, with ~ expanded: shells leave it in --query=~/x.png."""
+    """A path, with ~ expanded: shells do not expand it in --query=~/x.png."""
     if not text:
-        raise argparse.ArgumentTypeError("a path belongs there, not an empty text")
+        raise argparse.ArgumentTypeError("must be a path, not an empty text")
     return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, this never raises
 
 
@@ -47,9 +45,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 def add_whole_number(
     parser: argparse.ArgumentParser, option: str, least: int, default: int, text: str
 ) -> None:
-    """An option that takes a whole number of at least `least`; its help is `text` and the
-    default.
-    """
+    """Add an option for a whole number of at least `least`; its help is `text` and the default."""
     parser.add_argument(
         option,
         type=whole_number(least),
@@ -60,7 +56,7 @@ def add_whole_number(
 
 
 def add_recipe(parser: argparse.ArgumentParser, metavar: str, such_as: str) -> None:
-    """A recipe, and settings that override its own."""
+    """Add the arguments for a recipe and settings that override it."""
     parser.add_argument(
         "recipe", metavar=metavar, help=f"a path, or the name of a shipped one such as {such_as}"
     )
@@ -76,7 +72,7 @@ def add_recipe(parser: argparse.ArgumentParser, metavar: str, such_as: str) -> N
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
-        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU where there is one)",
+        help="where to compute: cpu, cuda, cuda:1, mps (default: a GPU if there is one)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Attribute vectors: what a token is, in the eight bits that attribute routing reads.
+"""Attribute vectors: the kind of a token in the eight bits that attribute routing reads.
 
 Uni-Perceiver-MoE gives every token eight bits. Here they are one byte, the token's *attribute
 class*, so the class id is the vector itself and needs no second table. For a segmentation episode:
@@ -13,7 +13,7 @@ from typing import Literal
 Modality = Literal["image", "text"]
 
 PADDING = 0
-"""The attribute class of padding. No real stream has it: bit 7 is set in all of them."""
+"""The attribute class of padding. No stream has it, since bit 7 is set in all of them."""
 
 ATTRIBUTE_BITS = 8
 _NAMES = (
@@ -34,12 +34,12 @@ def attribute_class(
     """The byte of the eight attribute bits of one token stream; bit i of the vector is bit i of the
     byte.
 
-    Bits (Uni-Perceiver-MoE; the rows for these tasks are ours): 0/1 the task's input holds visual
-    data / text, 2/3 its target holds visual data / text, 4/5 this token is visual / text, 6 it is
-    on the target side, 7 it is under a causal mask.
+    Bits (as in Uni-Perceiver-MoE, which does not list these tasks): 0/1 the task's input contains
+    visual data / text, 2/3 its target contains visual data / text, 4/5 this token is visual / text,
+    6 it is on the target side, 7 it is under a causal mask.
 
     outputs: the modalities on the target side of the task. modality, target: of this stream.
-    class_prompt: whether the sequence opens with the class name as text.
+    class_prompt: whether the sequence begins with the class name as text.
     """
     bits = (
         True,
@@ -73,7 +73,7 @@ def own_stream(attributes: int) -> int:
 
 
 def is_output_image(attributes: int) -> bool:
-    """Whether a stream is of images on the target side of its pair."""
+    """Whether a stream consists of images on the target side of its pair."""
     return is_target(attributes) and bool(attribute_bits(attributes)[4])
 
 

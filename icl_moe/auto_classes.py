@@ -1,5 +1,5 @@
-"""Makes transformers' Auto classes know the decoder as soon as this package is imported, without
-loading transformers or torch for it: the command line's --help must not wait for them.
+"""Registers the decoder with transformers' Auto classes when this package is imported, without
+loading transformers or torch, so that the command line's --help does not wait for them.
 
     import icl_moe
     from transformers import AutoModel
@@ -15,12 +15,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _AUTO = "transformers.models.auto.modeling_auto"
-_DECODER = "icl_moe.model.decoder"  # Registers itself at its end.
+_DECODER = "icl_moe.model.decoder"  # This module registers the decoder at its end.
 
 
 def register_when_loaded() -> None:
-    """Register the decoder with transformers' Auto classes: now where they are loaded, else as soon
-    as they are.
+    """Register the decoder with transformers' Auto classes: now if they are loaded, otherwise as
+    soon as they are.
     """
     if _AUTO in sys.modules:
         _register()
@@ -29,13 +29,13 @@ def register_when_loaded() -> None:
 
 
 def _register() -> None:
-    # Where the decoder is being imported, it is what loads transformers, and comes to its end.
+    # If the decoder's module is being imported, it registers the decoder itself at its end.
     if _DECODER not in sys.modules:
         importlib.import_module(_DECODER)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Sees the Auto classes being loaded, once."""
+    """Reacts to the first import of the Auto classes."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

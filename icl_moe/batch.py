@@ -1,8 +1,8 @@
-"""A micro-batch: episodes of one step, laid end to end, as tensors that the decoder reads.
+"""A micro-batch: concatenated episodes of one step, as tensors that the decoder reads.
 
-The loader makes batches and the decoder reads them, so that neither needs the other. Beside the
-tokens, a batch knows where each attribute class lies. For one segmentation episode of one example,
-with 4 codes an image, in the packed layout:
+The loader makes batches and the decoder reads them, so that neither needs the other. Besides the
+tokens, a batch contains the positions of each attribute class. For one segmentation episode of one
+example, with 4 codes per image, in the packed layout:
 
     spans     [BOI] i i i i [BOI] m m m m [EOC] [BOI] i i i i [BOI] m m m m [EOC]
     classes   input side is class 0, target side is class 1
@@ -29,18 +29,19 @@ Layout = Literal["packed", "padded"]
 
 
 Run = tuple[int, int]
-"""(attribute class, tokens) of neighbouring tokens of one class."""
+"""(attribute class, number of tokens) of consecutive tokens of one class."""
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Where the attribute classes of a batch lie: computed once, and read by every sparse layer.
+    """The positions of the attribute classes in a batch, computed once and read by every sparse
+    layer.
 
     classes: the distinct attribute classes, without padding.
-    segments: (index into classes, or -1 for padding; tokens) of each run of equal class, in stream
-    order. lengths: tokens of each episode, padding included.
+    segments: (index into classes, or -1 for padding; number of tokens) of each run of equal class,
+    in stream order. lengths: tokens of each episode, padding included.
     shares_BC: the share of each class among the tokens of each episode, without padding (float32);
-    rows add up to 1.
+    each row sums to 1.
     noise: (seed, step) of the gate noise, or None for none.
     """
 
@@ -52,7 +53,7 @@ class RoutingPlan:
 
     @classmethod
     def of_runs(cls, episodes: Sequence[Sequence[Run]]) -> "RoutingPlan":
-        """The plan of a stream of episodes, from the runs of each."""
+        """The plan of a stream of episodes, from the runs of each episode."""
         counts = [_tokens_of_classes(runs) for runs in episodes]
         classes = sorted({attributes for of_episode in counts for attributes in of_episode})
         place = {attributes: number for number, attributes in enumerate(classes)} | {PADDING: -1}
@@ -70,7 +71,7 @@ class RoutingPlan:
 
     @classmethod
     def of_rows(cls, attributes_BL: np.ndarray) -> "RoutingPlan":
-        """The plan of B rows of L tokens, one after the other, from the class of each token."""
+        """The plan of B consecutive rows of L tokens, from the class of each token."""
         return cls.of_runs([_runs(attributes_L) for attributes_L in attributes_BL])
 
     def episode_means(self, values_TE: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class RoutingPlan:
 
     @cached_property
     def _episodes_T(self) -> Tensor:
-        """The number of each token's episode, and one past the last at padding."""
+        """The episode number of each token; B for padding."""
         lengths = np.asarray(self.lengths)
         episodes_T = np.repeat(np.arange(len(lengths)), lengths)
         indices, runs = np.asarray(self.segments).T
@@ -114,15 +115,15 @@ def _runs(attributes_L: np.ndarray) -> list[Run]:
 class TokenBatch:
     """B episodes as one stream of T tokens with P targets.
 
-    tokens_T: what is read, [MASK] for a token that is hidden; positions_T; links_T2: see
-    `TokenSequence.links`; all int64. lengths: tokens of each episode. real_T: False at padding,
-    None where there is none.
-    routing: the plan of attribute classes. predictors_P: where in the stream each target is
-    predicted (the token before it);
+    tokens_T: the tokens that the model reads, with [MASK] for hidden ones; positions_T; links_T2:
+    see `TokenSequence.links`; all int64. lengths: tokens of each episode. real_T: False at padding,
+    None without padding.
+    routing: the plan of attribute classes. predictors_P: the place in the stream that predicts each
+    target (the token before it);
     labels_P: the target's id; weights_P: its loss weight (float32); visual_P: whether it is an
     image code or a features code.
     loss_scale: see `icl_moe.model.loss.combine`. task: the task of its episodes, or "mixed".
-    sources: a name of each episode, for messages.
+    sources: the name of each episode, for messages.
     """
 
     tokens_T: Tensor
@@ -140,14 +141,14 @@ class TokenBatch:
     sources: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A batch is sent between processes as one tensor, because each tensor that is sent costs a
-        file and a handshake, which is more than its content.
+        """A batch is sent between processes as one tensor, because each tensor costs a file and a
+        handshake, which take longer than its content.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)} | {
             "shares_BC": self.routing.shares_BC
         }
-        # The widest elements first, so that each part begins where its type may.
+        # The widest elements come first, so that each part is aligned for its type.
         parts = sorted(tensors.items(), key=lambda item: -item[1].element_size())
         content = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in parts])
         layout = [(name, tensor.dtype, tensor.shape) for name, tensor in parts]
@@ -172,7 +173,7 @@ class TokenBatch:
 def _unpack(
     content: Tensor, layout: list[tuple[str, torch.dtype, torch.Size]], rest: dict[str, Any]
 ) -> TokenBatch:
-    """The inverse of `TokenBatch.__reduce__`; its tensors are views of `content`."""
+    """The inverse of `TokenBatch.__reduce__`; the tensors are views of `content`."""
     tensors: dict[str, Any] = {}
     start = 0
     for name, dtype, shape in layout:
@@ -193,7 +194,7 @@ def collate(
     sources: Sequence[str] = (),
     loss_on: LossOn = "all",
 ) -> TokenBatch:
-    """Lay sequences of the padded layout end to end, in the layout asked for. `loss_scale` None: 1
+    """Concatenate sequences of the padded layout, in the requested layout. loss_scale: None means 1
     / (sum of this batch's weights).
     """
     if layout == "packed":

@@ -1,4 +1,4 @@
-"""Boxes as bins: coordinates normalised by the image's size, to three decimals."""
+"""Boxes as bins: coordinates normalised by the size of the image, to three decimals."""
 
 from collections.abc import Sequence
 
@@ -32,9 +32,7 @@ def bins_to_box(bins: Sequence[int]) -> Box:
 def normalise_box(
     x: float, y: float, width: float, height: float, image_width: int, image_height: int
 ) -> Box:
-    """A box of x, y, width, height in pixels as fractions of its image, cut at the image's
-    edges.
-    """
+    """A box of x, y, width, height in pixels as fractions of its image, clipped to the image."""
 
     def fraction(value: float, size: int) -> float:
         return min(max(value / size, 0.0), 1.0)
@@ -48,7 +46,7 @@ def normalise_box(
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two normalised boxes; 0 where both are empty."""
+    """Intersection over union of two normalised boxes; 0 if both are empty."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     intersection = max(width, 0.0) * max(height, 0.0)

@@ -72,7 +72,7 @@ _OF_THE_MACHINE = (
     errno.ENOMEM,
     errno.EAGAIN,
 )
-"""Errors of the machine, which are reported even where no file is named."""
+"""Errors of the machine, which are reported even if they name no file."""
 
 
 def _answer_system(error: OSError) -> int:
@@ -136,13 +136,12 @@ def _say_once(error: InputError) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read a command line, by default that of this process. `run` of what is returned carries it
-    out. Ends the process with a message, as argparse does, where there is no such command.
+    """Parse a command line, by default that of this process. `run` of the result executes it. Ends
+    the process with a message, as argparse does, if there is no such command.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse reads positional arguments in one go, so settings that come after an option are left
-    # over.
+    # argparse reads positional arguments in one group, so settings after an option remain unparsed.
     if rest and not (
         hasattr(options, "overrides")
         and all("=" in each and not each.startswith("-") for each in rest)
@@ -181,7 +180,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         "tokenizer", help="train, measure or convert an image tokenizer"
     ).add_subparsers(required=True, metavar="ACTION")
 
-    parser = actions.add_parser("train", help="train a VQ-GAN by a recipe")
+    parser = actions.add_parser("train", help="train a VQ-GAN as a recipe says")
     take.add_recipe(parser, "recipe", "tokenizer_demo")
     parser.add_argument(
         "--out",
@@ -194,28 +193,27 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
 
     parser = actions.add_parser(
         "evaluate",
-        help="measure what a tokenizer keeps: of pictures and masks, or of what they show",
+        help="measure a tokenizer by its reconstructions, or by its features",
     )
     parser.add_argument("tokenizer", help="a tokenizer's folder, or the name of a shipped one")
     parser.add_argument("images", type=take.path, help="folder of images")
     parser.add_argument(
         "--annotations",
         type=take.path,
-        help="COCO instances file of these images, for the mask ceiling, or for the matcher's "
-        "queries",
+        help="COCO instances file of these images, for the mask ceiling or the matcher's queries",
     )
     parser.add_argument(
         "--examples",
         nargs=2,
         type=take.path,
         metavar=("IMAGES", "ANNOTATIONS"),
-        help="of a features tokenizer: where the matcher takes its examples and its threshold",
+        help="for a features tokenizer: the source of the matcher's examples and threshold",
     )
     parser.add_argument(
-        "--shots", default="1,3", help="of a features tokenizer: numbers of examples (default 1,3)"
+        "--shots", default="1,3", help="for a features tokenizer: numbers of examples (default 1,3)"
     )
     take.add_device(parser)
-    take.add_dtype(parser, "what the tokenizer computes in (default: float32)")
+    take.add_dtype(parser, "precision of the tokenizer (default: float32)")
     parser.set_defaults(run=_tokenizer_evaluate)
 
     _add_tokenizer_features(actions)
@@ -228,8 +226,8 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     )
     for option, least, default, text in (
         ("--codes", 2, 512, "patches"),
-        ("--image-size", 1, 256, "of an instances file: pixels along a side of the images"),
-        ("--cell", 1, 16, "of an instances file: pixels along a side of a patch"),
+        ("--image-size", 1, 256, "for an instances file: side of the images in pixels"),
+        ("--cell", 1, 16, "for an instances file: side of a patch in pixels"),
     ):
         take.add_whole_number(parser, option, least, default, text)
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
@@ -257,21 +255,21 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--weights", metavar="FILE", help="a file with the backbone's weights")
     parser.add_argument(
-        "--strides", default="16,32", help="the backbone's maps that are joined (default 16,32)"
+        "--strides", default="16,32", help="maps of the backbone to combine (default 16,32)"
     )
     for option, least, default, text in (
         ("--codes", 2, 1024, "codes"),
-        ("--dimensions", 1, 64, "channels that PCA keeps"),
-        ("--image-size", 1, 256, "pixels along a side of the images"),
-        ("--downsampling", 1, 16, "pixels along a side of a cell"),
+        ("--dimensions", 1, 64, "number of principal components"),
+        ("--image-size", 1, 256, "side of the images in pixels"),
+        ("--downsampling", 1, 16, "side of a cell in pixels"),
         ("--seed", 0, 0, "of k-means"),
     ):
         take.add_whole_number(parser, option, least, default, text)
     parser.add_argument(
         "--annotations",
         type=take.path,
-        help="COCO instances file of these images: report how much of the features' score in "
-        "matching the codes retain",
+        help="COCO instances file of these images: report how much of the features' matching "
+        "score the codes retain",
     )
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_features)
@@ -299,8 +297,7 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--threshold-from",
         metavar="SHARDS",
-        help="training shards to fit the threshold of masks on, for a model that decodes in "
-        "parallel",
+        help="training shards for fitting the mask threshold of a model that decodes in parallel",
     )
     take.add_device(parser)
     parser.set_defaults(run=_export)
@@ -322,7 +319,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         help="folder for metrics.json, predictions and report.html",
     )
     parser.add_argument(
-        "--limit", type=take.whole_number(1), help="at most this many episodes a task"
+        "--limit", type=take.whole_number(1), help="evaluate at most this many episodes per task"
     )
     parser.add_argument(
         "--batch",
@@ -333,8 +330,8 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--control",
         help="how examples are exchanged for comparison: swapped (another class of the query), "
-        "shuffled (any other class), both with a comma between them, or none (default: swapped, "
-        "where the shards keep what it needs)",
+        "shuffled (any other class), both separated by a comma, or none (default: swapped, "
+        "if the shards contain the necessary data)",
     )
     _add_decoding(parser)
     _add_place(parser)
@@ -342,7 +339,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("segment", help="segment an image as examples show")
+    parser = verbs.add_parser("segment", help="segment an image according to examples")
     _add_examples(parser, "MASK")
     parser.add_argument("--category", help="the class's name, for models with a class prompt")
     parser.add_argument(
@@ -354,7 +351,7 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--confidence",
         metavar="FILE.png",
-        help="also write how sure each pixel is, from black (50%%) to white, in parallel decoding",
+        help="also write the confidence of each pixel (parallel decoding): black is 50%%",
     )
     _add_decoding(parser)
     _add_place(parser)
@@ -380,7 +377,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoding",
         choices=["autoregressive", "parallel"],
-        help="write masks code by code or in one pass (default: parallel where the model was "
+        help="decode masks code by code or in one pass (default: parallel if the model was "
         "trained for it)",
     )
 
@@ -391,9 +388,9 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_caption(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("caption", help="caption an image as examples show")
+    parser = verbs.add_parser("caption", help="caption an image according to examples")
     _add_examples(parser, "REGION.json")
-    parser.add_argument("--category", help="the class's name, for models to which it is given")
+    parser.add_argument("--category", help="the class's name, for models that need it")
     _add_place(parser)
     parser.set_defaults(run=_caption)
 
@@ -404,7 +401,7 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
         "--out",
         type=take.folder,
         default="demo",
-        help="folder for everything it makes (default demo)",
+        help="folder for all results (default demo)",
     )
     parser.set_defaults(run=_demo)
 
@@ -422,7 +419,7 @@ def _train_until_stopped(options: argparse.Namespace) -> int:
     from icl_moe.training.preflight import open_checked
 
     recipe = load_recipe(TrainingRecipe, options.recipe, options.overrides)
-    # Before DeepSpeed is imported, which takes seconds: a refusal comes at once.
+    # These checks precede the import of DeepSpeed, which takes seconds.
     checked = open_checked(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
 
     from icl_moe.training.trainer import Trainer
@@ -484,8 +481,8 @@ def _match_photographs(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--shots must be at least 1 for a matcher, not {min(shots)}.")
     if options.annotations is None or options.examples is None:
         raise InputError(
-            f"{options.tokenizer} is a features tokenizer, which is measured by matching: give the "
-            "images' --annotations, and --examples IMAGES ANNOTATIONS."
+            f"{options.tokenizer} is a features tokenizer, which is measured by matching: set "
+            "--annotations for the images, and --examples IMAGES ANNOTATIONS."
         )
     from icl_moe.tokenizers.features import FeaturesTokenizer
     from preprocessing.tokenizers.matching import evaluate_matcher, read_photographs
@@ -525,7 +522,7 @@ def _tokenizer_features(options: argparse.Namespace) -> int:
 
 
 def _print_values(values: dict[str, Any], prefix: str = "") -> None:
-    """Plain values, one a line; those of a table within them under `name.`."""
+    """Print plain values, one per line; those of a nested table are prefixed with `name.`."""
     for name, value in values.items():
         if isinstance(value, dict):
             _print_values(value, f"{prefix}{name}.")
@@ -549,7 +546,7 @@ def _tokenizer_masks(options: argparse.Namespace) -> int:
     print(
         f"{out}: {tokenizer.codes} patches of {tokenizer.side} x {tokenizer.side} pixels, "
         f"fingerprint {tokenizer.fingerprint}; of {report.masks} held-out masks mIoU "
-        f"{report.ceiling:.3f} and {report.entropy:.2f} nats a cell"
+        f"{report.ceiling:.3f} and {report.entropy:.2f} nats per cell"
     )
     return 0
 
@@ -601,13 +598,12 @@ def _whole_numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"{option} must be whole numbers with commas between them, such as 0,1,2,3, not "
-            f"'{text}'."
+            f"{option} must be whole numbers separated by commas, such as 0,1,2,3, not '{text}'."
         ) from None
 
 
 _PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-"""Image formats that store a mask without loss, by the ending of the file's name."""
+"""File suffixes of image formats that store a mask without loss."""
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -623,7 +619,8 @@ def _segment(options: argparse.Namespace) -> int:
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
     if sure and model.decoding(options.decoding) != "parallel":
         raise InputError(
-            "--confidence needs parallel decoding, which this model or --decoding rules out."
+            "--confidence needs parallel decoding, which this model does not support or "
+            "--decoding excludes."
         )
     drawn = model.draw_mask(
         options.example,
@@ -640,7 +637,7 @@ def _segment(options: argparse.Namespace) -> int:
 
 
 def _write_levels(path: Path, levels_HW: "np.ndarray") -> None:
-    """A picture of levels from 0 (black) to 1 (white)."""
+    """Write levels from 0 (black) to 1 (white) as a greyscale picture."""
     from PIL import Image
 
     from icl_moe.outputs import write_output

@@ -1,8 +1,8 @@
-"""Everything that is touched of DeepSpeed beyond its public interface, each with the reason.
+"""All uses of DeepSpeed beyond its public interface, each with its reason.
 
-pyproject.toml holds DeepSpeed to one minor version for the sake of these.
-tests/distributed/test_deepspeed_internals.py fails where another version changes one of them. The
-expert layers, which are subclasses of DeepSpeed's, stand in model/deepspeed_moe.py.
+For this reason pyproject.toml restricts DeepSpeed to one minor version.
+tests/distributed/test_deepspeed_internals.py fails if another version changes one of these
+internals. The expert layers, which are subclasses of DeepSpeed's, are in model/deepspeed_moe.py.
 """
 
 from collections.abc import Callable
@@ -15,34 +15,36 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 Engine = Any
-"""A deepspeed.DeepSpeedEngine, which has no types."""
+"""A deepspeed.DeepSpeedEngine, which has no type annotations."""
 
 
 # --- Before there is an engine -------------------------------------------------------------------
 
 
 def leave_out_shared_memory_collective() -> None:
-    """DeepSpeed compiles a collective for inference on CPUs when ranks first meet: that takes half
-    a minute and a C++ compiler, and no setting turns it off.
+    """Prevent DeepSpeed from compiling a collective for inference on CPUs when the ranks connect:
+    this takes half a minute and a C++ compiler, and no setting turns it off.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def set_model_parallel_unit(unit: Any) -> None:
-    """`deepspeed.initialize(mpu=...)` comes after the expert layers are built, which read the unit
-    from there already. An earlier engine of this process may have left its own: None removes it.
+    """Set the unit that expert layers read when they are built, which is before
+    `deepspeed.initialize(mpu=...)`. None removes the unit of an earlier engine of this process.
     """
     groups.mpu = unit
 
 
 def tensor_parallel_group() -> dist.ProcessGroup:
-    """The ranks that hold the other parts of this rank's matrices, by the unit that was set."""
+    """The ranks that hold the other parts of this rank's matrices, according to the unit that was
+    set.
+    """
     return groups.mpu.get_tensor_model_parallel_group()
 
 
 def gather_tokens_by(gather: Callable[..., Tensor]) -> None:
-    """Stock expert layers join the tensor ranks' shares with this function, which hands gloo a flat
-    output for an N-dimensional input; gloo refuses that.
+    """Replace the function with which stock expert layers gather tokens from tensor ranks: it
+    passes gloo a flat output for an N-dimensional input, which gloo refuses.
     """
     mappings._gather_tokens = gather
 
@@ -51,8 +53,8 @@ def gather_tokens_by(gather: Callable[..., Tensor]) -> None:
 
 
 def expert_parallel_group(parameter: nn.Parameter) -> dist.ProcessGroup:
-    """The ranks over which the experts of the layer of this expert's parameter are spread. There is
-    no public way from a parameter to its group.
+    """The ranks over which the experts of this parameter's layer are spread. DeepSpeed has no
+    public function from a parameter to its group.
     """
     return groups._get_expert_parallel_group(_group_name(parameter))
 
@@ -63,7 +65,7 @@ def expert_data_parallel_group(parameter: nn.Parameter) -> dist.ProcessGroup:
 
 
 def _group_name(parameter: nn.Parameter) -> str:
-    """How DeepSpeed tags the parameters of experts."""
+    """The group name with which DeepSpeed tags the parameters of experts."""
     name: str = vars(parameter)["group_name"]
     return name
 
@@ -72,8 +74,8 @@ def _group_name(parameter: nn.Parameter) -> str:
 
 
 class OptimizedRange(NamedTuple):
-    """The range of a flattened parameter that this rank optimizes, and where: `length` numbers from
-    `start` on are those from `offset` on of the float32 tensor `master`, which the optimizer knows.
+    """The range of a flattened parameter that this rank optimizes: its `length` numbers from
+    `start` are stored from `offset` in `master`, a float32 tensor of the optimizer.
     """
 
     start: int
@@ -85,21 +87,20 @@ class OptimizedRange(NamedTuple):
 def optimized_range(
     engine: Engine, parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]
 ) -> OptimizedRange:
-    """Which range of a parameter this rank optimizes. DeepSpeed has public ways to the whole state
-    (`safe_get_full_fp32_param` and its like), which gather it over all ranks, and none to what a
-    rank holds.
+    """The range of a parameter that this rank optimizes. DeepSpeed's public functions (such as
+    `safe_get_full_fp32_param`) only return the whole state, gathered from all ranks.
 
-    masters: what `master_weights` gives.
+    masters: the result of `master_weights`.
     """
     optimizer = engine.optimizer
     if is_partitioned(parameter):
-        # Stage 3: every rank has a piece of every parameter, the last ones padded.
+        # Stage 3: every rank has a part of every parameter; the last parts are padded.
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = optimizer._get_param_partition_rank(parameter) * length
         held = max(0, min(length, whole_shape(parameter).numel() - start))
         return OptimizedRange(start, held, optimizer.fp32_partitioned_groups_flat[group], offset)
     if hasattr(parameter, "_hp_mapping"):
-        # Stages 1 and 2: a rank has a piece of all parameters of a group, laid end to end.
+        # Stages 1 and 2: a rank has a part of the concatenated parameters of a group.
         mapping = parameter._hp_mapping
         if mapping is None:
             return OptimizedRange(0, 0, parameter, 0)
@@ -110,8 +111,8 @@ def optimized_range(
 
 
 def master_weights(engine: Engine) -> dict[nn.Parameter, Tensor]:
-    """The master weight of each parameter where there is no ZeRO but bf16, which no public function
-    gives; empty otherwise, since parameters are then their own.
+    """The master weight of each parameter with bf16 and without ZeRO, for which there is no public
+    function. Empty otherwise.
     """
     if engine.zero_optimization_stage() or not engine.bfloat16_enabled():
         return {}
@@ -124,8 +125,8 @@ def master_weights(engine: Engine) -> dict[nn.Parameter, Tensor]:
 
 
 def copy_masters_into_model(engine: Engine) -> None:
-    """Copy the float32 master weights, which somebody has changed, into the weights that the model
-    computes with. DeepSpeed does so after each step and after it has read a checkpoint of its own.
+    """Copy changed float32 master weights into the model's working weights. DeepSpeed itself does
+    so only after a step and after it has read its own checkpoint.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
@@ -140,12 +141,12 @@ def copy_masters_into_model(engine: Engine) -> None:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO stage 3 keeps this parameter in pieces."""
+    """Whether ZeRO stage 3 partitions this parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def whole_shape(parameter: nn.Parameter) -> Any:
-    """The shape of a parameter, also where stage 3 keeps it in pieces and its own shape is (0,)."""
+    """The shape of a parameter, even if stage 3 partitions it and its own shape is (0,)."""
     return vars(parameter).get("ds_shape", parameter.shape)
 
 
@@ -153,8 +154,8 @@ def whole_shape(parameter: nn.Parameter) -> Any:
 
 
 def norm_of_the_step_at_hand(engine: Engine) -> float | None:
-    """The global gradient norm, before clipping, when the optimizer is about to move:
-    `engine.get_global_grad_norm()` has it only after the step. None where an overflow left none.
+    """The global gradient norm before clipping, for use within the optimizer's step;
+    `engine.get_global_grad_norm()` returns it only after the step. None after an overflow.
     """
     norm = engine.optimizer._global_grad_norm
     return None if norm is None else float(norm)
@@ -164,8 +165,8 @@ _COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
 
 
 def counters(engine: Engine) -> dict[str, int]:
-    """How far the engine has counted. It has no function that sets them: its own checkpoints carry
-    them.
+    """The engine's step counters. It has no function to set them, except by loading its own
+    checkpoints.
     """
     return {name: vars(engine)[name] for name in _COUNTERS}
 
@@ -178,7 +179,7 @@ def set_counters(engine: Engine, **counts: int) -> None:
 
 
 def set_completed_steps(engine: Engine, steps: int, skipped: int) -> None:
-    """Let the engine stand where it stood after `steps` steps, of which `skipped` moved nothing."""
+    """Set the engine's counters to `steps` completed steps, `skipped` of which were skipped."""
     set_counters(
         engine,
         micro_steps=steps * engine.gradient_accumulation_steps(),
@@ -192,15 +193,15 @@ def set_completed_steps(engine: Engine, steps: int, skipped: int) -> None:
 
 
 def silence_own_events(engine: Engine) -> None:
-    """The engine would write the learning rate at every step; the progress monitor does, at its
-    lines, and the monitors themselves stay open.
+    """Stop the engine from writing the learning rate at every step, since the progress monitor
+    writes it with its lines. The monitors themselves stay open.
     """
     engine.monitor.enabled = False
 
 
 def tensorboard_writer(engine: Engine) -> Any | None:
-    """TensorBoard's own writer, for texts and pictures, which DeepSpeed's monitor does not take;
-    None where the engine's file does not switch TensorBoard on, or on other ranks than 0.
+    """TensorBoard's writer, for texts and pictures, which DeepSpeed's monitor does not support.
+    None if the engine's file does not enable TensorBoard, and on ranks other than 0.
     """
     monitor = engine.monitor.tb_monitor
     return None if monitor is None else monitor.summary_writer

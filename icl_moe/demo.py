@@ -1,4 +1,4 @@
-"""`icl-moe demo`: the whole pipeline, small, by the same commands that a user would type.
+"""`icl-moe demo`: the whole pipeline at small scale, with the commands that a user would type.
 
 This module is at the top of the package, because it uses all the others.
 """
@@ -31,11 +31,11 @@ _VALIDATION = ("synthetic.split=val", "synthetic.seed=1", "synthetic.images=160"
 
 
 def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
-    """Draw data, build shards, train on two ranks, export, evaluate one-shot, and say where the
-    report is.
+    """Draw data, build shards, train on two ranks, export, evaluate with one example, and print the
+    path of the report.
 
-    settings: overrides of the training recipe. What an interrupted demo had finished is kept
-    and not done again. Raises InputError where `out` cannot be written, and where a stage fails.
+    settings: overrides of the training recipe. The finished stages of an interrupted demo are kept.
+    Raises InputError if `out` cannot be written or a stage fails.
     """
     out = output_folder(out)
     train, validation, run, model, report = (
@@ -53,7 +53,7 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     _launch(_RECIPE, f"data.shards={train}", f"training.output={run}", *settings)
     _say("3/5 Export the model, and fit the threshold of its masks on training episodes")
     _run("export", run, "--out", model, "--threshold-from", train)
-    _say("4/5 Segment and caption scenes of held-out classes by one example; swap the examples")
+    _say("4/5 Segment and caption scenes of held-out classes with one example; swap the examples")
     metrics = _evaluate(model, validation, run, report)
     _say("5/5 Done")
     print(summary(metrics))
@@ -64,8 +64,8 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
 
 
 def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> Metrics:
-    """As `icl-moe evaluate` does, with two more sections in the report: the course of training, and
-    the experts of each stream.
+    """Evaluate as `icl-moe evaluate` does, with two more sections in the report: the loss curve,
+    and the experts of each stream.
     """
     print(
         "$ "
@@ -83,18 +83,18 @@ def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> Metrics:
 
 
 def _loss_curve(run: Path) -> Chart:
-    """What DeepSpeed's CSV monitor wrote, as a chart over the steps."""
+    """A chart of what DeepSpeed's CSV monitor wrote."""
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for name in ("image_loss", "text_loss"):
         with (run / "csv_monitor" / f"train_{name}.csv").open(encoding="utf-8", newline="") as file:
             rows = [
                 row for row in csv.reader(file) if row[0] != "step"
-            ]  # A resumed run writes its heads again.
+            ]  # A resumed run writes the header again.
         series[name.replace("_", " ")] = (
             [float(samples) for samples, _ in rows],
             [float(value) for _, value in rows],
         )
-    return line_chart(series, "episodes seen", "nats a target")
+    return line_chart(series, "episodes seen", "nats per target")
 
 
 def _say(stage: str) -> None:
@@ -102,7 +102,7 @@ def _say(stage: str) -> None:
 
 
 def _run(*arguments: str | Path) -> None:
-    """One verb of this command line, in a process of its own as a user would run it."""
+    """Run one verb of the command line in a separate process."""
     _call(
         [sys.executable, "-m", "icl_moe", *map(str, arguments)],
         shown=["icl-moe", *map(str, arguments)],
@@ -133,5 +133,5 @@ def _call(command: list[str], shown: list[str]) -> None:
     if code:
         raise InputError(
             f"The demo stopped: `{shlex.join(shown)}` ended with exit code {code}; run the demo "
-            "again to go on from there."
+            "again to resume from there."
         )

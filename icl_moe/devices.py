@@ -1,5 +1,5 @@
-"""Where a process alone computes, and in which precision. Torch is imported when it is needed: the
-command line reads the names without waiting for it.
+"""The device and the precision of a single process. Torch is imported only when it is needed, so
+that the command line can read the names without waiting for it.
 """
 
 from typing import TYPE_CHECKING, Union
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 Device = Union[str, "torch.device"]
 DTYPES = ("float32", "bfloat16")
-"""Precisions that can be asked for, by torch's names."""
+"""The available precisions, by torch's names."""
 
 
 def default_device() -> "torch.device":
-    """A GPU where there is one: CUDA, or Apple's Metal where this torch has it; else the CPU."""
+    """A GPU if there is one (CUDA, or Apple's Metal if torch supports it), otherwise the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -36,7 +36,7 @@ def computes_in_bf16(device: "torch.device") -> bool:
 
 def find_device(name: Device | None) -> "torch.device":
     """The device of that name, such as cpu, cuda, cuda:1 or mps; None means the default one. Raises
-    InputError where this machine has no such device.
+    InputError if this machine has no such device.
     """
     import torch
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used.
+    """The user's input cannot be used.
 
     The message is one sentence that names the file, key or line and says what would be right. The
     command line prints it alone and exits with code 2. Every other exception but `UnsavedError`

@@ -63,7 +63,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Raise OSError where a file, or any file in a folder, is not there or may not be read."""
+    """Raise OSError if a file, or any file in a folder, is missing or may not be read."""
     for file in path.iterdir() if path.is_dir() else [path]:
         if not file.is_dir():
             with file.open("rb"):

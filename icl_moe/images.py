@@ -1,5 +1,5 @@
-"""Loading, cropping and resizing images; rendering and thresholding masks. Both stages use it, so
-both see the same pixels.
+"""Loading, cropping and resizing images; rendering and thresholding masks. Offline and online stage
+share this module, so both see the same pixels.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ PixelBox = tuple[int, int, int, int]
 
 
 def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
-    """The image as 8-bit RGB, turned upright by its EXIF tag: the same pixels, whichever way it
-    comes.
+    """The image from any source as 8-bit RGB, rotated upright by its EXIF tag; the same pixels for
+    every source.
 
     Greyscale, palette, 16-bit, float, CMYK and images with transparency (over black) are converted.
-    An array is (H, W) or (H, W, 1 to 4 channels), uint8, uint16 or boolean. what: names in messages
-    an image that is no file. Raises InputError for one that is missing, unreadable, truncated,
-    animated, empty, or larger than Pillow's limit against decompression bombs.
+    An array is (H, W) or (H, W, 1 to 4 channels), uint8, uint16 or boolean. what: the name in
+    messages of an image that is not a file. Raises InputError if the image is missing, unreadable,
+    truncated, animated, empty, or larger than Pillow's limit against decompression bombs.
     """
     name = f"The image {image}" if isinstance(image, str | os.PathLike) else what
     with _reading(name):
@@ -37,13 +37,13 @@ def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
 
 
 def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") -> np.ndarray:
-    """The boolean mask (H, W) of an image of `size` (width, height): true where it is the brighter
-    of its two levels, whatever those are, and everywhere if it has one level above 0.
+    """The boolean mask (H, W) of an image of `size` (width, height): true at the brighter of its
+    two levels, or everywhere if it has only one level above 0.
 
-    It is read as `load_image` reads, but levels of one channel are not scaled, and an array of one
-    channel may hold numbers of any type. Soft edges and the traces of lossy compression are
-    rounded. Raises InputError also for a mask of another size, for one that marks nothing, and for
-    one of several levels, such as the ids of several objects.
+    It is read as in `load_image`, but levels of one channel are not scaled, and an array of one
+    channel may hold numbers of any type. Soft edges and compression artefacts are rounded. Raises
+    InputError also if the mask has another size, marks nothing, or has more than two levels, such
+    as the ids of several objects.
     """
     name = f"The mask {mask}" if isinstance(mask, str | os.PathLike) else what
     with _reading(name):
@@ -56,24 +56,25 @@ def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") ->
     brightness_HW = _brightness(levels_HWC)
     least, most = float(brightness_HW.min()), float(brightness_HW.max())
     if least < 0:
-        raise InputError(f"{name} has the level {least:g}; 0 and above belong there.")
+        raise InputError(f"{name} has the level {least:g}; levels must be at least 0.")
     if most == 0:
         raise InputError(
-            f"{name} marks nothing: all of it is black, for which transparent parts count; the "
-            "object must be brighter than all else."
+            f"{name} marks nothing: all of it is black or transparent; the object must be brighter "
+            "than the rest."
         )
     if least == most:
         return np.ones((height, width), dtype=bool)
     mask_HW = brightness_HW > (least + most) / 2
-    # Compression overshoots at edges: the levels that count are those of most pixels of each side.
+    # Compression overshoots at edges, so the threshold is halfway between the median levels of the
+    # two sides.
     mask_HW = (
         brightness_HW > (np.median(brightness_HW[~mask_HW]) + np.median(brightness_HW[mask_HW])) / 2
     )
     found = _third_levels(levels_HWC, mask_HW, format) or _many_levels(levels_HWC, mask_HW)
     if found:
         raise InputError(
-            f"{name} is not of two levels: {found}; a mask marks one object, as white on black "
-            "does."
+            f"{name} does not have two levels: {found}; a mask must mark one object, such as white "
+            "on black."
         )
     return mask_HW
 
@@ -91,8 +92,8 @@ def crop_and_resize(image: Image.Image, box: PixelBox, size: int) -> Image.Image
 
 
 def crop_and_resize_mask(mask_HW: np.ndarray, box: PixelBox, size: int) -> np.ndarray:
-    """`box` of a boolean mask, resized to (size, size): a pixel is set where at least half of its
-    area was.
+    """`box` of a boolean mask, resized to (size, size): a pixel is set if at least half of its area
+    was.
     """
     left, top, right, bottom = box
     crop = Image.fromarray(mask_HW[top:bottom, left:right].astype(np.uint8) * 255)
@@ -105,7 +106,7 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def to_square_pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """The whole image, its aspect ratio given up, as pixels_3HW of size x size in [-1, 1]."""
+    """The whole image, stretched to a square, as pixels_3HW of size x size in [-1, 1]."""
     return to_pixels(crop_and_resize(image, (0, 0, image.width, image.height), size))
 
 
@@ -116,9 +117,7 @@ def to_image(pixels_3HW: torch.Tensor) -> Image.Image:
 
 
 def mask_to_pixels(mask_HW: np.ndarray) -> torch.Tensor:
-    """A boolean mask as the picture that the tokenizer sees: white on black, pixels_3HW in
-    [-1, 1].
-    """
+    """A boolean mask as a picture for the tokenizer: white on black, pixels_3HW in [-1, 1]."""
     plane = torch.from_numpy(np.asarray(mask_HW, dtype=np.float32)) * 2.0 - 1.0
     return plane.expand(3, *plane.shape).clone()
 
@@ -131,12 +130,12 @@ def pixels_to_mask(pixels_3HW: torch.Tensor) -> np.ndarray:
 
 
 def pixels_to_brightness(pixels_3HW: torch.Tensor) -> torch.Tensor:
-    """How bright each pixel is, brightness_HW: the mean over the channels, about -1 to 1."""
+    """The brightness of each pixel, brightness_HW: the mean over the channels, about -1 to 1."""
     return pixels_3HW.float().mean(dim=-3)
 
 
 def box_to_mask(box: Box, size: int) -> np.ndarray:
-    """True inside a normalised box, on a square of `size` pixels: at least one of them."""
+    """True inside a normalised box, on a square of `size` pixels; at least one pixel."""
     left, top, right, bottom = (round(value * size) for value in box)
     mask = np.zeros((size, size), dtype=bool)
     mask[min(top, size - 1) : max(bottom, top + 1), min(left, size - 1) : max(right, left + 1)] = (
@@ -150,10 +149,12 @@ def box_to_mask(box: Box, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into an InputError; its readers raise many kinds on damage."""
+    """Turn exceptions of Pillow into an InputError; its readers raise many kinds for damaged
+    files.
+    """
     try:
         with warnings.catch_warnings():
-            # It warns from half of its limit on, in words that say nothing of the image.
+            # It warns above half of its limit, without naming the image.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except InputError:
@@ -168,11 +169,13 @@ def _reading(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"{name} cannot be read ({error.strerror}).") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{name} cannot be read; it is damaged or no image ({reason}).") from error
+        raise InputError(
+            f"{name} cannot be read; it is damaged or not an image ({reason})."
+        ) from error
 
 
 def _open(image: ImageLike, name: str) -> Image.Image:
-    """The image with its pixels in memory, upright, in the mode that it came in."""
+    """The image with its pixels in memory, upright, in its original mode."""
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, Image.Image):
@@ -183,17 +186,17 @@ def _open(image: ImageLike, name: str) -> Image.Image:
         )
     path = Path(image)
     if not path.is_file():
-        raise InputError(f"{name} {'is no file' if path.exists() else 'does not exist'}.")
+        raise InputError(f"{name} {'is not a file' if path.exists() else 'does not exist'}.")
     with Image.open(path) as opened:
         return _upright(opened, name)
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    # Cameras' MPO files hold a second view, yet are stills: Pillow opens the first.
+    # The MPO files of cameras hold a second view but are still images; Pillow opens the first view.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise InputError(f"{name} is animated or has several pages; a still image belongs there.")
+        raise InputError(f"{name} is animated or has several pages; it must be a still image.")
     if 0 in image.size:
-        raise InputError(f"{name} is {image.width} x {image.height} pixels, which is nothing.")
+        raise InputError(f"{name} is {image.width} x {image.height} pixels, so it is empty.")
     image.load()
     turned = ImageOps.exif_transpose(image)
     turned.format = image.format
@@ -215,9 +218,11 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype.itemsize == 2 and channels > 1:
-        array = (array >> 8).astype(np.uint8)  # as Pillow reads 16-bit files of several channels
+        array = (array >> 8).astype(
+            np.uint8
+        )  # as Pillow does for 16-bit files with several channels
     elif array.dtype.itemsize == 2:
-        array = array.astype(np.uint16)  # in the machine's own byte order
+        array = array.astype(np.uint16)  # in the byte order of this machine
     return Image.fromarray(np.squeeze(array, 2) if array.shape[2:] == (1,) else array)
 
 
@@ -233,15 +238,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """A greyscale image of 16 or 32 bits, scaled; Pillow would clip it. One of 32 bits may hold
-    levels of 16 bits or of 8 and, where it holds floats, fractions.
+    """A greyscale image of 16 or 32 bits, scaled to 8 bits; Pillow would clip it. An image of 32
+    bits may hold levels of 16 or 8 bits or, as floats, fractions.
     """
     levels = np.asarray(image, dtype=np.float64)
     least, most = levels.min(), levels.max()
     if not (0 <= least <= most <= 65535):
         raise InputError(
-            f"{name} has the levels {least:g}..{most:g}; levels in 0..1, 0..255 or 0..65535 belong "
-            "there."
+            f"{name} has the levels {least:g}..{most:g}; they must be in 0..1, 0..255 or 0..65535."
         )
     if image.mode.startswith("I;16") or most > 255:
         levels = levels / 257.0
@@ -253,20 +257,18 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 # --- Masks as people have them ---
 
 _LARGEST_SHARE_ELSEWHERE = 0.1
-"""Of a mask's pixels, those that are like neither its dark nor its bright side. Masks of COCO whose
-edges were blurred by 4 pixels at 320 x 240 have at most 0.096, coloured ones as JPEG of quality 5
-0.062; of 220 photographs two have less.
+"""The largest share of a mask's pixels that resemble neither its dark nor its bright side. COCO
+masks with edges blurred by 4 pixels at 320 x 240 have at most 0.096, coloured ones as JPEG of
+quality 5 have 0.062; 2 of 220 photographs have less.
 """
 
 _NEAR = 0.1
-"""Of the distance from dark to bright: how far from either the flat parts of a two-level mask lie
-after JPEG compression.
+"""The distance of the flat parts of a two-level mask from dark or bright after JPEG compression, as
+a share of the distance from dark to bright.
 """
 
 _FEW_LEVELS = 16
-"""The traces of JPEG compression have more levels than this, or no flat part at a level of their
-own.
-"""
+"""JPEG artefacts have more levels than this, or no flat part at a separate level."""
 
 
 def _levels(mask: ImageLike, name: str) -> tuple[np.ndarray, str | None]:
@@ -283,14 +285,14 @@ def _levels(mask: ImageLike, name: str) -> tuple[np.ndarray, str | None]:
     if one_channel and "transparency" not in image.info:
         levels_HWC = np.asarray(image)[..., None]
         if not np.isfinite(levels_HWC).all():
-            raise InputError(f"{name} has levels that are no finite numbers.")
+            raise InputError(f"{name} has levels that are not finite numbers.")
         return levels_HWC, image.format
     return np.asarray(_to_rgb(image, name)), image.format
 
 
 def _brightness(levels_HWC: np.ndarray) -> np.ndarray:
-    """(H, W); of colours 1000 times that of ITU-R BT.601, in integers, so that equal colours are
-    equally bright to the last bit.
+    """The brightness (H, W); for colours 1000 times the luma of ITU-R BT.601 in integers, so that
+    equal colours are exactly equally bright.
     """
     if levels_HWC.shape[2] == 3:
         return levels_HWC.astype(np.int32) @ np.array([299, 587, 114], dtype=np.int32)
@@ -300,12 +302,12 @@ def _brightness(levels_HWC: np.ndarray) -> np.ndarray:
 
 
 def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | None) -> str | None:
-    """What else a mask has but one dark and one bright level, in words; None where there is no
-    more.
+    """A description of what a mask has besides one dark and one bright level; None if there is
+    nothing else.
 
-    A level counts where it fills a square of 3 x 3 pixels: neither soft edges nor JPEG's noise do
-    so, at least not far from dark and bright. Near them (ids beside a border of 255), it counts
-    where the mask has few levels in all.
+    A level counts if it fills a square of 3 x 3 pixels: neither soft edges nor JPEG noise do so, at
+    least not far from dark and bright. Near them (ids beside a border of 255), it counts if the
+    mask has few levels in all.
     """
     codes_HW = levels_HWC[..., 0]
     if levels_HWC.shape[2] == 3:
@@ -326,7 +328,7 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
     ends_2C = colours(np.array([dark, bright]))
     away_K = np.abs(colours(third)[:, None] - ends_2C).max(axis=2).min(axis=1)
     is_far = away_K.max() > _NEAR * np.abs(ends_2C[0] - ends_2C[1]).max()
-    # Lossy WebP leaves flat parts a level or two beside black and white.
+    # Lossy WebP shifts flat parts a level or two away from black and white.
     if not is_far and (format == "WEBP" or len(np.unique(codes_HW)) > _FEW_LEVELS):
         return None
     shown = colours(np.unique([dark, bright, *third[:3]])).tolist()
@@ -336,8 +338,8 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
 
 
 def _many_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray) -> str | None:
-    """That too many pixels are far from the colours of both sides, in words, as in a photograph;
-    None where they are not. Of a large mask, a part of the pixels is looked at.
+    """A message if too many pixels are far from the colours of both sides, as in a photograph;
+    otherwise None. Of a large mask only some pixels are checked.
     """
     step = max(1, round((mask_HW.size / 4e6) ** 0.5))
     levels_HWC, mask_HW = levels_HWC[::step, ::step], mask_HW[::step, ::step]
@@ -350,11 +352,11 @@ def _many_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray) -> str | None:
     share = np.mean(away_HW > np.abs(dark_C - bright_C).max() / 4)
     if share <= _LARGEST_SHARE_ELSEWHERE:
         return None
-    return f"{share:.0%} of its pixels are like neither the dark nor the bright part"
+    return f"{share:.0%} of its pixels resemble neither the dark nor the bright part"
 
 
 def _is_flat(codes_HW: np.ndarray) -> np.ndarray:
-    """Where a pixel and its eight neighbours are equal; not at the edges."""
+    """Whether each pixel equals its eight neighbours; without the edges."""
     same_in_row = np.zeros(codes_HW.shape, dtype=bool)
     same_in_row[:, 1:-1] = (codes_HW[:, :-2] == codes_HW[:, 1:-1]) & (
         codes_HW[:, 1:-1] == codes_HW[:, 2:]

@@ -13,10 +13,10 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def shipped_folders(where: str, file: str) -> dict[str, Path]:
-    """The folders that ship in the folder `where` of this package and hold a `file`, by name.
+    """Name -> folder, for the folders in `where` of this package that hold a `file`.
 
-    Such a name is looked up before folders of the user: `icl-moe demo` makes a folder demo, which
-    must not hide what ships as demo. ./demo is a folder.
+    Such a name takes precedence over a folder of the user, since `icl-moe demo` makes a folder
+    demo, which must not hide the shipped demo. Write ./demo for the folder.
     """
     root = Path(str(resources.files("icl_moe"))) / where
     return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{file}"))}
@@ -25,9 +25,8 @@ def shipped_folders(where: str, file: str) -> dict[str, Path]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file in UTF-8 (or UTF-16 or 32), with or without a byte order mark.
 
-    Half a character in its texts, such as "\\ud83d" alone, becomes U+FFFD (see
-    `whole_characters`). Raises InputError where the file is missing, cannot be read or is
-    malformed.
+    Half a character in its texts, such as "\\ud83d" alone, becomes U+FFFD (see `whole_characters`).
+    Raises InputError if the file is missing, cannot be read or is malformed.
     """
     check_is_file(path)
     try:
@@ -35,7 +34,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"The file {path} cannot be read: {error.strerror}.") from error
     if not content.strip():
-        raise InputError(f"The file {path} is empty; JSON belongs there.")
+        raise InputError(f"The file {path} is empty; it must be JSON.")
     try:
         text = content.decode(json_encoding(content))
         return with_whole_characters(json.loads(text, cls=JSONDecoder), text)
@@ -46,7 +45,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_is_file(path: Path) -> None:
-    """Raise InputError where `path` is no file, or cannot be seen."""
+    """Raise InputError if `path` is not a file or cannot be accessed."""
     try:
         if path.is_file():
             return
@@ -54,13 +53,13 @@ def check_is_file(path: Path) -> None:
     except OSError as error:
         raise InputError(f"The file {path} cannot be read: {error.strerror}.") from error
     if exists:
-        raise InputError(f"{path} is no file; a file belongs there, not a folder or a device.")
+        raise InputError(f"{path} is not a file; it must be one, not a folder or a device.")
     raise InputError(f"The file {path} does not exist.")
 
 
 class JSONDecoder(json.JSONDecoder):
-    """Decodes as `read_json` does: a key that stands twice in a record is an error, where plain
-    decoders keep the last of its values in silence.
+    """Decodes as `read_json` does: a key that occurs twice in a record is an error, whereas plain
+    decoders silently keep the last value.
     """
 
     def __init__(self) -> None:
@@ -68,33 +67,33 @@ class JSONDecoder(json.JSONDecoder):
 
 
 class _KeyTwiceError(ValueError):
-    """A key stands twice in a record."""
+    """A key occurs twice in a record."""
 
 
 def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise _KeyTwiceError(f"the key {shown(twice)} stands there twice in one record")
+        raise _KeyTwiceError(f"the key {shown(twice)} occurs twice in one record")
     return record
 
 
 def json_encoding(start: bytes) -> str:
-    """The encoding of a JSON file that begins with `start` (four bytes tell)."""
+    """The encoding of a JSON file that begins with the four bytes `start`."""
     return json.detect_encoding(start[:4])
 
 
 def json_error(path: Path, error: Exception) -> InputError:
-    """What the JSON decoder's ValueError or RecursionError means for the one who gave the file."""
+    """The message to the user for a ValueError or RecursionError of the JSON decoder."""
     if isinstance(error, json.JSONDecodeError):
         return InputError(
             f"{path}, line {error.lineno}, column {error.colno} is not valid JSON: {error.msg}."
         )
     if isinstance(error, RecursionError):
-        return InputError(f"{path} cannot be read: its JSON is nested too deep.")
+        return InputError(f"{path} cannot be read: its JSON is nested too deeply.")
     if isinstance(error, _KeyTwiceError):
         return InputError(f"{path} contradicts itself: {error}.")
-    return InputError(f"{path} cannot be read: its JSON has a number of too many digits.")
+    return InputError(f"{path} cannot be read: its JSON has a number with too many digits.")
 
 
 def with_whole_characters(content: Any, text: str) -> Any:
@@ -103,7 +102,7 @@ def with_whole_characters(content: Any, text: str) -> Any:
 
 
 def whole_characters(text: str) -> str:
-    """`text` with U+FFFD for each half of a surrogate pair that stands alone.
+    """`text` with U+FFFD in place of each lone surrogate.
 
     JSON can contain such halves, if a program cut a text within an emoji, but UTF-8 cannot, so
     neither files nor tokenizers accept them.

@@ -72,7 +72,7 @@ def _try_lock(file: int, path: Path) -> bool:
         return False  # Another process has the lock, or has just removed its file.
     except OSError as error:
         say(
-            f"warning: {path.parent} cannot be locked ({error.strerror}); see to it that no other "
+            f"warning: {path.parent} cannot be locked ({error.strerror}); make sure that no other "
             "process writes there."
         )
     with contextlib.suppress(OSError):  # On a full disk the name is missing; the lock works.

@@ -1,5 +1,5 @@
-"""What a command says to the person who runs it, beside its results: lines that begin with the
-program's name.
+"""Messages of a command to its user, besides its results: lines that begin with the program's
+name.
 """
 
 import contextlib
@@ -8,8 +8,8 @@ import sys
 
 
 def say(what: str, machine: str | None = None) -> None:
-    """Write a line to standard error. machine: the name of this machine, where the line comes from
-    another one than rank 0's. A terminal that is gone is no reason to fail.
+    """Write a line to standard error. machine: the name of this machine, if it is not that of rank
+    0. A closed terminal is not an error.
     """
     with contextlib.suppress(OSError):
         where = "" if machine is None else f"{machine}: "
@@ -17,14 +17,14 @@ def say(what: str, machine: str | None = None) -> None:
 
 
 def say_on_main(what: str) -> None:
-    """`say` on rank 0, or where there is no launcher."""
+    """`say` on rank 0, or without a launcher."""
     if is_main():
         say(what)
 
 
 def note(what: str) -> None:
     """Write a line to standard output, between the lines of progress and above a progress bar."""
-    from tqdm import tqdm  # Imported here: a request to stop must be heard before that is done.
+    from tqdm import tqdm  # Imported here because signals must be handled before this slow import.
 
     tqdm.write(f"icl-moe: {what}")
 

@@ -38,16 +38,15 @@ def output_file(
 ) -> Path:
     """The file to write, whose folder need not exist yet, with ~ expanded.
 
-    A link stands for its target. A special file, such as a device, may have any name.
-    Raises InputError as `output_folder` does, and for a folder, for a name that ends in none of
+    A link is resolved to its target. A special file, such as a device, may have any name. Raises
+    InputError as `output_folder` does, and for a folder, for a name that ends in none of
     `suffixes`, and for one of the command's `inputs`.
     """
     file = _local(path)
     with writing(file):
         if file.is_dir():
             raise InputError(
-                f"{file} is a folder; a file in it, such as {file / 'name'}{suffixes[0]}, belongs "
-                "there."
+                f"{file} is a folder; it must be a file, such as {file / 'name'}{suffixes[0]}."
             )
         if file.exists() and not file.is_file():
             if not os.access(file, os.W_OK):
@@ -58,13 +57,15 @@ def output_file(
             raise InputError(f"{file} must end in {', '.join(most)} or {last}.")
         target = Path(os.path.realpath(file))
         if any(os.path.realpath(each) == str(target) for each in inputs):
-            raise InputError(f"{file} is read too; it would be overwritten: choose another name.")
+            raise InputError(
+                f"{file} is also an input and would be overwritten; choose another name."
+            )
     _check_place(file, target.parent)
     return file
 
 
 def write_output(path: Path, content: bytes | str) -> None:
-    """Write a file that `output_file` approved, whole or not at all, and make its folder."""
+    """Write a file that `output_file` approved, completely or not at all, and make its folder."""
     with writing(path):
         if path.exists() and not path.is_file():
             path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -88,7 +89,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         raise InputError(f"Writing {where} failed: {error.strerror or error}.") from error
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # The system's error is only in its text.
+        number = re.search(
+            r"os error (\d+)", str(error)
+        )  # The number of the system's error is only in the text.
         if number is None:
             raise
         raise InputError(f"Writing {path} failed: {os.strerror(int(number[1]))}.") from error
@@ -97,9 +100,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def _local(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if _URL.match(text):
-        raise InputError(f"{text} is a URL; a place on this machine belongs there.")
+        raise InputError(f"{text} is a URL; it must be a path on this machine.")
     if not text:
-        raise InputError("The name of the output is empty; a path belongs there.")
+        raise InputError("The name of the output is empty; it must be a path.")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -107,17 +110,17 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_place(path: Path, folder: Path) -> None:
-    """Raise InputError, naming `path`, where no file can be made in `folder`, or in the nearest
-    folder above that is there.
+    """Raise InputError, naming `path`, if no file can be made in `folder` or, if it is missing, in
+    the nearest existing folder above it.
     """
     try:
         while not folder.exists():
             if folder.is_symlink():
-                raise InputError(f"{path} cannot be written: {folder} is a link to nothing.")
+                raise InputError(f"{path} cannot be written: {folder} is a broken link.")
             folder = folder.parent
         if not folder.is_dir():
-            raise InputError(f"{path} cannot be written: {folder} is no folder.")
-        # The safest test: access rights, quotas and read-only file systems all show in it.
+            raise InputError(f"{path} cannot be written: {folder} is not a folder.")
+        # The most reliable test, which covers access rights, quotas and read-only file systems.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -1,4 +1,4 @@
-"""Pictures for people: masks and boxes drawn over images, cells with text, and grids of cells."""
+"""Pictures for display: masks and boxes drawn over images, cells with text, and grids of cells."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ class Gallery:
 
 
 def masked(image: Image.Image, mask_HW: np.ndarray) -> Image.Image:
-    """The image in its colours where the mask is, and dark and grey elsewhere."""
+    """The image in its colours inside the mask, and dark and grey elsewhere."""
     grey = np.asarray(image.convert("L").convert("RGB")) * 0.35
     return Image.fromarray(np.where(mask_HW[..., None], np.asarray(image), grey).astype(np.uint8))
 
@@ -65,7 +65,7 @@ def draw_grid(rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 
 def data_url(picture: Image.Image) -> str:
-    """A picture as the source of an <img>, PNG."""
+    """A picture as a PNG data URL, for the source of an <img>."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,7 +1,8 @@
 """The processes that share the work of the stages without DeepSpeed (building shards, training a
 tokenizer).
 
-Apart from training/distributed.py because those stages must not wait for DeepSpeed's import.
+Separate from training/distributed.py because those stages must not wait for the import of
+DeepSpeed.
 """
 
 import os
@@ -14,11 +15,11 @@ from icl_moe.errors import InputError
 
 
 def join_processes(device: Device | None = None) -> PartialState:
-    """The processes that `accelerate launch` or torchrun started, or this one alone; to be called
+    """The processes that `accelerate launch` or torchrun started, or this one alone. Must be called
     before anything else of accelerate.
 
-    device: what each computes on, by default a GPU where there is one. Raises InputError where this
-    machine has no such device, and where several processes would share one that has a number.
+    device: where each process computes, by default on a GPU if there is one. Raises InputError if
+    this machine has no such device, or if several processes would share a numbered one.
 
     Without CUDA, accelerate joins torchrun's processes only if told that they use CPUs. Otherwise
     each would do all of the work.
@@ -30,7 +31,8 @@ def join_processes(device: Device | None = None) -> PartialState:
     if place.type == "cuda" and place.index is not None:
         if launched:
             raise InputError(
-                f"The device {place} would be shared by all processes; cuda gives each its own."
+                f"The device {place} would be shared by all processes; cuda gives each process "
+                "its own."
             )
         torch.cuda.set_device(place)
     return PartialState(cpu=place.type == "cpu")

@@ -1,21 +1,21 @@
-"""The ranges of the numbers in recipes, which are declared beside the fields:
+"""The ranges of numbers in recipes, which are declared beside the fields:
 
     heads: Count = 12
     dropout: Annotated[float, Range(0, below=1)] = 0.1
 
-`icl_moe.settings` checks what it reads against them. This is a separate module because the
-vocabulary, which is a part of recipes, has ranges too.
+`icl_moe.settings` checks values against them. This is a separate module because the vocabulary,
+which is a part of recipes, has ranges too.
 """
 
 from dataclasses import dataclass
 from typing import Annotated
 
 LARGEST_INTEGER = 2**31 - 1
-"""No whole number of a recipe may be larger: nobody needs so many steps, samples or pixels."""
+"""The largest whole number in a recipe: nobody needs so many steps, samples or pixels."""
 
 LARGEST, SMALLEST = 1e9, 1e-30
-"""No number of a recipe may be larger, or nearer to 0 without being 0: computations in float32
-would soon make it infinite, or 0.
+"""The largest and the smallest positive size of numbers in a recipe: beyond them, computations in
+float32 would soon reach infinity or 0.
 """
 
 
@@ -29,8 +29,8 @@ class Range:
     below: float | None = None
 
     def demand(self, value: float) -> str | None:
-        """What a number must do that does not lie in the range, such as "be at least 1"; None where
-        it does.
+        """The demand that a number violates, such as "be at least 1"; None if it lies in the
+        range.
         """
         if not self._holds(value):
             return str(self)
@@ -41,7 +41,7 @@ class Range:
         return None
 
     def _holds(self, value: float) -> bool:
-        """Whether the number lies between the bounds; what is not a number (NaN) never does."""
+        """Whether the number lies within the bounds; NaN never does."""
         return (
             value == value
             and (self.least is None or value >= self.least)
@@ -59,13 +59,13 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
-"""A number of things, of which there is at least one."""
+"""A number of at least one."""
 
 Natural = Annotated[int, Range(0)]
-"""A whole number that may be 0, as a seed may."""
+"""A whole number that may be 0, such as a seed."""
 
 ImageSide = Annotated[int, Range(1, 8192)]
-"""The side in pixels of what an image tokenizer sees."""
+"""The side in pixels of an image tokenizer's images."""
 
 Weight = Annotated[float, Range(0)]
 """The weight of a part of a loss; 0 leaves the part out."""

@@ -1,4 +1,4 @@
-"""The training recipe: what `icl-moe train` reads, section by section."""
+"""The training recipe, for `icl-moe train`, section by section."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class DataSettings:
     their fsspec URLs (s3://bucket/folder).
 
     cache, cache_gigabytes: the folder in which the files of a URL are kept, by default the user's
-    cache folder, and how much room they may take. Room for all shards is best, because each step
+    cache folder, and how much space they may take. Space for all shards is best, because each step
     reads from all of them.
     """
 
@@ -256,7 +256,7 @@ class TrainingRecipe:
         if self.optimizer.name == "mt_adamw" and self.training.sampling == "mixed":
             raise InputError(
                 "training.sampling must be unmixed with optimizer.name=mt_adamw, which needs one "
-                "task a step."
+                "task per step."
             )
         if self.training.evaluate_every is not None and self.data.validation is None:
             raise InputError(

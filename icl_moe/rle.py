@@ -1,7 +1,7 @@
-"""COCO's run lengths of masks, by pycocotools, with the checks that it lacks.
+"""COCO's run-length encoding (RLE) of masks, with pycocotools and the checks that it lacks.
 
-An RLE is {"size": [height, width], "counts": ...}; its counts are a text or bytes in COCO's
-compressed form, runs of 0 and 1 in turn, column by column.
+An RLE is {"size": [height, width], "counts": ...}; its counts are text or bytes in COCO's
+compressed form: alternating runs of 0 and 1, column by column.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from icl_moe.errors import InputError
 
 
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
-    """The RLE of a boolean mask, its counts as text."""
+    """The RLE of a boolean mask, with counts as text."""
     from pycocotools import mask as tools
 
     rle = tools.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
@@ -23,8 +23,8 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     """The boolean mask (H, W) of an RLE.
 
-    Raises InputError where the run lengths do not cover H x W pixels exactly: pycocotools hands out
-    uninitialised memory there.
+    Raises InputError if the run lengths do not cover H x W pixels exactly; pycocotools would return
+    uninitialised memory.
     """
     from pycocotools import mask as tools
 
@@ -39,10 +39,11 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
 
 
 def run_lengths(counts: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed form: numbers of 5-bit groups, low group first, from the
-    third on as the difference to the last but one (pycocotools' maskApi.c, rleFrString).
+    """Decode COCO's compressed run lengths: numbers of 5-bit groups, low group first; from the
+    third number on, the difference to the number before the previous one (pycocotools' maskApi.c,
+    rleFrString).
 
-    Raises IndexError, TypeError or ValueError where it is not of this form.
+    Raises IndexError, TypeError or ValueError if the input does not have this form.
     """
     if not isinstance(counts, str | bytes):
         raise TypeError("run lengths are text")
@@ -54,7 +55,7 @@ def run_lengths(counts: str | bytes) -> list[int]:
         group = 0x20
         while group & 0x20:
             group = text[position] - 48
-            if not 0 <= group < 64 or shift > 60:  # Longer numbers would take too long.
+            if not 0 <= group < 64 or shift > 60:  # Decoding longer numbers would take too long.
                 raise ValueError("not run lengths")
             value |= (group & 0x1F) << shift
             shift += 5

@@ -1,4 +1,4 @@
-"""Seeds from names: what is drawn for a purpose depends only on that purpose, and not on other
+"""Seeds from names: the random numbers for a purpose depend only on that purpose, not on other
 draws or on the process.
 """
 

@@ -1,18 +1,18 @@
 """Episode <-> token sequence.
 
-A sequence is a list of spans. A span says where it lies, which attribute class its tokens have and
-which role they play; the loss mask, the positions and the routing all derive from spans. Sequences
-are built in the padded layout, in which every pair has the same length; the packed layout is the
-same sequence without its padding, with the same position ids.
+A sequence is a list of spans. A span has a position, the attribute class of its tokens and their
+role; the loss mask, the positions and the routing all derive from spans. Sequences are built in the
+padded layout, in which every pair has the same length; the packed layout is the same sequence
+without its padding, with the same position ids.
 
-A segmentation episode of one example and a query, with 2 x 2 codes an image (N = 4):
+A segmentation episode of one example and a query, with 2 x 2 codes per image (N = 4):
 
     tokens     [BOI] i i i i [BOI] m m m m [EOC] [BOI] i i i i [BOI] m m m m [EOC]
     roles        -   input     -   output    -     -   input     -   output    -
     positions    0   1 .. 4    5   6 .. 9   10    11   12..15   16   17..20   21
 
-What follows the image of a pair is the task's matter (see icl_moe/tasks/). This file knows tasks
-only by what it calls on them. Where the format asks for it, a class prompt opens the sequence:
+The task decides what follows the image of a pair (see icl_moe/tasks/); this file uses only the
+interface of tasks. If the format has a class prompt, the sequence begins with it:
 
     [BOT] <c_st> name <c_ed> padding
 """
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
     from icl_moe.tasks.task import Task
 
 Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
-"""What a span is for. Its loss weight follows from it: 1 for `output`, a setting (w_in) for
+"""The role of a span, which determines its loss weight: 1 for `output`, a setting (w_in) for
 `input`, and 0 for the rest.
 """
 
 
 InputLoss = Literal["tokens", "mean"]
 LossOn = Literal["all", "query"]
-"""Which pairs of an episode bear loss: every one, examples too, or the query alone."""
+"""Which pairs of an episode have a loss: all, including examples, or the query alone."""
 
 NO_LINK = -1
-"""Where `TokenSequence.links` names no token."""
+"""The entry of `TokenSequence.links` for no token."""
 
 
 class TooLongError(InputError):
-    """A text does not fit into the place that its pair has for it."""
+    """A text is too long for its pair."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TokenSequence:
     """Token ids `tokens_L`, their position ids `positions_L`, and the spans that cover 0..L-1 in
     order.
 
-    inputs_L: what a model reads in place of `tokens_L`, where some of these are hidden from it.
+    inputs_L: what a model reads instead of `tokens_L`, if some of these are hidden from it.
     """
 
     tokens_L: np.ndarray
@@ -95,20 +95,21 @@ class TokenSequence:
 
     @property
     def read_L(self) -> np.ndarray:
-        """What a model reads, the hidden tokens as [MASK]."""
+        """The tokens that a model reads, with [MASK] for hidden ones."""
         return self.tokens_L if self.inputs_L is None else self.inputs_L
 
     @property
     def query_spans(self) -> tuple[Span, ...]:
-        """The spans of the last pair, from its input image's codes on."""
+        """The spans of the last pair, beginning with its input image's codes."""
         first = max((i for i, span in enumerate(self.spans) if span.role == "input"), default=0)
         return self.spans[first:]
 
     def links(self) -> np.ndarray:
-        """Token ids of the pair's own image, int64 (L, 2): the code of the cell of the output image
-        that a position predicts, then of the one that it holds; `NO_LINK` where there is none.
+        """The links, int64 (L, 2), token ids of the pair's own input image: at each position, the
+        code of the cell that the position predicts in the output image, then of the cell that it
+        holds; `NO_LINK` if there is none.
 
-        The marker that opens an output image predicts cell 0; cell j holds j and predicts j + 1.
+        The marker before an output image predicts cell 0; cell j holds j and predicts j + 1.
         """
         held_L = np.full(len(self), NO_LINK, dtype=np.int64)
         image = held_L[:0]
@@ -118,7 +119,7 @@ class TokenSequence:
             elif span.role == "output" and is_output_image(span.attributes):
                 cells = image[: span.length]
                 held_L[span.start : span.start + len(cells)] = cells
-        # A prompt ends with the marker that opens an output image; a whole sequence does not.
+        # A prompt, unlike a whole sequence, ends with the marker before an output image.
         last = self.spans[-1]
         opens = last.role == "marker" and is_output_image(last.attributes)
         if opens and len(image) and self.spans[-2].role != "output":
@@ -130,8 +131,8 @@ class TokenSequence:
         return self._spread([span.attributes for span in self.spans], np.uint8)
 
     def unpadded(self) -> "TokenSequence":
-        """The packed layout: the same tokens and position ids without the padding, and the spans
-        moved up.
+        """The packed layout: the same tokens and position ids without padding, and the spans
+        shifted accordingly.
         """
         keep = self.attributes() != PADDING
         spans, start = [], 0
@@ -147,10 +148,10 @@ class TokenSequence:
 
 
 class Pair(Protocol):
-    """One pair of an episode, as tokens: its image's codes (N,), and what its task adds.
+    """One pair of an episode as tokens: its image's codes (N,), and what its task adds.
 
-    The codes of the image are those of the tokenizer that reads input images: features codes where
-    the vocabulary has them, else image codes.
+    The codes of the image are those of the tokenizer that reads input images: features codes if the
+    vocabulary has them, otherwise image codes.
     """
 
     @property
@@ -169,18 +170,18 @@ class Episode:
 
 
 PromptLength = Annotated[int, Range(4)]
-"""Positions of a class prompt: its three markers and at least one token of a name."""
+"""The least length of a class prompt: its three markers and one token of a name."""
 
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """How episodes are written; part of the data recipe, the manifest and the exported model.
+    """The format of sequences; part of the data recipe, the manifest and the exported model.
 
-    codes_per_image: N, such as 256 for 256 px at downsampling 16.
+    codes_per_image: N, for example 256 for 256 px at downsampling 16.
     category: in captions `none`, `written` (part of the output) or `given` (part of the prompt,
     without loss).
     box: in captions `none`, `text` (four bins) or `image` (drawn, before the text).
-    class_prompt: whether sequences open with the class name, in `prompt_length` positions.
+    class_prompt: whether sequences begin with the class name, in `prompt_length` positions.
     """
 
     vocabulary: Vocabulary = Vocabulary()
@@ -231,22 +232,22 @@ class SequenceCodec:
         self.text = text
 
     def encode(self, episode: Episode) -> TokenSequence:
-        """The sequence of a whole episode, in the padded layout. Raises TooLongError where a text
-        has no room.
+        """The sequence of a whole episode, in the padded layout. Raises TooLongError if a text does
+        not fit.
         """
         return self._write(episode).finish()
 
     def encode_prompt(self, episode: Episode, query_image: np.ndarray) -> TokenSequence:
-        """What a model reads before it writes: all pairs of `episode` as examples, then the query
-        up to its output.
+        """What a model reads before decoding: all pairs of `episode` as examples, then the query up
+        to its output.
 
-        It ends with what the task puts before its output, such as the [BOI] that opens a mask.
+        It ends with what the task writes before its output, such as the [BOI] of a mask.
         """
         return self._open(episode, query_image).finish()
 
     def encode_hidden(self, episode: Episode, query_image: np.ndarray) -> TokenSequence:
-        """What a model reads that writes an output image at once: the prompt, and all cells of that
-        image as [MASK]; of tasks whose output is one image.
+        """What a model reads to decode an output image in one pass: the prompt, and all cells of
+        that image as [MASK]. Only for tasks whose output is one image.
         """
         writer = self._open(episode, query_image)
         writer.hidden()
@@ -259,8 +260,8 @@ class SequenceCodec:
         return writer
 
     def decode(self, sequence: TokenSequence, task: "Task") -> Episode:
-        """The inverse of `encode`, of either layout. Raises InputError where the sequence is not
-        one of this task in this format.
+        """The inverse of `encode`, for either layout. Raises InputError if the sequence does not
+        follow this task and format.
         """
         pairs = tuple(self._read_pair(parts, task) for parts in _pairs(sequence))
         if not pairs:
@@ -271,10 +272,10 @@ class SequenceCodec:
         return Episode(task, category, pairs)
 
     def read_text(self, tokens: Iterable[int]) -> str:
-        """The text of tokens. Raises InputError where one of them is no text."""
+        """The text of tokens. Raises InputError if one of them is not a text token."""
         tokens = list(tokens)
         if any(token not in self.format.vocabulary.text_range for token in tokens):
-            raise InputError("A token where text belongs is of another range.")
+            raise InputError("A token that should be text is from another range.")
         return self.text.decode(tokens)
 
     def _write(self, episode: Episode) -> "SequenceWriter":
@@ -293,7 +294,7 @@ class SequenceCodec:
         return task.read_pair(self, self.format.vocabulary.to_input_codes(image), outputs)
 
     def _prompt(self, sequence: TokenSequence) -> str | None:
-        """The class's name in the class prompt, None where there is no prompt."""
+        """The class's name in the class prompt; None if there is no prompt."""
         for span in sequence.spans:
             if span.role == "prompt":
                 return self.read_text(sequence.tokens_L[span.start + 2 : span.stop - 1].tolist())
@@ -301,9 +302,7 @@ class SequenceCodec:
 
 
 def _pairs(sequence: TokenSequence) -> list[list[Part]]:
-    """The parts of each pair. A pair begins with the marker on the input side that opens its
-    image.
-    """
+    """The parts of each pair. A pair begins with the marker of its image, on the input side."""
     pairs: list[list[Part]] = []
     for span in sequence.spans:
         if span.role in ("prompt", "padding"):
@@ -317,7 +316,7 @@ def _pairs(sequence: TokenSequence) -> list[list[Part]]:
 
 
 class SequenceWriter:
-    """Appends the spans of a sequence. Tasks write their outputs with it."""
+    """Appends spans to a sequence. Tasks write their outputs with it."""
 
     def __init__(self, codec: SequenceCodec, task: "Task") -> None:
         self.codec = codec
@@ -330,11 +329,10 @@ class SequenceWriter:
         self._length = 0
 
     def pair(self, pair: Pair) -> None:
-        """A whole pair, padded to the length that pairs have."""
+        """Write a whole pair, padded to the length of pairs."""
         if not isinstance(pair, self._task.pair_type):
             raise InputError(
-                f"A {type(pair).__name__} cannot stand in an episode of the task "
-                f"'{self._task.name}'."
+                f"A {type(pair).__name__} cannot be in an episode of the task '{self._task.name}'."
             )
         start = self._length
         self.image(pair.image)
@@ -342,31 +340,31 @@ class SequenceWriter:
         self._pad(start + self.format.pair_length)
 
     def image(self, codes: np.ndarray) -> None:
-        """[BOI] and the codes (N,) of an input image."""
+        """Write [BOI] and the codes (N,) of an input image."""
         self._append([self._vocabulary.boi], "image", "marker", target=False)
         self._check_count(codes)
         self._append(self._vocabulary.from_input_codes(codes), "image", "input", target=False)
 
     def marker(self, token: int, modality: Modality) -> None:
-        """A marker on the target side, which bears no loss."""
+        """Write a marker on the target side, which has no loss."""
         self._append([token], modality, "marker", target=True)
 
     def drawn(self, codes: np.ndarray) -> None:
-        """The codes (N,) of an image on the target side, which bear loss."""
+        """Write the codes (N,) of an image on the target side, which have a loss."""
         self._check_count(codes)
         self._append(self._vocabulary.from_codes(codes), "image", "output", target=True)
 
     def hidden(self) -> None:
-        """An image on the target side whose codes are not known yet: [MASK] in every cell."""
+        """Write an image on the target side whose codes are unknown: [MASK] in every cell."""
         mask = self._vocabulary.mask_token
         self._append([mask] * self.format.codes_per_image, "image", "output", target=True)
 
     def text(self, tokens: Sequence[int], role: Literal["given", "output"]) -> None:
-        """Text on the target side, which bears loss as `output` and none as `given`."""
+        """Write text on the target side, which has a loss as `output` and none as `given`."""
         self._append(tokens, "text", role, target=True)
 
     def class_prompt(self, category: str) -> None:
-        """[BOT] <c_st> name <c_ed>, padded to prompt_length."""
+        """Write [BOT] <c_st> name <c_ed>, padded to prompt_length."""
         vocabulary, name = self._vocabulary, self.codec.text.encode(category)
         tokens = [vocabulary.bot, vocabulary.category_start, *name, vocabulary.category_end]
         room = self.format.prompt_length
@@ -385,7 +383,7 @@ class SequenceWriter:
     def _check_count(self, codes: np.ndarray) -> None:
         if np.shape(codes) != (self.format.codes_per_image,):
             raise InputError(
-                f"An image must be {self.format.codes_per_image} codes in this format, not of "
+                f"An image must have {self.format.codes_per_image} codes in this format, not the "
                 f"shape {np.shape(codes)}."
             )
 

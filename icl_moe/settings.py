@@ -1,7 +1,7 @@
 """Settings: YAML files read strictly into typed, frozen dataclasses.
 
-Recipes of every stage, manifests and configurations are read so. An unknown key, a value of the
-wrong type or out of its range (ranges.py), or settings that cannot work together are an
+Recipes of every stage, manifests and configurations are read in this way. An unknown key, a value
+of the wrong type or out of its range (ranges.py), or settings that cannot work together are an
 `InputError` that names the key and the nearest right one.
 """
 
@@ -27,8 +27,8 @@ def load_recipe(
     """Read the recipe `source`, a path or the name of one shipped in `package`, with
     `key.path=value` overrides.
 
-    Raises InputError for a file that is not there or not YAML, a key that `kind` lacks, and a value
-    of another type.
+    Raises InputError if the file is missing or not YAML, if it has a key that `kind` lacks, or if a
+    value has another type.
     """
     path = find_recipe(source, package)
     values = _read_yaml(path)
@@ -43,7 +43,7 @@ def load_recipe(
 
 
 def find_recipe(source: str, package: str) -> Path:
-    """The file that `source` (a path, or a shipped recipe's name) stands for."""
+    """The file for `source`, a path or the name of a shipped recipe."""
     if source.endswith((".yaml", ".yml")) or "/" in source:
         path = Path(source)
         check_is_file(path)
@@ -82,13 +82,13 @@ def _plain(value: Any) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as safe_load reads it, but a key that stands twice is an error (plain YAML takes the
-    last one in silence), and so is a whole number of absurd length. What looks like a date is text,
-    such as a folder's name.
+    """Reads YAML as safe_load does, except that a repeated key is an error (plain YAML silently
+    takes the last one), as is a whole number of absurd length, and that dates are read as text,
+    since they may be names of folders.
     """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(str(node.value)) > 1000:  # Python itself refuses to print the longest ones.
+        if len(str(node.value)) > 1000:  # Python refuses to print very long numbers.
             raise yaml.constructor.ConstructorError(
                 None, None, "a number has too many digits", node.start_mark
             )
@@ -100,7 +100,7 @@ class _StrictLoader(yaml.SafeLoader):
             name = str(key.value)
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{name}' stands there twice", key.start_mark
+                    None, None, f"the key '{name}' occurs twice", key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
@@ -222,7 +222,7 @@ def _convert(kind: Any, value: Any, origin: str, key: str, or_null: bool = False
         }
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4, without a point, as text.
+            return float(value)  # YAML 1.1 reads 1e-4, which has no decimal point, as text.
         except OverflowError:
             return math.inf if isinstance(value, int) and value > 0 else -math.inf
         except ValueError:

@@ -69,7 +69,7 @@ class _Requests:
         elif self.first is None:
             self.first = now
             say_on_main(
-                f"{_name(number)}: asked to stop, which the run does as soon as its ranks agree; a "
+                f"{_name(number)}: asked to stop; the run ends as soon as its ranks agree. A "
                 "second signal, some seconds from now, ends it at once."
             )
         # The launcher signals its ranks one after another, each when the one before has ended: its

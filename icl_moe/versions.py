@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Python's version and that of each package; None where a package's code is there without its
-    metadata, as in a checkout that was not installed or a bundle.
+    """Python's version and that of each package; None if a package has no metadata, as in a bundle
+    or a checkout that was not installed.
     """
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 

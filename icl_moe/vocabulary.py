@@ -1,5 +1,5 @@
-"""The one vocabulary of text, image codes, specials, tags and bins: the only place that knows
-token-id ranges.
+"""The single vocabulary of text, image codes, specials, tags and bins. Only this module defines
+ranges of token ids.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ GPT2_MERGES = 50_000
 GPT2_SIZE = 50_257
 BIN_COUNT = 1_001
 
-# The paper names [BOI], [BOT] and [EOC]; its count of 51290 leaves room for nine specials. Padding
-# is ours, five stay reserved.
+# The paper names [BOI], [BOT] and [EOC]; its count of 51290 leaves room for nine specials. We add
+# padding; five stay reserved.
 SPECIALS = (
     "[BOI]",
     "[BOT]",
@@ -38,11 +38,11 @@ class Vocabulary:
 
     `text_merges`: the first N merges of GPT-2's BPE, at most 50,000. Its ids are in merge order, so
     a smaller text vocabulary (256 bytes + N) keeps the ids of the larger one; the full one also
-    holds <|endoftext|>, 50257 in all. `tags`: whether the four tags and the 1001 box bins are there
-    (52295 ids with them, 51290 without, at full size). `mask`: whether [MASK] is there, which
-    stands for a code that is hidden. `features`: how many codes the features tokenizer has that
-    reads input images; 0 where they are read with the image codes. Both come last, so that no other
-    id depends on them.
+    contains <|endoftext|>, 50257 in all. `tags`: whether it contains the four tags and the 1001 box
+    bins (52295 ids with them, 51290 without, at full size). `mask`: whether it contains [MASK],
+    which replaces a hidden code. `features`: the number of codes of the features tokenizer for
+    input images; 0 if they are image codes. The latter two come last, so that no other id depends
+    on them.
     """
 
     text_merges: Annotated[int, Range(0, GPT2_MERGES)] = GPT2_MERGES
@@ -65,7 +65,7 @@ class Vocabulary:
 
     @property
     def token_dtype(self) -> np.dtype:
-        """What token ids are stored as: uint16 up to 65,536 ids, uint32 above."""
+        """The type in which token ids are stored: uint16 for up to 65,536 ids, otherwise uint32."""
         return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
 
     @property
@@ -117,9 +117,7 @@ class Vocabulary:
 
     @property
     def input_range(self) -> range:
-        """The ids that input images are made of: features codes where there are any, else image
-        codes.
-        """
+        """The ids of input images: features codes if there are any, otherwise image codes."""
         return self.feature_range if self.features else self.image_range
 
     @property
@@ -136,19 +134,19 @@ class Vocabulary:
         return _to_tokens(codes, self.image_range, "Image codes")
 
     def to_codes(self, tokens: np.ndarray) -> np.ndarray:
-        """Token ids of image codes (any shape) as codes (int64); raises InputError where an id is
-        no image code.
+        """Token ids of image codes (any shape) as codes (int64); raises InputError if an id is not
+        an image code.
         """
         return _to_codes(tokens, self.image_range, "an image code")
 
     def from_input_codes(self, codes: np.ndarray) -> np.ndarray:
-        """Codes of an input image (any shape) as token ids (int64), of `input_range`."""
+        """Codes of an input image (any shape) as token ids (int64) in `input_range`."""
         return _to_tokens(
             codes, self.input_range, "Features codes" if self.features else "Image codes"
         )
 
     def to_input_codes(self, tokens: np.ndarray) -> np.ndarray:
-        """The inverse of `from_input_codes`; raises InputError where an id is of another range."""
+        """The inverse of `from_input_codes`; raises InputError if an id is from another range."""
         return _to_codes(
             tokens, self.input_range, "a features code" if self.features else "an image code"
         )
@@ -201,14 +199,12 @@ class Vocabulary:
 def _to_tokens(codes: np.ndarray, ids: range, what: str) -> np.ndarray:
     codes = np.asarray(codes, dtype=np.int64)
     if codes.size and (codes.min() < 0 or codes.max() >= len(ids)):
-        raise InputError(
-            f"{what} must lie in 0..{len(ids) - 1}, but {codes.min()}..{codes.max()} came."
-        )
+        raise InputError(f"{what} must lie in 0..{len(ids) - 1}, not {codes.min()}..{codes.max()}.")
     return codes + ids.start
 
 
 def _to_codes(tokens: np.ndarray, ids: range, what: str) -> np.ndarray:
     codes = np.asarray(tokens, dtype=np.int64) - ids.start
     if codes.size and (codes.min() < 0 or codes.max() >= len(ids)):
-        raise InputError(f"A token where {what} belongs is of another range.")
+        raise InputError(f"A token that should be {what} is from another range.")
     return codes

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A trained model on held-out episodes with 1, 2 and 3 examples: metrics.json, report.html and raw predictions.
+# Evaluates a trained model on held-out episodes with 1, 2 and 3 examples: metrics.json, report.html and raw predictions.
 #
 #   bash launch_scripts/evaluate.sh MODEL SHARDS [OUT]      OUT is runs/evaluation/<name of MODEL> if absent
 #
-# MODEL is an exported model folder, or a checkpoint folder, which is exported first. The variable SHOTS may be set: 1,2,3 if unset.
+# MODEL is an exported model folder, or a checkpoint folder, which is exported first. The variable SHOTS may be set; 1,2,3 if unset.
 set -euo pipefail
 
 if [[ $# -lt 2 || $# -gt 3 ]]; then

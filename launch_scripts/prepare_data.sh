@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# MS-COCO 2017 and Visual Genome 1.4 into the shards that paper_256 trains on, and held-out ones to evaluate on.
+# Builds the training shards of paper_256, and held-out shards for evaluation, from MS-COCO 2017 and Visual Genome 1.4.
 #
-#   bash launch_scripts/prepare_data.sh [OUT] [key=value ...]        OUT is shards/paper_256 if absent; OUT_val is made too
+#   bash launch_scripts/prepare_data.sh [OUT] [key=value ...]        OUT is shards/paper_256 if absent; OUT_val is built too
 #
-# It downloads nothing: where files are missing it says which, and where they are published, and stops. After an
-# interruption the same command goes on where it stopped. These variables may be set:
+# It downloads nothing: if files are missing, it lists them and where they are published, and stops. After an
+# interruption the same command resumes where it stopped. These variables may be set:
 #   COCO      folder with annotations/, train2017/ and val2017/; data/coco if unset
 #   VG        folder with the JSON files, VG_100K/ and VG_100K_2/; data/visual_genome if unset
 #   VQGAN     folder of the image tokenizer; tokenizers/vqgan_imagenet_f16_1024 if unset
 #   RECIPE    data recipe, a path or a shipped name; coco_vg_256 if unset
-#   WORKERS   processes that read images; one a core if unset
+#   WORKERS   processes that read images; one per core if unset
 set -euo pipefail
 
 coco="${COCO:-data/coco}"
@@ -34,8 +34,8 @@ main() {
     build val "${out}_val" "$@"
 }
 
-# build SPLIT OUT [key=value ...]: SPLIT, train or val, is COCO's and, for Visual Genome, which has none, DenseCap's. About half of
-# Visual Genome's images are COCO's as well, so a held-out image of one task may be a training image of the other.
+# build SPLIT OUT [key=value ...]: SPLIT is train or val, of COCO and, since Visual Genome has no split, of DenseCap. About half of
+# Visual Genome's images are also in COCO, so a held-out image of one task may be a training image of the other.
 build() {
     local split="$1" out="$2"
     shift 2
@@ -64,12 +64,12 @@ check_files() {
     need "$vg/VG_100K_2" https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip
     need "$vqgan" "https://heibox.uni-heidelberg.de/d/8088892a516d4e3baf92/ (then icl-moe tokenizer convert)"
     if [[ $missing -gt 0 ]]; then
-        echo "Nothing was built: $missing of 11 files or folders are missing. Fetch them, or set COCO, VG and VQGAN to where they are." >&2
+        echo "Nothing was built: $missing of 11 files or folders are missing. Fetch them, or set COCO, VG and VQGAN to their folders." >&2
         exit 2
     fi
 }
 
-# need PATH SOURCE: counts and names what is not there
+# need PATH SOURCE: count and report a missing file
 need() {
     if [[ ! -e "$1" ]]; then
         echo "missing: $1    published at $2" >&2

@@ -1,7 +1,7 @@
 """`icl-moe shards build`: from a data recipe to a shard folder, stage by stage.
 
-What is finished stays: encoded chunks and packed shards lie in the output folder, and the same
-command goes on from there. The manifest is written last, so a folder with a manifest is whole.
+Finished encoded chunks and packed shards are kept in the output folder, and the same command
+resumes from them. The manifest is written last, so a folder with a manifest is complete.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ def build_shards(
     """Build the shard folder `out` on `workers` processes, and on all devices under `accelerate
     launch`.
 
-    Goes on where an earlier build with the same settings stopped. device: see `join_processes`.
-    Raises InputError for bad input, and where `out` holds something else or cannot be written.
+    Resumes an earlier build with the same settings. device: see `join_processes`. Raises InputError
+    for bad input, and if `out` holds something else or cannot be written.
     """
     check_sections(recipe)
     out = output_folder(out)
@@ -83,12 +83,12 @@ def _build(
     codec: SequenceCodec,
     workers: int,
 ) -> Manifest:
-    """`build_shards` in a folder that no other build writes meanwhile."""
+    """`build_shards` in a folder that this build has locked."""
     out = folder.out
     with process.main_process_first():
         is_complete = folder.is_complete()
     if is_complete:
-        # Here a build was stopped between its last two steps, or another has just ended.
+        # An earlier build was stopped between its last two steps, or another build has just ended.
         shutil.rmtree(folder.work, ignore_errors=True)
         return ShardSet(out).manifest
     with process.main_process_first():
@@ -168,8 +168,8 @@ def _build(
 
 
 class _WorkFolder:
-    """The output folder while it is being built: whether it is ours to write, and what to go on
-    from.
+    """The output folder of a build: checks that the build may write it, and keeps the state to
+    resume from.
     """
 
     def __init__(self, out: Path, recipe: DataRecipe, fingerprints: dict[str, str | None]) -> None:
@@ -177,15 +177,13 @@ class _WorkFolder:
         self.work = out / ".build"
         self._fingerprints = fingerprints
         self._state_file = self.work / "state.json"
-        # Through JSON, so that it compares equal to what was read back.
+        # The round trip through JSON makes this equal to what is read back later.
         self._settings = json.loads(
             json.dumps(_settings(to_dict(recipe), fingerprints, SCHEMA_VERSION))
         )
 
     def is_complete(self) -> bool:
-        """Whether `out` already holds these shards, whole. Raises InputError where it holds
-        others.
-        """
+        """Whether `out` already holds these very shards. Raises InputError if it holds others."""
         if not (self.out / MANIFEST_FILE).is_file():
             return False
         manifest = Manifest.read(self.out)
@@ -198,8 +196,8 @@ class _WorkFolder:
         return True
 
     def open(self) -> None:
-        """Begin, or go on with the same settings. Raises InputError where `out` holds anything
-        else.
+        """Begin a build, or resume one with the same settings. Raises InputError if `out` holds
+        anything else.
         """
         if self._state_file.is_file():
             found = self._read_state()["settings"]
@@ -207,8 +205,8 @@ class _WorkFolder:
                 return
             if self._has_results():
                 self._check_settings(found, "unfinished shards")
-            # Nothing was made by that other recipe, which was refused, say. What it found out about
-            # the images stays.
+            # The other recipe produced nothing, for example because it was refused. The results of
+            # its image check are kept.
             self._state_file.unlink()
             for made in ("synthetic", "composed"):
                 shutil.rmtree(self.out / made, ignore_errors=True)
@@ -223,7 +221,7 @@ class _WorkFolder:
         self._write({"settings": self._settings})
 
     def check_pools(self, pools: list[Pool]) -> None:
-        """Raise InputError where the sources have changed since the first results of the build."""
+        """Raise InputError if the sources have changed since the first results of the build."""
         digest = hashlib.sha256(f"batch {BATCH}".encode())
         for pool in pools:
             for region in pool.regions:
@@ -232,18 +230,18 @@ class _WorkFolder:
         if state.get("pools", digest.hexdigest()) != digest.hexdigest() and self._has_results():
             raise InputError(
                 f"The data's sources have changed since the build in {self.out} began; delete that "
-                "folder to begin anew."
+                "folder to start over."
             )
         self._write({**state, "pools": digest.hexdigest()})
 
     def _has_results(self) -> bool:
-        """Whether anything was made that a build can go on from."""
+        """Whether there are results that a build can resume from."""
         return any(self.work.glob("codes-*.npy")) or any(self.out.glob("*.tar"))
 
     def _read_state(self) -> dict[str, Any]:
         state = read_json(self._state_file)
         if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-            raise InputError(f"{self._state_file} is damaged; delete {self.out} to begin anew.")
+            raise InputError(f"{self._state_file} is damaged; delete {self.out} to start over.")
         return state
 
     def _check_settings(self, found: dict[str, Any], what: str) -> None:
@@ -265,13 +263,13 @@ class _WorkFolder:
 def _settings(
     recipe: dict[str, Any], fingerprints: dict[str, str | None], schema_version: int
 ) -> dict[str, Any]:
-    """All that decides the bytes of a shard folder, besides its sources."""
+    """Everything except the sources that determines the bytes of a shard folder."""
     named = {name.replace("_", " "): value for name, value in fingerprints.items()}
     return {**recipe, **named, "schema version": schema_version}
 
 
 def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's recipe with the defaults of the keys that came to be after it was built."""
+    """A manifest's recipe, with defaults for keys that were added after it was written."""
     try:
         return to_dict(from_dict(DataRecipe, recipe, MANIFEST_FILE))
     except InputError:
@@ -279,8 +277,8 @@ def _with_newer_keys(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_tokenizers(recipe: DataRecipe) -> ImageTokenizers:
-    """Those that a recipe names. Raises InputError where one is missing or damaged, or has another
-    number of codes than the recipe's vocabulary.
+    """The tokenizers that a recipe names. Raises InputError if one is missing or damaged, or if its
+    number of codes differs from the recipe's vocabulary.
     """
     precision, vocabulary = recipe.tokenizer_precision, recipe.vocabulary
     pictures = VQGAN.from_pretrained(recipe.tokenizer, precision) if recipe.tokenizer else None
@@ -309,7 +307,9 @@ def _open_tokenizers(recipe: DataRecipe) -> ImageTokenizers:
 
 
 def _format(recipe: DataRecipe, tokenizers: ImageTokenizers) -> SequenceFormat:
-    """The sequence format of a recipe; raises InputError where cells do not divide its images."""
+    """The sequence format of a recipe. Raises InputError if the image size is not a multiple of a
+    tokenizer's cell.
+    """
     width = tokenizers.downsampling
     if recipe.image_size % width:
         raise InputError(
@@ -331,7 +331,7 @@ def _companions(out: Path, tasks: Iterable[str]) -> list[str]:
 
 
 def _draw_scenes(recipe: DataRecipe, out: Path, workers: int) -> None:
-    """The drawn data set, kept beside the shards; written whole or not at all."""
+    """Draw the synthetic data set into the shard folder, completely or not at all."""
     folder, scenes = out / "synthetic", recipe.synthetic
     if recipe.draws_scenes and not folder.is_dir():
         partial = out / "synthetic.partial"
@@ -344,8 +344,8 @@ def _draw_scenes(recipe: DataRecipe, out: Path, workers: int) -> None:
 
 
 def _read_pools(recipe: DataRecipe, codec: SequenceCodec, reading: Reading) -> list[Pool]:
-    """The pool of each task, less what no episode can be made of. Raises InputError where a task is
-    left with nothing.
+    """The pool of each task, without regions that no episode can use. Raises InputError if a task
+    has none left.
     """
     pools = list(read_pools(recipe, reading))
     for pool in pools:
@@ -357,21 +357,21 @@ def _read_pools(recipe: DataRecipe, codec: SequenceCodec, reading: Reading) -> l
 
 
 _REMEDIES = {
-    "boxes_of_negative_size": "put the boxes right",
+    "boxes_of_negative_size": "correct the boxes",
     "captions_without_a_seen_class": "name classes that both the captions and the images have",
     "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
-    "classes_with_too_few_images": "give more data or set examples lower",
+    "classes_with_too_few_images": "provide more data or set examples lower",
     "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
-    "empty_boxes": "put the boxes right",
-    "empty_masks": "put the outlines right",
+    "empty_boxes": "correct the boxes",
+    "empty_masks": "correct the outlines",
     "masks_of_small_scale": "set segmentation.least_scale lower",
     "masks_lacking_an_instance": "give all instances an outline",
-    "missing_images": "put the missing images there",
+    "missing_images": "add the missing images",
     "regions_without_a_class": "name classes that both the regions and the objects have",
     "small_objects": "set segmentation.small_objects=true",
     "texts_without_room": "shorten the texts or set image_size higher",
 }
-"""What helps against a reason for which things are left out."""
+"""Reason for leaving something out -> what the user can do about it."""
 
 
 def _nothing_left(pool: Pool, examples: int) -> InputError:
@@ -379,12 +379,12 @@ def _nothing_left(pool: Pool, examples: int) -> InputError:
     left_out = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
     remedies = [_REMEDIES[reason] for reason in reasons if reason in _REMEDIES]
     if pool.bad_images:
-        remedies.append("replace the images that cannot be used")
+        remedies.append("replace the unusable images")
     if not remedies:
-        remedies.append("give more data")
+        remedies.append("provide more data")
     return InputError(
-        f"No class of {pool.task} is seen in the {examples + 1} images that an episode needs"
-        f"{f' (left out: {left_out})' if left_out else ''}; "
+        f"No class of {pool.task} appears in the {examples + 1} images that an episode "
+        f"needs{f' (left out: {left_out})' if left_out else ''}; "
         f"{', or '.join(dict.fromkeys(remedies))}."
     )
 
@@ -406,8 +406,8 @@ def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
 def _number_pictures(
     pools: list[Pool], episodes: dict[str, np.ndarray], codec: SequenceCodec
 ) -> tuple[list[Picture], dict[str, TaskEpisodes]]:
-    """All distinct pictures that the episodes need, in the order of the pools, and each region's
-    by number.
+    """All distinct pictures that the episodes need, in the order of the pools, and the numbers of
+    each region's pictures.
     """
     numbers: dict[Picture, int] = {}
     tasks = {}

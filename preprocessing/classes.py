@@ -16,8 +16,8 @@ _COCO_NAMES = """
 """
 COCO_CLASSES = tuple(" ".join(_COCO_NAMES.split()).split(", "))
 
-# Only words that mean the class and nothing else in a picture's description; each is taken in the
-# plural too.
+# Only words that can mean nothing but the class in the description of a picture. Their plurals
+# count as well.
 _SYNONYMS = {
     "person": ("man", "woman", "boy", "girl", "child", "kid", "lady", "guy"),
     "bicycle": ("bike",),
@@ -43,9 +43,7 @@ _PLURALS_OF_THEMSELVES = ("skis", "scissors", "sheep", "broccoli")
 
 
 class ClassFinder:
-    """Finds the names of `classes` in texts, in the singular, in the plural, or as a synonym,
-    whatever the case.
-    """
+    """Finds the names of `classes` in texts: singular, plural or synonym, regardless of case."""
 
     def __init__(self, classes: Iterable[str]) -> None:
         self._forms: dict[str, tuple[str, bool]] = {}
@@ -53,14 +51,14 @@ class ClassFinder:
             for name in (category, *_SYNONYMS.get(category, ())):
                 self._forms[_plural(name).lower()] = (category, True)
                 self._forms[name.lower()] = (category, name == "skis")
-        # Longer names come first, so that a hot dog is no dog.
+        # Longer names come first, so that "hot dog" does not match "dog".
         names = sorted(self._forms, key=lambda form: (-len(form), form))
         self._pattern = re.compile(
             r"\b(?:" + "|".join(re.escape(name) for name in names) + r")\b", re.IGNORECASE
         )
 
     def find(self, text: str) -> dict[str, bool]:
-        """The classes that `text` names, in order, each with whether it is named in the plural."""
+        """The classes that `text` names, in order -> whether the name is plural."""
         found: dict[str, bool] = {}
         for match in self._pattern.finditer(text):
             category, plural = self._forms[match.group().lower()]
@@ -68,7 +66,7 @@ class ClassFinder:
         return found
 
     def exact(self, name: str) -> str | None:
-        """The class that `name`, as a whole, stands for."""
+        """The class that `name` as a whole names."""
         form = self._forms.get(name.strip().lower())
         return form[0] if form else None
 

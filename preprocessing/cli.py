@@ -14,7 +14,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verbs = parser.add_subparsers(dest="shards_verb", required=True)
 
     build = verbs.add_parser(
-        "build", help="turn annotations and images into shards; goes on where it was interrupted"
+        "build", help="turn annotations and images into shards; resumes an interrupted build"
     )
     take.add_recipe(build, "DATA", "demo")
     build.add_argument(
@@ -25,14 +25,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=take.whole_number(0),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes, 0 for none but this one (default: %(default)s)",
+        help="worker processes; 0 works in this process (default: %(default)s)",
     )
     take.add_device(build)
 
     verify = verbs.add_parser("verify", help="check hashes and read every sample")
-    stats = verbs.add_parser("stats", help="say what a shard folder holds")
+    stats = verbs.add_parser("stats", help="print what a shard folder holds")
     preview = verbs.add_parser(
-        "preview", help="draw some samples, decoded from their tokens, on a page"
+        "preview", help="write a page with some samples, decoded from their tokens"
     )
     for verb in (verify, stats, preview):
         verb.add_argument(
@@ -45,8 +45,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the verb in `args`; returns the exit code. Bad input raises InputError."""
-    # Imported here: --help must not wait for torch.
+    """Run the verb in `args` and return the exit code. Raises InputError for bad input."""
+    # Imported here so that --help does not wait for torch.
     if args.shards_verb == "build":
         from icl_moe.outputs import writing
         from icl_moe.processes import join_processes
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(DataRecipe, args.recipe, args.overrides, package="preprocessing")
         if args.workers > most_workers():
             say(
-                f"--workers {args.workers} is more than this machine has use for; "
-                f"{most_workers()} are started at most."
+                f"--workers {args.workers} is more than this machine can use; at most "
+                f"{most_workers()} are started."
             )
         with writing(args.out):
             manifest = build_shards(recipe, args.out, args.workers, args.device)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         manifest = verify_shards(args.folder)
         print(
             f"{args.folder}: {len(manifest.shards)} shards with {sum(manifest.samples.values())} "
-            "samples are whole and right."
+            "samples are complete and correct."
         )
     elif args.shards_verb == "stats":
         from preprocessing.verify import shard_stats

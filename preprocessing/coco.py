@@ -1,9 +1,9 @@
 """COCO instances -> the segmentation pool: one region for each image and class, its mask the union
 of all instances.
 
-Crowds (iscrowd=1, a group of instances under one mask) join the mask of their class, which would
-otherwise call pixels of the class background; but a crowd alone makes no region, since its outline
-is coarse, and no crop is chosen by a crowd.
+Crowds (iscrowd=1, a group of instances under one mask) join the mask of their class; otherwise
+pixels of the class would count as background. A crowd without other instances makes no region,
+since its outline is coarse, and crops are never chosen by a crowd.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from preprocessing.records import image_file, is_id, kinds_of_id
 from preprocessing.workers import ordered_map
 
 SMALL_AREA = 32**2
-"""COCO's bound of small objects, in pixels of the original image."""
+"""COCO's upper bound on the area of a small object, in pixels of the original image."""
 
 _LONGEST_OUTLINE = 4e6
-"""Pixels along a polygon: pycocotools takes some hundred bytes of memory for each."""
+"""The longest outline of a polygon, in pixels: pycocotools uses about a hundred bytes for each."""
 
 
 def read_segmentation(
     source: SegmentationSource, image_size: int, usable: UsableImages, workers: int
 ) -> Pool:
-    """The segmentation pool of a COCO instances file. Raises InputError for whatever is wrong in it
+    """The segmentation pool of a COCO instances file. Raises InputError if anything in it is wrong
     or missing.
     """
     coco = load_instances(source.path("annotations"))
@@ -56,7 +56,7 @@ def read_instances(
     usable: UsableImages,
     workers: int,
 ) -> Pool:
-    """`read_segmentation` of a file that was loaded before."""
+    """`read_segmentation` for a file that is already loaded."""
     pool = Pool("segmentation", [])
     masks = usable.keep(_class_masks(coco, source, pool.skipped), source.path("images"), pool)
     chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
@@ -81,16 +81,16 @@ class CheckedCOCO(COCO):
 def load_instances(file: Path) -> CheckedCOCO:
     """A COCO instances file, indexed by pycocotools.
 
-    Raises InputError where the file is missing or malformed, where an id or an image's file name
-    stands twice, and where an annotation is of an unknown image or category.
+    Raises InputError if the file is missing or malformed, if an id or an image's file name occurs
+    twice, or if an annotation refers to an unknown image or category.
     """
     content = _load(file, ("images", "annotations", "categories"))
     for place, record in enumerate(content["categories"]):
         name = record.get("name")
         if not isinstance(name, str) or not name.strip():
             raise InputError(
-                f"{file}: entry {place} of 'categories' has the name {shown(name)}; text belongs "
-                "there."
+                f"{file}: entry {place} of 'categories' has the name {shown(name)}; it must be "
+                "text."
             )
     _check_file_names(file, content["images"])
     _check_references(file, content, "category_id", "categories")
@@ -98,39 +98,41 @@ def load_instances(file: Path) -> CheckedCOCO:
         if annotation.get("iscrowd", 0) not in (0, 1):
             raise InputError(
                 f"{file}: annotation {annotation['id']} has the iscrowd "
-                f"{shown(annotation['iscrowd'])}; 0 or 1 belongs there."
+                f"{shown(annotation['iscrowd'])}; it must be 0 or 1."
             )
     return _index(file, content)
 
 
 def load_captions(file: Path) -> CheckedCOCO:
     """A COCO captions file, indexed by pycocotools. Raises InputError as `load_instances` does, and
-    where an annotation has no caption.
+    if an annotation has no caption.
     """
     content = _load(file, ("images", "annotations"))
     for annotation in content["annotations"]:
         caption = annotation.get("caption", 0)
         if caption is not None and not isinstance(caption, str):
             raise InputError(
-                f"{file}: annotation {annotation['id']} has no text as its caption; a captions "
-                "file belongs there."
+                f"{file}: annotation {annotation['id']} has no text as its caption; this must be a "
+                "captions file."
             )
     return _index(file, content)
 
 
 def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
-    """These lists of a COCO file, whose records have ids and are of images of the file."""
+    """The named lists of a COCO file, after checking that records have ids and refer to images of
+    the file.
+    """
     tqdm.write(f"reading {file}", file=sys.stderr)
     content = read_json(file)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(kind), list) for kind in ("images", "annotations")
     ):
         raise InputError(
-            f"{file} is not in COCO's format: lists 'images' and 'annotations' belong there."
+            f"{file} is not in COCO's format: it must hold the lists 'images' and 'annotations'."
         )
     if "categories" in lists and not content.get("categories"):
         raise InputError(
-            f"{file} has no categories; a COCO instances file, which names them, belongs there."
+            f"{file} has no categories; it must be a COCO instances file, which names them."
         )
     if not content["annotations"]:
         raise InputError(f"{file} has no annotations.")
@@ -149,17 +151,17 @@ def _index(file: Path, content: dict[str, list[dict[str, Any]]]) -> CheckedCOCO:
 
 
 def _check_records(file: Path, kind: str, records: Any) -> None:
-    """Each image, annotation or category must be a record, with an id of its own."""
+    """Each image, annotation or category must be a record with a unique id."""
     if not isinstance(records, list):
         raise InputError(f"{file} is not in COCO's format: '{kind}' must be a list.")
     seen = set()
     for place, record in enumerate(records):
         number = record.get("id") if isinstance(record, dict) else None
         if not is_id(number):
-            found = f"has the id {shown(number)}" if isinstance(record, dict) else "is no record"
+            found = f"has the id {shown(number)}" if isinstance(record, dict) else "is not a record"
             raise InputError(
-                f"{file}: entry {place} of '{kind}' {found}; a record with a whole number or text "
-                "as its id belongs there."
+                f"{file}: entry {place} of '{kind}' {found}; it must be a record whose id is a "
+                "whole number or text."
             )
         if number in seen:
             raise InputError(f"{file}: two of the {kind} have the id {shown(number)}.")
@@ -167,7 +169,7 @@ def _check_records(file: Path, kind: str, records: Any) -> None:
 
 
 def _check_references(file: Path, content: dict[str, Any], key: str, kind: str) -> None:
-    """Each annotation must be of an image, or category, of the file."""
+    """Each annotation must refer to an image, or category, of the file."""
     known = {record["id"] for record in content[kind]}
     for annotation in content["annotations"]:
         number = annotation.get(key)
@@ -180,19 +182,19 @@ def _check_references(file: Path, content: dict[str, Any], key: str, kind: str) 
 
 
 def _check_file_names(file: Path, images: list[dict[str, Any]]) -> None:
-    """An image that stands there twice would have the masks of half of its instances each time."""
+    """An image that occurs twice would have only some of its instances each time."""
     ids: dict[PurePosixPath, Any] = {}
     for record in images:
         name, number = record.get("file_name"), record["id"]
         if isinstance(name, str) and ids.setdefault(PurePosixPath(name), number) != number:
             raise InputError(
                 f"{file}: the images {shown(ids[PurePosixPath(name)])} and {shown(number)} have "
-                f"the same file name {shown(name)}; one record for each file belongs there."
+                f"the same file name {shown(name)}; each file may have only one record."
             )
 
 
 def coco_image(coco: CheckedCOCO, folder: Path, image_id: Any) -> ImageFile:
-    """The file of one of the images."""
+    """The file of an image."""
     record = coco.imgs[image_id]
     return image_file(
         folder,
@@ -204,8 +206,8 @@ def coco_image(coco: CheckedCOCO, folder: Path, image_id: Any) -> ImageFile:
 
 
 def class_masks(coco: CheckedCOCO, image_id: Any) -> dict[int, np.ndarray]:
-    """Category id -> the mask (H, W) of all that an image has of it, crowds included. Raises
-    InputError for whatever is wrong in its annotations.
+    """Category id -> the mask (H, W) of all its pixels in an image, crowds included. Raises
+    InputError if an annotation is wrong.
     """
     image = coco_image(coco, Path(), image_id)
     masks = _OfImage(coco.file, image, SegmentationSource(crowds="instances"), Counter())
@@ -222,18 +224,18 @@ def class_masks(coco: CheckedCOCO, image_id: Any) -> dict[int, np.ndarray]:
 def instance_rle(
     coco: CheckedCOCO, image: ImageFile, annotation: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The mask of one annotation as compressed RLE; None where it has no outline. Raises InputError
-    for whatever is wrong in it.
+    """The mask of one annotation as compressed RLE; None if it has no outline. Raises InputError if
+    the annotation is wrong.
     """
     return _OfImage(coco.file, image, SegmentationSource(), Counter()).rle(annotation)
 
 
 @dataclass(frozen=True, slots=True)
 class _ClassMask:
-    """The mask of a class in a whole image, compressed RLE, with the boxes of all its instances and
-    of the largest.
+    """The mask of a class in a whole image as compressed RLE, with the boxes of all its instances
+    and of the largest one.
 
-    seen: the masks of all classes that are annotated in the image, wanted or not, by class.
+    seen: class -> mask, for every class annotated in the image, whether the recipe uses it or not.
     """
 
     image: ImageFile
@@ -255,8 +257,8 @@ def _class_masks(
     annotations = [a for a in coco.anns.values() if names[a["category_id"]] in wanted]
     if source.crowds == "join" and annotations and all(a.get("iscrowd") for a in annotations):
         raise InputError(
-            f"{coco.file}: all instances are crowds (iscrowd=1), of which no region is made; set "
-            "segmentation.crowds=instances to take each as an instance."
+            f"{coco.file}: all instances are crowds (iscrowd=1), which make no region; set "
+            "segmentation.crowds=instances to treat each as an instance."
         )
     of_image: dict[Any, dict[str, list[dict[str, Any]]]] = {number: {} for number in coco.imgs}
     for annotation in coco.anns.values():
@@ -276,14 +278,14 @@ def _masks_of_image(
     of_class: dict[str, list[dict[str, Any]]],
     wanted: set[str],
 ) -> Iterator[_ClassMask]:
-    """The masks of the wanted classes in one image, each with what else is seen there."""
+    """The masks of the wanted classes in one image, each with the masks of all its classes."""
     masks = _OfImage(file, image, source, skipped)
     found = {
         name: mask
         for name, annotations in of_class.items()
         if name in wanted and (mask := masks.of_class(name, annotations)) is not None
     }
-    # What makes no region, such as a crowd alone, is to be seen in the image all the same.
+    # A class that makes no region, such as a crowd alone, is still visible in the image.
     beside = _OfImage(file, image, SegmentationSource(crowds="instances"), Counter())
     seen = {
         name: mask.rle
@@ -294,7 +296,7 @@ def _masks_of_image(
 
 
 def check_classes(key: str, wanted: set[str], coco: CheckedCOCO) -> None:
-    """Raise InputError where a recipe's classes are not all among the categories of a file."""
+    """Raise InputError if one of a recipe's classes is not a category of the file."""
     if unknown := sorted(wanted - {record["name"] for record in coco.cats.values()}):
         raise InputError(
             f"{key} names '{unknown[0]}', which is not among the categories of {coco.file}."
@@ -311,9 +313,10 @@ class _OfImage:
     skipped: Counter[str]
 
     def of_class(self, category: str, annotations: list[dict[str, Any]]) -> _ClassMask | None:
-        """The union of a class's annotations; None, and counted, where no region comes of it.
+        """The union of a class's annotations. If it makes no region, counts the reason and returns
+        None.
 
-        Where an instance has no outline, its pixels would count as background: no region either.
+        An instance without an outline makes no region either: its pixels would count as background.
         """
         if self.image.is_too_large:  # The check of the images finds that out; there is no memory
             return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))  # for it.
@@ -346,15 +349,15 @@ class _OfImage:
         )
 
     def rle(self, annotation: dict[str, Any]) -> dict[str, Any] | None:
-        """An annotation's mask as compressed RLE; None where it has no outline: no polygon, or none
-        of three points.
+        """An annotation's mask as compressed RLE; None if it has no outline: no polygon, or none of
+        three points.
         """
         where = f"{self.file}: annotation {annotation['id']}"
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, dict) and "counts" in segmentation:
             return _checked_rle(segmentation, self.image, where)
         if not isinstance(segmentation, list):
-            raise InputError(f"{where} has no segmentation; polygons or RLE belong there.")
+            raise InputError(f"{where} has no segmentation; it must be polygons or RLE.")
         for polygon in segmentation:
             _check_polygon(polygon, self.image, where)
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
@@ -365,17 +368,17 @@ class _OfImage:
 
 
 def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
-    """pycocotools takes any numbers, and with some of them all of the memory."""
+    """Check polygons: pycocotools accepts any numbers, and for some of them uses all memory."""
     if not isinstance(polygon, list) or not all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in polygon
     ):
         raise InputError(f"{where} has a segmentation that is not lists of numbers.")
     if len(polygon) % 2:
         raise InputError(
-            f"{where} has a polygon of {len(polygon)} numbers; pairs of x and y belong there."
+            f"{where} has a polygon of {len(polygon)} numbers; it must be pairs of x and y."
         )
     reach = 2 * max(image.width, image.height)
-    if not all(-reach <= value <= reach for value in polygon):  # so NaN is not, either
+    if not all(-reach <= value <= reach for value in polygon):  # also false for NaN
         raise InputError(
             f"{where} has a polygon far outside its image of {image.width} x {image.height} pixels."
         )
@@ -384,7 +387,8 @@ def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
         length = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
         if length > _LONGEST_OUTLINE:
             raise InputError(
-                f"{where} has a polygon whose outline is {length:.0f} pixels long; it is no object."
+                f"{where} has a polygon whose outline is {length:.0f} pixels long, too long for an "
+                "object."
             )
 
 
@@ -415,10 +419,10 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
 def _cut_masks(
     settings: tuple[int, ObjectScale], masks: list[_ClassMask]
 ) -> list[PoolRegion | None]:
-    """Each mask cut to its crop and drawn at image_size; None where nothing is left to see."""
+    """Each mask cropped and scaled to image_size; None if no pixel of it remains."""
     image_size, scale = settings
     regions: list[PoolRegion | None] = []
-    image, whole = None, {}  # The masks of one image follow one another.
+    image, whole = None, {}  # The masks of one image are consecutive.
     for mask in masks:
         if mask.image is not image:
             image, whole = mask.image, {name: decode_rle(rle) for name, rle in mask.seen.items()}

@@ -1,8 +1,8 @@
 """COCO's captions -> the captioning pool: a caption that names a class seen in its image describes
 that class's box.
 
-The box is that of the class's largest instance where the caption names the class in the singular
-("a zebra"), and the box around all instances and crowds where it names it in the plural ("three
+The box is that of the class's largest instance if the caption names the class in the singular ("a
+zebra"), and the box around all instances and crowds if it names the class in the plural ("three
 zebras"). The references of a region are all captions of the image that name the class.
 """
 
@@ -31,8 +31,8 @@ from preprocessing.visual_genome import (
 def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     """The captioning pool of a COCO captions file and the instances file of the same images.
 
-    Raises InputError for whatever is wrong in them, and for captions of an image that the instances
-    file does not know.
+    Raises InputError if anything in them is wrong, or if the instances file lacks an image that has
+    captions.
     """
     captions = load_captions(source.path("annotations"))
     instances = load_instances(source.path("instances"))
@@ -85,8 +85,8 @@ def _regions(
 def _boxes(
     coco: CheckedCOCO, image: ImageFile, image_id: Any, skipped: Counter[str]
 ) -> dict[str, tuple[Box, Box]]:
-    """Class -> the box of its largest instance, and the box around all of them and its crowds; that
-    box twice where there are crowds alone.
+    """Class -> the box of its largest instance, and the box around all its instances and crowds. If
+    there are only crowds, the latter box twice.
     """
     rects: dict[str, list[tuple[bool, tuple[float, float, float, float]]]] = {}
     for annotation in coco.imgToAnns.get(image_id, ()):

@@ -1,11 +1,11 @@
 """Compositions: the objects of a COCO data set, cut out and pasted into its own images, as a source
 of segmentation pairs.
 
-A composition is a square part of a photograph, at the size that the model sees, with up to
-`pasted` cut-outs of other photographs. Who lies in front covers who lies behind, in the picture and
-in the masks: a mask is the set of pixels in which the object is seen. Edges are softened in the
-picture alone. Each composition is a pure function of the seed and its number. Compositions are
-written in COCO's format, with the provenance of every object, and read as any such data set is.
+A composition is a square part of a photograph, at the model's image size, with up to `pasted`
+cut-outs of other photographs. Objects in front cover those behind, in the picture and in the masks:
+a mask is the set of visible pixels of an object. Edges are softened only in the picture. Each
+composition is a pure function of the seed and its number. Compositions are written in COCO's
+format, with the provenance of every object, and read like any such data set.
 
 The idea is that of Dwibedi et al. 2017 ("Cut, Paste and Learn") and Ghiasi et al. 2021 ("Simple
 Copy-Paste").
@@ -36,13 +36,15 @@ from preprocessing.synthetic import box_of_mask, window, write_json
 from preprocessing.workers import ordered_map
 
 LEAST_CUT = 0.01
-"""The least area of a cut-out, as a share of its photograph: what is smaller shows too little."""
+"""The least area of a cut-out, as a share of its photograph; smaller ones show too little
+detail.
+"""
 
 LEAST_VISIBLE = 0.5
-"""What a pasted object leaves to see of each object that it covers, and the frame of itself."""
+"""The share of an object that must stay visible if another one covers it, or at the frame."""
 
 _SIDES = (0.2, 0.65)
-"""The longer side of a pasted object, in sides of the composition."""
+"""The range of a pasted object's longer side, in sides of the composition."""
 
 _MOST_ENLARGED = 1.5
 _CHUNK = 32
@@ -55,8 +57,8 @@ _TRIES = 12
 def read_segmentation(
     album: "Album", source: SegmentationSource, image_size: int, folder: Path, workers: int
 ) -> Pool:
-    """The pool of the compositions of an album, which lie in `folder`, and, where the source says
-    so, of its photographs.
+    """The pool of an album's compositions, which are in `folder`, and of its photographs if the
+    source includes them.
     """
     files = replace(
         source, images=str(folder / "images"), annotations=str(folder / "instances.json")
@@ -75,14 +77,14 @@ def read_segmentation(
 
 
 class _All:
-    """Takes every image for usable: we have just written them."""
+    """Treats every image as usable, since this build has written them."""
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
         return list(items)
 
 
 def _with_provenance(made: coco.CheckedCOCO, region: PoolRegion) -> PoolRegion:
-    """A region of a composition with what is known of where its objects come from."""
+    """A region of a composition with the provenance of its objects."""
     annotations = [made.anns[number] for number in region.annotations]
     largest = max(annotations, key=lambda annotation: annotation["area"])["provenance"]
     alone = len(annotations) == 1 and largest["pasted"]
@@ -120,8 +122,8 @@ class _Cut:
 
 @dataclass(frozen=True)
 class Album:
-    """A data set that compositions are made of. cuts: the cut-outs of each category id. pool: holds
-    what was left out.
+    """A data set from which compositions are made. cuts: category id -> cut-outs. pool: counts what
+    was left out.
     """
 
     coco: coco.CheckedCOCO
@@ -130,16 +132,16 @@ class Album:
     pool: Pool
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
-        """Of `UsableImages`: the items on photographs of the album, without a word on others, which
-        were counted before.
+        """As in `UsableImages`: the items on photographs of the album. Others were counted
+        before.
         """
         images = {photograph.image for photograph in self.photographs}
         return [item for item in items if item.image in images]
 
 
 def open_album(source: SegmentationSource, usable: UsableImages) -> Album:
-    """The data set of a source, its images checked. Raises InputError for whatever is wrong in it,
-    and where it has no object to cut out.
+    """The data set of a source, with checked images. Raises InputError if anything in it is wrong,
+    or if it has no object to cut out.
     """
     file, folder = coco.load_instances(source.path("annotations")), source.path("images")
     names = {number: record["name"] for number, record in file.cats.items()}
@@ -174,8 +176,8 @@ def _is_large(file: coco.CheckedCOCO, photograph: _Photograph, annotation: dict[
 
 @dataclass
 class _Placed:
-    """An object in a composition: the mask (size, size) of what is seen of it, None where its
-    annotation has no outline, and its pixels before anything covered it.
+    """An object in a composition: the mask (size, size) of its visible part, None if its annotation
+    has no outline, and its number of pixels before anything covered it.
     """
 
     category_id: Any
@@ -185,9 +187,7 @@ class _Placed:
     provenance: dict[str, Any]
 
     def may_be_covered_by(self, mask_HW: np.ndarray) -> bool:
-        """Whether enough of it would be left to see. Crowds, and small objects behind, may
-        vanish.
-        """
+        """Whether enough of it would stay visible. Crowds and small objects behind may vanish."""
         if self.mask_HW is None or self.crowd:
             return True
         left = int((self.mask_HW & ~mask_HW).sum())
@@ -198,8 +198,8 @@ class _Placed:
 def compose(
     album: Album, composed: ComposedImages, size: int, index: int
 ) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """Composition number `index`, `size` pixels square, with COCO's annotations of all that is seen
-    in it, but for their ids.
+    """Composition number `index`, `size` pixels square, with COCO's annotations, without ids, of
+    everything visible in it.
     """
     rng = np.random.default_rng([composed.seed, zlib.crc32(b"composed"), index])
     turn, place = divmod(index, len(album.photographs))
@@ -213,7 +213,7 @@ def compose(
 
 
 def _choose(rng: np.random.Generator, album: Album, balance: float, shown: set[Any]) -> _Cut:
-    """A cut-out of a class that the composition does not show yet, where there is one."""
+    """A cut-out of a class that the composition does not show yet, if there is one."""
     classes = [number for number in album.cuts if number not in shown] or list(album.cuts)
     weights = np.array([len(album.cuts[number]) for number in classes]) ** (1.0 - balance)
     of_class = album.cuts[classes[int(rng.choice(len(classes), p=weights / weights.sum()))]]
@@ -223,8 +223,8 @@ def _choose(rng: np.random.Generator, album: Album, balance: float, shown: set[A
 def _background(
     rng: np.random.Generator, album: Album, photograph: _Photograph, size: int
 ) -> tuple[np.ndarray, list[_Placed]]:
-    """A square part of a photograph, perhaps mirrored, in a light of its own: float pixels
-    (size, size, 3), and what is annotated in it.
+    """A square part of a photograph, perhaps mirrored, with random lighting: float pixels (size,
+    size, 3), and its annotations.
     """
     image = photograph.image
     side = max(1, round(min(image.width, image.height) * rng.uniform(0.6, 1.0)))
@@ -259,8 +259,8 @@ def _paste(
     canvas_HW3: np.ndarray,
     objects: list[_Placed],
 ) -> None:
-    """Paste a cut-out where it leaves enough to see of all that it covers; nothing, where no such
-    place is found.
+    """Paste a cut-out at a place where every covered object stays sufficiently visible; do nothing
+    if no such place is found.
     """
     size = canvas_HW3.shape[0]
     sprite = _cut_out(rng, album, cut, size)
@@ -290,7 +290,7 @@ def _paste(
 
 @dataclass(frozen=True)
 class _Sprite:
-    """A cut-out as it is pasted: pixels, how much of each it covers, and its mask."""
+    """A cut-out ready for pasting: its pixels, their opacity, and its mask."""
 
     pixels_hw3: np.ndarray
     alpha_hw: np.ndarray
@@ -299,9 +299,9 @@ class _Sprite:
 
 
 def _cut_out(rng: np.random.Generator, album: Album, cut: _Cut, size: int) -> _Sprite:
-    """A cut-out scaled, turned, perhaps mirrored, and in a light of its own."""
+    """A cut-out, scaled, rotated, perhaps mirrored, and with random lighting."""
     rle = coco.instance_rle(album.coco, cut.photograph.image, cut.annotation)
-    assert rle is not None, "what has no outline is not cut out"
+    assert rle is not None, "objects without an outline are not cut out"
     mask_HW = decode_rle(rle)
     left, top, right, bottom = box_of_mask(mask_HW)
     longest = min(rng.uniform(*_SIDES) * size, _MOST_ENLARGED * max(right - left, bottom - top))
@@ -355,7 +355,7 @@ def _source(photograph: _Photograph, annotation: dict[str, Any], pasted: bool) -
 
 
 def _is_seen(placed: _Placed) -> bool:
-    """Whether an object is still in the picture; of one without an outline nobody knows."""
+    """Whether an object is still visible, or might be if it has no outline."""
     return placed.mask_HW is None or bool(placed.mask_HW.any())
 
 
@@ -382,8 +382,8 @@ def _annotation(placed: _Placed) -> dict[str, Any]:
 def compose_images(
     album: Album, composed: ComposedImages, size: int, folder: Path, workers: int
 ) -> Path:
-    """Make all compositions: images/<image_id>.jpg and instances.json, in COCO's format, unless
-    `folder`, which is returned, is there; it appears whole or not at all.
+    """Make all compositions, images/<image_id>.jpg and instances.json in COCO's format, unless
+    `folder` exists; it appears completely or not at all. Returns the folder.
     """
     if folder.is_dir():
         return folder

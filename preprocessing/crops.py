@@ -1,4 +1,4 @@
-"""Which part of an image a pair shows: object scale."""
+"""Object scale: which part of an image a pair shows."""
 
 from icl_moe.images import PixelBox
 from preprocessing.recipe import ObjectScale
@@ -7,7 +7,7 @@ PixelRect = tuple[float, float, float, float]
 """x, y, width, height in pixels."""
 
 MARGIN = 1.5
-"""Side of a `large` crop / the longer side of the object in it."""
+"""Side of a `large` crop / longer side of the object in it."""
 
 
 def square_crop(
@@ -21,10 +21,10 @@ def square_crop(
     """The square of a width x height image that a segmentation pair shows.
 
     any: the largest square, as near to the middle of `objects` (the box of all instances) as the
-    image allows, so that it holds as much of them as a square of this size can.
+    image allows, so that it contains as much of them as possible.
     large: a square around `largest` (the box of the largest instance), 1.5 times its longer side,
-    so that the object fills a good part of it; never less than half of image_size, so that pixels
-    are at most doubled, nor more than the image has.
+    so that the object fills much of it. Its side is at least half of image_size, so that pixels are
+    at most doubled, and at most the image's shorter side.
     """
     whole = min(width, height)
     if scale == "any":

@@ -1,5 +1,6 @@
-"""Episodes: which regions stand together, k examples and a query of one class (and, where
-a source has several ways to describe, of one style)."""
+"""Episodes: which regions form an episode of k examples and a query of one class (and of one style,
+if the source has several ways to describe).
+"""
 
 import zlib
 from collections.abc import Iterable
@@ -15,15 +16,15 @@ from preprocessing.pool import Pool
 def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> np.ndarray:
     """Region numbers of each episode, int64 (samples, examples + 1), the query last.
 
-    Queries run over the pool's in shuffled order, again and again in new orders where more samples
-    are asked for than it has of them (None: one pass). Examples are drawn uniformly from the
-    query's class and style, each from another photograph than all others of the episode. An episode
-    is a pure function of (pool, seed, task, its number). Every class must be seen in enough
-    photographs in each of its styles, as `Pool.drop_small_classes` sees to.
+    Queries are the pool's queries in shuffled order; if `samples` exceeds their number, further
+    passes use new orders (None: one pass). Examples are drawn uniformly from the query's class and
+    style, each from a different photograph. An episode is a pure function of (pool, seed, task, its
+    number). Every class must appear in enough photographs in each of its styles;
+    `Pool.drop_small_classes` ensures this.
 
-    In a share `pool.same_instance` of the episodes all regions show one and the same object, each
-    in another image. Where the query whose turn it is shows none that is seen in enough images, a
-    random region that does takes its place. Raises InputError where there is no such region.
+    In a share `pool.same_instance` of the episodes all regions show the same object, each in
+    another image. If the next query's object does not appear in enough images, a random region
+    whose object does takes its place. Raises InputError if there is no such region.
     """
     queries = pool.queries
     count = len(queries) if samples is None else samples
@@ -51,8 +52,8 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
 
 
 class _Instances:
-    """The regions that show an object which is seen, alone of its class, in enough images for an
-    episode. `images`: each region's image by number.
+    """The regions whose object appears, as the only one of its class, in enough images for an
+    episode. `images`: the image number of each region.
     """
 
     def __init__(self, pool: Pool, examples: int) -> None:
@@ -70,20 +71,22 @@ class _Instances:
         self._eligible = sorted(n for numbers in self._members.values() for n in numbers.tolist())
         if pool.same_instance and not self._eligible:
             raise InputError(
-                f"No object is seen in the {examples + 1} images that an episode of one object "
+                f"No object appears in the {examples + 1} images that an episode of one object "
                 "needs; set segmentation.composed.images higher, examples lower, or "
                 "segmentation.composed.same_instance=0."
             )
 
     def query(self, rng: np.random.Generator, number: int) -> int:
-        """The region, where an episode of its object can be made, else one where that can be."""
+        """The region itself if an episode of its object is possible, otherwise a random region for
+        which it is.
+        """
         if self._regions[number].instance in self._members:
             return number
         return self._eligible[int(rng.integers(len(self._eligible)))]
 
     def members(self, query: int) -> np.ndarray:
         instance = self._regions[query].instance
-        assert instance is not None, "`query` chose it for its instance"
+        assert instance is not None, "`query` returns only regions with an instance"
         return self._members[instance]
 
 
@@ -95,8 +98,8 @@ def _number(names: Iterable[str]) -> np.ndarray:
 def _draw(
     rng: np.random.Generator, members: np.ndarray, images: np.ndarray, query: int, examples: int
 ) -> list[int]:
-    """Regions of different images, none of them the query's: uniform draws, thrown away where the
-    image was there before.
+    """Regions of different images, none of them the query's: uniform draws, rejecting images that
+    were already drawn.
     """
     used = {int(images[query])}
     drawn: list[int] = []

@@ -1,6 +1,6 @@
-"""Which of the annotated images can be used: those that are there, can be read to their end, and
-have the size of their record. Found out before anything is encoded, so that one bad image neither
-ends a build after hours nor changes what stands in the shards of the others.
+"""Checks which of the annotated images can be used: those that exist, can be read completely, and
+have the size that their record states. The check precedes encoding, so that one bad image neither
+ends a build after hours nor changes the shards' other samples.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from preprocessing.pool import ImageFile, Pool
 from preprocessing.workers import ordered_map
 
 CHUNK = 128
-"""Images that one worker reads at a time, and whose verdicts make one file."""
+"""Images that one worker reads at a time; the results of a chunk are one file."""
 
 Choice = Literal["stop", "skip"]
 
 
 class HasImage(Protocol):
-    """Anything that stands on an image file."""
+    """Anything that is based on an image file."""
 
     @property
     def image(self) -> ImageFile: ...
@@ -47,13 +47,13 @@ class UsableImages(Protocol):
 
 
 class ImageCheck:
-    """Looks for the annotated images and reads each of them once.
+    """Finds the annotated images and reads each of them once.
 
-    missing_images, bad_images: whether images that are not there, or cannot be used, end the build
+    missing_images, bad_images: whether images that are missing, or cannot be used, stop the build
     or are left out and counted.
-    notes: a folder for what was found, so that a build that goes on need not read them again; an
-    image that has changed since is read again. workers: processes that read. With several
-    `processes`, which share the notes, each reads its part.
+    notes: a folder for the results, so that a resumed build need not read the images again; an
+    image that has changed since is read again. workers: processes that read. Several `processes`
+    share the notes, and each reads its part of the images.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class ImageCheck:
         self._faults: dict[ImageFile, ImageError | None] = {}
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
-        """The items whose image, in `folder`, can be used.
+        """The items whose image in `folder` can be used.
 
-        Others raise an InputError that counts them and names the first, or with `skip` are counted
-        in the pool's `skipped` and, if they are there, listed in its `bad_images`.
+        Other images raise an InputError that counts them and names the first. With `skip` they are
+        counted in the pool's `skipped` and, if they exist, listed in its `bad_images`.
         """
         items = list(items)
         images = list(dict.fromkeys(item.image for item in items))
@@ -88,7 +88,7 @@ class ImageCheck:
                 else ""
             )
             first = str(next(iter(bad.values()))).rstrip(".")
-            raise InputError(f"{first}{others}; correct that, or set bad_images=skip.")
+            raise InputError(f"{first}{others}; replace it, or set bad_images=skip.")
         for image, fault in bad.items():
             pool.skipped[f"images_{fault.reason}"] += 1
             pool.bad_images[image.name] = str(fault)
@@ -102,16 +102,14 @@ class ImageCheck:
         if missing and self._missing_images == "stop":
             raise InputError(
                 f"{len(missing)} of {len(images)} annotated images are missing from {folder}, the "
-                f"first is {missing[0]}{_other_spelling(folder, missing[0])}; put them there, or "
-                "set missing_images=skip."
+                f"first is {missing[0]}{_other_spelling(folder, missing[0])}; add them, or set "
+                "missing_images=skip."
             )
         pool.skipped["missing_images"] += len(missing)
         return {image: status for image, status in found.items() if status is not None}
 
     def _read(self, present: dict[ImageFile, os.stat_result]) -> None:
-        """Find out the faults of images that were not read before, on all workers of all
-        processes.
-        """
+        """Check the images that have no result yet, on all workers of all processes."""
         self._notes.mkdir(parents=True, exist_ok=True)
         new = [image for image in present if image not in self._faults]
         chunks = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
@@ -139,10 +137,10 @@ class ImageCheck:
 
 
 class ImageError(InputError):
-    """An image cannot be used. reason: the kind of fault, by which such images are counted."""
+    """An image cannot be used. reason: the kind of fault, by which images are counted."""
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
-        super().__init__(message)  # The reason apart, so that the error survives pickling.
+        super().__init__(message)  # The message alone, so that the error survives pickling.
         self.reason = reason
 
 
@@ -152,17 +150,17 @@ _UNTURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""What undoes the turn that EXIF's orientation asks for, of those that exchange width and height
-(JEITA CP-3451, tag 0x0112).
+"""EXIF orientation -> the transposition that undoes it, for orientations that exchange width and
+height (JEITA CP-3451, tag 0x0112).
 """
 
 
 def open_image(file: ImageFile) -> Image.Image:
-    """The picture of a record, 8-bit RGB, with width and height as its annotations have them.
+    """The picture of a record, 8-bit RGB, with the width and height that its annotations assume.
 
-    Where its EXIF tag says that the picture is to be turned, and the record has the size that it
-    has without that, its annotations were made on the picture as it is stored; so that is taken.
-    Raises ImageError where it cannot be read or has another size than its record says.
+    If an EXIF tag rotates the picture but the record has the size of the stored picture, the
+    annotations were made on the stored picture, so that is returned. Raises ImageError if the
+    picture cannot be read or its size differs from the record.
     """
     try:
         image, size = load_image(file.path), (file.width, file.height)
@@ -182,7 +180,7 @@ def open_image(file: ImageFile) -> Image.Image:
 
 
 def _kind_of_fault(path: Path) -> str:
-    """Why an image that `load_image` refuses cannot be used."""
+    """The kind of fault of an image that `load_image` refuses."""
     try:
         with Image.open(path) as image:
             if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -199,7 +197,7 @@ def _kind_of_fault(path: Path) -> str:
 
 
 def _note_faults(_: None, work: tuple[Path, list[ImageFile]]) -> int:
-    """Read the images of a chunk and write down the faulty: place in the chunk, sentence, kind."""
+    """Read the images of a chunk and record the faulty ones: place in the chunk, sentence, kind."""
     notes, images = work
     faults = []
     for place, image in enumerate(images):
@@ -212,7 +210,7 @@ def _note_faults(_: None, work: tuple[Path, list[ImageFile]]) -> int:
 
 
 def _digest(images: list[ImageFile], present: dict[ImageFile, os.stat_result]) -> str:
-    """Of the records of a chunk and the state of their files."""
+    """A digest of a chunk's records and the status of their files."""
     states = [(repr(image), present[image].st_size, present[image].st_mtime_ns) for image in images]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
@@ -222,11 +220,11 @@ def _check_folder(folder: Path) -> None:
     if status is None:
         raise InputError(f"The folder of images {folder} does not exist.")
     if not stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{folder} is no folder; the folder of the images belongs there.")
+        raise InputError(f"{folder} is not a folder; it must be the folder of the images.")
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file. Raises InputError where that cannot be found out."""
+    """Whether the file exists. Raises InputError if that cannot be determined."""
     return _file_status(path) is not None
 
 
@@ -238,20 +236,20 @@ def _file_status(path: Path) -> os.stat_result | None:
 def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no possible name
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a valid name
         return None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _other_spelling(folder: Path, name: str) -> str:
-    """A hint where there is a file whose name differs in case, folders, form of accented letters
+    """A hint for a message, if a file exists whose name differs only in case, folder, Unicode form
     or quoting.
     """
     for place in dict.fromkeys(((folder / name).parent, folder)):
         try:
             files = sorted(path for path in place.iterdir() if _plain(path.name) == _plain(name))
-        except OSError:  # It is not there, or one may look up files in it, but not list them.
+        except OSError:  # The folder is missing, or its files may be opened but not listed.
             continue
         if like := next(filter(is_file, files), None):
             return f" (there is a file {like})"

@@ -1,11 +1,11 @@
-"""Captions of single instances -> the captioning pool. The file is one of COCO's captions whose
-records have two keys more:
+"""Captions of single instances -> the captioning pool. The file is a COCO captions file whose
+records have two more keys:
 
     {"id": 1, "image_id": 5, "caption": "in the middle", "instance_id": 17, "style": "place"}
 
-instance_id: an annotation of the instances file, whose class and box are the region's. style: in
-what way the text describes, as the data set names it; an episode is of one style. The references of
-a region are all texts of its instance in its style.
+instance_id: an annotation of the instances file; its class and box become the region's. style: how
+the text describes the instance, a word chosen by the data set; an episode has one style. The
+references of a region are all texts of its instance in its style.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ from preprocessing.visual_genome import caption_region, clean_phrase, drop_rare_
 
 
 def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
-    """The captioning pool. Raises InputError for whatever is wrong in the files, and for a class or
-    style of the recipe that they do not have.
+    """The captioning pool. Raises InputError if anything in the files is wrong, or if they lack a
+    class or style of the recipe.
     """
     captions = load_captions(source.path("annotations"))
     instances = load_instances(source.path("instances"))
@@ -59,11 +59,11 @@ def _texts(
         where = f"{captions.file}: annotation {caption['id']}"
         number, style = caption.get("instance_id"), caption.get("style")
         if not isinstance(style, str) or not style.strip():
-            raise InputError(f"{where} has the style {shown(style)}; text belongs there.")
+            raise InputError(f"{where} has the style {shown(style)}; it must be text.")
         known = instances.anns.get(number) if isinstance(number, int | str) else None
         if known is None or known["image_id"] != caption["image_id"]:
             raise InputError(
-                f"{where} has the instance_id {shown(number)}, which is no annotation of image "
+                f"{where} has the instance_id {shown(number)}, which is not an annotation of image "
                 f"{shown(caption['image_id'])} in {instances.file}."
             )
         texts.setdefault((number, style), []).append(
@@ -80,7 +80,7 @@ def _regions(
     source: CaptioningSource,
     pool: Pool,
 ) -> list[PoolRegion]:
-    """A region for each text of an instance in a style; none where its class is not wanted."""
+    """A region for each text of an instance in a style, for wanted classes."""
     annotation = instances.anns[number]
     category = instances.cats[annotation["category_id"]]["name"]
     if source.classes is not None and category not in source.classes:

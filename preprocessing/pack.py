@@ -1,5 +1,5 @@
 """Episodes -> webdataset shards. A shard is a pure function of its number, so any number of
-processes makes the same bytes.
+processes writes the same bytes.
 """
 
 import io
@@ -26,11 +26,11 @@ from preprocessing.quantize import CodeStore
 
 @dataclass(frozen=True)
 class TaskEpisodes:
-    """The episodes of one task: their regions by number (samples, examples + 1), and each region's
+    """The episodes of one task as region numbers (samples, examples + 1), and each region's
     pictures.
 
     pictures: int64 (regions, most pictures of a region), the numbers in the code store of the image
-    and of what the task draws, -1 where there is none.
+    and of the pictures that the task draws, padded with -1.
     """
 
     task: Task
@@ -41,8 +41,8 @@ class TaskEpisodes:
 
 @dataclass(frozen=True)
 class Packer:
-    """What every shard is made of. `folder` takes the shards, `notes` a JSON file for each with its
-    index rows.
+    """What every shard is made from. Shards are written to `folder`, and a JSON file with each
+    shard's index rows to `notes`.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Packer:
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Which samples a shard will hold: those from `start` to before `stop` of `task`."""
+    """The samples of a shard: those of `task` from `start` up to, not including, `stop`."""
 
     task: str
     number: int
@@ -75,7 +75,7 @@ def shard_ranges(task: str, samples: int, shard_size: int) -> list[ShardRange]:
 
 
 def pack_shard(packer: Packer, shard: ShardRange) -> int:
-    """Write one shard and its notes, unless both are there; returns its number of samples."""
+    """Write one shard and its notes unless both exist, and return its number of samples."""
     target, notes = packer.folder / shard.file, packer.notes / f"{shard.file}.json"
     if target.is_file() and notes.is_file():
         return shard.stop - shard.start
@@ -111,8 +111,8 @@ def pack_shard(packer: Packer, shard: ShardRange) -> int:
 def collect(
     packer: Packer, ranges: Sequence[ShardRange]
 ) -> tuple[tuple[ShardInfo, ...], dict[str, dict[str, int]]]:
-    """Write the index of all shards from their notes; returns what the manifest says of them:
-    shards and classes of each task.
+    """Write the index of all shards from their notes, and return the manifest's entries about them:
+    the shards, and the classes of each task.
     """
     shards: list[ShardInfo] = []
     classes: dict[str, Counter[str]] = {task: Counter() for task in packer.tasks}
@@ -130,7 +130,7 @@ def collect(
 
 
 def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, dict[str, Any]]:
-    """Class, sequence and KEY.json of one episode; docs/shards.md says what stands in KEY.json."""
+    """Class, sequence and KEY.json of one episode; docs/shards.md describes KEY.json."""
     of_task = packer.tasks[task]
     numbers = of_task.episodes[index]
     regions = [of_task.regions[number] for number in numbers]
@@ -163,7 +163,7 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
 
 
 def role_lengths(sequence: TokenSequence) -> tuple[int, int, int]:
-    """Tokens without padding, of role input, and of role output."""
+    """Number of tokens without padding, of role input, and of role output."""
     by_role = Counter[str]()
     for span in sequence.spans:
         by_role[span.role] += span.length
@@ -171,7 +171,7 @@ def role_lengths(sequence: TokenSequence) -> tuple[int, int, int]:
 
 
 def query_lengths(sequence: TokenSequence) -> tuple[int, int]:
-    """Tokens of the query of role input, and of role output."""
+    """Number of the query's tokens of role input, and of role output."""
     inputs, outputs = (
         sum(span.length for span in sequence.query_spans if span.role == role)
         for role in ("input", "output")
@@ -180,7 +180,7 @@ def query_lengths(sequence: TokenSequence) -> tuple[int, int]:
 
 
 def _places(path: Path) -> list[tuple[int, int, int, int]]:
-    """Offset and size of each sample's tokens, then of its JSON, as the tar itself has them."""
+    """Offset and size of each sample's tokens, then of its JSON, read from the tar file."""
     with tarfile.open(path, "r:") as archive:
         members = {member.name: member for member in archive}
     keys = [name.removesuffix(".tokens.npy") for name in members if name.endswith(".tokens.npy")]

@@ -1,4 +1,6 @@
-"""The pool: what every source becomes, regions of one class each, from which episodes are drawn."""
+"""The pool: the common form of every source, a list of regions of one class each, from which
+episodes are drawn.
+"""
 
 import math
 from collections import Counter
@@ -14,8 +16,8 @@ from icl_moe.images import PixelBox
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image as its record has it; `name` is its path within the images' folder, width and height
-    are pixels.
+    """An image as its record describes it: `name` is its path within the folder of images, width
+    and height are in pixels.
     """
 
     path: Path
@@ -30,22 +32,22 @@ class ImageFile:
 
 
 Role = Literal["both", "query", "example"]
-"""Which places of an episode a region may take."""
+"""Whether a region may be a query, an example or both."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolRegion:
-    """What one pair of an episode is made of: an image, the class that it shows, and what the task
-    asks about it.
+    """What one pair of an episode is made from: an image, the class that it shows, and the task's
+    target.
 
     annotations: ids in the source. crop: the part of the image that the model sees, stretched to
-    image_size x image_size. scale: area of the object / area of the crop. target: what the pair's
-    output says, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`). style: in
-    what way the target describes, where a source has several; an episode is of one style.
-    origin: of a composed image, the name of the photograph that the object was cut from. instance:
-    which single object the target is of, where one object is seen in several images. provenance:
-    where the parts of a composed target come from, plain JSON values for KEY.json. role: which
-    places of an episode it may take.
+    image_size x image_size. scale: area of the object / area of the crop. target: the content of
+    the pair's output, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`).
+    style: how the target describes, if the source has several ways; an episode has one style.
+    origin: for a composed image, the name of the photograph that the object was cut from. instance:
+    the object that the target is of, if one object appears in several images. provenance: where the
+    parts of a composed target come from, as plain JSON values for KEY.json. role: whether it may be
+    a query, an example or both.
     """
 
     image: ImageFile
@@ -62,22 +64,22 @@ class PoolRegion:
 
     @property
     def photograph(self) -> str:
-        """The name of the image that the object was photographed in: that of the region itself, but
-        for compositions.
+        """The name of the photograph that shows the object: the region's own image, except in
+        compositions.
         """
         return self.origin or self.image.name
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What all regions of an episode share: class and style."""
+        """Class and style, which all regions of an episode share."""
         return self.category, self.style
 
 
 @dataclass
 class Pool:
-    """The regions of one task in the order of their source, how many things were left out, by
-    reason, and which images could not be used: name -> why. same_instance: the share of episodes
-    that are of one object, seen in several images.
+    """The regions of one task in the order of their source. skipped: reason -> how many things were
+    left out. bad_images: name -> why the image could not be used. same_instance: the share of
+    episodes whose regions all show one object in several images.
     """
 
     task: str
@@ -87,7 +89,7 @@ class Pool:
     same_instance: float = 0.0
 
     def by_class(self) -> dict[str, list[int]]:
-        """Class -> numbers of its regions, classes in alphabetical order."""
+        """Class -> numbers of its regions, with classes in alphabetical order."""
         numbers: dict[str, list[int]] = {}
         for number, region in enumerate(self.regions):
             numbers.setdefault(region.category, []).append(number)
@@ -107,13 +109,13 @@ class Pool:
         return [n for n, region in enumerate(self.regions) if region.role != "example"]
 
     def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
-        """Count the classes that a recipe asks for by name and the source has nothing of."""
+        """Count the classes that a recipe names but the source lacks."""
         unseen = set(asked or ()) - {region.category for region in self.regions}
         self.skipped["classes_without_a_region"] += len(unseen)
 
     def drop_small_classes(self, images: int) -> None:
-        """Leave out classes of which, in a style, no query can be asked with examples from `images`
-        - 1 other images. Counts a class once for each style in which that is so.
+        """Leave out each class and style that has no query with examples from `images` - 1 other
+        images. A class counts once for each such style.
         """
         shown: dict[tuple[str, str], set[str]] = {}
         asked: dict[tuple[str, str], set[str]] = {}

@@ -1,6 +1,4 @@
-"""`icl-moe shards preview`: a page of samples as a model gets them, everything on it decoded from
-tokens.
-"""
+"""`icl-moe shards preview`: a page of samples as the model sees them, decoded from tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ SAMPLES_PER_TASK = 12
 
 
 def write_preview(location: str | Path, out: Path, device: Device | None = None) -> None:
-    """Write a page, one file without references, with samples of each task spread over the shards
-    at a path or a URL. device: what decodes them, by default a GPU where there is one. Raises
-    InputError, before anything is drawn, where `out` cannot be written or there is no such device.
+    """Write a self-contained HTML page with samples of each task, spread over the shards at a path
+    or a URL. device: what decodes them, by default a GPU if there is one. Raises InputError, before
+    anything is decoded, if `out` cannot be written or the device does not exist.
     """
     out = output_file(out, (".html", ".htm"))
     place = find_device(device)
@@ -46,7 +44,7 @@ def write_preview(location: str | Path, out: Path, device: Device | None = None)
 
 
 class _CodeReader:
-    """What tasks need to draw codes."""
+    """Decodes codes for the tasks."""
 
     def __init__(self, shards: ShardSet, device: torch.device) -> None:
         folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
@@ -67,7 +65,7 @@ class _CodeReader:
 
 
 def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[str, Any]:
-    """What the template shows of a sample."""
+    """The values that the template shows for a sample."""
     task, meta = TASKS[sample.task], sample.meta
     pairs = codec.decode(sample.sequence, task).pairs
     truth = EvaluationEpisode(sample.key, task, sample.category, pairs, meta)

@@ -1,11 +1,10 @@
-"""Pixels -> codes: every distinct picture of the episodes once, in batches of fixed make-up, on all
-devices.
+"""Pixels -> codes: encodes every distinct picture of the episodes once, in batches of fixed
+composition, on all devices.
 
-Pictures are numbered in the order in which episodes first need them and encoded in chunks; a chunk
-is one file, written under a temporary name and renamed, so a build that was interrupted goes on
-with the first chunk that is not there. Under `accelerate launch` each process takes every n-th
-chunk. What stands in a batch does not depend on the number of processes, so the codes do not
-either.
+Pictures are numbered in the order in which episodes first need them and encoded in chunks. A chunk
+is one file, written under a temporary name and renamed, so an interrupted build resumes at the
+first missing chunk. Under `accelerate launch` each of n processes takes every n-th chunk. The
+content of a batch does not depend on the number of processes, so neither do the codes.
 """
 
 import io
@@ -28,8 +27,8 @@ from preprocessing.pool import ImageFile, PoolRegion
 from preprocessing.workers import ordered_map
 
 BATCH = 32
-"""Pictures encoded at once; part of the shards' definition, since another batch size may round a
-code otherwise.
+"""Pictures encoded at once. It is part of the shards' definition, since another batch size may
+change a code by rounding.
 """
 CHUNK = 8 * BATCH
 
@@ -42,19 +41,17 @@ class CropPicture:
     crop: PixelBox
 
     def draw(self, size: int) -> np.ndarray:
-        """Raises ImageError where the image cannot be read, or has another size than its record
-        says.
-        """
+        """Raises ImageError if the image cannot be read, or its size differs from its record."""
         return np.asarray(crop_and_resize(_open_image(self.image), self.crop, size))
 
 
 def pictures_of(region: PoolRegion, task: Task, format: SequenceFormat) -> tuple[Picture, ...]:
-    """What must be encoded for a region: its image, then what its task draws."""
+    """The pictures to encode for a region: its image, then the pictures that its task draws."""
     return CropPicture(region.image, region.crop), *task.pictures(region.target, format)
 
 
 class CodeStore:
-    """Codes of all pictures, memory-mapped: `store[n]` is int64 (codes_per_image,)."""
+    """Memory-mapped codes of all pictures: `store[n]` is int64 (codes_per_image,)."""
 
     def __init__(self, folder: Path, pictures: int) -> None:
         self._chunks = [
@@ -77,8 +74,7 @@ def quantize(
     rank: int = 0,
     ranks: int = 1,
 ) -> None:
-    """Encode the chunks of `pictures` that are this rank's and not in `folder` yet; `CodeStore`
-    reads them.
+    """Encode this rank's chunks of `pictures` that are not in `folder` yet; `CodeStore` reads them.
 
     workers: processes that load, crop and draw. Raises InputError for an image that cannot be used.
     """
@@ -111,7 +107,7 @@ def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> list[np.n
     return [pictures[number].draw(size) for number in numbers]
 
 
-_open_image = lru_cache(maxsize=8)(open_image)  # pictures of one image follow one another
+_open_image = lru_cache(maxsize=8)(open_image)  # pictures of one image are consecutive
 
 
 def _chunk_count(pictures: int) -> int:

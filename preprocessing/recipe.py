@@ -1,4 +1,4 @@
-"""The data recipe: what `icl-moe shards build` reads."""
+"""The data recipe, for `icl-moe shards build`."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ ObjectScale = Literal["any", "large"]
 
 @dataclass(frozen=True)
 class CaptionText:
-    """What a caption says besides its text; see `SequenceFormat`."""
+    """What a caption contains besides its text; see `SequenceFormat`."""
 
     category: Literal["none", "written", "given"] = "written"
     box: Literal["none", "text", "image"] = "text"
@@ -22,7 +22,7 @@ class CaptionText:
 
 class _Source:
     def path(self, key: str) -> Path:
-        """The file or folder under `key`, which the recipe has checked to be given."""
+        """The file or folder under `key`; the recipe has checked that it is given."""
         return Path(getattr(self, key))
 
 
@@ -30,13 +30,13 @@ class _Source:
 class ComposedImages:
     """The compositions that `source: composed` makes of a data set's objects and images.
 
-    images: how many, from which seed. pasted: the most objects that are pasted into one; at least
-    one is, where any fits.
-    balance: 0 pastes classes as often as the data set has instances of them, 1 all equally often,
-    what lies between something between: in proportion to instances^(1 - balance).
-    same_instance: the share of episodes whose pairs all show one and the same object, cut out and
-    pasted into different images, in another light, turn and size.
-    photographs: whether the images themselves join the pool.
+    images: how many compositions. pasted: the most objects pasted into one image; at least one is
+    pasted if any fits.
+    balance: a class is pasted in proportion to instances^(1 - balance): 0 pastes classes as often
+    as the data set has instances of them, 1 all equally often.
+    same_instance: the share of episodes whose pairs all show the same object, pasted into different
+    images with other lighting, rotation and size.
+    photographs: whether the original images join the pool.
     """
 
     images: Count = 2000
@@ -53,17 +53,17 @@ class SegmentationSource(_Source):
     objects, or drawn scenes in that format.
 
     images, annotations: the folder of images and the instances file (source=coco, composed).
-    examples_images, examples_annotations: those of another data set, from which all examples come,
-    while the first one's regions are queries alone, such as training images beside validation
-    images (source=coco).
-    composed: the compositions to make (source=composed).
+    examples_images, examples_annotations: the same for a second data set, from which all examples
+    come, while the first provides only queries; for example, training images as examples for
+    validation images (source=coco).
+    composed: the settings of the compositions (source=composed).
     classes: the classes to use; null means all in the file.
-    small_objects: keep images in which the class has only instances of less than 32^2 pixels.
-    object_scale: `any`, the largest square of the image; `large`, a square close around the class's
-    largest instance.
+    small_objects: keep images in which all instances of the class have less than 32^2 pixels.
+    object_scale: the part of an image that is shown; `any` is the largest square, `large` a square
+    close around the class's largest instance.
     least_scale: leave out masks that cover less than this share of what the pair shows.
-    crowds: what is marked iscrowd=1 `join`s the mask of its class's instances, or is taken for
-    `instances` itself, where a tool marks all masks so.
+    crowds: annotations with iscrowd=1 `join` the mask of their class, or count as `instances`, for
+    files of tools that mark all masks so.
     """
 
     source: Literal["coco", "composed", "synthetic"] = "coco"
@@ -86,14 +86,14 @@ class CaptioningSource(_Source):
 
     images: the folder of images. annotations, instances: the captions and the instances file
     (source=coco_captions, instance_captions).
-    styles: the styles to use of those that the captions have; null means all
-    (source=instance_captions, and synthetic with synthetic.world=classes).
+    styles: the styles of the captions to use; null means all (source=instance_captions, and
+    synthetic with synthetic.world=classes).
     regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits,
-    split: a JSON file with lists of its image ids by name (such as DenseCap's) and the list to use;
-    Visual Genome has no split of its own.
+    split: a JSON file of named lists of image ids (such as DenseCap's), and the name of the list to
+    use, since Visual Genome defines no split.
     classes: the classes to use; null means COCO's 80, or all of the instances file
-    (source=instance_captions). min_descriptions: a class needs more
-    descriptions than this.
+    (source=instance_captions). min_descriptions: classes with at most this many descriptions are
+    left out.
     """
 
     source: Literal["visual_genome", "coco_captions", "instance_captions", "synthetic"] = (
@@ -114,14 +114,13 @@ class CaptioningSource(_Source):
 
 @dataclass(frozen=True)
 class SyntheticScenes:
-    """The drawn data set that `source: synthetic` reads: how many images, from which seed, under
-    which split's name.
+    """The drawn data set that `source: synthetic` reads. images: how many. split: its name.
 
     world: `shapes`, twelve classes that keep their shape (synthetic.py); `classes`, thousands of
-    composed classes in scenes as large as image_size (world.py). There, the split `val` shows the
-    classes that are held out from `train`, and no other.
-    classes: of how many classes the scenes of the split `train` are drawn (world=classes). With
-    fewer images than classes some are not seen.
+    composed classes in scenes of image_size pixels (world.py). Its split `val` shows only the
+    classes that are held out from `train`.
+    classes: the number of classes in the scenes of the split `train` (world=classes). With fewer
+    images than classes, some do not appear.
     hard_neighbours: the share of scenes with two objects of the same outline or fill colour
     (world=classes).
     """
@@ -138,19 +137,18 @@ class SyntheticScenes:
 class DataRecipe:
     """Settings of one shard folder.
 
-    tasks: the sections of tasks that are registered from elsewhere, see sources.py.
-    tokenizer: the folder of a VQGAN, or the name of a shipped one; null where mask_tokenizer and
-    features_tokenizer do all its work. tokenizer_precision: bf16
-    encodes faster and changes a few codes of a thousand (docs/tokenizer.md). mask_tokenizer: the
-    folder of a PatchTokenizer, or the name of a shipped one, to write masks and drawn boxes with;
-    null for the image tokenizer. features_tokenizer: the folder of a FeaturesTokenizer, to read
-    input images with; null for the image tokenizer. text_tokenizer: see `TextTokenizer`'s source.
-    image_size: side in pixels of what the image tokenizer sees. examples: pairs before the query in
-    each episode.
+    tasks: the sections of tasks that other packages register; see sources.py.
+    tokenizer: the folder of a VQGAN, or the name of a shipped one; null if mask_tokenizer and
+    features_tokenizer encode everything. tokenizer_precision: bf16 encodes faster and changes a few
+    codes in a thousand (docs/tokenizer.md). mask_tokenizer: the folder of a PatchTokenizer, or the
+    name of a shipped one, for masks and drawn boxes; null uses the image tokenizer.
+    features_tokenizer: the folder of a FeaturesTokenizer, for input images; null uses the image
+    tokenizer. text_tokenizer: see `TextTokenizer`'s source. image_size: side in pixels of the
+    images that the tokenizers see. examples: pairs before the query in each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
-    shard_size: samples in a shard. missing_images: `stop`, or `skip` annotated images that are not
-    there and count them. bad_images: the same for images that cannot be read or have another size
-    than their record; the manifest lists them.
+    shard_size: samples in a shard. missing_images: `stop` at annotated images that do not exist, or
+    `skip` and count them. bad_images: the same for images that cannot be read or whose size differs
+    from their record; the manifest lists them.
     """
 
     tokenizer: str | None
@@ -176,13 +174,12 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         if self.segmentation is None and self.captioning is None and not self.tasks:
-            raise InputError("a data recipe needs a section segmentation, captioning or both.")
+            raise InputError("a data recipe needs a section 'segmentation', 'captioning' or both.")
         for name in ("segmentation", "captioning"):
             section = getattr(self, name)
             if section is not None and section.classes == ():
                 raise InputError(
-                    f"{name}.classes must name at least one class, or be null for all that are "
-                    "known."
+                    f"{name}.classes must name at least one class, or be null for all classes."
                 )
         if self.segmentation is not None and self.segmentation.source != "synthetic":
             _require("segmentation", self.segmentation, ("images", "annotations"))
@@ -190,8 +187,8 @@ class DataRecipe:
         self._check_parts()
         if self.draws_scenes and self.synthetic.world == "classes" and self.image_size < 32:
             raise InputError(
-                f"image_size must be at least 32 where synthetic.world=classes, not "
-                f"{self.image_size}: in smaller scenes classes look alike."
+                "image_size must be at least 32 where synthetic.world=classes, not "
+                f"{self.image_size}: in smaller scenes classes cannot be told apart."
             )
         if self.captioning is not None and self.captioning.source == "visual_genome":
             _require("captioning", self.captioning, ("images", "regions", "objects", "image_data"))
@@ -204,15 +201,13 @@ class DataRecipe:
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
         if self.captioning is not None and self.captioning.styles is not None:
             self._check_styles(self.captioning)
-        self.sequence_format(
-            codes_per_image=1
-        )  # checks the vocabulary against the settings of the text
+        self.sequence_format(codes_per_image=1)  # checks the vocabulary against the text settings
 
     def _check_tokenizers(self) -> None:
         if self.tokenizer is None and None in (self.mask_tokenizer, self.features_tokenizer):
             raise InputError(
-                "tokenizer may be null only where mask_tokenizer and features_tokenizer are given: "
-                "something must encode images, and masks."
+                "tokenizer may be null only where mask_tokenizer and features_tokenizer are "
+                "given: both images and masks need a tokenizer."
             )
         if self.features_tokenizer is None and self.vocabulary.features:
             raise InputError(
@@ -221,7 +216,7 @@ class DataRecipe:
             )
 
     def _check_parts(self) -> None:
-        """Refuse settings of what the recipe does not make, which would be without effect."""
+        """Raise InputError for settings that would have no effect in this recipe."""
         segmentation, plain = self.segmentation, SyntheticScenes()
         if segmentation is not None and segmentation.source != "composed":
             for f in fields(ComposedImages):
@@ -251,7 +246,7 @@ class DataRecipe:
             )
         if not captioning.styles:
             raise InputError(
-                "captioning.styles must name at least one style, or be null for all that there are."
+                "captioning.styles must name at least one style, or be null for all styles."
             )
 
     @property

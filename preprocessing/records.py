@@ -1,4 +1,4 @@
-"""What the readers of COCO's and Visual Genome's files ask of single values in a record."""
+"""Checks of single values in the records of COCO's and Visual Genome's files."""
 
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -9,7 +9,7 @@ from preprocessing.crops import PixelRect
 from preprocessing.pool import ImageFile
 
 _LARGEST_NUMBER = 1e9
-"""Of sides and coordinates in pixels: far beyond any image, and safe to calculate with."""
+"""The largest side or coordinate in pixels: far beyond any image, and safe in arithmetic."""
 
 
 def is_id(value: Any) -> bool:
@@ -20,7 +20,7 @@ def is_id(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a number of pixels; NaN, infinities and the like are none."""
+    """Whether `value` is a number of pixels: finite and not too large."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -29,8 +29,8 @@ def is_number(value: Any) -> bool:
 
 
 def kinds_of_id(ids: Any, other: Any) -> str:
-    """What to add to a message that the id `other` is not among `ids`: '' unless one is text and
-    the others are numbers.
+    """An addition to the message that the id `other` is not among `ids`, for the case that one is
+    text and the others are numbers; otherwise ''.
     """
     one = next(iter(ids), other)
     if isinstance(one, str) == isinstance(other, str):
@@ -40,14 +40,15 @@ def kinds_of_id(ids: Any, other: Any) -> str:
 
 
 def read_rect(values: list[Any], where: str, skipped: Counter[str]) -> PixelRect | None:
-    """The x, y, width and height of a record; None, and counted, where width or height is negative.
+    """The x, y, width and height of a record. If width or height is negative, counts it and returns
+    None.
 
-    Data sets have a few such boxes, dragged from another corner than the first. Raises InputError
-    for anything else than four numbers.
+    Data sets have a few such boxes, whose annotator did not begin at the top left corner. Raises
+    InputError for anything but four numbers.
     """
     if len(values) != 4 or not all(map(is_number, values)):
         raise InputError(
-            f"{where} has the box {shown(values)}; x, y, width and height in pixels belong there."
+            f"{where} has the box {shown(values)}; it must be x, y, width and height in pixels."
         )
     x, y, width, height = map(float, values)
     if width < 0 or height < 0:
@@ -57,20 +58,19 @@ def read_rect(values: list[Any], where: str, skipped: Counter[str]) -> PixelRect
 
 
 def image_file(folder: Path, name: Any, width: Any, height: Any, where: str) -> ImageFile:
-    """The image of a record, checked; `where` names the record in error messages.
+    """The image of a record, after checks; `where` names the record in error messages.
 
-    Raises InputError for a name that leaves the folder and for a size that is not two positive
-    whole numbers.
+    Raises InputError if the name leads out of the folder or the size is not two positive whole
+    numbers.
     """
     if not isinstance(name, str) or not is_inside(name):
         raise InputError(
-            f"{where} has the file name {shown(name)}; a path inside the images' folder belongs "
-            "there."
+            f"{where} has the file name {shown(name)}; it must be a path inside the images' folder."
         )
     if not all(is_number(side) and side >= 1 and side == int(side) for side in (width, height)):
         raise InputError(
-            f"{where} has the size {shown(width)} x {shown(height)}; positive whole numbers belong "
-            "there."
+            f"{where} has the size {shown(width)} x {shown(height)}; both must be positive whole "
+            "numbers."
         )
     plain = str(PurePosixPath(name))
     return ImageFile(folder / plain, plain, int(width), int(height))

@@ -1,8 +1,8 @@
-"""Where the regions of a task come from: the readers, by task and by the name of their source.
+"""Where the regions of a task come from: the registry of readers by task and name of the source.
 
 A data recipe has a section for each task. Those of segmentation and captioning are keys of the
-recipe; a task that is registered from elsewhere has its section under `tasks`, and registers the
-settings of that section and their reader here:
+recipe. A task of another package has its section under `tasks`, and registers the settings of that
+section and their reader here:
 
     register_source("edges", "folder", EdgesFolder, read_edges)
 
@@ -28,12 +28,12 @@ from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSourc
 
 @dataclass(frozen=True)
 class Reading:
-    """What readers are given beside their settings.
+    """What readers receive besides their settings.
 
-    image_size: side in pixels of what the model sees. usable: which images can be used. workers:
-    processes that may read. folder: the shard folder, beside whose shards a source may keep what it
-    makes. processes: those that share the build; they all read, and what a source makes, the main
-    one makes first.
+    image_size: side in pixels of the model's images. usable: which images can be used. workers:
+    processes that may read. folder: the shard folder, in which a source may keep files that it
+    generates. processes: the processes that share the build; all of them read, after the main one
+    has generated such files.
     """
 
     image_size: int
@@ -44,7 +44,7 @@ class Reading:
 
 
 Reader = Callable[[Any, Reading], Pool]
-"""Reads the settings of a task's section into the task's pool."""
+"""Reads a task's pool as the settings of its section say."""
 
 
 class _Source(NamedTuple):
@@ -56,14 +56,14 @@ _SOURCES: dict[str, dict[str, _Source]] = {}
 
 
 def register_source(task: str, name: str, settings: type, read: Reader) -> None:
-    """Make a source of a task known. settings: a frozen dataclass, the keys of the recipe's section
-    beside `source`. The first source of a task is the one that is meant where none is named.
+    """Register a source of a task. settings: a frozen dataclass, the keys of the recipe's section
+    besides `source`. The first source of a task is its default.
     """
     _SOURCES.setdefault(task, {})[name] = _Source(settings, read)
 
 
 def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
-    """The pool of each task of a recipe. Raises InputError for whatever is wrong in its files."""
+    """The pool of each task of a recipe. Raises InputError if anything in its files is wrong."""
     if recipe.segmentation is not None:
         yield _SOURCES["segmentation"][recipe.segmentation.source].read(
             recipe.segmentation, reading
@@ -76,9 +76,7 @@ def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
 
 
 def check_sections(recipe: DataRecipe) -> None:
-    """Raise InputError where a section under `tasks` is of an unknown task or source, or has wrong
-    keys.
-    """
+    """Raise InputError if a section under `tasks` has an unknown task or source, or wrong keys."""
     for task, values in recipe.tasks.items():
         _section(task, values)
 

@@ -1,8 +1,8 @@
-"""What can be said of an object in a drawn scene of the world of classes, in three styles: where it
-lies, what colours it has, and how it lies to another object.
+"""Captions of objects in drawn scenes of the world of classes, in three styles: the place, the
+colours, and the relation to another object.
 
-An episode's captions are all of one style, so that the examples tell in which one the query is to
-be described. Words vary within a style. Every text is true of its picture.
+All captions of an episode have one style, so that the examples tell how to describe the query.
+Words vary within a style. Every text is true of its picture.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from preprocessing.synthetic import relation_of, with_article
 STYLES = ("place", "colour", "relation")
 
 TEXTS = 2
-"""Texts of each style that are made of an object."""
+"""The number of texts of each style per object."""
 
 
 class SeenObject(NamedTuple):
-    """What the words are made of: the name of the class, its outline and colours (one or two), and
-    the box of the visible pixels.
+    """What a caption needs: the name of the class, its outline and colours (one or two), and the
+    box of the visible pixels.
     """
 
     name: str
@@ -34,7 +34,7 @@ def describe(
     rng: np.random.Generator, objects: list[SeenObject], ground: str, side: int
 ) -> Iterator[tuple[int, str, str]]:
     """The number of an object, a style, and a text, for all objects of a scene that is `side`
-    pixels square. An object that lies clearly to no other has no text of style `relation`.
+    pixels square. An object without a clear relation to another has no text of style `relation`.
     """
     for number, seen in enumerate(objects):
         relations = _relations(number, objects)
@@ -99,7 +99,9 @@ _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def _relations(number: int, objects: list[SeenObject]) -> list[tuple[str, str]]:
-    """How an object lies to others, where that is clear, and what to call each of those."""
+    """The relations of an object to others, if they are clear, each with a name of the other
+    object.
+    """
     found = []
     for other, seen in enumerate(objects):
         relation = relation_of(objects[number].box, seen.box) if other != number else None

@@ -1,8 +1,8 @@
 """A drawn data set in COCO's and Visual Genome's file formats, for the demo, the tests and the
 demo's tokenizer.
 
-A scene holds one to four textured objects of twelve classes on a quiet background. Everything, the
-bytes of the files included, is a pure function of the seed, and every phrase is true of its
+A scene holds one to four textured objects of twelve classes on a plain background. Everything,
+including the bytes of the files, is a pure function of the seed, and every phrase is true of its
 picture.
 """
 
@@ -27,11 +27,11 @@ DEFAULT_SIZE = (160, 128)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as it is seen: `mask_HW` (boolean) and `box` cover its visible part only.
+    """The visible part of one object, which `mask_HW` (boolean) and `box` cover.
 
-    outlines: the drawn polygons, float pixel coordinates (points, 2), before other objects cover
-    them; None where they are not what is seen (covered in part, or with a hole). crowd: a group of
-    small objects under one mask, without phrases.
+    outlines: the drawn polygons, float pixel coordinates (points, 2); None if they differ from the
+    visible part (because it is partly covered or has a hole). crowd: a group of small objects under
+    one mask, without phrases.
     """
 
     name: str
@@ -47,7 +47,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn RGB image, its objects (farthest first) and captions of the whole."""
+    """A drawn RGB image, its objects (farthest first) and captions of the whole image."""
 
     image: Image.Image
     objects: tuple[SceneObject, ...]
@@ -63,7 +63,7 @@ def draw_scene(rng: np.random.Generator, image_size: int | tuple[int, int] = DEF
     width, height = _as_size(image_size)
     canvas_HW3 = _draw_background(rng, width, height)
     layers: list[_Layer] = []
-    crowd_at = int(rng.integers(0, 8))  # in about one scene of five, one of the objects is a crowd
+    crowd_at = int(rng.integers(0, 8))  # in about one of five scenes, one object is a crowd
     for number in range(int(rng.integers(1, 5))):
         for _ in range(20):
             layer = _draw_layer(rng, width, height, crowd=number == crowd_at)
@@ -92,15 +92,15 @@ def write_dataset(
     split: str = "train",
     image_size: int | tuple[int, int] = DEFAULT_SIZE,
 ) -> None:
-    """Draw `images` scenes into `folder`; use one folder a split. Equal arguments give byte-equal
-    files.
+    """Draw `images` scenes into `folder`; each split needs its own folder. Equal arguments give
+    byte-equal files.
 
     images/<image_id>.jpg             one folder serves both formats
     instances_<split>.json            COCO 2017 instances: polygons, uncompressed RLE, crowds
     captions_<split>.json             COCO 2017 captions, two an image
     region_descriptions.json, objects.json, image_data.json     Visual Genome 1.4
 
-    Raises InputError for a number of images below one or an image side below 32.
+    Raises InputError if the number of images is below 1 or a side of the images below 32.
     """
     if images < 1:
         raise InputError(f"A synthetic data set needs at least 1 image, not {images}.")
@@ -192,10 +192,10 @@ class _ShapeClass:
     supercategory: str
     category_id: int
     outlines: tuple[np.ndarray, ...]
-    colours: tuple[str, ...]  # the typical ones; three objects in ten are of any other
+    colours: tuple[str, ...]  # the typical ones; three in ten objects have any other
 
 
-# Category ids leave gaps, as COCO's do.
+# The category ids have gaps, as in COCO.
 _CLASSES = (
     _ShapeClass("disc", "round", 1, (circle(1.0),), ("orange", "white", "blue")),
     _ShapeClass("ring", "round", 2, (circle(1.0), circle(0.5)), ("yellow", "pink", "black")),
@@ -254,7 +254,7 @@ _TEXTURE_CHANCES = (0.6, 0.25, 0.15)
 
 @dataclass(frozen=True)
 class _Layer:
-    """One drawn object, before others cover it."""
+    """One drawn object before others cover it."""
 
     shape: _ShapeClass
     colour: str
@@ -286,8 +286,8 @@ def _draw_background(rng: np.random.Generator, width: int, height: int) -> np.nd
 
 
 def _draw_layer(rng: np.random.Generator, width: int, height: int, crowd: bool) -> _Layer | None:
-    """An object (or, as a crowd, three to six small ones of a class) at a random place; None where
-    it fits nowhere.
+    """An object (or, as a crowd, three to six small ones of a class) at a random place; None if no
+    place was found.
     """
     shape = _CLASSES[rng.integers(len(_CLASSES))]
     colour = str(rng.choice(shape.colours if rng.random() < 0.7 else tuple(COLOURS)))
@@ -313,7 +313,7 @@ def _draw_layer(rng: np.random.Generator, width: int, height: int, crowd: bool) 
 def _place(
     rng: np.random.Generator, outlines: tuple[np.ndarray, ...], radius: float, centre: np.ndarray
 ) -> list[np.ndarray]:
-    """The outlines turned and stretched a little, scaled to `radius` pixels and moved to
+    """The outlines, rotated and stretched a little, scaled to `radius` pixels and moved to
     `centre`.
     """
     angle = rng.uniform(-0.35, 0.35)
@@ -426,8 +426,8 @@ def _phrases(
     width: int,
     height: int,
 ) -> tuple[str, ...]:
-    """Two phrases: the object with its place in the picture, and with a neighbour (or its
-    attributes alone).
+    """Two phrases: the object with its place in the picture, and relative to a neighbour (or with
+    its attributes alone).
     """
     name = _noun_phrase(rng, layers[i])
     others = [j for j in range(len(layers)) if j != i and not layers[j].crowd]
@@ -465,8 +465,8 @@ def place_in_picture(box: PixelBox, width: int, height: int) -> str:
 
 
 def relation_of(a: PixelBox, b: PixelBox) -> str | None:
-    """How `a` lies to `b`, where one direction is clear: their centres differ by more than either's
-    half there.
+    """The direction of `a` relative to `b`, if it is clear: their centres differ along it by more
+    than half of either box; otherwise None.
     """
     dx, dy = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
     if abs(dx) > 1.5 * abs(dy) and abs(dx) > max(a[2] - a[0], b[2] - b[0]) / 2:
@@ -502,8 +502,8 @@ Slices = tuple[slice, slice]
 
 
 def window(corner: tuple[int, int], shape: tuple[int, ...], side: int) -> tuple[Slices, Slices]:
-    """What a patch of `shape` (rows, columns), whose left and top lie at `corner`, covers of a
-    square scene, and that part of the patch.
+    """The part of a square scene that a patch of `shape` (rows, columns) covers with its left and
+    top at `corner`, and the corresponding part of the patch.
     """
     scene, patch = [], []
     for start, length in zip(corner[::-1], shape, strict=True):
@@ -517,7 +517,7 @@ def window(corner: tuple[int, int], shape: tuple[int, ...], side: int) -> tuple[
 
 
 class _Writer:
-    """Gathers the records of both formats, image by image."""
+    """Collects the records of both formats, image by image."""
 
     def __init__(self, width: int, height: int) -> None:
         self._width, self._height = width, height
@@ -618,8 +618,8 @@ class _Writer:
         }
 
     def _coco_annotation(self, image_id: int, o: SceneObject) -> dict[str, Any]:
-        """Polygons where the drawn outline is what is seen, else RLE; a crowd is always RLE, as in
-        COCO.
+        """Polygons if the drawn outline is completely visible, otherwise RLE; a crowd is always
+        RLE, as in COCO.
         """
         left, top, right, bottom = o.box
         if o.outlines is None or o.crowd:
@@ -643,8 +643,8 @@ class _Writer:
 
 
 def _run_lengths(mask_HW: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: lengths of alternating runs of 0 and 1, column by column, beginning
-    with 0.
+    """COCO's uncompressed RLE: the lengths of alternating runs of 0 and 1, column by column,
+    beginning with 0.
     """
     flat = np.concatenate([[0], mask_HW.ravel(order="F").astype(np.int8), [-1]])
     edges = np.flatnonzero(np.diff(flat))

@@ -1,4 +1,6 @@
-"""`icl-moe shards verify` and `stats`: is a shard folder whole and right, and what is in it."""
+"""`icl-moe shards verify` and `stats`: whether a shard folder is complete and correct, and what it
+holds.
+"""
 
 import hashlib
 import os
@@ -19,11 +21,10 @@ from preprocessing.pack import query_lengths, role_lengths
 
 
 def verify_shards(location: str | Path) -> Manifest:
-    """Check the hash of every file, and read every sample and decode it; returns the manifest.
+    """Check the hash of every file, read and decode every sample, and return the manifest.
     `location` is a path or a URL.
 
-    Raises InputError that names what is wrong: all damaged files, or the first sample that is not
-    what it should be.
+    Raises InputError that names all damaged files, or the first wrong sample.
     """
     folder = open_folder(location)
     manifest = Manifest.read(folder)
@@ -44,15 +45,15 @@ def verify_shards(location: str | Path) -> Manifest:
                 ) from error
         if classes != manifest.classes.get(task):
             raise InputError(
-                f"{folder.name}: the manifest's counts of the classes of {task} are not those of "
-                "the samples."
+                f"{folder.name}: the manifest's class counts of {task} differ from those of the "
+                "samples."
             )
     return manifest
 
 
 def open_codec(shards: ShardSet) -> SequenceCodec:
-    """The codec of a shard folder's sequences. Raises InputError where its text tokenizer is not
-    the one of the manifest.
+    """The codec of a shard folder's sequences. Raises InputError if its text tokenizer is not the
+    manifest's.
     """
     manifest = shards.manifest
     text = TextTokenizer(
@@ -66,8 +67,8 @@ def open_codec(shards: ShardSet) -> SequenceCodec:
 
 
 def shard_stats(location: str | Path) -> str:
-    """Tables of what a shard folder, at a path or a URL, holds: tasks, lengths, classes, and what
-    was left out.
+    """Tables about the shard folder at a path or a URL: tasks, lengths, classes, and what was left
+    out.
     """
     shards = ShardSet(location)
     manifest = shards.manifest
@@ -111,7 +112,7 @@ def _verify_files(folder: ShardFolder, manifest: Manifest) -> None:
             with os.fdopen(folder.open(info), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                     damaged.append(
-                        f"The sha256 of {folder.name}/{info.file} is not that of the manifest"
+                        f"The sha256 of {folder.name}/{info.file} differs from the manifest"
                     )
         except InputError as error:
             damaged.append(str(error).rstrip("."))
@@ -120,8 +121,8 @@ def _verify_files(folder: ShardFolder, manifest: Manifest) -> None:
 
 
 def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> None:
-    """The sequence must decode, and encode again to the same; KEY.json must say what the sequence
-    says.
+    """Check that the sequence decodes and encodes to itself again, and that KEY.json agrees with
+    it.
     """
     meta = sample.meta
     pairs = manifest.examples + 1
@@ -139,7 +140,7 @@ def _verify_sample(sample: Sample, codec: SequenceCodec, manifest: Manifest) -> 
         not np.array_equal(again.tokens_L, sample.sequence.tokens_L)
         or again.spans != sample.sequence.spans
     ):
-        raise InputError("its sequence is not the one that its pairs make.")
+        raise InputError("its sequence differs from the encoding of its pairs.")
     truth = EvaluationEpisode(sample.key, task, sample.category, episode.pairs, meta)
     task.verify(truth, manifest.image_size)
 
@@ -149,4 +150,4 @@ def _verify_index(sample: Sample, shards: ShardSet, index: int) -> None:
     query = query_lengths(sample.sequence) if row.query_inputs is not None else (None, None)
     found = (*role_lengths(sample.sequence), *query)
     if found != (row.length, row.inputs, row.outputs, row.query_inputs, row.query_outputs):
-        raise InputError("its lengths are not those of the index.")
+        raise InputError("its lengths differ from the index.")

@@ -1,12 +1,12 @@
 """Visual Genome -> the captioning pool: region descriptions that name a class, joined to an object
 of that class.
 
-Regions carry no class. A region is of class c where its phrase names c and the same image has an
-object named c whose box overlaps the region's box by at least half (intersection over union); of
-several classes, the one that overlaps most. So "a man in a red shirt" around the man is of class
-person, and "man is wearing sneakers" around his feet is of none. Names count in the singular, the
-plural and by the synonyms of classes.py. Files are those of versions 1.2 and 1.4, read piece by
-piece: the largest has 0.7 GB.
+Regions carry no class. A region has class c if its phrase names c and the same image has an object
+named c whose box overlaps the region's box by at least half (intersection over union); of several
+such classes, it has the one that overlaps most. So "a man in a red shirt" around the man has class
+person, and "man is wearing sneakers" around his feet has none. Singulars, plurals and the synonyms
+of classes.py count. The files are those of versions 1.2 and 1.4; they are read piece by piece,
+since the largest has 0.7 GB.
 """
 
 import json
@@ -63,8 +63,8 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
 
 
 def clean_phrase(text: Any) -> str:
-    """A description without outer and doubled space and without its last stop, which the sequence's
-    template writes itself.
+    """A description without surplus whitespace and without its final full stop, which the
+    sequence's template adds.
     """
     return " ".join(text.split()).rstrip(" .") if isinstance(text, str) else ""
 
@@ -78,10 +78,10 @@ def caption_region(
     references: tuple[str, ...],
     style: str = "",
 ) -> PoolRegion | None:
-    """A region of the captioning pool; None where the box is empty.
+    """A region of the captioning pool; None if the box is empty.
 
-    It shows the whole image, stretched to a square as the paper's captions have it: each box is
-    exact in fractions of its image, and an image is encoded once, however many regions it has.
+    It shows the whole image, stretched to a square as in the paper: each box is exact as fractions
+    of its image, and an image is encoded once for all of its regions.
     """
     x1, y1, x2, y2 = box
     area = (x2 - x1) * (y2 - y1)
@@ -93,7 +93,7 @@ def caption_region(
 
 
 def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
-    """The regions, each with all that is described in its image (`CaptionTarget.objects`)."""
+    """The regions, each with all objects described in its image (`CaptionTarget.objects`)."""
     regions = list(regions)
     of_image: dict[str, dict[tuple[str, str, Box], None]] = {}
     for region in regions:
@@ -107,7 +107,7 @@ def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
 
 
 def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
-    """Leave out classes that do not have more than `min_descriptions` regions."""
+    """Leave out classes with at most `min_descriptions` regions."""
     counts = Counter(region.category for region in pool.regions)
     pool.drop_classes(
         {category for category, count in counts.items() if count <= min_descriptions},
@@ -116,8 +116,8 @@ def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
 
 
 def read_json_list(file: Path) -> Iterator[Any]:
-    """The entries of a JSON file that is one list, one after another, so that only one is held at a
-    time. Read as `read_json` reads, with its errors.
+    """Iterate over the entries of a JSON file that is one list, with only one entry in memory at a
+    time. Raises the same errors as `read_json`.
     """
     check_is_file(file)
     try:
@@ -135,11 +135,11 @@ def read_json_list(file: Path) -> Iterator[Any]:
 
 def _entries_of_list(file: Path, stream: TextIO, progress: Any) -> Iterator[Any]:
     decoder = JSONDecoder()
-    text, position, count = "", 0, -1  # count is -1 before the list's bracket
+    text, position, count = "", 0, -1  # count is -1 before the opening bracket
     while True:
         position = _GAP.match(text, position).end()  # type: ignore[union-attr]
         if count < 0 and position < len(text) and text[position] != "[":
-            raise InputError(f"{file} is not a list of records, as Visual Genome's files are.")
+            raise InputError(f"{file} is not a list of records, as in Visual Genome's files.")
         try:
             if count < 0 and text.startswith("[", position):
                 position, count = position + 1, 0
@@ -150,11 +150,11 @@ def _entries_of_list(file: Path, stream: TextIO, progress: Any) -> Iterator[Any]
                 count += 1
                 yield with_whole_characters(entry, text)
         except json.JSONDecodeError:
-            # Not whole yet, or malformed; what follows tells. At least as much again is read, so
-            # that one long entry is not decoded over and over.
+            # The entry is incomplete or malformed; more text will tell. The text is at least
+            # doubled, so that a long entry is not decoded over and over.
             more = stream.read(max(_READ_CHARACTERS, len(text) - position))
             if not more and count < 0:
-                raise InputError(f"The file {file} is empty; JSON belongs there.") from None
+                raise InputError(f"The file {file} is empty; it must be JSON.") from None
             if not more:
                 raise InputError(
                     f"{file} is not valid JSON, a list of records, after its entry {count}."
@@ -177,19 +177,19 @@ def _read_images(file: Path, folder: Path) -> dict[Any, ImageFile]:
     for record in read_json_list(file):
         if not isinstance(record, dict) or not is_id(record.get("image_id")):
             raise InputError(
-                f"{file} has a record without 'image_id': the layout of Visual Genome 1.2 or 1.4 "
-                "belongs there, not that of 1.0."
+                f"{file} has a record without 'image_id'; it must have the layout of Visual Genome "
+                "1.2 or 1.4, not that of 1.0."
             )
         number = record["image_id"]
         where = f"{file}: image {number}"
         if number in images:
-            raise InputError(f"{where} stands there twice; one record for each belongs there.")
+            raise InputError(f"{where} occurs twice; each image may have only one record.")
         name = _image_name(folder, record.get("url") or f"{number}.jpg", where)
         image = image_file(folder, name, record.get("width"), record.get("height"), where)
         if ids.setdefault(image.name, number) != number:
             raise InputError(
-                f"{where} has the file name {image.name} of image {ids[image.name]}; one record "
-                "for each file belongs there."
+                f"{where} has the file name {image.name} of image {ids[image.name]}; each file may "
+                "have only one record."
             )
         images[number] = image
     return images
@@ -198,9 +198,7 @@ def _read_images(file: Path, folder: Path) -> dict[Any, ImageFile]:
 def _read_split(
     source: CaptioningSource, images: dict[Any, ImageFile], skipped: Counter[str]
 ) -> set[Any]:
-    """The images of the recipe's split. Raises InputError where its ids are not those of
-    image_data.
-    """
+    """The images of the recipe's split. Raises InputError if its ids do not occur in image_data."""
     file, name = source.path("splits"), source.split
     splits = read_json(file)
     if not isinstance(splits, dict) or not isinstance(splits.get(name), list):
@@ -209,8 +207,8 @@ def _read_split(
     for number in split:
         if not is_id(number) or (number not in images and kinds_of_id(images, number)):
             raise InputError(
-                f"{file}: '{name}' has the image id {shown(number)}, and the ids of "
-                f"{source.image_data} are such as {shown(next(iter(images), 1))}."
+                f"{file}: '{name}' has the image id {shown(number)}, but the ids of "
+                f"{source.image_data} look like {shown(next(iter(images), 1))}."
             )
     used = set(split) & set(images)
     if not used:
@@ -222,11 +220,9 @@ def _read_split(
 
 
 def _image_name(folder: Path, url: Any, where: str) -> str:
-    """Where an image lies: in the folder itself, or in VG_100K or VG_100K_2 as the archives
-    unpack.
-    """
+    """An image's path: in the folder itself, or in VG_100K or VG_100K_2, as the archives unpack."""
     if not isinstance(url, str):
-        raise InputError(f"{where} has the url {shown(url)}; text belongs there.")
+        raise InputError(f"{where} has the url {shown(url)}; it must be text.")
     *_, part, name = ("", *url.split("/"))
     if "%" in name and not is_file(folder / name):
         name = unquote(name)
@@ -246,8 +242,8 @@ def _read_objects(
             names = entry.get("names") if isinstance(entry, dict) else None
             if not isinstance(names, list):
                 raise InputError(
-                    f"{where} has an object without 'names': the layout of Visual Genome 1.2 or "
-                    "1.4 belongs there."
+                    f"{where} has an object without 'names'; it must have the layout of Visual "
+                    "Genome 1.2 or 1.4."
                 )
             category = next((found for name in names if (found := finder.exact(str(name)))), None)
             if category is not None:
@@ -275,8 +271,8 @@ def _read_regions(
             region_id = entry.get("region_id") if isinstance(entry, dict) else None
             if not is_id(region_id):
                 raise InputError(
-                    f"{where} has a region without 'region_id': the layout of Visual Genome 1.2 or "
-                    "1.4 belongs there."
+                    f"{where} has a region without 'region_id'; it must have the layout of Visual "
+                    "Genome 1.2 or 1.4."
                 )
             where_region = f"{where}, region {region_id}"
             phrase = _phrase(entry, where_region)
@@ -305,24 +301,26 @@ def _class_of(named: dict[str, bool], box: Box, objects: list[tuple[str, Box]]) 
 def _records(
     file: Path, key: str, images: dict[Any, ImageFile]
 ) -> Iterator[tuple[str, Any, list[Any]]]:
-    """Of each image's record: its name for error messages, the image's id, and the list
-    under `key`.
+    """For each image's record: its name for error messages, the image's id, and the list under
+    `key`.
     """
     seen = set()
     for record in read_json_list(file):
         number = record.get("image_id", record.get("id")) if isinstance(record, dict) else None
         if not is_id(number) or not isinstance(record.get(key), list):
             raise InputError(
-                f"{file} has a record without an image's id and its list of {key}: Visual Genome's "
-                "layout belongs there."
+                f"{file} has a record without an image's id and its list of {key}; it must have "
+                "Visual Genome's layout."
             )
         if number not in images:
             raise InputError(
-                f"{file} has {key} of image {shown(number)}, which image_data does not "
-                f"know{kinds_of_id(images, number)}."
+                f"{file} has {key} of image {shown(number)}, which image_data "
+                f"lacks{kinds_of_id(images, number)}."
             )
         if number in seen:
-            raise InputError(f"{file} has two records of image {number}; one belongs there.")
+            raise InputError(
+                f"{file} has two records of image {number}; each image may have only one record."
+            )
         seen.add(number)
         yield f"{file}: image {number}", number, record[key]
 

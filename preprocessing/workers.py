@@ -1,4 +1,4 @@
-"""Ordered work on several processes."""
+"""An ordered map on several processes."""
 
 import contextlib
 import multiprocessing
@@ -26,11 +26,11 @@ def ordered_map(
     workers: int,
 ) -> Iterator[Result]:
     """`function(context, item)` for each item, in order, on `workers` processes (0 or 1: in this
-    one), but never more than there are items, nor than `most_workers()`.
+    one), but on at most one process per item and at most `most_workers()`.
 
     The context, which may be large, reaches the processes by fork and is never copied. At most two
-    items a worker are under way or waiting to be taken, so memory stays bounded. An exception of
-    `function` is raised here. Raises InputError where a process was killed.
+    items per worker are in progress or wait to be consumed, so memory stays bounded. An exception
+    of `function` is raised here. Raises InputError if a process was killed.
     """
     workers = min(workers, length_hint(items, workers), most_workers())
     if workers <= 1:
@@ -53,21 +53,23 @@ def ordered_map(
             yield window.popleft().result()
     except BrokenProcessPool as error:
         raise InputError(
-            f"One of {workers} worker processes was killed, as happens where memory is short; try "
-            "--workers with a smaller number."
+            f"One of {workers} worker processes was killed, which happens when memory runs out; "
+            "try a smaller --workers."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def most_workers() -> int:
-    """How many processes this machine has use for: some may wait for disks while others compute."""
+    """How many processes this machine can use: more than its processors, since some wait for disks
+    while others compute.
+    """
     return 4 * len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
 def _without_interruption() -> Iterator[None]:
-    """A Ctrl-C meanwhile comes afterwards. A process that is forked meanwhile gets none."""
+    """Defer Ctrl-C until the end of the context. Processes forked within it ignore Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -80,12 +82,12 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None
 
 def _adopt(function: Callable[[Any, Any], Any], context: Any) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interruption, for all
-    end_with_parent()  # a parent that is killed leaves no process waiting for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interruptions for all
+    end_with_parent()  # no process outlives a parent that is killed
     _work = (function, context)
 
 
 def _call(item: Any) -> Any:
-    assert _work is not None, "a worker starts with _adopt"
+    assert _work is not None, "_adopt initialises each worker"
     function, context = _work
     return function(context, item)

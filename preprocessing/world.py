@@ -1,10 +1,10 @@
-"""A drawn world in which only examples tell what is meant: scenes of two to four objects of
-thousands of classes, in COCO's file format.
+"""A drawn world in which only the examples tell which object is meant: scenes of two to four
+objects of thousands of classes, in COCO's file format.
 
 A class is a composition of an outline, a fill colour, a second colour, a pattern and an attached
-part. Scale, place, turn, light, ground, clutter and occlusion vary within a class. Which classes
-are held out from training depends on their names alone. A scene is a pure function of the seed, its
-split and its number, and so are the bytes of the files.
+part. Scale, place, rotation, light, ground, clutter and occlusion vary within a class. Which
+classes are held out from training depends only on their names. A scene is a pure function of the
+seed, its split and its number, and so are the bytes of the files.
 """
 
 import math
@@ -39,7 +39,7 @@ from preprocessing.synthetic import (
 from preprocessing.workers import ordered_map
 
 HELD_OUT = 240
-"""Classes that scenes of the split `train` never show, and scenes of the split `val` alone do."""
+"""The number of classes that only scenes of the split `val` show, and scenes of `train` never."""
 
 _CHUNK = 64
 """Scenes that one worker draws at a time."""
@@ -71,7 +71,7 @@ class DrawnClass(NamedTuple):
 
 
 class ClassPool:
-    """The classes that a split's scenes show, `self[n]`, and those of each outline and colour."""
+    """The classes that a split's scenes show, `self[n]`, grouped by outline and colour."""
 
     def __init__(self, classes: Sequence[DrawnClass]) -> None:
         self.classes = tuple(classes)
@@ -87,8 +87,8 @@ class ClassPool:
         return self.classes[number]
 
     def neighbour(self, rng: np.random.Generator, number: int) -> int:
-        """Another class that shares the outline or the fill colour, whichever is drawn; where none
-        does, one that shares neither.
+        """Another class that shares the outline or the fill colour, at random; if no class does,
+        one that shares neither.
         """
         kind = "outline" if rng.random() < 0.5 else "colour"
         alike = self._alike[kind, getattr(self.classes[number], kind)]
@@ -99,8 +99,8 @@ class ClassPool:
 
 @lru_cache(maxsize=1)
 def all_classes() -> tuple[tuple[int, DrawnClass], ...]:
-    """All classes with their ids, those that are held out first, in an order that is drawn from
-    their names alone.
+    """All classes with their ids, the held-out ones first, in an order that depends only on their
+    names.
     """
     patterned = (
         DrawnClass(outline, colour, second, pattern, part)
@@ -118,8 +118,8 @@ def all_classes() -> tuple[tuple[int, DrawnClass], ...]:
 
 
 def classes_of_split(split: str, count: int) -> list[tuple[int, DrawnClass]]:
-    """The classes of a split with their ids: the first `count` that are not held out for `train`,
-    those that are held out for `val`.
+    """The classes of a split with their ids: for `train` the first `count` that are not held out,
+    for `val` the held-out ones.
     """
     if split == "val":
         return list(all_classes()[:HELD_OUT])
@@ -128,7 +128,7 @@ def classes_of_split(split: str, count: int) -> list[tuple[int, DrawnClass]]:
 
 _COLOURS = {**COLOURS, "turquoise": (50, 195, 190)}
 _LEAST_CONTRAST = 150
-"""Between the two colours of a class: the distance of their RGB values."""
+"""The least distance between the RGB values of a class's two colours."""
 
 
 def _colour_pairs() -> list[tuple[str, str]]:
@@ -164,7 +164,7 @@ _OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
 }  # fmt: skip
 
 _HALF_BLUR = 0.12
-"""Half the width of the soft edge between a pattern's two colours, in radii of the object."""
+"""Half the width of the soft edge between a pattern's two colours, in object radii."""
 
 
 def _soft(values: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def _dots(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _wave(values: np.ndarray, period: float) -> np.ndarray:
-    """1 and 0 in turn, half a period each, beginning around 0 with 1."""
+    """Alternating 1 and 0 for half a period each; 1 around 0."""
     return _soft(np.cos(2 * math.pi * values / period) * period / (2 * math.pi))
 
 
@@ -197,7 +197,9 @@ _PATTERNS: dict[str, _Pattern] = {
     "halved": lambda x, y: _soft(x),
     "framed": lambda x, y: _soft(np.maximum(abs(x), abs(y)) - 0.55),
 }
-"""The share of the second colour at points of the object, in radii from its centre."""
+"""Pattern -> the share of the second colour at points of the object, given in radii from its
+centre.
+"""
 
 _LEFT_EAR = np.array([(-0.15, -0.5), (-0.7, -0.2), (-0.85, -1.4)])
 _LEFT_LEG = np.array([(-0.6, 0.4), (-0.25, 0.4), (-0.25, 1.45), (-0.6, 1.45)])
@@ -222,7 +224,7 @@ _PARTS: dict[str | None, tuple[np.ndarray, ...]] = {
         np.array([(-0.75, 1.15), (0.75, 1.15), (0.75, 1.45), (-0.75, 1.45)]),
     ),
 }
-"""Polygons in radii of the object, which lie behind its outline."""
+"""Part -> polygons in object radii, which lie behind the outline."""
 
 # --- Scenes --------------------------------------------------------------------------------------
 
@@ -235,18 +237,18 @@ _GROUNDS = {
     "brown": (138, 114, 94),
 }
 _RADII = (0.115, 0.23)
-"""Of an object, in sides of the scene."""
+"""The least and largest radius of an object, in sides of the scene."""
 
 _LEAST_VISIBLE = 0.5
-"""The share of each object that others and the frame leave to see."""
+"""The share of each object that must stay visible inside the frame and beside other objects."""
 
 _OVERSAMPLING = 4
 
 
 @dataclass(frozen=True)
 class DrawnObject:
-    """An object as it is seen: its class by its number in the pool, the mask (H, W, boolean) of its
-    visible pixels, and their box.
+    """The visible part of an object: its class as a number of the pool, the mask (H, W, boolean) of
+    its visible pixels, and their box.
     """
 
     number: int
@@ -271,8 +273,8 @@ def draw_class_scene(
     """Scene number `index`, `side` pixels square.
 
     The scenes with numbers n len(pool) to (n + 1) len(pool) - 1 show each class of the pool at
-    least once. In a share `hard_neighbours` of the scenes, another object has the outline or the
-    fill colour of that one.
+    least once. In a share `hard_neighbours` of the scenes, a second object has the same outline or
+    fill colour.
     """
     turn, place = divmod(index, len(pool))
     rng = np.random.default_rng([seed, zlib.crc32(f"classes {split}".encode()), index])
@@ -309,8 +311,8 @@ def _order(count: int, seed: int, turn: int) -> np.ndarray:
 @dataclass(frozen=True)
 class _Layer:
     """An object at its place. body_hw, part_hw: the shares of each pixel of a patch that its
-    outline and its part cover; `corner`: the patch's left and top in the scene, which it may leave.
-    x_hw, y_hw: where the patch's pixels lie in the object, in radii from its centre.
+    outline and its part cover. corner: the patch's left and top in the scene; the patch may extend
+    beyond it. x_hw, y_hw: the coordinates of the patch's pixels, in radii from the object's centre.
     """
 
     corner: tuple[int, int]
@@ -330,7 +332,7 @@ class _Layer:
         return mask_HW
 
     def paint(self, rng: np.random.Generator, canvas_HW3: np.ndarray, drawn: DrawnClass) -> None:
-        """Draw the object over the scene, its colours a little off those of its class."""
+        """Draw the object over the scene, in colours a little different from those of its class."""
         colours = [
             (np.array(_COLOURS[name]) + rng.uniform(-12, 12, 3)).astype(np.float32)
             for name in (drawn.colour, drawn.second or drawn.colour)
@@ -344,12 +346,12 @@ class _Layer:
 
 
 def _arrange(rng: np.random.Generator, classes: list[DrawnClass], side: int) -> list[_Layer]:
-    """Each class's object at a place where all of them can be seen; in about a third of the scenes
-    they may cover one another in part.
+    """Place an object of each class so that all are visible; in about a third of the scenes they
+    may partly cover one another.
     """
     closest = 0.3 if rng.random() < 0.35 else 1.05
     for attempt in range(100):
-        # What does not fit in some attempts fits when it is smaller and nothing is covered.
+        # After several failed attempts, the objects are made smaller and may not overlap.
         shrink, closest = 0.97**attempt, closest if attempt < 10 else 1.05
         circles = _place(rng, len(classes), closest, shrink)
         if circles is None:
@@ -368,8 +370,8 @@ def _arrange(rng: np.random.Generator, classes: list[DrawnClass], side: int) -> 
 def _place(
     rng: np.random.Generator, count: int, closest: float, shrink: float
 ) -> list[tuple[float, float, float]] | None:
-    """Centres and radii in sides of the scene. Two centres lie apart by the larger radius and
-    `closest` times the smaller; None where no place was found.
+    """Centres and radii in sides of the scene. Two centres are apart by at least the larger radius
+    plus `closest` times the smaller. None if no place was found.
     """
     placed: list[tuple[float, float, float]] = []
     for _ in range(count):
@@ -388,9 +390,7 @@ def _place(
 
 
 def _draw_object(rng: np.random.Generator, drawn: DrawnClass, place: np.ndarray) -> _Layer:
-    """The object of a class, turned, stretched and perhaps mirrored, at x, y and radius in
-    pixels.
-    """
+    """An object of a class, rotated, stretched and perhaps mirrored; x, y and radius in pixels."""
     centre, radius = place[:2], place[2]
     angle, stretch = rng.uniform(-0.4, 0.4), math.exp(rng.uniform(-0.12, 0.12))
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
@@ -414,8 +414,8 @@ def _draw_object(rng: np.random.Generator, drawn: DrawnClass, place: np.ndarray)
 def _coverage(
     polygons: list[np.ndarray], holes: list[np.ndarray], low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-    """The share of each pixel of the patch from `low` to `high` (x, y) that polygons less their
-    holes cover.
+    """The share of each pixel of the patch from `low` to `high` (x, y) that the polygons cover,
+    without their holes.
     """
     size = high - low
     if not polygons:
@@ -428,7 +428,7 @@ def _coverage(
 
 
 def _visible(layers: list[_Layer], side: int) -> list[np.ndarray]:
-    """The masks of what later layers leave to see of each."""
+    """The mask of each layer's part that later layers leave visible."""
     masks: list[np.ndarray] = []
     covered_HW = np.zeros((side, side), dtype=bool)
     for layer in reversed(layers):
@@ -462,7 +462,7 @@ def _draw_ground(rng: np.random.Generator, ground: str, side: int) -> np.ndarray
 
 
 def _draw_light(rng: np.random.Generator, side: int) -> np.ndarray:
-    """What light makes of each pixel's three colours, a factor (side, side, 3): brighter or darker,
+    """The light as a factor of each pixel's three colours, (side, side, 3): brighter or darker,
     falling off to one side, a little warm or cold.
     """
     angle, slope = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.25)
@@ -477,7 +477,7 @@ def _draw_light(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def write_dataset(folder: Path, scenes: SyntheticScenes, side: int, workers: int) -> None:
-    """Draw the scenes that a recipe's section `synthetic` asks for into `folder`.
+    """Draw the scenes of a recipe's section `synthetic` into `folder`.
 
     images/<image_id>.png     squares of `side` pixels
     instances_<split>.json    COCO 2017 instances; all masks are RLE
@@ -528,7 +528,7 @@ _Drawn = tuple[dict[str, Any], list[dict[str, Any]]]
 def _draw_images(
     work: tuple[Path, SyntheticScenes, ClassPool, int], numbers: range
 ) -> list[_Drawn]:
-    """Draw some scenes; returns the annotation of each object, in which `class` is the class's
+    """Draw some scenes. Returns the annotation of each object, in which `class` is the class's
     number in the pool, and its captions.
     """
     folder, scenes, pool, side = work
@@ -548,7 +548,7 @@ def _draw_images(
 def _captions(
     pool: ClassPool, scene: ClassScene, side: int, scenes: SyntheticScenes, index: int
 ) -> list[list[dict[str, Any]]]:
-    """What is said of each object of a scene, in each style."""
+    """The captions of each object of a scene in each style."""
     rng = np.random.default_rng(
         [scenes.seed, zlib.crc32(f"captions {scenes.split}".encode()), index]
     )

@@ -1,6 +1,4 @@
-"""What several rooms' tests need: the real data folder, the tokenizers, and commands run as a user
-runs them.
-"""
+"""Shared fixtures: the real data folder, the tokenizers, and commands run as a user runs them."""
 
 import os
 import subprocess
@@ -16,8 +14,7 @@ from small_run import RANK_VARIABLES, REPOSITORY
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import GPT2_MERGES
 
-# Several ranks and workers share the machine's few cores; more threads than cores only wait for
-# each other.
+# Several ranks and workers share the machine's few cores, so each gets one thread.
 torch.set_num_threads(1)
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,8 +30,8 @@ _OF_RANKS = ("tests/distributed", "tests/training", "tests/test_launch.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start ranks: beside others they take three times as long, since each rank
-    waits at every collective for one that has lost its core.
+    """Mark the tests that start ranks: beside other tests they take three times as long, since at
+    every collective all ranks wait for the slowest one.
     """
     for item in items:
         if item.path.relative_to(REPOSITORY).as_posix().startswith(_OF_RANKS):
@@ -48,36 +45,33 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data sets that ICL_MOE_REAL_DATA names; the test is skipped where it is
+    """The folder of real data sets that ICL_MOE_REAL_DATA names; the test is skipped if it is
     unset.
     """
     folder = os.environ.get("ICL_MOE_REAL_DATA")
     if not folder:
-        pytest.skip(
-            "ICL_MOE_REAL_DATA is unset: it names the folder with the real data sets that this "
-            "test reads"
-        )
+        pytest.skip("ICL_MOE_REAL_DATA, the folder of real data sets, is unset")
     path = Path(folder)
-    assert path.is_dir(), f"ICL_MOE_REAL_DATA names {folder}, which is no folder"
+    assert path.is_dir(), f"ICL_MOE_REAL_DATA names {folder}, which is not a folder"
     return path
 
 
 @pytest.fixture(scope="session")
 def gpt2() -> TextTokenizer:
-    """GPT-2's whole tokenizer, 50257 ids."""
+    """GPT-2's full tokenizer, 50257 ids."""
     return TextTokenizer(merges=GPT2_MERGES)
 
 
 @pytest.fixture(scope="session")
 def small_text() -> TextTokenizer:
-    """GPT-2's tokenizer cut to its first 1000 merges, 1256 ids."""
+    """GPT-2's tokenizer with only the first 1000 merges, 1256 ids."""
     return TextTokenizer(merges=1000)
 
 
 @pytest.fixture(scope="session")
 def run_command() -> Command:
-    """Runs a command in the repository with this interpreter's scripts on the PATH; standard output
-    and error together in `.stdout`.
+    """Runs a command in the repository with this interpreter's scripts on the PATH; `.stdout` holds
+    both standard output and error.
     """
 
     def run(
@@ -87,7 +81,7 @@ def run_command() -> Command:
         # A command starts outside the group of ranks that this process may have joined for other
         # tests.
         outside = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        # One thread a process: several ranks share the machine's few cores.
+        # One thread per process: several ranks share the machine's few cores.
         return subprocess.run(
             [str(part) for part in command],
             cwd=REPOSITORY,
@@ -104,7 +98,7 @@ def run_command() -> Command:
 
 @pytest.fixture(scope="session")
 def without_privileges() -> list[str]:
-    """What to put before a command so that files' modes bind it, even where root runs the tests."""
+    """A command prefix that makes file permissions effective even if root runs the tests."""
     if os.geteuid() != 0:
         return []
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
@@ -112,7 +106,7 @@ def without_privileges() -> list[str]:
 
 @pytest.fixture(scope="session")
 def rank_group() -> Iterator[Callable[[int], RankGroup]]:
-    """The group of N ranks, started when first asked for and shared by all tests."""
+    """The group of N ranks, started on first use and shared by all tests."""
     groups: dict[int, RankGroup] = {}
 
     def get(world: int) -> RankGroup:

@@ -1,5 +1,5 @@
-"""Damage to a shard folder's samples: bytes that changed where they lie, or that a faulty writer
-would have put there.
+"""Damages samples of a shard folder: bytes that change on the disk, or that a faulty writer
+wrote.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ def overwrite(
     change: Callable[[bytes], bytes],
     as_packed: bool = False,
 ) -> None:
-    """Change one part (tokens or json) of one sample within its length; `as_packed`: make checksum
-    and hashes agree.
+    """Change one part (tokens or json) of one sample without changing its length. as_packed: also
+    update checksum and hashes.
     """
     rows = np.load(folder / f"{task}.index.npy")
     row = rows[index]

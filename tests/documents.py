@@ -1,4 +1,4 @@
-"""Code and commands in the Markdown pages, as a reader would copy them."""
+"""Extracts code and commands from the Markdown pages, as a reader would copy them."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ _FENCE = re.compile(r"^( *)```(.*)$")
 
 
 class Block(NamedTuple):
-    """A fenced block of a page. line: where it begins, counted from 1."""
+    """A fenced block of a page. line: its first line, counted from 1."""
 
     page: str
     line: int
@@ -30,9 +30,9 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command and where it stands. words: without variables that are set before it; what the page
-    has in brackets, since it may be left out, is among them. mention: whether it stands in a
-    sentence, where it may be named without its arguments.
+    """A command and its place. words: without variables that are set before it, but with optional
+    arguments that the page has in brackets. mention: whether it occurs in a sentence, possibly
+    without its arguments.
     """
 
     where: str
@@ -60,7 +60,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks, line for line."""
+    """A page without its blocks, with unchanged line numbers."""
     lines, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         fence = _FENCE.match(line) is not None
@@ -74,7 +74,7 @@ def code_spans(page: Path) -> Iterator[str]:
 
 
 def commands() -> Iterator[Command]:
-    """Every command of the pages and of the recipes' comments."""
+    """Every command in the pages and in the comments of recipes."""
     for page in PAGES:
         for block in blocks(page):
             if block.language == "bash":
@@ -92,7 +92,7 @@ def commands() -> Iterator[Command]:
 
 
 def _split(text: str) -> Iterator[tuple[str, ...]]:
-    """The commands of a piece of shell, each as its words."""
+    """The commands of shell code, each as its words."""
     text = text.replace("\\\n", " ").replace("[key=value ...]", "")
     text = re.sub(r"\[(--[^]]*|[A-Z_]+)\]", r"\1", text)
     for line in text.splitlines():

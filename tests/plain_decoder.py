@@ -1,8 +1,8 @@
-"""The decoder and its training loss from the published formulas, in float64, one episode, head and
-routed token at a time: the slow reference of the fast one.
+"""A slow reference implementation of the decoder and its training loss from the published formulas,
+in float64, one episode, head and routed token at a time.
 
-It shares no code with icl_moe.model or icl_moe.data: it knows the weights by their exported names,
-and an episode by its tokens, its position ids and its spans.
+It shares no code with icl_moe.model or icl_moe.data: it uses the exported names of weights, and the
+tokens, position ids and spans of an episode.
 """
 
 import math
@@ -17,15 +17,15 @@ from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import TokenSequence
 
 Noise = Callable[[int, int], Tensor]
-"""What the gate of (layer, attribute class) has added to its logits (E,)."""
+"""(layer, attribute class) -> the noise that is added to the gate's logits (E,)."""
 
 
 _ZERO = torch.zeros((), dtype=torch.float64)
 
 
 class PlainLoss(NamedTuple):
-    """total: of the batch. auxiliary: the mean of the layers' auxiliary losses. The rest: weighted
-    sums of the cross-entropy and the sums of the weights, by modality.
+    """total: the loss of the batch. auxiliary: the mean of the layers' auxiliary losses. The rest:
+    weighted sums of the cross-entropy and the sums of the weights, by modality.
     """
 
     total: Tensor
@@ -182,15 +182,17 @@ _MLP = ("up.weight", "up.bias", "down.weight", "down.bias")
 
 
 def _mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-    """GPT-2's, with the tanh form of the GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    """GPT-2's MLP, with the tanh approximation of the GELU (Hendrycks and Gimpel 2016, arXiv
+    1606.08415).
+    """
     h = x @ up.T + up_bias
     gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     return gelu @ down.T + down_bias
 
 
 def _tokens(sequence: TokenSequence, input_weight: float) -> list[_Token]:
-    """The tokens of an episode that are no padding. Outputs are learned with weight 1, input images
-    with `input_weight`, all else with 0.
+    """The tokens of an episode without padding. Outputs have the loss weight 1, input images
+    `input_weight`, all other tokens 0.
     """
     weights = {"output": 1.0, "input": input_weight}
     return [

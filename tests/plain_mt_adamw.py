@@ -1,5 +1,5 @@
-"""The published formula of MT-AdamW, one parameter and one step at a time: the reference of the
-fast one.
+"""A reference implementation of MT-AdamW: the published formula, one parameter and one step at a
+time.
 """
 
 

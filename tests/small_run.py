@@ -1,4 +1,4 @@
-"""How tests start a small training run on two ranks."""
+"""Starts a small training run on two ranks."""
 
 import csv
 import sys
@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 FAULTY = (str(Path(__file__).with_name("training") / "faulty_training.py"),)
-"""What to launch for a run with the fault that the variable FAULT names."""
+"""The program to launch for a run with the fault in the variable FAULT."""
 
 SETTINGS = (
     "model.layers=2",
@@ -30,7 +30,7 @@ SETTINGS = (
 
 
 def launcher() -> tuple[str, ...]:
-    """The deepspeed launcher with two ranks, on a port that is free now."""
+    """The deepspeed launcher with two ranks, on a free port."""
     return (
         sys.executable,
         "-m",
@@ -48,5 +48,5 @@ def losses(output: Path) -> dict[str, list[list[str]]]:
         with (output / "csv_monitor" / f"train_{name}.csv").open() as file:
             found[name] = [
                 row for row in csv.reader(file) if row[0] != "step"
-            ]  # A resumed run writes its heads again.
+            ]  # A resumed run writes the header again.
     return found

@@ -1,4 +1,4 @@
-"""The floors of the house: no import runs upward, and rooms on one floor do not need each other."""
+"""The import contract: no import runs upward, and modules on one floor do not import each other."""
 
 import ast
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def rooms(package: str) -> set[str]:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """The modules that a file imports, wherever in it, but for those that only types need."""
+    """The modules that a file imports anywhere, except those needed only for types."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         child
@@ -78,14 +78,14 @@ def test_no_import_runs_upward_or_to_a_neighbour(room):
             if name.startswith("icl_moe."):
                 needed = name.split(".")[1]
                 if needed == "__version__":
-                    continue  # It is written in icl_moe/__init__.py, which loads nothing.
+                    continue  # It is defined in icl_moe/__init__.py, which loads nothing.
                 assert needed == room or needed in below, (
                     f"{path.relative_to(ROOT)}:{line} imports {name}, which is not below it"
                 )
 
 
 def test_the_online_half_does_not_import_the_offline_half():
-    """The command line alone loads it, by name and when it is asked for."""
+    """Only the command line loads it, by name and on demand."""
     for path in (ROOT / "icl_moe").rglob("*.py"):
         if path.name != "cli.py":
             assert not any(name.startswith("preprocessing") for _, name in imports(path)), path

@@ -30,7 +30,7 @@ def test_the_interval_of_a_mean_is_that_of_plain_draws():
 
 
 def test_a_draw_without_a_score_is_left_out():
-    """The mean over the first of three queries, of the draws that have it."""
+    """The mean over the first of three queries, in the draws that contain it."""
 
     def of_the_first(weights):
         return np.where(weights[:, :1] > 0, weights[:, :1], np.nan)

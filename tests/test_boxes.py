@@ -1,6 +1,4 @@
-"""Boxes turn into bins of a thousandth, are cut at the image's edge, and overlap as
-rectangles do.
-"""
+"""Boxes become bins of a thousandth, are clipped to the image, and overlap like rectangles."""
 
 import pytest
 from hypothesis import given

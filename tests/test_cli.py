@@ -1,4 +1,4 @@
-"""What the command line makes of its arguments, before any verb runs."""
+"""How the command line parses its arguments, before any verb runs."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_every_command_that_computes_says_that_a_device_is_not_there(command, tm
 
 
 def test_what_may_not_be_read_is_named(tmp_path):
-    """As another user than root, who may read everything."""
+    """Not as root, who may read everything."""
     prefix: list[str] = []
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:

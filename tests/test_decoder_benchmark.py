@@ -1,5 +1,5 @@
-"""The decoder's benchmark runs and writes every figure and goal; what it finds at toy size means
-nothing.
+"""The decoder's benchmark runs and writes every figure and goal; its results at toy size have no
+meaning.
 """
 
 import json
@@ -17,7 +17,7 @@ KINDS = (
 
 
 def run_quickly(run_command, folder, *options):
-    """The figures that the benchmark writes at toy size, and what it says."""
+    """The figures that the benchmark writes at toy size, and its output."""
     file = folder / "figures.json"
     command = [sys.executable, "benchmarks/decoder.py", "--quick", "--repeat", "1"]
     result = run_command([*command, *options, "--json", file])
@@ -33,11 +33,11 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
         f"bf16, {kind}"
         for kind in (*KINDS, "peak memory above weights and gradients, ours / stock")
     }
-    # The memory above weights and gradients may be nothing at toy size.
+    # The memory above weights and gradients may be 0 at toy size.
     assert all(goal["value"] >= 0 and goal["met"] in (True, False) for goal in goals.values())
     for system in ("ours", "stock", "gpt2"):
         for task in ("segmentation", "captioning", "mix"):
-            assert content["figures"][f"bf16, {system}, {task}: s an episode"] > 0
+            assert content["figures"][f"bf16, {system}, {task}: s per episode"] > 0
     assert "goals missed" in said
 
 

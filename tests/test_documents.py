@@ -1,5 +1,5 @@
-"""What the pages say can be done: every command is one that the real command line takes, every
-recipe and key in it is known, every path is there, and every Python block runs.
+"""The documentation is correct: the real command line accepts every command, every recipe and key
+in it exists, every path exists, and every Python block runs.
 """
 
 import ast
@@ -35,7 +35,7 @@ from preprocessing.tokenizers.recipe import TokenizerRecipe
 COMMANDS = list(documents.commands())
 SITE = "https://github.com/icl-moe/icl-moe/blob/main/"
 SHELL = ("cd", "source", "mkdir", "for", "do", "done", "wget", "unzip", ".venv/bin/pre-commit")
-"""What else the pages call: the shell's own words, and programs that the project does not bring."""
+"""Other commands in the pages: shell builtins, and programs that are not part of the project."""
 
 RECIPE_OF = {
     "shards build": (DataRecipe, "preprocessing"),
@@ -92,7 +92,7 @@ def check(command: Command) -> None:
 
 
 def check_icl_moe(words: Sequence[str], mention: bool) -> None:
-    """Parse the command and read its recipe. A mention may be of the verbs alone."""
+    """Parse the command and read its recipe. A mention may consist of verbs only."""
     verbs = [word for word in words if re.fullmatch("[a-z]+", word)]
     if mention and verbs == list(words):
         with pytest.raises(SystemExit) as ended:
@@ -106,7 +106,7 @@ def check_icl_moe(words: Sequence[str], mention: bool) -> None:
 
 
 def check_python(words: Sequence[str]) -> None:
-    """A module that there is, or a script that takes these arguments."""
+    """Check that the module exists or the script accepts these arguments."""
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1])
         return
@@ -122,7 +122,7 @@ def check_python(words: Sequence[str]) -> None:
 
 
 class _ParsedError(Exception):
-    """The arguments were right."""
+    """The arguments were valid."""
 
 
 def _end_after(parse: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,9 +139,9 @@ def script_main(script: Path) -> Callable[[], None]:
 
 
 def check_script(words: Sequence[str]) -> None:
-    """A script of the repository, with a recipe and settings that it would pass on."""
+    """Check a script of the repository, and the recipe and settings that it would pass on."""
     script, *rest = words
-    if script == "icl_moe.training":  # After the launcher's --module.
+    if script == "icl_moe.training":  # after the launcher's --module
         return
     assert (REPOSITORY / script).is_file(), script
     settings = [word for word in rest if "=" in word]
@@ -181,7 +181,7 @@ def make_variables() -> set[str]:
 
 
 def test_every_shipped_training_recipe_reads_shards_that_a_command_builds() -> None:
-    # Of launch_scripts/prepare_data.sh and of `icl-moe demo`, which name their folders themselves.
+    # The folders that launch_scripts/prepare_data.sh and `icl-moe demo` choose themselves.
     built = {"shards/paper_256", "demo/shards/train"}
     for command in COMMANDS:
         if command.words[:3] == ("icl-moe", "shards", "build") and not command.mention:
@@ -206,16 +206,14 @@ def test_every_path_and_name_of_the_code_is_there(page: Path) -> None:
 
 
 def is_ours(path: str) -> bool:
-    """Whether a path is meant as one of the repository: below one of its folders, or a file of
-    code.
-    """
+    """Whether a path should be in the repository: below one of its folders, or a file of code."""
     folder, slash, _ = path.partition("/")
     ours = ("icl_moe", "preprocessing", "tests", "benchmarks", "docs", "launch_scripts")
     return bool(slash) and (folder in ours or path.endswith(".py"))
 
 
 def resolve(name: str) -> Any:
-    """What a dotted name stands for; None where there is nothing of that name."""
+    """The object with a dotted name; None if there is none."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -230,7 +228,9 @@ def resolve(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the pages' code reads: pictures, shards, a model for both tasks."""
+    """A folder with everything that the code of the pages reads: pictures, shards, a model for both
+    tasks.
+    """
     folder = tmp_path_factory.mktemp("pages")
     tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
     settings = ["synthetic.images=12", "samples=2", "vocabulary.mask=true"]
@@ -294,7 +294,7 @@ def test_the_task_that_is_added_has_the_interface_of_tasks() -> None:
 
 
 CHEAP = ("segment", "caption", "verify", "stats", "preview")
-"""Verbs that take well under a second on the toy line."""
+"""Verbs that take well under a second on toy data."""
 
 
 @pytest.mark.parametrize(

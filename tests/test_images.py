@@ -1,5 +1,5 @@
-"""Images of every mode come out as the right RGB, what is no image is refused, and masks survive
-the way to pixels and back.
+"""Images of every mode become correct RGB, other input is refused, and masks survive the conversion
+to pixels and back.
 """
 
 import io
@@ -154,7 +154,7 @@ def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0"])
 def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.jpg").write_bytes(content)
-    with pytest.raises(InputError, match="cannot be read; it is damaged or no image"):
+    with pytest.raises(InputError, match="cannot be read; it is damaged or not an image"):
         load_image(tmp_path / "text.jpg")
 
 
@@ -196,7 +196,7 @@ def test_damaged_bytes_give_an_image_or_a_sentence(
 
 
 def colourful(mode: str = "RGB") -> Image.Image:
-    """30 x 20, every pixel of another colour; half of it transparent where the mode can say so."""
+    """30 x 20 pixels of different colours; half of them transparent if the mode supports it."""
     pixels = np.zeros((20, 30, 4), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(30) * 8, np.arange(20)[:, None] * 12
     pixels[..., 3] = np.where(np.arange(30) < 15, 255, 100)
@@ -210,7 +210,7 @@ def save_turned(path: Path, orientation: int) -> None:
 
 
 def save_16_bit_colours(path: Path, pixels_HW3: np.ndarray) -> None:
-    """A PNG of 16 bits a channel, which Pillow reads but does not write."""
+    """Write a PNG with 16 bits per channel, which Pillow reads but does not write."""
     height, width, _ = pixels_HW3.shape
     rows = [b"\0" + row.astype(">u2").tobytes() for row in pixels_HW3]
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
@@ -292,7 +292,7 @@ def test_floats_may_be_fractions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("levels", [[0, np.nan], [-3, 200], [0, 1e6], [0, np.inf]])
 def test_levels_of_no_scale_are_refused(tmp_path: Path, levels: list[float]) -> None:
     Image.fromarray(np.array([levels], np.float32)).save(tmp_path / "odd.tiff")
-    with pytest.raises(InputError, match=r"odd\.tiff has the levels .*belong there"):
+    with pytest.raises(InputError, match=r"odd\.tiff has the levels .*they must be in"):
         load_image(tmp_path / "odd.tiff")
 
 
@@ -340,10 +340,10 @@ def test_a_pillow_image_that_cannot_be_read_is_refused_like_its_file(tmp_path: P
 
 def test_a_path_that_leads_to_no_file_is_refused(tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path, "is no file"),
+        (tmp_path, "is not a file"),
         (tmp_path / "absent", "does not exist"),
         (tmp_path / ("a" * 400), "cannot be read .File name too long"),
-        ("", "is no file"),
+        ("", "is not a file"),
     ):
         with pytest.raises(InputError, match=message):
             load_image(path)
@@ -454,7 +454,7 @@ def test_a_mask_of_one_level_marks_everything() -> None:
         np.zeros((64, 64)),
         palette(disc(), [0] * 768),
         MASKS["white on transparent"](disc() & False),
-        # An object that is drawn black on transparent lies over black, as any image does.
+        # A black object on a transparent background is composed over black, like any image.
         Image.merge("LA", [Image.new("L", (64, 64)), MASKS["white on black"](disc())]),
     ],
 )
@@ -469,7 +469,7 @@ def labels() -> np.ndarray:
 
 
 def with_border(level: int) -> np.ndarray:
-    """A class's level within a border of 255, as Pascal VOC has it."""
+    """A class's level within a border of 255, as in Pascal VOC."""
     mask = Image.fromarray(disc())
     wide = np.asarray(mask.convert("L").filter(ImageFilter.MaxFilter(3))) > 0
     return np.where(disc(), level, np.where(wide, 255, 0)).astype(np.uint8)
@@ -484,9 +484,9 @@ def with_border(level: int) -> np.ndarray:
         (Image.fromarray(with_border(1)), "it has areas of 0, 1 and 255"),
         (with_border(20), "it has areas of 0, 20 and 255"),
         (palette(labels(), [0, 0, 0, 255, 0, 0, 76, 76, 76]), r"areas of \(0, 0, 0\), \(76, 76, 7"),
-        (colourful().resize((64, 64), Image.Resampling.BICUBIC), "of its pixels are like neither"),
-        (np.tile(np.arange(64, dtype=np.uint8), (64, 1)), "are like neither|has areas"),
-        (np.where(disc(), -1, 0), "has the level -1; 0 and above belong there"),
+        (colourful().resize((64, 64), Image.Resampling.BICUBIC), "of its pixels resemble neither"),
+        (np.tile(np.arange(64, dtype=np.uint8), (64, 1)), "resemble neither|has areas"),
+        (np.where(disc(), -1, 0), "has the level -1; levels must be at least 0"),
         (np.where(disc(), np.nan, 0), "must hold finite numbers"),
         (np.full((64, 64), "x"), "must hold finite numbers"),
         (np.zeros((64, 64, 64), np.uint8), "must be uint8, uint16 or boolean of shape"),
@@ -499,7 +499,9 @@ def test_a_mask_of_several_levels_is_refused(mask: Image.Image | np.ndarray, fou
 
 
 def test_real_masks_are_taken_and_real_label_maps_are_not(real_data: Path) -> None:
-    """Masks of photographed objects, also as JPEG; all objects of an image in one file, as ids."""
+    """Masks of photographed objects, also as JPEG; and label maps with all objects of an image as
+    ids.
+    """
     content = json.loads(
         (real_data / "coco2017_sample/annotations/instances_val2017.json").read_bytes()
     )
@@ -521,7 +523,7 @@ def test_real_masks_are_taken_and_real_label_maps_are_not(real_data: Path) -> No
             agrees = load_mask(Image.open(file), size) == load_mask(first, size)
             assert agrees.mean() > 0.995
         if ids.histogram()[1:].count(0) < 253 and max(sorted(ids.histogram()[1:])[-2:-1]) > 400:
-            with pytest.raises(InputError, match="not of two levels"):
+            with pytest.raises(InputError, match="does not have two levels"):
                 load_mask(ids, size)
 
 
@@ -539,7 +541,7 @@ def test_pixels_are_in_minus_one_to_one_and_come_back_exactly() -> None:
 def test_a_crop_is_of_its_box() -> None:
     crop = crop_and_resize(two_colours(), (4, 0, 8, 6), 16)
     assert crop.size == (16, 16)
-    # The filter reaches a pixel or two over the box's edge, as it does inside an image.
+    # The filter reaches a pixel or two beyond the edge of the box.
     assert np.asarray(crop)[:, 3:].max() == 0
     np.testing.assert_array_equal(
         np.asarray(crop_and_resize(two_colours(), (0, 0, 8, 6), 16)),

@@ -1,4 +1,4 @@
-"""The launch scripts work as they are written down, and say in one sentence what is missing."""
+"""The launch scripts work as documented, and report in one sentence what is missing."""
 
 import json
 import os
@@ -32,9 +32,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(run_command: Callable, tmp_path: Path) -> Run:
-    """Runs a command in a folder that has the launch scripts and nothing else; gives exit code and
-    output.
-    """
+    """Runs a command in a folder with only the launch scripts. Returns exit code and output."""
     (tmp_path / "launch_scripts").symlink_to(REPOSITORY / "launch_scripts")
 
     def run_here(*command: str | Path, **environment: str) -> tuple[int, str]:
@@ -84,16 +82,16 @@ def test_bash_starts_the_launcher(run: Run) -> None:
     ("content", "sentence"),
     [
         (None, "there is no readable file hosts; name one with a line for each machine"),
-        ("# none\n\n", "hosts names no machine; write a line for each"),
-        ("one slots=2\ntwo\n", "in hosts the line 'two' is not right; each machine has one line"),
-        ("one slots=2\none slots=2", "in hosts the line 'one slots=2' is not right"),
-        ("one slots=0\n", "in hosts the line 'one slots=0' is not right"),
+        ("# none\n\n", "hosts names no machine; write one line per machine"),
+        ("one slots=2\ntwo\n", "in hosts the line 'two' is invalid; each machine needs one line"),
+        ("one slots=2\none slots=2", "in hosts the line 'one slots=2' is invalid"),
+        ("one slots=0\n", "in hosts the line 'one slots=0' is invalid"),
     ],
 )
 def test_a_hostfile_that_names_no_machines_is_refused(
     run: Run, tmp_path: Path, content: str | None, sentence: str
 ) -> None:
-    """The launcher would train on this machine alone, or end in a traceback."""
+    """The launcher itself would train on this machine alone, or end with a traceback."""
     if content is not None:
         (tmp_path / "hosts").write_text(content)
     code, output = run("bash", "launch_scripts/pretrain.sh", HOSTFILE="hosts")
@@ -121,8 +119,8 @@ def test_a_wrong_key_is_said_once_with_the_right_one(run: Run) -> None:
 
 
 def test_a_signal_to_the_script_reaches_every_rank(tmp_path: Path) -> None:
-    # A program that says when it is ready and takes a second to end stands where training stands in
-    # the script.
+    # A program that reports when it is ready and takes a second to end replaces training in the
+    # script.
     script = (REPOSITORY / "launch_scripts/pretrain.sh").read_text()
     (tmp_path / "launch_scripts").mkdir()
     (tmp_path / "launch_scripts/pretrain.sh").write_text(
@@ -164,7 +162,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def test_slurm_starts_a_launcher_a_machine(run: Run, tmp_path: Path) -> None:
-    # Stand-ins for SLURM's two commands: a job of two machines, whose tasks both run here, one
+    # Fake versions of SLURM's two commands: a job of two machines, whose tasks both run here, one
     # after the other.
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -203,8 +201,9 @@ def test_slurm_starts_a_launcher_a_machine(run: Run, tmp_path: Path) -> None:
     assert "nnodes=2, num_local_procs=3, node_rank=1" in output
     assert "nnodes=2, num_local_procs=3, node_rank=0" in output
     assert "--master_addr=localhost --master_port=20007" in output
-    assert "'training.output=a b'" in output, "an argument with a space arrives whole"
-    # Rank 0 is on the first machine; the other one says it too, in case that it is there alone.
+    assert "'training.output=a b'" in output, "an argument with a space stays whole"
+    # Rank 0 is on the first machine; the other machine reports it too, since the problem could be
+    # there alone.
     before, after = output.split("other machine: 2")
     assert sentences(before) == []
     assert before.count(f"{platform.node()}: icl-moe: data.shards: ") == 1
@@ -264,8 +263,8 @@ def test_the_three_scripts_lead_from_files_to_metrics(run: Run, tmp_path: Path) 
 
 
 def lay_out_files(folder: Path) -> None:
-    """Drawn scenes where prepare_data.sh looks for COCO and Visual Genome, an image tokenizer of
-    random weights, and a data recipe.
+    """Write drawn scenes where prepare_data.sh looks for COCO and Visual Genome, an image tokenizer
+    with random weights, and a data recipe.
     """
     synthetic.write_dataset(folder / "train", images=24, seed=0, split="train")
     synthetic.write_dataset(folder / "val", images=24, seed=1, split="val")

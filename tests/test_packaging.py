@@ -1,5 +1,5 @@
-"""The package, its set-up and its continuous integration: what is installed is whole, and what
-fails is seen to fail.
+"""The package, its set-up and its continuous integration: installations are complete, and failures
+are reported.
 """
 
 import ast
@@ -51,7 +51,7 @@ def test_every_dependency_is_pinned_within_its_range(project: dict, pins: dict[s
 
 
 EXTRAS = ("evaluate", "train")
-"""What a default install on Linux has, and an install elsewhere lacks."""
+"""Packages of a default installation that only Linux gets."""
 
 
 def installed_on(platform: str, lines: list[str]) -> dict[str, Requirement]:
@@ -96,7 +96,7 @@ def test_every_import_is_a_declared_dependency(project: dict) -> None:
 
 
 def imports(folder: Path) -> set[str]:
-    """Top-level names that the Python files under `folder` import."""
+    """The top-level names that the Python files under `folder` import."""
     found: set[str] = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -109,7 +109,7 @@ def imports(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a checkout that go into a wheel, and some that do not."""
+    """The files of a checkout that belong in a wheel, and some that do not."""
     folder = tmp_path_factory.mktemp("source")
     for path in map(REPOSITORY.joinpath, ("icl_moe", "preprocessing", "ds_configs", "tests")):
         shutil.copytree(path, folder / path.name, symlinks=True)
@@ -120,7 +120,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(run_command: Command, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the wheel of `source` is installed, without its dependencies."""
+    """A folder with the installed wheel of `source`, without its dependencies."""
     folder = tmp_path_factory.mktemp("installed")
     options = ["--disable-pip-version-check", "--no-deps", "--no-index"]
     build = ["wheel", *options, "--no-build-isolation", "--wheel-dir", folder / "wheels", source]
@@ -135,7 +135,7 @@ def installed(run_command: Command, source: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def elsewhere(run_command: Command, installed: Path, tmp_path: Path) -> Command:
-    """Runs a command of the installed package in an empty folder, where no checkout is in sight."""
+    """Runs a command of the installed package in an empty folder, without access to a checkout."""
     (tmp_path / "empty").mkdir()
     command = ["env", "--chdir", tmp_path / "empty", sys.executable]
 
@@ -189,7 +189,7 @@ for name in ("demo", "ablation_128", "paper_256"):
 def test_an_installed_copy_builds_shards_trains_and_exports_in_an_empty_folder(
     elsewhere: Command, tmp_path: Path
 ) -> None:
-    """What `icl-moe demo` does, the launcher too, with less of everything."""
+    """The stages of `icl-moe demo`, including the launcher, at a smaller scale."""
     shards = ("shards", "build", "demo", "synthetic.images=12", "--out", "shards")
     train = ["demo", "data.shards=shards", "training.output=run", "training.steps=1"]
     train += ["training.global_batch=2", "training.micro_batch=1"]
@@ -203,7 +203,7 @@ def test_an_installed_copy_builds_shards_trains_and_exports_in_an_empty_folder(
         done = elsewhere(*command)
         assert done.returncode == 0, done.stdout
     assert (tmp_path / "empty/model/model.safetensors").is_file()
-    assert (tmp_path / "empty/run/csv_monitor").is_dir(), "as ds_configs/demo.json says"
+    assert (tmp_path / "empty/run/csv_monitor").is_dir(), "ds_configs/demo.json enables it"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -232,7 +232,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(run_command: Callable) -> N
 
 
 class TestContinuousIntegration:
-    """.ci/run in a checkout of its own, with a stand-in for make."""
+    """.ci/run in a separate checkout, with a fake make."""
 
     @pytest.fixture
     def ci(self, run_command: Callable, tmp_path: Path) -> Callable[..., tuple[int, str]]:

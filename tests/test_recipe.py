@@ -1,5 +1,5 @@
-"""Recipes are read strictly: what is wrong is named, with the nearest right key, and what is right
-comes back typed.
+"""Recipes are read strictly: errors are reported with the nearest right key, and values have their
+types.
 """
 
 import dataclasses
@@ -144,7 +144,7 @@ def test_a_recipe_comes_back_from_plain_values_and_from_yaml(tmp_path: Path) -> 
         ("inner: " + "[" * 600, "recipe.yaml is not valid YAML"),
         (
             "inner: {steps: 3}\nname: a\nname: b",
-            "recipe.yaml, line 3 is not valid YAML: the key 'name' stands there twice.",
+            "recipe.yaml, line 3 is not valid YAML: the key 'name' occurs twice.",
         ),
     ],
 )
@@ -167,7 +167,7 @@ def test_an_unknown_override_is_refused_like_an_unknown_key(tmp_path: Path) -> N
 def test_a_file_that_is_not_there_and_a_name_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.yaml does not exist"):
         load_recipe(Outer, str(tmp_path / "absent.yaml"))
-    with pytest.raises(InputError, match=rf"{tmp_path} is no file; a file belongs there"):
+    with pytest.raises(InputError, match=rf"{tmp_path} is not a file; it must be one"):
         load_recipe(Outer, str(tmp_path))
     with pytest.raises(
         InputError,
@@ -233,7 +233,7 @@ def test_settings_that_cannot_work_together_are_refused(override: str, message: 
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a recipe: its key, its type, its range, and how a value of it is written."""
+    """A number in a recipe: its key, type and range, and how its value is written."""
 
     key: str
     type: type
@@ -252,7 +252,7 @@ class Number:
 
 
 def numbers(kind: object, key: str = "", written: str = "{}") -> Iterator[Number]:
-    """Every number that a recipe of type `kind` has, those in lists and tables too."""
+    """Every number of a recipe of type `kind`, including those in lists and tables."""
     if dataclasses.is_dataclass(kind):
         for name, inner in get_type_hints(kind, include_extras=True).items():
             yield from numbers(inner, f"{key}.{name}".lstrip("."))
@@ -334,7 +334,7 @@ def test_a_name_that_looks_like_a_date_is_a_name() -> None:
 
 
 def test_a_task_that_stands_twice_in_a_setting_is_refused() -> None:
-    with pytest.raises(InputError, match="the key 'captioning' stands there twice"):
+    with pytest.raises(InputError, match="the key 'captioning' occurs twice"):
         load_recipe(
             TrainingRecipe, "demo", ["training.task_weights={captioning: 1, captioning: 2}"]
         )

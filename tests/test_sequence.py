@@ -1,5 +1,5 @@
-"""Sequences have the paper's lengths, bear loss where they should, and decode into exactly the
-episode they came from.
+"""Sequences have the paper's lengths, have losses at the right tokens, and decode to exactly the
+original episode.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CODES = 48
 CATEGORIES, BOXES = ("none", "written", "given"), ("none", "text", "image")
 TEXT = TextTokenizer(merges=1000)
 
-# Spaces and full stops stand in the template too, so they are the likely trap.
+# Spaces and full stops also occur in the template, so they are the most likely cause of errors.
 texts = st.text(max_size=8) | st.text(alphabet=" .:a", max_size=10)
 names = st.text(max_size=5)
 
@@ -45,7 +45,7 @@ def formats(draw: st.DrawFn) -> SequenceFormat:
 
 
 def image_codes() -> st.SearchStrategy[np.ndarray]:
-    # A few seeds stand for all images: what the codes are is no matter to the layout.
+    # A few seeds suffice, since the values of the codes do not affect the layout.
     return st.integers(0, 2**32 - 1).map(
         lambda seed: np.random.default_rng(seed).integers(0, SMALL.image_codes, CODES)
     )
@@ -84,7 +84,8 @@ def written_episodes(draw: st.DrawFn) -> tuple[SequenceCodec, Episode, TokenSequ
     try:
         return codec, episode, codec.encode(episode)
     except TooLongError:
-        # Rare characters take a token a byte; such a text has no room here and is tested below.
+        # Rare characters take one token per byte; such a text does not fit here and is tested
+        # below.
         short = [
             dataclasses.replace(pair, caption="a") if isinstance(pair, CaptionPair) else pair
             for pair in episode.pairs
@@ -176,7 +177,7 @@ def test_loss_falls_on_outputs_and_by_setting_on_input_codes(
     is_code = np.isin(sequence.tokens_L, vocabulary.image_range)
     assert is_code[half == 0.5].all()
     assert (half[is_code] > 0).all()
-    # Markers and padding bear none, but for the [EOC] of a caption: that of a mask bears none.
+    # Markers and padding have no loss, except the [EOC] of a caption; that of a mask has none.
     for marker in (vocabulary.boi, vocabulary.bot, vocabulary.pad):
         assert (half[sequence.tokens_L == marker] == 0).all()
     ends = half[sequence.tokens_L == vocabulary.eoc]
@@ -213,7 +214,7 @@ def test_a_prompt_is_the_start_of_what_it_asks_for(
     np.testing.assert_array_equal(prompt.tokens_L, sequence.tokens_L[: len(prompt)])
     np.testing.assert_array_equal(prompt.positions_L, sequence.positions_L[: len(prompt)])
     np.testing.assert_array_equal(prompt.attributes(), sequence.attributes()[: len(prompt)])
-    # What follows is the first token that the model has to write.
+    # The next token is the first one that the model must write.
     last_image = max(span.stop for span in sequence.spans if span.role == "input")
     assert len(prompt) == next(
         span.start for span in sequence.spans if span.role == "output" and span.start >= last_image
@@ -221,7 +222,7 @@ def test_a_prompt_is_the_start_of_what_it_asks_for(
 
 
 class TestThePapersSizes:
-    """256 px at downsampling 16, GPT-2's whole vocabulary."""
+    """256 px at downsampling 16, with GPT-2's full vocabulary."""
 
     @pytest.fixture
     def codec(self, gpt2: TextTokenizer) -> SequenceCodec:
@@ -365,7 +366,7 @@ def test_a_class_name_without_room_is_too_long() -> None:
         (
             SequenceFormat(SMALL, CODES),
             SegmentationPair(np.zeros(CODES, dtype=np.int64), np.zeros(CODES, dtype=np.int64)),
-            "SegmentationPair cannot stand",
+            "SegmentationPair cannot be in",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The vocabulary's sizes are the paper's, its parts do not overlap, and nothing is left over."""
+"""The vocabulary has the paper's sizes, and its parts cover it without overlap."""
 
 import numpy as np
 import pytest
@@ -124,9 +124,9 @@ def test_input_images_are_features_codes_where_there_are_any(
 
 def test_image_and_features_codes_are_not_taken_for_each_other() -> None:
     vocabulary = Vocabulary(features=64)
-    with pytest.raises(InputError, match="where a features code belongs"):
+    with pytest.raises(InputError, match="should be a features code"):
         vocabulary.to_input_codes(vocabulary.from_codes(np.array([3])))
-    with pytest.raises(InputError, match="where an image code belongs"):
+    with pytest.raises(InputError, match="should be an image code"):
         vocabulary.to_codes(vocabulary.from_input_codes(np.array([3])))
     with pytest.raises(InputError, match=r"Features codes must lie in 0\.\.63"):
         vocabulary.from_input_codes(np.array([64]))

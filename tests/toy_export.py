@@ -1,5 +1,5 @@
-"""A small exported model with random weights, fit for a shard folder: all that inference and
-evaluation need.
+"""A small exported model with random weights that fits a shard folder, for tests of inference and
+evaluation.
 """
 
 import shutil
@@ -19,8 +19,8 @@ from preprocessing.recipe import DataRecipe
 
 
 def build_toy_line(folder: Path, images: int = 12, samples: int = 2) -> Path:
-    """Write a tokenizer, shards of drawn scenes in its codes, and a model for these into folders of
-    `folder`; the model's, which is returned, is `folder/model`.
+    """Write a tokenizer, shards of drawn scenes in its codes, and a model for these into `folder`.
+    Returns the model's folder, `folder/model`.
     """
     tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
     settings = (f"synthetic.images={images}", f"samples={samples}")
@@ -57,9 +57,7 @@ def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) 
         )
     )
     initialise(decoder, seed)
-    with (
-        torch.no_grad()
-    ):  # Of the size that training gives, so that what is written depends on what was read.
+    with torch.no_grad():  # As large as after training, so that the output depends on the input.
         for parameter in decoder.parameters():
             parameter.mul_(4.0)
     decoder.save_pretrained(folder)

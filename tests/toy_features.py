@@ -1,6 +1,4 @@
-"""A small features tokenizer over a network of random weights: all that tests need of one that
-reads.
-"""
+"""A small features tokenizer with a network of random weights, for tests."""
 
 from pathlib import Path
 
@@ -16,7 +14,7 @@ CODES, DIMENSIONS = 24, 6
 
 
 def save_toy_backbone(folder: Path, seed: int = 0) -> Path:
-    """Write a transformers ResNet of 8 to 16 channels, with maps of strides 4 to 32."""
+    """Write a transformers ResNet with 8 to 16 channels and maps of strides 4 to 32."""
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8, 12, 16], depths=[1, 1, 1, 1], layer_type="basic"
     )
@@ -27,7 +25,7 @@ def save_toy_backbone(folder: Path, seed: int = 0) -> Path:
 
 
 def write_pictures(folder: Path, count: int = 8, seed: int = 0) -> Path:
-    """Pictures of coloured rectangles, none square, so that cells differ."""
+    """Write pictures of coloured rectangles, none of them square, so that cells differ."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -55,12 +53,14 @@ def toy_config(backbone: Path, **settings: object) -> FeaturesConfig:
 
 
 def make_toy_features(folder: Path, **settings: object) -> FeaturesTokenizer:
-    """A tokenizer of 24 codes at downsampling 8, its backbone and its pictures in `folder`."""
+    """Make a tokenizer with 24 codes at downsampling 8, with its backbone and pictures in
+    `folder`.
+    """
     backbone = save_toy_backbone(folder / "backbone")
     pictures = write_pictures(folder / "pictures")
     return fit_features_tokenizer(pictures, toy_config(backbone, **settings), seed=0)
 
 
 def recipe_settings(folder: Path) -> list[str]:
-    """What makes a data recipe read its input images with the tokenizer in `folder`."""
+    """The settings with which a data recipe uses the tokenizer in `folder` for input images."""
     return [f"features_tokenizer={folder}", f"vocabulary.features={CODES}"]

@@ -1,5 +1,5 @@
-"""A small decoder and random episodes for it, for tests of the model and of ranks (which import
-them by name).
+"""A small decoder and random episodes, for tests of the model and of ranks (which import them by
+name).
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ from icl_moe.vocabulary import Vocabulary
 CODES = 16
 VOCABULARY = Vocabulary(
     text_merges=46, image_codes=32, mask=True
-)  # An odd number of ids, which tensor ranks must pad.
+)  # The number of ids is odd, so tensor ranks must pad it.
 FORMAT = SequenceFormat(VOCABULARY, codes_per_image=CODES, category="none", box="none")
 MANIFEST = Manifest(SCHEMA_VERSION, FORMAT, 2, 32, "", "", {}, {}, {}, (), {})
 
@@ -60,7 +60,9 @@ def make_recipe(
 
 
 def make_sequences(task: str, episodes: int, seed: int = 0, pairs: int = 3) -> list[TokenSequence]:
-    """Random episodes of one task; captions of different lengths, so that the layouts differ."""
+    """Random episodes of one task, with captions of different lengths so that the layouts
+    differ.
+    """
     rng = np.random.default_rng(seed)
     codec = _codec()
 
@@ -80,7 +82,9 @@ def make_sequences(task: str, episodes: int, seed: int = 0, pairs: int = 3) -> l
 
 @cache
 def _codec() -> SequenceCodec:
-    """Read once a process: a text tokenizer takes half a second, a toy step a few milliseconds."""
+    """Loaded once per process: a text tokenizer takes half a second, a toy step a few
+    milliseconds.
+    """
     return SequenceCodec(FORMAT, TextTokenizer(VOCABULARY.text_merges))
 
 

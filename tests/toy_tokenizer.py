@@ -1,5 +1,5 @@
-"""A small image tokenizer with random weights, of the real architecture, for tests that need codes
-and not pictures.
+"""A small image tokenizer of the real architecture with random weights, for tests that need codes
+but no pictures.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ CODES = 64
 
 
 def save_toy_tokenizer(folder: Path, seed: int = 0) -> Path:
-    """Write a tokenizer of downsampling 8 and 64 codes into `folder`."""
+    """Write a tokenizer with downsampling 8 and 64 codes into `folder`."""
     config = VQGANConfig(
         image_size=64,
         codebook_size=CODES,
@@ -26,7 +26,7 @@ def save_toy_tokenizer(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VQGAN(config)
-    # As spread out as the latents are, so that different pictures have different codes.
+    # The codes are as spread out as the latents, so that different pictures have different codes.
     model.quantize.embedding.weight.data.normal_(
         std=0.3, generator=torch.Generator().manual_seed(seed)
     )
@@ -35,5 +35,5 @@ def save_toy_tokenizer(folder: Path, seed: int = 0) -> Path:
 
 
 def recipe_settings(tokenizer: Path) -> list[str]:
-    """What makes the demo's data recipe use it."""
+    """The settings with which the demo's data recipe uses it."""
     return [f"tokenizer={tokenizer}", f"vocabulary.image_codes={CODES}"]

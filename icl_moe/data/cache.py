@@ -4,8 +4,8 @@ least recently used files are removed.
 Everything that changes names happens under one lock, which is never held during a download:
 
     NAME                   a complete file; its time of modification is the time of its last use
-    NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its room is
-    taken from the start
+    NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its space is
+                           reserved from the start
 """
 
 import contextlib
@@ -135,7 +135,7 @@ def default_parent() -> Path:
 
 
 def _open_whole(path: Path, size: int) -> int | None:
-    """A descriptor of a complete file, whose use is recorded; None if there is no such file."""
+    """A descriptor of a complete file, after recording its use; None if there is no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -176,7 +176,7 @@ def _last_use(path: Path) -> int:
 
 
 def _room(path: Path) -> int:
-    """The bytes that a file takes, or will take once it is whole."""
+    """The bytes that a file takes, or will take once it is complete."""
     if path.suffix == ".partial":
         return int(path.name.split(".")[-2])
     with contextlib.suppress(FileNotFoundError):

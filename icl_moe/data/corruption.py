@@ -1,5 +1,5 @@
-"""Mask corruption: some of the codes of the query's mask are hidden from the model that has to
-write them.
+"""Mask corruption: some codes of the query's mask are hidden from the model, which must predict
+them.
 
 Hidden codes are read as [MASK]; the targets and the masks of the examples do not change. A model
 that is trained in this way relies less on the codes that it has just written and more on the
@@ -26,8 +26,7 @@ def hide_query_mask(
     in 25% of them, 1 in 25%, and uniform in 0..1 otherwise.
 
     The draw is a pure function of (seed, step, place in the global batch of that step). A sequence
-    whose output is text is returned unchanged, since a box that is drawn before a caption is no
-    mask.
+    whose output is text is returned unchanged, since a box drawn before a caption is not a mask.
     """
     spans = [span for span in sequence.query_spans if span.role == "output"]
     if not all(is_output_image(span.attributes) for span in spans):

@@ -178,5 +178,7 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _obey_the_rank(_: int) -> None:
-    """A cluster may signal every process of a job: a reader goes on until its rank ends it."""
+    """A cluster may signal every process of a job, but a reader continues until its rank ends
+    it.
+    """
     obey_parent_alone()

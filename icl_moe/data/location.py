@@ -24,10 +24,10 @@ from icl_moe.recipe import DataSettings
 MANIFEST_FILE = "manifest.json"
 
 _WAITS = (0.5, 1.0, 2.0)
-"""Seconds before each new try of a transfer that failed."""
+"""Seconds before each retry of a failed transfer."""
 
 _SILENCE = 60.0
-"""Seconds without a byte after which a server counts as gone."""
+"""Seconds without data after which a server counts as unreachable."""
 
 T = TypeVar("T")
 
@@ -53,8 +53,8 @@ class FileInfo:
 
 
 class ShardFolder(Protocol):
-    """name: as messages call the folder. manifest_json: the content of its manifest. open_files:
-    how many to hold open at a time.
+    """name: the folder's name in messages. manifest_json: the content of its manifest. open_files:
+    how many files to keep open at a time.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ShardFolder(Protocol):
         """
 
     def open(self, info: FileInfo) -> int:
-        """A descriptor to read a file of the manifest. Raises InputError where it is missing or of
+        """A descriptor to read a file of the manifest. Raises InputError if it is missing or has
         another size.
         """
 
@@ -76,10 +76,10 @@ class ShardFolder(Protocol):
 
 
 def open_folder(location: str | Path, cache: FileCache | None = None) -> ShardFolder:
-    """The shard folder at a path or URL. `cache`: where a URL's files are kept, by default in the
+    """The shard folder at a path or URL. cache: where a URL's files are kept, by default in the
     user's cache folder.
 
-    Raises InputError where there is no manifest, and where a URL cannot be read.
+    Raises InputError if there is no manifest, or if a URL cannot be read.
     """
     if "://" in str(location):
         return RemoteFolder(str(location), cache or make_cache())
@@ -116,7 +116,7 @@ class LocalFolder:
         path = self._path / info.file
         try:
             is_there = path.is_file()
-        except OSError as error:  # Of a name that is too long, for one.
+        except OSError as error:  # for example, the name is too long
             raise InputError(f"The file {path} cannot be read ({error.strerror}).") from error
         if not is_there:
             raise InputError(f"The file {path} is missing.")
@@ -155,7 +155,7 @@ class RemoteFolder:
         self._subfolder = hashlib.sha256(self.manifest_json).hexdigest()[:16]
 
     def check(self, info: FileInfo) -> None:
-        """Files are checked as they come."""
+        """Does nothing: files are checked when they are downloaded."""
 
     def open(self, info: FileInfo) -> int:
         return self._cache.open(
@@ -178,14 +178,14 @@ class RemoteFolder:
             check_size(url, path.stat().st_size, info)
             if FileInfo.of(path.parent, path.name).sha256 != info.sha256:
                 raise InputError(
-                    f"The file {url} is corrupt: its sha256 is not that of the manifest."
+                    f"The file {url} is corrupt: its sha256 differs from the manifest."
                 )
 
         _with_retries(url, transfer)
 
 
 def check_size(name: str, size: int, info: FileInfo) -> None:
-    """Raise InputError where a file is not of the size that the manifest says."""
+    """Raise InputError if the size of a file differs from the manifest."""
     if size != info.bytes:
         kind = "truncated" if size < info.bytes else "too long"
         raise InputError(
@@ -194,7 +194,7 @@ def check_size(name: str, size: int, info: FileInfo) -> None:
 
 
 class _MissingError(InputError):
-    """The server answers that there is no such file."""
+    """The server reports that the file does not exist."""
 
 
 def _with_retries(url: str, transfer: Callable[[Any, str], T]) -> T:
@@ -223,8 +223,8 @@ def _with_retries(url: str, transfer: Callable[[Any, str], T]) -> T:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and its path there. It is one a process: fsspec makes another
-    after a fork.
+    """fsspec's file system for a URL, and its path there. There is one per process: fsspec makes
+    another after a fork.
     """
     protocol = url.split("://")[0].split("::")[0]
     try:
@@ -261,9 +261,7 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an HTTP server has answered that the request is wrong: the same answer would come
-    again.
-    """
+    """Whether an HTTP server has rejected the request as wrong, so that a retry would not help."""
     status = getattr(error, "status", 0)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
 

@@ -25,14 +25,13 @@ class Schedule:
     """The order of training.
 
     counts: samples of each task. sampling: `unmixed` draws one task for the whole global batch,
-    with probability proportional to the square root of its count (the paper), or to `weights` where
-    they are given, 0 for a task that is not among them; `mixed` shuffles the samples of all tasks
-    together (the baseline of its Table 3). Each task is shuffled again every epoch, and its place
-    in the shuffle is the number of its earlier draws times the batch, so every sample comes once an
-    epoch.
+    with probability proportional to the square root of its count (the paper), or to `weights` if
+    they are given, 0 for a task without one; `mixed` shuffles the samples of all tasks together
+    (the baseline of its Table 3). Each task is shuffled again every epoch, and its place in the
+    shuffle is the number of its earlier draws times the batch, so every sample comes once an epoch.
 
-    Raises InputError where a task has fewer samples than a global batch, and for weights of tasks
-    that have no samples.
+    Raises InputError if a task has fewer samples than a global batch, or if a weight is given for a
+    task without samples.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Schedule:
         self._draws = lru_cache(maxsize=8)(self._draw_block)
         self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(
             self._draw_shuffle
-        )  # One a task, two where an epoch ends.
+        )  # One per task, two at the end of an epoch.
 
     def __getstate__(self) -> dict[str, Any]:
         # A reader that is not forked gets a pickled copy, and such a cache cannot be pickled.
@@ -86,7 +85,7 @@ class Schedule:
         self._open_caches()
 
     def task(self, step: int) -> str:
-        """The task of step t (counted from 0); "mixed" where tasks are mixed."""
+        """The task of step t (counted from 0); "mixed" if tasks are mixed."""
         return list(self._pools)[self._draws(step // _BLOCK)[step % _BLOCK]]
 
     def samples(self, step: int) -> list[tuple[str, int]]:
@@ -153,8 +152,8 @@ class RankSlice:
     def of(
         cls, rank: int, world: int, global_batch: int, micro_batch: int, tp_size: int = 1
     ) -> "RankSlice":
-        """The slice of rank `rank` among all `world`. Raises InputError where the global batch is
-        not a whole number of micro-steps.
+        """The slice of rank `rank` among all `world`. Raises InputError if the global batch is not
+        a whole number of micro-steps.
         """
         ranks = world // tp_size
         if global_batch % (micro_batch * ranks):

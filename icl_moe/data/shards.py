@@ -1,5 +1,4 @@
-"""A shard folder from the side of its readers: manifest, index, and access to any sample by its
-number.
+"""Reading a shard folder: manifest, index, and access to any sample by its number.
 
 manifest.json            what the shards hold and how they were made; `Manifest`
 TASK.index.npy           where each sample of a task lies, its lengths and its checksum; `IndexRow`
@@ -66,7 +65,7 @@ INDEX_TYPE = np.dtype(
 EARLIER_INDEX_TYPE = np.dtype(
     [(name, INDEX_TYPE[name]) for name in IndexRow._fields if not name.startswith("query_")]
 )
-"""As earlier versions stored it, without the query's own counts."""
+"""The type in earlier versions, without the query's own counts."""
 
 _LARGEST_GAP = 4096
 """Bytes between the two parts of a sample in its tar: padding and the second one's headers."""
@@ -88,7 +87,8 @@ class ShardInfo(FileInfo):
 
 
 TOKENIZER_FOLDERS = ("image_tokenizer", "mask_tokenizer", "features_tokenizer", "text_tokenizer")
-"""Folders beside the shards; a manifest has the fingerprint of each that is there under its name.
+"""Folders beside the shards; under the same name a manifest has the fingerprint of each that
+exists.
 """
 
 
@@ -146,12 +146,12 @@ class Manifest:
         for info in (*manifest.shards, *manifest.files):
             if not _FILE_NAME.fullmatch(info.file):
                 raise InputError(
-                    f"{origin} names the file {info.file!r}; a plain file name belongs there."
+                    f"{origin} names the file {info.file!r}; it must be a plain file name."
                 )
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json into `folder`, whole or not at all."""
+        """Write manifest.json into `folder`, completely or not at all."""
         write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def file(self, name: str) -> FileInfo:
@@ -199,11 +199,11 @@ class ShardSet:
     """Random access to the samples of a shard folder, at a path or a URL (see location.py). Holds
     neither index nor samples in memory.
 
-    location: as messages name it. fingerprint: the sha256 of its manifest.
+    location: its name in messages. fingerprint: the sha256 of its manifest.
 
-    Raises InputError where the folder, its manifest or its index is missing or broken, and where a
-    shard is missing or has another size than the manifest says; `icl-moe shards verify`
-    checks the hashes of local files.
+    Raises InputError if the folder, its manifest or its index is missing or broken, or if a shard
+    is missing or its size differs from the manifest; `icl-moe shards verify` checks the hashes of
+    local files.
     """
 
     def __init__(self, location: str | Path, cache: FileCache | None = None) -> None:
@@ -233,8 +233,8 @@ class ShardSet:
         """Tokens of role input and tokens of role output of the samples `indices`, int64
         (len(indices), 2); of their queries alone with loss_on=query.
 
-        Raises InputError where the index is of an earlier version, which does not count the
-        queries' tokens.
+        Raises InputError if the index is of an earlier version, which does not count the queries'
+        tokens.
         """
         if loss_on == "query" and self._index_types[task] != INDEX_TYPE:
             raise InputError(
@@ -247,12 +247,12 @@ class ShardSet:
         return np.stack([rows[name] for name in names], axis=1).astype(np.int64)
 
     def index_row(self, task: str, index: int) -> IndexRow:
-        """What the index says of a sample."""
+        """The index's entry of a sample."""
         return IndexRow(*self._rows(task, (index,))[0].item())
 
     def sample(self, task: str, index: int) -> Sample:
         """Sample `index` of `task`, in the padded layout. Raises SampleError, naming shard and key,
-        where it is corrupt.
+        if it is corrupt.
 
         The checksum detects a sample that was overwritten, cut off or moved. A sample that was
         packed wrongly, with a matching checksum, is detected as far as `_check_tokens` and
@@ -312,7 +312,9 @@ class ShardSet:
             self.close()
 
     def _rows(self, task: str, indices: Sequence[int]) -> np.ndarray:
-        """Rows of a task's index (INDEX_TYPE or EARLIER_INDEX_TYPE), read where they lie."""
+        """Rows of a task's index (INDEX_TYPE or EARLIER_INDEX_TYPE), read directly from the
+        file.
+        """
         if not self.count(task):
             raise InputError(
                 f"{self.location} has no samples of '{task}'; it holds "
@@ -332,8 +334,8 @@ class ShardSet:
         return self._indices[task]
 
     def _check_index(self, task: str) -> int:
-        """Where the first row of a task's index lies in its file. Raises InputError where it is not
-        the index of so many samples.
+        """The offset of the first row of a task's index in its file. Raises InputError if the index
+        does not have as many rows as the manifest says.
         """
         name, count = f"{self.location}/{index_file(task)}", self.count(task)
         with os.fdopen(os.dup(self._open_index(task)), "rb") as file:
@@ -362,7 +364,7 @@ class ShardSet:
         start = min(row.tokens_offset, row.json_offset)
         stop = max(row.tokens_offset + row.tokens_size, row.json_offset + row.json_size)
         if stop > shard.bytes or stop - start > row.tokens_size + row.json_size + _LARGEST_GAP:
-            raise InputError("its place in the index is not one of the shard")
+            raise InputError("its place in the index is outside the shard")
         try:
             content = os.pread(self._open_shard(shard), stop - start, start)
         except OSError as error:
@@ -372,7 +374,7 @@ class ShardSet:
         tokens = content[row.tokens_offset - start :][: row.tokens_size]
         meta = content[row.json_offset - start :][: row.json_size]
         if sample_checksum(tokens, meta) != row.crc32:
-            raise InputError("its checksum is not that of the index")
+            raise InputError("its checksum differs from the index")
         return tokens, meta
 
     def _parse_tokens(self, raw: bytes) -> np.ndarray:
@@ -385,7 +387,7 @@ class ShardSet:
             )
         return np.load(
             io.BytesIO(raw), allow_pickle=False
-        )  # It is not what it should be: numpy's parser finds its true shape.
+        )  # The header is unusual, so numpy's parser must read it.
 
     def _open_shard(self, shard: ShardInfo) -> int:
         if shard.file not in self._files:
@@ -412,7 +414,7 @@ def sample_checksum(tokens: bytes, meta: bytes) -> int:
 
 
 def _npy_header(manifest: Manifest) -> bytes:
-    """What every KEY.tokens.npy of a folder begins with: all are of one type and length."""
+    """The header of every KEY.tokens.npy of a folder, since all have the same type and length."""
     tokens_L = np.zeros(
         manifest.format.length(manifest.examples + 1), manifest.format.vocabulary.token_dtype
     )
@@ -427,7 +429,7 @@ def _check_tokens(tokens_L: np.ndarray, manifest: Manifest) -> None:
     if tokens_L.dtype != vocabulary.token_dtype or tokens_L.shape != (length,):
         raise InputError(
             f"its tokens are {tokens_L.dtype} {tokens_L.shape}; {vocabulary.token_dtype} "
-            f"({length},) belong there"
+            f"({length},) are expected"
         )
     if int(tokens_L.max()) >= vocabulary.size:
         raise InputError(
@@ -435,10 +437,10 @@ def _check_tokens(tokens_L: np.ndarray, manifest: Manifest) -> None:
         )
 
 
-@lru_cache(maxsize=1024)  # All episodes of segmentation have the same.
+@lru_cache(maxsize=1024)  # All episodes of segmentation have the same spans.
 def _parse_spans(raw: bytes, length: int) -> tuple[Span, ...]:
-    """The spans of a sequence of `length` tokens, from JSON; raises InputError where they do not
-    cover it in order.
+    """The spans of a sequence of `length` tokens, from JSON; raises InputError if they do not cover
+    it in order.
     """
     spans = tuple(Span(*span) for span in json.loads(raw))
     position = 0

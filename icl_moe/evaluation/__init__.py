@@ -1,1 +1,1 @@
-"""From an exported model and shards to tables and pictures."""
+"""Evaluates an exported model on shards: scores, tables and pictures."""

@@ -1,6 +1,4 @@
-"""The episodes of a shard folder as evaluation sees them: examples, a query, and the truth about
-it.
-"""
+"""The episodes of a shard folder for evaluation: examples, a query, and its true output."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +33,7 @@ class EvaluationEpisode:
 
 
 def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
-    """Raise InputError where shards are not of the model's format, or of other tokenizers."""
+    """Raise InputError if the shards' format or tokenizers differ from the model's."""
     manifest = shards.manifest
     for name, ours, theirs in (
         ("sequence format", model.format, manifest.format),
@@ -48,14 +46,14 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
     ):
         if ours != theirs:
             raise InputError(
-                f"The model's {name} is not that of {shards.location}: {ours} and {theirs}; build "
-                "the shards with the model's."
+                f"The model's {name} differs from that of {shards.location}: {ours} and {theirs}; "
+                "build the shards with the model's."
             )
 
 
 class Swap(NamedTuple):
-    """What a query can be asked for in its class's place: another class that is seen in it, `shown`
-    by the examples of the episode `source`.
+    """What a query can be asked for instead of its class: another class `shown` in it, with the
+    examples of the episode `source`.
     """
 
     shown: str
@@ -63,9 +61,7 @@ class Swap(NamedTuple):
 
 
 class EpisodeSet:
-    """The first `limit` episodes of `task` (all by default), read from their shards when asked
-    for.
-    """
+    """The first `limit` episodes of `task` (all by default), read from their shards on access."""
 
     def __init__(
         self, shards: ShardSet, codec: SequenceCodec, task: str, limit: int | None = None
@@ -84,7 +80,7 @@ class EpisodeSet:
         return self.read(index)
 
     def read(self, index: int) -> EvaluationEpisode:
-        """Any episode of the folder, beyond the limit too."""
+        """Any episode of the folder, including those beyond the limit."""
         sample = self._shards.sample(self.task.name, index)
         pairs = self._codec.decode(sample.sequence, self.task).pairs
         return EvaluationEpisode(sample.key, self.task, sample.category, pairs, sample.meta)
@@ -95,8 +91,8 @@ class EpisodeSet:
         return [sample_key(self.task.name, index) for index in range(len(self))]
 
     def of_another_class(self, index: int) -> EvaluationEpisode | None:
-        """An episode whose class is another than that of episode `index`, always the same one; None
-        where all are of one class.
+        """An episode of another class than episode `index`, always the same one; None if all have
+        the same class.
         """
         count = len(self)
         for step in range(count):
@@ -107,15 +103,15 @@ class EpisodeSet:
 
     @cached_property
     def keep_objects(self) -> bool:
-        """Whether the shards say what else the queries show."""
+        """Whether the shards record what else the queries show."""
         return any("objects" in self[index].meta for index in range(len(self)))
 
     @cached_property
     def swaps(self) -> dict[int, Swap]:
-        """Number of an episode -> what its query can be asked for instead; always the same.
+        """Episode number -> what its query can be asked for instead; deterministic.
 
-        It lacks the episodes whose query shows no other class large enough, or none of which the
-        shards have examples from other images than the query's.
+        It lacks episodes whose query shows no other class at sufficient size for which the shards
+        have examples from other images.
         """
         found = (
             {index: self._swap(index) for index in range(len(self))} if self.keep_objects else {}
@@ -133,7 +129,7 @@ class EpisodeSet:
         return next((Swap(name, source) for name, source in sources if source), None)
 
     def _source(self, episode: EvaluationEpisode, shown: str) -> EvaluationEpisode | None:
-        """An episode of the class `shown`, none of whose examples is of the query's image."""
+        """An episode of the class `shown` without examples from the query's image."""
         image = episode.meta["sources"][-1]["image"]
         numbers = self.by_class.get(shown, [])
         start = stable_seed(episode.key, shown, "examples") % max(len(numbers), 1)
@@ -145,7 +141,9 @@ class EpisodeSet:
 
     @cached_property
     def by_class(self) -> dict[str, list[int]]:
-        """Class -> the numbers of its episodes in the whole folder, beyond the limit too."""
+        """Class -> the numbers of its episodes in the whole folder, including those beyond the
+        limit.
+        """
         numbers: dict[str, list[int]] = {}
         for index in range(self._shards.count(self.task.name)):
             category = self._shards.sample(self.task.name, index).category

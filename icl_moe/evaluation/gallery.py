@@ -1,5 +1,5 @@
-"""Pictures of some episodes for the report: examples, query, prediction and truth, as the model
-sees them.
+"""Pictures of some episodes for the report: examples, query, prediction and truth, decoded from the
+model's tokens.
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ EPISODES_SHOWN = 12
 def draw_gallery(
     model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog
 ) -> Gallery:
-    """Episodes at even distances, not chosen by their scores. Images are what the tokenizer makes
-    of their codes; those of a features tokenizer are shown by their mean colours.
+    """Draw evenly spaced episodes, not chosen by their scores. Images are decoded from their codes;
+    the codes of a features tokenizer are shown by their mean colours.
     """
     places = np.linspace(0, len(episodes) - 1, EPISODES_SHOWN)
     numbers = np.unique(places.round().astype(int)).tolist()
@@ -33,7 +33,7 @@ def draw_gallery(
         rows.append((f"{episode.category} · {episode.key}", tuple(cells)))
     title = (
         f"{condition.task.capitalize()}, {condition.describe()}: {len(rows)} of {len(episodes)} "
-        "episodes, at even distances"
+        "episodes, evenly spaced"
     )
     return Gallery(title, tuple(rows))
 
@@ -41,7 +41,7 @@ def draw_gallery(
 def draw_proof(
     model: InContextModel, episodes: EpisodeSet, swapped: Condition, log: PredictionLog
 ) -> Gallery:
-    """One query with examples of two classes that it shows: the first query that is right with
+    """Draw queries with examples of two classes that they show: the first query that is right with
     both, and the first that is not.
     """
     found: dict[bool, tuple[EvaluationEpisode, Swap, SwappedQuery]] = {}
@@ -68,9 +68,7 @@ def draw_proof(
 def _proof_cells(
     model: InContextModel, episode: EvaluationEpisode, swap: Swap, query: SwappedQuery
 ) -> tuple[Cell, ...]:
-    """The query, then for each class the first example, what was said after it, and what is
-    annotated.
-    """
+    """The query, then for each class the first example, the output after it, and the truth."""
     task, objects = episode.task, episode.task.objects(episode)
     sources = (episode, swap.source)
     images = [episode.query.image, *(source.pairs[0].image for source in sources)]

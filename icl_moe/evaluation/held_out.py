@@ -1,6 +1,4 @@
-"""The loss on episodes that the model was not trained on, every pair of them a target, as in
-training.
-"""
+"""The loss on episodes that the model was not trained on, over all pairs, as in training."""
 
 from dataclasses import dataclass
 
@@ -17,13 +15,14 @@ from icl_moe.model.kernels import cross_entropy
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Cross-entropy under teacher forcing, in nats per target token. Targets are what is written:
-    mask codes, caption texts; of every pair, or of the query alone where the model was trained so.
+    """Cross-entropy under teacher forcing, in nats per target token. Targets are the tokens of
+    outputs (mask codes, caption texts), of every pair or, if the model was trained so, of the query
+    alone.
 
-    loss: the mean over all targets. unigram_entropy: -sum over ids v of p(v) ln p(v), p the
-    distribution of these very targets; no model that ignores its context has a lower loss here.
+    loss: the mean over all targets. unigram_entropy: -sum over ids v of p(v) ln p(v), where p is
+    the distribution of the same targets; no model that ignores its context can have a lower loss.
     pair_loss: the mean over the targets of the first pair, of the second, and so on. It falls along
-    the pairs where a model makes use of its examples, but not only there.
+    the pairs if a model uses its examples, but may also fall for other reasons.
     """
 
     targets: int
@@ -40,8 +39,8 @@ def held_out_loss(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> HeldOutLoss:
-    """The loss on the first `limit` samples of `task` (all by default); shards and model must share
-    their format.
+    """The loss on the first `limit` samples of `task` (all by default). Shards and model must have
+    the same format.
     """
     samples = min(shards.count(task), limit or shards.count(task))
     losses, labels, pairs = [], [], []
@@ -73,7 +72,7 @@ def held_out_loss(
 
 
 def _entropy(labels_P: np.ndarray) -> float:
-    """-sum p ln p of the values' own distribution, in nats."""
+    """-sum p ln p of the labels' empirical distribution, in nats."""
     _, counts = np.unique(labels_P, return_counts=True)
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())

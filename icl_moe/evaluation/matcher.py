@@ -1,5 +1,5 @@
-"""The training-free matcher: a cell belongs to the object as far as its features are more like the
-examples' object than like the rest of the examples.
+"""The training-free matcher: the score of a cell is how much more similar its features are to the
+examples' object than to the rest of the examples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,17 @@ from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.task import Output
 
 THRESHOLDS = np.round(np.arange(-1.0, 1.0, 0.01), 2)
-"""Scores above which a pixel may be taken for the object's."""
+"""The candidate thresholds on the score of a pixel of the object."""
 
 _EPISODES_FITTED = 256
 
 
 def match(query_ND: Tensor, examples_END: Tensor, shares_EN: Tensor) -> Tensor:
-    """Scores (N,) of a query's cells: cosine to the mean of the examples' object cells, less cosine
-    to the mean of their other cells.
+    """Scores (N,) of a query's cells: cosine similarity to the mean of the examples' object cells
+    minus cosine similarity to the mean of their other cells.
 
-    query_ND, examples_END: features of N cells. shares_EN: how much of each of the E examples'
-    cells is object, 0..1; a cell counts on either side by its share.
+    query_ND, examples_END: features of N cells. shares_EN: the share of the object in each cell of
+    the E examples, 0..1, by which the cell is weighted in the two means.
     """
     inside_D = torch.einsum("en,end->d", shares_EN, examples_END)
     outside_D = torch.einsum("en,end->d", 1 - shares_EN, examples_END)
@@ -38,18 +38,18 @@ def cell_shares(masks_RHW: Tensor, grid: int) -> Tensor:
 
 
 def score_pixels(scores_RN: Tensor, size: int) -> Tensor:
-    """Scores of cells as scores of pixels (R, size, size), interpolated bilinearly."""
+    """Scores of pixels (R, size, size), interpolated bilinearly from those of cells."""
     grid = round(scores_RN.shape[1] ** 0.5)
     cells_R1gg = scores_RN.view(-1, 1, grid, grid)
     return F.interpolate(cells_R1gg, (size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def iou_above(scores_RP: Tensor, masks_RP: Tensor, edges_T: Tensor) -> np.ndarray:
-    """IoU (R, T) of {score > edge} and the masks, for pixels' scores (R, P) and boolean masks, by
-    histograms between the edges.
+    """IoU (R, T) of {score > edge} and the masks, for scores of pixels (R, P) and boolean masks,
+    computed from histograms between the edges.
     """
     rows, bins = len(scores_RP), len(edges_T) + 1
-    # The number of edges below a score; edge t is exceeded by all of more than t.
+    # The number of edges below each score; scores with more than t edges below them exceed edge t.
     below_RP = torch.bucketize(scores_RP.contiguous(), edges_T)
     flat = (below_RP + torch.arange(rows)[:, None] * bins).flatten()
     all_RB = torch.bincount(flat, minlength=rows * bins).view(rows, bins)
@@ -60,12 +60,12 @@ def iou_above(scores_RP: Tensor, masks_RP: Tensor, edges_T: Tensor) -> np.ndarra
 
 
 class Matcher:
-    """Masks the queries of segmentation episodes by their first `shots` examples, whose codes stand
-    for the vectors codebook_KD.
+    """Predicts the masks of segmentation queries from their first `shots` examples. codebook_KD:
+    the vector of each image code.
 
-    The threshold is the one of the highest mean IoU where examples are queries: the first example
-    of up to 256 episodes, each with the examples of another episode of its class. So no query's
-    mask is looked at, but in shards whose queries are other episodes' examples.
+    The threshold is the one with the highest mean IoU when examples act as queries: the first
+    example of up to 256 episodes, each with the examples of another episode of its class. So no
+    query's mask is used, except in shards whose queries are also examples of other episodes.
     """
 
     def __init__(self, codebook_KD: Tensor, episodes: EpisodeSet, shots: int) -> None:
@@ -76,14 +76,14 @@ class Matcher:
     def said(
         self, truths: Sequence[EvaluationEpisode], sources: Sequence[EvaluationEpisode]
     ) -> list[Output]:
-        """The masks of queries, by the examples of `sources`."""
+        """The masks of queries, given the examples of `sources`."""
         return [
             {"mask": encode_rle((self._scores(truth, -1, source) > self._threshold).numpy())}
             for truth, source in zip(truths, sources, strict=True)
         ]
 
     def _scores(self, truth: EvaluationEpisode, pair: int, source: EvaluationEpisode) -> Tensor:
-        """The scores (H, W) of the pixels of a pair's image, by the examples of `source`."""
+        """The scores (H, W) of the pixels of a pair's image, given the examples of `source`."""
         masks_EHW = torch.stack([_mask(source, example) for example in range(self.shots)])
         codes_EN = np.stack([each.image for each in source.pairs[: self.shots]])
         query_ND = self._vectors(truth.pairs[pair].image)
@@ -105,13 +105,14 @@ class Matcher:
             )
             for episode, source in self._pairs_to_fit(episodes)
         ]
-        # Where no class is seen in two images: what is more like the object than like the rest.
+        # If no class appears in two images: pixels that are more similar to the object than to the
+        # rest.
         return float(THRESHOLDS[np.mean(curves, axis=(0, 1)).argmax()]) if curves else 0.0
 
     def _pairs_to_fit(
         self, episodes: EpisodeSet
     ) -> Iterator[tuple[EvaluationEpisode, EvaluationEpisode]]:
-        """Episodes at even distances, and for each another one of its class whose examples are of
+        """Evenly spaced episodes, each with another episode of its class whose examples are from
         other images than its first example.
         """
         places = np.linspace(0, len(episodes) - 1, _EPISODES_FITTED)

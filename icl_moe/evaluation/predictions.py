@@ -1,5 +1,5 @@
-"""What a model writes for every episode, kept batch by batch, so that an interrupted evaluation
-goes on where it stopped.
+"""The model's outputs for every episode, saved batch by batch, so that an interrupted evaluation
+resumes where it stopped.
 """
 
 import json
@@ -18,22 +18,21 @@ from icl_moe.sequence import Episode
 from icl_moe.tasks.task import Output
 
 Control = Literal["shuffled", "swapped"]
-"""`shuffled`: each query is asked with examples of another class, whether it shows that or not. A
-model that makes use of its examples must do worse then. `swapped`: with examples of another class
-that is seen in the query itself. A model that does what its examples show does that class's work
-then.
+"""`shuffled`: each query has examples of another class, whether the query shows it or not; the
+scores of a model that uses its examples must drop. `swapped`: each query has examples of another
+class that the query shows; a model that does what its examples show answers for that class.
 """
 
 
 class Condition(NamedTuple):
-    """How the queries of a task are asked: after `shots` examples, exchanged as `control` says."""
+    """How the queries of a task are asked: after `shots` examples, which `control` may exchange."""
 
     task: str
     shots: int
     control: Control | None = None
 
     def describe(self) -> str:
-        """Such as "2 examples of another class"."""
+        """For example "2 examples of another class"."""
         plural = "" if self.shots == 1 else "s"
         exchanged = {
             None: "",
@@ -45,11 +44,11 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A line of predictions.jsonl: the condition, the episode's key and class, and what the model
-    said, whose keys are the task's.
+    """A line of predictions.jsonl: the condition, the episode's key and class, and the model's
+    output, whose keys depend on the task.
 
-    shown: the class of the examples. copied: whether it equals an example's output; truth_copied:
-    whether the truth does. seconds: the time of its batch / the batch's size.
+    shown: the class of the examples. copied: whether the output equals that of an example;
+    truth_copied: whether the truth does. seconds: the time of its batch / the batch's size.
     """
 
     condition: Condition
@@ -78,8 +77,8 @@ class Prediction:
 class PredictionLog:
     """predictions.jsonl of the folder `out`, under a temporary name until `finish`.
 
-    header: what the predictions depend on. Earlier lines are used again only where they stand under
-    an equal header.
+    header: everything that the predictions depend on. Earlier lines are reused only if their header
+    is equal.
     """
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
@@ -95,7 +94,7 @@ class PredictionLog:
         return place in self._lines
 
     def __getitem__(self, place: tuple[Condition, str]) -> Prediction:
-        """The prediction under a condition for the episode of this key."""
+        """The prediction under a condition for the episode with this key."""
         return self._lines[place]
 
     def add(self, predictions: Sequence[Prediction]) -> None:
@@ -107,12 +106,12 @@ class PredictionLog:
             self._keep(prediction)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         os.replace(self._partial, self._path)
 
     def _read_partial(self) -> list[str]:
-        """The whole lines of an earlier run under the same header; a line that was cut off, or
-        damaged, ends them.
+        """The lines of an earlier run with the same header, up to the first truncated or damaged
+        one.
         """
         if not self._partial.is_file():
             return []
@@ -139,7 +138,7 @@ def predict(
     decoding: Decoding | None = None,
 ) -> None:
     """Complete every episode that can be asked under a condition, greedily, in batches of fixed
-    make-up, and log what is new. decoding: see `InContextModel.complete`.
+    composition, and log new predictions. decoding: see `InContextModel.complete`.
     """
     asked = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     with tqdm(
@@ -162,7 +161,7 @@ def _source(episodes: EpisodeSet, number: int, condition: Condition) -> Evaluati
     if condition.control == "swapped":
         return episodes.swaps[number].source
     source = episodes.of_another_class(number) if condition.control else episodes[number]
-    assert source is not None, "shuffling was planned for episodes of several classes only"
+    assert source is not None, "`shuffled` requires episodes of several classes"
     return source
 
 
@@ -176,7 +175,7 @@ def _complete(
     started = time.perf_counter()
     task = batch[0].task
     examples = [source.pairs[: condition.shots] for source in sources]
-    # Where the class's name is given, it must be that of the work that is asked for.
+    # If the class is given by name, it must be the class that the examples show.
     given = (
         [source.category for source in sources]
         if condition.control == "swapped"

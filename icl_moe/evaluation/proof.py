@@ -1,5 +1,5 @@
-"""Whether a model does what its examples show: the same queries with examples of two classes that
-both are seen in them, and with more and fewer examples.
+"""Scores whether a model does what its examples show: swapped examples (the same queries with
+examples of two classes that they show), and more or fewer examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from icl_moe.tasks.task import Objects, Output, Truth
 
 
 class SwappedQuery(NamedTuple):
-    """A query that shows another class, `shown` by the swapped examples; what was said after its
-    own examples, and after the swapped ones.
+    """A query that shows another class, `shown` by the swapped examples; the output after its own
+    examples, and after the swapped ones.
     """
 
     truth: Truth
@@ -29,13 +29,13 @@ class SwappedQuery(NamedTuple):
 class SwapScores:
     """Shares and means over the queries that show another class.
 
-    own_with_own: agreement of what is said after the right examples with the query's own class;
-    own_with_other: with the other class. swapped_with_shown, swapped_with_own: of what is said
-    after the swapped examples, with the class that they show and with the query's own. Agreement is
-    the task's (IoU of masks, ROUGE-L of captions).
-    right, right_swapped: how often an output is of the class that the examples show
-    (`Task.follows`), after the right and after the swapped examples. flips: how often both.
-    intervals: 95 % intervals over queries, by score.
+    own_with_own: agreement of the output after the right examples with the query's own class;
+    own_with_other: with the other class. swapped_with_shown, swapped_with_own: agreement of the
+    output after the swapped examples with the class that they show and with the query's own.
+    Agreement is the task's (IoU of masks, ROUGE-L of captions).
+    right, right_swapped: how often an output is for the class that the examples show
+    (`Task.follows`), after the right and after the swapped examples. flips: how often both are
+    right. intervals: 95 % intervals over queries, by score.
     """
 
     queries: int
@@ -93,10 +93,10 @@ def flips(task: Task, query: SwappedQuery, format: SequenceFormat) -> bool:
 
 @dataclass(frozen=True)
 class ShotScores:
-    """The same queries after `shots` examples: the mean agreement with the truth, and what was
-    gained over the next smaller number of examples (None for the smallest), each with its 95 %
-    interval. The gain's interval is that of the differences query by query, which is narrower than
-    two intervals side by side let one think.
+    """The same queries after `shots` examples: the mean agreement with the truth, and the gain over
+    the next smaller number of examples (None for the smallest), each with its 95 % interval. The
+    gain's interval is computed from the differences of each query, so it is narrower than the two
+    intervals suggest.
     """
 
     shots: int
@@ -110,8 +110,8 @@ class ShotScores:
 def score_shots(
     task: Task, truths: Sequence[Truth], said: Mapping[int, Sequence[Output]]
 ) -> tuple[ShotScores, ...]:
-    """Scores by number of examples, the smallest first. said: what was said of each query after so
-    many examples.
+    """Scores by number of examples, the smallest first. said: the output for each query after each
+    number of examples.
     """
     right = [task.right_outputs(truth) for truth in truths]
     rows: list[ShotScores] = []

@@ -64,14 +64,14 @@ def evaluate(
     path or a URL (all by default).
 
     shots: how many of an episode's examples to show; each number gives a row of the table.
-    controls: how examples are exchanged for comparison; by default `swapped` where the shards keep
-    what it needs. sections: more of the report. decoding: of masks, see `InContextModel.complete`.
-    device, dtype: see `InContextModel.from_pretrained`.
-    Writes metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes
-    them. Called again after an interruption, it goes on after the last whole batch.
+    controls: how examples are exchanged for comparison; by default `swapped` if the shards contain
+    the necessary data. sections: additional sections of the report. decoding: of masks, see
+    `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. Writes
+    metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
+    After an interruption, the same call resumes after the last complete batch.
 
-    Raises InputError where the model and the shards do not belong together, where they cannot be
-    asked with so many examples or with swapped ones, and where `out` cannot be written.
+    Raises InputError if the model and the shards do not match, if they do not support the requested
+    numbers of examples or swapped examples, or if `out` cannot be written.
     """
     out, shots = output_folder(out), list(shots)
     _check_numbers(shots, limit, batch_size)
@@ -182,7 +182,7 @@ def _check_controls(controls: Sequence[Control] | None) -> None:
 
 
 def _check_swaps(shards: ShardSet, sets: Sequence[EpisodeSet]) -> None:
-    """Raise InputError where no task of the shards can be asked with swapped examples."""
+    """Raise InputError if no task of the shards supports swapped examples."""
     if not any(episodes.keep_objects for episodes in sets):
         raise InputError(
             f"The shards in {shards.location} do not keep what else a query shows, which the "
@@ -216,8 +216,8 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> Non
 
 
 def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
-    """greedy: every token is the likeliest one. parallel: masks are written at once, and a
-    threshold says from how bright on a pixel belongs to them.
+    """greedy: every token is the most probable one. parallel: masks are decoded in one pass, and
+    pixels brighter than a threshold belong to them.
     """
     if decoding == "autoregressive":
         return {"decoding": "greedy"}
@@ -227,7 +227,7 @@ def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
 def _conditions(
     episodes: EpisodeSet, shots: Sequence[int], controls: Sequence[Control]
 ) -> list[Condition]:
-    """How the queries are asked; a control is left out where there is nothing to exchange."""
+    """How the queries are asked; a control is left out if there is nothing to exchange."""
     own = [Condition(episodes.task.name, count) for count in dict.fromkeys(shots)]
     possible = {
         "shuffled": lambda: episodes.of_another_class(0) is not None,
@@ -269,8 +269,8 @@ def _rows(
     matchers: Sequence[Matcher],
 ) -> tuple[Row, ...]:
     """Scores of the model under each condition that asks all queries, then of the first example's
-    output, of matchers, of the task's baselines, and of the truth through the image tokenizer where
-    that is a bound.
+    output, of matchers, of the task's baselines, and of the truth through the image tokenizer (the
+    mask ceiling), if that is a bound.
     """
     task = episodes.task
     conditions = [condition for condition in conditions if condition.control != "swapped"]
@@ -306,7 +306,7 @@ _FIRST_EXAMPLE: tuple[str, Source] = (
 
 
 def _matchers(model: InContextModel, episodes: EpisodeSet, shots: Sequence[int]) -> list[Matcher]:
-    """Training-free matchers by so many examples, where input images are features codes."""
+    """Training-free matchers for each number of examples, if input images are features codes."""
     features = model.tokenizers.features
     if features is None or episodes.task is not SEGMENTATION:
         return []
@@ -328,7 +328,7 @@ def _swap_rows(
 ) -> tuple[SwapRow, ...]:
     """The queries that show another class, with their own and with swapped examples: of the model
     after each number of examples, of the first example's output, of matchers, and of the task's
-    baselines, which say the same whatever the examples.
+    baselines, which do not depend on the examples.
     """
     if not conditions:
         return ()
@@ -375,7 +375,7 @@ def _by_shots(
     conditions: Sequence[Condition],
     log: PredictionLog,
 ) -> tuple[ShotScores, ...]:
-    """Empty where only one number of examples was asked for."""
+    """Empty if only one number of examples was requested."""
     own = [condition for condition in conditions if condition.control is None]
     if len(own) == 1:
         return ()

@@ -1,4 +1,4 @@
-"""report.html: the tables and pictures of an evaluation in one file that needs nothing else."""
+"""report.html: the tables and pictures of an evaluation in one self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from icl_moe.tasks.task import GroupScore
 
 @dataclass(frozen=True)
 class Section:
-    """A further part of the report."""
+    """An additional part of the report."""
 
     title: str
     charts: tuple[Chart, ...] = ()
@@ -30,8 +30,8 @@ def write_report(
     sections: Sequence[Section] = (),
     proofs: Mapping[str, Gallery] | None = None,
 ) -> None:
-    """Write the report of an evaluation. It opens with the `proofs`, task by task: pictures of
-    queries with examples of two classes. `sections` stand between the tables and the other
+    """Write the report of an evaluation. It begins with the `proofs` of each task, pictures of
+    queries with examples of two classes. `sections` follow the tables and precede the other
     pictures.
     """
     tasks = [
@@ -74,7 +74,7 @@ def summary(metrics: Metrics) -> str:
 
 
 def scores_table(result: TaskResult) -> Table:
-    """A task's rows. Shares, BLEU, ROUGE-L, METEOR and CIDEr are times 100, as papers print them;
+    """A task's rows. Shares, BLEU, ROUGE-L, METEOR and CIDEr are multiplied by 100, as in papers;
     MAE is not.
     """
     columns = list(result.rows[0].scores.cells())
@@ -104,7 +104,7 @@ def swapped_table(result: TaskResult) -> Table:
 
 
 def shots_table(result: TaskResult) -> Table:
-    """The same queries by number of examples, and what each further example gains."""
+    """The same queries by number of examples, with the gain of each additional example."""
     rows = []
     for row in result.by_shots:
         gain = "–" if row.gain is None else percent(row.gain)
@@ -119,8 +119,8 @@ def held_out_table(metrics: Metrics) -> Table:
     head = [
         "task",
         "loss (nats/token)",
-        "entropy of the unigrams",
-        "below it by",
+        "unigram entropy",
+        "below the entropy by",
         "loss by pair, first to last",
         "targets",
     ]
@@ -138,7 +138,7 @@ _INTERVAL = "95 % interval"
 
 
 def _lines(row: Row) -> list[list[str]]:
-    """The scores of a row and, where they have any, their intervals."""
+    """The scores of a row and, if there are any, their intervals."""
     cells, ranges = _cells(row), row.scores.ranges()
     if not ranges:
         return [cells]
@@ -157,7 +157,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _notes(result: TaskResult) -> str:
-    """What must be known to read the table."""
+    """How to read the table."""
     notes = [
         "Scores are times 100. Copies: how often an output equals an example's (in brackets: how "
         "often the truth does).",
@@ -172,27 +172,24 @@ def _notes(result: TaskResult) -> str:
 
 
 def _swapped_note(result: TaskResult) -> str:
-    """What must be known to read the table of swapped examples."""
+    """How to read the table of swapped examples."""
     if not result.swapped:
         return result.swapped_note
     return (
-        "Each query shows its own class and another; it is asked with examples of the one, then of "
-        f"the other. {result.measure} is times 100, and a mean over queries. Right: the output "
-        "agrees more with what is annotated of the class that the examples show than with any "
-        "other class of the query (a caption: it names that class and places its box there, where "
-        "it writes these). Flips: the share of queries that are right with both. What says the "
-        "same whatever the examples, has no flips."
+        "Each query shows its own class and another; it is asked with examples of the one, then "
+        f"of the other. {result.measure} is a mean over queries, times 100. Right: the output "
+        "agrees more with the annotation of the class that the examples show than with that of "
+        "any other class of the query (a caption must name that class and place its box there, if "
+        "it writes these). Flips: the share of queries that are right with both. An output that "
+        "does not depend on the examples never flips."
     )
 
 
 def _overlap(result: TaskResult) -> str:
     evaluated, seen = result.classes
     if seen is None:
-        return f"{len(evaluated)} classes; the model does not say which ones it was trained on."
-    return (
-        f"{len(evaluated)} classes, of which {len(seen)} were seen in training: "
-        f"{', '.join(seen) or 'none'}."
-    )
+        return f"{len(evaluated)} classes; the model does not record which ones it was trained on."
+    return f"{len(evaluated)} classes; seen in training ({len(seen)}): {', '.join(seen) or 'none'}."
 
 
 def _group_tables(result: TaskResult) -> list[Table]:

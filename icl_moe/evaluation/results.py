@@ -1,4 +1,4 @@
-"""What an evaluation found, as metrics.json has it."""
+"""The results of an evaluation, as stored in metrics.json."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -9,17 +9,18 @@ from icl_moe.evaluation.proof import ShotScores, SwapScores
 from icl_moe.tasks.task import Scores
 
 Source = str
-"""Whose outputs a row scores: of the "model", of the "first example" for every query, of the truth
-through the image "tokenizer", of the training-free "matcher", or of a baseline of the task, such as
-"every object".
+"""What produced the outputs that a row scores: the "model", the "first example" copied for every
+query, the "tokenizer" (encoding and decoding the truth), the training-free "matcher", or a baseline
+of the task such as "every object".
 """
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How a model was asked, and how it went.
+    """How a model was asked, and how often it copied.
 
-    copy_rate: how often an output equals an example's; truth_copy_rate: how often it should.
+    copy_rate: how often an output equals that of an example; truth_copy_rate: how often the truth
+    does.
     """
 
     shots: int
@@ -37,7 +38,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a task's table. asked: None where the outputs are not a model's."""
+    """One row of a task's table. asked: None if the outputs are not a model's."""
 
     name: str
     prediction: Source
@@ -52,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SwapRow:
-    """One row of the table of swapped examples. `shots`: None where the outputs need no example."""
+    """One row of the table of swapped examples. shots: None if the outputs need no examples."""
 
     name: str
     prediction: Source
@@ -65,8 +66,8 @@ class SwapRow:
 
 
 class Classes(NamedTuple):
-    """The classes evaluated, and those of them that the model was trained on for this task (None
-    where it does not say).
+    """The evaluated classes, and those of them that the model was trained on for this task (None if
+    the model does not record it).
     """
 
     evaluated: list[str]
@@ -75,11 +76,11 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All that was found of one task.
+    """All results of one task.
 
-    swapped: the queries that show another class, with their own and with swapped examples; where it
-    is empty, swapped_note says why. by_shots: the same queries by number of examples; empty where
-    they were asked with one number only. measure: what agreement is called in both.
+    swapped: the queries that show another class, with their own and with swapped examples; if it is
+    empty, swapped_note says why. by_shots: the same queries by number of examples; empty for a
+    single number. measure: the name of the agreement measure in both.
     """
 
     rows: tuple[Row, ...]
@@ -105,8 +106,8 @@ class TaskResult:
 @dataclass(frozen=True)
 class Metrics:
     """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
-    decoding: `greedy`, or `parallel` where masks were written at once; mask_threshold: what was
-    fitted for these.
+    decoding: `greedy`, or `parallel` if masks were decoded in one pass; mask_threshold: the
+    threshold fitted for these.
     """
 
     model: str

@@ -1,8 +1,8 @@
-"""From how bright on a pixel belongs to a mask that was written in one pass, fitted on training
-episodes.
+"""Fits the brightness above which a pixel belongs to a mask that was decoded in one pass, on
+training episodes.
 
-Where the model is unsure of a cell, the expected code vector is a grey one, and the middle between
-black and white is no good threshold. It must not be fitted on what is then evaluated.
+If the model is unsure about a cell, its expected code vector is grey, so the middle between black
+and white is not a good threshold. The threshold must not be fitted on the evaluated queries.
 """
 
 from typing import Any
@@ -26,16 +26,16 @@ _BATCH = 8
 def fit_threshold(
     model: InContextModel, shards: ShardSet, episodes: int = EPISODES
 ) -> dict[str, Any]:
-    """What belongs into the configuration's `mask_threshold`: the `value` of the highest mIoU on
-    the queries of `episodes` training episodes, at even distances, each asked with all its
-    examples; that mIoU; how many episodes there were; and the fingerprint of the shards.
+    """The configuration's `mask_threshold`: the `value` with the highest mIoU on the queries of
+    `episodes` evenly spaced training episodes, each with all its examples; that mIoU; the number of
+    episodes; and the fingerprint of the shards.
 
-    Raises InputError where the shards hold no segmentation or are of another kind than the model's,
-    or the model was not trained to write masks in one pass.
+    Raises InputError if the shards hold no segmentation or do not match the model, or the model was
+    not trained to decode masks in one pass.
     """
     task = SEGMENTATION
     if not shards.count(task.name):
-        raise InputError(f"{shards.location} holds no {task.name} to fit the masks' threshold on.")
+        raise InputError(f"{shards.location} holds no {task.name} to fit the mask threshold on.")
     check_same_kind(model, shards)
     numbered = EpisodeSet(shards, model.codec, task.name)
     numbers = np.unique(np.linspace(0, len(numbered) - 1, episodes).round().astype(int))
@@ -61,7 +61,7 @@ def fit_threshold(
 
 
 def _overlaps(brightness_HW: np.ndarray, true_HW: np.ndarray) -> np.ndarray:
-    """Pixels of the intersection and of the union at each candidate, (2, K)."""
+    """Pixels of the intersection and of the union for each candidate, (2, K)."""
     levels_HW = (brightness_HW + 1) / 2
     predicted_KHW = levels_HW > _CANDIDATES[:, None, None]
     true_HW = true_HW.astype(bool)

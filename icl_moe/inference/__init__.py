@@ -1,1 +1,1 @@
-"""From an exported model to masks and captions."""
+"""Generates masks and captions with an exported model."""

@@ -1,4 +1,4 @@
-"""The keys and values of all positions read so far, so that every token passes through the decoder
+"""The key-value cache of all positions read so far, so that every token passes through the decoder
 once.
 """
 
@@ -6,14 +6,14 @@ import torch
 
 
 class KeyValueCache:
-    """One forward pass first calls `append_attributes`, then `update` once in every layer.
+    """A forward pass first calls `append_attributes`, then `update` once in every layer.
 
-    capacity: positions to make room for at once; reading more is allowed and doubles the buffers.
+    capacity: the initial number of positions; reading more doubles the buffers.
     """
 
     def __init__(self, capacity: int = 256) -> None:
         self.length = 0
-        """Positions read so far, those of the running pass included once their attributes are
+        """Positions read so far, including those of the current pass once their attributes are
         appended.
         """
         self._capacity = capacity
@@ -22,7 +22,7 @@ class KeyValueCache:
         self._values: dict[int, torch.Tensor] = {}
 
     def append_attributes(self, attributes_BL: torch.Tensor) -> torch.Tensor:
-        """Note the attribute classes of the L tokens to be read now; returns those of all
+        """Append the attribute classes of the L tokens of this pass, and return those of all
         positions, (B, length).
         """
         self.length += attributes_BL.shape[1]
@@ -34,7 +34,7 @@ class KeyValueCache:
     def update(
         self, layer: int, keys_BHLD: torch.Tensor, values_BHLD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note one layer's keys and values of the L tokens; returns views of those of all
+        """Append one layer's keys and values of the L tokens, and return views of those of all
         positions, (B, H, length, D).
         """
         keys = self._keys[layer] = self._write(self._keys.get(layer), keys_BHLD, dim=2)
@@ -50,8 +50,8 @@ class KeyValueCache:
                 buffers[layer] = buffer[rows_b]
 
     def _write(self, buffer: torch.Tensor | None, new: torch.Tensor, dim: int) -> torch.Tensor:
-        """Put `new` at the end of what `buffer` holds along `dim`, in a larger buffer where it has
-        no room.
+        """Append `new` to the content of `buffer` along `dim`, in a larger buffer if it does not
+        fit.
         """
         start = self.length - new.shape[dim]
         if buffer is None or buffer.shape[dim] < self.length:

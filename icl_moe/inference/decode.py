@@ -1,5 +1,5 @@
-"""Writing outputs: token by token, several queries at once, each held to its grammar, with a
-key-value cache; or all cells of an image at once.
+"""Decoding of outputs: token by token with a key-value cache, for a batch of queries, each
+constrained by its grammar; or all cells of an image in one pass.
 """
 
 import math
@@ -20,9 +20,7 @@ from icl_moe.sequence import NO_LINK, Episode, SequenceCodec, TokenSequence
 from icl_moe.tasks.grammar import Allowed, is_forced
 
 Request = tuple[Episode, np.ndarray]
-"""An episode whose pairs are all examples, and the image codes (N,) of the query to complete it
-with.
-"""
+"""An episode of examples only, and the image codes (N,) of the query that completes it."""
 
 
 _Row = tuple[int, ...]
@@ -30,7 +28,7 @@ _Row = tuple[int, ...]
 
 
 class Block(NamedTuple):
-    """What a decoder reads in one pass, all int64 and padded on the left; see
+    """The input of one decoder pass, all int64 and padded on the left; see
     `InContextDecoder.last_logits`.
     """
 
@@ -42,7 +40,7 @@ class Block(NamedTuple):
 
 
 class Decoder(Protocol):
-    """What decoding needs of a model; `InContextDecoder` has it."""
+    """The interface that decoding needs of a model; `InContextDecoder` implements it."""
 
     device: Any
 
@@ -61,8 +59,8 @@ class Sampling:
     """How a token is chosen among the allowed ones.
 
     temperature 0: the most probable one. Above 0: drawn from softmax(logits / temperature), among
-    the `top_k` most probable where given. The n-th query draws from its own generator, seeded with
-    (seed, n), whatever the others write.
+    the `top_k` most probable if given. The n-th query draws from its own generator, seeded with
+    (seed, n), independently of the others.
     """
 
     temperature: float = 0.0
@@ -72,7 +70,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
             raise InputError(
-                "The temperature must be 0 (the most probable token) or a number above it, not "
+                "The temperature must be 0 (the most probable token) or a positive number, not "
                 f"{self.temperature}."
             )
         if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
@@ -92,12 +90,11 @@ def decode_batch(
     sampling: Sampling = GREEDY,
     progress: bool = False,
 ) -> list[list[int]]:
-    """The tokens that complete each request's query: all that follows the prompt's marker, so a
-    `given` category too.
+    """The tokens that complete each request's query: everything after the prompt's marker,
+    including a `given` category.
 
-    A step reads, for every query that is not complete, its last token and the forced ones after it;
-    queries that have fewer tokens to read are padded on the left, and complete ones leave the
-    batch.
+    A step reads, for every incomplete query, its last token and the forced ones after it. Queries
+    with fewer tokens to read are padded on the left, and complete ones leave the batch.
     """
     outputs = [
         _Output(codec, episode, image, np.random.default_rng((sampling.seed, n)))
@@ -125,12 +122,14 @@ def decode_batch(
 def decode_at_once(
     decoder: InContextDecoder, codec: SequenceCodec, requests: Sequence[Request]
 ) -> torch.Tensor:
-    """How probable each image code is in each cell of each request's output image,
-    probabilities_BNK, float32: one forward pass, in which all of that image is hidden as [MASK].
+    """The probability of each image code in each cell of each request's output image,
+    probabilities_BNK, float32, from one forward pass in which the whole output image is hidden as
+    [MASK].
 
-    Of tasks whose output is one image, and a decoder that was trained with mask corruption.
+    The task's output must be one image, and the decoder must have been trained with mask
+    corruption.
     """
-    # The last cell's own position predicts nothing of the image.
+    # The position of the last cell predicts no cell of the image.
     rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
     logits_BNK = decoder.last_logits(
         codec.format.codes_per_image,
@@ -141,10 +140,10 @@ def decode_at_once(
 
 
 class _Output:
-    """One query's output in the making.
+    """The growing output of one query.
 
-    tokens: written so far. allowed: what may come next, at least two tokens to choose from; empty
-    once the output is complete.
+    tokens: written so far. allowed: the possible next tokens, at least two; empty once the output
+    is complete.
     """
 
     def __init__(
@@ -156,7 +155,7 @@ class _Output:
     ) -> None:
         self._format, self._task = codec.format, episode.task
         self._image: list[int] = codec.format.vocabulary.from_input_codes(query_image).tolist()
-        self._cell = 0  # Of the output image, which is written next.
+        self._cell = 0  # The next cell of the output image.
         self.generator = generator
         prompt = codec.encode_prompt(episode, query_image).unpadded()
         self._unread = _rows(prompt)
@@ -166,22 +165,22 @@ class _Output:
         self.allowed: Allowed = next(self._grammar)
         last = prompt.spans[-1]
         for token in prompt.tokens_L[last.start :].tolist() if last.role == "given" else ():
-            # The prompt holds it already: the grammar must know, the decoder need not.
+            # The prompt contains it already, so only the grammar must accept it.
             self._accept(token)
         self._write_forced()
 
     @property
     def unread(self) -> int:
-        """How many tokens the decoder has yet to read."""
+        """The number of tokens that the decoder has not read yet."""
         return len(self._unread)
 
     def read(self) -> list[_Row]:
-        """What the decoder has yet to read, which counts as read from then on."""
+        """Return the tokens that the decoder has not read yet, and count them as read."""
         rows, self._unread = self._unread, []
         return rows
 
     def write(self, token: int) -> None:
-        """Take the token chosen among the allowed ones, and all that the grammar forces
+        """Append the token chosen among the allowed ones, and all tokens that the grammar forces
         after it.
         """
         self._append(token)
@@ -219,7 +218,7 @@ def _rows(sequence: TokenSequence) -> list[_Row]:
 def _stacked(
     rows_of: Sequence[list[_Row]], device: Any, cache: KeyValueCache | None = None
 ) -> Block:
-    """What each of several sequences has yet to have read, padded on the left."""
+    """The unread tokens of several sequences, padded on the left."""
     length = max(map(len, rows_of), default=0)
     block_BL5 = np.zeros((len(rows_of), length, 5), dtype=np.int64)
     block_BL5[..., 2] = PADDING
@@ -244,7 +243,8 @@ def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampl
     if sampling.top_k is not None:
         least_B1 = scores_BV.topk(min(sampling.top_k, scores_BV.shape[1]), dim=1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)
-    # Less the largest before it is divided, so that a temperature next to 0 gives no infinities.
+    # Subtracting the maximum before the division keeps temperatures near 0 from producing
+    # infinities.
     excess_BV = scores_BV.double() - scores_BV.double().amax(dim=1, keepdim=True)
     cumulative_BV = (excess_BV / sampling.temperature).softmax(dim=1).cumsum(dim=1)
     draws_B1 = (

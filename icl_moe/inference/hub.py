@@ -1,18 +1,17 @@
-"""Finding and uploading models: a folder, a model that ships with the package, or the Hugging Face
-Hub.
+"""Finds models (a folder, one that ships with the package, or one of the Hugging Face Hub) and
+uploads them.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from icl_moe.errors import InputError
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
 from icl_moe.inputs import shipped_folders
 
 _FILES = ("*.json", "*.safetensors", "*.txt", CARD)
-"""What a model folder consists of; nothing else of a Hub repository is fetched."""
+"""The files of a model folder; no others are fetched from a Hub repository."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
@@ -21,8 +20,9 @@ def find_model(source: str | Path) -> Path:
     """The folder of a model.
 
     source: the name of a shipped model; a folder; or a model of the Hugging Face Hub, OWNER/NAME or
-    OWNER/NAME@REVISION, which is fetched into the Hub's cache. A shipped name comes first, and a
-    folder before the Hub: ./demo is a folder. Raises InputError if there is none of these.
+    OWNER/NAME@REVISION, which is fetched into the Hub's cache. A shipped name takes precedence over
+    a folder (write ./demo for a folder), and a folder over the Hub. Raises InputError if none of
+    these exists.
     """
     name, shipped = str(source), shipped_folders("models", "config.json")
     if name in shipped:
@@ -42,39 +42,38 @@ def find_model(source: str | Path) -> Path:
 def push_model(
     folder: Path, repository: str, metrics: Path | None, private: bool | None, token: str | None
 ) -> str:
-    """Upload a model folder as `repository` (OWNER/NAME), with a new card that has the scores of
-    `metrics`, if given; returns the address of the commit.
+    """Upload a model folder as `repository` (OWNER/NAME), in one commit, with a new card that has
+    the scores of `metrics`, if given. Returns the address of the commit.
 
-    private: of a repository that is made for it; None leaves it to the owner's settings. Raises
-    InputError where the Hub refuses it or cannot be reached.
+    private: whether a repository that must be created is private; None leaves it to the owner's
+    settings. Raises InputError if the Hub refuses the upload or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
+    contents: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _FILES
+        for path in sorted(folder.rglob(pattern))
+        if path.name != CARD
+    }
     card = _card(folder, metrics)
+    if card is not None:
+        contents[CARD] = card.encode()
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit: Any = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=list(_FILES),
-            ignore_patterns=[CARD],
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message="Upload an in-context model",
         )
-        if card is not None:
-            commit = api.upload_file(
-                path_or_fileobj=card.encode(),
-                path_in_repo=CARD,
-                repo_id=repository,
-                commit_message="Write the model card",
-            )
     except Exception as error:  # The Hub's client raises many kinds, network and login among them.
         raise InputError(f"{repository} was not written to the Hub: {_reason(error)}.") from error
     return str(commit.commit_url)
 
 
 def _card(folder: Path, metrics: Path | None) -> str | None:
-    """The model's card; None where the folder does not say how it was trained."""
+    """The model's card; None if the folder does not record how it was trained."""
     try:
         training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -85,8 +84,8 @@ def _card(folder: Path, metrics: Path | None) -> str | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"No model card can be written of {folder}: config.json, {TRAINING} or the metrics are "
-            f"not what was written ({type(error).__name__}: {error})."
+            f"No model card can be written for {folder}: config.json, {TRAINING} or the metrics "
+            f"are damaged ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -100,12 +99,12 @@ def _fetch(name: str) -> Path:
         )
     except Exception as error:  # The Hub's client raises many kinds, network and login among them.
         raise InputError(
-            f"There is no model folder {name}, and the Hugging Face Hub does not give a model of "
-            f"that name: {_reason(error)}."
+            f"There is no model folder {name}, and no model of that name could be fetched from the "
+            f"Hugging Face Hub: {_reason(error)}."
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what the Hub's client says."""
+    """The first sentence of an error of the Hub's client."""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said.split('. ')[0][:200].rstrip('.')}"

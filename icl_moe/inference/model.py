@@ -1,4 +1,4 @@
-"""The public door: examples and a query in, a mask or a region's caption out."""
+"""The public interface: from examples and a query to a mask or the caption of a region."""
 
 import hashlib
 import json
@@ -38,8 +38,8 @@ from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 
 Decoding = Literal["autoregressive", "parallel"]
-"""How a mask is written: one code after the other, or all in one forward pass. The second needs a
-model that was trained with mask corruption. Texts, and boxes drawn before them, are always written
+"""How a mask is decoded: one code after the other, or all codes in one forward pass, which needs a
+model that was trained with mask corruption. Texts, and boxes drawn before them, are always decoded
 one token after the other.
 """
 
@@ -76,13 +76,13 @@ class InContextModel:
         device: Device | None = None,
         dtype: str | None = None,
     ) -> "InContextModel":
-        """Load a model onto `device` (by default a GPU where there is one).
+        """Load a model onto `device` (by default a GPU if there is one).
 
         source: the folder that `icl-moe export` wrote, the name of a shipped model, or a model of
-        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. dtype: float32 or bfloat16, of the
-        decoder's weights; by default that of the file. Gates stay float32. Raises InputError where
-        there is no such model or device, and where a file is missing, is damaged, or does not
-        belong to the others.
+        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. dtype: float32 or bfloat16, for the
+        decoder's weights; by default that of the file. Gates stay float32. Raises InputError if the
+        model or device does not exist, or if a file is missing, damaged or inconsistent with the
+        others.
         """
         place, precision = find_device(device), find_dtype(dtype)
         folder = find_model(source)
@@ -114,11 +114,12 @@ class InContextModel:
         token: str | None = None,
     ) -> str:
         """Upload the model to the Hugging Face Hub as `repository` (OWNER/NAME), with its model
-        card; returns the address of the commit.
+        card, in one commit. Returns the address of the commit.
 
-        metrics: metrics.json of an evaluation of this model, for the card. private: of a repository
-        that is made for it; None leaves it to the owner's settings. Raises InputError where the
-        model was not loaded from a folder, and where the Hub refuses it or cannot be reached.
+        metrics: metrics.json of an evaluation of this model, for the card. private: whether a
+        repository that must be created is private; None leaves it to the owner's settings. Raises
+        InputError if the model was not loaded from a folder, or if the Hub refuses the upload or
+        cannot be reached.
         """
         if self.folder is None:
             raise InputError("Only a model that from_pretrained loaded can be uploaded.")
@@ -134,10 +135,10 @@ class InContextModel:
         progress: bool = False,
         decoding: Decoding | None = None,
     ) -> np.ndarray:
-        """The mask (H, W), boolean and of the query's own size, of what the examples' masks mark.
+        """The mask of what the examples' masks show, boolean (H, W), in the query's size.
 
         examples: (image, mask) pairs; a mask has its image's size and two levels, the brighter one
-        on the object (see `load_mask`). category: the class's name, needed where the model's format
+        on the object (see `load_mask`). category: the class's name, needed if the model's format
         has a class prompt. decoding: see `complete`. Raises InputError for input that cannot be
         read or does not fit the model.
         """
@@ -152,7 +153,9 @@ class InContextModel:
         progress: bool = False,
         decoding: Decoding | None = None,
     ) -> DrawnMask:
-        """As `segment`, with all that is known of the mask: how bright each pixel is, how sure."""
+        """As `segment`, but also returns the brightness of each pixel and the model's
+        confidence.
+        """
         task = SEGMENTATION
         pairs = _pairs(examples, "mask")
         self._check_request(task, len(pairs), category)
@@ -183,13 +186,13 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
     ) -> Region:
-        """The query's region of the class that the examples show, with the box in the query's
+        """The query's region for the class that the examples show, with the box in the query's
         pixels.
 
         examples: (image, region) pairs, the region or the file that `Region.load` reads. category:
-        the class's name, by default that of the examples. It, and the examples' categories and
-        boxes, are needed only where the model's format has them. Raises InputError for input that
-        cannot be read or does not fit the model.
+        the class's name, by default that of the examples. The category, and the examples'
+        categories and boxes, are needed only if the model's format has them. Raises InputError for
+        input that cannot be read or does not fit the model.
         """
         task = CAPTIONING
         pairs = _pairs(examples, "region")
@@ -222,11 +225,11 @@ class InContextModel:
         progress: bool = False,
         decoding: Decoding | None = None,
     ) -> list[Any]:
-        """The query's pair of each request, written by the model; all requests are one batch.
+        """The query's pair for each request, generated by the model; all requests form one batch.
 
-        A request is (an episode whose pairs are the examples, the query's codes (N,), of `read`).
-        decoding: of outputs that are one image; by default parallel where the model was trained for
-        it and nothing is sampled. Raises InputError where the model cannot decode so.
+        A request is an episode whose pairs are the examples, and the query's codes (N,) from
+        `read`. decoding: for outputs that are one image; by default parallel if the model was
+        trained for it and nothing is sampled. Raises InputError if the model does not support it.
         """
         parallel = self.decoding(decoding, sampling) == "parallel"
         at_once, in_turn = list[int](), list[int]()
@@ -239,7 +242,9 @@ class InContextModel:
         return [by_number[number] for number in range(len(requests))]
 
     def decoding(self, asked: Decoding | None = None, sampling: Sampling = GREEDY) -> Decoding:
-        """How masks are written where `asked` for so. Raises InputError where they cannot be."""
+        """How masks are decoded if `asked` for this decoding. Raises InputError if the model does
+        not support it.
+        """
         if asked not in (None, *get_args(Decoding)):
             raise InputError(f"decoding must be {' or '.join(get_args(Decoding))}, not {asked!r}.")
         trained = self.decoder.config.mask_corruption
@@ -250,8 +255,8 @@ class InContextModel:
             )
         if asked == "parallel" and sampling.temperature:
             raise InputError(
-                "Nothing is sampled in parallel decoding: leave the sampling out, or set decoding "
-                "to autoregressive."
+                "Parallel decoding does not sample: leave the sampling out, or set decoding to "
+                "autoregressive."
             )
         return asked or ("parallel" if trained and not sampling.temperature else "autoregressive")
 
@@ -298,24 +303,24 @@ class InContextModel:
         return list(self.tokenizers.mask_writer.encode(np.stack(masks))) if masks else []
 
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
-        """How bright the pixels of masks are, (B, H, W), float32 in about -1 (outside) to 1."""
+        """The brightness of the masks' pixels, (B, H, W), float32, from about -1 (outside) to 1."""
         return self.tokenizers.mask_writer.decode(codes_BN)
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:
-        """Pixels (B, 3, H, W), float32 in [-1, 1] or a little beyond, of image codes."""
+        """The pixels of image codes, (B, 3, H, W), float32 in [-1, 1] or a little beyond."""
         return self.tokenizers.decode(self._on_device(codes_BN))
 
     @torch.inference_mode()
     def show(self, codes_BN: np.ndarray) -> torch.Tensor:
-        """Input images, as codes, for people to see; see `ImageTokenizers.show`."""
+        """Pixels to display for the codes of input images; see `ImageTokenizers.show`."""
         return self.tokenizers.show(self._on_device(codes_BN))
 
     def _on_device(self, codes_BN: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
 
     def check_examples(self, count: int) -> None:
-        """Raise InputError where the model cannot read `count` examples and a query."""
+        """Raise InputError if the model cannot read `count` examples and a query."""
         positions = self.decoder.settings.positions
         if self.format.length(count + 1) > positions:
             most = (positions - self.format.length(0)) // self.format.pair_length - 1
@@ -325,8 +330,8 @@ class InContextModel:
             )
         if count == 0 and not self.format.class_prompt:
             raise InputError(
-                "This model needs at least one example: only a model trained with "
-                "class_prompt=true works with none."
+                "This model needs at least one example; only a model trained with "
+                "class_prompt=true works without examples."
             )
 
     def _check_request(self, task: Task, examples: int, category: str | None) -> None:
@@ -335,19 +340,19 @@ class InContextModel:
             raise InputError(f"This model was trained on {' and '.join(trained)}, not {task.name}.")
         self.check_examples(examples)
         if not isinstance(category, str | None):
-            raise InputError(f"The category must be a text, not {type(category).__name__}.")
+            raise InputError(f"The category must be text, not {type(category).__name__}.")
         if not category and task.needs_category(self.format):
-            raise InputError("This model is told the class's name: give the category.")
+            raise InputError("This model needs the class's name: set the category.")
 
     def _example_mask(self, mask: ImageLike, picture: Image.Image, number: int) -> np.ndarray:
-        """An example's mask as the model sees it, boolean (image_size, image_size)."""
+        """An example's mask at the model's image size, boolean (image_size, image_size)."""
         what = f"The mask of example {number}"
         mask_HW = _squared_mask(load_mask(mask, picture.size, what), self.image_size)
         if not mask_HW.any():
             raise InputError(
-                f"{mask if isinstance(mask, str | os.PathLike) else what} marks so little that "
-                f"nothing of it is left at the model's {self.image_size} x {self.image_size} "
-                "pixels; cut image and mask closer to the object."
+                f"{mask if isinstance(mask, str | os.PathLike) else what} is so small that nothing "
+                f"of it remains at the model's {self.image_size} x {self.image_size} pixels; crop "
+                "image and mask closer to the object."
             )
         return mask_HW
 
@@ -368,7 +373,9 @@ class InContextModel:
             raise InputError(f"{name} lacks the box that this model's captions place.")
         if self.format.box == "text":
             return CaptionPair(codes, region.caption, category, box)
-        drawing = ~box_to_mask(box, self.image_size)  # The paper: 0 on the object, 1 elsewhere.
+        drawing = ~box_to_mask(
+            box, self.image_size
+        )  # As in the paper: 0 on the object, 1 elsewhere.
         (drawn,) = self.encode_masks([drawing])
         return CaptionPair(codes, region.caption, category, box, box_image=drawn)
 
@@ -379,7 +386,7 @@ def _check_files(folder: Path, names: Sequence[str]) -> None:
             check_readable(folder / name)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(
-                f"{folder} is no exported model: it lacks {name}; `icl-moe export` writes one."
+                f"{folder} is not an exported model: it lacks {name}; `icl-moe export` writes one."
             ) from error
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
@@ -394,12 +401,14 @@ def _load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:
             folder, config=config, local_files_only=True, dtype=dtype or "auto"
         )
     except InputError as error:
-        # What reads a part of the configuration does not know in which folder it lies.
+        # The readers of parts of the configuration do not know its folder.
         reason = str(error)
         if reason.startswith("config.json"):
             reason = f"{folder}/{reason}"
         raise InputError(reason) from error
-    except Exception as error:  # Damage raises many kinds, in transformers and below.
+    except (
+        Exception
+    ) as error:  # Damaged files raise many kinds of exceptions, in transformers and below.
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
             f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
@@ -408,9 +417,9 @@ def _load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:
 
 
 def _check_weights(file: Path, config: DecoderConfig) -> None:
-    """Raise InputError where a file's tensors are not those of a model of this configuration.
+    """Raise InputError if a file's tensors do not fit this configuration.
 
-    Before the model is made: of a wrong size it could take more memory than there is.
+    This precedes the construction of the model, since a wrong size could exhaust the memory.
     """
     with torch.device("meta"):
         wanted = {
@@ -446,11 +455,13 @@ _SECTIONS = {
     "vocabulary": ("text_merges", "image_codes", "tags"),
     "format": ("codes_per_image", "category", "box", "class_prompt", "prompt_length"),
 }
-"""Keys that every config.json has. Without one a recipe's default would make another network."""
+"""Keys that every config.json has. If one were missing, the recipe's default could define another
+network.
+"""
 
 
 def _read_config(config_file: Path) -> DecoderConfig:
-    """The configuration of a model. Raises InputError, naming the key, where it is damaged."""
+    """The configuration of a model. Raises InputError, naming the key, if it is damaged."""
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -512,7 +523,7 @@ def _are_names(classes: Any) -> bool:
 
 
 def _check_tokenizers(config: Any, format: SequenceFormat, tokenizers: ImageTokenizers) -> None:
-    """Raise InputError where the image tokenizers are not those that the model was trained with."""
+    """Raise InputError if the image tokenizers are not those that the model was trained with."""
     for name, found in tokenizers.fingerprints.items():
         theirs = getattr(config, name)
         if found != theirs and (theirs or name != "image_tokenizer"):
@@ -524,19 +535,19 @@ def _check_tokenizers(config: Any, format: SequenceFormat, tokenizers: ImageToke
     side, width = config.image_size or 0, tokenizers.downsampling
     if side % width or (side // width) ** 2 != format.codes_per_image:
         raise InputError(
-            f"The image tokenizer does not turn the model's images of {config.image_size} pixels "
-            f"into {format.codes_per_image} codes."
+            f"The image tokenizer does not encode the model's images of {config.image_size} pixels "
+            f"as {format.codes_per_image} codes."
         )
     codes = tokenizers.features.codebook_size if tokenizers.features else 0
     if codes != format.vocabulary.features:
         raise InputError(
-            f"The features tokenizer has {codes} codes, but the model's vocabulary "
+            f"The features tokenizer has {codes} codes, but the model's vocabulary has "
             f"{format.vocabulary.features}."
         )
 
 
 def _fingerprint(folder: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of the configuration and the weights."""
+    """The first 16 hexadecimal digits of the SHA-256 of the configuration and the weights."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with (folder / "model.safetensors").open("rb") as weights:
         while chunk := weights.read(1 << 20):
@@ -545,7 +556,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _pairs(examples: Iterable[Any], second: str) -> list[tuple[Any, Any]]:
-    """The examples, of any kind of iterable, as a list of pairs."""
+    """The examples, from any iterable, as a list of pairs."""
     pairs = list(examples) if isinstance(examples, Iterable) else [examples]
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -564,7 +575,7 @@ def _pictures(pairs: Sequence[tuple[Any, Any]]) -> list[Image.Image]:
 
 
 def _open_region(region: Any, number: int) -> tuple[Region, str]:
-    """An example's region, and what messages call it."""
+    """An example's region, and its name in messages."""
     if isinstance(region, str | os.PathLike):
         return Region.load(region), str(region)
     name = f"Example {number}"

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported model, as the Hugging Face Hub shows it."""
+"""The model card: README.md of an exported model, which the Hugging Face Hub displays."""
 
 import json
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from icl_moe.tables import Table, as_markdown
 CARD, TRAINING = "README.md", "training.json"
 
 _LIMITS = """\
-The model reads images at {size} x {size} pixels, of any shape: they are stretched to a square. It
-was trained with up to {examples} examples an episode; it takes more as far as its positions reach,
-with no promise. It knows its training data's kind of picture: on others, look at what it gives
-before relying on it. Its captions can be wrong, as any generated text can."""
+The model stretches images of any shape to {size} x {size} pixels. In training it saw up to
+{examples} example(s) per episode; it accepts more as long as they fit into its positions, but the
+quality may drop. Check its output on pictures that differ from its training data. Its captions can
+be wrong, as any generated text can."""
 
 _USE = """\
 ```python
@@ -29,10 +29,10 @@ mask = model.segment(examples=[("image.jpg", "mask.png")], query="another.jpg")
 def model_card(
     config: Mapping[str, Any], training: Mapping[str, Any], metrics: Path | None = None
 ) -> str:
-    """The card of a model: what it is, its recipe, its data, how well it does and its limits.
+    """The card of a model: what it is, its recipe, its data, its scores and its limits.
 
-    config: the content of its config.json. training: of its training.json. metrics: metrics.json of
-    an evaluation of it, where there is one.
+    config: the content of its config.json. training: the content of its training.json. metrics:
+    metrics.json of an evaluation of it, if there is one.
     """
     data = ModelCardData(
         library_name="icl-moe",
@@ -42,7 +42,7 @@ def model_card(
     recipe = training["recipe"]
     facts = {
         "optimizer steps": training["steps"],
-        "episodes a step": recipe["training"]["global_batch"],
+        "episodes per step": recipe["training"]["global_batch"],
         "decoder": _decoder(recipe["model"]),
         "seed": recipe["training"]["seed"],
         "shards, by the sha256 of their manifest": training["shards"]["manifest_sha256"],
@@ -53,14 +53,14 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# An in-context model for segmentation and region captioning",
-        "Examples go in, (image, mask) or (image, region caption); the model writes the output for "
-        "a new image in the same form.",
+        "Given examples, (image, mask) or (image, region caption), the model writes the output "
+        "for a new image in the same form.",
         "## Use",
         _USE,
         "## Training",
         as_markdown(Table(("", ""), [(name, str(value)) for name, value in facts.items()])),
-        f"The whole recipe stands in {TRAINING}.",
-        "## How well it does",
+        f"The complete recipe is in {TRAINING}.",
+        "## Scores",
         _scores(metrics),
         "## Limits",
         _LIMITS.format(size=config["image_size"], examples=config["examples"]),
@@ -77,7 +77,7 @@ def _decoder(model: Mapping[str, Any]) -> str:
 
 def _scores(metrics: Path | None) -> str:
     if metrics is None:
-        return "It was exported without an evaluation; `icl-moe evaluate` makes one."
+        return "No evaluation was given at the export; `icl-moe evaluate` makes one."
     content = json.loads(metrics.read_text(encoding="utf-8"))
     about = ("name", "prediction", "shots", "control", "copy_rate", "truth_copy_rate")
     rows = [

@@ -1,6 +1,4 @@
-"""A region of an image: its caption, its class and its box, as examples give it and a model writes
-it.
-"""
+"""A region of an image: its caption, class and box, in examples and in the model's output."""
 
 import json
 import math
@@ -16,8 +14,8 @@ from icl_moe.errors import InputError
 
 @dataclass(frozen=True)
 class Region:
-    """A region of an image. box: x, y, width, height in pixels of that image. What a model's format
-    leaves out is None.
+    """A region of an image. box: x, y, width, height in pixels of that image. Values that a model's
+    format lacks are None.
     """
 
     caption: str
@@ -54,12 +52,12 @@ class Region:
         return region
 
     def check(self, name: str) -> None:
-        """Raise InputError, which begins with `name`, where a value is not of its type, a text is
-        none, or the box has no area.
+        """Raise InputError, which begins with `name`, if a value has the wrong type, a text is
+        empty, or the box has no area.
         """
         for key, text in (("caption", self.caption), ("category", self.category)):
             if not (text is None and key == "category") and not _is_text(text):
-                raise InputError(f"{name}: the {key} must be a text, not {_short(text)}.")
+                raise InputError(f"{name}: the {key} must be text, not {_short(text)}.")
         if self.box is not None and not _has_area(self.box):
             raise InputError(
                 f"{name}: the box must be x, y, width and height in pixels, finite numbers with a "
@@ -67,15 +65,15 @@ class Region:
             )
 
     def box_in(self, size: tuple[int, int], name: str) -> Box:
-        """The box, which must be there, as fractions of its image of `size` (width, height) pixels,
-        cut at the image's edges. Raises InputError where it lies outside.
+        """The box, which must not be None, as fractions of its image of `size` (width, height)
+        pixels, clipped to the image. Raises InputError if it lies outside.
         """
         assert self.box is not None
         x1, y1, x2, y2 = normalise_box(*self.box, *size)
         if x1 == x2 or y1 == y2:
             raise InputError(
-                f"{name}: the box {_short(self.box)} lies outside of its image, which is "
-                f"{size[0]} x {size[1]} pixels."
+                f"{name}: the box {_short(self.box)} lies outside its image, which is {size[0]} x "
+                f"{size[1]} pixels."
             )
         return x1, y1, x2, y2
 
@@ -83,18 +81,18 @@ class Region:
 _KEYS = {"caption", "category", "box"}
 
 _MOST_BYTES = 1 << 20
-"""More than any region has; a device would never end."""
+"""More bytes than any region has; reading a device would never end."""
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise InputError("a key stands there twice.")
+        raise InputError("a key occurs twice.")
     return values
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text that says something, without lone halves of UTF-16's pairs."""
+    """Whether it is text that is not blank and has no lone surrogates."""
     if not isinstance(value, str) or not value.strip():
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
         self.heads = settings.heads
         self.dropout = settings.attention_dropout
         # Tensor-parallel training replaces this, for heads that are spread over ranks.
-        self.dropout_draws: Callable[[torch.device], AbstractContextManager[None]] = _as_they_come
+        self.dropout_draws: Callable[[torch.device], AbstractContextManager[None]] = _shared_draws
         self.qkv = Linear(settings.width, 3 * settings.width)
         self.out = Linear(settings.width, settings.width)
 
@@ -131,7 +131,7 @@ class SelfAttention(nn.Module):
         return self.out(attended_THD.flatten(1))
 
 
-def _as_they_come(_: torch.device) -> AbstractContextManager[None]:
+def _shared_draws(_: torch.device) -> AbstractContextManager[None]:
     return nullcontext()
 
 

@@ -12,18 +12,18 @@ from icl_moe.vocabulary import Vocabulary
 
 
 class DecoderConfig(PretrainedConfig):
-    """Everything that an exported model needs to know of itself.
+    """The configuration of an exported model.
 
     model, vocabulary: the recipe's sections of those names. format, image_size, examples,
     image_tokenizer, mask_tokenizer, features_tokenizer, classes: what its training shards say
-    (SequenceFormat but for its vocabulary, pixels a side, examples an episode, the fingerprints of
-    the VQ-GAN, of what writes masks and of what reads input images in its place, class names by
-    task); None before training, and where there is no such tokenizer. loss_on, mask_corruption: the
-    recipe's, in training. mask_threshold: what `icl_moe.evaluation.threshold` fitted; None if
-    nothing was fitted. All are plain values, so that config.json can be read without this package.
+    (SequenceFormat without its vocabulary, pixels per side, examples per episode, the fingerprints
+    of the VQ-GAN, the mask tokenizer and the features tokenizer, class names by task); None before
+    training, and for missing tokenizers. loss_on, mask_corruption: as in the training recipe.
+    mask_threshold: the result of `icl_moe.evaluation.threshold`; None if nothing was fitted. All
+    are plain values, so that config.json can be read without this package.
 
-    A format may hold the vocabulary too, as that of earlier exports does, where it is the same
-    vocabulary; otherwise InputError is raised.
+    As in earlier exports, a format may also hold the vocabulary. Raises InputError if the two
+    differ.
     """
 
     model_type = "icl_moe_decoder"
@@ -49,7 +49,7 @@ class DecoderConfig(PretrainedConfig):
             if self.vocabulary is None:
                 self.vocabulary = to_dict(again)
             elif again != _vocabulary(self.vocabulary):
-                raise InputError("config.json: format.vocabulary is not the vocabulary.")
+                raise InputError("config.json: format.vocabulary differs from the vocabulary.")
             self.format = format
         super().__post_init__(**others)
 
@@ -78,8 +78,8 @@ class DecoderConfig(PretrainedConfig):
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        """How the sequences of the model are written. Raises InputError if the configuration is not
-        that of a format.
+        """The format of the model's sequences. Raises InputError if the configuration does not
+        describe a format.
         """
         values = {**(self.format or {}), "vocabulary": self.vocabulary or {}}
         return from_dict(SequenceFormat, values, origin="config.json")

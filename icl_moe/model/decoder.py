@@ -121,7 +121,7 @@ class InContextDecoder(PreTrainedModel):
         decisions, auxiliary = decide(gates, routing)
         x_TM = self.token_embedding(tokens_T) + self.position_embedding(positions_T)
         if self.settings.link:
-            assert links_T2 is not None, "a model with a link reads the links of its sequences"
+            assert links_T2 is not None, "a model with the link needs the links of its sequences"
             x_TM = x_TM + self._linked(links_T2)
         x_TM = F.dropout(x_TM, self.settings.dropout, self.training)
         for number, layer in enumerate(self.layers):
@@ -135,8 +135,8 @@ class InContextDecoder(PreTrainedModel):
         return self.norm(x_TM), auxiliary
 
     def _linked(self, links_T2: Tensor) -> Tensor:
-        """sum over the links c of each position of W E[c], (T, M): what a position that predicts or
-        holds a cell of an output image is told of that cell in the input image.
+        """sum over the links c of each position of W E[c], (T, M): the link of a position that
+        predicts or holds a cell of an output image to that cell in the input image.
 
         W is applied once to each distinct code. If a batch has no link, W and E take part
         nevertheless, with a gradient of zero, so that ranks with different batches reduce the same
@@ -184,10 +184,10 @@ class InContextDecoder(PreTrainedModel):
         ids: range | None = None,
     ) -> Tensor:
         """Logits (B, count, V), float32, of the tokens after each of the last `count` positions of
-        each row; of the token ids `ids` alone, where given.
+        each row; only of the token ids `ids`, if given.
 
         With a cache, the rows hold the tokens that are new since the last call. Padding (attribute
-        class 0) stands on the left. links_BL2: see `hidden`.
+        class 0) is on the left. links_BL2: see `hidden`.
         """
         if cache is None:
             attention: AttentionScope = self._episodes(attributes_BL)
@@ -247,7 +247,7 @@ class DecoderLayer(nn.Module):
         routing: RoutingPlan,
         decision: Decision | None = None,
     ) -> Tensor:
-        """decision: of the feed-forward's gate, where it decides for whole streams."""
+        """decision: of the feed-forward's gate, if it decides for whole streams."""
         x_TM = x_TM + self._drop(self.attention(self.attention_norm(x_TM), attention))
         normed_TM = self.feed_forward_norm(x_TM)
         dense = isinstance(self.feed_forward, FeedForward)

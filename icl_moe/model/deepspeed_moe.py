@@ -104,7 +104,7 @@ class DeepSpeedFeedForward(MoE):
         return gate if isinstance(gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
-        """decision: of `stream_gate`, where there is one."""
+        """decision: of `stream_gate`, if there is one."""
         if decision is not None:
             # MoE passes this argument on unchanged to the layer within it.
             out_TM, *_ = super().forward(x_TM, (plan, decision))

@@ -63,7 +63,7 @@ class SparseFeedForward(nn.Module):
         return self.gate if isinstance(self.gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
-        """decision: of `stream_gate`, where there is one."""
+        """decision: of `stream_gate`, if there is one."""
         if decision is not None:
             return self.experts(partial(self._mix_by_class, plan, decision), x_TM)
         experts_TK, weights_TK, self.auxiliary_loss = self.gate(x_TM, plan)

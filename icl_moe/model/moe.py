@@ -11,7 +11,7 @@ classes, of which the first goes to experts 3 and 5, and the second to 0 and 3:
     experts    3(a) 5(a) 0(b) 3(b)         a route for each class and each of its experts
     combine    w3 3(a) + w5 5(a), ...      weighted, and back to their places in the stream
 
-Nothing here knows of ranks: expert_parallel.py runs routes on experts of other ranks.
+This module does not use ranks; expert_parallel.py runs routes on experts of other ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,8 +64,8 @@ def mix_weights(
     weights: Sequence[dict[str, Tensor]] | None = None,
 ) -> list[Tensor]:
     """Each class's rows through one expert whose weights are the sum of w_i W_i, at the cost of one
-    expert (Uni-Perceiver-MoE's code). weights: the experts' parameters by name, where they are not
-    to be taken from the experts themselves.
+    expert (Uni-Perceiver-MoE's code). weights: the experts' parameters by name, if they should not
+    be taken from the experts themselves.
     """
     weights = weights or [dict(expert.named_parameters()) for expert in experts]
     mixed = []
@@ -84,8 +84,8 @@ def with_gradients_together(experts: Sequence[nn.Module]) -> list[dict[str, Tens
     """The experts' parameters by name, so that the gradients of all come at once: in one order, and
     zero where no row went to an expert.
 
-    ZeRO reduces gradients as they come, so all ranks must have those of the same parameters in the
-    same order, whatever attribute classes their tokens have.
+    ZeRO reduces gradients as soon as they are ready, so all ranks must have those of the same
+    parameters in the same order, independently of their tokens' attribute classes.
     """
     named = [dict(expert.named_parameters()) for expert in experts]
     passed = iter(_Together.apply(*(weight for each in named for weight in each.values())))

@@ -1,4 +1,4 @@
-"""Which experts a token goes to: the gates."""
+"""The gates, which decide which experts a token goes to, and their auxiliary loss."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -129,7 +129,7 @@ class AttributeGate(StreamGate):
     def probabilities(
         self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
     ) -> Tensor:
-        """p_CE of the attribute classes, float32; with noise where (seed, step) is given."""
+        """p_CE of the attribute classes, float32; with noise if (seed, step) is given."""
         device = self.wg.weight.device
         with torch.autocast(device.type, enabled=False):
             bits = torch.tensor(
@@ -166,7 +166,7 @@ def balancing_loss(probabilities_TE: Tensor, first_T: Tensor, plan: RoutingPlan)
 
 
 class AttributeEmbedding(nn.Module):
-    """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it beside
+    """h = LayerNorm(W_t a + b_t) of each token's attribute vector, for gates that read it besides
     the token; zero at padding.
     """
 

@@ -46,8 +46,7 @@ def is_split(name: str) -> bool:
 
 
 def split(name: str, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of a parameter that tensor rank `tp_rank` of `tp_size` holds; a view where it can
-    be.
+    """The part of a parameter that tensor rank `tp_rank` of `tp_size` holds; a view if possible.
 
     The vocabulary is padded with rows of zeros to a multiple of `tp_size`. Of the fused (3M, ..)
     projection each rank has the queries, keys and values of its own heads.
@@ -154,10 +153,10 @@ def leave(x: Tensor) -> Tensor:
 
 @contextmanager
 def own_draws(tp_rank: int, device: torch.device) -> Iterator[None]:
-    """Within it, torch's generators on the host and on `device` give numbers of this tensor rank's
-    own, a function of the host's generator before and of the rank: what is drawn for the ranks'
-    different heads differs. Afterwards both are in the same state on every tensor rank, so that
-    what is drawn for values that all of them have is the same.
+    """Within this context, torch's generators on the host and on `device` are seeded by the host's
+    generator and the tensor rank, so that the draws for the ranks' different heads differ.
+    Afterwards both are in the same state on every tensor rank, so that the draws for values that
+    all of them have are equal.
     """
     seed = int(torch.randint(2**62, ()))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -216,8 +215,8 @@ def _output_only(
 
 
 def _megatron_config() -> object:
-    """No initialisation of its own; "on the CPU" since the weights are drawn there, whichever
-    device trains.
+    """Without megatron-core's initialisation; "on the CPU" because the weights are drawn there for
+    any training device.
     """
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.parallel_state import get_tensor_model_parallel_world_size

@@ -1,6 +1,4 @@
-"""HTML pages: each is one file that needs no others, rendered from templates that escape their
-content.
-"""
+"""Self-contained HTML pages, rendered from templates that escape their content."""
 
 from functools import cache
 from typing import Any
@@ -11,8 +9,8 @@ from icl_moe.pictures import data_url
 
 
 def render(template: str, **content: Any) -> str:
-    """The page that a template of this folder renders. Texts are escaped; HTML from this package is
-    `markupsafe.Markup`.
+    """The page that a template of this folder renders. Texts are escaped; HTML from this package
+    must be `markupsafe.Markup`.
     """
     return _environment().get_template(template).render(**content)
 

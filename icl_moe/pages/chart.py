@@ -1,4 +1,4 @@
-"""Lines over an x axis, laid out for the SVG of parts.html.j2."""
+"""The layout of line charts for the SVG of parts.html.j2."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8e5ea2", "#b8860b", "#555")
 _WIDTH, _HEIGHT, _MARGIN = 720, 300, 56
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Name -> (x values, y values), at least one point in all."""
+"""Name -> (x values, y values), with at least one point in all."""
 
 
 class Label(NamedTuple):

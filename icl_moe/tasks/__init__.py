@@ -1,13 +1,13 @@
-"""The tasks: what a model can be shown by examples. Each task is one object in one file.
+"""The tasks that examples can show to a model. Each task is one object in one file.
 
-`Task` (task.py) says what the rest of the code asks of a task. A new task is a new subclass of it,
-registered here or from anywhere else:
+`Task` (task.py) is the interface between a task and the rest of the code. A new task is a subclass
+of it, registered here or in another package:
 
     from icl_moe.tasks import register
 
     register(MyTask())
 
-docs/add_a_task.md walks through one.
+docs/add_a_task.md shows an example.
 """
 
 from icl_moe.attributes import Modality, attribute_class
@@ -21,17 +21,19 @@ SEGMENTATION = Segmentation()
 CAPTIONING = Captioning()
 
 TASKS: dict[str, Task] = {}
-"""All tasks by name, in the order in which tables list them."""
+"""All tasks by name, in the order of the tables."""
 
 
 def register(task: Task) -> None:
-    """Make a task known. Its name must be new."""
+    """Register a task. Its name must be new."""
     assert task.name not in TASKS, f"the task {task.name} is registered twice"
     TASKS[task.name] = task
 
 
 def find_task(name: str, where: str) -> Task:
-    """The task of a name. Raises InputError, in which `where` says what names it."""
+    """The task with this name. Raises InputError, in which `where` says where the name was
+    given.
+    """
     if name not in TASKS:
         raise InputError(
             f"{where} names the task {name}{nearest(name, TASKS)}; known are {', '.join(TASKS)}."
@@ -40,7 +42,7 @@ def find_task(name: str, where: str) -> Task:
 
 
 def streams(format: SequenceFormat) -> list[int]:
-    """The attribute classes that sequences of a format have, task by task."""
+    """The attribute classes that occur in sequences of a format, task by task."""
     inputs: tuple[Modality, ...] = ("text", "image") if format.class_prompt else ("image",)
     return [
         attribute_class(task.outputs(format), modality, target, format.class_prompt)

@@ -1,4 +1,4 @@
-"""Scores of captions against references, by the scorers of the COCO caption evaluation."""
+"""Scores captions against references with the scorers of the COCO caption evaluation."""
 
 import re
 import shutil
@@ -18,25 +18,25 @@ from icl_moe.tasks.task import GroupScore
 
 _MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _MARKS |= {"-LRB-", "-RRB-", "-LCB-", "-RCB-"}
-"""What the COCO evaluation drops. It lists brackets in capitals and lowers the text first, so
-brackets stay; so they do here.
+"""The tokens that the COCO evaluation drops. It lists brackets in capital letters but lower-cases
+the text first, so it keeps brackets; so does this code.
 """
 
 
 @dataclass(frozen=True)
 class CaptionScores:
     """Scores of a whole set of captions, as pycocoevalcap computes them: in 0..1, CIDEr in 0..10
-    (papers print 100 times these).
+    (papers report 100 times these values).
 
     bleu: BLEU-1 to BLEU-4 (Papineni et al. 2002), with the closest reference length. rouge_l:
-    ROUGE-L (Lin 2004), beta 1.2. cider: CIDEr-D (Vedantam et al. 2015), sigma 6, document
-    frequencies from these very references. meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None;
-    `meteor_note` then says why. `tokenizer` says what split the texts. category_accuracy: how often
-    the category is right, up to case; box_iou: the mean intersection over union of the boxes. None
-    where captions do not have them. intervals: 95 % intervals over queries (see bootstrap.py), by
-    score; empty where they were not asked for. BLEU is computed again from the counts of each draw;
-    CIDEr's document frequencies stay those of the whole set; METEOR, which its Java program
-    computes, has none.
+    ROUGE-L (Lin 2004), beta 1.2. cider: CIDEr-D (Vedantam et al. 2015), sigma 6, with document
+    frequencies from the same references. meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None;
+    `meteor_note` then says why. `tokenizer` names the tokenizer of the texts. category_accuracy:
+    how often the category is right, ignoring case; box_iou: the mean intersection over union of the
+    boxes; None if captions lack them. intervals: score -> 95 % interval over queries (see
+    bootstrap.py); empty if not requested. BLEU is recomputed from the counts of each draw, and
+    CIDEr keeps the document frequencies of the whole set. METEOR has no interval, since a Java
+    program computes it.
     """
 
     episodes: int
@@ -76,7 +76,7 @@ class CaptionScores:
         return {}
 
     def notes(self) -> list[str]:
-        notes = [f"Texts were split by: {self.tokenizer}."]
+        notes = [f"Tokenizer of the texts: {self.tokenizer}."]
         if self.meteor is None:
             return [*notes, f"METEOR was {self.meteor_note}."]
         return [*notes, "METEOR has no interval."] if self.intervals else notes
@@ -88,11 +88,11 @@ def score_captions(
     java: bool = True,
     with_intervals: bool = False,
 ) -> list[CaptionScores]:
-    """Scores of each of several sets of plain texts: one prediction a key, against the same
-    references, at least one a key.
+    """The scores of several sets of plain texts: one prediction per key, against the same
+    references, at least one per key.
 
-    java: whether Java may be used where it is there. Without it there is no METEOR, and tokens are
-    split plainly, but at once. with_intervals: whether scores have their 95 % intervals.
+    java: whether to use Java if it is available. Without it there is no METEOR and the tokenizer is
+    approximate, but starts at once. with_intervals: whether to compute 95 % intervals.
     """
     keys = list(references)
     texts = [said[key] for said in predictions for key in keys] + [
@@ -117,7 +117,7 @@ def score_tokenised(
     java: bool = True,
     with_intervals: bool = False,
 ) -> list[CaptionScores]:
-    """The same of texts whose tokens are separated by spaces; `tokenizer` is noted."""
+    """The same for texts whose tokens are separated by spaces; `tokenizer` is recorded."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -150,7 +150,7 @@ def score_tokenised(
 
 
 def rouge_l(said: str, right: Sequence[str]) -> float:
-    """ROUGE-L of one text against texts that would be right, 0..1; tokens are split plainly."""
+    """ROUGE-L of one text against references, 0..1, with `tokenise_plainly`."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     texts = [tokenise_plainly(text) for text in right]
@@ -160,7 +160,7 @@ def rouge_l(said: str, right: Sequence[str]) -> float:
 def _intervals(
     counts: Sequence[Mapping[str, Any]], rouges: np.ndarray, ciders: np.ndarray
 ) -> dict[str, Interval]:
-    """The intervals of a set. counts: of each text, as pycocoevalcap's BleuScorer keeps them."""
+    """The intervals of a set. counts: of each text, as pycocoevalcap's BleuScorer stores them."""
     lengths = [
         (text["testlen"], min((abs(n - text["testlen"]), n) for n in text["reflen"])[1])
         for text in counts
@@ -179,7 +179,7 @@ def _intervals(
         """ROUGE-L, CIDEr and BLEU-1 to 4, (B, 6)."""
         sums_BS = weights_BQ @ columns_QS
         written_B, wanted_B = sums_BS[:, 2], sums_BS[:, 3]
-        # With the small numbers that BleuScorer adds where there would be 0 / 0.
+        # With the small numbers that BleuScorer adds to avoid 0 / 0.
         precisions_B4 = (sums_BS[:, 4:8] + 1e-15) / (sums_BS[:, 8:] + 1e-9)
         bleu_B4 = np.cumprod(precisions_B4, axis=1) ** (1 / np.arange(1, 5))
         brevity_B = (written_B + 1e-15) / (wanted_B + 1e-9)
@@ -191,7 +191,7 @@ def _intervals(
 
 
 def java_problem(wanted: bool = True) -> str | None:
-    """Why Java is not used here, or None where it can be."""
+    """Why Java cannot be used, or None if it can."""
     if not wanted:
         return "Java was not asked for"
     if shutil.which("java") is None:
@@ -202,11 +202,11 @@ def java_problem(wanted: bool = True) -> str | None:
 
 
 def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:
-    """Each text lower-cased, its tokens separated by spaces and its punctuation dropped; and what
-    did that.
+    """The texts in lower case, with tokens separated by spaces and without punctuation; and the
+    name of the tokenizer.
 
-    By the Stanford PTB tokenizer, as the COCO caption evaluation does, where Java is there; else by
-    `tokenise_plainly`.
+    This is the Stanford PTB tokenizer, as in the COCO caption evaluation, if Java is available;
+    otherwise `tokenise_plainly`.
     """
     problem = java_problem(java)
     if problem is None:
@@ -231,8 +231,8 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 
 def tokenise_plainly(text: str) -> str:
-    """What the PTB tokenizer makes of ordinary captions, without Java: lower case, contractions
-    split, punctuation dropped.
+    """Approximates the PTB tokenizer on ordinary captions without Java: lower case, split
+    contractions, no punctuation.
     """
     text = _CONTRACTION.sub(lambda match: " " + match[1].replace("’", "'"), text.lower())
     text = _FUSED.sub(lambda match: " ".join(part for part in match.groups() if part), text)
@@ -246,11 +246,11 @@ def _without_marks(tokens: Iterable[str]) -> str:
 
 
 def _ptb_lines(texts: Sequence[str]) -> list[str]:
-    """Each text (without line breaks) as the Stanford tokenizer splits it; another number of lines
-    where it fails.
+    """Each text (without line breaks) as tokenized by the Stanford tokenizer; a different number of
+    lines if it fails.
 
-    Not by pycocoevalcap's wrapper, which writes into its own installation and depends on the
-    locale.
+    pycocoevalcap's own wrapper is not used because it writes into its installation and depends on
+    the locale.
     """
     command = [
         *_JAVA,
@@ -275,9 +275,9 @@ def _ptb_lines(texts: Sequence[str]) -> list[str]:
 def _meteor(
     predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], java: bool
 ) -> tuple[Sequence[float | None], str]:
-    """The corpus score of each set and "", or as many None and why.
+    """The corpus score of each set and "", or None for each set and the reason.
 
-    Not by pycocoevalcap's wrapper, which waits forever once its Java process has died.
+    pycocoevalcap's own wrapper is not used because it waits forever if its Java process dies.
     """
     problem = java_problem(java)
     if problem is not None:
@@ -310,7 +310,7 @@ def _corpus_meteor(
     statistics = [_ask(java, "SCORE", *texts, candidates[key]) for key, texts in references.items()]
     score = float(
         _ask(java, "EVAL", *statistics)
-    )  # The first text's; the others' follow, and the corpus's comes last.
+    )  # The scores of the texts come first, and that of the corpus last.
     for _ in statistics:
         score = float(_read(java))
     return score

@@ -1,9 +1,9 @@
-"""The text of a caption: its template, written to tokens, read back, and what may be decoded of it.
+"""The text of a caption: its template, how it is written as tokens and read back, and its grammar.
 
     Category: <c_st> name <c_ed>. Bboxes: <b_st> x1 y1 x2 y2 <b_ed>. Caption: text.
 
-The sequence format says which parts are there. Each piece of text is encoded apart from the others,
-so that reading it back is exact.
+The sequence format decides which parts exist. Each piece of text is encoded separately, so that
+reading it back is exact.
 """
 
 from collections.abc import Generator, Iterable
@@ -20,7 +20,7 @@ from icl_moe.vocabulary import Vocabulary
 
 
 class CaptionText(NamedTuple):
-    """What a caption's text says; category and box are None where the format leaves them out."""
+    """The content of a caption's text; category and box are None if the format lacks them."""
 
     category: str | None
     box: Box | None
@@ -29,7 +29,7 @@ class CaptionText(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptionPart:
-    """A part of the template: `fixed` tokens, or the place of the `category`, `box` or
+    """A part of the template: `fixed` tokens, or a placeholder for the `category`, `box` or
     `caption`.
     """
 
@@ -43,8 +43,8 @@ def template(codec: SequenceCodec) -> tuple[CaptionPart, ...]:
 
 
 def write_caption(codec: SequenceCodec, said: CaptionText) -> list[int]:
-    """The tokens of a caption's text, without [BOT] and [EOC]. Raises InputError where `said` lacks
-    what the format writes, and TooLongError where there is no room.
+    """The tokens of a caption's text, without [BOT] and [EOC]. Raises InputError if `said` lacks a
+    part of the format, and TooLongError if the text does not fit.
     """
     bins = codec.format.vocabulary.bin_range
     tokens: list[int] = []
@@ -78,7 +78,7 @@ def given_category(codec: SequenceCodec, category: str | None) -> list[int]:
 
 
 def read_caption(codec: SequenceCodec, tokens: Iterable[int]) -> CaptionText:
-    """The inverse of `write_caption`. Raises InputError where the tokens do not follow the
+    """The inverse of `write_caption`. Raises InputError if the tokens do not follow the
     template.
     """
     tokens = list(tokens)
@@ -94,7 +94,7 @@ def read_caption(codec: SequenceCodec, tokens: Iterable[int]) -> CaptionText:
         assert following is not None, "a template ends with fixed tokens"
         if part.kind == "caption":
             stop = len(tokens) - len(following.tokens)
-        else:  # Category and box are closed by a tag, which no text contains.
+        else:  # Category and box end with a tag, which no text contains.
             try:
                 stop = tokens.index(following.tokens[0], position)
             except ValueError:
@@ -114,13 +114,13 @@ def caption_grammar(codec: SequenceCodec, category: str) -> Grammar:
     """A caption's text and [EOC]. The text takes at most N tokens, so each part leaves the room
     that the later ones need.
 
-    category: the class's name, forced where the format gives it (category=given).
+    category: the class's name, forced if the format gives it (category=given).
     """
     vocabulary = codec.format.vocabulary
     *parts, _, closing = template(codec)
     least_left = sum(map(_least, template(codec)))
     room = codec.format.codes_per_image
-    opened = 0  # Tokens of the next fixed part that are written: the tag that closed a category.
+    opened = 0  # Tokens of the next fixed part that are already written: the tag after a category.
     for part in parts:
         least_left -= _least(part)
         if part.kind == "fixed":
@@ -176,12 +176,12 @@ def _read_box(vocabulary: Vocabulary, tokens: list[int]) -> Box:
 
 
 def _least(part: CaptionPart) -> int:
-    """The fewest tokens that a part takes."""
+    """The least number of tokens of a part."""
     return {"fixed": len(part.tokens), "category": 1, "box": 4, "caption": 0}[part.kind]
 
 
 def _category(vocabulary: Vocabulary, room: int) -> Generator[Allowed, int, int]:
-    """One to `room` text tokens, then <c_ed>; returns their number, <c_ed> not counted."""
+    """One to `room` text tokens, then <c_ed>. Returns their number without <c_ed>."""
     end = range(vocabulary.category_end, vocabulary.category_end + 1)
     for used in range(room):
         token = yield (vocabulary.text_range, end) if used else (vocabulary.text_range,)
@@ -212,8 +212,8 @@ def _box(vocabulary: Vocabulary) -> Grammar:
 def _closed_text(vocabulary: Vocabulary, full_stop: int, room: int) -> Grammar:
     """Text of at most `room` tokens whose last one is the template's full stop, then [EOC].
 
-    A full stop may also be part of the caption; it was the template's if [EOC] follows, which may
-    follow nothing else.
+    A full stop may also be part of the caption. It is the template's if [EOC] follows, and [EOC]
+    may follow only a full stop.
     """
     end = range(vocabulary.eoc, vocabulary.eoc + 1)
     last = None

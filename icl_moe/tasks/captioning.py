@@ -35,8 +35,8 @@ from icl_moe.tasks.task import CodeReader, Objects, Output, Task, Truth, by_clas
 
 @dataclass(frozen=True, eq=False)
 class CaptionPair:
-    """Image codes (N,), and what the caption says. `category` and `box` are None where the format
-    leaves them out.
+    """Image codes (N,), and the content of the caption. `category` and `box` are None if the format
+    lacks them.
 
     `box_image`: codes (N,) of the box drawn as an image; box=image only.
     """
@@ -50,11 +50,11 @@ class CaptionPair:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTarget:
-    """What is known of a region: its box in fractions of the crop, its text, and all texts that a
-    prediction is measured against.
+    """The annotations of a region: its box in fractions of the crop, its text, and all references
+    for a prediction.
 
-    objects: all that is described in the region's image, of its own class and of others: (class,
-    text, box). Evaluation tells by them whether a model describes what it was shown.
+    objects: everything described in the region's image, of its own class and of others, as (class,
+    text, box). Evaluation uses them to decide whether a model describes what it was shown.
     """
 
     box: Box
@@ -74,7 +74,7 @@ class BoxPicture:
 
 
 class Captioning(Task):
-    """Predictions: `caption`, and `category` and `box` (normalised) where the format has them.
+    """Predictions: `caption`, and `category` and `box` (normalised) if the format has them.
     KEY.json has `boxes`, `captions`, `references` and, for the query, `objects`.
     """
 
@@ -90,7 +90,7 @@ class Captioning(Task):
         if writer.format.box == "image":
             if pair.box_image is None:
                 raise InputError(
-                    "A caption pair lacks the image of its box, which caption.box=image asks for."
+                    "A caption pair lacks the image of its box, which caption.box=image requires."
                 )
             writer.marker(vocabulary.boi, "image")
             writer.drawn(pair.box_image)
@@ -194,7 +194,7 @@ class Captioning(Task):
                 )
             box = meta["boxes"][number] or ()
             if pair.box is not None and box_to_bins(pair.box) != box_to_bins(box):
-                raise InputError(f"the box of pair {number} is not that of its JSON.")
+                raise InputError(f"the box of pair {number} differs from its JSON.")
 
     def said(self, model: CodeReader, pairs: Sequence[CaptionPair]) -> list[Output]:
         return [
@@ -253,8 +253,9 @@ class Captioning(Task):
         return rouge_l(said["caption"] or "", [output["caption"] for output in right])
 
     def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """By the class that the caption names and the box that it places, where the model writes
-        them; else by its words. The name alone could be copied off an example, the box could not.
+        """Judged by the class that the caption names and the box that it places, if the model
+        writes them; otherwise by its words. A name could be copied from an example, a box could
+        not.
         """
         if format.category == "written" and not _is_category(said, shown):
             return False
@@ -296,8 +297,8 @@ class Captioning(Task):
 
 
 def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:
-    """The box of a caption, read off its drawing where the format draws it (dark on white); None
-    where there is none.
+    """The box of a caption, derived from its drawing if the format draws it (dark on white); None
+    if it has none.
     """
     if pair.box_image is None:
         return pair.box
@@ -321,7 +322,7 @@ def _categories_right(outputs: Sequence[Output], true: Sequence[Output]) -> list
 
 
 def _is_category(said: Output, category: str) -> bool:
-    """Whether an output names a category, up to case."""
+    """Whether an output names a category, ignoring case."""
     return (said["category"] or "").lower() == category.lower()
 
 

@@ -1,5 +1,5 @@
-"""A mask as a model draws it: the brightness of each pixel, and the threshold above which a pixel
-belongs to the mask.
+"""A mask as decoded from a model's codes: the brightness of each pixel, and the threshold above
+which a pixel belongs to the mask.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 EVEN = 0.5
-"""The threshold of a mask that was written code by code, and of a model without a fitted one."""
+"""The threshold of masks that were decoded code by code, and of models without a fitted one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +17,8 @@ class DrawnMask:
     """brightness_HW: float32, about -1 (black: outside) to 1 (inside).
 
     threshold: a level in 0..1 from black to white; brighter pixels belong to the mask.
-    at_once: whether the mask was written in one pass, so that its pixels show how sure the model
-    is.
+    at_once: whether the mask was decoded in one pass, so that its brightness reflects the model's
+    confidence.
     """
 
     brightness_HW: np.ndarray
@@ -32,9 +32,9 @@ class DrawnMask:
 
     @property
     def confidence_HW(self) -> np.ndarray | None:
-        """How sure each pixel is of what the mask says, float32: 0.5 where it lies on the
-        threshold, 1 where it is white or black. None for a mask that was written code by code,
-        whose pixels say nothing about how sure the model is.
+        """The confidence in each pixel of the mask, float32: 0.5 at the threshold, 1 for white or
+        black. None for a mask that was decoded code by code, whose brightness does not reflect
+        confidence.
         """
         if not self.at_once:
             return None
@@ -44,7 +44,7 @@ class DrawnMask:
         return (0.5 + 0.5 * np.maximum(inside_HW, outside_HW)).astype(np.float32)
 
     def resized(self, height: int, width: int) -> "DrawnMask":
-        """At another size, bilinearly."""
+        """The mask at another size, by bilinear interpolation."""
         brightness_11HW = torch.from_numpy(self.brightness_HW)[None, None]
         resized = F.interpolate(
             brightness_11HW, (height, width), mode="bilinear", align_corners=False

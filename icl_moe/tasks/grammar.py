@@ -1,12 +1,10 @@
-"""What may be written next: grammars as coroutines that yield the allowed tokens and take the
-chosen one.
+"""Grammars of outputs, as coroutines that yield the allowed next tokens and receive the chosen one.
 
     allowed = next(grammar)
     while True:
         allowed = grammar.send(token)  # StopIteration: the output is complete
 
-An output that follows its task's grammar fits into its place in the sequence and can be read back
-exactly.
+An output that follows its task's grammar fits into the sequence and can be read back exactly.
 """
 
 from collections.abc import Generator, Sequence
@@ -14,13 +12,13 @@ from collections.abc import Generator, Sequence
 from icl_moe.sequence import SequenceFormat
 
 Allowed = tuple[range, ...]
-"""Ranges of token ids, disjoint and none empty. A single id means that the token is forced."""
+"""Disjoint, non-empty ranges of token ids. A single id means that the token is forced."""
 
 Grammar = Generator[Allowed, int, None]
 
 
 def is_forced(allowed: Allowed) -> bool:
-    """Whether there is nothing to choose."""
+    """Whether only one token is allowed."""
     return len(allowed) == 1 and len(allowed[0]) == 1
 
 

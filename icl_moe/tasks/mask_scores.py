@@ -1,4 +1,4 @@
-"""How well predicted masks agree with the true ones."""
+"""Scores the agreement of predicted masks with the true ones."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class SegmentationScores:
     miou: the mean over classes of IoU_c = sum over episodes e of class c of |P_e and T_e| / the
         same sum of |P_e or T_e|, the foreground mIoU of few-shot segmentation (Shaban et al. 2017,
         "One-Shot Learning for Semantic Segmentation").
-    mean_iou: the mean over episodes of |P_e and T_e| / |P_e or T_e|; 1 where both are empty.
+    mean_iou: the mean over episodes of |P_e and T_e| / |P_e or T_e|; 1 if both are empty.
     mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of
         salient object detection (Perazzi et al. 2012), here of binary masks.
     class_iou: IoU_c of each class, and class_episodes how many episodes it had.
@@ -74,7 +74,7 @@ class SegmentationScores:
         }
 
     def notes(self) -> list[str]:
-        return ["MAE is not times 100."]
+        return ["MAE is not multiplied by 100."]
 
 
 def _group_scores(
@@ -88,8 +88,8 @@ def _group_scores(
 def score_masks(
     triples: Iterable[tuple[str, np.ndarray, np.ndarray]], with_intervals: bool = False
 ) -> SegmentationScores:
-    """Scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one an episode; at least
-    one.
+    """The scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one per episode, for
+    at least one episode.
     """
     names, pixels, errors, sizes = [], [], [], []
     for name, predicted, true in triples:
@@ -139,7 +139,7 @@ def _size(mask_HW: np.ndarray) -> str:
 
 
 def mask_iou(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Intersection over union of two boolean masks; 1 where both are empty."""
+    """Intersection over union of two boolean masks; 1 if both are empty."""
     return _ratio(int(np.sum(predicted & true)), int(np.sum(predicted | true)))
 
 
@@ -148,5 +148,5 @@ def _ratio(intersection: int, union: int) -> float:
 
 
 def _ratios(intersections: np.ndarray, unions: np.ndarray) -> np.ndarray:
-    """`_ratio`, element by element."""
+    """`_ratio`, elementwise."""
     return np.divide(intersections, unions, out=np.ones_like(intersections), where=unions > 0)

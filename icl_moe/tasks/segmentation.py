@@ -1,9 +1,9 @@
-"""Segmentation: the mask of what the examples' masks mark.
+"""Segmentation: the mask of what the examples' masks show.
 
     pair: [BOI] image [BOI] mask [EOC]
 
-The mask is an image too, white on black, and its codes are the output: the image tokenizer's, or
-those of a tokenizer that masks have for themselves.
+The mask is an image, white on black, and its codes are the output: those of the image tokenizer or
+of a separate mask tokenizer.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,8 @@ LEAST_SHOWN = 0.01
 class SegmentationPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the mask (N,), image codes.
 
-    drawn: the mask's pixels, where they say more than its codes: in one that was written at once.
+    drawn: the pixels of a mask that was decoded in one pass, which contain more information than
+    its codes.
     """
 
     image: np.ndarray
@@ -53,8 +54,8 @@ class SegmentationPair:
 class MaskTarget:
     """The mask of a region's crop at image_size, in COCO's compressed run lengths.
 
-    objects: the same for every class that is annotated in the crop, the region's own among them:
-    (class, run lengths). Evaluation tells by them whether a model marks what it was shown.
+    objects: the same for every class annotated in the crop, including the region's own, as (class,
+    run lengths). Evaluation uses them to decide whether a model marks what it was shown.
     """
 
     counts: bytes
@@ -193,11 +194,13 @@ class Segmentation(Task):
         ]
 
     def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output]:
-        """The true masks, encoded and decoded: no model does better with these codes."""
+        """The true masks, encoded and decoded: the upper bound for any model with these codes (the
+        mask ceiling).
+        """
         return self.said(model, [truth.pairs[-1] for truth in truths])
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
-        """The whole image, and every annotated object of the query, which an oracle marks."""
+        """Marking the whole image, and (an oracle) marking every annotated object of the query."""
         masks = [_mask(self.true_output(truth)) for truth in truths]
         whole = [{"mask": encode_rle(np.ones_like(mask_HW))} for mask_HW in masks]
         found = [Baseline("the whole image", "whole image", whole)]

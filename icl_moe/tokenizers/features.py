@@ -1,10 +1,11 @@
-"""The features tokenizer: k-means codes over the feature grid of a frozen backbone. It reads images
-by what they show; drawing stays the VQ-GAN's.
+"""The features tokenizer: k-means codes over the feature grid of a frozen backbone. It encodes only
+input images; outputs need the VQ-GAN or a mask tokenizer.
 
-A cell's features are those of several strides joined: each stride is resized to the grid,
-standardised by channel and brought to length 1; then PCA, and length 1 again. Its code is the
-nearest of K centroids. A saved tokenizer is a folder of config.json and model.safetensors, which
-names its backbone by fingerprint; the backbone's weights stay where they are.
+A cell's features combine several strides: each stride's map is resized to the grid, standardised by
+channel and normalised to length 1; the concatenation is projected by PCA and normalised again. Its
+code is the nearest of K centroids. A saved tokenizer is a folder of config.json and
+model.safetensors, which identifies its backbone by fingerprint and does not contain the backbone's
+weights.
 """
 
 from dataclasses import dataclass
@@ -34,12 +35,12 @@ from icl_moe.tokenizers.folder import (
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """What the tables of a features tokenizer belong to.
+    """The configuration of a features tokenizer.
 
-    backbone, weights: see `open_backbone`. strides: which of its feature maps are joined, in pixels
-    of the image. channels: how many each of those maps has.
-    image_size: the side it was made for. downsampling: pixels along a side of the square that one
-    code stands for. codebook_size: how many codes there are. dimensions: channels that PCA keeps.
+    backbone, weights: see `open_backbone`. strides: the feature maps to combine, by stride in
+    pixels of the image. channels: the number of channels of each of these maps.
+    image_size: the side of its images. downsampling: side in pixels of the square that one code
+    represents. codebook_size: the number of codes. dimensions: the number of principal components.
     """
 
     backbone: str = "efficientnet_lite0"
@@ -68,11 +69,11 @@ class FeaturesConfig:
 
 
 class FeaturesTokenizer(nn.Module):
-    """An image tokenizer that reads: `encode` gives codes, and nothing draws them back.
+    """An image tokenizer that only encodes: its codes cannot be decoded.
 
     Its tables, besides the backbone: mean_C and deviation_C of the joined channels C, centre_C and
     projection_CD of the PCA, the centroids codebook_KD, of length 1 or a little less, and
-    colours_K3, the mean colour of each code's cells in [-1, 1], by which codes are shown to people.
+    colours_K3, the mean colour of each code's cells in [-1, 1], with which codes are displayed.
     """
 
     mean_C: Tensor
@@ -100,8 +101,8 @@ class FeaturesTokenizer(nn.Module):
         """The tokenizer in the folder `source`, or the shipped one of that name, with its backbone,
         in eval mode.
 
-        Raises InputError where files are missing or damaged, where they contradict each other, and
-        where the backbone is missing or has other weights than the tokenizer was made with.
+        Raises InputError if files are missing, damaged or inconsistent, or if the backbone is
+        missing or has other weights than at the tokenizer's creation.
         """
         folder = find_tokenizer(source)
         settings, fingerprint = read_config(
@@ -134,7 +135,7 @@ class FeaturesTokenizer(nn.Module):
         save_folder(Path(folder), "features", config, self.fingerprint, tables)
 
     def tables(self) -> dict[str, Tensor]:
-        """All that is stored besides the backbone."""
+        """All stored tensors, which exclude the backbone."""
         return dict(self.named_buffers(recurse=False))
 
     @property
@@ -147,8 +148,8 @@ class FeaturesTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 over all that decides a code: configuration, tables, and the
-        backbone's own fingerprint. Where the backbone lies does not count.
+        """16 hexadecimal digits of a SHA-256 over everything that determines a code: configuration,
+        tables, and the backbone's fingerprint, but not the path of the backbone.
         """
         settings = to_dict(self.config)
         del settings["backbone"], settings["weights"]
@@ -159,25 +160,25 @@ class FeaturesTokenizer(nn.Module):
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """Pixels in [-1, 1] as codes_BN, int64, the grid of H/f x W/f codes row by row.
 
-        Raises InputError where a side is no multiple of the downsampling f.
+        Raises InputError if a side is not a multiple of the downsampling f.
         """
         return self.codes_of(self.features(pixels_B3HW))
 
     def codes_of(self, features_BND: Tensor) -> Tensor:
-        """The codes_BN of features: the numbers of their nearest centroids."""
+        """The codes_BN of features: the indices of their nearest centroids."""
         return nearest(features_BND, self.codebook_KD)
 
     @torch.inference_mode()
     def features(self, pixels_B3HW: Tensor) -> Tensor:
-        """The features (B, N, D) of the cells before they become codes, each of length 1."""
+        """The features (B, N, D) of the cells before quantisation, each of length 1."""
         return self.project(self.join(self.cells(pixels_B3HW)))
 
     def vectors(self, codes_BN: Tensor) -> Tensor:
-        """The features (B, N, D) that codes stand for: their centroids."""
+        """The features (B, N, D) that codes represent: their centroids."""
         return self.codebook_KD[codes_BN]
 
     def cells(self, pixels_B3HW: Tensor) -> Tensor:
-        """The backbone's maps on the grid, (B, N, C), as they come."""
+        """The backbone's raw maps on the grid, (B, N, C)."""
         maps = grid_maps(self.backbone, self.config.strides, self.config.downsampling, pixels_B3HW)
         found = tuple(map_BNC.shape[-1] for map_BNC in maps)
         if found != self.config.channels:
@@ -188,17 +189,17 @@ class FeaturesTokenizer(nn.Module):
         return torch.cat(maps, dim=-1)
 
     def join(self, cells_BNC: Tensor) -> Tensor:
-        """`cells` standardised by channel, then each stride brought to length 1."""
+        """`cells`, standardised by channel, then normalised to length 1 for each stride."""
         parts = ((cells_BNC - self.mean_C) / self.deviation_C).split(list(self.config.channels), -1)
         return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
 
     def project(self, joined_BNC: Tensor) -> Tensor:
-        """Joined cells on the principal axes, (..., D), each of length 1."""
+        """The projection of joined cells onto the principal axes, (..., D), each of length 1."""
         return F.normalize((joined_BNC - self.centre_C) @ self.projection_CD, dim=-1)
 
     def show(self, codes_BN: Tensor) -> Tensor:
-        """Codes as a picture (B, 3, H, W) in [-1, 1], for people: each cell in the mean colour of
-        its code.
+        """A picture (B, 3, H, W) in [-1, 1] for display: each cell in the mean colour of its
+        code.
         """
         side = round(codes_BN.shape[1] ** 0.5)
         cells_B3hw = self.colours_K3[codes_BN].transpose(1, 2).unflatten(2, (side, side))
@@ -211,8 +212,8 @@ def grid_maps(
 ) -> list[Tensor]:
     """The backbone's map of each stride on the grid of H/f x W/f cells, (B, N, channels).
 
-    Finer maps are averaged over a cell, coarser ones interpolated. Raises InputError where the
-    backbone has no map of a stride, or a side of the image is no multiple of f.
+    Finer maps are averaged over a cell, coarser ones interpolated. Raises InputError if the
+    backbone has no map of a stride, or a side of the image is not a multiple of f.
     """
     check_sides(pixels_B3HW, downsampling)
     height, width = pixels_B3HW.shape[-2:]
@@ -234,12 +235,10 @@ def _on_grid(map_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def nearest(features_BND: Tensor, codebook_KD: Tensor) -> Tensor:
-    """codes_BN: the number of the centroid e of least |e|^2 - 2 f.e, that is of the least
-    distance.
-    """
+    """codes_BN: the index of the nearest centroid e, which has the least |e|^2 - 2 f.e."""
     flat_MD = features_BND.flatten(0, 1)
     lengths_K = codebook_KD.square().sum(dim=1)
-    # In slices: 4096 codes against a whole batch would be gigabytes of distances.
+    # In slices, since the distances of 4096 codes for a whole batch would take gigabytes.
     codes = [
         (lengths_K - 2 * part_MD @ codebook_KD.T).argmin(dim=1) for part_MD in flat_MD.split(8192)
     ]

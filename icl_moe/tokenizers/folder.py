@@ -1,5 +1,5 @@
-"""What the folders of all image tokenizers have in common: config.json with a fingerprint, and
-model.safetensors; and reading weights that others made, without running what else they hold.
+"""The folder format that all image tokenizers share: config.json with a fingerprint, and
+model.safetensors. Also reads torch weights of other projects without running code in them.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 def find_tokenizer(source: str | Path) -> Path:
-    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError where
-    there is neither.
+    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError if
+    neither exists.
     """
     shipped = shipped_folders("tokenizers/assets", CONFIG_FILE)
     if isinstance(source, str) and source in shipped:
@@ -33,13 +33,13 @@ def find_tokenizer(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     raise InputError(
-        f"There is no tokenizer folder {source}, nor is one of that name shipped "
+        f"There is no tokenizer folder {source} and no shipped tokenizer of that name "
         f"({', '.join(shipped)})."
     )
 
 
 def check_sides(pixels_B3HW: Tensor, downsampling: int) -> None:
-    """Raise InputError where a side of the images is no multiple of the downsampling."""
+    """Raise InputError if a side of the images is not a multiple of the downsampling."""
     height, width = pixels_B3HW.shape[-2:]
     if height % downsampling or width % downsampling or min(height, width) == 0:
         raise InputError(
@@ -48,8 +48,8 @@ def check_sides(pixels_B3HW: Tensor, downsampling: int) -> None:
 
 
 def check_free(folder: Path, fingerprint: str | None = None) -> None:
-    """Raise InputError where `folder` holds another tokenizer than that of this fingerprint, or
-    another model, which one that is written there would replace.
+    """Raise InputError if `folder` holds a tokenizer with another fingerprint, or another model,
+    which would be overwritten.
     """
     if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return
@@ -78,7 +78,7 @@ def save_folder(
     fingerprint: str,
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Write the folder; each file appears whole, the configuration last."""
+    """Write the folder; each file appears complete, the configuration last."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"kind": kind, **config, "fingerprint": fingerprint}
     (folder / (WEIGHTS_FILE + ".partial")).write_bytes(save(dict(weights)))
@@ -90,10 +90,10 @@ def save_folder(
 
 
 def read_config(path: Path, kind: str, title: str) -> tuple[dict[str, Any], str]:
-    """The settings and the fingerprint of a folder's config.json. title: what a tokenizer of this
-    kind is called in messages.
+    """The settings and the fingerprint of a folder's config.json. title: the name of this kind of
+    tokenizer in messages.
 
-    Raises InputError where the file is missing, is no JSON, or is another kind's.
+    Raises InputError if the file is missing, not JSON, or of another kind.
     """
     content = _read_json(path)
     if content.pop("kind", None) != kind or not isinstance(content.get("fingerprint"), str):
@@ -105,7 +105,7 @@ def read_config(path: Path, kind: str, title: str) -> tuple[dict[str, Any], str]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The content of a config.json, empty where it is none of keys and values."""
+    """The content of a config.json; empty if it is not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -120,14 +120,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def folder_kind(source: str | Path) -> str | None:
-    """The kind of tokenizer that a folder holds, None where it holds none that says."""
+    """The kind of tokenizer that a folder holds; None if it does not record one."""
     with contextlib.suppress(InputError):
         return _read_json(Path(source) / CONFIG_FILE).get("kind")
     return None
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises InputError where it is missing or damaged."""
+    """The tensors of a safetensors file; raises InputError if it is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
@@ -135,7 +135,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], origin: str) -> None:
-    """Raise InputError where weights lack names, have surplus ones, or are of other shapes."""
+    """Raise InputError if weights lack names, have surplus ones, or have other shapes."""
     missing, surplus = (
         [k for k in expected if k not in given],
         [k for k in given if k not in expected],
@@ -158,13 +158,13 @@ def _listed(keys: list[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, without a stop."""
+    """The first line of an error's message, without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class _Inert:
-    """Stands for the one class that Lightning's checkpoints name (as a key of their callbacks'
-    states), and does nothing.
+    """An inert substitute for the one class that Lightning's checkpoints refer to (as a key of
+    their callbacks' states).
     """
 
 
@@ -172,23 +172,23 @@ _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpo
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raise InputError where there is no plain file: a device would never end. what: such as "The
-    checkpoint", which opens messages.
+    """Raise InputError if there is no regular file, since reading a device would never end. what:
+    the beginning of messages, such as "The checkpoint".
     """
     try:
         if not path.is_file():
-            missing = "is no file" if path.exists() else "does not exist"
+            missing = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{what} {path} {missing}.")
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read ({error.strerror}).") from error
 
 
 def load_torch_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """Weights by name of what torch.save wrote, such as a checkpoint with a 'state_dict'. what:
-    see `check_file`.
+    """Name -> weights from a file written by torch.save, such as a checkpoint with a 'state_dict'.
+    what: see `check_file`.
 
-    Raises InputError for a file that is missing, is damaged, or holds anything but tensors and
-    plain values.
+    Raises InputError if the file is missing, is damaged, or holds anything but tensors and plain
+    values.
     """
     check_file(path, what)
     try:
@@ -198,22 +198,22 @@ def load_torch_weights(path: Path, what: str) -> dict[str, Tensor]:
         raise InputError(f"{what} {path} cannot be read ({error.strerror}).") from error
     if head.startswith(b"<"):
         raise InputError(
-            f"{what} {path} is a web page, not a torch file: its address leads to a page "
-            "about the file; download the file itself."
+            f"{what} {path} is a web page, not a torch file; download the file itself instead of "
+            "the page about it."
         )
     try:
         with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch says the same of bytes that are neither an archive nor a pickle.
+        # torch raises the same error for bytes that are neither an archive nor a pickle.
         if not head.startswith((b"pk", b"\x80")):
-            raise InputError(f"{what} {path} is damaged or no torch file.") from error
+            raise InputError(f"{what} {path} is damaged or not a torch file.") from error
         raise InputError(
             f"{what} {path} holds more than weights and was not opened, as it could run code."
         ) from error
-    except Exception as error:  # Damaged pickles raise many kinds.
+    except Exception as error:  # Damaged pickles raise many kinds of exceptions.
         raise InputError(
-            f"{what} {path} is damaged or no torch file ({first_line(error)})."
+            f"{what} {path} is damaged or not a torch file ({first_line(error)})."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(

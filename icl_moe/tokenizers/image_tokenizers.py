@@ -1,4 +1,6 @@
-"""The image tokenizers of a data set or a model: one to three, which must agree on their cells."""
+"""The image tokenizers of a data set or a model: one to three, which must have cells of the same
+size.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +22,10 @@ Part = Literal["pictures", "masks", "features"]
 
 @dataclass(frozen=True)
 class ImageTokenizers:
-    """pictures: the VQ-GAN, which encodes all that no other does. masks: what writes masks and
-    drawn boxes in its place. features: what reads input images in its place. What there is not is
-    None.
+    """pictures: the VQ-GAN, for everything that the other two do not encode. masks: for masks and
+    drawn boxes. features: for input images. Each may be None.
 
-    Raises InputError where nothing reads input images or writes masks, and where cells differ.
+    Raises InputError if no tokenizer can encode input images or masks, or if their cells differ.
     """
 
     pictures: VQGAN | None
@@ -34,8 +35,8 @@ class ImageTokenizers:
     def __post_init__(self) -> None:
         if self.pictures is None and None in (self.masks, self.features):
             raise InputError(
-                "Without an image tokenizer there must be a mask tokenizer and a features "
-                "tokenizer: something must encode images, and masks."
+                "Without an image tokenizer, a mask tokenizer and a features tokenizer are "
+                "required: both images and masks need a tokenizer."
             )
         first, *others = self._cells.items()
         for name, width in others:
@@ -47,8 +48,8 @@ class ImageTokenizers:
 
     @classmethod
     def from_folders(cls, folders: Mapping[str, Path]) -> "ImageTokenizers":
-        """Those in the folders of these names, as shards and models have them: image_tokenizer,
-        mask_tokenizer and features_tokenizer. Other names are left alone.
+        """Load the tokenizers from the folders with these names, which shards and models use:
+        image_tokenizer, mask_tokenizer and features_tokenizer. Other names are ignored.
         """
         image, masks, features = (
             folders.get(f"{name}_tokenizer") for name in ("image", "mask", "features")
@@ -61,7 +62,7 @@ class ImageTokenizers:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """By the names of their folders; None for what there is not."""
+        """Folder name -> fingerprint, None for a missing tokenizer."""
         return {
             "image_tokenizer": self.pictures.fingerprint if self.pictures else None,
             "mask_tokenizer": self.masks.fingerprint if self.masks else None,
@@ -83,7 +84,7 @@ class ImageTokenizers:
         return {name: width for name, width in widths.items() if width is not None}
 
     def save(self, folder: Path) -> None:
-        """Write each into its folder in `folder`."""
+        """Write each into its own folder within `folder`."""
         for name, tokenizer in (
             ("image_tokenizer", self.pictures),
             ("mask_tokenizer", self.masks),
@@ -100,7 +101,7 @@ class ImageTokenizers:
 
     @cached_property
     def mask_writer(self) -> MaskTokenizer:
-        """What encodes masks and decodes them."""
+        """The tokenizer that encodes and decodes masks."""
         return self.masks or PictureMasks(self._pictures)
 
     def read(self, pixels_B3HW: Tensor) -> np.ndarray:
@@ -109,18 +110,18 @@ class ImageTokenizers:
 
     @property
     def input_vectors_KC(self) -> Tensor:
-        """The code vectors of what reads input images, float32."""
+        """The code vectors of the tokenizer of input images, float32."""
         if self.features is not None:
             return self.features.codebook_KD.float()
         return self._pictures.quantize.embedding.weight.detach().float()
 
     def decode(self, codes_BN: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W), float32 in [-1, 1] or a little beyond, of image codes."""
+        """The pixels of image codes, (B, 3, H, W), float32 in [-1, 1] or a little beyond."""
         return self._pictures.decode(codes_BN).float()
 
     def show(self, codes_BN: Tensor) -> Tensor:
-        """Input images, as codes, for people to see: pixels (B, 3, H, W), about [-1, 1]. Features
-        codes cannot be drawn, so they are shown by their mean colours.
+        """Pixels (B, 3, H, W), about [-1, 1], to display for the codes of input images. Features
+        codes cannot be decoded, so their mean colours are shown.
         """
         return self.features.show(codes_BN) if self.features else self.decode(codes_BN)
 
@@ -128,8 +129,8 @@ class ImageTokenizers:
     def encode(
         self, drawn: Sequence[np.ndarray], are_inputs: Sequence[bool], device: torch.device
     ) -> np.ndarray:
-        """codes_BN of a batch of pictures of one size, some of which are input images: each uint8
-        (H, W, 3), or boolean (H, W) for a mask.
+        """codes_BN of a batch of pictures of one size, each uint8 (H, W, 3), or boolean (H, W) for
+        a mask; some may be input images.
         """
         groups: dict[Part, list[int]] = {}
         for number, (picture, is_input) in enumerate(zip(drawn, are_inputs, strict=True)):
@@ -148,7 +149,7 @@ class ImageTokenizers:
         return codes_BN.astype(np.min_scalar_type(self._most_codes - 1))
 
     def _part(self, picture: np.ndarray, is_input: bool) -> Part:
-        """Which tokenizer encodes a picture."""
+        """The tokenizer that encodes a picture."""
         if is_input and self.features is not None:
             return "features"
         return "masks" if picture.dtype == bool and self.masks is not None else "pictures"
@@ -163,13 +164,13 @@ class ImageTokenizers:
         if self.pictures is None:
             raise InputError(
                 "Pictures that are neither masks nor input images need an image tokenizer, and "
-                "there is none: name a VQ-GAN as the tokenizer."
+                "there is none; set a VQ-GAN as the tokenizer."
             )
         return self.pictures
 
 
 def _pixels(pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Pictures in colours as pixels_B3HW in [-1, 1]; masks are white on black."""
+    """Pictures as pixels_B3HW in [-1, 1]; masks become white on black."""
     coloured = [
         np.broadcast_to((picture * np.uint8(255))[..., None], (*picture.shape, 3))
         if picture.dtype == bool

@@ -1,8 +1,8 @@
-"""Masks <-> codes: by the image tokenizer, or by a small tokenizer of their own, whose codes are
+"""Masks <-> codes: with the image tokenizer, or with a small separate tokenizer whose codes are
 black-and-white patches.
 
-The VQ-GAN has some hundred codes for plain black, and which of them it writes is noise that a
-decoder cannot predict. Patches have one.
+The VQ-GAN has about a hundred codes for plain black, and its choice among them is noise that a
+decoder cannot predict. The patches have one black code.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ _KIND = "patches"
 
 
 class MaskTokenizer(Protocol):
-    """Masks (B, H, W), boolean, as codes_BN of a square grid of cells, row by row; and back as
-    brightness_BHW, float32, about -1 (outside) to 1 (inside).
+    """Encodes boolean masks (B, H, W) as codes_BN of a square grid of cells, row by row, and
+    decodes them as brightness_BHW, float32, about -1 (outside) to 1 (inside).
     """
 
     def encode(self, masks_BHW: np.ndarray) -> np.ndarray: ...
@@ -36,12 +36,12 @@ class MaskTokenizer(Protocol):
     def decode(self, codes_BN: np.ndarray) -> Tensor: ...
 
     def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
-        """Where only probabilities of each cell's code are known."""
+        """Decode probabilities of each cell's code instead of codes."""
         ...
 
 
 class PictureMasks:
-    """By the image tokenizer, to which a mask is a picture, white on black."""
+    """The image tokenizer applied to masks as pictures, white on black."""
 
     def __init__(self, tokenizer: VQGAN) -> None:
         self._tokenizer = tokenizer
@@ -66,9 +66,9 @@ class PictureMasks:
 
 
 class PatchTokenizer:
-    """K patches of P x P pixels, float32 in 0..1, the first one black: a mask's cell is written as
-    the nearest one, and read as that patch. A pixel's expected value is then exact, sum over codes
-    of p(c) patch_c. A vocabulary may have more codes than there are patches: they are black.
+    """K patches of P x P pixels, float32 in 0..1, the first one black: a mask's cell is encoded as
+    the nearest patch. The expected value of a pixel is exactly the sum over codes c of p(c)
+    patch_c. If a vocabulary has more codes than there are patches, the surplus codes are black.
     """
 
     def __init__(self, patches_KPP: Tensor) -> None:
@@ -77,7 +77,7 @@ class PatchTokenizer:
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "PatchTokenizer":
         """The tokenizer in the folder `source`, or the shipped one of that name. Raises InputError
-        where it is missing, damaged or of another kind.
+        if it is missing, damaged or of another kind.
         """
         folder = find_tokenizer(source)
         config = read_json(folder / CONFIG_FILE)
@@ -100,7 +100,7 @@ class PatchTokenizer:
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder, each file whole or not at all."""
+        """Write the folder, each file completely or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"kind": _KIND, "codes": self.codes, "side": self.side}
@@ -139,14 +139,16 @@ class PatchTokenizer:
         return self._assembled(probabilities_BNK[..., : self.codes].float() @ patches_KP)
 
     def _assembled(self, levels_BNP: Tensor) -> Tensor:
-        """brightness_BHW of the cells' levels in 0..1."""
+        """brightness_BHW from the cells' levels in 0..1."""
         grid, side = math.isqrt(levels_BNP.shape[1]), self.side
         cells = levels_BNP.unflatten(2, (side, side)).unflatten(1, (grid, grid))
         return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2) * 2 - 1
 
 
 def mask_cells(masks_BHW: np.ndarray, side: int) -> np.ndarray:
-    """The cells of masks, (B, N, P^2) row by row. Raises InputError where they do not divide."""
+    """The cells of masks, (B, N, P^2) row by row. Raises InputError if the sides are not multiples
+    of `side`.
+    """
     count, height, width = masks_BHW.shape
     if height % side or width % side:
         raise InputError(
@@ -157,7 +159,7 @@ def mask_cells(masks_BHW: np.ndarray, side: int) -> np.ndarray:
 
 
 def nearest_patch(cells_BNP: np.ndarray, patches_KP: np.ndarray) -> np.ndarray:
-    """The patch of the least squared distance to each cell, codes_BN; the first of equal ones."""
+    """The nearest patch to each cell by squared distance, codes_BN; the first one in a tie."""
     distances = (patches_KP**2).sum(axis=1) - 2 * cells_BNP @ patches_KP.T
     return distances.argmin(axis=-1)
 

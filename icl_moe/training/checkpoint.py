@@ -114,10 +114,10 @@ def export(
     completed steps.
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
-    keep the precision of the training. threshold_from: training shards on which the threshold
-    of masks that are written in one pass is fitted, on `device` (by default a GPU where there is
-    one). Raises InputError where there is no checkpoint, or one that cannot be read, where there is
-    no such device, and where `out` cannot be written.
+    keep the precision of the training. threshold_from: training shards on which the threshold of
+    masks that are decoded in one pass is fitted, on `device` (by default a GPU if there is one).
+    Raises InputError if there is no readable checkpoint, if the device does not exist, or if `out`
+    cannot be written.
     """
     out, place = output_folder(out), find_device(device)
     folder = _find(checkpoint)
@@ -188,7 +188,7 @@ def _newest_whole(folder: Path) -> Path | None:
         name, what = next(iter(finished.items()))
         raise InputError(
             f"The checkpoint {name} is damaged: {what}; remove it to start from the "
-            "beginning, or put the file back."
+            "beginning, or restore the file."
         )
     return None
 
@@ -214,7 +214,7 @@ def _damage(folder: Path) -> str | None:
     except OSError as error:
         return f"its file {_COMPLETE} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its file {_COMPLETE} is not what was written"
+        return f"its file {_COMPLETE} is not valid"
     for path, size in files:
         if not path.is_file():
             return f"its file {path.name} is missing"

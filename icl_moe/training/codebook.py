@@ -1,5 +1,5 @@
-"""What a new model's embeddings of input images' codes start from: their tokenizer's code vectors,
-and how often each code occurs in the training images.
+"""The initial embeddings of input images' codes: their tokenizer's code vectors, and how often each
+code occurs in the training images.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,16 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 
 _SAMPLES = 256
-"""How many episodes of each task, at even distances, are counted: tens of thousands of codes."""
+"""The number of evenly spaced episodes per task in which codes are counted: tens of thousands of
+codes.
+"""
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """vectors_KC, frequencies_K: float32, of the K codes of what reads input images. whiten:
-    whether all channels of the vectors count alike. Those of k-means centres do not: they are
-    principal axes, of which the last ones are mostly noise.
+    """vectors_KC, frequencies_K: float32, of the K codes of the tokenizer of input images. whiten:
+    whether to scale all channels of the vectors equally; not for k-means centres, whose channels
+    are principal axes, the last ones mostly noise.
     """
 
     vectors_KC: Tensor
@@ -28,9 +30,9 @@ class Codebook:
 
 
 def read_codebook(shards: ShardSet) -> Codebook:
-    """The codebook of what read a shard folder's input images: the VQ-GAN's, or the k-means centres
-    of its features tokenizer. Frequencies are counted in the input images of 256 episodes of each
-    task; a code that none of them contains counts as if seen once.
+    """The codebook for a shard folder's input images: the VQ-GAN's, or the k-means centres of its
+    features tokenizer. Frequencies are counted in the input images of 256 episodes of each task; a
+    code that none of them contains counts as if seen once.
     """
     folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
     vocabulary = shards.manifest.format.vocabulary

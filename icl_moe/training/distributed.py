@@ -52,8 +52,8 @@ def launched_rank() -> int:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, answered by megatron-core: DeepSpeed uses other
-    names than megatron-core for some of it.
+    """The `mpu` interface that DeepSpeed needs, implemented with megatron-core, which uses other
+    names for some of it.
 
     Tensor ranks are neighbours (tp 2 on four ranks: 0 1 | 2 3), and ranks at the same place in
     them form a data-parallel group (0 2 | 1 3).
@@ -67,7 +67,7 @@ class ModelParallelUnit:
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(tp_size)
         assert parallel_state.get_tensor_model_parallel_world_size() == tp_size, (
-            "one layout of tensor ranks a process"
+            "a process can have only one layout of tensor ranks"
         )
         self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = (
             parallel_state.get_tensor_model_parallel_rank
@@ -136,7 +136,7 @@ def _joined() -> Iterator[Place]:
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(
-            f"The ranks cannot meet at {address} ({error}); is another run there? Give "
+            f"The ranks cannot connect at {address} ({error}); is another run there? Give "
             "--master_port to the launcher."
         ) from error
     try:
@@ -172,8 +172,8 @@ def _end_after_another(error: RuntimeError) -> None:
         f"rank {dist.get_rank()} has lost the connection to another rank and ends "
         f"({str(error).splitlines()[0]})."
     )
-    # The launcher signals all when one has ended, and exits with the code of the first that it
-    # finds: that should be the one that ended by itself.
+    # The launcher signals all ranks when one has ended, and exits with the code of the first one
+    # that it finds, which should be the one that ended by itself.
     deadline = time.monotonic() + _LAUNCHER_NOTICES
     while not stop_requested() and time.monotonic() < deadline:
         time.sleep(0.1)

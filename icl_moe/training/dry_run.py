@@ -100,7 +100,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
         fitted = False
     else:
         fitted = True
-    # Only here has the exception gone, which held the tensors of all frames that it passed.
+    # Only here is the exception freed, which held the tensors of all its frames.
     if not fitted:
         for parameter in engine.model.parameters():
             parameter.grad = None

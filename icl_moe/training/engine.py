@@ -43,8 +43,8 @@ from icl_moe.training.preflight import zero_stage
 
 
 class TrainingEngine:
-    """A freshly initialised decoder on DeepSpeed. codebook: what a recipe with model.codebook_init
-    starts from.
+    """A freshly initialised decoder on DeepSpeed. codebook: the initial embeddings for a recipe
+    with model.codebook_init.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last complete step
     before clipping, None if the step was skipped.
@@ -69,7 +69,7 @@ class TrainingEngine:
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
-        ):  # It prints a line for each process group that it creates, on every rank.
+        ):  # DeepSpeed prints a line for each process group that it creates, on every rank.
             self.deepspeed, *_ = deepspeed.initialize(
                 model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,

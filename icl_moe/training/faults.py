@@ -106,8 +106,8 @@ class Watchdog:
                 report.join(_STORE_PATIENCE)
                 if not reported.is_set():
                     self._say(
-                        f"rank {self._place.rank} stands still {self._where}, and rank 0, which "
-                        "knows of all ranks, does not answer"
+                        f"rank {self._place.rank} hangs {self._where}, and rank 0, which "
+                        "holds the store of all ranks, does not answer"
                     )
                 os._exit(1)
 
@@ -117,7 +117,7 @@ class Watchdog:
             beats = [self._beats_of(rank) for rank in range(self._place.world)]
             slowest = min(range(self._place.world), key=lambda rank: beats[rank][0])
             if self._store.add("hang reported", 1) == 1:
-                self._say(f"rank {slowest} stands still {beats[slowest][1]}")
+                self._say(f"rank {slowest} hangs {beats[slowest][1]}")
             reported.set()
 
     def _beats_of(self, rank: int) -> tuple[int, str]:

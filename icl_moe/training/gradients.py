@@ -1,5 +1,5 @@
-"""How large the gradient of each task is in each part of the model: the figures for the paper's
-comparison of gradients between tasks (its figure 6).
+"""The norm of each task's gradient in each part of the model, for the paper's comparison of
+gradients between tasks (its figure 6).
 """
 
 import csv
@@ -28,7 +28,7 @@ class GradientReport:
     norm: the L2 norm ||G_i|| of the gradient of the part's parameters, averaged over the global
     batch, before clipping.
     normalised: ||G_i|| / ||G|| with G the gradient of all parameters, each expert once: what
-    task-balanced AdamW works with, whatever the optimizer of this run. Their squares add up to 1 in
+    task-balanced AdamW works with, whatever the optimizer of this run. Their squares sum to 1 in
     each step, so tasks can be compared whose losses differ in size.
 
     start: the number of completed steps of the run.

@@ -1,6 +1,4 @@
-"""What an operator sees: one progress line every few steps, and the same figures to DeepSpeed's
-monitors.
-"""
+"""Progress of a run: one line every few steps, and the same figures for DeepSpeed's monitors."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +35,10 @@ class ProgressMonitor:
     Modality losses are means in nats per target over the steps since the last line. tokens/s counts
     real tokens, not padding, over all the time since the last line, evaluation and saving included.
 
-    tasks: of the schedule. peak_flops: what all devices together could do in a second, None where
-    that is not known (then there is no MFU). events: where figures go, on rank 0,
-    with [(name, value, samples seen)]. choices: gives the experts of every stream at present; every
-    rank calls it, at each line. Of two lines in a row the second says how many of the sets of
-    experts have changed.
+    tasks: of the schedule. peak_flops: the peak FLOP/s of all devices together, None if it is
+    unknown (then there is no MFU). events: the receiver of figures, on rank 0, with [(name, value,
+    samples seen)]. choices: returns the present experts of every stream. Every rank calls it at each
+    line, which counts the sets of experts that have changed since the line before.
     """
 
     def __init__(
@@ -90,9 +87,9 @@ class ProgressMonitor:
         self._counts_KS[self._tasks.index(task), 1:] += torch.tensor([tokens, flops])
 
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
-        """Count one optimizer step, the `step`-th (from 1), and print the line where it is due.
+        """Count one optimizer step, the `step`-th (from 1), and print the line if it is due.
 
-        norm: of the gradient; None for a step that was left out, whose losses do not count: they
+        norm: of the gradient; None for a skipped step, whose losses do not count: they
         may not be finite. Its tokens do: computing them took its time.
         """
         self._bar.update(1)
@@ -190,12 +187,12 @@ class ProgressMonitor:
 @contextmanager
 def tolerate_unwritten() -> Iterator[None]:
     """Within this context figures for an operator are written; if they cannot be, that is reported
-    and the run goes on. A full disk must not end a run that may still be able to save later.
+    and the run continues. A full disk must not end a run that may still be able to save later.
     """
     try:
         yield
     except OSError as error:
-        note(f"warning: {error}; the run goes on.")
+        note(f"warning: {error}; the run continues.")
 
 
 def _named(sums_S: Tensor) -> dict[str, float]:
@@ -203,7 +200,7 @@ def _named(sums_S: Tensor) -> dict[str, float]:
 
 
 def _losses(sums: dict[str, float]) -> dict[str, float | None]:
-    """The mean losses that sums over micro-steps make; None where there were no targets."""
+    """The mean losses from sums over micro-steps; None if there were no targets."""
     return {
         "image_loss": sums["image_sum"] / sums["image_weight"] if sums["image_weight"] else None,
         "text_loss": sums["text_sum"] / sums["text_weight"] if sums["text_weight"] else None,

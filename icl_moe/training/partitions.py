@@ -1,5 +1,5 @@
-"""Where on this rank each number of the training state is kept, at ZeRO stages 0 to 3.
-training_state.py says what is written of it.
+"""Where this rank keeps each number of the training state, at ZeRO stages 0 to 3. training_state.py
+writes it.
 """
 
 import re
@@ -30,8 +30,8 @@ from icl_moe.model.tensor_parallel import is_split
 class HeldRange:
     """A range of a parameter whose state this rank holds.
 
-    part, parts: which of how many tensor-parallel parts of the parameter; 0 of 1 where it is whole
-    on every tensor rank.
+    part, parts: which of how many tensor-parallel parts of the parameter; 0 of 1 if it is whole on
+    every tensor rank.
     start, length: the range, in the flattened part.
     master, offset: the float32 tensor that the optimizer knows, often of many parameters, and where
     in it the range begins.
@@ -58,7 +58,7 @@ class HeldRange:
 
 
 def held_ranges(engine: Any) -> Iterator[HeldRange]:
-    """All that this rank holds."""
+    """All ranges that this rank holds."""
     tensor_rank, tensor_ranks = tensor_place(engine)
     first = first_expert(dist.get_rank(), ep_size(engine), engine.module.settings.experts)
     masters = master_weights(engine)
@@ -67,7 +67,7 @@ def held_ranges(engine: Any) -> Iterator[HeldRange]:
         part, parts = (tensor_rank, tensor_ranks) if is_split(name) else (0, 1)
         owners, repeated = engine.seq_data_parallel_group, parts == 1 and tensor_rank > 0
         if is_moe_param(parameter):
-            # DeepSpeed spreads copies of an expert over tensor ranks as over others.
+            # DeepSpeed distributes the copies of an expert over tensor ranks as over other ranks.
             owners, repeated = expert_data_parallel_group(parameter), False
         start, length, master, offset = optimized_range(engine, parameter, masters)
         if length:
@@ -88,8 +88,8 @@ def ranges_to_write(engine: Any) -> list[HeldRange]:
 
 
 def _share(copies: list[HeldRange]) -> Iterator[HeldRange]:
-    """This rank's share of what all its owners hold whole: one of equal cuts through all the
-    parameters laid end to end.
+    """This rank's share of ranges that all their owners hold completely: an equal part of the
+    concatenated parameters.
     """
     owners = copies[0].owners
     rank, ranks = dist.get_rank(owners), dist.get_world_size(owners)
@@ -105,9 +105,8 @@ def _share(copies: list[HeldRange]) -> Iterator[HeldRange]:
 def refresh_gates(engine: Any) -> None:
     """Let gates compute with their current master weights. Every rank calls it.
 
-    DeepSpeed casts every parameter of a bf16 model and keeps what it is a rounding of in
-    partitions, so each rank hands what it holds of the gates to all others: the number of their
-    weights is small.
+    DeepSpeed casts every parameter of a bf16 model and partitions the master weights, so each rank
+    sends its part of the gates' master weights, which are few, to all others.
     """
     if not engine.bfloat16_enabled():
         return
@@ -120,7 +119,7 @@ def refresh_gates(engine: Any) -> None:
         return
     shapes = [whole_shape(parameter) for parameter in gates.values()]
     counts = [shape.numel() for shape in shapes]
-    # What a rank does not hold it leaves at zero, and each number is held once.
+    # A rank leaves numbers that it does not hold at zero, and each number is held once.
     values = torch.zeros(sum(counts), device=engine.device)
     parts = dict(zip(gates, values.split(counts), strict=True))
     for held in ranges_to_write(engine):

@@ -1,5 +1,5 @@
-"""What can be refused before any rank starts: it imports neither torch's engine nor the model, so
-it answers at once.
+"""Checks before any rank starts. This module imports neither the engine nor the model, so that it
+reports errors at once.
 """
 
 import difflib
@@ -30,10 +30,10 @@ _RECIPE_KEYS = (
 )
 
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "tensorboard", "csv_monitor", "wandb")
-"""The parts of an engine file that are read here, or that ds_configs/README.md speaks of."""
+"""The sections of an engine file that are read here or documented in ds_configs/README.md."""
 
 _READERS_A_PROCESSOR = 4
-"""More readers than that only wait for each other."""
+"""The most readers per processor; more would only wait for each other."""
 
 
 def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str, Any]]:
@@ -61,7 +61,9 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
     )
     make_schedule(recipe, shards.manifest)
     for task in shards.manifest.samples:
-        shards.target_counts(task, (), recipe.training.loss_on)  # Whether the index has them.
+        shards.target_counts(
+            task, (), recipe.training.loss_on
+        )  # Raises if the index lacks the counts.
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config
@@ -73,13 +75,13 @@ def _check_output(output: str) -> None:
     except InputError as error:
         raise InputError(f"training.output: {error}") from error
     if folder != Path(output):
-        raise InputError(f"training.output: write {folder} instead of {output}; a shell knows ~.")
+        raise InputError(
+            f"training.output: write {folder} instead of {output}; only a shell expands ~."
+        )
 
 
 def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:
-    """The order in which a run of this recipe takes the samples. Raises InputError where it
-    cannot.
-    """
+    """The order in which a run of this recipe takes the samples. Raises InputError if it cannot."""
     training = recipe.training
     return Schedule(
         manifest.samples,
@@ -121,7 +123,7 @@ def read_engine(name: str) -> dict[str, Any]:
             raise InputError(
                 f"engine: {path} sets '{key}', which follows from the recipe; leave it out."
             )
-        # DeepSpeed passes over a key that it does not know, and reads bf16 under another name too.
+        # DeepSpeed ignores unknown keys, and also reads bf16 under another name.
         meant = difflib.get_close_matches(key.replace("float", "f"), _SECTIONS, n=1, cutoff=0.8)
         if meant and key not in _SECTIONS:
             raise InputError(f"engine: {path} has the key '{key}'; write '{meant[0]}'.")
@@ -131,7 +133,7 @@ def read_engine(name: str) -> dict[str, Any]:
 
 
 def _check_section(where: str, section: Any) -> None:
-    """Refuse what is no section, and values of the keys in it on which the trainer itself acts."""
+    """Refuse a section that is not an object, and wrong values of keys that the trainer uses."""
     if not isinstance(section, dict):
         raise InputError(f"{where} must hold keys and values, not {shown(section)}.")
     if not isinstance(section.get("enabled", False), bool):
@@ -176,18 +178,20 @@ def _check_validation(recipe: TrainingRecipe, training: Manifest, validation: Ma
             raise InputError(
                 f"data.validation: {recipe.data.validation} has {name.replace('_', ' ')} {theirs}, "
                 f"but {recipe.data.shards} has {ours}; "
-                "build both alike."
+                "build both in the same way."
             )
     if validation.examples > training.examples:
         raise InputError(
-            f"data.validation: {recipe.data.validation} has {validation.examples} examples an "
+            f"data.validation: {recipe.data.validation} has {validation.examples} examples per "
             f"episode, more than the {training.examples} "
             f"of {recipe.data.shards}; build it with at most as many."
         )
 
 
 def _check_earlier_run(recipe: TrainingRecipe, manifest: Manifest) -> None:
-    """Codes mean what their tokenizer makes of them: a run cannot go on with those of another."""
+    """The meaning of codes depends on their tokenizer, so a run cannot continue with those of
+    another.
+    """
     path = Path(recipe.training.output) / "model" / "config.json"
     if not path.is_file():
         return
@@ -259,17 +263,19 @@ def _check_readers(recipe: TrainingRecipe) -> None:
 
 
 def _check_engine_values(name: str, config: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed itself refuses. The last check, since to import it takes seconds."""
+    """Refuse what DeepSpeed itself refuses. This is the last check, since importing DeepSpeed takes
+    seconds.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
         DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
-    except Exception as error:  # Of many types: it reads most keys without a check of its own.
+    except Exception as error:  # many types, since it does not check most keys
         raise InputError(f"engine: DeepSpeed refuses {name}: {_in_a_sentence(error)}.") from error
 
 
 def _in_a_sentence(error: Exception) -> str:
-    """What pydantic, or an assertion, says of the first value that is wrong."""
+    """The message of pydantic, or of an assertion, for the first wrong value."""
     listed = getattr(error, "errors", None)
     if listed is None:
         return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")

@@ -65,7 +65,7 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
         raise InputError(
             f"training.output: {output} holds a run on other samples ({'; '.join(named)}); make "
             "them equal, set training.output to a new folder, or training.accept_changes=true to "
-            "go on all the same."
+            "continue anyway."
         )
 
 
@@ -117,9 +117,9 @@ def record_stretch(
 
 
 def how_it_was_trained(output: Path, steps: int) -> dict[str, Any] | None:
-    """What the run in a folder was computed with, up to its `steps`-th step, without the paths of
-    this machine: the last stretch of run.json, for an exported model to keep. None where the folder
-    has no run.json. Raises InputError where it cannot be read.
+    """The record of how the run in a folder was trained up to its `steps`-th step, for an exported
+    model: the last stretch of run.json, without paths of this machine. None if the folder has no
+    run.json. Raises InputError if it cannot be read.
     """
     stretches = [stretch for stretch in _read(output) if stretch["from_step"] < steps]
     if not stretches:
@@ -132,7 +132,7 @@ def how_it_was_trained(output: Path, steps: int) -> dict[str, Any] | None:
 
 
 def _read(output: Path) -> list[dict[str, Any]]:
-    """The stretches of the run in a folder, the last one last; none where it has no run.json."""
+    """The stretches of the run in a folder, in order; an empty list if it has no run.json."""
     path = output / _FILE
     if not path.is_file():
         return []
@@ -140,21 +140,19 @@ def _read(output: Path) -> list[dict[str, Any]]:
         last = json.loads(path.read_text(encoding="utf-8"))
         stretches = [*last.pop("earlier", []), last]
         for stretch in stretches:
-            # A version before this one kept the last stretch alone, without its first step.
+            # An earlier version kept only the last stretch, without its first step.
             stretch.setdefault("from_step", 0)
             stretch["recipe"]["training"], stretch["shards"]["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"training.output: {path} cannot be read ({error}); put it back, or remove it to go on "
-            "without a record of what was trained before."
+            f"training.output: {path} cannot be read ({error}); restore it, or remove it to "
+            "continue without a record of what was trained before."
         ) from error
     return stretches
 
 
 def _git_revision() -> str | None:
-    """The commit that this code is at, with a + where files differ from it; None outside a
-    checkout.
-    """
+    """The commit of this code, with a + if files differ from it; None outside a checkout."""
     command = [
         "git",
         "-C",

@@ -1,5 +1,5 @@
-"""How much arithmetic a batch needs, and how much a device could do: the two parts of model FLOPs
-utilisation (MFU).
+"""The FLOPs of a batch and the peak FLOP/s of a device, which give the model FLOPs utilisation
+(MFU).
 """
 
 import re
@@ -15,7 +15,7 @@ _TERA = 1e12
 
 
 class _Peak(NamedTuple):
-    """Dense matrix products in TFLOP/s; None where the device lacks the format."""
+    """Dense matrix products in TFLOP/s; None if the device lacks the format."""
 
     bf16: float | None
     tf32: float | None
@@ -39,29 +39,29 @@ _PEAKS = {
     "V100-PCIE": _Peak(None, None, 14),
     "V100": _Peak(None, None, 15.7),
 }
-"""By a word in the name of the device, the more specific one first. NVIDIA's data sheets of these
-products; figures that they give with sparsity are halved. H100 without a suffix is the SXM module,
-whose name is "NVIDIA H100 80GB HBM3".
+"""A word in the name of the device -> its peak, the more specific words first. Figures are from
+NVIDIA's data sheets; those with sparsity are halved. H100 without a suffix is the SXM module, whose
+name is "NVIDIA H100 80GB HBM3".
 """
 
 
 def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBatch) -> int:
     """Floating-point operations of the matrix products of a forward and backward pass over a batch.
 
-    With T tokens of which R are no padding, P targets, episodes of L tokens, width M, V ids, k
-    experts a token and two operations a multiplication and addition, a forward pass takes
+    With T tokens, R of them without padding, P targets, episodes of L tokens, width M, V ids, k
+    experts per token and two operations per multiplication and addition, a forward pass takes
 
-        attention, a layer               8 T M^2 + sum over episodes of 2 L (L + 1) M
-        dense feed-forward, a layer     16 T M^2
-        experts, a layer                16 k R M^2, or 16 R M^2 with merged weights
-        gates of tokens, a layer         2 T M E
+        attention, per layer             8 T M^2 + sum over episodes of 2 L (L + 1) M
+        dense feed-forward, per layer   16 T M^2
+        experts, per layer              16 k R M^2, or 16 R M^2 with merged weights
+        token gates, per layer           2 T M E
         link                             2 C M^2, C the distinct codes in the links
         logits                           2 P M V
 
     and a backward pass twice as much. Attention counts a token's own past and itself; logits are
-    made at targets only. This counts what the model needs, as Chowdhery et al.
-    2022 (PaLM, appendix B) define MFU, and neither what activation checkpointing computes again nor
-    padded buffers of experts, nor gates of attributes, whose cost is negligible.
+    made at targets only. This counts only what the model needs, as Chowdhery et al. 2022 (PaLM,
+    appendix B) define MFU: neither recomputation by activation checkpointing, nor padded buffers of
+    experts, nor attribute gates, whose cost is negligible.
     """
     tokens, width = len(batch.tokens_T), settings.width
     attention = 8 * tokens * width**2 + sum(
@@ -80,14 +80,14 @@ def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBa
 
 
 def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:
-    """Of the forward pass of one sparse layer."""
+    """FLOPs of the forward pass of one sparse layer."""
     tokens, real, width = len(batch.tokens_T), real_tokens(batch), settings.width
     experts = 1 if settings.combination == "weights" else settings.experts_per_token
     if routes_streams(settings):
         return 16 * experts * real * width**2
     return (
         16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts
-    )  # Stock layers do not leave out padding.
+    )  # Stock layers do not skip padding.
 
 
 def real_tokens(batch: TokenBatch) -> int:
@@ -96,8 +96,8 @@ def real_tokens(batch: TokenBatch) -> int:
 
 
 def peak_flops(device: torch.device, engine_config: dict[str, Any]) -> float | None:
-    """What `device` could do in a second, in the precision that the run trains in; None where that
-    is not known, as on a CPU.
+    """The peak FLOP/s of `device` in the precision of the training; None if it is unknown, as on a
+    CPU.
     """
     if device.type != "cuda":
         return None

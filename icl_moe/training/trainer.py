@@ -70,10 +70,10 @@ class Trainer:
 
     def fit(self) -> TrainerState:
         """Train until training.steps, or stop_after, resuming from the newest checkpoint in
-        training.output where there is one. Returns the state at the end.
+        training.output if there is one. Returns the state at the end.
 
         A request to stop (SIGTERM, SIGINT) ends it after the current step, with a checkpoint.
-        Raises UnsavedError where the run ends with steps that are in no checkpoint.
+        Raises UnsavedError if the run ends with steps that are in no checkpoint.
         """
         unsaved = None
         with process_group() as place:
@@ -100,7 +100,7 @@ class Trainer:
             elif place.is_main:
                 note(
                     f"{training.output} is already at step {self.state.step} of {stop}; set "
-                    "training.steps higher to go on"
+                    "training.steps higher to continue"
                 )
         return self.state
 
@@ -145,7 +145,7 @@ def _repeatable(wanted: bool) -> Iterator[None]:
     if wanted:
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS repeats itself only with a workspace of fixed size.
+        )  # cuBLAS is repeatable only with a workspace of fixed size.
         torch.use_deterministic_algorithms(True)
         # Otherwise it would fill DeepSpeed's buckets, which are gigabytes, in every step.
         memory.fill_uninitialized_memory = False
@@ -185,7 +185,7 @@ class _Run:
             if agreed_to_stop(self.place):
                 self._note(
                     f"stopped by a signal before step {self.state.step + 1}; the same command "
-                    "goes on"
+                    "resumes it"
                 )
                 return
             self._steps(stop, batches, watchdog, validation)
@@ -211,7 +211,7 @@ class _Run:
                     raise UnsavedError(self._lost(saved, completed))
             if stopping:
                 self._note(
-                    f"stopped by a signal after step {completed}; the same command goes on "
+                    f"stopped by a signal after step {completed}; the same command resumes "
                     "from there"
                 )
                 break
@@ -219,8 +219,8 @@ class _Run:
                 validation.run(completed)
 
     def _record(self) -> None:
-        """Record what this stretch of the run is computed with, and tell what an operator should
-        know.
+        """Record what this stretch of the run is computed with, and print notes for the
+        operator.
         """
         optimizer, training = self.recipe.optimizer, self.recipe.training
         if self.place.is_main:
@@ -355,25 +355,25 @@ class _Run:
             )
 
     def _lost(self, saved: int, completed: int) -> str:
-        """What is lost where a run ends after `completed` steps, and the newest checkpoint is that
-        of `saved`.
+        """A message about what is lost if a run ends after `completed` steps and the newest
+        checkpoint is that of step `saved`.
         """
         lost = f"what it computed after step {saved}" if saved else "all that it computed"
         return (
             f"training.output: the run ended after step {completed}, of which no checkpoint could "
             f"be saved, for the reason above, so {lost} is lost; once "
             f"{self.recipe.training.output} can be written, the same command "
-            f"{'goes on from there' if saved else 'starts from the beginning'}."
+            f"{'resumes from there' if saved else 'starts from the beginning'}."
         )
 
     def _skip(self, step: int, what: str) -> None:
         skipped, limit = self.state.skipped, self.recipe.training.skipped_steps
         self._note(
-            f"step {step + 1} is left out, its {what} not finite ({skipped} of at most {limit})"
+            f"step {step + 1} is skipped, its {what} not finite ({skipped} of at most {limit})"
         )
         if skipped > limit:
             raise InputError(
-                f"training.skipped_steps: {skipped} step(s) were left out, the last of them step "
+                f"training.skipped_steps: {skipped} step(s) were skipped, the last of them step "
                 f"{step + 1}, because their loss or gradient was not finite; "
                 "look at the samples named above, or lower optimizer.learning_rate."
             )

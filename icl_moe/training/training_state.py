@@ -1,11 +1,11 @@
 """The training state in files that do not depend on the layout that wrote them: DeepSpeed has no
 such form for models with experts.
 
-The state is every parameter's float32 master weight and what the optimizer keeps of it (moments,
-and counts of steps), under the name that the parameter has in an exported model, where an expert
-has its global id. Everything else is a function of the step.
+The state is every parameter's float32 master weight and the optimizer's state of it (moments, and
+counts of steps), under the name that the parameter has in an exported model, where an expert has
+its global id. Everything else is a function of the step.
 
-    index.json                     steps, and how many of them were left out; optimizer, precision;
+    index.json                     steps, and how many of them were skipped; optimizer, precision;
     of each parameter its shape, its counts, and which rank wrote which range
     weight-RRRRR.safetensors       the ranges of master weights that rank R wrote, flattened, by
     parameter
@@ -19,8 +19,8 @@ reads the ranges that its own partitions hold. Only if the number of tensor rank
 assemble whole parameters, one at a time. The weights that a bf16 model computes with are not
 stored, because they are the master weights, rounded except for those of gates.
 
-This is separate from checkpoint.py, which knows folders and which of them are complete;
-partitions.py knows where DeepSpeed keeps each number.
+checkpoint.py manages the folders of checkpoints and decides which are complete; partitions.py finds
+where DeepSpeed keeps each number.
 """
 
 import json
@@ -54,7 +54,7 @@ from icl_moe.training.partitions import (
     tensor_place,
 )
 
-_SCHEMA = 2  # 1 held the moments of MT-AdamW, not means and weights.
+_SCHEMA = 2  # Version 1 held the moments of MT-AdamW instead of means and weights.
 _INDEX = "index.json"
 _WEIGHT = "weight"
 
@@ -120,8 +120,8 @@ def size(engine: Any) -> int:
 
 @torch.no_grad()
 def restore(engine: Any, folder: Path) -> int:
-    """Give a fresh engine, of any layout, the state in `folder`; returns its number of steps. Every
-    rank calls it.
+    """Load the state in `folder` into a new engine of any layout; returns its number of steps.
+    Every rank calls it.
 
     Raises InputError for the state of another model or optimizer, and for files that cannot be
     read.
@@ -191,9 +191,7 @@ class _Stored:
         self._parameters: dict[str, dict[str, Any]] = self.index["parameters"]
 
     def difference(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
-        """Where the stored parameters are not those of `shapes`, by the first that differs; None
-        where they are.
-        """
+        """The first difference between the stored parameters and `shapes`; None if they agree."""
         there = {name: tuple(entry["shape"]) for name, entry in self._parameters.items()}
         for name in sorted(there.keys() | shapes.keys()):
             if there.get(name) != shapes.get(name):
@@ -220,9 +218,7 @@ class _Stored:
         return found[0]
 
     def flat(self, held: HeldRange, kind: str) -> Tensor:
-        """The numbers of a range (length,), whatever the ranges and parts that they were written
-        in.
-        """
+        """The numbers of a range (length,), for any ranges and parts in which they were written."""
         if self._parameters[held.name]["parts"] == held.parts:
             return self._flat(held.name, kind, held.part, held.start, held.length)
         part = split(held.name, self.whole(held.name, kind), held.part, held.parts)
@@ -264,8 +260,8 @@ def _check_fits(stored: _Stored, engine: Any, folder: Path) -> None:
     difference = stored.difference(_shapes(engine.module.config))
     if difference:
         raise InputError(
-            f"The checkpoint {folder} is of another model than the recipe's ({difference}); "
-            "set training.output to a new folder, or make the recipe equal."
+            f"The checkpoint {folder} has another model than the recipe ({difference}); "
+            "set training.output to a new folder, or correct the recipe."
         )
     theirs, ours = stored.index["optimizer"], type(engine.basic_optimizer).__name__
     if theirs != ours:
@@ -333,7 +329,7 @@ def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(engine: Any, ranges: list[HeldRange]) -> dict[str, dict[str, Tensor]]:
-    """What this rank writes: by kind, the ranges by parameter."""
+    """Kind -> parameter -> the ranges that this rank writes."""
     tensors: dict[str, dict[str, Tensor]] = {_WEIGHT: {r.name: r.of(r.master) for r in ranges}}
     for r in ranges:
         for kind in _states(engine, r.master)[0]:
@@ -344,8 +340,8 @@ def _tensors(engine: Any, ranges: list[HeldRange]) -> dict[str, dict[str, Tensor
 
 
 def _states(engine: Any, master: Tensor) -> tuple[list[str], dict[str, float]]:
-    """What the optimizer keeps of a master tensor: the kinds of states that have its shape, and
-    counts by kind.
+    """The optimizer's state of a master tensor: the kinds of states that have its shape, and counts
+    by kind.
     """
     state = engine.basic_optimizer.state.get(master, {})
     kinds = [
@@ -369,9 +365,9 @@ def _fill(tensor: Tensor, ranges: list[HeldRange], kind: str, stored: _Stored) -
 def _count(
     optimizer: torch.optim.Optimizer, kind: str, count: float, device: torch.device
 ) -> Tensor:
-    """A number that an optimizer keeps of a whole tensor: sums of weights in float64; steps as
-    torch's own optimizers keep them, in float32 and on the host, but for those that run wholly on
-    the device.
+    """A number that an optimizer keeps of a whole tensor: sums of weights in float64; steps, as in
+    torch's optimizers, in float32 and on the host, except for those that run entirely on the
+    device.
     """
     if kind != "step":
         return torch.tensor(count, dtype=torch.float64)

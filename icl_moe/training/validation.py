@@ -1,4 +1,4 @@
-"""Evaluation during training: the same episodes every so many steps, with no effect on the run."""
+"""Evaluation during training, on the same episodes at regular steps, without effect on the run."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ class Validation:
             self._report(step, figures)
 
     def _loss(self, task: str, step: int) -> Figures:
-        """Mean cross-entropy over the targets, in nats, as training has it."""
+        """Mean cross-entropy over the targets, in nats, as in training."""
         count = min(self.shards.count(task), self.recipe.training.evaluate_episodes)
         size = self.recipe.training.micro_batch
         total = weight = 0.0
@@ -82,8 +82,8 @@ class Validation:
         self._model.tokenizers.to("cpu")  # Training gets the memory of the device back.
 
     def _complete(self, step: int, figures: dict[str, Figures]) -> None:
-        """Complete every query freely after all its examples; add the scores, and write what was
-        written and drawn.
+        """Complete every query freely after all its examples; add the scores, and write texts and
+        pictures.
         """
         folder = Path(self.recipe.training.output) / "samples" / f"step-{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -184,7 +184,7 @@ def _as_it_was(engine: TrainingEngine) -> Iterator[None]:
 def _scores(
     episodes: EpisodeSet, condition: Condition, log: PredictionLog, model: InContextModel
 ) -> Figures:
-    """Of all predictions under a condition; docs/evaluation.md says what they are."""
+    """The scores of all predictions under a condition, described in docs/evaluation.md."""
     truths = [episodes[index] for index in range(len(episodes))]
     said = [log[condition, truth.key].said for truth in truths]
     # METEOR's Java program would need 2 GB and half a minute.

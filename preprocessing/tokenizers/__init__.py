@@ -1,1 +1,1 @@
-"""Image tokenizers: training and measuring them, offline."""
+"""Offline training and evaluation of image tokenizers."""

@@ -1,4 +1,4 @@
-"""Making a features tokenizer from a folder of images: statistics of the channels, PCA, k-means."""
+"""Makes a features tokenizer from a folder of images: statistics of the channels, PCA, k-means."""
 
 import json
 from collections.abc import Iterator
@@ -29,7 +29,9 @@ from preprocessing.tokenizers.samples import image_files
 REPORT_FILE = "report.json"
 
 CELLS = 200_000
-"""Cells that statistics, PCA and k-means see at most; of more, each image gives an equal share."""
+"""The most cells for statistics, PCA and k-means; if there are more, each image provides an equal
+share.
+"""
 
 _BATCH = 16
 _ROUNDS = 30
@@ -38,13 +40,13 @@ _ROUNDS = 30
 def make_features_tokenizer(
     images: Path, config: FeaturesConfig, seed: int, out: Path, annotations: Path | None = None
 ) -> dict[str, Any]:
-    """Write a tokenizer of the pictures in `images` into `out`; returns its report, which is also
-    written there.
+    """Make a tokenizer from the pictures in `images` and write it into `out`. Returns its report,
+    which is also written there.
 
-    config.channels is not read but found out. annotations: the pictures' COCO instances file, with
-    which the report says how the training-free matcher does among them with features and with
-    codes. Equal input, seed and machine give equal tables. Raises InputError for a folder without
-    pictures, a backbone that is missing, and fewer cells than codes or dimensions ask for.
+    config.channels is determined here. annotations: the pictures' COCO instances file, with which
+    the report includes the scores of the training-free matcher with features and with codes. Equal
+    input, seed and machine give equal tables. Raises InputError for a folder without pictures, a
+    missing backbone, and fewer cells or channels than codes or dimensions require.
     """
     tokenizer = fit_features_tokenizer(images, config, seed)
     tokenizer.save_pretrained(out)
@@ -64,13 +66,13 @@ def fit_features_tokenizer(images: Path, config: FeaturesConfig, seed: int) -> F
     cells_MC = sample.cells_MC
     if len(cells_MC) < config.codebook_size:
         raise InputError(
-            f"{images} has {len(cells_MC)} cells, fewer than {config.codebook_size} codes; give "
-            "more images or fewer codes."
+            f"{images} has {len(cells_MC)} cells, fewer than {config.codebook_size} codes; provide "
+            "more images or choose fewer codes."
         )
     if cells_MC.shape[1] < config.dimensions:
         raise InputError(
             f"The backbone's maps of these strides have {cells_MC.shape[1]} channels, fewer than "
-            f"{config.dimensions} dimensions; give fewer."
+            f"{config.dimensions} dimensions; choose fewer dimensions."
         )
     tokenizer = FeaturesTokenizer(replace(config, channels=sample.channels), backbone)
     tokenizer.mean_C.copy_(cells_MC.mean(dim=0))
@@ -88,16 +90,15 @@ def fit_features_tokenizer(images: Path, config: FeaturesConfig, seed: int) -> F
 
 
 def _mean_colours(codes_M: Tensor, sample: "_Sample", config: FeaturesConfig) -> Tensor:
-    """The mean colour (K, 3) of the sampled cells of each code, grey where there are none."""
+    """The mean colour (K, 3) of the sampled cells of each code; grey without cells."""
     count_K = torch.bincount(codes_M, minlength=config.codebook_size)
     sums_K3 = torch.zeros(config.codebook_size, 3).index_add_(0, codes_M, sample.colours_M3)
     return sums_K3 / count_K.clamp_min(1)[:, None]
 
 
 def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
-    """How the codes are used on a folder of pictures: how many pictures and cells there are, the
-    share of the codes that occur, their perplexity, and the mean cosine of cells and their
-    centroids.
+    """The use of the codes on a folder of pictures: the numbers of pictures and cells, the share of
+    codes that occur, their perplexity, and the mean cosine similarity of cells and their centroids.
     """
     use_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     cosine, files = 0.0, image_files(images)
@@ -116,15 +117,15 @@ def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
 
 
 def picture_batches(files: list[Path], size: int, what: str) -> Iterator[Tensor]:
-    """The pictures, each whole and stretched to a square, as batches of pixels_B3HW, in order."""
+    """The pictures in order, each stretched to a square, as batches of pixels_B3HW."""
     for start in tqdm(range(0, len(files), _BATCH), desc=what, unit="batch", disable=None):
         chosen = files[start : start + _BATCH]
         yield torch.stack([to_square_pixels(load_image(file), size) for file in chosen])
 
 
 def principal_axes(points_MC: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
-    """The mean_C of points and their first principal axes (C, D), of length 1, the greatest
-    variance first. Signs are such that each axis's largest component is positive.
+    """The mean_C of points and their first principal axes (C, D), of length 1, ordered by
+    decreasing variance. The largest component of each axis is positive.
     """
     mean_C = points_MC.mean(dim=0)
     centred_MC = points_MC - mean_C
@@ -135,8 +136,8 @@ def principal_axes(points_MC: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
 
 
 def k_means(points_MD: Tensor, clusters: int, seed: int) -> Tensor:
-    """Centroids (K, D) after 30 rounds of Lloyd's algorithm, from K of the points drawn by
-    `seed`; a cluster that has lost its points starts anew at another point.
+    """Centroids (K, D) after 30 rounds of Lloyd's algorithm, from K of the points drawn with
+    `seed`; an empty cluster restarts at another point.
     """
     generator = torch.Generator().manual_seed(seed)
     centroids_KD = points_MD[torch.randperm(len(points_MD), generator=generator)[:clusters]].clone()
@@ -153,7 +154,7 @@ def k_means(points_MD: Tensor, clusters: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sample:
-    """cells_MC: joined raw maps of some cells. colours_M3: their mean colours in [-1, 1].
+    """cells_MC: concatenated raw maps of some cells. colours_M3: their mean colours in [-1, 1].
     channels: of each stride.
     """
 

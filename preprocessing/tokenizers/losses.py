@@ -1,6 +1,4 @@
-"""The two optional losses of a VQ-GAN's training: likeness in a network's features, and a judge of
-patches that learns along.
-"""
+"""The two optional losses of VQ-GAN training: a perceptual loss and a patch discriminator."""
 
 import zipfile
 from pathlib import Path
@@ -19,13 +17,13 @@ _COMPARED = ("conv1", "fire3", "fire5", "fire7", "fire9")
 
 
 class PerceptualLoss(nn.Module):
-    """How far two pictures lie apart in SqueezeNet 1.0's features (Zhang et al., 2018, without
-    learned weights).
+    """The distance of two pictures in SqueezeNet 1.0's features (LPIPS without learned weights,
+    Zhang et al., 2018).
 
-    At five depths the features are brought to unit length over the channels; the loss is the mean
-    over pixels and pictures of their squared distance, summed over the depths. `weights`: an .npz
-    of arrays NAME.w and NAME.b for conv1 and fire2..fire9's _s, _e1 and _e3, in Caffe's conventions
-    (BGR, 0..255, mean taken off). Raises InputError for any other file.
+    At five depths the features are normalised to unit length over the channels; the loss is the
+    mean of their squared distance over pixels and pictures, summed over the depths. `weights`: an
+    .npz of arrays NAME.w and NAME.b for conv1 and fire2..fire9's _s, _e1 and _e3, in Caffe's
+    conventions (BGR, 0..255, mean subtracted). Raises InputError for any other file.
     """
 
     _mean: Tensor
@@ -89,8 +87,8 @@ class PerceptualLoss(nn.Module):
 
 
 class Adversary:
-    """A PatchGAN discriminator (Isola et al., 2017) with its optimizer, trained by the hinge loss
-    beside the tokenizer.
+    """A PatchGAN discriminator (Isola et al., 2017) and its optimizer, trained with the hinge loss
+    alongside the tokenizer.
     """
 
     def __init__(self, accelerator: Accelerator, learning_rate: float) -> None:
@@ -104,8 +102,8 @@ class Adversary:
     def fooling_loss(
         self, drawn_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor
     ) -> Tensor:
-        """-mean(D(drawn)), times |d reconstruction / d last layer| / |d this / d last layer| (Esser
-        et al., 2021, eq. 7).
+        """-mean(D(drawn)), weighted by |d reconstruction / d last layer| / |d this / d last layer|
+        (Esser et al., 2021, eq. 7).
         """
         self._judge.requires_grad_(False)
         loss = -self._judge(drawn_B3HW).float().mean()
@@ -117,12 +115,12 @@ class Adversary:
         return weight.clamp(0.0, 1e4) * loss
 
     def train_step(self, drawn_B3HW: Tensor, given_B3HW: Tensor, learning_rate: float) -> Tensor:
-        """One step of the discriminator; returns its hinge loss, which is 1 where it cannot
-        tell.
+        """One step of the discriminator. Returns its hinge loss, which is 1 if it cannot tell the
+        two apart.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        # One call for both: on several devices a second call before the backward pass is not
+        # One call for both inputs: on several devices a second call before the backward pass is not
         # allowed.
         drawn_logits, given_logits = (
             self._wrapped(torch.cat([drawn_B3HW.detach().float(), given_B3HW])).float().chunk(2)
@@ -142,8 +140,8 @@ class Adversary:
 
 
 class _PatchDiscriminator(nn.Module):
-    """logits_B1hw, one for each patch of 70 x 70 pixels: high where it looks given, low where it
-    looks drawn.
+    """logits_B1hw, one for each patch of 70 x 70 pixels: high for given pictures, low for
+    reconstructions.
     """
 
     def __init__(self, channels: int = 64) -> None:

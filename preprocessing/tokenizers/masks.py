@@ -1,5 +1,5 @@
-"""Learning a mask tokenizer from the masks of a shard folder or of a COCO instances file, and what
-it is worth.
+"""Learns a mask tokenizer from the masks of a shard folder or of a COCO instances file, and
+measures it.
 """
 
 import math
@@ -22,17 +22,20 @@ from preprocessing.coco import class_masks, load_instances
 
 _ITERATIONS = 30
 _HELD_OUT = 10
-"""Every tenth mask is measured, and the others are learned from."""
+"""Every tenth mask is held out for measuring; the others are for learning."""
 
 _IMAGES = 2000
 _LEAST_AREA = 0.01
-"""Of its image: smaller masks of an instances file are left out."""
+"""The least area of a mask as a share of its image; smaller masks of an instances file are left
+out.
+"""
 
 
 @dataclass(frozen=True)
 class MaskReport:
-    """On masks that were not learned from. ceiling: mIoU of masks that were encoded and decoded.
-    entropy: -sum p ln p of the codes, in nats a cell, the loss of a model that looks at nothing.
+    """Measures on the held-out masks. ceiling: mIoU of masks that were encoded and decoded.
+    entropy: -sum p ln p of the codes in nats per cell, which is the loss of a model without any
+    input.
     """
 
     masks: int
@@ -43,12 +46,12 @@ class MaskReport:
 def learn_mask_tokenizer(
     location: str | Path, codes: int, image_size: int = 256, cell: int = 16
 ) -> tuple[PatchTokenizer, MaskReport]:
-    """A tokenizer of `codes` patches.
+    """Learn a tokenizer with `codes` patches.
 
-    location: a shard folder, whose queries' masks are learned from, and whose cells are as large as
-    the patches; or a COCO instances file (.json), whose class masks are stretched to squares of
-    image_size pixels, for patches of cell x cell pixels. Raises InputError where there is no mask,
-    or too few different cells.
+    location: a shard folder, which provides the masks of its queries and the size of the cells; or
+    a COCO instances file (.json), whose class masks are stretched to squares of image_size pixels
+    and cut into cells of cell x cell pixels. Raises InputError if there are no masks, or too few
+    different cells.
     """
     if codes < 2:
         raise InputError(f"A mask tokenizer must have at least 2 codes, not {codes}.")
@@ -66,7 +69,7 @@ def learn_mask_tokenizer(
         else:
             held_out.append((category, mask_HW))
     if not held_out:
-        raise InputError(f"{location} has no mask that could be learned from.")
+        raise InputError(f"{location} has no masks to learn from.")
     tokenizer = learn_patches(np.stack(learned or [mask for _, mask in held_out]), cell, codes)
     return tokenizer, _report(tokenizer, held_out)
 
@@ -75,15 +78,15 @@ def _masks_of_shards(shards: ShardSet) -> Iterator[tuple[str, np.ndarray]]:
     """Class and mask (H, W) of each query."""
     name = SEGMENTATION.name
     if not shards.count(name):
-        raise InputError(f"{shards.location} holds no {name}, whose masks could be learned from.")
+        raise InputError(f"{shards.location} holds no {name}, so it has no masks to learn from.")
     for index in tqdm(range(shards.count(name)), desc="reading masks", unit="episode"):
         sample = shards.sample(name, index)
         yield sample.category, decode_rle(sample.meta["masks"][-1]).astype(bool)
 
 
 def _masks_of_annotations(file: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Class and mask (size, size) of each class of each image; of some 2,000 images, at even
-    distances, where there are more.
+    """Class and mask (size, size) of each class of each image; of about 2,000 evenly spaced images
+    if there are more.
     """
     coco = load_instances(file)
     images = list(coco.imgs)[:: max(1, len(coco.imgs) // _IMAGES)]
@@ -95,9 +98,9 @@ def _masks_of_annotations(file: Path, size: int) -> Iterator[tuple[str, np.ndarr
 
 
 def learn_patches(masks_BHW: np.ndarray, side: int, codes: int, seed: int = 0) -> PatchTokenizer:
-    """The patches that draw masks with the least squared error: k-means over the cells of
-    `masks_BHW`, but for the first two, which are plain black and white; the others begin at random
-    cells.
+    """Patches that represent masks with the least squared error: k-means over the cells of
+    `masks_BHW`, starting from random cells, except that the first two patches are plain black and
+    white.
     """
     cells_NP = mask_cells(np.asarray(masks_BHW, dtype=np.float32), side).reshape(-1, side * side)
     distinct_UP, counts_U = np.unique(cells_NP, axis=0, return_counts=True)
@@ -105,7 +108,7 @@ def learn_patches(masks_BHW: np.ndarray, side: int, codes: int, seed: int = 0) -
     if len(mixed_UP) < codes - 2:
         raise InputError(
             f"These masks have {len(mixed_UP) + 2} different cells of {side} x {side} pixels, "
-            f"fewer than {codes} codes; give more masks, or ask for fewer codes."
+            f"fewer than {codes} codes; provide more masks or choose fewer codes."
         )
     chosen = np.random.default_rng(seed).choice(len(mixed_UP), codes - 2, replace=False)
     plain = np.stack([np.zeros(side * side), np.ones(side * side)]).astype(np.float32)

@@ -1,5 +1,5 @@
-"""How well the training-free matcher does with a features tokenizer, on a folder of annotated
-pictures: what of the features' worth its codes retain.
+"""Measures the training-free matcher with a features tokenizer on a folder of annotated pictures:
+how much of the features' information the codes retain.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,18 @@ Reading = Literal["features", "codes"]
 """What the matcher compares: the features themselves, or the centroids of their codes."""
 
 LEAST_AREA = 0.01
-"""Of the picture: smaller class masks are neither queries nor examples."""
+"""The least area of a class mask as a share of its picture; smaller masks are neither queries nor
+examples.
+"""
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """A folder of annotated pictures as a tokenizer reads them, I pictures with R class masks.
+    """A folder of annotated pictures after encoding: I pictures with R class masks.
 
-    features_IND: of their cells. codes_IN. masks_RHW: boolean, at the tokenizer's image size, each
-    of at least 1% of its picture. image_R, category_R: the picture's number and the category's id.
+    features_IND, codes_IN: of the N cells of each picture. masks_RHW: boolean, at the tokenizer's
+    image size, each of at least 1% of its picture. image_R, category_R: each mask's picture number
+    and category id.
     """
 
     features_IND: Tensor
@@ -46,8 +49,8 @@ class Photographs:
 def read_photographs(tokenizer: FeaturesTokenizer, images: Path, annotations: Path) -> Photographs:
     """Encode the pictures of a folder whose COCO instances file is `annotations`.
 
-    Each is stretched to the tokenizer's square. Memory grows by 64 KB a picture and a mask, at 256
-    pixels. Raises InputError where no picture has a mask of 1% of its area.
+    Each is stretched to the tokenizer's square. At 256 pixels, each picture and each mask takes 64
+    KB of memory. Raises InputError if no picture has a mask of 1% of its area.
     """
     truth, size = ClassMasks(annotations), tokenizer.config.image_size
     features, codes, masks, image, category = [], [], [], [], []
@@ -86,14 +89,14 @@ def evaluate_matcher(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The matcher's mean IoU over the queries' class masks, as plain values; `shots` examples of
-    the class are drawn from other photographs.
+    the class come from other photographs.
 
-    The threshold is fitted on the examples' side: each of its masks in turn is a query there, with
-    examples from its other photographs. For comparison: `best_threshold` is read off the queries
-    themselves and so a little optimistic; `copy` is the example's mask, `whole` everything,
-    `objects` every mask of the queries' photograph as an oracle would mark it. `flips`: of all
-    ordered pairs of classes of one photograph, how often the object that the examples show has the
-    higher mean score, with the examples of either class.
+    The threshold is fitted on the examples alone: each of their masks in turn is a query, with
+    examples from the other photographs. For comparison: `best_threshold` is fitted on the queries
+    themselves and so a little optimistic; `copy` answers with the example's mask, `whole` with the
+    whole picture, `objects` with all masks of the query's photograph (an oracle). `flips`: among
+    ordered pairs of classes in one photograph, how often the object that the examples show has the
+    higher mean score, with examples of either class.
     """
     names = {"masks": len(queries), "classes": len(np.unique(queries.category_R))}
     report: dict[str, Any] = {**names, **_plain_answers(queries, examples, seed)}
@@ -121,7 +124,7 @@ def draw_examples(
     queries: Photographs, examples: Photographs, count: int, seed: int
 ) -> list[np.ndarray]:
     """For each of the queries' masks, the numbers of up to `count` masks of its class among the
-    examples, of other photographs; none where there are none.
+    examples, of other photographs, possibly none.
     """
     rng = np.random.default_rng(seed)
     of_class = {
@@ -149,8 +152,8 @@ def fit_threshold(
     has_examples = np.array([len(numbers) > 0 for numbers in drawn])
     if not has_examples.any():
         raise InputError(
-            "No class is seen in two of the examples' photographs, so no threshold can be fitted; "
-            "give more of them."
+            "No class appears in two of the examples' photographs, so no threshold can be fitted; "
+            "provide more of them."
         )
     return float(THRESHOLDS[curve_RT[has_examples].mean(axis=0).argmax()])
 
@@ -216,7 +219,7 @@ def _choices(scores_RN: Tensor, queries: Photographs) -> dict[str, float]:
 
 
 def _plain_answers(queries: Photographs, examples: Photographs, seed: int) -> dict[str, float]:
-    """Mean IoU of answers that look at no features; see `evaluate_matcher`."""
+    """Mean IoU of answers that ignore the features; see `evaluate_matcher`."""
     (copied, whole, objects) = ([], [], [])
     for number, numbers in enumerate(draw_examples(queries, examples, 1, seed)):
         mask_HW = queries.masks_RHW[number]

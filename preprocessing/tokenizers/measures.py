@@ -1,4 +1,4 @@
-"""Measuring an image tokenizer: fidelity, use of its codes, and how well masks survive it."""
+"""Measures an image tokenizer: fidelity, use of its codes, and the mask ceiling."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -36,19 +36,18 @@ def evaluate_tokenizer(
     plain values.
 
     Each picture's short side is resized to the tokenizer's image size and its middle square is
-    taken. Reported are the means over pictures of PSNR and SSIM, and the share and perplexity of
-    the codes over the whole set. With `annotations`, a COCO
-    instances file, also the mask ceiling: each class mask of a picture is drawn white on black,
-    encoded, decoded and thresholded; mask_miou is the mean over classes of (sum of a class's
-    intersections with the masks put in) / (sum of its unions), mask_iou the mean over masks of
-    intersection / union, mask_mae the mean share of wrong pixels. By size: mask_iou for COCO's
-    small, medium and large, bounded by 32^2 and 96^2 pixels of the whole mask in the picture as it
-    is in its file.
+    taken. The result holds the means over pictures of PSNR and SSIM, and the share and perplexity
+    of the codes over the whole set. With `annotations`, a COCO instances file, also the mask
+    ceiling: each class mask of a picture is drawn white on black, encoded, decoded and thresholded;
+    mask_miou is the mean over classes of (sum of a class's intersections with the original masks) /
+    (sum of its unions), mask_iou the mean over masks of intersection / union, mask_mae the mean
+    share of wrong pixels. By size: mask_iou for COCO's small, medium and large masks, separated at
+    32^2 and 96^2 pixels of the whole mask in the original picture.
 
-    device: by default a GPU where there is one. dtype: float32, or bfloat16 for what
-    `VQGAN.from_pretrained(precision="bf16")` computes in it. Memory does not grow with the number
-    of pictures. Raises InputError for a device or dtype that there is not, a folder without
-    pictures, an unreadable picture, annotations that are not COCO's, and a picture whose size
+    device: by default a GPU if there is one. dtype: float32, or bfloat16, which then computes as
+    `VQGAN.from_pretrained(precision="bf16")` does. Memory does not grow with the number of
+    pictures. Raises InputError for an unknown device or dtype, a folder without pictures, an
+    unreadable picture, annotations that are not in COCO's format, and a picture whose size
     disagrees with its record.
     """
     precision: Precision = "bf16" if find_dtype(dtype) is torch.bfloat16 else "fp32"
@@ -68,7 +67,9 @@ def evaluate_tokenizer(
 
 
 class _Measures:
-    """Gathers pictures and masks into batches and sums up what `evaluate_tokenizer` reports."""
+    """Collects pictures and masks into batches and accumulates the measures of
+    `evaluate_tokenizer`.
+    """
 
     def __init__(self, tokenizer: VQGAN, batch_size: int) -> None:
         self._tokenizer, self._batch_size = tokenizer, batch_size
@@ -81,7 +82,7 @@ class _Measures:
         self._wrong: list[float] = []
         self._by_class: defaultdict[int, np.ndarray] = defaultdict(
             lambda: np.zeros(2)
-        )  # pixels of intersection and of union
+        )  # pixels of the intersection and of the union
 
     def add_picture(self, pixels_3HW: Tensor) -> None:
         self._pictures.append(pixels_3HW)
@@ -89,7 +90,7 @@ class _Measures:
             self._measure_pictures()
 
     def add_mask(self, mask_HW: np.ndarray, category: int, area: int) -> None:
-        """`area`: of the whole mask in the original picture. A mask that the crop left empty does
+        """area: of the whole mask in the original picture. A mask that the crop leaves empty does
         not count.
         """
         if mask_HW.any():
@@ -141,7 +142,7 @@ class _Measures:
         assert isinstance(ssim_B, Tensor)
         self._ssim += ssim_B.reshape(
             -1
-        ).tolist()  # one picture alone comes back without its batch axis
+        ).tolist()  # for a single picture the result lacks the batch axis
         self._pictures.clear()
 
     def _measure_masks(self) -> None:
@@ -162,8 +163,8 @@ class _Measures:
 
 
 def through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[Tensor, Tensor]:
-    """Pictures as the tokenizer draws them, clipped to [-1, 1], and their codes_BN; both on the
-    CPU, a few at once for memory's sake.
+    """The tokenizer's reconstructions of pictures, clipped to [-1, 1], and their codes_BN, both on
+    the CPU. Computed `at_once` at a time to save memory.
     """
     device = next(tokenizer.parameters()).device
     drawn, codes = [], []
@@ -174,7 +175,7 @@ def through(tokenizer: VQGAN, pixels_B3HW: Tensor, at_once: int = 16) -> tuple[T
 
 
 def psnr_B(drawn_B3HW: Tensor, pixels_B3HW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in decibels, of 8-bit levels: 10 log10(255^2 /
+    """Peak signal-to-noise ratio of each picture in decibels, on 8-bit levels: 10 log10(255^2 /
     mean squared error).
     """
     error_B = ((drawn_B3HW - pixels_B3HW) * 127.5).square().flatten(1).mean(dim=1)
@@ -182,8 +183,8 @@ def psnr_B(drawn_B3HW: Tensor, pixels_B3HW: Tensor) -> Tensor:
 
 
 def perplexity(use_K: Tensor) -> float:
-    """exp of the entropy of the codes' frequencies: how many codes it would take if all were used
-    alike.
+    """exp of the entropy of the codes' frequencies: the number of codes in use if all were used
+    equally often.
     """
     share_K = use_K.double() / use_K.sum()
     return float(torch.exp(-(share_K * share_K.clamp_min(1e-300).log()).sum()))

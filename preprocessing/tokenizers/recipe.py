@@ -1,4 +1,4 @@
-"""The recipe of an image tokenizer: what `icl-moe tokenizer train` reads."""
+"""The recipe of an image tokenizer, for `icl-moe tokenizer train`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ SYNTHETIC = "synthetic"
 
 @dataclass(frozen=True)
 class TokenizerData:
-    """images: a folder of pictures, or `synthetic` for an endless supply of drawn scenes.
+    """images: a folder of pictures, or `synthetic` for an unlimited number of drawn scenes.
 
     annotations: a COCO instances file of that folder's pictures, from which masks are taken.
     mask_share: the share of training samples that are masks, white on black. smallest_crop: the
@@ -33,25 +33,25 @@ class TokenizerData:
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """What `train_tokenizer` reads. Steps are optimizer steps; batch_size counts samples over all
-    devices.
+    """The settings of `train_tokenizer`. Steps are optimizer steps; batch_size counts samples over
+    all devices.
 
     The learning rate rises over warmup_steps and falls to zero at the last step as a half cosine.
-    For the first unquantised_steps the decoder sees the latents themselves, so that the codes can
-    then start among meaningful ones. A code that is chosen less than revive_below times a batch (a
-    running mean over about 100 steps) is moved onto a latent of the batch, every revive_every steps
-    up to three quarters of the training.
+    For the first unquantised_steps the decoder reads the latents without quantisation, so that the
+    codes can then be initialised from meaningful latents. Every revive_every steps of the first
+    three quarters of the training, a code that is chosen less than revive_below times per batch (a
+    running mean over about 100 steps) is moved onto a latent of the batch.
 
-    mask_weight: of a hinge on the pixels of masks that lie on the wrong side of the threshold, or
-    close to it; none by default.
-    start_from: a tokenizer's folder (or a shipped name) of this network, whose weights to begin
-    with instead of random ones, such as a converted release that is to learn masks;
-    unquantised_steps is best 0 then.
-    perceptual_network: the .npz of SqueezeNet weights for a perceptual loss, none by default.
-    adversarial_from: the step from which a PatchGAN discriminator trains along, none by default.
-    Every loss but the L1 difference has its weight.
-    precision: of the network's arithmetic; `auto` is bf16 where the device has instructions for it,
-    else fp32.
+    mask_weight: the weight of a hinge loss on the pixels of masks that are on the wrong side of the
+    threshold or close to it; 0 by default.
+    start_from: the folder of a tokenizer (or a shipped name) with the same network, whose weights
+    replace the random initialisation; for example a converted release that is to learn masks.
+    unquantised_steps should then be 0.
+    perceptual_network: an .npz file of SqueezeNet weights for a perceptual loss; none by default.
+    adversarial_from: the step from which a PatchGAN discriminator is trained as well; none by
+    default. Every loss except the L1 loss has a weight.
+    precision: of the network's arithmetic; `auto` is bf16 if the device has instructions for it,
+    otherwise fp32.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)

@@ -1,4 +1,4 @@
-"""Samples to train an image tokenizer on: crops of pictures and masks, drawn or from a folder."""
+"""Training samples of an image tokenizer: crops of pictures and masks, drawn or from a folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,14 +22,16 @@ from preprocessing.synthetic import draw_picture
 from preprocessing.tokenizers.recipe import SYNTHETIC, TokenizerData, TokenizerRecipe
 
 Source = Callable[[Sequence[int], range], tuple[Tensor, Tensor]]
-"""(key, wanted) -> pixels_B3HW in [-1, 1], is_mask_B: the samples `wanted` of the endless row of
-samples that `key` stands for.
+"""(key, wanted) -> pixels_B3HW in [-1, 1], is_mask_B: the samples with the numbers `wanted` in the
+infinite sequence of samples that `key` seeds.
 """
 
-UNSEEN = 2**31  # a step number that no training reaches: its samples are drawn for the log
+UNSEEN = 2**31  # a step number that no training reaches; its samples are for the log
 
 _CROPS = 4
-"""Samples of one picture, so that drawing or decoding pictures does not hold up the training."""
+"""Samples made from one picture, so that drawing or decoding pictures does not slow the training
+down.
+"""
 
 
 def open_source(recipe: TokenizerRecipe) -> Source:
@@ -71,8 +73,8 @@ def open_source(recipe: TokenizerRecipe) -> Source:
 def _folder_source(
     data: TokenizerData,
 ) -> Callable[[np.random.Generator, bool], tuple[Image.Image, list[np.ndarray]]]:
-    """Draws a picture of the folder by chance; where masks are wanted, one that has annotations,
-    with its class masks.
+    """Draws a random picture of the folder; for masks, one that has annotations, with its class
+    masks.
     """
     folder = Path(data.images)
     files = image_files(folder)
@@ -97,7 +99,7 @@ def image_files(folder: Path) -> list[Path]:
         else []
     )
     if not files:
-        raise InputError(f"{folder} is no folder with .jpg or .png pictures.")
+        raise InputError(f"{folder} is not a folder with .jpg or .png pictures.")
     return files
 
 
@@ -112,8 +114,8 @@ class ClassMasks:
         return bool(self._coco.imgToAnns.get(self._ids.get(file_name)))
 
     def of(self, file_name: str, size: tuple[int, int]) -> dict[int, np.ndarray]:
-        """Category id -> mask_HW, all instances in one, for the picture of `size` (width,
-        height). Raises InputError where the record has another size.
+        """Category id -> mask_HW of all instances, for the picture of `size` (width, height).
+        Raises InputError if the record has another size.
         """
         if file_name not in self._ids:
             return {}

@@ -1,4 +1,4 @@
-"""Training a VQ-GAN on pictures and masks."""
+"""Trains a VQ-GAN on pictures and masks."""
 
 import contextlib
 import io
@@ -33,14 +33,14 @@ STATE_FILE, LOG_FILE = "training_state.pt", "log.jsonl"
 
 
 def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = None) -> VQGAN:
-    """Train by `recipe` into the tokenizer folder `out`, and return the averaged (EMA) model that
-    was saved there.
+    """Train as `recipe` says and return the averaged (EMA) model, which is saved in the tokenizer
+    folder `out`.
 
-    Beside the tokenizer, `out` gets
-    log.jsonl, samples/*.png and the state from which the same call goes on, exactly, after an
-    interruption. Every sample and choice is a function of (seed, step): under `accelerate launch`
-    all devices share the batch that one would have. device: see `join_processes`. Raises InputError
-    where `out` holds the state of another recipe, or a tokenizer without a state.
+    Besides the tokenizer, `out` gets log.jsonl, samples/*.png and the state from which the same
+    call resumes exactly after an interruption. Every sample and choice is a function of (seed,
+    step): under `accelerate launch` all devices share the batch that one device would have. device:
+    see `join_processes`. Raises InputError if `out` holds the state of another recipe, or a
+    tokenizer without a state.
     """
     out = output_folder(out)
     if not (out / STATE_FILE).is_file():
@@ -49,7 +49,7 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = 
     place = join_processes(device).device
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(place) else "fp32"
-    # The first Accelerator of a process decides its precision for good.
+    # The first Accelerator of a process fixes the precision of the process.
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     run = _Run(recipe, accelerator)
     run.resume(out)
@@ -68,8 +68,8 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = 
 
 
 def _train(run: "_Run", source: Source, mine: range, out: Path) -> None:
-    """Take the steps that are left, on this device's share of each batch; the main process keeps
-    the record in `out`.
+    """Take the remaining steps on this device's share of each batch; the main process writes to
+    `out`.
     """
     recipe, accelerator = run.recipe, run.accelerator
     unseen_B3HW, _ = source((recipe.seed, UNSEEN), range(64))
@@ -101,7 +101,7 @@ def _train(run: "_Run", source: Source, mine: range, out: Path) -> None:
 
 
 class _Run:
-    """The state of one training: model, its running mean, optimizer, use of the codes."""
+    """The state of one training: model, its running mean, optimizer, and use of the codes."""
 
     def __init__(self, recipe: TokenizerRecipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator, self.step = recipe, accelerator, 0
@@ -112,7 +112,7 @@ class _Run:
             trained.load_state_dict(_weights_to_start_from(recipe.start_from, recipe.network))
             self.use_K.fill_(
                 recipe.revive_below
-            )  # its codes have their meaning: none is dead before it was not chosen
+            )  # these codes are meaningful, so none counts as dead from the start
         self.averaged = VQGAN(recipe.network).to(accelerator.device).eval().requires_grad_(False)
         self.averaged.load_state_dict(trained.state_dict())
         optimizer = torch.optim.AdamW(
@@ -132,7 +132,7 @@ class _Run:
         )
 
     def train_step(self, pixels_B3HW: Tensor, is_mask_B: Tensor) -> dict[str, Tensor]:
-        """One optimizer step on this device's share of the batch; returns the parts of the loss by
+        """One optimizer step on this device's share of the batch. Returns the parts of the loss by
         name.
         """
         recipe = self.recipe
@@ -182,7 +182,7 @@ class _Run:
         return {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
 
     def _count(self, codes_Bhw: Tensor, since: int) -> Tensor:
-        """Add this batch to the running use of the codes; returns the batch's perplexity over all
+        """Add this batch to the running use of the codes. Returns the batch's perplexity over all
         devices.
         """
         use_K = torch.bincount(codes_Bhw.flatten(), minlength=self.use_K.numel()).float()
@@ -193,7 +193,8 @@ class _Run:
 
     @torch.no_grad()
     def _average(self) -> None:
-        # The mean starts short, so that the random beginning is soon forgotten.
+        # The mean starts with a short memory, so that the random initialisation loses its weight
+        # soon.
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(
             list(self.averaged.parameters()), list(self.trained.parameters()), 1 - decay
@@ -201,8 +202,8 @@ class _Run:
 
     @torch.no_grad()
     def _revive(self, pixels_B3HW: Tensor) -> None:
-        """Move codes that are hardly used onto latents of this batch, the same on all devices; the
-        first time, all codes.
+        """Move codes that are hardly used onto latents of this batch, the same on all devices. The
+        first time, move all codes.
         """
         dead_K = self.use_K < self.recipe.revive_below
         if not dead_K.any():
@@ -214,12 +215,12 @@ class _Run:
         vectors_DC = broadcast(_spread(latents_NC, table_KC[~dead_K], int(dead_K.sum()), generator))
         for model in (self.trained, self.averaged):
             model.quantize.embedding.weight[dead_K] = vectors_DC
-        # A moved code is as good as used: it gets until the next look to be chosen.
+        # A moved code counts as used until the next call, so that it has time to be chosen.
         self.use_K[dead_K] = self.recipe.revive_below
 
     def measure(self, pixels_B3HW: Tensor) -> dict[str, float]:
-        """How the averaged model draws these pictures: mean PSNR, perplexity and share of the codes
-        that occur in them.
+        """Measures of the averaged model on these pictures: mean PSNR, and the perplexity and share
+        of the codes that occur.
         """
         drawn_B3HW, codes_BN = through(self.averaged, pixels_B3HW)
         use_K = torch.bincount(codes_BN.flatten(), minlength=self.recipe.network.codebook_size)
@@ -232,8 +233,8 @@ class _Run:
         }
 
     def finished(self) -> VQGAN:
-        """The averaged model; its weights rounded to what float16 holds where the recipe asks for
-        the smaller file.
+        """The averaged model, with its weights rounded to float16 if the recipe asks for the
+        smaller file.
         """
         weights = {key: value.detach().cpu() for key, value in self.averaged.state_dict().items()}
         if self.recipe.half_weights:
@@ -254,7 +255,7 @@ class _Run:
             "use": self.use_K,
             "adversary": self.adversary.state_dict() if self.adversary is not None else None,
         }
-        # Not torch's own writing, which says nothing of a full disk but that a position is off.
+        # torch.save would report a full disk only as an unexpected file position.
         content = io.BytesIO()
         torch.save(state, content)
         write_whole(out / STATE_FILE, content.getvalue())
@@ -267,7 +268,7 @@ class _Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             before = dict(state["recipe"])
-        except Exception as error:  # Damage raises many kinds.
+        except Exception as error:  # Damaged files raise many kinds of exceptions.
             raise InputError(
                 f"{path} is damaged; remove it to train from the beginning."
             ) from error
@@ -276,8 +277,8 @@ class _Run:
                 key for key, value in to_dict(self.recipe).items() if before.get(key) != value
             ]
             raise InputError(
-                f"{path} was made with another recipe ({', '.join(changed)} differ); give another "
-                "folder."
+                f"{path} was made with another recipe ({', '.join(changed)} differ); choose "
+                "another folder."
             )
         try:
             self.trained.load_state_dict(state["trained"])
@@ -296,7 +297,7 @@ class _Run:
 
 
 class _Autoencoder(nn.Module):
-    """The tokenizer as one differentiable call, so that it can be wrapped for several devices."""
+    """The tokenizer as one differentiable call, which can be wrapped for several devices."""
 
     def __init__(self, tokenizer: VQGAN) -> None:
         super().__init__()
@@ -305,24 +306,23 @@ class _Autoencoder(nn.Module):
     def forward(
         self, pixels_B3HW: Tensor, quantised: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """drawn_B3HW, codebook loss, commitment loss, codes_Bhw (van den Oord et al., 2017);
-        gradients pass straight through.
+        """drawn_B3HW, codebook loss, commitment loss, codes_Bhw (van den Oord et al., 2017); with
+        straight-through gradients.
 
-        Without `quantised` the picture is drawn from the latents themselves, and both losses are
-        zero.
+        Without `quantised` the decoder reads the latents themselves, and both losses are zero.
         """
         latents_BChw = self.tokenizer.latents(pixels_B3HW).float()
         with (
             torch.no_grad(),
             torch.autocast(latents_BChw.device.type, enabled=False),
-        ):  # distances in bfloat16 choose wrong codes
+        ):  # distances in bfloat16 would choose wrong codes
             codes_Bhw = self.tokenizer.quantize.nearest(latents_BChw)
         vectors_BChw = self.tokenizer.quantize.vectors(codes_Bhw)
         codebook = F.mse_loss(vectors_BChw, latents_BChw.detach())
         commitment = F.mse_loss(latents_BChw, vectors_BChw.detach())
         if not quantised:
-            # The zero terms keep every parameter in the graph, as training on several devices
-            # needs.
+            # The zero terms keep every parameter in the graph, which training on several devices
+            # requires.
             return self.tokenizer.pixels(latents_BChw), 0.0 * codebook, 0.0 * commitment, codes_Bhw
         passed_BChw = latents_BChw + (vectors_BChw - latents_BChw).detach()
         return self.tokenizer.pixels(passed_BChw), codebook, commitment, codes_Bhw
@@ -337,30 +337,29 @@ def _weights_to_start_from(source: str, network: VQGANConfig) -> dict[str, Tenso
             for key in ours
             if theirs[key] != ours[key]
         )
-        raise InputError(f"start_from: {source} is of another network: {differences}.")
+        raise InputError(f"start_from: {source} has another network: {differences}.")
     return tokenizer.state_dict()
 
 
 def _mask_hinge(
     drawn_B3HW: Tensor, pixels_B3HW: Tensor, is_mask_B: Tensor, margin: float = 0.5
 ) -> Tensor:
-    """Mean over the batch of relu(margin - t y), t = +1 or -1 the mask's colour: what a pixel lacks
-    to lie clearly on its side.
+    """Mean over the batch of relu(margin - t y), where t = +1 or -1 is the mask's colour.
 
-    The L1 difference pulls on a pixel that is nearly white as hard as on one that is on the wrong
-    side of the threshold.
+    Unlike the L1 loss, it has no gradient at pixels that are clearly on the right side of the
+    threshold.
     """
     lacking_B = F.relu(margin - pixels_B3HW * drawn_B3HW).flatten(1).mean(dim=1)
     return (lacking_B * is_mask_B).mean()
 
 
 def _spread(latents_NC: Tensor, taken_MC: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of the latents, each drawn with a chance in proportion to its squared distance from
-    the nearest vector so far.
+    """`count` of the latents, each drawn with a probability proportional to its squared distance
+    from the nearest vector so far.
 
     This is the seeding of k-means++ (Arthur and Vassilvitskii, 2007): most latents of masks are
-    alike, and codes drawn evenly would nearly all fall on black. taken_MC: the vectors that are
-    there already.
+    alike, and with uniform draws nearly all codes would represent black. taken_MC: the vectors that
+    exist already.
     """
     distance_N = torch.full_like(latents_NC[:, 0], 1e6)
     if len(taken_MC):
@@ -386,8 +385,8 @@ def _log(out: Path, row: dict[str, Any]) -> None:
 
 
 def _cut_log(out: Path, step: int) -> None:
-    """Drop the rows after `step`: training goes on from there and writes them again. A row that was
-    cut off is dropped too.
+    """Drop the rows after `step`, since training resumes there and writes them again, and a
+    truncated row.
     """
     path = out / LOG_FILE
     if not path.is_file():
@@ -401,7 +400,7 @@ def _cut_log(out: Path, step: int) -> None:
 
 
 def _save_grid(model: VQGAN, pixels_B3HW: Tensor, path: Path, columns: int = 8) -> None:
-    """Pictures above their reconstructions, two rows of them."""
+    """Write two rows of pictures, each above its reconstructions."""
     given = pixels_B3HW[: 2 * columns]
     drawn, _ = through(model, given)
     size = given.shape[-1]

@@ -10,7 +10,7 @@ from preprocessing.recipe import DataRecipe
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small shards of each task, of drawn scenes, by a tokenizer with random weights."""
+    """Three small shards per task of drawn scenes, encoded by a tokenizer with random weights."""
     out = tmp_path_factory.mktemp("shards") / "demo"
     tokenizer = toy_tokenizer.save_toy_tokenizer(out.parent / "tokenizer")
     settings = [

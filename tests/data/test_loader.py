@@ -1,5 +1,5 @@
-"""What the ranks read together, whatever their number and that of their readers, and what a reader
-holds in memory.
+"""What the ranks read together does not depend on the number of ranks and readers, and readers need
+little memory.
 """
 
 import multiprocessing
@@ -47,8 +47,8 @@ def read(
 def global_batches(
     folder: Path, ranks: int, workers: int, sampling: str, **options: object
 ) -> list[list[tuple]]:
-    """For each step all samples that the ranks read: name, tokens and loss weight, in the order of
-    the names.
+    """For each step, all samples that the ranks read: name, tokens and loss weight, ordered by
+    name.
     """
     micro_steps = GLOBAL_BATCH // (2 * ranks)
     steps: list[list[tuple]] = [[] for _ in range(STEPS)]
@@ -99,7 +99,7 @@ def test_the_mean_losses_of_inputs_and_outputs_are_weighed_against_each_other(
 
 @pytest.fixture(params=["forkserver", "spawn"])
 def start_method(request) -> Iterator[str]:
-    """How readers start within the test; forkserver is the default from Python 3.14 on."""
+    """The start method of readers in the test; forkserver is the default since Python 3.14."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(request.param, force=True)
     yield request.param
@@ -109,7 +109,7 @@ def start_method(request) -> Iterator[str]:
 def test_readers_may_be_started_in_any_way_even_under_a_signal_to_the_whole_job(
     folder, start_method
 ):
-    """Such a reader gets the data set pickled, also one that this process has read from before."""
+    """These readers receive the data set pickled, even if this process has already read from it."""
     shards, part = ShardSet(folder), RankSlice.of(0, 1, GLOBAL_BATCH, 2)
     schedule = Schedule(shards.manifest.samples, GLOBAL_BATCH, seed=3)
     dataset = MicroBatches(shards, schedule, part, "packed", 0.0)
@@ -117,7 +117,7 @@ def test_readers_may_be_started_in_any_way_even_under_a_signal_to_the_whole_job(
     earlier = set(psutil.Process().children(recursive=True))
     batches = micro_batches(dataset, part.micro_steps, 0, 2, workers=1)
     started = set(psutil.Process().children(recursive=True)) - earlier
-    # Not from this process: a reader ends when its own rank tells it to.
+    # The signal must not come from this process, since a reader ends when its own rank tells it to.
     subprocess.run(
         ["sh", "-c", f"kill -TERM {' '.join(str(process.pid) for process in started)}"], check=True
     )
@@ -150,7 +150,9 @@ def test_what_corruption_hides_does_not_depend_on_ranks_and_readers(with_mask, s
 
 
 def test_corruption_hides_codes_of_the_querys_mask_and_nothing_else(with_mask):
-    """Of all episodes a quarter is whole, a quarter wholly hidden; targets are as without."""
+    """A quarter of all episodes is unchanged, a quarter completely hidden; the targets are the same
+    as without corruption.
+    """
     shards = ShardSet(with_mask)
     schedule = Schedule(shards.manifest.samples, 40, seed=3)
     part = RankSlice.of(0, 1, 40, 40)
@@ -187,7 +189,7 @@ def test_losses_scaled_by_the_batches_are_means_over_the_global_batch(
     folder, ranks, loss_on, sampling
 ):
     """The engine averages over ranks and micro-steps; with the scale, every target of a global
-    batch counts the same.
+    batch has the same weight.
     """
     by_rank = [
         read(folder, rank, ranks, sampling=sampling, loss_on=loss_on) for rank in range(ranks)
@@ -241,7 +243,7 @@ def test_a_reader_says_in_one_sentence_which_sample_it_cannot_read(folder, tmp_p
     with pytest.raises(
         SampleError,
         match=(
-            r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum is not that of the "
+            r"^\S+\.tar: sample \w+-\d{8} cannot be read: its checksum differs from the "
             r"index\.$"
         ),
     ) as error:
@@ -264,7 +266,7 @@ def begun(folder: Path) -> tuple[Generator[TokenBatch], set[BaseProcess]]:
 
 
 def test_a_rank_that_terminates_its_readers_does_not_wait_for_them(folder):
-    """As a program does with its children when it ends in an error."""
+    """A program that ends in an error terminates its children in this way."""
     batches, readers = begun(folder)
     for reader in readers:
         reader.terminate()

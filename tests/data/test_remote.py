@@ -1,5 +1,5 @@
-"""Shards at a URL, served by a real HTTP server and a real S3-compatible one: what comes is what
-local disk gives, and faults are named.
+"""Shards at a URL, from a real HTTP server and an S3-compatible one, are equal to those on the
+local disk, and faults are reported.
 """
 
 import os
@@ -27,15 +27,15 @@ LARGE = 10**9
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder; `faults` says for a file name how to fail next, `asked` counts the
-    requests for each.
+    """Serves a folder. `faults` maps a file name to its next failures; `asked` counts the requests
+    for each file.
     """
 
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[1]
         self.server.asked[name] += 1
         fault = self.server.faults.get(name, []).pop(0) if self.server.faults.get(name) else None
-        if fault == "cut":  # The connection ends before the content does.
+        if fault == "cut":  # The connection ends before the content is complete.
             content = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -47,12 +47,12 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def log_message(self, *_: object) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """Serves a copy of the shards; `server.folder` is the copy, `server.url` its address."""
+    """A server of a copy of the shards; `server.folder` is the copy, `server.url` its address."""
     copy = Path(shutil.copytree(folder, tmp_path / "served" / "shards"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(copy.parent)))
     server.faults, server.asked = {}, Counter()
@@ -67,8 +67,8 @@ def server(folder, tmp_path):
 
 @pytest.fixture
 def bucket(folder, monkeypatch):
-    """The URL of the shards in a bucket of moto's server, reached by the environment alone, as a
-    user would.
+    """The URL of the shards in a bucket of moto's server, configured only by environment variables,
+    as a user would do.
     """
     import boto3
     from moto.server import ThreadedMotoServer
@@ -117,7 +117,7 @@ def assert_equal_batches(ours: list, theirs: list) -> None:
 
 
 def held(cache: FileCache) -> int:
-    """The bytes that a cache takes on the disk."""
+    """The size of a cache on the disk in bytes."""
     return sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
 
 
@@ -167,7 +167,9 @@ def test_the_cache_keeps_its_bound_and_what_is_open_stays_readable(folder, serve
         for task in ("segmentation", "captioning"):
             assert remote.sample(task, index).meta == local.sample(task, index).meta
             assert held(cache) <= cache.capacity
-    assert holder.sample("segmentation", 0).meta == first  # Its shard is long gone from the cache.
+    assert (
+        holder.sample("segmentation", 0).meta == first
+    )  # Its shard was removed from the cache long before.
     assert max(server.asked[shard.file] for shard in manifest.shards) > 1
     assert (tmp_path / "cache" / "mine").exists()
 
@@ -248,7 +250,7 @@ def test_a_remote_shard_that_is_corrupt_or_truncated_is_named(server, tmp_path):
     with pytest.raises(
         InputError,
         match=(
-            rf"{server.url}/segmentation-000000.tar is corrupt: its sha256 is not that of the "
+            rf"{server.url}/segmentation-000000.tar is corrupt: its sha256 differs from the "
             rf"manifest"
         ),
     ):
@@ -264,7 +266,10 @@ def test_the_command_line_reads_a_url_and_says_in_one_sentence_when_the_server_i
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["shards", "verify", server.url]) == 0
-    assert f"{server.url}: 6 shards with 50 samples are whole and right" in capsys.readouterr().out
+    assert (
+        f"{server.url}: 6 shards with 50 samples are complete and correct"
+        in capsys.readouterr().out
+    )
     assert main(["shards", "stats", server.url]) == 0
     assert server.url in capsys.readouterr().out
     server.shutdown()

@@ -1,4 +1,4 @@
-"""A shard folder gives back what went in, opens in webdataset, and damage is named."""
+"""A shard folder returns what was packed, webdataset can read it, and damage is reported."""
 
 import hashlib
 import io
@@ -195,7 +195,7 @@ def npy(array: np.ndarray) -> bytes:
         (
             "tokens",
             lambda raw: npy(np.zeros((len(raw) - 128) // 2, np.int16)),
-            r"its tokens are int16 .*; uint16 .* belong there",
+            r"its tokens are int16 .*; uint16 .* are expected",
         ),
         (
             "tokens",
@@ -252,7 +252,7 @@ def test_json_that_was_packed_wrong_is_named_by_shard_and_key(damaged, change, m
 def test_any_changed_byte_of_a_sample_is_noticed(damaged, part, place):
     def flip_a_bit(raw: bytes) -> bytes:
         changed = bytearray(raw)
-        changed[place] ^= 1  # A token stays a token by this, and text stays text.
+        changed[place] ^= 1  # This keeps a token a valid token, and text valid text.
         return bytes(changed)
 
     overwrite(damaged, "segmentation", 12, part, flip_a_bit)
@@ -260,7 +260,7 @@ def test_any_changed_byte_of_a_sample_is_noticed(damaged, part, place):
     shards.sample("segmentation", 11)
     with pytest.raises(
         SampleError,
-        match=r"sample segmentation-00000012 cannot be read: its checksum is not that of the index",
+        match=r"sample segmentation-00000012 cannot be read: its checksum differs from the index",
     ):
         shards.sample("segmentation", 12)
 
@@ -312,7 +312,7 @@ def test_a_file_name_that_leaves_the_folder_is_refused(damaged, kind, name):
     files[0]["file"] = name
     edit_json(path, **{kind: files})
     with pytest.raises(
-        InputError, match=f"names the file {re.escape(repr(name))}; a plain file name belongs there"
+        InputError, match=f"names the file {re.escape(repr(name))}; it must be a plain file name"
     ):
         ShardSet(damaged)
 

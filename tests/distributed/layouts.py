@@ -1,8 +1,8 @@
-"""A few steps of a toy decoder in any parallel layout, and the same without ranks or engine: what
-the parity tests compare.
+"""A few steps of a toy decoder in any parallel layout, and the same steps without ranks or engine,
+for the parity tests.
 
-SGD for most of them, because its parameters say what the gradients were; Adam would turn the
-round-off of zero gradients into whole steps.
+Most use SGD, because its parameters reveal the gradients; Adam would amplify the rounding errors of
+zero gradients to full steps.
 """
 
 import functools
@@ -41,7 +41,7 @@ PROBABILITIES = {"segmentation": 2 / 3, "captioning": 1 / 3, "mixed": 1.0}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a toy run is spread, and what it trains. mixed: a global batch has episodes of both
+    """The layout of a toy run, and what it trains. mixed: a global batch has episodes of both
     tasks, so that ranks route differently. collapsed: token gates send all tokens to one expert.
     parts: with the link, fan-in and codebook initialisation, mask corruption, and the loss on the
     query.
@@ -64,7 +64,7 @@ class Layout:
     steps: int = 6
 
     def __str__(self) -> str:
-        """What is not as in the plainest layout."""
+        """The settings that differ from the default layout."""
         return (
             " ".join(
                 f"{name}={value}"
@@ -77,10 +77,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last, by
-    exported name.
+    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last
+    step, by exported name.
 
-    choices: of each step, the experts that each attribute gate chose for each class.
+    choices: for each step, the experts that each attribute gate chose for each class.
     """
 
     losses: list[float]
@@ -91,8 +91,8 @@ class Trajectory:
 
 
 def plain_trajectory(layout: Layout) -> Trajectory:
-    """What `layout` trains, in float32 without ranks, DeepSpeed and megatron-core: the decoder that
-    inference uses, and autograd.
+    """The run of `layout` in float32 without ranks, DeepSpeed and megatron-core: with the decoder
+    for inference and autograd.
     """
     return _plain_trajectory(
         replace(
@@ -152,14 +152,12 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
 
 
 def rank_trajectory(place: Any, layout: Layout) -> Trajectory:
-    """The same under the engine, on this rank of the layout; `parameters` are what this rank has of
-    them.
-    """
+    """The same under the engine, on this rank of the layout; `parameters` are this rank's parts."""
     from icl_moe.training import engine as engine_module
 
     recipe = _recipe(layout)
     part = RankSlice.of(place.rank, place.world, GLOBAL_BATCH, layout.micro_batch, layout.tp_size)
-    # Without that threshold stage 3 would leave parameters as small as these whole on every rank.
+    # Without this threshold stage 3 would not partition parameters as small as these.
     zero = {"stage": layout.stage, "reduce_scatter": True, "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero, "bf16": {"enabled": layout.bf16}}
     with (
@@ -197,7 +195,7 @@ def rank_trajectory(place: Any, layout: Layout) -> Trajectory:
 
 
 def _draw(layout: Layout) -> Callable[..., None]:
-    """Draws the weights that training starts from."""
+    """A function that draws the initial weights."""
 
     def draw(decoder: InContextDecoder, *args: Any, **options: Any) -> None:
         initialise(decoder, *args, **options)
@@ -211,9 +209,7 @@ def _draw(layout: Layout) -> Callable[..., None]:
 
 
 def _choices(decoder: InContextDecoder) -> dict[int, list[list[int]]]:
-    """What each attribute gate chose at its last decision, by its number; kept up to date while the
-    decoder computes.
-    """
+    """Number of an attribute gate -> its last choice, updated while the decoder computes."""
     chosen: dict[int, list[list[int]]] = {}
     for number, gate in enumerate(
         module for module in decoder.modules() if isinstance(module, AttributeGate)
@@ -225,9 +221,7 @@ def _choices(decoder: InContextDecoder) -> dict[int, list[list[int]]]:
 
 
 def whole(parts: Sequence[Trajectory], tp_size: int) -> dict[str, np.ndarray]:
-    """The whole parameters, from what each rank has of them; ranks that have the same must
-    agree.
-    """
+    """The whole parameters, joined from the ranks' parts; ranks with the same parts must agree."""
     found: dict[str, np.ndarray] = {}
     for first in range(0, len(parts), tp_size):
         tensor_ranks = [part.parameters for part in parts[first : first + tp_size]]
@@ -273,8 +267,8 @@ def _task(layout: Layout, step: int) -> str:
 
 
 def _micro_batches(layout: Layout, step: int) -> list[TokenBatch]:
-    """All micro-batches of the global batch of a step, in the order in which RankSlice deals them
-    out.
+    """All micro-batches of the global batch of a step, in the order in which RankSlice distributes
+    them.
     """
     task, size = _task(layout, step), layout.micro_batch
     tasks = TASKS[:GLOBAL_BATCH] if layout.mixed else (task,) * GLOBAL_BATCH
@@ -295,7 +289,7 @@ def _micro_batches(layout: Layout, step: int) -> list[TokenBatch]:
 
 
 Update = Callable[[int, str, dict[str, torch.Tensor], float], None]
-"""Moves the parameters by (step, task, gradients by name, their norm)."""
+"""Updates the parameters, given (step, task, gradients by name, their norm)."""
 
 
 def _plain_sgd(decoder: InContextDecoder) -> Update:
@@ -329,7 +323,7 @@ def _plain_mt_adamw(decoder: InContextDecoder) -> Update:
 
 
 def _plain_muon(decoder: InContextDecoder) -> Update:
-    """Each matrix by itself, by Muon's formula; the rest by torch's AdamW."""
+    """Muon's formula for each matrix; torch's AdamW for the rest."""
     momenta = {name: torch.zeros_like(p) for name, p in decoder.named_parameters()}
     matrices = {
         name

@@ -1,5 +1,5 @@
-"""Real ranks for tests: N processes in one gloo group, started once and given one function after
-another.
+"""Real ranks for tests: N processes in one gloo group, which are started once and run one function
+after another.
 """
 
 import gc
@@ -16,7 +16,9 @@ import torch.multiprocessing as mp
 from icl_moe.training.distributed import free_port
 
 PATIENCE = 20.0
-"""Seconds that the other ranks get to end after one has failed: they may wait for it for ever."""
+"""Seconds until the other ranks are killed after one has failed, since they may wait for it
+forever.
+"""
 
 
 class RankGroup:
@@ -24,8 +26,8 @@ class RankGroup:
     results, by rank.
 
     function: importable by name, since it is pickled. Raises AssertionError with the tracebacks of
-    the ranks that failed. The ranks are started anew after that: where one left a function in its
-    middle, the others may be one collective ahead.
+    the ranks that failed. The ranks are restarted afterwards, since after a failure they may be at
+    different collectives.
     """
 
     def __init__(self, world: int) -> None:
@@ -67,7 +69,7 @@ class RankGroup:
             self._processes.append(process)
 
     def _collect(self) -> dict[int, tuple[bool, Any]]:
-        """What each rank answered: whether all went well, and the result or the traceback."""
+        """The answer of each rank: whether it succeeded, and the result or the traceback."""
         results: dict[int, tuple[bool, Any]] = {}
         waiting = dict(zip(self._pipes, range(self._world), strict=True))
         deadline = float("inf")
@@ -107,7 +109,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
 
     with process_group() as place:
         gc.collect()
-        gc.freeze()  # DeepSpeed collects garbage often, and all that is imported so far is none.
+        gc.freeze()  # DeepSpeed collects garbage often; imported modules need not be scanned.
         while (task := pipe.recv()) is not None:
             function, args = task
             try:

@@ -1,5 +1,5 @@
-"""Checkpoints under one layout, resumed with the optimizer's state under another: the run goes on
-as if it had never stopped.
+"""Checkpoints saved under one layout are resumed under another, with the optimizer's state, as if
+the run had never stopped.
 """
 
 import errno
@@ -32,7 +32,7 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Layout:
-    """How a toy run is spread. model: settings of the toy model beside its defaults."""
+    """The layout of a toy run. model: settings of the toy model that differ from its defaults."""
 
     world: int = 2
     stage: int = 1
@@ -57,16 +57,16 @@ LAYOUTS = {
 def train(
     place: Any, layout: Layout, optimizer: str, output: Path, stop: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Go on from the newest checkpoint of `output` to step `stop` and save; the losses of global
-    batches, and this rank's parameters.
+    """Resume from the newest checkpoint of `output`, train to step `stop` and save. Returns the
+    losses of global batches and this rank's parameters.
     """
     recipe = replace(
         make_recipe(
             model={"feed_forward": "attributes", "gate_noise": True, "link": True, **layout.model}
         ),
         parallel=ParallelSettings(layout.ep_size, layout.tp_size),
-        # A larger epsilon than usual: Adam turns round-off into whole steps where a gradient is
-        # nearly zero.
+        # A larger epsilon than usual, since Adam amplifies rounding errors to full steps if a
+        # gradient is nearly zero.
         optimizer=OptimizerSettings(
             optimizer, learning_rate=RATE, epsilon=1e-6, clip=0.5 if optimizer == "adamw" else None
         ),
@@ -110,7 +110,9 @@ def _step(engine: Any, part: RankSlice, step: int) -> float:
 
 @pytest.fixture(scope="module")
 def run(rank_group) -> Callable:
-    """Trains under a layout; the losses, which all ranks agree on, and rank 0's parameters."""
+    """Trains under a layout. Returns the losses, which must agree on all ranks, and rank 0's
+    parameters.
+    """
 
     def train_all(layout: Layout, *arguments: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
         results = rank_group(layout.world).run(train, layout, *arguments)
@@ -122,7 +124,7 @@ def run(rank_group) -> Callable:
 
 @pytest.fixture(scope="module")
 def uninterrupted(run, tmp_path_factory) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
-    """By optimizer, a run of one rank."""
+    """Optimizer -> a run of one rank."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return {
         optimizer: run(LAYOUTS["1 rank"], optimizer, folder / optimizer, STEPS)
@@ -132,7 +134,7 @@ def uninterrupted(run, tmp_path_factory) -> dict[str, tuple[list[float], dict[st
 
 @pytest.fixture(scope="module")
 def saved(run, tmp_path_factory) -> dict[str, Path]:
-    """By layout, the folder of a run with a checkpoint after `SAVED_AT` steps of AdamW."""
+    """Layout -> the folder of a run with a checkpoint after `SAVED_AT` steps of AdamW."""
     folders = {name: tmp_path_factory.mktemp("saved") / "run" for name in LAYOUTS}
     for name, folder in folders.items():
         run(LAYOUTS[name], "adamw", folder, SAVED_AT)
@@ -151,8 +153,8 @@ def assert_equal_parameters(
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         difference = (parameter.detach().float() - expected[name]).abs()
-        # The keys' biases have no true gradient: Adam follows its round-off, and nothing depends on
-        # them.
+        # The true gradient of the keys' biases is zero: Adam follows rounding errors, and nothing
+        # depends on them.
         if name.endswith("qkv.bias"):
             difference = difference.unflatten(0, (3, -1))[[0, 2]]
         assert difference.max() < tolerance, name
@@ -220,8 +222,8 @@ def test_an_export_gives_the_logits_of_the_whole_model(saved, tmp_path, layout):
     ("stage", "ep_size"), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2), (3, 1)]
 )
 def test_a_checkpoint_is_twelve_bytes_a_parameter_in_equal_shares(run, tmp_path, stage, ep_size):
-    """Four of the master weight and eight of the two moments; the largest file of a rank is that of
-    its neighbour, too.
+    """Four for the master weight and eight for the two moments; the largest files of two ranks have
+    equal size.
     """
     run(Layout(stage=stage, ep_size=ep_size, model={"width": 96}), "adamw", tmp_path, 1)
     count = sum(
@@ -250,8 +252,8 @@ def test_a_checkpoint_is_twelve_bytes_a_parameter_in_equal_shares(run, tmp_path,
     ids=["ZeRO 0", "ZeRO 2", "tp 2, ep 2", "ZeRO 3", "fp32"],
 )
 def test_in_bf16_a_run_goes_on_from_its_master_weights(run, tmp_path, resumed):
-    """Within 5e-3 of the uninterrupted run in bf16, whose losses are of about 7: bf16 has three
-    digits. In fp32, too.
+    """Within 5e-3 of the uninterrupted run in bf16, whose losses are about 7: bf16 has three
+    digits. The same in fp32.
     """
     losses, _ = run(Layout(world=1, bf16=True), "adamw", tmp_path / "whole", STEPS)
     run(Layout(ep_size=2, bf16=True), "adamw", tmp_path / "run", SAVED_AT)
@@ -290,7 +292,7 @@ def train_with_momentum(
         (
             Layout(model={"feed_forward": "dense"}),
             "adamw",
-            "than the recipe's (layers.1.feed_forward.down.bias is missing",
+            "than the recipe (layers.1.feed_forward.down.bias is missing",
         ),
         (
             Layout(model={"layers": 2, "layers_with_experts": (1,)}),

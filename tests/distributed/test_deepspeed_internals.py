@@ -1,5 +1,5 @@
-"""What this project touches of DeepSpeed beyond its public interface means what the adapter says:
-another version of DeepSpeed that changes it fails here, by name.
+"""The internals of DeepSpeed that this project uses behave as the adapter says. A version of
+DeepSpeed that changes one of them fails here.
 """
 
 import ast
@@ -25,7 +25,9 @@ CASES = [(0, True, 1), (1, False, 2), (2, True, 1), (3, False, 1)]
 
 
 def find(place: Any, output: Path, stage: int, bf16: bool, ep_size: int) -> dict[str, Any]:
-    """What the adapter says of a fresh engine on this rank, and of it after a step."""
+    """What the adapter reports about a new engine on this rank, and about the same engine after a
+    step.
+    """
     recipe = replace(make_recipe(), parallel=ParallelSettings(ep_size, 1))
     part = RankSlice.of(place.rank, 2, recipe.training.global_batch, 1)
     config = {
@@ -54,7 +56,7 @@ def find(place: Any, output: Path, stage: int, bf16: bool, ep_size: int) -> dict
 
 
 def ranges(engine: Any) -> dict[str, tuple[int, torch.Tensor]]:
-    """By parameter: where the range begins that this rank optimizes, and its master weights."""
+    """Parameter -> the start of the range that this rank optimizes, and its master weights."""
     masters = internals.master_weights(engine)
     found = {}
     for name, parameter in engine.module.named_parameters():
@@ -86,7 +88,7 @@ def whole_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def double(engine: TrainingEngine) -> bool:
-    """Whether the model computes with master weights that were doubled under it."""
+    """Double the master weights. Returns whether the model then computes with them."""
     before = whole_parameters(engine.model)
     masters = internals.master_weights(engine.deepspeed)
     parameters = list(engine.model.parameters())

@@ -1,5 +1,5 @@
-"""Dropout on tensor ranks: different where they hold different heads, alike where all hold the same
-values, and the same again from the same seed.
+"""Dropout on tensor ranks: different for different heads, equal for values that all ranks hold, and
+reproducible from the seed.
 """
 
 from dataclasses import replace
@@ -16,8 +16,8 @@ from icl_moe.training.engine import TrainingEngine
 
 
 def compute(place: Any, layout: str, checkpointing: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """With seeds 1, 1, 2 and in evaluation: what this rank's heads of the first layer give
-    (T, H, D), the layer's output (T, M), and the gradient of its fused projection.
+    """With seeds 1, 1, 2 and in evaluation: the output of this rank's heads of the first layer (T,
+    H, D), the layer's output (T, M), and the gradient of its fused projection.
 
     All heads of the layer have the same weights.
     """

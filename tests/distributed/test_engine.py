@@ -1,6 +1,4 @@
-"""The engine on real ranks: in every layout it trains as a plain loop does that knows of no
-ranks.
-"""
+"""The engine on real ranks: in every layout it trains like a plain loop without ranks."""
 
 from dataclasses import replace
 
@@ -12,7 +10,7 @@ FEED_FORWARDS = ("dense", "token", "attributes")
 
 ONE_RANK = [
     Layout(world=1, micro_batch=size) for size in (1, 4)
-]  # Gradient accumulation over 4 micro-steps, and none.
+]  # Gradient accumulation over 4 micro-steps, and without it.
 TWO_RANKS = [
     *(Layout(kind, stage=stage) for kind in FEED_FORWARDS for stage in (0, 1, 2, 3)),
     *(Layout(kind, stage=stage, ep_size=2) for kind in FEED_FORWARDS[1:] for stage in (0, 1, 2)),
@@ -60,8 +58,8 @@ FOUR_RANKS = [
 
 
 def check(layout: Layout, parts: list[Trajectory]) -> None:
-    """Losses and norms within 1e-5; parameters within what gradients that agree to 1e-5 do
-    to them.
+    """Losses and norms agree within 1e-5; parameters within the effect of gradients that agree
+    within 1e-5.
     """
     expected = plain_trajectory(layout)
     for part in parts:
@@ -73,14 +71,14 @@ def check(layout: Layout, parts: list[Trajectory]) -> None:
     for name, values in expected.parameters.items():
         found = parameters[name]
         if layout.optimizer != "sgd" and name.endswith("attention.qkv.bias"):
-            # The bias of keys changes no attention: its gradient is rounding alone, of which Adam
-            # makes steps as large as any.
+            # The bias of keys does not affect attention: its gradient is only rounding errors,
+            # which Adam amplifies to full steps.
             found, values = (np.delete(each, _keys_of(each)) for each in (found, values))
         np.testing.assert_allclose(found, values, atol=2e-6, err_msg=name)
 
 
 def _keys_of(bias: np.ndarray) -> slice:
-    """The keys' part of a bias of queries, keys and values."""
+    """The keys' part of a fused bias of queries, keys and values."""
     return slice(len(bias) // 3, 2 * len(bias) // 3)
 
 
@@ -123,8 +121,8 @@ def test_mt_adamw_in_bf16_stays_near_float32_over_twenty_steps(rank_group, sprea
 
 @pytest.mark.parametrize("spread", BF16, ids=str)
 def test_so_does_it_with_experts_while_the_gates_choose_alike(rank_group, spread):
-    """Where a gate's second and third choice are nearly equal, rounding can swap them: then others
-    learn, and only the loss stays near.
+    """If a gate's second and third choices are nearly equal, rounding can swap them; then other
+    experts learn, and only the loss stays close.
     """
     layout = replace(TASK_BALANCED, bf16=True, **spread)
     expected = plain_trajectory(layout)

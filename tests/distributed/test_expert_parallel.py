@@ -1,4 +1,4 @@
-"""Experts spread over real ranks, by rows and by weights, against all experts in one place."""
+"""Experts spread over real ranks, moving rows or weights, compared with all experts on one rank."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def test_spread_experts_give_what_all_experts_in_one_place_do(rank_group, way, c
 
 
 def choose(place: Any, rows: int) -> str:
-    """Which way `run_spread` goes where each rank has `rows` rows for each of two experts of rank
+    """The way that `run_spread` takes if each rank has `rows` rows for each of two experts of rank
     0.
     """
     chosen = []

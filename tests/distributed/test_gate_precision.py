@@ -1,5 +1,5 @@
-"""Under bf16 the gates of experts compute with their float32 master weights, in training, after a
-checkpoint, and in an exported model.
+"""Under bf16 the gates compute with their float32 master weights: in training, after resuming, and
+in an exported model.
 """
 
 from dataclasses import dataclass, field, replace
@@ -52,8 +52,8 @@ CASES = [
 def train(
     place: Any, case: Case, output: Path, steps: int
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Go on from the newest checkpoint for so many steps, and save; the weights of gates that a
-    forward pass then computes with, and their gradients by exported name.
+    """Resume from the newest checkpoint for some steps, and save. Returns the weights of gates that
+    a forward pass then uses, and their gradients, by exported name.
     """
     recipe = make_recipe(model=case.model)
     recipe = replace(recipe, parallel=ParallelSettings(case.ep_size, case.tp_size))
@@ -76,8 +76,8 @@ def train(
 
 
 def used(model: Any) -> list[Tensor]:
-    """The weights that go into the products of gates: all those of their shapes. A gate may use its
-    own several times.
+    """The weights in the matrix products of gates, recognised by their shapes. A gate may use its
+    weights several times.
     """
     weights: list[Tensor] = []
     linear = F.linear
@@ -122,5 +122,5 @@ def test_gates_compute_in_bf16_with_the_weights_that_their_optimizer_keeps(
     for weights, found in ranks:
         assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
         for name, gradient in found.items():
-            # In token gates, experts that are nearly equal are told apart by rounding elsewhere.
+            # In token gates, rounding elsewhere decides between nearly equal experts.
             assert (gradient - exact[name]).norm() < 0.2 * exact[name].norm(), name

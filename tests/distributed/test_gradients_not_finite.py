@@ -1,4 +1,4 @@
-"""A gradient that is not finite, of a finite loss, moves nothing on any rank, in any layout."""
+"""A gradient that is not finite, with a finite loss, changes nothing on any rank, in any layout."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +16,7 @@ from icl_moe.training.partitions import held_ranges
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of two ranks, and which parameters' gradients rank 1 finds to be `value`."""
+    """A layout of two ranks, and the parameters whose gradients become `value` on rank 1."""
 
     stage: int
     bf16: bool = False
@@ -42,10 +42,10 @@ CASES = [
     Case(2, bf16=True, optimizer="mt_adamw"),
     Case(3),
     Case(3, bf16=True, optimizer="mt_adamw"),
-    # Without DeepSpeed's own look at the gradients.
+    # Without DeepSpeed's own check of the gradients.
     Case(1, bf16=True, checks=False),
     Case(2, bf16=True, checks=False, optimizer="mt_adamw"),
-    # What one rank alone holds.
+    # Parameters that only one rank holds.
     *(Case(stage, ep_size=2, part=".deepspeed_experts.") for stage in (0, 1)),
     *(Case(stage, tp_size=2, part="layers.0.feed_forward.up.weight") for stage in (0, 1)),
 ]
@@ -60,7 +60,9 @@ SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in OTHERS]
 
 
 def train(place: Any, case: Case) -> dict[str, Any]:
-    """Three steps of several micro-steps, the second one's last gradient spoilt on rank 1."""
+    """Three steps of several micro-steps; the last gradient of the second step is spoilt on rank
+    1.
+    """
     recipe = make_recipe(model={"feed_forward": "attributes"})
     recipe = replace(
         recipe,
@@ -107,9 +109,7 @@ def train(place: Any, case: Case) -> dict[str, Any]:
 
 
 def state_of(engine: TrainingEngine) -> list[torch.Tensor]:
-    """Copies of the weights that the model computes with, their masters and the optimizer's state,
-    as this rank holds them.
-    """
+    """Copies of this rank's working weights, master weights and optimizer state."""
     values = [p.detach() for p in engine.model.parameters() if not hasattr(p, "ds_id")]
     for master in {id(held.master): held.master for held in held_ranges(engine.deepspeed)}.values():
         values += [master.detach(), *engine.deepspeed.basic_optimizer.state[master].values()]

@@ -12,8 +12,8 @@ from preprocessing.recipe import DataRecipe
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory) -> Path:
-    """Eleven drawn episodes a task, two examples each, with class prompts, so that 0 to 2 shots can
-    be asked.
+    """Eleven drawn episodes per task with two examples each and class prompts, for evaluation with
+    0 to 2 examples.
     """
     tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     settings = [
@@ -38,7 +38,7 @@ def toy_model_folder(tmp_path_factory, toy_shards) -> Path:
 
 @pytest.fixture(scope="session")
 def parallel_model_folder(tmp_path_factory, toy_shards) -> Path:
-    """The same as a model that was trained with mask corruption."""
+    """The same model, marked as trained with mask corruption."""
     folder = tmp_path_factory.mktemp("parallel_model")
     return toy_export.save_toy_model(folder, toy_shards, mask_corruption=True)
 

@@ -12,8 +12,8 @@ from icl_moe.inference.model import InContextModel
 def test_the_loss_is_the_mean_over_targets_of_what_the_model_gives_the_true_token(
     task, toy_model_folder, toy_shards
 ):
-    """Against whole sequences in the padded layout, one at a time, by the model's logits at every
-    position.
+    """Compared with the model's logits at every position of whole sequences in the padded layout,
+    one at a time.
     """
     model, shards = InContextModel.from_pretrained(toy_model_folder), ShardSet(toy_shards)
     losses, targets, pairs = [], [], []

@@ -1,4 +1,4 @@
-"""The training-free matcher stands beside the other baselines, and is what a plain count makes of
+"""The training-free matcher appears beside the other baselines and equals a plain implementation of
 its formula.
 """
 
@@ -23,7 +23,7 @@ from preprocessing.recipe import DataRecipe
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Shards of scenes that a features tokenizer reads, and a model for them."""
+    """Shards of scenes encoded by a features tokenizer, and a model for them."""
     folder = tmp_path_factory.mktemp("matched")
     toy_features.make_toy_features(folder).save_pretrained(folder / "reader")
     settings = [
@@ -44,7 +44,7 @@ def episodes(place):
 
 
 def scores(table_KD: np.ndarray, episode, pair: int, source, shots: int) -> np.ndarray:
-    """The scores of pixels by plain loops over examples and cells."""
+    """The scores of pixels, computed with plain loops over examples and cells."""
     inside, outside = np.zeros(table_KD.shape[1]), np.zeros(table_KD.shape[1])
     for number in range(shots):
         mask_HW = decode_rle(source.meta["masks"][number])

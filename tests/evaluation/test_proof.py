@@ -1,5 +1,5 @@
-"""Swapped examples, flips and the number of examples: through `evaluate`, with models that obey
-their examples or ignore them, and against plain loops.
+"""Swapped examples, flips and the number of examples: with `evaluate` on models that follow or
+ignore their examples, and compared with plain loops.
 """
 
 import json
@@ -38,15 +38,15 @@ def episodes(toy_shards, toy_model_folder):
 
 @dataclass(frozen=True, eq=False)
 class Said(SegmentationPair):
-    """A pair whose mask is known, whatever its codes."""
+    """A pair with a given mask, independent of its codes."""
 
     output: dict = field(default_factory=dict)
 
 
 @pytest.fixture
 def model_that(monkeypatch, episodes):
-    """Has every model mark, or describe, the classes that `marks(all of the query, the one shown)`
-    names. Returns a list that takes what models are asked.
+    """Makes every model mark, or describe, the classes `marks(all of the query, the one shown)`.
+    Returns a list to which the requests to models are appended.
     """
 
     def install(marks) -> list:
@@ -120,7 +120,7 @@ def test_baselines_of_masks_equal_plain_sums(run, model_that, episodes):
         true, union = decode_rle(episode.meta["masks"][-1]), np.zeros((64, 64), bool)
         for entry in episode.meta["objects"]:
             union |= decode_rle(entry["mask"])
-        every.append(true.sum() / union.sum())  # The query's own mask lies in the union.
+        every.append(true.sum() / union.sum())  # The query's own mask is part of the union.
         whole.append(true.mean())
     assert rows["model"]["mean_iou"] == 1
     assert rows["every object"]["mean_iou"] == pytest.approx(np.mean(every))
@@ -128,7 +128,9 @@ def test_baselines_of_masks_equal_plain_sums(run, model_that, episodes):
 
 
 def test_a_model_that_ignores_its_examples_never_flips(run, model_that):
-    """It always takes the class whose name comes first, which is often right, once."""
+    """It always chooses the class whose name is first, which is often right in one of the two
+    cases.
+    """
     model_that(lambda classes, shown: {classes[0]})
     metrics = run()
     for task in ("segmentation", "captioning"):
@@ -162,7 +164,7 @@ def test_swapped_examples_are_of_another_class_that_the_query_shows(run, model_t
 
 
 def test_shards_keep_all_that_is_annotated_in_a_query(episodes, toy_shards):
-    """Masks against the scene's own annotations, cut here; captions against its regions."""
+    """Masks are compared with the scene's annotations, cropped here; captions with its regions."""
     coco = load_instances(toy_shards / "synthetic/instances_train.json")
     ids = {record["file_name"]: number for number, record in coco.imgs.items()}
     described = {
@@ -192,7 +194,9 @@ def test_shards_keep_all_that_is_annotated_in_a_query(episodes, toy_shards):
 
 
 def test_scores_of_swapped_examples_equal_plain_loops(episodes):
-    """Random masks: IoU a pixel at a time, and right where it is higher than with any other."""
+    """Random masks: IoU pixel by pixel; an output is right if its IoU is higher than with any other
+    class.
+    """
     of_task, rng = episodes["segmentation"], np.random.default_rng(0)
     queries = []
     for number, swap in of_task.swaps.items():
@@ -229,11 +233,11 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
     ("category", "box", "named", "placed", "right"),
     [
         ("written", "text", "shown", "shown", True),
-        ("written", "text", "shown", "own", False),  # A name can be copied off an example.
+        ("written", "text", "shown", "own", False),  # A name can be copied from an example.
         ("written", "text", "own", "shown", False),
         ("written", "none", "shown", "own", True),
         ("given", "text", "shown", "own", False),
-        ("none", "none", "own", "shown", True),  # Then the words tell.
+        ("none", "none", "own", "shown", True),  # Then the words decide.
     ],
 )
 def test_a_caption_is_right_by_all_that_it_writes(category, box, named, placed, right):

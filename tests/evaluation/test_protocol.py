@@ -1,5 +1,5 @@
 """`evaluate` on drawn episodes and a random model: what it writes, what it refuses, and that it
-goes on after an interruption.
+resumes after an interruption.
 """
 
 import json
@@ -32,7 +32,7 @@ def run(toy_model_folder, toy_shards, tmp_path, no_java):
 
 @pytest.fixture
 def truth(toy_shards, toy_model_folder):
-    """The query's true pair, by task, class and image codes of the query."""
+    """(Task, class, image codes of the query) -> the query's true pair."""
     codec = InContextModel.from_pretrained(toy_model_folder).codec
     shards = ShardSet(toy_shards)
     episodes = [
@@ -76,8 +76,8 @@ def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
 
 
 def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
-    """A model that writes the true outputs reaches the tokenizer's ceiling, all boxes and
-    categories, and the best captions.
+    """A model that writes the true outputs reaches the tokenizer's ceiling, perfect boxes and
+    categories, and the highest caption scores.
     """
     monkeypatch.setattr(
         InContextModel,
@@ -204,7 +204,7 @@ def test_shards_of_another_tokenizer_are_refused(toy_model_folder, toy_shards, t
     (other / "manifest.json").write_text(
         json.dumps({**manifest, "image_tokenizer": "0123456789abcdef"})
     )
-    with pytest.raises(InputError, match="image tokenizer is not that of"):
+    with pytest.raises(InputError, match="image tokenizer differs from that of"):
         evaluate(toy_model_folder, other, tmp_path / "out")
 
 

@@ -41,7 +41,7 @@ METRICS = Metrics(
 
 
 class Page(HTMLParser):
-    """The page's texts; every tag that is opened must be closed in order."""
+    """The page's texts. Checks that every tag is closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ def test_the_page_shows_scores_notes_sections_and_pictures_as_text(page):
         assert text in page.texts, text
     everything = " ".join(page.texts)
     assert "METEOR was not computed: why" in everything
-    assert "2 classes, of which 1 were seen in training: cat" in everything
-    assert "does not say which ones it was trained on" in everything
+    assert "2 classes; seen in training (1): cat" in everything
+    assert "does not record which ones it was trained on" in everything
 
 
 def test_the_summary_has_the_same_numbers_in_columns():

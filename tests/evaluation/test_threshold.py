@@ -1,4 +1,4 @@
-"""The threshold of masks that are written in one pass: fitted on some episodes, used on others."""
+"""The threshold of masks that are decoded in one pass: fitted on some episodes, used on others."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from icl_moe.tasks.mask_scores import score_masks
 
 @pytest.fixture(scope="module")
 def fitted_folder(parallel_model_folder, toy_shards, tmp_path_factory) -> Path:
-    """The model, its threshold fitted on the shards."""
+    """The model with a threshold fitted on the shards."""
     folder = tmp_path_factory.mktemp("fitted") / "model"
     shutil.copytree(parallel_model_folder, folder)
     model = InContextModel.from_pretrained(folder, "cpu")
@@ -33,7 +33,7 @@ def fitted_folder(parallel_model_folder, toy_shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_shards(toy_shards, tmp_path_factory) -> Path:
-    """The same episodes under another manifest: to the model, others."""
+    """The same episodes under another manifest, so that the model considers them other shards."""
     folder = shutil.copytree(toy_shards, tmp_path_factory.mktemp("other") / "shards")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -8,8 +8,8 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """What is mutated: drawn data in COCO's and Visual Genome's files, shards of it, a model, and a
-    region, an image and a mask.
+    """The files to mutate: drawn data in COCO's and Visual Genome's formats, shards of it, a model,
+    and a region, an image and a mask.
     """
     folder = tmp_path_factory.mktemp("material")
     toy_export.build_toy_line(folder, images=16, samples=6)

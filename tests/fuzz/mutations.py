@@ -1,5 +1,5 @@
-"""Mutations of files, each a function of a random generator: of bytes, as disks damage them, and of
-JSON and YAML values, as people and tools write them.
+"""Mutations of files, as functions of a random generator: of bytes, such as disk errors, and of
+JSON and YAML values, such as mistakes of people and tools.
 """
 
 import copy
@@ -41,7 +41,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def mutate_bytes(content: bytes, rng: np.random.Generator) -> bytes:
-    """One to four changes of a few bytes: other ones, fewer, more, or none from some place on."""
+    """One to four changes of a few bytes: replaced, removed, inserted, or the file truncated."""
     data = bytearray(content)
     for _ in range(rng.integers(1, 5)):
         place = int(rng.integers(0, len(data) + 1))
@@ -61,8 +61,8 @@ def mutate_bytes(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def mutate_values(content: Any, rng: np.random.Generator) -> Any:
-    """One to three changes within lists and dictionaries: an odd value, an entry less, an entry
-    twice, or another key.
+    """One to three changes within lists and dictionaries: an odd value, a removed entry, a repeated
+    entry, or another key.
     """
     content = copy.deepcopy(content)
     for _ in range(rng.integers(1, 4)):
@@ -109,7 +109,7 @@ def _places(content: Any) -> Any:
 
 
 def _kin(value: Any, rng: np.random.Generator) -> Any:
-    """A value that is nearly the same."""
+    """A similar value."""
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int | float):

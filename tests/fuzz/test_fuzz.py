@@ -1,7 +1,7 @@
-"""Whatever stands in the files that people give: a result or one sentence. Never another exception,
-a hang, a file outside of the output folder, or an annotation that is lost without being counted.
+"""Any content of input files leads to a result or a one-sentence error: never to another exception,
+a hang, a file outside the output folder, or an annotation that is lost without being counted.
 
-`pytest tests/fuzz --fuzz 20000` tries more; a failure names the seed that it comes from.
+`pytest tests/fuzz --fuzz 20000` tries more; a failure names its seed.
 """
 
 import json
@@ -33,7 +33,7 @@ from preprocessing.tokenizers.recipe import TokenizerRecipe
 from preprocessing.visual_genome import read_captioning as read_visual_genome
 
 Door = Callable[[Path], Any]
-"""Opens what lies in a folder, of which one file was mutated."""
+"""Opens the content of a folder, in which one file was mutated."""
 
 SECONDS = 20
 
@@ -122,7 +122,9 @@ DOORS: dict[str, tuple[str, Callable, Door, float]] = {
     "model's weights": ("model/model.safetensors", mutate_bytes, open_model, 0.01),
     "tokenizer's config": ("tokenizer/config.json", mutate_json, open_tokenizer, 0.04),
 }
-"""Of each door: the file that is mutated, how, what opens it, and its share of all mutations."""
+"""Entry point -> the file to mutate, the kind of mutation, the function that opens it, and its
+share of all mutations.
+"""
 
 RECIPES: dict[str, tuple[type, str]] = {
     "icl_moe/recipes/demo.yaml": (TrainingRecipe, "icl_moe"),
@@ -130,7 +132,7 @@ RECIPES: dict[str, tuple[type, str]] = {
     "preprocessing/tokenizers/recipes/tokenizer_demo.yaml": (TokenizerRecipe, "preprocessing"),
 }
 RECIPE_SHARE = 0.04
-"""Of each recipe."""
+"""Mutations per recipe."""
 
 
 @contextmanager
@@ -185,5 +187,5 @@ def test_a_mutated_recipe_is_read_or_refused_in_a_sentence(file, repository, tmp
 
 
 def snapshot(folder: Path) -> set[str]:
-    """What lies in a folder and in the one above it, the mutated one aside."""
+    """The content of a folder and of its parent, without the mutated folder."""
     return {path.name for path in (*folder.iterdir(), *folder.parent.iterdir())}

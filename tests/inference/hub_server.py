@@ -1,5 +1,5 @@
-"""A server that speaks as much of the Hugging Face Hub's API as loading and uploading a model need:
-it serves the files of a folder as the repository `someone/model`, and keeps what is uploaded.
+"""A server with the part of the Hugging Face Hub's API that loading and uploading a model needs: it
+serves the files of a folder as the repository `someone/model`, and stores uploaded files.
 """
 
 import base64
@@ -15,17 +15,18 @@ REPOSITORY, REVISION = "someone/model", "0123456789abcdef0123456789abcdef0123456
 
 
 @contextmanager
-def hub(served: Path, uploaded: Path) -> Iterator[str]:
-    """Gives the server's address, for HF_ENDPOINT."""
+def hub(served: Path, uploaded: Path) -> Iterator[tuple[str, list[set[str]]]]:
+    """Yields the server's address, for HF_ENDPOINT, and the file names of each commit so far."""
+    made: list[set[str]] = []
 
     class Handler(_Handler):
-        source, target = served, uploaded
+        source, target, commits = served, uploaded, made
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}", made
     finally:
         server.shutdown()
         thread.join()
@@ -35,9 +36,10 @@ def hub(served: Path, uploaded: Path) -> Iterator[str]:
 class _Handler(BaseHTTPRequestHandler):
     source: Path
     target: Path
+    commits: list[set[str]]
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -73,9 +75,11 @@ class _Handler(BaseHTTPRequestHandler):
             how = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
             self._answer({"files": [{"path": file["path"], **how} for file in files]})
         elif "/commit/" in self.path:
+            self.commits.append(set())
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
+                    self.commits[-1].add(entry["value"]["path"])
                     file = self.target / entry["value"]["path"]
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(base64.b64decode(entry["value"]["content"]))

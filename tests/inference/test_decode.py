@@ -1,5 +1,5 @@
-"""Decoding in a batch, with padding and a cache, writes what the plain way writes: one query, all
-tokens read anew each step.
+"""Decoding in a batch with padding and a cache equals plain decoding, which handles one query and
+reads all tokens again at each step.
 """
 
 import itertools
@@ -57,9 +57,7 @@ def small_decoder(
     )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)
-    with (
-        torch.no_grad()
-    ):  # Of the size that training gives, so that the choices depend on what was read.
+    with torch.no_grad():  # As large as after training, so that the choices depend on the prompt.
         for parameter in decoder.parameters():
             parameter.mul_(4.0)
     return decoder.eval()
@@ -92,8 +90,8 @@ def requests(format: SequenceFormat, rng: np.random.Generator) -> list[tuple[Epi
 def plainly(
     decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, query: np.ndarray
 ) -> list[int]:
-    """Greedy decoding without batch, padding or cache, positions and attributes taken from the
-    padded layout itself.
+    """Greedy decoding without batch, padding or cache, with positions and attributes from the
+    padded layout.
     """
     prompt = codec.encode_prompt(episode, query)
     tokens, attributes = prompt.tokens_L.tolist(), prompt.attributes().tolist()
@@ -128,13 +126,13 @@ def plainly(
 
 
 def plain_links(tokens: list[int]) -> torch.Tensor:
-    """Of a sequence or its beginning, (1, L, 2), by the order of tokens alone: an image right after
-    another is that one's output.
+    """The links (1, L, 2) of a sequence or its beginning, derived only from the order of tokens: an
+    image directly after another is its output.
     """
     links = torch.full((1, len(tokens), 2), -1)
     opened = [place for place, token in enumerate(tokens) if token == VOCABULARY.boi]
     for first, second in itertools.pairwise(opened):
-        # After an output image another pair begins, but not without [EOC] or text between them.
+        # After an output image and [EOC] or text, another pair begins.
         if second == first + 1 + CODES:
             for cell in range(CODES):
                 for place, column in ((second + cell, 0), (second + cell + 1, 1)):
@@ -168,8 +166,8 @@ def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward, lin
 
 
 class Oracle:
-    """Knows an episode's whole sequence, always says its next token, and keeps what it was given to
-    read.
+    """A decoder that knows an episode's whole sequence, predicts its next token, and records what
+    it reads.
     """
 
     device = torch.device("cpu")
@@ -205,7 +203,7 @@ def test_the_decoder_reads_each_token_once_and_as_training_shows_it(format):
         assert oracle.read == expected[: len(oracle.read)]
         eoc = (
             [VOCABULARY.eoc] if episode.task is SEGMENTATION else []
-        )  # A mask's is nobody's to write.
+        )  # The [EOC] of a mask need not be written.
         assert (output + eoc) == oracle.tokens[-len(output + eoc) :]
         assert len(oracle.read) >= len(oracle.tokens) - 2, (
             "only the last choice and what follows it need no reading"
@@ -234,7 +232,7 @@ def test_sampling_draws_allowed_tokens_in_proportion():
         def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
             logits_V = torch.full(
                 (VOCABULARY.size,), 50.0
-            )  # All that is forbidden looks better than all that is allowed.
+            )  # All forbidden tokens have higher logits than all allowed ones.
             logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.stop] = -1e4
             logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.start + 3] = (
                 torch.tensor([0.0, 1.0, 2.0])

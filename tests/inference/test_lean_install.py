@@ -1,4 +1,4 @@
-"""Inference needs neither the training engine nor what is Linux's alone."""
+"""Inference needs neither the training engine nor modules that only Linux has."""
 
 import os
 import subprocess
@@ -27,8 +27,7 @@ ABSENT = (
 PROGRAM = """
 import sys
 
-sys.modules["fcntl"] = None  # As on Windows.
-from icl_moe.cli import main
+sys.modules["fcntl"] = None # This module is missing on Windows. from icl_moe.cli import main
 
 sys.exit(main(sys.argv[1:]))
 """
@@ -36,7 +35,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory, repository):
-    """What is installed here, without the packages that inference must not need."""
+    """The installed packages, without those that inference must not need."""
     folder = tmp_path_factory.mktemp("site-packages")
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         name = entry.name.lower().replace("-", "_")

@@ -1,5 +1,5 @@
-"""The public door, with a tokenizer that loses nothing on pictures made of flat 8 x 8 squares, and
-a decoder that copies.
+"""The public interface, with a tokenizer that is lossless on pictures of flat 8 x 8 squares, and a
+decoder that copies.
 """
 
 import json
@@ -73,7 +73,7 @@ def make_model(small_text: TextTokenizer, **settings) -> InContextModel:
 
 @pytest.fixture
 def copying(monkeypatch):
-    """The decoder writes what the last example has."""
+    """Makes the decoder write the output of the last example."""
 
     class Copy:
         device = torch.device("cpu")
@@ -109,7 +109,7 @@ def picture(seed: int, width: int = SIDE, height: int = SIDE) -> np.ndarray:
 
 
 def blocks(width: int, height: int) -> np.ndarray:
-    """A mask of whole squares, for an image that is a whole multiple of the model's size."""
+    """A mask of whole squares, for an image whose size is a multiple of the model's."""
     grid = np.random.default_rng(9).integers(0, 2, (SIDE // SQUARE, SIDE // SQUARE), dtype=np.uint8)
     return np.kron(
         grid, np.ones((height * SQUARE // SIDE, width * SQUARE // SIDE), np.uint8)
@@ -117,7 +117,7 @@ def blocks(width: int, height: int) -> np.ndarray:
 
 
 def test_a_copied_mask_comes_back_at_the_querys_size(small_text, copying):
-    """The query has another size than the example; squares of the mask stay squares, up to a pixel
+    """The query has another size than the example. Squares of the mask stay squares, up to a pixel
     at their borders.
     """
     model = make_model(small_text)
@@ -164,7 +164,7 @@ def test_a_copied_caption_has_its_box_in_the_querys_pixels(small_text, copying, 
 def test_a_class_prompt_makes_examples_dispensable_but_not_the_class(small_text):
     model = make_model(small_text, class_prompt=True)
     assert model.segment([], query=picture(0), category="dog").shape == (SIDE, SIDE)
-    with pytest.raises(InputError, match="give the category"):
+    with pytest.raises(InputError, match="set the category"):
         model.segment([], query=picture(0))
 
 
@@ -182,7 +182,7 @@ REGION = Region("a dog", "dog", BOX)
         ),
         ({}, [Region("a dog", None, BOX)], "Example 1 lacks the category"),
         ({}, [REGION, Region("a dog", "dog")], "Example 2 lacks the box"),
-        ({"category": "given"}, [REGION, Region("a cat", "cat", BOX)], "give the category"),
+        ({"category": "given"}, [REGION, Region("a cat", "cat", BOX)], "set the category"),
         ({}, [Region("dog " * 300, "dog", BOX)], "there is room for 64"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_mask_of_another_size_than_its_image_is_refused(small_text):
 def test_the_model_sees_the_same_pixels_whichever_way_an_image_comes(
     small_text, tmp_path, monkeypatch
 ):
-    """A photo on its side, as a file and as web services hand it over."""
+    """A photograph with EXIF rotation, as a file and in the forms that web services use."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(picture(3, 128, 64)).save(tmp_path / "side.png", exif=exif)
@@ -265,13 +265,13 @@ def test_a_mark_that_vanishes_at_the_models_size_is_refused(small_text, tmp_path
     marks[3:5, 300:303] = 255
     Image.fromarray(marks).save(tmp_path / "dot.png")
     for mask, name in ((tmp_path / "dot.png", "dot.png"), (marks, "The mask of example 1")):
-        with pytest.raises(InputError, match=f"{name} marks so little that nothing"):
+        with pytest.raises(InputError, match=f"{name} is so small that nothing"):
             make_model(small_text).segment([(picture(0, 640, 640), mask)], query=picture(0))
 
 
 @pytest.mark.parametrize("category", [3, b"dog", ["dog"]])
 def test_a_category_that_is_no_text_is_refused(small_text, category):
-    with pytest.raises(InputError, match="The category must be a text"):
+    with pytest.raises(InputError, match="The category must be text"):
         make_model(small_text).segment(
             [(picture(0), blocks(64, 64))], query=picture(0), category=category
         )
@@ -355,13 +355,13 @@ def test_a_regions_file_may_stand_for_the_region(small_text, copying, tmp_path):
         ('{"caption": "a dog", "box": [0, 0, 1e999, 3]}', "finite numbers"),
         (f'{{"caption": "a dog", "box": [0, 0, {"9" * 400}, 3]}}', "finite numbers"),
         (f'{{"caption": "a dog", "box": [0, 0, {"9" * 5000}, 3]}}', "is not valid JSON"),
-        ('{"caption": null}', "the caption must be a text"),
-        ('{"caption": 5}', "the caption must be a text"),
-        ('{"caption": " "}', "the caption must be a text"),
-        ('{"caption": "a dog", "category": 7}', "the category must be a text"),
-        ('{"caption": "a dog \\ud83d"}', "the caption must be a text"),
-        ('{"caption": "a dog", "category": "\\udc67"}', "the category must be a text"),
-        ('{"caption": "a dog", "caption": "a cat"}', "a key stands there twice"),
+        ('{"caption": null}', "the caption must be text"),
+        ('{"caption": 5}', "the caption must be text"),
+        ('{"caption": " "}', "the caption must be text"),
+        ('{"caption": "a dog", "category": 7}', "the category must be text"),
+        ('{"caption": "a dog \\ud83d"}', "the caption must be text"),
+        ('{"caption": "a dog", "category": "\\udc67"}', "the category must be text"),
+        ('{"caption": "a dog", "caption": "a cat"}', "a key occurs twice"),
         ("[" * 100_000, "is not valid JSON"),
         ("", "is not valid JSON"),
         (b"\xff\xfe{", "is not valid JSON"),
@@ -389,7 +389,7 @@ def test_a_box_outside_of_its_image_is_refused_by_the_regions_name(small_text, t
         with pytest.raises(InputError) as caught:
             model.caption([(picture(0), region)], query=picture(1))
         assert str(caught.value).startswith(f"{name}: the box [")
-        assert "lies outside of its image, which is 64 x 64 pixels" in str(caught.value)
+        assert "lies outside its image, which is 64 x 64 pixels" in str(caught.value)
 
 
 def test_a_region_of_no_sense_is_refused_in_python_too(small_text):
@@ -397,7 +397,7 @@ def test_a_region_of_no_sense_is_refused_in_python_too(small_text):
         (Region("a dog", "dog", (5, 5, -3, 4)), "Example 1: the box must be"),
         (Region("a dog", "dog", (1, 2, 3)), "Example 1: the box must be"),
         (Region("a dog", "dog", "abcd"), "Example 1: the box must be"),
-        (Region(None, "dog", BOX), "Example 1: the caption must be a text"),
+        (Region(None, "dog", BOX), "Example 1: the caption must be text"),
     ):
         with pytest.raises(InputError, match=message):
             make_model(small_text).caption([(picture(0), region)], query=picture(1))
@@ -463,7 +463,7 @@ def _set(**values):
 
 
 def _state_the_vocabulary_again(**values):
-    """In the format, where earlier exports have it."""
+    """In the format, as in earlier exports."""
 
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -489,10 +489,10 @@ def test_the_vocabulary_stands_once_in_an_exported_configuration(exported, tmp_p
     [
         (_cut, "cannot be read"),
         (_set(image_tokenizer="0123"), "the model was trained with 0123"),
-        (_set(image_size=128), "does not turn the model's images of 128 pixels into 64 codes"),
+        (_set(image_size=128), "does not encode the model's images of 128 pixels as 64 codes"),
         (
             _state_the_vocabulary_again(text_merges=2000),
-            "format.vocabulary is not the vocabulary",
+            "format.vocabulary differs from the vocabulary",
         ),
     ],
     ids=["truncated weights", "another tokenizer", "another size", "another vocabulary"],

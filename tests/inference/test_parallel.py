@@ -1,4 +1,4 @@
-"""Masks written in one pass: what the decoder says of each cell, and the pixels that come of it."""
+"""Masks decoded in one pass: the probabilities of each cell and the resulting pixels."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def decoder_of(link: bool) -> InContextDecoder:
 
 
 def plainly(decoder: InContextDecoder, episode: Episode, image: np.ndarray) -> torch.Tensor:
-    """One query without batch or padding, its sequence and links written out by hand."""
+    """One query without batch or padding, with sequence and links constructed explicitly."""
     start = VOCABULARY.image_range.start
     task = SEGMENTATION
     visual_in, visual_out, text_in = (
@@ -85,7 +85,7 @@ def plainly(decoder: InContextDecoder, episode: Episode, image: np.ndarray) -> t
 @pytest.mark.parametrize("link", [False, True])
 @torch.inference_mode()
 def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(link):
-    """In one batch of queries whose prompts differ in length."""
+    """In one batch of queries with prompts of different lengths."""
     rng = np.random.default_rng(0)
     decoder, codec = decoder_of(link), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
 

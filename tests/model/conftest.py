@@ -6,7 +6,7 @@ from torch import nn
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[Callable[[nn.Module], nn.Module]]:
-    """Gives the expert layers of a model their process groups, in a world of one."""
+    """Sets up the process groups of a model's expert layers for a single rank."""
     from icl_moe.training.distributed import process_group
 
     def join(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The decoder against independent references: Hugging Face's GPT-2, and a mixture of experts
+"""The decoder compared with independent references: Hugging Face's GPT-2, and a mixture of experts
 computed token by token.
 """
 
@@ -151,9 +151,7 @@ def merged_expert(experts: list[nn.Module], weights: list[Tensor], x_M: Tensor) 
 
 
 def reference_mixture(layer: SparseFeedForward, x_TM: Tensor, attributes_T: list[int]) -> Tensor:
-    """x_out = sum over the top-k of G(x)_i FFN_i(x), one token after the other, straight from the
-    formula.
-    """
+    """x_out = sum over the top-k of G(x)_i FFN_i(x), token by token, as in the formula."""
     gate, rows = layer.gate, []
     k = gate.experts_per_token
     for x_M, attributes in zip(x_TM, attributes_T, strict=True):
@@ -403,8 +401,8 @@ def test_exported_folder_loads_to_equal_logits(tmp_path):
 
 
 def linked_embeddings(model: InContextDecoder, tokens: list[int]) -> Tensor:
-    """Input embeddings of segmentation pairs [BOI] image [BOI] mask [EOC], one token after the
-    other: E[token] + P[position], and W E[c_j] where mask cell j is predicted and where it is held.
+    """Input embeddings of segmentation pairs [BOI] image [BOI] mask [EOC], token by token: E[token]
+    + P[position], plus W E[c_j] at the positions that predict and that hold mask cell j.
     """
     n = CODES
     E, P, W = (
@@ -417,7 +415,7 @@ def linked_embeddings(model: InContextDecoder, tokens: list[int]) -> Tensor:
         x_M = E[token] + P[position]
         pair, place = divmod(position, 3 + 2 * n)
         image = tokens[pair * (3 + 2 * n) + 1 :][:n]
-        cell = place - (2 + n)  # The cell held; -1 at the mask's marker, n at [EOC].
+        cell = place - (2 + n)  # The cell at this position; -1 at the mask's marker, n at [EOC].
         if 0 <= cell < n:
             x_M = x_M + W @ E[image[cell]]
         if -1 <= cell < n - 1:
@@ -522,7 +520,7 @@ def test_image_codes_start_as_a_random_map_of_their_vectors(whiten):
     before = model.token_embedding.weight.detach().clone()
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(32, 8, generator=generator) * torch.arange(1, 9) + 5.0
-    vectors[7] = vectors[3]  # Two codes that look alike.
+    vectors[7] = vectors[3]  # Two codes with the same vector.
     frequencies = torch.rand(32, generator=generator)
     first = VOCABULARY.image_range.start
     start_from_codebook(model, vectors, frequencies, first, seed=0, whiten=whiten)

@@ -1,5 +1,5 @@
-"""The decoder's loss and all its gradients against the published formulas, computed slowly in
-float64 (tests/plain_decoder.py); and what is random in training: noise and dropout.
+"""The decoder's loss and all its gradients compared with the published formulas, computed slowly in
+float64 (tests/plain_decoder.py); and the randomness of training: noise and dropout.
 """
 
 import functools
@@ -38,15 +38,15 @@ ROUTINGS = {
     "tokens and attributes": {"feed_forward": "attributes", "gate_input": "token+attributes"},
 }
 BY_TOKEN = ("stock tokens", "our gate on tokens", "tokens and attributes")
-"""Their gates decide a token at a time. They are asked about one episode without padding: over
-several, their auxiliary loss is whatever GShard's layers make of a whole stream.
+"""Their gates decide for each token. They are tested on one episode without padding, since for
+several episodes their auxiliary loss is that of GShard's layers on the whole stream.
 """
 NOISE = (3, 5)
 
 
 def uneven_episodes() -> list[TokenSequence]:
-    """Of both tasks, and captions of different lengths, so that no two have like shares of their
-    attribute classes, and a mean over episodes is not one over tokens.
+    """Episodes of both tasks with captions of different lengths, so that the shares of attribute
+    classes differ, and a mean over episodes is not a mean over tokens.
     """
     rng = np.random.default_rng(0)
     codec = SequenceCodec(FORMAT, TextTokenizer(VOCABULARY.text_merges))
@@ -73,8 +73,8 @@ def uneven_episodes() -> list[TokenSequence]:
 def trained_like(
     settings: dict, sparse_layer=SparseFeedForward, seed: int = 0, **options: float
 ) -> InContextDecoder:
-    """A decoder whose parameters are all of a size that training could give: at their first values
-    biases are 0, norms 1 and the attention nearly even, which hides faults.
+    """A decoder whose parameters are as large as after training: initially biases are 0, norms 1
+    and attention nearly uniform, which hides faults.
     """
     config = make_config(layer_norm_epsilon=0.01, **settings)
     model = InContextDecoder(config, sparse_layer, **options)
@@ -92,9 +92,7 @@ def hash_of(name: str, seed: int) -> int:
 
 
 def noise_of(model: InContextDecoder) -> Callable[[int, int], Tensor]:
-    """What a gate's logits have more with noise than without, up to a constant, which softmax does
-    not see.
-    """
+    """The noise in a gate's logits, up to a constant, which softmax removes."""
 
     @functools.cache
     def noise(layer: int, attributes: int) -> Tensor:
@@ -147,8 +145,8 @@ def test_so_do_those_of_deepspeeds_layers(routing, one_rank):
 
 
 def test_gate_noise_has_the_published_spread_and_its_own_draw_for_seed_step_layer_and_class():
-    """Standard deviation 1 / E. Of E logits softmax shows the differences from their mean, whose
-    variance is (E - 1) / E of theirs.
+    """The standard deviation is 1 / E. Softmax reveals only the differences of E logits from their
+    mean, whose variance is (E - 1) / E of the logits'.
     """
     model = trained_like({"feed_forward": "attributes", "experts": 4})
     shown = {}
@@ -165,8 +163,8 @@ def test_gate_noise_has_the_published_spread_and_its_own_draw_for_seed_step_laye
 
 
 def outputs(model: InContextDecoder) -> dict[str, Tensor]:
-    """What modules took in and gave out at the last pass, by name; kept up to date while the
-    decoder computes.
+    """Name of a module -> its inputs and outputs at the last pass, updated while the decoder
+    computes.
     """
     seen: dict[str, Tensor] = {}
 
@@ -184,7 +182,7 @@ def outputs(model: InContextDecoder) -> dict[str, Tensor]:
 
 
 def test_hidden_dropout_falls_on_the_embeddings_and_on_both_branches_of_every_layer_in_training():
-    """Everything that passes it is either dropped or scaled by 1 / (1 - p)."""
+    """Every value is either dropped or scaled by 1 / (1 - p)."""
     p = 0.25
     model = trained_like({"dropout": p, "layers": 2, "layers_with_experts": (1,)})
     seen, batch = outputs(model), make_batch("segmentation", 2)
@@ -213,7 +211,7 @@ LENGTHS = {"even": (12, 12, 12), "uneven": (5, 12, 9), "padded": (12, 12, 12)}
 
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_attention_drops_weights_of_the_past_and_of_nothing_else(kind):
-    """With values that are a basis the output is the attention matrix itself."""
+    """If the values are a basis, the output is the attention matrix."""
     p, lengths = 0.4, LENGTHS[kind]
     tokens, heads = sum(lengths), 64
     generator = torch.Generator().manual_seed(0)
@@ -287,7 +285,7 @@ def test_activation_checkpointing_computes_each_layer_again_in_training_alone():
 
 
 def test_the_next_tokens_logits_are_the_last_ones_with_a_cache_and_without():
-    """Rows of different lengths, padded on the left, read in pieces of 5, 1 and 4 tokens."""
+    """Rows of different lengths, padded on the left, read in chunks of 5, 1 and 4 tokens."""
     model = trained_like({}).eval()
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(0, VOCABULARY.size, (2, 10), generator=generator)

@@ -1,5 +1,5 @@
-"""The decoder's own kernels against the plain formulas: linear layers, cross-entropy at targets,
-causal attention by blocks.
+"""The decoder's own kernels compared with the plain formulas: linear layers, cross-entropy at
+targets, blockwise causal attention.
 """
 
 import math
@@ -132,8 +132,8 @@ def test_causal_attention_takes_any_number_of_heads_before_length_and_width():
 
 
 def test_attention_dropout_drops_the_same_weights_in_the_backward_pass(monkeypatch):
-    """With values that are a basis the output is the dropped attention matrix itself, which tells
-    what was kept.
+    """If the values are a basis, the output is the attention matrix after dropout, which shows what
+    was kept.
     """
     monkeypatch.setattr(blockwise_attention, "BLOCK", 4)
     q, k = leaves((1, 10, 10), (1, 10, 10))

@@ -1,4 +1,4 @@
-"""The paper's model at its full size, on whatever machine this is. Needs about 8 GiB of memory."""
+"""The paper's model at full size. Needs about 8 GiB of memory."""
 
 import numpy as np
 import pytest
@@ -55,6 +55,6 @@ def test_one_training_step_at_full_size_runs_and_lowers_the_loss(one_rank):
         loss = engine.backward(batch, noise=(0, 0))
         engine.step()
         losses.append(loss.image_sum.item() / loss.image_weight.item())
-    # At the start every token is about as likely as any other of the 52,295.
+    # At the start all 52,295 tokens are about equally likely.
     assert losses[0] == pytest.approx(np.log(52_295), abs=0.5)
     assert losses[1] < losses[0]

@@ -1,4 +1,6 @@
-"""How parameters are cut over tensor ranks, without any ranks; tests/distributed trains on them."""
+"""How parameters are partitioned over tensor ranks, without starting ranks; tests/distributed
+trains on them.
+"""
 
 import pytest
 import torch

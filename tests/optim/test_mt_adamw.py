@@ -1,4 +1,4 @@
-"""MT-AdamW against its formula, computed plainly in float64."""
+"""MT-AdamW compared with a plain computation of its formula in float64."""
 
 import math
 
@@ -11,8 +11,8 @@ from icl_moe.optim.mt_adamw import MTAdamW
 
 @pytest.mark.parametrize(
     ("sizes", "tolerance"),
-    # Where norms differ 10,000-fold, 1 - d is the difference of two numbers that agree in eight
-    # digits or more.
+    # If norms differ by a factor of 10,000, 1 - d is the difference of two numbers that agree in at
+    # least eight digits.
     [((1.0, 1.0), 1e-12), ((100.0, 0.01), 1e-7)],
 )
 def test_twenty_steps_of_two_tasks_equal_the_formula(sizes, tolerance):

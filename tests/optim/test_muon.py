@@ -1,4 +1,4 @@
-"""Muon against torch's own, and what makes a matrix's step orthogonal."""
+"""Muon compared with torch's implementation, and the orthogonality of a matrix's step."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from icl_moe.optim.muon import Muon, orthogonal
 
 @pytest.mark.parametrize("shape", [(24, 24), (96, 24), (24, 96)])
 def test_twenty_steps_of_a_matrix_are_those_of_torch(shape, monkeypatch):
-    # torch iterates in bfloat16, whatever the device.
+    # torch iterates in bfloat16 on every device.
     monkeypatch.setattr(muon, "computes_in_bf16", lambda _: True)
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
@@ -22,7 +22,7 @@ def test_twenty_steps_of_a_matrix_are_those_of_torch(shape, monkeypatch):
         ours.grad = theirs.grad = torch.randn(shape)
         for optimizer in optimizers:
             optimizer.step()
-    # A step is as long as lr says: what the paths differ by is the rounding of bfloat16.
+    # The length of a step is lr, so the paths differ only by the rounding of bfloat16.
     assert (ours - theirs).norm() < 0.02 * (ours - 1).norm()
 
 

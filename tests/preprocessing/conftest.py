@@ -1,4 +1,4 @@
-"""Small data sets in the true formats, made by hand so that every number in them is known."""
+"""Small hand-made data sets in the real formats, in which every number is known."""
 
 import json
 from collections.abc import Callable

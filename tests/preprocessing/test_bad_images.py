@@ -1,5 +1,5 @@
-"""An image that is damaged, or another than its record says, ends a build at its start, or is left
-out, counted and listed.
+"""An image that is damaged or differs from its record stops a build at its start, or is left out,
+counted and listed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ SIZE = (96, 80)
 
 
 def picture(number: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Blue, with a red square of 40 x 40 in its left upper part."""
+    """A blue picture with a red square of 40 x 40 in its upper left part."""
     image = Image.new("RGB", size, (20, 20 * number % 250, 120))
     ImageDraw.Draw(image).rectangle([4 + number, 6, 43 + number, 45], fill=(220, 40, 30))
     return image
@@ -101,7 +101,7 @@ def truncate(path: Path) -> None:
 
 
 def save_turned(path: Path, image: Image.Image, orientation: int) -> None:
-    """Write `image` as a camera that was held on its side does: to be turned upright by EXIF."""
+    """Write `image` as a rotated camera does, with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     undo = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
@@ -139,8 +139,8 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda path: truncate(path), "3.jpg cannot be read; it is damaged or no image"),
-        (lambda path: path.write_bytes(b""), "3.jpg cannot be read; it is damaged or no image"),
+        (lambda path: truncate(path), "3.jpg cannot be read; it is damaged or not an image"),
+        (lambda path: path.write_bytes(b""), "3.jpg cannot be read; it is damaged or not an image"),
         (
             lambda path: picture(3, (97, 80)).save(path),
             "3.jpg has 97 x 80 pixels, but its record says 96 x 80",
@@ -162,7 +162,7 @@ def test_a_bad_image_is_named_before_anything_is_encoded(
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said
     assert "and 1 more of 12 annotated images cannot be used" in said
-    assert said.endswith("correct that, or set bad_images=skip.")
+    assert said.endswith("replace it, or set bad_images=skip.")
 
 
 def test_bad_images_are_left_out_counted_and_listed_on_demand(data, build, tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_bad_images_are_left_out_counted_and_listed_on_demand(data, build, tmp_p
 
 
 def test_the_shards_are_those_of_the_data_without_the_bad_images(data, build, tmp_path):
-    """Whatever the number of workers; and a build that was interrupted goes on to the same."""
+    """This holds for any number of workers and for a resumed build."""
     spoil(data)
     assert build(tmp_path / "out", "bad_images=skip") == 0
     assert build(tmp_path / "workers", "bad_images=skip", workers=3) == 0
@@ -243,7 +243,7 @@ def test_a_build_that_leaves_bad_images_out_goes_on_where_it_was_interrupted(
     read.clear()
     assert build(tmp_path / "out", "bad_images=skip") == 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
-    assert not set(noted) & set(read), "what was found out about an image is not found out again"
+    assert not set(noted) & set(read), "images that were checked are not read again"
 
 
 def _interrupt(*_: object) -> None:
@@ -281,23 +281,25 @@ def test_an_image_that_is_damaged_while_a_build_stands_still_is_not_left_out_in_
 
 
 def test_a_picture_that_exif_turns_is_shown_as_its_record_has_it(data, build, tmp_path):
-    """Annotations are made on the upright picture, or on the stored one: the size tells."""
+    """Annotations are made on the upright picture or on the stored one; the recorded size
+    decides.
+    """
     assert build(tmp_path / "plain") == 0
     stored = picture(3)
     path = data / "images" / "3.jpg"
-    # A record of the picture as it is stored, which the tag would turn to 80 x 96.
+    # The record describes the stored picture, which the tag would rotate to 80 x 96.
     exif = Image.Exif()
     exif[0x0112] = 6
     stored.save(path, exif=exif, quality=95)
     assert build(tmp_path / "stored") == 0
     assert hashes(tmp_path / "stored") == hashes(tmp_path / "plain")
-    # A record of the upright picture.
+    # The record describes the upright picture.
     save_turned(path, stored, 6)
     assert Image.open(path).size == (80, 96)
     assert build(tmp_path / "upright") == 0
     assert Manifest.read(tmp_path / "upright").skipped == {}
     codes = {name: _codes_of(tmp_path / name, "3.jpg") for name in ("plain", "upright")}
-    assert (codes["plain"] == codes["upright"]).mean() > 0.9, "JPEG's rounding apart"
+    assert (codes["plain"] == codes["upright"]).mean() > 0.9, "equal except for JPEG's rounding"
 
 
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])

@@ -1,4 +1,4 @@
-"""`icl-moe shards build | verify | stats | preview`, as their users run them."""
+"""`icl-moe shards build | verify | stats | preview`, as a user runs them."""
 
 import argparse
 import hashlib
@@ -48,7 +48,7 @@ Build = Callable[..., Manifest]
 
 @pytest.fixture(scope="module")
 def build(tokenizer) -> Build:
-    """Builds `recipe`, made small, with the toy tokenizer."""
+    """Builds a small version of `recipe` with the toy tokenizer."""
 
     def build(out: Path, *settings: str, recipe: str = "demo", workers: int = 0) -> Manifest:
         overrides = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer), *settings]
@@ -183,7 +183,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
     assert all(
         path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar"
     )
-    assert bool(encoded) == (stage == "encoding"), "what was encoded is not encoded again"
+    assert bool(encoded) == (stage == "encoding"), "encoded chunks are not encoded again"
 
 
 def test_two_builds_do_not_share_a_folder_and_a_killed_one_does_not_keep_it(
@@ -254,8 +254,8 @@ def test_a_build_that_was_refused_does_not_block_its_folder(
     out, recipe = tmp_path / "out", str(coco_recipe)
     refused = [
         ([f"segmentation.images={tmp_path / 'typo'}"], "typo does not exist"),
-        (["examples=200"], "seen in the 201 images"),
-        (["segmentation.source=synthetic", "examples=200"], "seen in the 201 images"),
+        (["examples=200"], "appears in the 201 images"),
+        (["segmentation.source=synthetic", "examples=200"], "appears in the 201 images"),
     ]
     for settings, message in refused:
         with pytest.raises(InputError, match=message):
@@ -351,10 +351,10 @@ def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_re
     ("settings", "edit", "remedy"),
     [
         (["captioning=null"], {"iscrowd": 1}, "set segmentation.crowds=instances"),
-        (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); put the outlines right"),
+        (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); correct the outlines"),
         (["captioning=null", "segmentation.small_objects=false"], {}, "small_objects=true"),
-        (["captioning=null", "examples=6"], {}, "give more data or set examples lower"),
-        (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "put the boxes right"),
+        (["captioning=null", "examples=6"], {}, "provide more data or set examples lower"),
+        (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "correct the boxes"),
         (["segmentation=null", "captioning.classes=[cat]", "examples=3"], {}, "more data or set"),
         (["segmentation=null", "captioning.min_descriptions=99"], {}, "min_descriptions lower"),
     ],
@@ -410,7 +410,7 @@ def test_missing_images_are_counted_in_the_manifest_on_demand(
         (["captioning.split=train"], "captioning.splits and captioning.split go together"),
         (
             ["segmentation=null", "captioning=null"],
-            "needs a section segmentation, captioning or both",
+            "needs a section 'segmentation', 'captioning' or both",
         ),
         (["examples=-1"], "examples must be at least 0"),
         (["samples=0"], "samples must be null or at least 1"),
@@ -422,7 +422,7 @@ def test_missing_images_are_counted_in_the_manifest_on_demand(
         (["image_size=65"], r"image_size is 65; the tokenizer .* needs a multiple of 8"),
         (
             ["examples=200"],
-            "No class of segmentation is seen in the 201 images that an episode needs",
+            "No class of segmentation appears in the 201 images that an episode needs",
         ),
     ],
 )
@@ -446,7 +446,7 @@ def test_every_shipped_recipe_is_valid():
 
 def test_verify_accepts_what_was_built_and_says_so(demo, capsys):
     assert shards("verify", demo) == 0
-    assert "6 shards with 50 samples are whole and right" in capsys.readouterr().out
+    assert "6 shards with 50 samples are complete and correct" in capsys.readouterr().out
 
 
 def test_verify_names_every_damaged_shard(damaged):
@@ -476,7 +476,7 @@ def test_verify_names_every_damaged_shard(damaged):
         (
             "captioning",
             lambda raw: re.sub(rb'"boxes":\[\[0\.\d', b'"boxes":[[0.9', raw),
-            "the box of pair 0 is not that of its JSON",
+            "the box of pair 0 differs from its JSON",
         ),
         (
             "segmentation",
@@ -533,7 +533,7 @@ def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
 @pytest.mark.parametrize(
     "launch",
     [
-        # All named, so that a machine's own accelerate configuration does not matter.
+        # All options are set, so that the machine's accelerate configuration has no effect.
         "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no -m icl_moe",
         "torchrun --standalone --nproc_per_node 2 -m icl_moe",

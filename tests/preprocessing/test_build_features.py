@@ -1,5 +1,5 @@
-"""`icl-moe shards build` with two tokenizers: input images are read by one, drawings made by the
-other; and what trains on such shards reads a user's images the same way.
+"""`icl-moe shards build` with two tokenizers, one for input images and one for drawings; and a
+model trained on such shards reads a user's images in the same way.
 """
 
 import shutil
@@ -166,7 +166,7 @@ def test_training_counts_input_codes_as_visual_targets(folder):
     shards = ShardSet(folder)
     sequence = shards.sample("captioning", 0).sequence
     batch = collate([sequence], shards.manifest.format.vocabulary, "captioning", input_weight=0.5)
-    assert int(batch.visual_P.sum()) == 2 * 64 + 2 * 64  # images and drawn boxes of both pairs
+    assert int(batch.visual_P.sum()) == 2 * 64 + 2 * 64  # the images and drawn boxes of both pairs
     assert torch.isin(batch.weights_P, torch.tensor([0.5, 1.0])).all()
 
 

@@ -1,5 +1,5 @@
-"""COCO instances become one region for each image and class, and nothing wrong in the file
-passes.
+"""COCO instances become one region for each image and class, and every error in the file is
+reported.
 """
 
 import numpy as np
@@ -166,33 +166,39 @@ HUGE = 10**400
         (annotation(id=2), "two of the annotations have the id 2"),
         (image(id=2), "two of the images have the id 2"),
         (category(id=18), "two of the categories have the id 18"),
-        (image(id=None), "entry 0 of 'images' has the id None; a record with a whole number"),
+        (image(id=None), "entry 0 of 'images' has the id None; it must be a record whose id"),
         (image(id=True), "entry 0 of 'images' has the id True"),
         (image(id=1.5), "entry 0 of 'images' has the id 1.5"),
         (image(id=float("nan")), "entry 0 of 'images' has the id nan"),
         (image(id=[1]), r"entry 0 of 'images' has the id \[1\]"),
         (annotation(id={}), "entry 0 of 'annotations' has the id {}"),
         (category(id=None), "entry 0 of 'categories' has the id None"),
-        (replaced("images", "1.jpg"), "entry 0 of 'images' is no record"),
-        (replaced("annotations", None), "entry 0 of 'annotations' is no record"),
-        (replaced("categories", "cat"), "entry 0 of 'categories' is no record"),
+        (replaced("images", "1.jpg"), "entry 0 of 'images' is not a record"),
+        (replaced("annotations", None), "entry 0 of 'annotations' is not a record"),
+        (replaced("categories", "cat"), "entry 0 of 'categories' is not a record"),
         (image(file_name="./2.jpg"), "images 1 and 2 have the same file name '2.jpg'"),
-        (category(name=None), "entry 0 of 'categories' has the name None; text belongs there"),
+        (category(name=None), "entry 0 of 'categories' has the name None; it must be text"),
         (category(name=" "), "entry 0 of 'categories' has the name ' '"),
         (category(name=7), "entry 0 of 'categories' has the name 7"),
         (
             lambda content: content["categories"][0].pop("name"),
             "entry 0 of 'categories' has the na",
         ),
-        (lambda content: content.update(categories=[]), "has no categories; a COCO instances file"),
-        (lambda content: content.pop("categories"), "has no categories; a COCO instances file"),
+        (
+            lambda content: content.update(categories=[]),
+            "has no categories; it must be a COCO instances file",
+        ),
+        (
+            lambda content: content.pop("categories"),
+            "has no categories; it must be a COCO instances file",
+        ),
         (lambda content: content.update(categories={"1": "dog"}), "'categories' must be a list"),
-        (annotation(iscrowd="0"), "annotation 1 has the iscrowd '0'; 0 or 1 belongs there"),
+        (annotation(iscrowd="0"), "annotation 1 has the iscrowd '0'; it must be 0 or 1"),
         (annotation(iscrowd=None), "annotation 1 has the iscrowd None"),
         (annotation(iscrowd=2), "annotation 1 has the iscrowd 2"),
         (
             annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
-            "annotation 1 has a polygon of 7 numbers; pairs of x and y belong there",
+            "annotation 1 has a polygon of 7 numbers; it must be pairs of x and y",
         ),
         (
             annotation(segmentation=[[1, 2, 3, 4, 5, "6"]]),
@@ -329,12 +335,12 @@ def test_a_file_whose_instances_are_all_crowds_names_the_setting_that_takes_them
         read(coco_folder)
     pool = read(coco_folder, crowds="instances")
     assert [region for region in pool.regions if region.annotations != (11,)] == expected
-    assert len(pool.by_class()["cat"]) == 4, "the crowd of image 4 is an instance now"
+    assert len(pool.by_class()["cat"]) == 4, "the crowd of image 4 now counts as an instance"
     assert pool.skipped["crowds_alone"] == 0
 
 
 def test_names_that_stand_twice_are_one_class_and_unused_categories_do_no_harm(coco_folder):
-    """Some tools write the data set's name as a category above the class of the same name."""
+    """Some tools write the data set's name as a supercategory with the same name as a class."""
     expected = read(coco_folder).regions
     coco_folder.write(
         lambda content: content["categories"].extend(
@@ -378,7 +384,7 @@ def test_what_is_no_file_is_missing(coco_folder):
     image.unlink()
     for make in (lambda: image.mkdir(), lambda: image.symlink_to("nowhere.jpg")):
         make()
-        with pytest.raises(InputError, match=r"first is 1.jpg; put them there"):
+        with pytest.raises(InputError, match=r"first is 1.jpg; add them"):
             read(coco_folder)
         image.rmdir() if image.is_dir() else image.unlink()
 
@@ -391,11 +397,11 @@ def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_
     with pytest.raises(InputError, match=r"The folder of images .*typo does not exist"):
         read(coco_folder, missing_images="skip")
     coco_folder.images = coco_folder.file
-    with pytest.raises(InputError, match=r"instances.json is no folder"):
+    with pytest.raises(InputError, match=r"instances.json is not a folder"):
         read(coco_folder, missing_images="skip")
     coco_folder.images = images
     coco_folder.file = images
-    with pytest.raises(InputError, match="images is no file; a file belongs there"):
+    with pytest.raises(InputError, match="images is not a file; it must be one"):
         read(coco_folder)
 
 
@@ -409,10 +415,10 @@ def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_
         (b"null", "is not in COCO's format"),
         (
             b'{"images": [], "annotations": [1], "annotations": [2]}',
-            "the key 'annotations' stands there twice in one record",
+            "the key 'annotations' occurs twice in one record",
         ),
         (b"\x1f\x8b\x08\x00 compressed", "it is not text in UTF-8"),
-        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number of too many digits"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number with too many digits"),
         (b"[" * 100_000, "its JSON is nested too deep"),
     ],
 )

@@ -87,7 +87,9 @@ def test_files_that_were_exchanged_are_named(coco_folder):
     ):
         read(coco_folder)
     coco_folder.captions_file = coco_folder.file = files[0]
-    with pytest.raises(InputError, match=r"captions.json has no categories; a COCO instances file"):
+    with pytest.raises(
+        InputError, match=r"captions.json has no categories; it must be a COCO instances file"
+    ):
         read(coco_folder)
 
 
@@ -168,7 +170,7 @@ def test_classes_are_those_of_the_instances_file(coco_folder):
 def test_a_bbox_that_is_not_four_numbers_is_named(coco_folder, bbox):
     coco_folder.write(lambda content: content["annotations"][0].update(bbox=bbox))
     with pytest.raises(
-        InputError, match=r"annotation 1 has the box .*; x, y, width and height in p"
+        InputError, match=r"annotation 1 has the box .*; it must be x, y, width and height in p"
     ):
         read(coco_folder)
 
@@ -177,7 +179,7 @@ def test_a_bbox_that_is_no_box_is_named(coco_folder):
     coco_folder.write(lambda content: content["annotations"][0].update(bbox=[1, 2, 3]))
     with pytest.raises(
         InputError,
-        match=r"annotation 1 has the box \[1, 2, 3\]; x, y, width and height in pixels belong",
+        match=r"annotation 1 has the box \[1, 2, 3\]; it must be x, y, width and height in pixels",
     ):
         read(coco_folder)
 

@@ -1,5 +1,6 @@
-"""Compositions of a data set's own objects: right masks, known provenance, balance, and episodes of
-one object. The data set is of flat colours, a colour a class, so that pictures can be read back.
+"""Compositions of a data set's own objects: correct masks, provenance, balance, and episodes of one
+object. The data set has one flat colour per class, so that classes can be recognised in the
+pictures.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from preprocessing.verify import verify_shards
 COLOURS = {1: (200, 40, 40), 2: (40, 170, 40), 3: (40, 40, 200), 4: (210, 200, 40)}
 NAMES = {1: "red", 2: "green", 3: "blue", 4: "yellow"}
 OBJECTS = ((1, 2), (1, 3), (1, 4), (1,), (1,), (1,), (1,), (2,), (3,), (4,))
-"""The classes in each image: eight times red, twice or thrice the others."""
+"""The classes in each image: red eight times, the others two or three times."""
 SIDE = 64
 
 
@@ -117,31 +118,31 @@ def test_equal_seeds_give_equal_bytes_whatever_the_workers_and_other_seeds_other
 
 
 def test_a_mask_is_where_the_object_is_seen(shards: Path) -> None:
-    """Each pixel of a mask, but for the soft edge, has its class's colour, and no other pixel."""
+    """The pixels with a class's colour are those of its mask, except at the soft edge."""
     covered = checked = 0
     for number, annotations in read(shards).items():
         with Image.open(shards / f"composed/images/{number}.jpg") as image:
             pixels_HW3 = np.asarray(image, dtype=float)
         masks = [decode_rle(annotation["segmentation"]) for annotation in annotations]
         together_HW = np.sum(masks, axis=0)
-        assert together_HW.max() <= 1, "an object that is covered loses the covered pixels"
+        assert together_HW.max() <= 1, "covered pixels belong only to the covering object"
         for annotation, mask_HW in zip(annotations, masks, strict=True):
             inside_N3 = pixels_HW3[_eroded(mask_HW)]
             if len(inside_N3):
                 ratio = inside_N3 / COLOURS[annotation["category_id"]]
                 spread = ratio.max(axis=1) - ratio.min(axis=1)
-                assert np.median(spread) < 0.35, "three channels in the same light"
+                assert np.median(spread) < 0.35, "the three channels have the same lighting"
                 checked += 1
             pasted = annotation["provenance"]["pasted"]
             covered += not pasted and mask_HW.sum() < 0.9 * _filled(mask_HW).sum()
         ground_N3 = pixels_HW3[_eroded(together_HW == 0)]
         assert np.median(ground_N3.max(axis=1) - ground_N3.min(axis=1)) < 20, "grey"
     assert checked > 100
-    assert covered > 0, "some object lies behind another"
+    assert covered > 0, "at least one object is behind another"
 
 
 def _eroded(mask_HW: np.ndarray) -> np.ndarray:
-    """The pixels whose neighbours up to two pixels away are in the mask, too."""
+    """The pixels whose neighbours up to two pixels away are also in the mask."""
     padded = np.pad(mask_HW, 2)
     shifts = [(y, x) for y in range(5) for x in range(5)]
     return np.logical_and.reduce([padded[y : y + SIDE, x : x + SIDE] for y, x in shifts])
@@ -197,7 +198,7 @@ def test_samples_keep_the_provenance_and_a_share_of_episodes_is_of_one_object(
             origins.append({part["annotation_id"] for part in parts} or set(source["annotations"]))
         of_one_object += origins[0] == origins[1]
     assert 0.4 * count < of_one_object < 0.6 * count
-    assert count < composed < 2 * count, "the photographs themselves are there, too"
+    assert count < composed < 2 * count, "the photographs themselves are included"
 
 
 def test_episodes_of_a_class_are_of_different_photographs(recipe: Path, tmp_path: Path) -> None:
@@ -229,8 +230,8 @@ def test_rare_classes_can_be_balanced(recipe: Path, tmp_path: Path) -> None:
     def shows_red(annotations: list[dict[str, Any]]) -> bool:
         return any(a["category_id"] == 1 and not a["provenance"]["pasted"] for a in annotations)
 
-    # Where a photograph shows no red, red is chosen by its share of the instances, or as often as
-    # each of the two others that the photograph does not show.
+    # In a photograph without red, red is chosen by its share of the instances, or as often as each
+    # of the other two classes that the photograph lacks.
     plain, balanced = pasted(0.0), pasted(1.0)
     assert plain["red"] > 0.5 * plain.total()
     assert balanced["red"] < 0.5 * balanced.total()
@@ -263,7 +264,7 @@ def test_wrong_settings_are_refused(
 def test_episodes_of_one_object_need_objects_that_are_seen_often(
     recipe: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"No object is seen in the 3 images .*images higher"):
+    with pytest.raises(InputError, match=r"No object appears in the 3 images .*images higher"):
         build(recipe, tmp_path / "out", "segmentation.composed.images=1", "examples=2")
 
 

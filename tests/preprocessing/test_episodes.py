@@ -15,7 +15,7 @@ from preprocessing.pool import ImageFile, Pool, PoolRegion
 
 
 def make_pool(images_of: dict[str, list[int]]) -> Pool:
-    """Regions of each class on the images of these numbers."""
+    """Regions of each class on the images with these numbers."""
     regions = []
     for category, images in images_of.items():
         for number in images:
@@ -85,7 +85,7 @@ def test_a_crop_is_a_square_within_the_image_that_holds_what_it_can(width, heigh
     for start, stop, low, high in ((x1, x2, left, right), (y1, y2, top, bottom)):
         seen = max(0.0, min(stop, high) - max(start, low))
         assert seen >= min(stop - start, side) - 1.0, (
-            "the object fits or fills the crop, but for rounding to whole pixels"
+            "the object fits into or fills the crop, up to rounding to whole pixels"
         )
 
 

@@ -30,7 +30,9 @@ def read(folder, captions: list[dict[str, Any]], **settings: Any) -> Pool:
 
 @pytest.fixture
 def captions(coco_folder) -> list[dict[str, Any]]:
-    """Of each dog two places and a colour; of the first cat of image 1 a place."""
+    """Two captions of style place and one of style colour for each dog; one of style place for the
+    first cat of image 1.
+    """
     records: list[dict[str, Any]] = []
     for annotation in coco_folder.content["annotations"]:
         texts = [("left.", "place"), ("on the left", "place"), ("brown", "colour")]
@@ -73,11 +75,11 @@ def test_an_episode_is_of_one_style(coco_folder, captions):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"style": ""}, "annotation 1 has the style ''; text belongs there"),
-        ({"style": 3}, "annotation 1 has the style 3; text belongs there"),
-        ({"instance_id": 99}, "has the instance_id 99, which is no annotation of image 1 in"),
-        ({"instance_id": [1]}, r"has the instance_id \[1\], which is no annotation"),
-        ({"image_id": 2}, "has the instance_id 1, which is no annotation of image 2"),
+        ({"style": ""}, "annotation 1 has the style ''; it must be text"),
+        ({"style": 3}, "annotation 1 has the style 3; it must be text"),
+        ({"instance_id": 99}, "has the instance_id 99, which is not an annotation of image 1 in"),
+        ({"instance_id": [1]}, r"has the instance_id \[1\], which is not an annotation"),
+        ({"image_id": 2}, "has the instance_id 1, which is not an annotation of image 2"),
         ({"caption": 7}, "annotation 1 has no text as its caption"),
     ],
 )

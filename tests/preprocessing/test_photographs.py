@@ -1,5 +1,5 @@
-"""The recipes for photographs, from annotations to a report, by the commands that a user types;
-with a small backbone and few codes.
+"""The recipes for photographs, from annotations to a report, with the commands that a user types, a
+small backbone and few codes.
 """
 
 import json
@@ -18,7 +18,7 @@ from icl_moe.tokenizers.masks import PatchTokenizer
 
 @pytest.fixture
 def settings(coco_folder, tmp_path) -> list[str]:
-    """Makes both tokenizers; what the recipes need to use them."""
+    """Makes both tokenizers; the settings with which the recipes use them."""
     reader, masks = tmp_path / "reader", tmp_path / "masks"
     backbone = toy_features.save_toy_backbone(tmp_path / "backbone")
     command = ["tokenizer", "features", coco_folder.images, "--backbone", backbone, "--out", reader]

@@ -1,4 +1,4 @@
-"""Drawn data sets are true to COCO's and Visual Genome's formats, true to their pictures, and a
+"""Drawn data sets follow COCO's and Visual Genome's formats, agree with their pictures, and are a
 function of the seed.
 """
 
@@ -71,7 +71,7 @@ def test_coco_reads_the_instances_and_boxes_and_areas_agree_with_the_masks(folde
         with Image.open(folder / "images" / record["file_name"]) as image:
             assert image.size == (record["width"], record["height"]) == mask_HW.shape[::-1]
         kinds.add((type(annotation["segmentation"]).__name__, annotation["iscrowd"]))
-        # A polygon is drawn anew by pycocotools, pixels on its edge may fall either way; RLE is
+        # pycocotools draws a polygon in its own way, so pixels on the edge may differ; RLE is
         # exact.
         slack = (
             0 if isinstance(annotation["segmentation"], dict) else 1.5 * sum(annotation["bbox"][2:])
@@ -122,7 +122,7 @@ def test_colour_words_are_true_of_the_pixels(scenes: list[Scene]) -> None:
 
 
 def test_place_and_relation_words_are_true_of_the_boxes(scenes: list[Scene]) -> None:
-    """Read the phrases back and hold them against the boxes."""
+    """Parse the phrases and compare them with the boxes."""
     checked = 0
     for scene in scenes:
         height = scene.image.height

@@ -1,5 +1,5 @@
-"""Visual Genome's regions get a class from an object of that name and place, and wrong files are
-named.
+"""Visual Genome's regions get the class of an object with that name and place, and errors in files
+are reported.
 """
 
 import json
@@ -35,7 +35,7 @@ def test_a_region_has_the_class_that_its_phrase_names_and_an_object_at_its_place
     assert first.crop == (0, 0, 100, 80)
     assert first.scale == pytest.approx(0.225)
     assert second.target.caption == "a dog past the edge"
-    # Of each image, one region names a dog where there is none, and one names no class.
+    # In each image, one region names a dog where there is no dog, and one names no class.
     assert pool.skipped["regions_without_a_class"] == 10
 
 
@@ -72,7 +72,7 @@ def test_a_split_chooses_images(genome_folder, tmp_path):
     [
         (
             ["1", "2"],
-            r"'train' has the image id '1', and the ids of .*image_data.json are such as 1",
+            r"'train' has the image id '1', but the ids of .*image_data.json look like 1",
         ),
         (["1.jpg"], r"'train' has the image id '1.jpg'"),
         ([[1], [2]], r"'train' has the image id \[1\]"),
@@ -169,7 +169,7 @@ def test_classes_that_are_asked_for_and_never_seen_are_counted(genome_folder):
         ("regions", "objects", "and its list of regions"),
         ("regions", "image_data", "and its list of regions"),
         ("regions", "coco", "is not a list of records"),
-        ("regions", "images", "is no file"),
+        ("regions", "images", "is not a file"),
     ],
 )
 def test_a_file_under_the_wrong_key_is_named(genome_folder, tmp_path, key, given, message):
@@ -200,32 +200,32 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[0].update(id=99),
-            "has regions of image 99, which image_data does not know",
+            "has regions of image 99, which image_data lacks",
         ),
         (
             "objects",
             lambda records: records[0].update(image_id=99),
-            "has objects of image 99, which image_data does not know",
+            "has objects of image 99, which image_data lacks",
         ),
         (
             "region_descriptions",
             lambda records: records[1]["regions"][0].pop("x"),
-            r"image 2, region 21 has the box \[None, 0, 50, 36\]; x, y, width and height",
+            r"image 2, region 21 has the box \[None, 0, 50, 36\]; it must be x, y, width and h",
         ),
         (
             "region_descriptions",
             lambda records: records[0]["regions"][0].pop("region_id"),
-            "without 'region_id': the layout of .* 1.2",
+            "without 'region_id'; it must have the layout of .* 1.2",
         ),
         (
             "objects",
             lambda records: records[0]["objects"][0].pop("names"),
-            "without 'names': the layout of .* 1.2",
+            "without 'names'; it must have the layout of .* 1.2",
         ),
         (
             "image_data",
             lambda records: records[0].pop("image_id"),
-            "without 'image_id': the layout of .* 1.2",
+            "without 'image_id'; it must have the layout of .* 1.2",
         ),
         ("image_data", lambda records: records[0].update(height=0), "image 1 has the size 100 x 0"),
         ("region_descriptions", region(region_id=None), "without 'region_id'"),
@@ -239,7 +239,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             region(x="0"),
-            r"image 1, region 11 has the box \['0', 0, 50, 36\]; x, y, width and height",
+            r"image 1, region 11 has the box \['0', 0, 50, 36\]; it must be x, y, width and h",
         ),
         ("region_descriptions", region(width=float("nan")), "image 1, region 11 has the box"),
         ("region_descriptions", region(width=10**400), "image 1, region 11 has the box"),
@@ -261,12 +261,12 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "region_descriptions",
             lambda records: records[0].update(id=2),
-            "has two records of image 2; one belongs there",
+            "has two records of image 2; each image may have only one record",
         ),
         (
             "objects",
             lambda records: records[0].update(image_id=2),
-            "has two records of image 2; one belongs there",
+            "has two records of image 2; each image may have only one record",
         ),
         (
             "objects",
@@ -282,7 +282,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(genome_
         (
             "image_data",
             lambda records: records[0].update(image_id=2),
-            "image 2 stands there twice",
+            "image 2 occurs twice",
         ),
         (
             "image_data",
@@ -334,9 +334,9 @@ def test_a_wrong_record_is_named_in_a_sentence(genome_folder, file, edit, messag
         ("[1 2", "is not valid JSON, a list of records, after its entry 2"),
         ("[1] [2]", "something follows after the list of 1 records"),
         ("[1]]", "something follows after the list of 1 records"),
-        ("[1, " + "9" * 5000 + "]", "a number of too many digits"),
+        ("[1, " + "9" * 5000 + "]", "a number with too many digits"),
         ("[" * 100_000, "nested too deep"),
-        ('[{"a": {"b": 1, "b": 2}}]', "the key 'b' stands there twice in one record"),
+        ('[{"a": {"b": 1, "b": 2}}]', "the key 'b' occurs twice in one record"),
     ],
 )
 def test_a_list_that_is_malformed_or_cut_off_is_refused(tmp_path, text, message):

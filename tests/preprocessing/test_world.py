@@ -1,5 +1,5 @@
-"""The drawn world of classes: true to COCO's format and to its pictures, varied, and a function of
-the seed.
+"""The drawn world of classes follows COCO's format, agrees with its pictures, varies, and is a
+function of the seed.
 """
 
 import hashlib
@@ -123,7 +123,7 @@ def test_scenes_hold_two_to_four_objects_of_different_classes_that_can_be_seen(
 def test_colours_and_patterns_are_those_of_the_class(
     pool: ClassPool, scenes: list[ClassScene]
 ) -> None:
-    """Read off the pixels: the strongest channel of plain objects, the spread of patterned ones."""
+    """Measured on pixels: the strongest channel of plain objects, the spread of patterned ones."""
     strongest, seen = {"red": 0, "green": 1, "blue": 2}, 0
     spreads: dict[bool, list[float]] = {True: [], False: []}
     for scene in scenes:
@@ -168,7 +168,7 @@ def test_captions_are_of_the_style_of_their_episode_in_varied_words(shards: Path
 
 
 def test_captions_are_true_of_their_pictures(shards: Path) -> None:
-    """Read the words back and hold them against boxes, classes and grounds."""
+    """Parse the captions and compare them with boxes, classes and grounds."""
     pool = ClassPool([drawn for _, drawn in classes_of_split("train", 20)])
     content = json.loads((shards / "synthetic/captions_train.json").read_text())
     instances = json.loads((shards / "synthetic/instances_train.json").read_text())
@@ -201,7 +201,7 @@ def test_captions_are_true_of_their_pictures(shards: Path) -> None:
 
 
 def holds(text: str, subject: list[int], other: list[int]) -> bool:
-    """Whether a text of style relation is true of the boxes of its subject and of another."""
+    """Whether a text of style relation is true for the boxes of its subject and another object."""
     way = re.search(RELATION_WORDS, text)
     assert way is not None
     axis, sign = {"left": (0, -1), "right": (0, 1)}.get(
@@ -239,7 +239,7 @@ def test_held_out_classes_are_never_drawn_in_training(
     held_out = {drawn.name for _, drawn in classes_of_split("val", 20)}
     assert held_out == {drawn.name for _, drawn in classes_of_split("val", 2000)}
     assert held_out.isdisjoint(drawn.name for _, drawn in classes_of_split("train", 100_000))
-    # The choice must never change: models are measured by it.
+    # The choice must never change, since models are compared on these classes.
     assert names[0] == "orange and pink banded drop with a hat"
     build(tokenizer, tmp_path / "val", "synthetic.split=val", "samples=20", "examples=0")
     for folder, split in ((shards, "train"), (tmp_path / "val", "val")):

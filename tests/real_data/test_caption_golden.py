@@ -1,4 +1,4 @@
-"""The caption scores of 126 real images, against published captions, equal the golden ones to the
+"""The caption scores of 126 real images with published captions equal the reference scores to the
 last digits.
 """
 

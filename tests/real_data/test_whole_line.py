@@ -1,5 +1,5 @@
-"""The whole line on real COCO files, by the commands that a user types: tokenizer, shards, two
-ranks, export, evaluation, predictions.
+"""The whole pipeline on real COCO files, with the commands that a user types: tokenizer, shards,
+two ranks, export, evaluation, predictions.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A third task, written outside of the package: the negative of the query's image.
+"""A third task outside the package: the negative of the query's image.
 
 Run as a program, it is `icl-moe` with this task: `python inversion.py shards build ...`.
 """
@@ -30,7 +30,7 @@ class InversionPair:
 
 @dataclass(frozen=True)
 class Negative:
-    """The target, and at once the picture that is encoded of it."""
+    """The target, which is also the picture to encode."""
 
     path: Path
     crop: PixelBox

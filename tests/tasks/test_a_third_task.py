@@ -1,5 +1,5 @@
-"""A new task is one class: a third one, written outside of the package, goes from pictures to a
-report without a change to any other file.
+"""A new task is one class: a third task, outside the package, goes from pictures to a report
+without a change to any other file.
 """
 
 import json
@@ -55,7 +55,7 @@ def test_a_task_from_outside_the_package_goes_from_build_to_evaluate(tmp_path):
     name, result = task
     assert name == "inversion"
     rows = {row["name"]: row["difference"] for row in result["rows"]}
-    assert len(rows) == 6  # Two numbers of shots and their controls, the copy, and the ceiling.
+    assert len(rows) == 6  # Two numbers of examples and their controls, the copy, and the ceiling.
     ceiling = rows["the truth through the image tokenizer (ceiling)"]
     assert all(0 <= difference <= 255 for difference in rows.values())
     assert ceiling >= 0

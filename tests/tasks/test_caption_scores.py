@@ -1,4 +1,4 @@
-"""Caption scores on cases small enough to work out by hand; tests/real_data has the golden ones."""
+"""Caption scores on cases small enough to compute by hand; tests/real_data has real ones."""
 
 import math
 from pathlib import Path
@@ -29,8 +29,8 @@ def no_java(monkeypatch, tmp_path):
 
 
 def test_bleu_is_clipped_precision_with_brevity_penalty(no_java):
-    """Of "a a dog", two of three words are in the reference, clipped; three words against five give
-    exp(1 - 5/3).
+    """Two of three words of "a a dog" are in the reference after clipping; three words against five
+    give exp(1 - 5/3).
     """
     (scores,) = score_tokenised([{"1": "a a dog"}], {"1": REFERENCES["1"]}, "")
     assert scores.bleu[0] == pytest.approx(2 / 3 * math.exp(1 - 5 / 3), rel=1e-6)
@@ -120,7 +120,7 @@ def test_the_scorers_files_are_found():
 
 
 def test_intervals_are_those_of_scores_of_plain_draws(no_java):
-    """BLEU from the counts of each draw, ROUGE-L and CIDEr as means, the latter with the document
+    """BLEU from the counts of each draw; ROUGE-L and CIDEr as means, the latter with the document
     frequencies of the whole set.
     """
     from pycocoevalcap.bleu.bleu import Bleu

@@ -1,4 +1,4 @@
-"""Whatever is chosen among the allowed tokens, the output fits, ends, and can be read back."""
+"""For any choices among the allowed tokens, the output fits, ends, and can be read back."""
 
 import random
 
@@ -26,7 +26,7 @@ def codec(**settings) -> SequenceCodec:
 
 
 def walk(grammar, choose) -> list[int]:
-    """The output when `choose` picks among the allowed ids."""
+    """The output if `choose` chooses among the allowed ids."""
     tokens: list[int] = []
     allowed = next(grammar)
     while True:
@@ -49,8 +49,8 @@ FORMATS = [
 @given(seed=st.integers(0, 10**6), eager=st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
 def test_any_walk_through_a_caption_grammar_fits_ends_and_reads_back(format, seed, eager):
-    """`eager`: how often a tag or [EOC] is taken where it may be, so that short and full-length
-    captions both occur.
+    """eager: how often a tag or [EOC] is chosen if allowed, so that both short and full-length
+    captions occur.
     """
     writer, rng = codec(**format), random.Random(seed)
 
@@ -82,7 +82,7 @@ def test_the_grammar_lets_through_exactly_what_the_codec_writes(format):
     sequence = writer.encode(Episode(CAPTIONING, "dog", (pair,)))
     start = (
         next(span.stop for span in sequence.spans if span.role == "input") + 1
-    )  # After the marker that opens the output.
+    )  # After the marker at the beginning of the output.
     target = sequence.tokens_L[start:].tolist()
     target = target[: target.index(VOCABULARY.eoc) + 1]
     assert walk(CAPTIONING.grammar(writer, "dog"), lambda _, tokens: target[len(tokens)]) == target

@@ -1,4 +1,4 @@
-"""Mask scores against plain loops over pixels, and against cases worked out by hand."""
+"""Mask scores compared with plain loops over pixels and with cases computed by hand."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TRIPLES = st.lists(
 
 
 def by_loops(triples) -> tuple[float, float, float]:
-    """mIoU, mean IoU and MAE, a pixel at a time."""
+    """mIoU, mean IoU and MAE, pixel by pixel."""
     total = {name: [0, 0] for name, _, _ in triples}
     ious, errors = [], []
     for name, predicted, true in triples:
@@ -43,8 +43,8 @@ def test_scores_equal_plain_loops(triples):
 
 
 def test_a_class_counts_once_and_its_large_objects_count_more():
-    """Dog: 8 of 8 pixels and 0 of 2, so 8/10 together; cat: 1 of 2. The mean over episodes is
-    another number.
+    """Dog: 8 of 8 pixels and 0 of 2, so 8/10 together; cat: 1 of 2. The mean over episodes
+    differs.
     """
     big, small, half = np.zeros((3, 4), bool), np.zeros((3, 4), bool), np.zeros((3, 4), bool)
     big[:2], small[2, :2], half[2, :1] = True, True, True

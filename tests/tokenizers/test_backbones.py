@@ -1,6 +1,5 @@
-"""A backbone's maps are the network's own, and whatever is wrong with one is said in a sentence."""
+"""A backbone's maps are those of the network, and every error is reported in one sentence."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import toy_features
+from hostile import MARK, Hostile
 from safetensors.torch import save_file
 from transformers import AutoModel, ViTConfig, ViTModel
 
@@ -104,26 +104,23 @@ def test_weights_from_a_file_are_those_of_the_file_and_name_the_backbone(tmp_pat
     assert safe.fingerprint != pickled.fingerprint
 
 
-class _Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile_was_here",)
-
-
 def test_a_pickle_of_more_than_weights_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"_conv_stem.weight": _Hostile()}, "weights.pth")
+    torch.save({"_conv_stem.weight": Hostile()}, "weights.pth")
     with pytest.raises(InputError, match=r"weights.pth holds more than weights and was not opened"):
         open_backbone("efficientnet_lite0", "weights.pth")
     folder = toy_features.save_toy_backbone(tmp_path / "hostile")
     (folder / "model.safetensors").unlink()
-    torch.save({"embedder.weight": _Hostile()}, folder / "pytorch_model.bin")
+    torch.save({"embedder.weight": Hostile()}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="hostile"):
         open_backbone(str(folder))
-    assert not (tmp_path / "hostile_was_here").exists()
-    torch.load("weights.pth", weights_only=False)  # the same file does run its code elsewhere
-    assert (tmp_path / "hostile_was_here").exists()
+    assert not (tmp_path / MARK).exists()
+    torch.load(
+        "weights.pth", weights_only=False
+    )  # this file does run its code if loaded without protection
+    assert (tmp_path / MARK).exists()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +128,7 @@ def test_a_pickle_of_more_than_weights_is_refused_and_not_run(
     [
         ("efficientnet_lite0", "nowhere.pth", "The backbone file nowhere.pth does not exist"),
         ("/nowhere/at/all", None, "The backbone /nowhere/at/all is neither efficientnet_lite0"),
-        ("/nowhere/at/all", "w.pth", "the transformers model /nowhere/at/all brings its own"),
+        ("/nowhere/at/all", "w.pth", "the transformers model /nowhere/at/all provides its own"),
     ],
 )
 def test_a_missing_backbone_is_named(name: str, weights: str | None, message: str) -> None:
@@ -186,7 +183,7 @@ def test_timms_efficientnet_lite_has_the_same_maps(tmp_path: Path) -> None:
 
 
 def usable_timm() -> Any:
-    """timm, where it is installed with a torchvision of this torch."""
+    """timm, if it is installed with a torchvision for this torch."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The network gives the published code's numbers, on the published weights and on any others."""
+"""The network reproduces the published code, with the published weights and with any others."""
 
 import pytest
 import torch

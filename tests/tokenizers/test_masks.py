@@ -1,4 +1,4 @@
-"""Masks as black-and-white patches: what is written, what is read, and what is expected."""
+"""Masks as black-and-white patches: encoding, decoding, and expected values."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_a_cell_is_written_as_the_nearest_patch_and_read_as_it(tokenizer):
 
 
 def test_expected_pixels_are_the_mean_of_the_patches(tokenizer):
-    """Of eight codes, three of which are no patch, and black."""
+    """With eight codes, three of which have no patch and are black."""
     generator = torch.Generator().manual_seed(0)
     probabilities_BNK = torch.randn(2, 9, 8, generator=generator).softmax(dim=-1)
     found = (tokenizer.decode_expected(probabilities_BNK) + 1) / 2

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: whole and cut, from any of its sources, without loss and without special
+"""GPT-2's tokenizer: with all or fewer merges, from any source, lossless, and without special
 tokens in plain text.
 """
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from icl_moe.errors import InputError
 from icl_moe.tokenizers.text import TextTokenizer
 
-# Encodings that OpenAI's published GPT-2 gives.
+# Encodings by OpenAI's published GPT-2.
 KNOWN = {
     "Hello world": [15496, 995],
     " the quick brown fox": [262, 2068, 7586, 21831],
@@ -58,7 +58,7 @@ def test_half_a_character_decodes_to_the_replacement_character(gpt2: TextTokeniz
 
 
 def test_half_a_character_is_refused(small_text: TextTokenizer) -> None:
-    with pytest.raises(InputError, match=r"'a dog \\ud83d' has half of a character"):
+    with pytest.raises(InputError, match=r"'a dog \\ud83d' contains half of a character"):
         small_text.encode("a dog \ud83d")
 
 
@@ -66,7 +66,7 @@ def test_fewer_merges_keep_the_ids_of_the_rest(
     gpt2: TextTokenizer, small_text: TextTokenizer
 ) -> None:
     assert small_text.size == 1256
-    # A piece that the cut vocabulary has bears the id that it has in the whole one.
+    # A piece of the smaller vocabulary has the same id as in the full one.
     for piece in (" the", " a", "ing", " on", "q"):
         (token,) = gpt2.encode(piece)
         assert token < small_text.size
@@ -102,7 +102,7 @@ def test_files_of_another_tokenizer_are_refused(tmp_path: Path, gpt2: TextTokeni
     gpt2.save(tmp_path)
     merges = (tmp_path / "merges.txt").read_text().splitlines()
     (tmp_path / "merges.txt").write_text("\n".join(merges[:-7]))
-    with pytest.raises(InputError, match="50000 merges belong there, 50257 and 49993"):
+    with pytest.raises(InputError, match="50000 merges are expected, but 50257 and 49993"):
         TextTokenizer(source=str(tmp_path))
 
 

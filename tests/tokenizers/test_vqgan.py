@@ -1,9 +1,8 @@
-"""The VQ-GAN is the published one: same numbers as an independent implementation, its checkpoints
-taken, wrong ones refused.
+"""The VQ-GAN is the published one: it equals an independent implementation, accepts its
+checkpoints, and refuses wrong ones.
 """
 
 import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hostile import MARK, Hostile
 from torch import Tensor
 
 from icl_moe.errors import InputError
@@ -33,9 +33,7 @@ SMALL = VQGANConfig(
 def _release(
     folder: Path, state: dict[str, Tensor], network: dict[str, Any], codes: int, width: int
 ) -> tuple[Path, Path]:
-    """A checkpoint and YAML as they were published: with a loss, and a callback's class as
-    a key.
-    """
+    """A checkpoint and YAML as published: with a loss, and the class of a callback as a key."""
     path = "pytorch_lightning.callbacks.model_checkpoint"
     lightning = types.ModuleType(path)
     callback = lightning.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": path})
@@ -152,7 +150,7 @@ def test_bf16_draws_nearly_the_same_codes_and_pixels_and_is_the_same_tokenizer()
     codes_BN = exact.encode(pixels_B3HW)
     assert (
         0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1
-    )  # 1 would mean that nothing ran in bfloat16
+    )  # 1 would mean that nothing was computed in bfloat16
     assert (fast.decode(codes_BN) - exact.decode(codes_BN)).abs().mean() < 0.01
 
 
@@ -221,24 +219,19 @@ def test_the_shipped_tokenizer_loads_by_name_and_draws_a_mask() -> None:
     assert (drawn & wanted).sum() / (drawn | wanted).sum() > 0.85
 
 
-class _Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile_was_here",)
-
-
 def test_a_hostile_checkpoint_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint, config = _tiny_release(tmp_path)
-    torch.save({"state_dict": {"encoder.conv_in.weight": _Hostile()}}, checkpoint)
+    torch.save({"state_dict": {"encoder.conv_in.weight": Hostile()}}, checkpoint)
     with pytest.raises(InputError, match="could run code"):
         convert_taming(checkpoint, config, tmp_path / "out")
-    assert not (tmp_path / "hostile_was_here").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / MARK).exists() and not (tmp_path / "out").exists()
     torch.load(
         checkpoint, weights_only=False
-    )  # the same file does run its code when loaded carelessly
-    assert (tmp_path / "hostile_was_here").exists()
+    )  # this file does run its code if loaded without protection
+    assert (tmp_path / MARK).exists()
 
 
 def test_surplus_and_missing_keys_are_listed(tmp_path: Path) -> None:
@@ -268,9 +261,9 @@ def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> Non
     [
         ("model.yaml", "model: {params: {embed_dim: 8, n_embed: 16}}", "ddconfig"),
         ("model.yaml", "model: [", "not valid YAML"),
-        ("model.yaml", "", "no config of a taming-transformers VQModel"),
-        ("model.yaml", "[1, 2]", "no config of a taming-transformers VQModel"),
-        ("last.ckpt", "no checkpoint", "no torch"),
+        ("model.yaml", "", "not a config of a taming-transformers VQModel"),
+        ("model.yaml", "[1, 2]", "not a config of a taming-transformers VQModel"),
+        ("last.ckpt", "no checkpoint", "not a torch"),
         ("last.ckpt", "<!DOCTYPE html><html>a page</html>" * 50, "page"),
     ],
 )
@@ -312,7 +305,7 @@ def test_a_wrong_config_is_refused(tmp_path: Path, change: dict[str, Any], messa
 
 
 def test_missing_and_truncated_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="shipped \\(demo"):
+    with pytest.raises(InputError, match="of that name \\(demo"):
         VQGAN.from_pretrained("no_such_tokenizer")
     with pytest.raises(InputError, match=r"config\.json is missing"):
         VQGAN.from_pretrained(tmp_path)
@@ -327,7 +320,7 @@ def test_pictures_and_codes_that_do_not_fit_are_refused() -> None:
     model = VQGAN(SMALL).eval()
     with pytest.raises(InputError, match="multiples of 4"):
         model.encode(torch.zeros(1, 3, 30, 32))
-    with pytest.raises(InputError, match="no grid"):
+    with pytest.raises(InputError, match="not form a grid"):
         model.decode(torch.zeros(1, 7, dtype=torch.int64))
     with pytest.raises(InputError, match=r"0\.\.63"):
         model.decode(torch.full((1, 4), 64))

@@ -19,7 +19,7 @@ def command(run_command: Callable) -> Callable:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
-    """Shards of 30 drawn scenes, by a tokenizer with random weights."""
+    """Shards of 30 drawn scenes, encoded by a tokenizer with random weights."""
     folder = tmp_path_factory.mktemp("shards")
     settings = toy_tokenizer.recipe_settings(toy_tokenizer.save_toy_tokenizer(folder / "tokenizer"))
     build = (
@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Callable[[int], AbstractContextManager[Path]]:
-    """A folder on a disk of its own of so many MiB."""
+    """A folder on a separate disk of the given size in MiB."""
 
     @contextmanager
     def mount(mebibytes: int) -> Iterator[Path]:
@@ -63,7 +63,7 @@ def small_disk(tmp_path: Path) -> Callable[[int], AbstractContextManager[Path]]:
 
 @pytest.fixture(scope="session")
 def train(command: Callable, shards: Path) -> Callable:
-    """Trains on two ranks; gives what was printed."""
+    """Trains on two ranks. Returns what was printed."""
 
     def run(
         output: Path,
@@ -72,7 +72,7 @@ def train(command: Callable, shards: Path) -> Callable:
         script: tuple[str, ...] = MODULE,
         **environment: str,
     ) -> str:
-        """`expect`: the exit code, or None for any but 0."""
+        """expect: the exit code, or None for any except 0."""
         arguments = (
             "demo",
             f"data.shards={shards}",
@@ -91,7 +91,7 @@ def train(command: Callable, shards: Path) -> Callable:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, train: Callable) -> Path:
-    """The folder of a run of six steps that nothing happened to."""
+    """The folder of an undisturbed run of six steps."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     train(output, "training.steps=6", "training.save_every=2")
     return output

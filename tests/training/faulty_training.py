@@ -1,5 +1,5 @@
-"""Training with a fault: FAULT=kind:rank:step in the environment; launched in the place of
-icl_moe.training. What `slow`, `slow-save` and `hang` make last says "the fault begins".
+"""Training with a fault: FAULT=kind:rank:step in the environment; launched instead of
+icl_moe.training. Before the slow part, `slow`, `slow-save` and `hang` print "the fault begins".
 
 FAULT_SHARDS: the folder whose shards `overwrite` and `truncate` damage.
 """
@@ -23,8 +23,8 @@ backward, write = trainer.TrainingEngine.backward, training_state.write
 
 
 def damage(shards):
-    """Every sample: whichever is read next meets it. The files stay open and of the same name, as
-    under a failing disk.
+    """Damage every sample, so that the next one to be read is damaged. The files stay open and keep
+    their names, as on a failing disk.
     """
     for path in shards.glob("*.tar"):
         with path.open("r+b") as file:
@@ -48,8 +48,8 @@ def faulty_backward(engine, batch, noise):
         if kind == "nan":
             batch.weights_P.fill_(float("nan"))
         if kind == "terminate":
-            # As a cluster does it: every process of the job, the readers too, from outside of it;
-            # here all of this rank, once.
+            # As on a cluster, a process outside the job signals every process of the job, including
+            # readers; here only those of this rank, once.
             rank_itself = psutil.Process()
             job = [*rank_itself.children(recursive=True), rank_itself]
             numbers = " ".join(str(process.pid) for process in job)
@@ -66,7 +66,7 @@ def faulty_write(engine, folder, completed):
     if kind == "kill-in-save" and completed == int(step) and os.environ["RANK"] == rank:
         os.kill(
             os.getpid(), signal.SIGKILL
-        )  # After its files are written, before the checkpoint is whole.
+        )  # After the checkpoint's files are written, before it is complete.
     return written
 
 

@@ -1,4 +1,4 @@
-"""Few rows in which any two values of any two factors come together."""
+"""Pairwise testing: few rows in which any two values of any two factors occur together."""
 
 import itertools
 import random
@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 
 Row = dict[str, str]
 Pair = frozenset[tuple[str, str]]
-"""Two factors, each with a value."""
+"""A value for each of two factors."""
 
 
 def covering_rows(
     factors: Mapping[str, Sequence[str]], refused: set[Pair], seed: int = 0
 ) -> list[Row]:
-    """Rows that have a value of every factor and no refused pair, and between them all other pairs.
+    """Rows with a value of every factor and without refused pairs, which together contain all other
+    pairs.
 
-    Greedy (after Cohen et al., "The AETG system", 1997): each row is the best of some random ones,
-    each of which starts from a pair that is missing still.
+    Greedy (after Cohen et al., "The AETG system", 1997): each row is the best of several random
+    ones, each of which starts from a missing pair.
     """
     generator, rows = random.Random(seed), []
     missing = {
@@ -41,7 +42,7 @@ def _complete(
     missing: set[Pair],
     generator: random.Random,
 ) -> Row | None:
-    """A row with the pair `start`; None where the way that was chosen leads to none."""
+    """A row with the pair `start`; None if the random choices lead to none."""
     row = dict(start)
     for factor in generator.sample(sorted(set(factors) - set(row)), len(factors) - len(row)):
         allowed = [

@@ -1,4 +1,4 @@
-"""Training as processes that a test can signal: a command in a session of its own, as a shell or a
+"""Training as processes that a test can signal: a command in its own session, as a shell or a
 cluster starts it, and ranks without a launcher.
 """
 
@@ -16,16 +16,16 @@ from small_run import RANK_VARIABLES, REPOSITORY, SETTINGS
 
 from icl_moe.training.distributed import free_port
 
-PATIENCE = 240  # Seconds; the machine may be busy.
+PATIENCE = 240  # seconds; the machine may be busy
 
 
 def arguments(shards: Path, output: Path, *settings: str) -> list[str]:
-    """What trains the small run of these tests."""
+    """The arguments that train the small run of these tests."""
     return ["demo", f"data.shards={shards}", f"training.output={output}", *SETTINGS, *settings]
 
 
 class Session:
-    """A running command, whose processes are all in the session that it leads."""
+    """A running command, whose processes are all in its session."""
 
     def __init__(self, log: Path, command: list[str], **environment: str) -> None:
         self._log = log
@@ -36,11 +36,11 @@ class Session:
         return self._log.read_text()
 
     def processes(self) -> list[psutil.Process]:
-        """All that live, also when their leader has gone."""
+        """All live processes, even if their leader has ended."""
         return [process for process in psutil.process_iter() if self._has(process)]
 
     def ranks(self) -> list[psutil.Process]:
-        """Those that train, once they take a signal as a request to stop."""
+        """The training processes that already handle signals as requests to stop."""
         launchers = [p for p in self.processes() if "deepspeed.launcher.launch" in _words(p)]
         return [rank for each in launchers for rank in each.children() if _hears(rank)]
 
@@ -52,11 +52,11 @@ class Session:
         assert what(), self.log
 
     def signal(self, number: signal.Signals) -> None:
-        """To the whole process group of the leader."""
+        """Signal the whole process group of the leader."""
         os.killpg(self.leader.pid, number)
 
     def wait_for_end(self) -> int:
-        """Until no process is left; the leader's exit code."""
+        """Wait until no process is left. Returns the leader's exit code."""
         wait_for(lambda: self.leader.poll() is not None and not self.processes(), lambda: self.log)
         return self.leader.wait()
 
@@ -85,8 +85,8 @@ def session(log: Path, *command: str | Path, **environment: str) -> Iterator[Ses
 def two_ranks(
     folder: Path, script: Path, *arguments: str, **environment: str
 ) -> Iterator[list[subprocess.Popen]]:
-    """Two ranks that no launcher watches, in one process group; `rank-R.log` in the folder is what
-    rank R printed.
+    """Two ranks without a launcher, in one process group; `rank-R.log` in the folder is the output
+    of rank R.
     """
     port = str(free_port())
     ranks: list[subprocess.Popen] = []

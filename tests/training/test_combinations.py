@@ -1,6 +1,6 @@
-"""Every combination of a training recipe's choices that is accepted trains: each two of them come
-together in one of the rows here, and each row runs for a step. Each two that are refused are
-refused before anything starts.
+"""Every accepted combination of a training recipe's choices trains: any two choices occur together
+in one of the rows here, and each row runs for a step. Any two that are refused are refused before
+anything starts.
 """
 
 import itertools
@@ -80,14 +80,14 @@ REFUSED = {
 }
 
 ENGINES = {"zero2_fp32": 2, "zero3_fp32": 3}
-"""Engine files that are not shipped, by their ZeRO stage."""
+"""ZeRO stage -> an engine file that is not shipped."""
 
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     for name, stage in ENGINES.items():
-        # Without that threshold stage 3 would leave parameters as small as these whole.
+        # Without this threshold stage 3 would not partition parameters as small as these.
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
     return folder
@@ -117,7 +117,7 @@ def test_any_two_choices_that_are_accepted_train(rank_group, shards, tmp_path, e
 def test_any_two_choices_that_are_refused_are_refused_before_anything_starts(
     shards, tmp_path, engines, refused
 ):
-    # Where one of them needs a third choice to be accepted at all, that is made.
+    # If one of them needs a third choice to be accepted at all, that is added.
     needed = {
         "optimizer.task_weights": {"optimizer.name": "mt_adamw", "optimizer.clip": "null"},
         "optimizer.clip": {"optimizer.name": "adamw"},

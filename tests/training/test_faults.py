@@ -1,5 +1,5 @@
-"""Faults, each injected for real into a run of two ranks: what is lost, what is said, and how the
-next start goes on.
+"""Faults injected into real runs of two ranks: what is lost, what is reported, and how the next
+start resumes.
 """
 
 import json
@@ -28,7 +28,7 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
     )
     assert (
         time.monotonic() - started < 90
-    )  # The start included; the launcher ends the others within a second or two.
+    )  # Including the start; the launcher ends the other ranks within a second or two.
     assert "step 3/6" in printed
     assert "icl-moe: rank 0 has lost the connection to another rank and ends (" in printed
     assert "Traceback" not in printed
@@ -37,7 +37,7 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
         again = losses(tmp_path)[name]
         assert again[3:] == rows[2:], (
             name
-        )  # Step 3 was logged before the fault; from the checkpoint of step 2 on all repeats.
+        )  # Step 3 was logged before the fault; everything after the checkpoint of step 2 repeats.
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_is_named_and_its_step_left_out(train, tmp_pat
     printed = train(tmp_path / "run", "training.steps=4", script=FAULTY, FAULT="nan:1:2")
     assert "step 2: the loss is not finite on rank 1 in " in printed
     assert ".tar:" in printed
-    assert "step 2 is left out, its loss is not finite (1 of at most 5)" in printed
+    assert "step 2 is skipped, its loss is not finite (1 of at most 5)" in printed
     assert "step 4/4" in printed
     assert "nan" not in json.dumps(losses(tmp_path / "run")["image_loss"][2:])
 
@@ -85,21 +85,21 @@ def test_too_many_losses_that_are_not_finite_end_the_run_cleanly(train, tmp_path
         FAULT="nan:1:2",
         expect=2,
     )
-    assert "training.skipped_steps: 1 step(s) were left out, the last of them step 2" in printed
+    assert "training.skipped_steps: 1 step(s) were skipped, the last of them step 2" in printed
     assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        pytest.param("overwrite", "its checksum is not that of the index", marks=pytest.mark.slow),
+        pytest.param("overwrite", "its checksum differs from the index", marks=pytest.mark.slow),
         ("truncate", "it is cut off; the shard is truncated"),
     ],
 )
 def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(
     train, shards, tmp_path, fault, reason
 ):
-    """The rank that reads it says so, in one sentence, though it is not the first rank, and the
+    """The rank that reads it reports it in one sentence, even though it is not rank 0, and the
     whole run ends.
     """
     copy = shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("synthetic"))
@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(train, tmp_path):
         FAULT="hang:1:3",
         expect=1,
     )
-    assert "rank 1 stands still at step 3, computing; no progress for 8 s" in printed
+    assert "rank 1 hangs at step 3, computing; no progress for 8 s" in printed
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
         assert [rank.wait() for rank in ranks] == [1, 1]
     assert (
         printed(tmp_path).count(
-            "rank 1 stands still before the first step; no progress for 4 s, so the run ends."
+            "rank 1 hangs before the first step; no progress for 4 s, so the run ends."
         )
         == 1
     )
@@ -164,15 +164,18 @@ def test_a_rank_that_hangs_before_its_first_beat_is_named(shards, tmp_path):
     ],
 )
 def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_rank_0):
-    """Rank 0 keeps the ranks' store, which says who stands still."""
+    """Rank 0 holds the store that records which rank hangs."""
     command = arguments(shards, tmp_path / "run", "training.hang_seconds=4")
     with two_ranks(tmp_path, Path(FAULTY[0]), *command, FAULT=fault) as (main, other):
         wait_for(lambda: "the fault begins" in printed(tmp_path), lambda: printed(tmp_path))
         main.send_signal(to_rank_0)
         assert other.wait(timeout=120) == 1
     said = (tmp_path / "rank-1.log").read_text()
-    assert "rank 1 stands still at step 2, " in said
-    assert ", and rank 0, which knows of all ranks, does not answer; no progress for 4 s" in said
+    assert "rank 1 hangs at step 2, " in said
+    assert (
+        ", and rank 0, which holds the store of all ranks, does not answer; no progress for 4 s"
+        in said
+    )
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -190,7 +193,7 @@ def test_a_fault_that_one_rank_finds_is_said_once(shards, undisturbed, tmp_path,
 
 
 def printed(folder: Path) -> str:
-    """What two ranks without a launcher said."""
+    """The output of two ranks without a launcher."""
     return "".join((folder / f"rank-{rank}.log").read_text() for rank in (0, 1))
 
 

@@ -1,5 +1,5 @@
-"""Layouts, precisions and data that cannot work together are refused before any rank starts; those
-that can are not.
+"""Layouts, precisions and data that cannot work together are refused before any rank starts; valid
+ones are not.
 """
 
 import json
@@ -38,7 +38,8 @@ def engine_file(folder: Path, **config: object) -> str:
     [
         (4, ["parallel.tp_size=2", "parallel.ep_size=2"]),
         (8, ["parallel.tp_size=2", "parallel.ep_size=8"]),
-        # Eight ranks are four data-parallel ones here: two would be too few samples for eight.
+        # Here eight ranks are four data-parallel ones: a batch of two samples would be too small
+        # for eight.
         (8, ["parallel.tp_size=2", "training.global_batch=8"]),
         (2, ["engine=zero3_bf16"]),
     ],

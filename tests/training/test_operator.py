@@ -1,4 +1,4 @@
-"""What an operator sees of a run: curves, tables, pictures, and an early word of a batch that is
+"""What an operator sees of a run: curves, tables, pictures, and an early error for a batch that is
 too large. None of it changes the run.
 """
 
@@ -24,8 +24,8 @@ from icl_moe.settings import to_dict
 from icl_moe.tasks import streams
 from icl_moe.training.checkpoint import export
 
-STEPS = 5  # Both tasks come up among them.
-EVALUATED = 3  # The run is evaluated after that step, saved, and goes on.
+STEPS = 5  # Both tasks occur among them.
+EVALUATED = 3  # After this step the run is evaluated and saved, and continues.
 PLAIN = (
     f"training.steps={STEPS}",
     "data.workers=0",
@@ -53,8 +53,8 @@ LAYOUTS = {
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, tmp_path) -> tuple[str, ...]:
-    """Settings of a layout in which a rank has not all that the engine trains, or is not given it
-    by ZeRO 1.
+    """Settings of a layout in which a rank does not hold all that the engine trains, or in which
+    ZeRO 1 distributes it.
     """
     engine = tmp_path / "zero3_fp32.json"
     engine.write_text(
@@ -67,7 +67,7 @@ def layout(request, tmp_path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def observed(tmp_path_factory, rank_group, shards) -> tuple[Path, list[dict[str, str]]]:
-    """A run of two ranks that reports all that there is; its folder, and what the ranks said."""
+    """A run of two ranks with all reports enabled: its folder and the output of the ranks."""
     output = tmp_path_factory.mktemp("observed") / "run"
     return output, rank_group(2).run(
         training_on_ranks.run, shards, output, (*PLAIN, *EVERYTHING, f"data.validation={shards}")
@@ -75,7 +75,7 @@ def observed(tmp_path_factory, rank_group, shards) -> tuple[Path, list[dict[str,
 
 
 def curve(output: Path, name: str) -> dict[int, float]:
-    """What DeepSpeed's CSV monitor has of a figure, by samples seen; empty where it has nothing."""
+    """Samples seen -> a figure of DeepSpeed's CSV monitor; empty if it has none."""
     path = output / "csv_monitor" / f"{name.replace('/', '_')}.csv"
     if not path.is_file():
         return {}
@@ -107,7 +107,7 @@ def test_an_observed_run_that_was_interrupted_goes_on_bit_for_bit(
     with (tmp_path / "gradients.csv").open("a") as file:
         file.write(
             "3,captioning,norm,1,1\n4,segm"
-        )  # What a run leaves that was killed later than its last checkpoint.
+        )  # As left by a run that was killed after its last checkpoint.
     resumed = rank_group(2).run(training_on_ranks.run, shards, tmp_path, settings)
     assert [rank["state"] for rank in resumed] == [rank["state"] for rank in observed[1]]
     assert gradient_rows(tmp_path) == gradient_rows(observed[0])
@@ -152,7 +152,7 @@ def test_each_task_has_its_own_curves(observed, shards):
     names = {
         path.name.removesuffix(".csv").split("_")[0] for path in (output / "csv_monitor").iterdir()
     }
-    assert names == {"train", "eval"}  # The engine writes nothing of its own beside them.
+    assert names == {"train", "eval"}  # The engine itself writes nothing else.
 
 
 def test_tensorboard_has_the_curves_the_table_and_the_pictures(observed):
@@ -185,8 +185,8 @@ def test_the_progress_line_says_it_all_once(observed):
         "ETA",
     ):
         assert part in lines[0]
-    assert "utilisation" not in lines[0]  # Nobody knows what this CPU could do.
-    assert len(main) == STEPS + 2  # A line a step, and one a task that was evaluated.
+    assert "utilisation" not in lines[0]  # The peak of this CPU is unknown.
+    assert len(main) == STEPS + 2  # One line per step, and one per evaluated task.
 
 
 def test_the_table_of_experts_is_what_the_exported_models_gate_chooses(observed, tmp_path):
@@ -213,7 +213,7 @@ def test_the_table_of_experts_is_what_the_exported_models_gate_chooses(observed,
 def test_evaluation_while_training_scores_as_the_evaluation_of_the_exported_model(
     observed, shards, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("PATH", str(tmp_path))  # Without Java, as the scores while training.
+    monkeypatch.setenv("PATH", str(tmp_path))  # Without Java, like the scores during training.
     export(observed[0] / f"checkpoints/step-0000000{EVALUATED}", tmp_path / "model")
     done = evaluate(tmp_path / "model", shards, tmp_path / "report", shots=(1,), limit=3)
     metrics = done.to_json()
@@ -337,7 +337,7 @@ def test_evaluation_needs_validation_shards_of_the_same_kind(shards, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both alike",
+        match=r"data\.validation: .*other has image tokenizer 0ther, but .* build both in the same",
     ):
         training_on_ranks.open_checked(recipe, 2)
 

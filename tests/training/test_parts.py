@@ -1,5 +1,5 @@
 """A run with the link, codebook initialisation, mask corruption and the loss on the query, from the
-recipe to a mask that is written in one pass.
+recipe to a mask that is decoded in one pass.
 """
 
 import json
@@ -38,7 +38,7 @@ PARTS = (
 
 @pytest.fixture(scope="module")
 def trained(rank_group, shards, tmp_path_factory) -> Path:
-    """Four steps on two ranks, begun twice."""
+    """Four steps on two ranks, in two starts."""
     output = tmp_path_factory.mktemp("trained") / "run"
     for stop in (2, 4):
         settings = (*PARTS, "training.steps=4", f"training.stop_after={stop}")
@@ -96,7 +96,7 @@ def test_the_exported_model_writes_masks_in_one_pass(trained, shards, tmp_path, 
 def test_a_new_models_image_codes_start_from_the_codebook_of_the_shards(
     rank_group, shards, tmp_path
 ):
-    """Learning rate next to 0: the checkpoint holds what the run began with."""
+    """With a learning rate close to 0 the checkpoint holds the initial weights."""
     settings = (*PARTS, "training.steps=1", "optimizer.learning_rate=1e-30")
     rank_group(2).run(run, shards, tmp_path / "run", settings)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0

@@ -1,5 +1,5 @@
-"""A run of the trainer on two ranks trains as a plain loop does that knows of no engine: it hands
-on what the recipe and the schedule say.
+"""A run of the trainer on two ranks equals a plain loop without an engine, so it applies the recipe
+and the schedule correctly.
 """
 
 import math
@@ -65,7 +65,7 @@ def rate(step: int) -> float:
 def plain_run(
     recipe: TrainingRecipe, shards: ShardSet
 ) -> tuple[dict[str, dict[int, float]], InContextDecoder]:
-    """What the run must log, by figure and samples seen, and the decoder after its last step."""
+    """The expected log, by figure and samples seen, and the decoder after the last step."""
     manifest, settings = shards.manifest, recipe.training
     schedule = Schedule(manifest.samples, 4, SEED, weights=settings.task_weights)
     roots = {task: math.sqrt(count) for task, count in manifest.samples.items()}
@@ -131,20 +131,20 @@ def test_the_trainer_trains_as_a_plain_loop(rank_group, shards, tmp_path, optimi
     for name in FIGURES:
         found = curve(tmp_path / "run", f"train/{name}")
         assert found == pytest.approx(logged[name], rel=1e-4), name
-    assert logged["image_loss"].keys() != logged["text_loss"].keys(), "both tasks came up"
+    assert logged["image_loss"].keys() != logged["text_loss"].keys(), "both tasks occur"
     export(tmp_path / "run", tmp_path / "model")
     trained = dict(InContextDecoder.from_pretrained(tmp_path / "model").named_parameters())
     for name, parameter in decoder.named_parameters():
         difference = (trained[name] - parameter).abs()
-        # The keys' biases have no true gradient: Adam follows its round-off, and nothing depends on
-        # them.
+        # The true gradient of the keys' biases is zero: Adam follows rounding errors, and nothing
+        # depends on them.
         if name.endswith("qkv.bias"):
             difference = difference.unflatten(0, (3, -1))[[0, 2]]
         assert difference.max() < RATE / 20, name
 
 
 def seeds_of_forward_passes(place: Any, *arguments: Any) -> list[int]:
-    """Of each forward pass of this rank in a run, the seed of what dropout draws."""
+    """The dropout seed of each forward pass of this rank in a run."""
     seeds, forward = [], InContextDecoder.forward
 
     def record(decoder: InContextDecoder, batch: Any, noise: Any = None) -> Any:

@@ -1,5 +1,5 @@
-"""The figures of progress lines, worked out by hand, of two ranks and a clock that the test
-sets.
+"""The figures of progress lines, computed by hand, for two ranks and a clock that the test
+controls.
 """
 
 import contextlib
@@ -25,7 +25,9 @@ EXPERTS = [[(0, 1), (2, 3), (3, 0)], [(1, 0), (2, 3), (3, 1)]]
 
 
 def micro_step(step: int, rank: int, number: int) -> dict[str, float]:
-    """What one micro-step adds. Captions have image targets, too, as where inputs bear loss."""
+    """The contribution of one micro-step. Captions also have image targets, as if inputs had a
+    loss.
+    """
     texts = 5.0 + rank if TASKS[step] == "captioning" else 0.0
     return {
         "image_sum": 10.0 * step + rank + 3 * number,
@@ -39,7 +41,7 @@ def micro_step(step: int, rank: int, number: int) -> dict[str, float]:
 
 
 def watched(place: Any) -> tuple[list[tuple[str, float, int]], str]:
-    """The events that this rank wrote, and what it printed."""
+    """The events and the output of this rank."""
     events: list[tuple[str, float, int]] = []
     now = 1000.0
     clock = SimpleNamespace(monotonic=lambda: now)
@@ -75,7 +77,9 @@ def watched(place: Any) -> tuple[list[tuple[str, float, int]], str]:
 
 
 def expected(steps: tuple[int, ...]) -> dict[str, float]:
-    """The figures of the line after the last of `steps`, which are those since the line before."""
+    """The figures of the line after the last of `steps`, which are the steps since the previous
+    line.
+    """
 
     def total(name: str, of: list[int]) -> float:
         return sum(

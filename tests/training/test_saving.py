@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be made, and which of those that were made stay."""
+"""Checkpoints that cannot be saved, and which of the saved ones are kept."""
 
 import shutil
 from functools import partial
@@ -13,13 +13,13 @@ PLAIN = ("data.workers=0", "training.dry_run=false", "training.save_every=2", "t
 
 @pytest.fixture(scope="module")
 def run(rank_group, shards):
-    """Trains on two ranks; what each of them said."""
+    """Trains on two ranks. Returns the output of each."""
     return training_on_ranks.on_two_ranks(rank_group, shards, PLAIN)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A whole run that kept all its checkpoints, and the state that each rank ended in."""
+    """A complete run that kept all its checkpoints, and the final state of each rank."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     return output, [rank["state"] for rank in run(output, "training.keep_checkpoints=9")]
 
@@ -38,14 +38,14 @@ def test_a_run_that_is_stopped_but_cannot_be_saved_does_not_claim_to_go_on_from_
     for rank in ranks:
         assert rank["ended"].startswith("training.output: the run ended after step 3, of which no")
         assert "all that it computed is lost" in rank["ended"]
-    assert "goes on from there" not in ranks[0]["printed"]
+    assert "resumes from there" not in ranks[0]["printed"]
     assert "no checkpoint is saved in" in ranks[0]["said"]
 
 
 def test_a_disk_that_fills_up_costs_the_steps_after_the_last_checkpoint_and_no_more(
     run, undisturbed, small_disk
 ):
-    """To the last byte: nothing that is written beside the checkpoints ends the run either."""
+    """Even with a completely full disk, other files that cannot be written do not end the run."""
     watched = ("training.gradient_report_every=1", "engine=demo")
     with small_disk(24) as disk:
         output, filler = disk / "run", disk / "filler"
@@ -53,7 +53,7 @@ def test_a_disk_that_fills_up_costs_the_steps_after_the_last_checkpoint_and_no_m
         assert [rank["ended"] for rank in ranks] == [
             "training.output: the run ended after step 6, of which no checkpoint could be saved, "
             "for the reason above, so what it computed after step 2 is lost; once "
-            f"{output} can be written, the same command goes on from there."
+            f"{output} can be written, the same command resumes from there."
         ] * 2
         assert "No space left on device" in ranks[0]["printed"]
         assert "step 6/6" in ranks[0]["printed"]
@@ -97,7 +97,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_in_silence(
     (folder / "complete.json").write_text(content)
     ranks = run(output)
     assert [rank["ended"] for rank in ranks] == [
-        f"The checkpoint {folder} is damaged: its file complete.json is not what was written; "
-        "remove it to start from the beginning, or put the file back."
+        f"The checkpoint {folder} is damaged: its file complete.json is not valid; "
+        "remove it to start from the beginning, or restore the file."
     ] * 2
     assert (folder / "index.json").is_file()

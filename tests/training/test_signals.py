@@ -1,5 +1,5 @@
-"""Requests to stop, as signals to all processes of a run bring them: nothing is lost, nothing stays
-behind, and the same command goes on.
+"""Requests to stop as signals to all processes of a run: nothing is lost, no process is left, and
+the same command resumes.
 """
 
 import signal
@@ -16,7 +16,7 @@ STEPS = ("training.steps=6", "training.save_every=2")
 
 
 def tracebacks_of_ours(log: str) -> int:
-    """Ctrl-C makes DeepSpeed's front end print one, whatever the ranks do."""
+    """On Ctrl-C, DeepSpeed's front end always prints one."""
     return log.count("Traceback (most recent call last)") - log.count("in wait\n    return self")
 
 
@@ -80,13 +80,15 @@ def test_a_second_request_seconds_later_ends_a_run_that_hangs(shards, tmp_path):
 
 
 def signal_group(leader: int, number: signal.Signals) -> None:
-    """From a process of its own: what comes from their parent ranks take for their launcher's."""
+    """Sent from a separate process, since ranks treat signals of their parent as their
+    launcher's.
+    """
     subprocess.run(["bash", "-c", f"kill -{number} -- -{leader}"], check=True)
 
 
 @pytest.mark.slow
 def test_under_bash_a_run_that_a_signal_stopped_ends_with_0(shards, tmp_path):
-    """The script's launcher does not hear the signal: the ranks alone do."""
+    """The script's launcher ignores the signal; only the ranks handle it."""
     command = arguments(shards, tmp_path / "run", "training.steps=500")
     environment = {"NUM_GPUS": "2"}
     with session(tmp_path / "log", "bash", PRETRAIN, *command, **environment) as run:

@@ -1,5 +1,5 @@
-"""Steps that are left out because their loss or gradient is not finite: how they are counted, and
-what they leave behind.
+"""Steps that are skipped because their loss or gradient is not finite: how they are counted, and
+their effects.
 """
 
 import csv
@@ -24,7 +24,7 @@ PLAIN = (
 
 @pytest.fixture(scope="module")
 def run(rank_group, shards):
-    """Trains on two ranks; what each of them said."""
+    """Trains on two ranks. Returns the output of each."""
     return training_on_ranks.on_two_ranks(rank_group, shards, PLAIN)
 
 
@@ -45,8 +45,8 @@ def test_a_gradient_that_is_not_finite_costs_what_a_loss_that_is_not_does(
     gradient = run(tmp_path / "gradient", *settings, fault=partial(gradient_spoilt, 2))
     assert [rank["ended"] for rank in loss + gradient] == ["well"] * 4
     assert [rank["state"] for rank in loss] == [rank["state"] for rank in gradient]
-    assert "step 2 is left out, its loss is not finite (1 of at most 5)" in loss[0]["printed"]
-    said = "step 2 is left out, its gradient is zero or not finite (1 of at most 5)"
+    assert "step 2 is skipped, its loss is not finite (1 of at most 5)" in loss[0]["printed"]
+    said = "step 2 is skipped, its gradient is zero or not finite (1 of at most 5)"
     assert said in gradient[0]["printed"]
     assert "the loss is not finite on rank" not in gradient[0]["printed"]
 
@@ -59,7 +59,7 @@ def test_steps_left_out_are_counted_over_the_whole_run_whatever_it_is_interrupte
     assert index["skipped_steps"] == 1
     for rank in run(tmp_path, *settings, fault=partial(gradient_spoilt, 4)):
         assert rank["ended"].startswith(
-            "training.skipped_steps: 2 step(s) were left out, the last of them step 4, because "
+            "training.skipped_steps: 2 step(s) were skipped, the last of them step 4, because "
             "their loss or gradient was not finite; "
         )
 
@@ -77,7 +77,9 @@ def test_a_step_left_out_drops_its_own_losses_and_no_others(run, tmp_path):
 
 
 class _Waits(TorchDispatchMode):
-    """Counts how often the host reads a number off a tensor, for which it would wait on a GPU."""
+    """Counts how often the host reads a number from a tensor, which would synchronise with a
+    GPU.
+    """
 
     count = 0
 
@@ -96,7 +98,7 @@ def waits(place: Any, shards: Path, output: Path, settings: tuple[str, ...]) -> 
 def test_the_host_waits_for_the_device_once_a_step_not_once_a_micro_step(
     rank_group, shards, tmp_path
 ):
-    """In a dense model: gates of experts have waits of their own."""
+    """In a dense model, since the gates of experts have their own synchronisation."""
     settings = ("training.steps=2", "model.feed_forward=dense", "engine=zero1_bf16")
     counts = [
         rank_group(2).run(

@@ -1,4 +1,4 @@
-"""Readers that are started anew instead of forked, as Python 3.14 starts them by default."""
+"""Readers that are started as new programs instead of forked, the default of Python 3.14."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_the_script_trains_with_readers_that_are_not_forked(train, repository, tmp_path):
-    """Such a reader runs the script of its rank once more, which must not train a second time."""
+    """Such a reader runs the script of its rank again, which must not train a second time."""
     (tmp_path / "sitecustomize.py").write_text(
         "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
     )

@@ -1,4 +1,4 @@
-"""The arithmetic that MFU is made of, against what PyTorch counts, and the devices' peaks."""
+"""The FLOPs behind MFU compared with PyTorch's count, and the peaks of devices."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from icl_moe.training.throughput import peak_flops, peak_of, real_tokens, traini
 
 
 def counted(batch, backward: bool, monkeypatch, **settings: object) -> tuple[int, int]:
-    """What PyTorch counts: in linear layers and logits, and in attention, whose kernels it counts
-    without the causal mask.
+    """PyTorch's counts: of linear layers and logits, and of attention, which it counts without the
+    causal mask.
     """
-    # Its counter knows neither oneDNN's operator nor fused attention on a CPU.
+    # Its counter supports neither oneDNN's operator nor fused attention on a CPU.
     monkeypatch.setattr(onednn_linear, "_goes_to_onednn", lambda _: False)
     decoder = InContextDecoder(make_config(**settings))
     initialise(decoder, seed=0)
@@ -50,7 +50,7 @@ def test_flops_are_those_that_pytorch_counts(settings, task, layout, monkeypatch
     width, layers = 32, 3
     assert attention == 3 * layers * sum(4 * length**2 * width for length in batch.lengths)
     causal = 3 * layers * sum(2 * length * (length + 1) * width for length in batch.lengths)
-    # The formula leaves out the gate of attributes, which decides once a class.
+    # The formula omits the attribute gate, which decides only once per class.
     assert training_flops(model_settings(**settings), VOCABULARY.size, batch) == pytest.approx(
         products + causal, rel=2e-3
     )

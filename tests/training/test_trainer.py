@@ -1,4 +1,4 @@
-"""The trainer from Python: a run that a person can start, look at and go on with."""
+"""The trainer from Python: a run can be started, inspected and resumed."""
 
 import json
 import sys

@@ -1,6 +1,4 @@
-"""Training as a user starts it, on small real shards: what is written, resumed, exported and
-refused.
-"""
+"""Training as a user starts it, on small real shards: results, resuming, exports and refusals."""
 
 import json
 import os
@@ -26,7 +24,7 @@ from icl_moe.data.shards import ShardSet
 
 @pytest.fixture(scope="module")
 def whole_run(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps that has its last checkpoint alone."""
+    """A run of six steps with only its last checkpoint."""
     earlier = shutil.ignore_patterns("step-00000002", "step-00000004")
     output = tmp_path_factory.mktemp("whole") / "run"
     return Path(shutil.copytree(undisturbed, output, ignore=earlier))
@@ -68,8 +66,8 @@ def test_any_number_of_ranks_reads_the_same_global_batches(shards):
             for batch in batches
             for e in batch.tokens_T.split(list(batch.lengths))
         ]
-        # The engine averages over ranks and micro-steps; then the weights of the global batch add
-        # up to 1.
+        # The engine averages over ranks and micro-steps; then the weights of the global batch sum
+        # to 1.
         return sorted(episodes), sum(
             float(b.weights_P.sum()) * b.loss_scale for b in batches
         ) / len(batches)
@@ -92,7 +90,7 @@ def test_an_export_is_complete_and_as_large_as_its_weights(command, whole_run, t
 def test_files_of_checkpoints_and_exports_have_the_mode_that_new_files_have(
     command, whole_run, tmp_path
 ):
-    """safetensors would leave its own readable by their owner alone."""
+    """safetensors itself would leave files that only their owner can read."""
     export(command, whole_run, tmp_path / "model")
     (tmp_path / "new").touch()
     usual = (tmp_path / "new").stat().st_mode
@@ -187,12 +185,12 @@ def test_a_run_of_two_ranks_goes_on_alone(command, shards, whole_run, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(train, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     printed = train(tmp_path / "run", "training.steps=8", "model.width=64", expect=2)
-    assert "is of another model than the recipe's" in printed
+    assert "has another model than the recipe" in printed
     assert json.loads((tmp_path / "run/model/config.json").read_text())["model"]["width"] == 32
 
 
 def goes_on(shards: Path, output: Path, *settings: str) -> list[str]:
-    """The command that goes on with a run of these settings for two steps more."""
+    """The command that resumes a run with these settings for two more steps."""
     return ["train", *arguments(shards, output, "training.steps=8", *settings)]
 
 
@@ -217,13 +215,13 @@ def test_a_run_does_not_go_on_with_other_samples_in_silence(
     assert main(goes_on(shards, whole_run, *settings)) == 2
     said = capsys.readouterr().err
     assert f"training.output: {whole_run} holds a run on other samples ({difference});" in said
-    assert "training.accept_changes=true to go on all the same" in said
+    assert "training.accept_changes=true to continue anyway" in said
     assert len(said.strip().splitlines()) == 1
     assert (whole_run / "run.json").read_text() == before
 
 
 def other_shards(shards: Path, folder: Path) -> Path:
-    """The same samples under a manifest of other bytes."""
+    """The same samples under a manifest with other bytes."""
     folder.mkdir()
     for file in shards.iterdir():
         (folder / file.name).symlink_to(file)
@@ -235,7 +233,7 @@ def other_shards(shards: Path, folder: Path) -> Path:
 def test_a_run_goes_on_with_other_shards_only_where_that_is_asked_for(
     capsys, rank_group, shards, tmp_path
 ):
-    """And run.json then says what each stretch of it was computed with."""
+    """run.json then records what each stretch of the run was computed with."""
     output, other = tmp_path / "run", other_shards(shards, tmp_path / "shards")
     quick = ("data.workers=0", "training.dry_run=false", "training.micro_batch=2")
 
@@ -255,7 +253,7 @@ def test_a_run_goes_on_with_other_shards_only_where_that_is_asked_for(
     changed = (*quick, "training.accept_changes=true", "training.seed=7")
     assert train_on(other, "training.steps=2", *changed) == "well"
     assert train_on(other, "training.steps=3", *changed) == "well"
-    assert train_on(other, "training.steps=3", *changed) == "well"  # Nothing is left to do.
+    assert train_on(other, "training.steps=3", *changed) == "well"  # There is nothing left to do.
 
     last = json.loads((output / "run.json").read_text())
     stretches = [*last["earlier"], last]
@@ -286,8 +284,8 @@ metadata.Distribution.from_name = classmethod(hide)
 
 
 def test_two_runs_do_not_share_a_folder(shards, tmp_path):
-    """One of two that start together is refused. The other, alone and without its package's
-    metadata, trains, and stops in order at a signal.
+    """Of two runs that start together, one is refused. The other, without its package's metadata,
+    trains, and saves and ends at a signal.
     """
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_METADATA)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -1,5 +1,5 @@
-"""A training run on ranks that are there already, as tests/distributed/rank_group.py keeps them:
-nothing to launch or to import.
+"""A training run on ranks that are already running (see tests/distributed/rank_group.py), without
+launching or importing anything.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from icl_moe.training.partitions import held_ranges
 from icl_moe.training.preflight import open_checked
 
 Fault = Callable[[Any, Any, int, int], None]
-"""Does its harm to (engine, batch, step, rank); steps are counted from 1."""
+"""A fault, applied to (engine, batch, step, rank); steps are counted from 1."""
 
 
 def load(shards: Path, output: Path, *settings: str) -> TrainingRecipe:
@@ -41,8 +41,8 @@ def load(shards: Path, output: Path, *settings: str) -> TrainingRecipe:
 def on_two_ranks(
     rank_group: Any, shards: Path, plain: tuple[str, ...]
 ) -> Callable[..., list[dict[str, str]]]:
-    """A function that trains with the settings `plain`, and others that it is given, and returns
-    what `run` does on each rank.
+    """A function that trains with the settings `plain` and its own arguments, and returns the
+    result of `run` on each rank.
     """
 
     def train(output: Path, *settings: str, fault: Fault | None = None) -> list[dict[str, str]]:
@@ -59,11 +59,11 @@ def run(
     episodes_that_fit: int | None = None,
     fault: Fault | None = None,
 ) -> dict[str, str]:
-    """Trains. What this rank printed, how it ended, a digest of the weights and optimizer state
-    that it holds, and whether torch was told to be deterministic.
+    """Train. Returns this rank's output, how it ended, a digest of its weights and optimizer state,
+    and whether torch was set to be deterministic.
 
-    episodes_that_fit: a forward pass of more of them runs out of memory, as on a GPU.
-    fault: what happens before each micro-step of training.
+    episodes_that_fit: a forward pass with more episodes runs out of memory, as on a GPU.
+    fault: called before each micro-step of training.
     """
     recipe = load(shards, output, *settings)
     printed, said, ended, engines, deterministic = io.StringIO(), io.StringIO(), "well", [], set()
@@ -112,7 +112,7 @@ def run(
 
 @contextlib.contextmanager
 def _heeding_signals() -> Iterator[None]:
-    """As in a rank's own program, once the ranks have met."""
+    """Handle signals as a rank's program does once the ranks are connected."""
     with listening():
         with meeting():
             pass
@@ -130,7 +130,7 @@ def _digest(engine: Any) -> str:
 
 
 def beats_while_rank_0_works(place: Any, beats: int) -> int:
-    """How often this rank beat while rank 0 did so `beats` times in its work."""
+    """The number of heartbeats of this rank while rank 0 makes `beats` of them during its work."""
     watchdog = Watchdog(place, seconds=1000.0)
     counted = []
 
@@ -148,7 +148,7 @@ def beats_while_rank_0_works(place: Any, beats: int) -> int:
 
 
 def terminated(at: int, engine: Any, batch: Any, step: int, rank: int) -> None:
-    """Rank 1 is asked to stop, once, in step `at`."""
+    """Rank 1 gets one request to stop, in step `at`."""
     if (step, rank) == (at, 1) and engine.deepspeed.is_gradient_accumulation_boundary():
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -172,7 +172,7 @@ def gradient_spoilt(at: int, engine: Any, batch: Any, step: int, rank: int) -> N
 
 
 def disk_filled(at: int, file: Path, engine: Any, batch: Any, step: int, rank: int) -> None:
-    """From step `at` on there is no room left on the disk of `file`."""
+    """From step `at` on, the disk of `file` is full."""
     if (step, rank) == (at, 0) and not file.exists():
         with file.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(1 << 16)):

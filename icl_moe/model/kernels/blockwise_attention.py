@@ -1,5 +1,5 @@
-"""Causal attention: PyTorch's fused kernels, and where those are slow, a kernel of ours that takes
-a block of queries at a time.
+"""Causal attention: PyTorch's fused kernels or, where those are slow, our own kernel, which
+processes a block of queries at a time.
 
 They are slow on a CPU: in bfloat16 most of the time goes outside the matrix products, and with
 dropout there is no fused kernel, so the whole (L, L) matrix of every head is held until the
@@ -51,7 +51,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         dv += (P * K)^T do;      dP = (do v^T) * K;   dS = P * (dP - rowsum(dP * P))
         dq = dS k / sqrt(D);     dk += dS^T q / sqrt(D)
 
-    P is computed anew in the backward pass; dk and dv are added up in float32.
+    P is recomputed in the backward pass; dk and dv are summed in float32.
     """
 
     @staticmethod

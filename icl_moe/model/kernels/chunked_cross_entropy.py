@@ -82,8 +82,8 @@ def _losses_and_gradient(
     """The cross-entropy of each target, float32 (N,). Where `wanted`, the logits are overwritten by
     the gradient w (softmax - onehot).
 
-    log sum exp z is read off the likeliest id m, as z_m - log softmax(z)_m, which spares a pass
-    over the logits.
+    log sum exp z is computed at the most probable id m, as z_m - log softmax(z)_m, which saves a
+    pass over the logits.
     """
     losses = []
     for logits_RV, labels_R, weights_R in zip(

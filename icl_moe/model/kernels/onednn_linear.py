@@ -1,9 +1,8 @@
 """Linear layers, with the products of float32 on a CPU done by oneDNN.
 
-PyTorch hands products in bfloat16 to oneDNN, which picks its kernel by what the processor can do,
-but those in float32 to MKL, which
-picks it by who made the processor: on an AMD one with AVX-512 that halves the rate
-(docs/performance.md has the figures).
+PyTorch passes products in bfloat16 to oneDNN, which chooses its kernel by the processor's
+instructions, but those in float32 to MKL, which chooses by the processor's vendor: on an AMD
+processor with AVX-512 that halves the rate (docs/performance.md has the figures).
 """
 
 from typing import Any
@@ -40,7 +39,7 @@ def _goes_to_onednn(x: Tensor) -> bool:
     plain = (
         x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     )
-    # oneDNN knows no product of nothing, such as the rows of an idle expert, nor one of a vector.
+    # oneDNN supports neither empty products, such as the rows of an idle expert, nor vectors.
     matrix = x.dim() > 1 and x.numel() > 0
     return (
         plain

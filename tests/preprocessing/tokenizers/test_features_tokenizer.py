@@ -1,5 +1,5 @@
-"""Codes are the nearest centroids of what the formula says, equal input makes equal tokenizers, and
-a folder knows its backbone.
+"""Codes are the nearest centroids to the vectors of the formula, equal input makes equal
+tokenizers, and a folder identifies its backbone.
 """
 
 import json
@@ -192,4 +192,4 @@ def test_the_command_makes_a_tokenizer_and_measures_it(place, tmp_path, capsys):
     assert main([str(part) for part in (*evaluate, "--examples", *examples)]) == 0
     assert "codes_1.miou" in capsys.readouterr().out
     assert main([str(part) for part in evaluate]) == 2
-    assert "give the images' --annotations, and --examples" in capsys.readouterr().err
+    assert "set --annotations for the images, and --examples" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""A mask tokenizer from shards, shards that it wrote the masks of, and a model that reads them."""
+"""A mask tokenizer learned from shards, shards whose masks it encoded, and a model that reads
+them.
+"""
 
 import json
 import shutil
@@ -37,8 +39,8 @@ def build(out: Path, *settings: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Shards of the image tokenizer alone, a mask tokenizer learned from them, and shards of both;
-    and a model for these.
+    """Shards of only the image tokenizer, a mask tokenizer learned from them, shards of both
+    tokenizers, and a model for the latter.
     """
     root = tmp_path_factory.mktemp("masks")
     image = f"tokenizer={toy_tokenizer.save_toy_tokenizer(root / 'tokenizer')}"
@@ -98,12 +100,12 @@ def test_a_page_shows_the_masks_that_the_patches_draw(folders, tmp_path):
 def test_a_model_without_its_mask_tokenizer_is_refused(folders, tmp_path):
     model = shutil.copytree(folders["model"], tmp_path / "model")
     shutil.rmtree(model / "mask_tokenizer")
-    with pytest.raises(InputError, match="no exported model: it lacks mask_tokenizer"):
+    with pytest.raises(InputError, match="is not an exported model: it lacks mask_tokenizer"):
         InContextModel.from_pretrained(model, "cpu")
 
 
 def test_shards_of_other_masks_are_refused(folders, tmp_path):
-    with pytest.raises(InputError, match="The model's mask tokenizer is not that of"):
+    with pytest.raises(InputError, match="The model's mask tokenizer differs from that of"):
         evaluate(folders["model"], folders["plain"], tmp_path / "out")
 
 

@@ -1,5 +1,5 @@
-"""The matcher scores by its formula, its threshold comes from the examples' side, and its figures
-are those of a plain count.
+"""The matcher follows its formula, its threshold is fitted on the examples, and its figures equal a
+plain count.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ GRID, SIZE, D = 4, 32, 5
 
 
 class Centroids:
-    """A tokenizer as the matcher sees one: codes are numbers of fixed vectors."""
+    """A minimal tokenizer for the matcher: codes are the numbers of fixed vectors."""
 
     def __init__(self, vectors_KD: torch.Tensor) -> None:
         self._vectors_KD = vectors_KD
@@ -31,7 +31,7 @@ class Centroids:
 
 def photographs(seed: int, images: int = 6, noise: float = 0.2) -> Photographs:
     """Each picture shows class 0 in its left and class 1 in its right quarter; cells of a class
-    look alike.
+    have similar features.
     """
     generator = torch.Generator().manual_seed(seed)
     looks_KD = torch.eye(3, D)
@@ -114,7 +114,7 @@ def test_the_object_that_the_examples_show_is_found_and_another_with_other_examp
     for name in ("features_1", "features_3", "codes_1", "codes_3"):
         assert report[name]["miou"] > 0.7 and report[name]["flips"] == 1.0
         assert report[name]["miou_at_best"] >= report[name]["miou"]
-    assert report["copy"] == 1.0  # the classes always stand in the same place here
+    assert report["copy"] == 1.0  # here the classes are always in the same place
     assert report["whole"] == 0.25 and report["objects"] == 0.5
     assert report["retention_1"] == pytest.approx(
         report["codes_1"]["miou"] / report["features_1"]["miou"]

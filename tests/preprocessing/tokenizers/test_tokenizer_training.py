@@ -1,5 +1,5 @@
-"""Training a tokenizer learns, revives its codes and goes on exactly after an interruption;
-measuring one tells the truth.
+"""Training a tokenizer learns, revives codes and resumes exactly after an interruption; measures of
+a tokenizer are correct.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def test_training_learns_and_logs(trained: Path) -> None:
 def interrupt(
     recipe: TokenizerRecipe, folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """Train until Ctrl-C is pressed before `step`."""
+    """Train until a Ctrl-C before `step`."""
     train_step = train._Run.train_step
 
     def interrupted(run: train._Run, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_an_interrupted_training_ends_where_an_unbroken_one_does(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(RECIPE, tmp_path, monkeypatch, step=25)
-    torch.manual_seed(123)  # what else was drawn since must not matter
+    torch.manual_seed(123)  # other random draws must have no effect
     assert (
         train_tokenizer(RECIPE, tmp_path).fingerprint == VQGAN.from_pretrained(trained).fingerprint
     )
@@ -120,8 +120,8 @@ def _train_as_rank(_: Place, folder: Path) -> str:
 def test_two_devices_train_as_one_does(
     rank_group: Callable[[int], RankGroup], tmp_path: Path
 ) -> None:
-    """Also where codes are moved, from step 10 on, and with shares of 6 samples, which part the 4
-    crops of a picture.
+    """This includes the moving of codes, from step 10 on, and shares of 6 samples, which separate
+    the 4 crops of a picture.
     """
     fingerprints = rank_group(2).run(_train_as_rank, tmp_path / "two")
     assert fingerprints[0] == fingerprints[1]
@@ -130,13 +130,13 @@ def test_two_devices_train_as_one_does(
     assert [row["step"] for row in two] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
     for a, b in zip(
         two[:8], one[:8], strict=True
-    ):  # then the judge joins, whose batch norms see a device's share
+    ):  # then the discriminator joins, whose batch norms use a device's share
         assert a == pytest.approx(b, rel=1e-3)
 
 
 @pytest.fixture
 def new_state() -> Iterator[None]:
-    """A process has one precision for good, and other tests of this one theirs."""
+    """Reset the precision of this process, which accelerate otherwise keeps for later tests."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
@@ -176,11 +176,11 @@ def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) ->
     train_tokenizer(recipe, tmp_path / "on")
     assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(
         _rows(trained)[-1]["psnr"], abs=0.5
-    )  # from scratch it is 10 dB less
+    )  # from scratch it would be 10 dB less
     other = dataclasses.replace(RECIPE, start_from="demo")
     with pytest.raises(
         InputError,
-        match=r"start_from: demo is of another network: image_size is 64 there and 32 here",
+        match=r"start_from: demo has another network: image_size is 64 there and 32 here",
     ):
         train_tokenizer(other, tmp_path / "other")
 
@@ -232,7 +232,7 @@ def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
 
 
 def _squeezenet(path: Path) -> Path:
-    """Random weights in the file's format and in the real sizes."""
+    """Random weights in the file's format with the real sizes."""
     rng, arrays, width = np.random.default_rng(0), {"conv1.w": (96, 3, 7, 7)}, 96
     for i, (squeeze, expand) in enumerate(
         [(16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256)],
@@ -280,7 +280,9 @@ def test_the_perceptual_loss_grows_with_damage_and_takes_part_in_training(tmp_pa
 
 
 def test_new_codes_are_spread_over_unlike_latents() -> None:
-    """Of a thousand latents in one spot and five far away, drawing six codes must find all five."""
+    """With a thousand latents in one spot and five far away, drawing six codes must find all
+    five.
+    """
     generator = torch.Generator().manual_seed(0)
     latents_NC = torch.cat(
         [
@@ -299,8 +301,8 @@ def test_dead_codes_come_back_to_life() -> None:
     source = samples.open_source(recipe)
     pixels_B3HW, is_mask_B = source([0], range(8))
     with torch.no_grad():
-        run.trained.quantize.embedding.weight.fill_(1e3)  # no latent is near any code
-    run.step = 5  # as if after some steps in which no code but these was chosen
+        run.trained.quantize.embedding.weight.fill_(1e3)  # no latent is close to a code
+    run.step = 5  # as if some steps had chosen no code except these
     run.train_step(pixels_B3HW, is_mask_B)
     assert run.trained.encode(pixels_B3HW).unique().numel() > 16
 
@@ -324,10 +326,10 @@ def test_masks_are_mixed_in_at_their_share(pictures: Path) -> None:
 def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
     pictures: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fakes of the network's two ends fix what the measures must be."""
+    """With fake encoders and decoders the expected measures are known."""
     kept: list[
         torch.Tensor
-    ] = []  # of at most one slice, so that what is decoded is what was just encoded
+    ] = []  # at most one slice, so that the decoder receives what was just encoded
 
     def remember(self: VQGAN, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         kept[:] = [pixels_B3HW]
@@ -358,8 +360,8 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
 
 
 def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> None:
-    """Two classes; of the first, a large mask drawn whole and a small one missed; of the second,
-    one mask half drawn.
+    """Two classes: of the first, a large mask is reproduced and a small one missed; of the second,
+    half of one mask is reproduced.
     """
     found = measures._Measures(VQGAN.from_pretrained(trained), batch_size=8)
     masks = np.zeros((3, 32, 32), dtype=bool)
@@ -395,9 +397,7 @@ def test_the_batch_size_does_not_change_the_measures(pictures: Path, trained: Pa
 
 
 def test_the_shipped_tokenizer_is_as_good_as_its_page_says(tmp_path: Path) -> None:
-    """On scenes that it never saw: mask ceiling, fidelity and use of its codes, with a little room
-    for other scenes.
-    """
+    """Mask ceiling, fidelity and use of its codes on unseen scenes, with a small tolerance."""
     write_dataset(tmp_path, images=80, seed=987_654, split="val")
     report = evaluate_tokenizer("demo", tmp_path / "images", tmp_path / "instances_val.json")
     assert report["mask_miou"] >= 0.90
@@ -423,7 +423,7 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
         load_recipe(
             TokenizerRecipe, "tokenizer_demo", ["step=5"], package="preprocessing.tokenizers"
         )
-    with pytest.raises(InputError, match=r"no folder with \.jpg or \.png"):
+    with pytest.raises(InputError, match=r"not a folder with \.jpg or \.png"):
         evaluate_tokenizer(trained, tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "none.json")
