@@ -37,8 +37,8 @@ class ProgressMonitor:
 
     tasks: of the schedule. peak_flops: the peak FLOP/s of all devices together, None if it is
     unknown (then there is no MFU). events: the receiver of figures, on rank 0, with [(name, value,
-    samples seen)]. choices: returns the present experts of every stream. Every rank calls it at each
-    line, which counts the sets of experts that have changed since the line before.
+    samples seen)]. choices: returns the present experts of every stream. Every rank calls it at
+    each line, which counts the sets of experts that have changed since the line before.
     """
 
     def __init__(
