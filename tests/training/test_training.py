@@ -126,9 +126,7 @@ def test_export_into_the_runs_own_folder_is_refused(whole_run, capsys):
     assert sorted(whole_run.rglob("*")) == before
 
 
-def test_an_export_replaces_an_earlier_one_in_the_folder_itself(
-    whole_run, tmp_path, monkeypatch
-):
+def test_an_export_replaces_an_earlier_one_in_the_folder_itself(whole_run, tmp_path, monkeypatch):
     """The folder may be a mount point, or the one in which the command runs; a link to it stays a
     link.
     """
