@@ -8,6 +8,7 @@ from pathlib import Path
 from icl_moe.devices import DTYPES
 from icl_moe.errors import InputError
 from icl_moe.outputs import output_folder
+from icl_moe.ranges import LARGEST_INTEGER
 
 
 def path(text: str) -> Path:
@@ -25,30 +26,36 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Whole numbers of at least `least`."""
+def whole_number(least: int, most: int = LARGEST_INTEGER) -> Callable[[str], int]:
+    """Whole numbers from `least` to `most`."""
 
     def read(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {least}, not {text[:60]!r}"
-            )
+        if not least <= number <= most:
+            bound = f"of at least {least}" if number < least else f"of at most {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {bound}, not {text[:60]!r}")
         return number
 
     return read
 
 
 def add_whole_number(
-    parser: argparse.ArgumentParser, option: str, least: int, default: int, text: str
+    parser: argparse.ArgumentParser,
+    option: str,
+    least: int,
+    default: int,
+    text: str,
+    most: int = LARGEST_INTEGER,
 ) -> None:
-    """Add an option for a whole number of at least `least`; its help is `text` and the default."""
+    """An option that takes a whole number from `least` to `most`; its help is `text` and the
+    default.
+    """
     parser.add_argument(
         option,
-        type=whole_number(least),
+        type=whole_number(least, most),
         default=default,
         metavar="N",
         help=f"{text} (default %(default)s)",

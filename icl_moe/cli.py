@@ -19,6 +19,7 @@ from icl_moe import __version__
 from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
 from icl_moe.messages import is_main, say, say_on_main
+from icl_moe.ranges import LARGEST_SIDE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -224,12 +225,10 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "masks", help="a shard folder, a path or a URL; or a COCO instances file (.json)"
     )
-    for option, least, default, text in (
-        ("--codes", 2, 512, "patches"),
-        ("--image-size", 1, 256, "for an instances file: side of the images in pixels"),
-        ("--cell", 1, 16, "for an instances file: side of a patch in pixels"),
-    ):
-        take.add_whole_number(parser, option, least, default, text)
+    side = "of an instances file: pixels along a side of"
+    take.add_whole_number(parser, "--codes", 2, 512, "patches")
+    take.add_whole_number(parser, "--image-size", 1, 256, f"{side} the images", LARGEST_SIDE)
+    take.add_whole_number(parser, "--cell", 1, 16, f"{side} a patch", LARGEST_SIDE)
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_masks)
 
@@ -260,11 +259,12 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     for option, least, default, text in (
         ("--codes", 2, 1024, "codes"),
         ("--dimensions", 1, 64, "number of principal components"),
-        ("--image-size", 1, 256, "side of the images in pixels"),
-        ("--downsampling", 1, 16, "side of a cell in pixels"),
         ("--seed", 0, 0, "of k-means"),
     ):
         take.add_whole_number(parser, option, least, default, text)
+    side = "pixels along a side of"
+    take.add_whole_number(parser, "--image-size", 1, 256, f"{side} the images", LARGEST_SIDE)
+    take.add_whole_number(parser, "--downsampling", 1, 16, f"{side} a cell", LARGEST_SIDE)
     parser.add_argument(
         "--annotations",
         type=take.path,

@@ -53,8 +53,9 @@ def find_device(name: Device | None) -> "torch.device":
     }
     if device is None or (device.index or 0) >= there.get(device.type, 0):
         names = [kind for kind, count in there.items() if count]
+        shown = str(name)[:60] or "without a name"
         raise InputError(
-            f"There is no device {name!s:.60} here; this machine has {' and '.join(names)}."
+            f"There is no device {shown} here; this machine has {' and '.join(names)}."
         )
     return device
 

@@ -12,7 +12,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write `path` (text as UTF-8), replacing an existing file, or leave that unchanged if it
     fails.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_of(path)
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
@@ -20,6 +20,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # A full disk needs the space.
         raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where the content of `path` stands until it is whole."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError
+from icl_moe.inputs import other_kind_of
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, a Pillow image, or an array."""
@@ -32,7 +33,7 @@ def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
     truncated, animated, empty, or larger than Pillow's limit against decompression bombs.
     """
     name = f"The image {image}" if isinstance(image, str | os.PathLike) else what
-    with _reading(name):
+    with _reading(image, name):
         return _to_rgb(_open(image, name), name)
 
 
@@ -46,7 +47,7 @@ def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") ->
     as the ids of several objects.
     """
     name = f"The mask {mask}" if isinstance(mask, str | os.PathLike) else what
-    with _reading(name):
+    with _reading(mask, name):
         levels_HWC, format = _levels(mask, name)
     height, width = levels_HWC.shape[:2]
     if (width, height) != size:
@@ -148,7 +149,7 @@ def box_to_mask(box: Box, size: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(image: ImageLike, name: str) -> Iterator[None]:
     """Turn exceptions of Pillow into an InputError; its readers raise many kinds for damaged
     files.
     """
@@ -168,6 +169,8 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"{name} cannot be read ({error.strerror}).") from error
+        if isinstance(image, str | os.PathLike) and (kind := other_kind_of(Path(image))):
+            raise InputError(f"{name} is {kind}.") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
             f"{name} cannot be read; it is damaged or not an image ({reason})."

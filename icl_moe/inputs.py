@@ -1,5 +1,6 @@
 """Reading files that users provide: JSON in the forms that occur, and clear errors for the rest."""
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -35,6 +36,8 @@ def read_json(path: Path) -> Any:
         raise InputError(f"The file {path} cannot be read: {error.strerror}.") from error
     if not content.strip():
         raise InputError(f"The file {path} is empty; it must be JSON.")
+    if kind := other_kind(content):
+        raise InputError(f"{path} is {kind}.")
     try:
         text = content.decode(json_encoding(content))
         return with_whole_characters(json.loads(text, cls=JSONDecoder), text)
@@ -42,6 +45,33 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: it is not text in UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise json_error(path, error) from error
+
+
+_WEB_PAGE = (
+    "a web page: its address leads to a page about the file; download the file itself, not the page"
+)
+_KINDS = {  # by how such files begin, in lower case
+    b"<!doctype html": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"pk\x03\x04": "a ZIP archive; unpack it first",
+}
+
+
+def other_kind(start: bytes) -> str | None:
+    """What a file that begins with `start` is, where it is none of data but what people often have
+    in its place; as the end of a sentence, with what to do.
+    """
+    head = start[:64].lstrip().lower()
+    return next((kind for magic, kind in _KINDS.items() if head.startswith(magic)), None)
+
+
+def other_kind_of(path: Path) -> str | None:
+    """`other_kind` of a file; None also where it cannot be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return other_kind(file.read(64))
+    return None
 
 
 def check_is_file(path: Path) -> None:

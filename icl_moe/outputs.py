@@ -13,11 +13,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from icl_moe.errors import InputError
-from icl_moe.files import write_whole
+from icl_moe.files import partial_of, write_whole
 
 # Two letters at least: pathlib leaves one of a URL's two slashes.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
+
+_LONGEST_NAME = 255
+"""Bytes, on nearly all file systems."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -56,6 +59,8 @@ def output_file(
             *most, last = suffixes
             raise InputError(f"{file} must end in {', '.join(most)} or {last}.")
         target = Path(os.path.realpath(file))
+        if len(os.fsencode(partial_of(target).name)) > _LONGEST_NAME:
+            raise InputError(f"{file}: the name of the file is too long; choose a shorter one.")
         if any(os.path.realpath(each) == str(target) for each in inputs):
             raise InputError(
                 f"{file} is also an input and would be overwritten; choose another name."

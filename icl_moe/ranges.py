@@ -53,9 +53,9 @@ class Range:
     def __str__(self) -> str:
         start, stop = self.least or self.above or 0, self.below if self.most is None else self.most
         if stop is None:
-            return f"be at least {start:g}" if self.above is None else "be a positive number"
-        ends = [f"{end:g}" for end in (self.above, self.below) if end is not None]
-        return f"lie in {start:g}..{stop:g}" + f" without {' and '.join(ends)}" * bool(ends)
+            return f"be at least {start}" if self.above is None else "be a positive number"
+        ends = [f"{end}" for end in (self.above, self.below) if end is not None]
+        return f"lie in {start}..{stop}" + f" without {' and '.join(ends)}" * bool(ends)
 
 
 Count = Annotated[int, Range(1)]
@@ -64,7 +64,8 @@ Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 """A whole number that may be 0, such as a seed."""
 
-ImageSide = Annotated[int, Range(1, 8192)]
+LARGEST_SIDE = 8192
+ImageSide = Annotated[int, Range(1, LARGEST_SIDE)]
 """The side in pixels of an image tokenizer's images."""
 
 Weight = Annotated[float, Range(0)]

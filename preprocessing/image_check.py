@@ -218,7 +218,9 @@ def _digest(images: list[ImageFile], present: dict[ImageFile, os.stat_result]) -
 def _check_folder(folder: Path) -> None:
     status = _status(folder)
     if status is None:
-        raise InputError(f"The folder of images {folder} does not exist.")
+        # pathlib leaves one of a URL's two slashes.
+        hint = "; images are read from this machine, not from a URL" * (":/" in str(folder))
+        raise InputError(f"The folder of images {folder} does not exist{hint}.")
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(f"{folder} is not a folder; it must be the folder of the images.")
 

@@ -27,6 +27,7 @@ from icl_moe.inputs import (
     check_is_file,
     json_encoding,
     json_error,
+    other_kind_of,
     read_json,
     with_whole_characters,
 )
@@ -120,6 +121,8 @@ def read_json_list(file: Path) -> Iterator[Any]:
     time. Raises the same errors as `read_json`.
     """
     check_is_file(file)
+    if kind := other_kind_of(file):
+        raise InputError(f"{file} is {kind}.")
     try:
         with (
             file.open("rb") as start,

@@ -74,6 +74,56 @@ def test_every_command_that_computes_says_that_a_device_is_not_there(command, tm
     assert "icl-moe: There is no device cuda:99 here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate demo shards --out out --limit 99999999999999999999",
+        "evaluate demo shards --out out --batch 2147483648",
+        "tokenizer features images --out out --seed 99999999999999999999",
+        "tokenizer features images --out out --image-size 8193",
+        "tokenizer masks instances.json --out out --cell 100000000",
+        "shards build demo --out out --workers 99999999999999999999",
+    ],
+)
+def test_a_number_that_nobody_means_is_refused(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2
+    assert "must be a whole number of at most" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["shards", "verify", ""], "shard folder is empty"),
+        (["shards", "stats", ""], "shard folder is empty"),
+        (["shards", "preview", "", "--out", "page.html"], "shard folder is empty"),
+        (["evaluate", "demo", "", "--out", "out"], "shard folder is empty"),
+        (["train", "demo", 'data.shards=""', "training.output=out"], "shard folder is empty"),
+        (["tokenizer", "masks", "", "--out", "out"], "shard folder is empty"),
+        (["tokenizer", "evaluate", "", "images"], "no tokenizer folder without a name"),
+    ],
+)
+def test_an_empty_name_does_not_stand_for_the_current_folder(
+    arguments, said, tmp_path, capsys, monkeypatch
+):
+    """Such as that of a shell's variable that was never set."""
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, capsys):
+    name = str(tmp_path / ("a" * 250 + ".png"))
+    command = ["segment", "no model", "--example", "a.png", "b.png", "--query", "a.png"]
+    assert main([*command, "--out", name]) == 2
+    assert f"{name}: the name of the file is too long" in capsys.readouterr().err
+
+
 def test_what_may_not_be_read_is_named(tmp_path):
     """Not as root, who may read everything."""
     prefix: list[str] = []

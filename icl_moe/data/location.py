@@ -79,8 +79,11 @@ def open_folder(location: str | Path, cache: FileCache | None = None) -> ShardFo
     """The shard folder at a path or URL. cache: where a URL's files are kept, by default in the
     user's cache folder.
 
-    Raises InputError if there is no manifest, or if a URL cannot be read.
+    Raises InputError where there is no manifest, where a URL cannot be read, and for an empty name,
+    which would stand for the folder that the command runs in.
     """
+    if not str(location):
+        raise InputError("The name of the shard folder is empty; it must be a path or a URL.")
     if "://" in str(location):
         return RemoteFolder(str(location), cache or make_cache())
     return LocalFolder(Path(location))

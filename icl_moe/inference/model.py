@@ -27,6 +27,7 @@ from icl_moe.images import (
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
+from icl_moe.inputs import other_kind_of
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
@@ -165,7 +166,7 @@ class InContextModel:
             self._example_mask(mask, picture, number)
             for number, (picture, (_, mask)) in enumerate(zip(pictures, pairs, strict=True), 1)
         ]
-        *image_codes, query_codes = self.read(
+        *image_codes, query_codes = self.encode(
             [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
         )
         mask_codes = self.encode_masks(masks)
@@ -206,7 +207,7 @@ class InContextModel:
             None if region.box is None else region.box_in(picture.size, name)
             for picture, (region, name) in zip(pictures, regions, strict=True)
         ]
-        *image_codes, query_codes = self.read(
+        *image_codes, query_codes = self.encode(
             [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
         )
         shown = tuple(
@@ -292,7 +293,7 @@ class InContextModel:
         ]
 
     @torch.inference_mode()
-    def read(self, pixels: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    def encode(self, pixels: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """Codes (N,) of each input image, pixels_3HW in [-1, 1] at the model's image size."""
         if not pixels:
             return []
@@ -409,6 +410,8 @@ def _load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:
     except (
         Exception
     ) as error:  # Damaged files raise many kinds of exceptions, in transformers and below.
+        if kind := other_kind_of(weights_file):
+            raise InputError(f"{weights_file} is {kind}.") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
             f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from icl_moe.errors import InputError
-from icl_moe.inputs import shipped_folders
+from icl_moe.inputs import other_kind, other_kind_of, shipped_folders
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -30,11 +30,11 @@ def find_tokenizer(source: str | Path) -> Path:
     if isinstance(source, str) and source in shipped:
         return shipped[source]
     folder = Path(source)
-    if folder.is_dir():
+    if str(source) and folder.is_dir():  # No name would stand for the current folder.
         return folder
     raise InputError(
-        f"There is no tokenizer folder {source} and no shipped tokenizer of that name "
-        f"({', '.join(shipped)})."
+        f"There is no tokenizer folder {str(source) or 'without a name'}, nor is one of that name "
+        f"shipped ({', '.join(shipped)})."
     )
 
 
@@ -131,6 +131,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
+        if kind := other_kind_of(path):
+            raise InputError(f"{path} is {kind}.") from error
         raise InputError(f"{path} is missing or damaged ({error}).") from error
 
 
@@ -193,20 +195,18 @@ def load_torch_weights(path: Path, what: str) -> dict[str, Tensor]:
     check_file(path, what)
     try:
         with path.open("rb") as file:
-            head = file.read(64).lstrip().lower()
+            head = file.read(64)
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read ({error.strerror}).") from error
-    if head.startswith(b"<"):
-        raise InputError(
-            f"{what} {path} is a web page, not a torch file; download the file itself instead of "
-            "the page about it."
-        )
+    is_archive = head.startswith(b"PK")  # as torch's files are
+    if not is_archive and (kind := other_kind(head)):
+        raise InputError(f"{what} {path} is {kind}.")
     try:
         with torch.serialization.safe_globals([(_Inert, _LIGHTNING_CALLBACK)]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch raises the same error for bytes that are neither an archive nor a pickle.
-        if not head.startswith((b"pk", b"\x80")):
+        if not is_archive and not head.startswith(b"\x80"):
             raise InputError(f"{what} {path} is damaged or not a torch file.") from error
         raise InputError(
             f"{what} {path} holds more than weights and was not opened, as it could run code."

@@ -6,9 +6,11 @@ training_state.py and complete.json, which is written last. DeepSpeed's own file
 them: they can only be resumed in the layout that wrote them, and would hold the same numbers again.
 """
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import torch
 from torch import distributed as dist
 from transformers import PretrainedConfig
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import TOKENIZER_FOLDERS, ShardSet
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.threshold import fit_threshold
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
+from icl_moe.inputs import read_json
 from icl_moe.messages import say
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
@@ -32,6 +35,11 @@ from icl_moe.training.run_folder import how_it_was_trained
 
 _TAG = "step-{:08d}"
 _NAME = re.compile(r"step-\d{8,}")
+_CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+_PARTIAL = ".partial"
+"""The folder in which an export is written before it replaces an earlier one."""
+
 _COMPLETE = "complete.json"
 """Written into the folder of a checkpoint last: its files and their sizes. Without it, or if they
 differ, the checkpoint is incomplete.
@@ -113,47 +121,89 @@ def export(
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
 
-    checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. Weights
-    keep the precision of the training. threshold_from: training shards on which the threshold of
-    masks that are decoded in one pass is fitted, on `device` (by default a GPU if there is one).
-    Raises InputError if there is no readable checkpoint, if the device does not exist, or if `out`
-    cannot be written.
+    checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. out: may
+    hold an earlier export, which is replaced. Weights keep the precision of the training.
+    threshold_from: training shards on which the threshold of masks that are written in one pass is
+    fitted, on `device` (by default a GPU where there is one). Raises InputError where there is no
+    checkpoint, or one that cannot be read, where there is no such device, and where `out` cannot be
+    written or holds anything else.
     """
-    out, place = output_folder(out), find_device(device)
+    out, place = output_folder(out).resolve(), find_device(device)
+    _check_free(out)
     folder = _find(checkpoint)
     run = folder.parent.parent
-    if not (run / "model" / "config.json").is_file():
+    if not (run / "model" / _CONFIG).is_file():
         raise InputError(
             f"{run} lacks model/config.json, which training writes beside its checkpoints."
         )
+    if out == (run / "model").resolve():
+        raise InputError(f"{out} is a part of the run; give --out another folder.")
     config = DecoderConfig.from_pretrained(run / "model")
     weights, step = training_state.read_weights(folder, config)
     trained = how_it_was_trained(run, step)
     with torch.device("meta"):
         model = InContextDecoder(config)
     model.load_state_dict(weights, assign=True)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise InputError(
-            f"{out} holds other files; give --out a new folder, or one of an earlier export."
-        )
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    copy_folder(run / "model", temporary)
-    model.save_pretrained(temporary)
-    for path in temporary.glob("*.safetensors"):
-        give_usual_mode(path)
-    if trained is not None:
-        write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
-        write_whole(temporary / CARD, model_card(config.to_dict(), trained))
-    if threshold_from is not None:
-        config.mask_threshold = fit_threshold(
-            InContextModel.from_pretrained(temporary, place), ShardSet(threshold_from)
-        )
-        config.save_pretrained(temporary)
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
+    with _replacing_export(out) as temporary:
+        copy_folder(run / "model", temporary)
+        model.save_pretrained(temporary)
+        for path in temporary.glob("*.safetensors"):
+            give_usual_mode(path)
+        if trained is not None:
+            write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
+            write_whole(temporary / CARD, model_card(config.to_dict(), trained))
+        if threshold_from is not None:
+            config.mask_threshold = fit_threshold(
+                InContextModel.from_pretrained(temporary, place), ShardSet(threshold_from)
+            )
+            config.save_pretrained(temporary)
     return step
+
+
+def _check_free(out: Path) -> None:
+    """Raise InputError where a folder holds anything but an export, which a new one replaces."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = {_CONFIG, CARD, TRAINING, _PARTIAL, *TOKENIZER_FOLDERS}
+    others = sorted(name for name in names - ours if not _WEIGHTS.fullmatch(name))
+    if not others and names and _PARTIAL not in names and not _is_export(out):
+        others = sorted(names)
+    if others:
+        raise InputError(
+            f"{out} holds other files ({', '.join(others[:3])}); give --out a new folder, or one "
+            "of an earlier export."
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    with contextlib.suppress(InputError):
+        config = read_json(folder / _CONFIG)
+        return isinstance(config, dict) and config.get("model_type") == DecoderConfig.model_type
+    return False
+
+
+@contextlib.contextmanager
+def _replacing_export(out: Path) -> Iterator[Path]:
+    """Gives a folder within `out` to write an export into, whose files then replace those of an
+    earlier one. `out` itself stays: it may be a mount point.
+    """
+    temporary, is_new = out / _PARTIAL, not out.exists()
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        for old in out.iterdir():
+            if old.is_dir() and not old.is_symlink():
+                if old != temporary:
+                    shutil.rmtree(old)
+            else:
+                old.unlink()
+        # The configuration comes last: without it, no reader takes the folder for a model.
+        for new in sorted(temporary.iterdir(), key=lambda path: path.name == _CONFIG):
+            new.rename(out / new.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # It stays if the export was written.
 
 
 def _find(checkpoint: Path) -> Path:

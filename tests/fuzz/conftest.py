@@ -14,6 +14,15 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     toy_export.build_toy_line(folder, images=16, samples=6)
     (folder / "shards/synthetic").rename(folder / "data")
+    instances = json.loads((folder / "data/instances_train.json").read_bytes())
+    captions = [
+        {"id": i, "image_id": image["id"], "caption": f"a red {name} and a star"}
+        for i, (image, name) in enumerate(
+            zip(instances["images"], ("disc", "ring") * 99, strict=False)
+        )
+    ]
+    content = {"images": instances["images"], "annotations": captions}
+    (folder / "captions.json").write_text(json.dumps(content))
     region = {"caption": "a red thing", "category": "thing", "box": [1, 2, 30, 40]}
     (folder / "region.json").write_text(json.dumps(region))
     picture = Image.radial_gradient("L").resize((64, 48))

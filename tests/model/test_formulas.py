@@ -38,9 +38,7 @@ ROUTINGS = {
     "tokens and attributes": {"feed_forward": "attributes", "gate_input": "token+attributes"},
 }
 BY_TOKEN = ("stock tokens", "our gate on tokens", "tokens and attributes")
-"""Their gates decide for each token. They are tested on one episode without padding, since for
-several episodes their auxiliary loss is that of GShard's layers on the whole stream.
-"""
+"""Their gates decide a token at a time, without noise."""
 NOISE = (3, 5)
 
 
@@ -106,7 +104,7 @@ def noise_of(model: InContextDecoder) -> Callable[[int, int], Tensor]:
 
 def assert_equals_the_formulas(model: InContextDecoder, routing: str, layout: str) -> None:
     noisy = routing not in ("dense", "attributes without noise", *BY_TOKEN)
-    sequences = uneven_episodes()[2:] if routing in BY_TOKEN else uneven_episodes()
+    sequences = uneven_episodes()
     parameters = {exported_name(name): p for name, p in model.named_parameters()}
     plain = PlainDecoder(
         parameters, model.settings, VOCABULARY.image_range, noise_of(model) if noisy else None
@@ -130,18 +128,22 @@ def assert_equals_the_formulas(model: InContextDecoder, routing: str, layout: st
 
 @pytest.mark.parametrize(
     ("routing", "layout"),
-    [*((routing, "packed") for routing in ROUTINGS), ("dense", "padded"), ("attributes", "padded")],
+    [
+        *((routing, "packed") for routing in ROUTINGS),
+        *((routing, "padded") for routing in ("dense", "attributes", "tokens and attributes")),
+    ],
 )
 def test_loss_and_gradients_equal_the_formulas(routing, layout):
     model = trained_like(ROUTINGS[routing], auxiliary_weight=0.7)
     assert_equals_the_formulas(model, routing, layout)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("routing", ["attributes", "stock tokens", "tokens and attributes"])
-def test_so_do_those_of_deepspeeds_layers(routing, one_rank):
+def test_so_do_those_of_deepspeeds_layers(routing, layout, one_rank):
     model = one_rank(trained_like(ROUTINGS[routing], sparse_layer_factory()))
     assert model.auxiliary_weight == 0.02
-    assert_equals_the_formulas(model, routing, "packed")
+    assert_equals_the_formulas(model, routing, layout)
 
 
 def test_gate_noise_has_the_published_spread_and_its_own_draw_for_seed_step_layer_and_class():

@@ -13,6 +13,7 @@ from training import training_on_ranks
 from training.test_operator import curve
 
 from icl_moe.batch import collate
+from icl_moe.data.corruption import hide_query_mask
 from icl_moe.data.schedule import Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.model.config import DecoderConfig
@@ -20,6 +21,7 @@ from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.checkpoint import export
+from icl_moe.training.monitor import ProgressMonitor
 
 FIGURES = ("image_loss", "text_loss", "auxiliary_loss", "gradient_norm", "learning_rate")
 STEPS, STOP, SEED = 6, 4, 1
@@ -40,7 +42,7 @@ COMMON = (
     f"optimizer.betas={list(BETAS)}",
     f"optimizer.warmup_steps={WARMUP}",
 )
-OPTIMIZERS = {
+RUNS = {
     "mt_adamw": (
         "optimizer.name=mt_adamw",
         "optimizer.clip=null",
@@ -51,6 +53,12 @@ OPTIMIZERS = {
         "optimizer.name=adamw",
         "optimizer.clip=null",
         "training.task_weights={captioning: 1, segmentation: 1}",
+    ),
+    "adamw, on the query whose mask is corrupted": (
+        "optimizer.name=adamw",
+        "optimizer.clip=null",
+        "training.loss_on=query",
+        "training.mask_corruption=true",
     ),
 }
 
@@ -81,7 +89,18 @@ def plain_run(
     for step in range(STOP):
         task = schedule.task(step)
         sequences = [shards.sample(*sample).sequence for sample in schedule.samples(step)]
-        batch = collate(sequences, manifest.format.vocabulary, task, input_weight=INPUT_WEIGHT)
+        if settings.mask_corruption:
+            sequences = [
+                hide_query_mask(sequence, manifest.format.vocabulary, SEED, step, place)
+                for place, sequence in enumerate(sequences)
+            ]
+        batch = collate(
+            sequences,
+            manifest.format.vocabulary,
+            task,
+            input_weight=INPUT_WEIGHT,
+            loss_on=settings.loss_on,
+        )
         decoder.zero_grad()
         loss = decoder(batch, noise=(SEED, step))
         loss.total.backward()
@@ -121,26 +140,26 @@ def plain_run(
     return logged, decoder
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_trainer_trains_as_a_plain_loop(rank_group, shards, tmp_path, optimizer):
-    settings = (*COMMON, *OPTIMIZERS[optimizer])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_trainer_trains_as_a_plain_loop(rank_group, shards, tmp_path, name):
+    settings = (*COMMON, *RUNS[name])
     for rank in rank_group(2).run(training_on_ranks.run, shards, tmp_path / "run", settings):
         assert rank["ended"] == "well"
     recipe = training_on_ranks.load(shards, tmp_path, *settings)
     logged, decoder = plain_run(recipe, ShardSet(shards))
-    for name in FIGURES:
-        found = curve(tmp_path / "run", f"train/{name}")
-        assert found == pytest.approx(logged[name], rel=1e-4), name
+    for figure in FIGURES:
+        found = curve(tmp_path / "run", f"train/{figure}")
+        assert found == pytest.approx(logged[figure], rel=1e-4), figure
     assert logged["image_loss"].keys() != logged["text_loss"].keys(), "both tasks occur"
     export(tmp_path / "run", tmp_path / "model")
     trained = dict(InContextDecoder.from_pretrained(tmp_path / "model").named_parameters())
-    for name, parameter in decoder.named_parameters():
-        difference = (trained[name] - parameter).abs()
+    for weight, parameter in decoder.named_parameters():
+        difference = (trained[weight] - parameter).abs()
         # The true gradient of the keys' biases is zero: Adam follows rounding errors, and nothing
         # depends on them.
-        if name.endswith("qkv.bias"):
+        if weight.endswith("qkv.bias"):
             difference = difference.unflatten(0, (3, -1))[[0, 2]]
-        assert difference.max() < RATE / 20, name
+        assert difference.max() < RATE / 20, weight
 
 
 def seeds_of_forward_passes(place: Any, *arguments: Any) -> list[int]:
@@ -170,3 +189,31 @@ def test_every_rank_step_and_micro_step_draws_its_own_dropout_and_draws_it_again
     assert [first + rest for first, rest in zip(*halves, strict=True)] == whole
     other = seeds("other", "training.seed=2", "training.stop_after=1")
     assert not set(drawn) & {seed for rank in other for seed in rank}
+
+
+def counts_of_micro_steps(place: Any, *arguments: Any) -> list[tuple[int, int]]:
+    """The tokens and floating-point operations that this rank counts for each micro-step of a
+    run.
+    """
+    counts: list[tuple[int, int]] = []
+    add = ProgressMonitor.add
+
+    def record(monitor: ProgressMonitor, task: str, loss: Any, tokens: int, flops: int) -> None:
+        counts.append((tokens, flops))
+        add(monitor, task, loss, tokens, flops)
+
+    with mock.patch.object(ProgressMonitor, "add", record):
+        assert training_on_ranks.run(place, *arguments)["ended"] == "well"
+    return counts
+
+
+def test_tokens_that_tensor_ranks_share_are_counted_once(rank_group, shards, tmp_path):
+    def total(tp_size: int) -> tuple[int, ...]:
+        settings = (*COMMON, f"parallel.tp_size={tp_size}", "training.stop_after=2")
+        arguments = (shards, tmp_path / str(tp_size), settings)
+        ranks = rank_group(2).run(counts_of_micro_steps, *arguments)
+        return tuple(map(sum, zip(*(count for rank in ranks for count in rank), strict=True)))
+
+    alone = total(tp_size=1)
+    assert total(tp_size=2) == alone
+    assert min(alone) > 0

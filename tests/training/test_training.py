@@ -20,6 +20,7 @@ from icl_moe.cli import main
 from icl_moe.data.loader import MicroBatches
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
+from icl_moe.inference.model import InContextModel
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +99,50 @@ def test_files_of_checkpoints_and_exports_have_the_mode_that_new_files_have(
     assert {path.name for path in files if path.is_file() and path.stat().st_mode != usual} == set()
 
 
-def test_export_into_a_folder_of_other_files_is_refused(command, whole_run, tmp_path):
-    (tmp_path / "precious.txt").write_text("keep")
-    done = command(sys.executable, "-m", "icl_moe", "export", whole_run, "--out", tmp_path)
-    assert done.returncode == 2
-    assert "holds other files" in done.stdout
-    assert (tmp_path / "precious.txt").read_text() == "keep"
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"precious.txt": "keep"},
+        {"config.json": '{"model_type": "icl_moe_decoder"}', "precious.txt": "keep"},
+        {"config.json": '{"kind": "taming_vqgan"}', "model.safetensors": "a tokenizer's"},
+        {"model.safetensors": "weights of something"},
+    ],
+    ids=lambda files: " ".join(files),
+)
+def test_export_into_a_folder_of_other_files_is_refused(whole_run, tmp_path, capsys, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert main(["export", str(whole_run), "--out", str(tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_export_into_the_runs_own_folder_is_refused(whole_run, capsys):
+    before = sorted(whole_run.rglob("*"))
+    assert main(["export", str(whole_run), "--out", str(whole_run / "model")]) == 2
+    assert "is a part of the run" in capsys.readouterr().err
+    assert sorted(whole_run.rglob("*")) == before
+
+
+def test_an_export_replaces_an_earlier_one_in_the_folder_itself(whole_run, tmp_path, monkeypatch):
+    """The folder may be a mount point, or the one in which the command runs; a link to it stays a
+    link.
+    """
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    folder = (tmp_path / "here").stat()
+    for out in (".", str(tmp_path / "link")):
+        (tmp_path / "here/model-00002-of-00002.safetensors").write_bytes(b"")
+        (tmp_path / "here/config.json").write_text('{"model_type": "icl_moe_decoder"}')
+        assert main(["export", str(whole_run), "--out", out]) == 0
+        InContextModel.from_pretrained(tmp_path / "here", "cpu")
+        names = {path.name for path in Path().iterdir()}
+        assert "model.safetensors" in names
+        assert not names & {".partial", "model-00002-of-00002.safetensors"}
+    assert os.path.samestat(folder, (tmp_path / "here").stat())
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "link"}
 
 
 def test_a_truncated_checkpoint_file_is_named(command, whole_run, tmp_path):
