@@ -30,7 +30,16 @@ from icl_moe.tasks.caption_template import (
     write_caption,
 )
 from icl_moe.tasks.grammar import Grammar, forced, image_codes
-from icl_moe.tasks.task import CodeReader, Objects, Output, Task, Truth, by_class, check_objects
+from icl_moe.tasks.task import (
+    CodeReader,
+    Kind,
+    Objects,
+    Output,
+    Task,
+    Truth,
+    by_kind,
+    check_objects,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +63,13 @@ class CaptionTarget:
     prediction is measured against.
 
     objects: all that is described in the region's image, of its own class and of others: (class,
-    text, box). Evaluation tells by them whether a model describes what it was shown.
+    style, text, box). Evaluation tells by them whether a model describes what it was shown.
     """
 
     box: Box
     caption: str
     references: tuple[str, ...] = ()
-    objects: tuple[tuple[str, str, Box], ...] = field(default=(), repr=False)
+    objects: tuple[tuple[str, str, str, Box], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +180,13 @@ class Captioning(Task):
             "captions": [target.caption for target in targets],
             "references": [references] if references else [],
             "objects": [
-                {"class": name, "caption": caption, "box": [round(side, 4) for side in box]}
-                for name, caption, box in targets[-1].objects
+                {
+                    "class": name,
+                    **({"style": style} if style else {}),
+                    "caption": caption,
+                    "box": [round(side, 4) for side in box],
+                }
+                for name, style, caption, box in targets[-1].objects
             ],
         }
 
@@ -244,7 +258,7 @@ class Captioning(Task):
         return found
 
     def objects(self, truth: Truth) -> Objects:
-        return by_class(truth)
+        return by_kind(truth)
 
     def right_outputs(self, truth: Truth) -> list[Output]:
         return [{"caption": text} for text in truth.meta["references"][0]]
@@ -252,22 +266,32 @@ class Captioning(Task):
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
         return rouge_l(said["caption"] or "", [output["caption"] for output in right])
 
-    def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """By the class that the caption names and the box that it places, where the model writes
-        them; else by its words. The name alone could be copied off an example, the box could not.
+    def follows(
+        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
+    ) -> dict[str, bool]:
+        """The class: by the name that the caption writes and the box that it places, where the
+        model writes them; else by its words. The name alone could be copied off an example, the
+        box could not. The style, where the query is described in several: by its words.
         """
-        if format.category == "written" and not _is_category(said, shown):
+        respects = {"class": self._is_of_class(said, shown, objects, format)}
+        if len({kind.style for kind in objects}) > 1:
+            respects["style"] = self.agrees_most(said, shown, objects, lambda kind: kind.style)
+        return respects
+
+    def _is_of_class(
+        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
+    ) -> bool:
+        if format.category == "written" and not _is_category(said, shown.category):
             return False
         if format.box == "none":
-            return format.category == "written" or super().follows(said, shown, objects, format)
-        overlaps = {
-            name: max(
-                box_iou(said["box"], tuple(each["box"])) if said["box"] else 0.0 for each in of
+            return format.category == "written" or self.agrees_most(
+                said, shown, objects, lambda kind: kind.category
             )
-            for name, of in objects.items()
-        }
-        others = [overlap for name, overlap in overlaps.items() if name != shown]
-        return overlaps[shown] > max(others, default=0.0)
+        best = {True: 0.0, False: 0.0}
+        for kind, of_kind in objects.items():
+            same = kind.category == shown.category
+            best[same] = max(best[same], *(_overlap(said, tuple(each["box"])) for each in of_kind))
+        return best[True] > best[False]
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return boxed(image, output["box"])
@@ -323,6 +347,10 @@ def _categories_right(outputs: Sequence[Output], true: Sequence[Output]) -> list
 def _is_category(said: Output, category: str) -> bool:
     """Whether an output names a category, up to case."""
     return (said["category"] or "").lower() == category.lower()
+
+
+def _overlap(said: Output, box: Box) -> float:
+    return box_iou(said["box"], box) if said["box"] else 0.0
 
 
 def _box_ious(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:

@@ -6,7 +6,7 @@ The input of every task is an image (with a class prompt, also the name of the c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -24,8 +24,22 @@ from icl_moe.tasks.grammar import Grammar
 Output = dict[str, Any]
 """What a query's output says, as predictions.jsonl has it: plain JSON values by name."""
 
-Objects = Mapping[str, Sequence[Output]]
-"""What is annotated in a query: class -> outputs, each of which would be right for that class."""
+
+class Kind(NamedTuple):
+    """What the examples of an episode show: a class and, where outputs have styles, a style ("" in
+    all other data).
+    """
+
+    category: str
+    style: str = ""
+
+    def describe(self) -> str:
+        """Such as "red star" or "red star, style place"."""
+        return f"{self.category}, style {self.style}" if self.style else self.category
+
+
+Objects = Mapping[Kind, Sequence[Output]]
+"""What is annotated in a query: kind -> outputs, each of which would be right for that kind."""
 
 
 class Baseline(NamedTuple):
@@ -246,13 +260,13 @@ class Task(ABC):
     # Following the examples --------------------------------------------------------------------
 
     def objects(self, truth: Truth) -> Objects:
-        """What is annotated in the query, its own class among it; empty where shards do not keep
+        """What is annotated in the query, its own kind among it; empty where shards do not keep
         that.
         """
         return {}
 
     def can_be_shown(self, outputs: Sequence[Output]) -> bool:
-        """Whether what is annotated of a class of a query is enough to ask for it."""
+        """Whether what is annotated of a kind in a query is enough to ask for it."""
         return True
 
     def right_outputs(self, truth: Truth) -> Sequence[Output]:
@@ -263,12 +277,26 @@ class Task(ABC):
         """How far an output agrees with any of those that would be right, 0..1."""
         return float(said in right)
 
-    def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """Whether an output is of the class that the examples show: it agrees more with what is
-        annotated of that class in the query than with what is annotated of any other.
+    def follows(
+        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
+    ) -> dict[str, bool]:
+        """Whether an output is what the examples show, in each respect in which a query's kinds
+        differ. By default there is one, the class: the output agrees more with what is annotated
+        of that class in the query than with what is annotated of any other.
         """
-        others = [self.agreement(said, right) for name, right in objects.items() if name != shown]
-        return self.agreement(said, objects[shown]) > max(others, default=0.0)
+        return {"class": self.agrees_most(said, shown, objects, lambda kind: kind.category)}
+
+    def agrees_most(
+        self, said: Output, shown: Kind, objects: Objects, part: Callable[[Kind], str]
+    ) -> bool:
+        """Whether an output agrees more with what is annotated of the kinds that share a part with
+        the shown one than with what is annotated of any other kind. A tie does not count.
+        """
+        best = {True: 0.0, False: 0.0}
+        for kind, right in objects.items():
+            same = part(kind) == part(shown)
+            best[same] = max(best[same], self.agreement(said, right))
+        return best[True] > best[False]
 
     # Pictures ----------------------------------------------------------------------------------
 
@@ -318,7 +346,10 @@ def check_objects(truth: Truth, keys: Sequence[str]) -> None:
     """
     objects = truth.meta.get("objects", [])
     if not isinstance(objects, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("class"), str) and entry.keys() >= {*keys}
+        isinstance(entry, dict)
+        and isinstance(entry.get("class"), str)
+        and isinstance(entry.get("style", ""), str)
+        and entry.keys() >= {*keys}
         for entry in objects
     ):
         raise InputError(
@@ -327,9 +358,14 @@ def check_objects(truth: Truth, keys: Sequence[str]) -> None:
         )
 
 
-def by_class(truth: Truth) -> dict[str, list[dict[str, Any]]]:
-    """The records under `objects` of a KEY.json, class by class."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def kind_of(meta: Mapping[str, Any]) -> Kind:
+    """What the examples of an episode show, by its KEY.json."""
+    return Kind(meta["class"], str(meta.get("style", "")))
+
+
+def by_kind(truth: Truth) -> dict[Kind, list[dict[str, Any]]]:
+    """The records under `objects` of a KEY.json, kind by kind."""
+    found: dict[Kind, list[dict[str, Any]]] = {}
     for entry in truth.meta.get("objects", ()):
-        found.setdefault(entry["class"], []).append(entry)
+        found.setdefault(Kind(entry["class"], entry.get("style", "")), []).append(entry)
     return found

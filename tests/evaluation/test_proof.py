@@ -24,6 +24,7 @@ from icl_moe.settings import load_recipe
 from icl_moe.tasks import CAPTIONING, SEGMENTATION
 from icl_moe.tasks.captioning import CaptionPair
 from icl_moe.tasks.segmentation import Segmentation, SegmentationPair
+from icl_moe.tasks.task import Kind
 from preprocessing.build import build_shards
 from preprocessing.coco import class_masks, load_instances
 from preprocessing.recipe import DataRecipe
@@ -107,7 +108,7 @@ def test_a_model_that_obeys_its_examples_flips_always(run, model_that, tmp_path)
     assert swapped(metrics, "segmentation", "every object")["flips"] == 0
     assert swapped(metrics, "segmentation", "whole image")["flips"] == 0
     page = (tmp_path / "out/report.html").read_text()
-    assert page.index("one query, examples of two classes") < page.index("Held-out loss")
+    assert page.index("one query, two examples") < page.index("Held-out loss")
     assert "the first query that is right with both" in page
     assert "the first query that is not" not in page
 
@@ -145,15 +146,16 @@ def test_swapped_examples_are_of_another_class_that_the_query_shows(run, model_t
     for task, of_task in episodes.items():
         for number, (shown, source) in of_task.swaps.items():
             episode = of_task[number]
-            assert shown != episode.category == of_task[number].category
-            assert source.category == shown in {e["class"] for e in episode.meta["objects"]}
+            assert shown.category != episode.category == of_task[number].category
+            assert source.kind == shown
+            assert shown.category in {e["class"] for e in episode.meta["objects"]}
             images = {of["image"] for of in source.meta["sources"][:2]}
             assert episode.meta["sources"][-1]["image"] not in images
             requests = [
                 len(request.pairs)
                 for request, query in asked
                 if request.task.name == task
-                and request.category == shown
+                and request.category == shown.category
                 and np.array_equal(query, episode.query.image)
                 and request.pairs
                 and np.array_equal(request.pairs[0].image, source.pairs[0].image)
@@ -211,11 +213,11 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
     for truth, shown, said, said_swapped in queries:
         masks = {e["class"]: decode_rle(e["mask"]) for e in truth.meta["objects"]}
         both = []
-        for output, wanted in ((said, truth.category), (said_swapped, shown)):
+        for output, wanted in ((said, truth.category), (said_swapped, shown.category)):
             found = {name: iou(decode_rle(output["mask"]), mask) for name, mask in masks.items()}
             best = max(found.values())
             both.append(found[wanted] == best and list(found.values()).count(best) == 1)
-            agreements.append((found[truth.category], found[shown]))
+            agreements.append((found[truth.category], found[shown.category]))
         flips.append(all(both))
     assert scores.flips == pytest.approx(sum(flips) / len(flips))
     own, after = np.array(agreements[::2]).mean(axis=0), np.array(agreements[1::2]).mean(axis=0)
@@ -238,15 +240,15 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
 )
 def test_a_caption_is_right_by_all_that_it_writes(category, box, named, placed, right):
     objects = {
-        "own": [{"caption": "the red ring on the left", "box": (0.0, 0.0, 0.4, 0.4)}],
-        "shown": [
+        Kind("own"): [{"caption": "the red ring on the left", "box": (0.0, 0.0, 0.4, 0.4)}],
+        Kind("shown"): [
             {"caption": "a star", "box": (0.5, 0.5, 0.7, 0.7)},
             {"caption": "a big star", "box": (0.6, 0.6, 1.0, 1.0)},
         ],
     }
     format = replace(SequenceFormat(), category=category, box=box)
-    said = {"category": named, "box": objects[placed][-1]["box"], "caption": "one star"}
-    assert CAPTIONING.follows(said, "shown", objects, format) is right
+    said = {"category": named, "box": objects[Kind(placed)][-1]["box"], "caption": "one star"}
+    assert CAPTIONING.follows(said, Kind("shown"), objects, format) == {"class": right}
 
 
 def test_more_examples_are_compared_query_by_query(episodes):
