@@ -11,6 +11,7 @@ from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.images import to_image
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import Cell, Gallery
+from icl_moe.tasks.task import Judge
 
 EPISODES_SHOWN = 12
 
@@ -39,7 +40,11 @@ def draw_gallery(
 
 
 def draw_proof(
-    model: InContextModel, episodes: EpisodeSet, swapped: Condition, log: PredictionLog
+    model: InContextModel,
+    episodes: EpisodeSet,
+    swapped: Condition,
+    log: PredictionLog,
+    judge: Judge,
 ) -> Gallery:
     """One query with examples of two things that it shows: the first query that is right with
     both, and the first that is not.
@@ -52,7 +57,7 @@ def draw_proof(
             for condition in (swapped._replace(control=None), swapped)
         )
         query = SwappedQuery(episode, swap.shown, said, said_swapped)
-        found.setdefault(flips(episodes.task, query, model.format), (episode, swap, query))
+        found.setdefault(flips(episodes.task, query, judge), (episode, swap, query))
         if len(found) == 2:
             break
     rows = []
@@ -82,7 +87,11 @@ def _proof_cells(
     ):
         shown, right = task.true_output(source, 0), objects[source.kind][0]
         cells += [
-            Cell(f"example: {source.kind.describe()}", task.show(example, shown), task.caption_of(shown)),
+            Cell(
+                f"example: {source.kind.describe()}",
+                task.show(example, shown),
+                task.caption_of(shown),
+            ),
             Cell("prediction", task.show(picture, said), task.caption_of(said, right)),
             Cell("annotated", task.show(picture, right), task.caption_of(right)),
         ]

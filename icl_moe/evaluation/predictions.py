@@ -48,8 +48,9 @@ class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and what the model
     said, whose keys are the task's.
 
-    shown: the class of the examples, shown_style: their style, if they have one. copied: whether it equals an example's output; truth_copied:
-    whether the truth does. seconds: the time of its batch / the batch's size.
+    shown: the class of the examples; shown_style: their style, "" where there are none. copied:
+    whether it equals an example's output; truth_copied: whether the truth does. seconds: the time
+    of its batch / the batch's size.
     """
 
     condition: Condition

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from icl_moe.bootstrap import Interval, mean_intervals
-from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
-from icl_moe.tasks.task import Kind, Output, Truth, kind_of
+from icl_moe.tasks.task import Judge, Kind, Output, Truth, kind_of
 
 
 class SwappedQuery(NamedTuple):
@@ -49,7 +48,7 @@ class SwapScores:
     what is said after the swapped examples, with the kind that they show and with the query's own.
     Agreement is the task's (IoU of masks, ROUGE-L of captions).
     right, right_swapped: how often an output is what the examples show in every respect
-    (`Task.follows`), after the right and after the swapped examples. flips: how often both.
+    (`Task.judge`), after the right and after the swapped examples. flips: how often both.
     intervals: 95 % intervals over queries, by score. respects: the same shares in each respect
     alone, where there are several.
     """
@@ -66,9 +65,9 @@ class SwapScores:
     respects: dict[str, RespectScores] = field(default_factory=dict)
 
 
-def score_swaps(task: Task, queries: Sequence[SwappedQuery], format: SequenceFormat) -> SwapScores:
-    """Scores of at least one query."""
-    followed = [_follow(task, query, format) for query in queries]
+def score_swaps(task: Task, queries: Sequence[SwappedQuery], judge: Judge) -> SwapScores:
+    """Scores of at least one query. judge: see `Task.judge`."""
+    followed = [_follow(task, query, judge) for query in queries]
     every = [(all(own.values()), all(swapped.values())) for own, swapped in followed]
     agreements = zip(*(_agreements(task, query) for query in queries), strict=True)
     means, intervals = _means(dict(zip(_AGREEMENTS, agreements, strict=True)) | _shares(every))
@@ -95,11 +94,11 @@ _Followed = tuple[dict[str, bool], dict[str, bool]]
 """By respect, whether an output is what the right examples show, and the swapped ones."""
 
 
-def _follow(task: Task, query: SwappedQuery, format: SequenceFormat) -> _Followed:
+def _follow(task: Task, query: SwappedQuery, judge: Judge) -> _Followed:
     objects = task.objects(query.truth)
     return (
-        task.follows(query.said, kind_of(query.truth.meta), objects, format),
-        task.follows(query.said_swapped, query.shown, objects, format),
+        judge(query.said, kind_of(query.truth.meta), objects),
+        judge(query.said_swapped, query.shown, objects),
     )
 
 
@@ -132,9 +131,9 @@ def _means(values: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dic
     return means, dict(zip(arrays, mean_intervals(*arrays.values()), strict=True))
 
 
-def flips(task: Task, query: SwappedQuery, format: SequenceFormat) -> bool:
+def flips(task: Task, query: SwappedQuery, judge: Judge) -> bool:
     """Whether a query is right with the right examples and with the swapped ones."""
-    return all(all(respects.values()) for respects in _follow(task, query, format))
+    return all(all(respects.values()) for respects in _follow(task, query, judge))
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,9 @@ def _swapped_note(result: TaskResult) -> str:
         return note
     return (
         f"{note} Here the swapped examples are also of another style, and right means right in "
-        "every respect. Style: the words agree more with a text of the examples' style than with "
-        "any text of another style, of all texts that the data set has about the query."
+        "every respect. Style: of all texts about these queries, those of the examples' style make "
+        "the caption's words and pairs of words the most probable (naive Bayes); copying an "
+        "example keeps its style."
     )
 
 

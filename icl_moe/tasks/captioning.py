@@ -7,7 +7,7 @@ The text's template is in caption_template.py. A box drawn as an image is 0 on t
 elsewhere, as in the paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from icl_moe.images import box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.caption_scores import CaptionScores, rouge_l, score_captions
+from icl_moe.tasks.caption_styles import StyleJudge
 from icl_moe.tasks.caption_template import (
     CaptionText,
     caption_grammar,
@@ -32,6 +33,7 @@ from icl_moe.tasks.caption_template import (
 from icl_moe.tasks.grammar import Grammar, forced, image_codes
 from icl_moe.tasks.task import (
     CodeReader,
+    Judge,
     Kind,
     Objects,
     Output,
@@ -266,17 +268,21 @@ class Captioning(Task):
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
         return rouge_l(said["caption"] or "", [output["caption"] for output in right])
 
-    def follows(
-        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
-    ) -> dict[str, bool]:
+    def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
         """The class: by the name that the caption writes and the box that it places, where the
         model writes them; else by its words. The name alone could be copied off an example, the
-        box could not. The style, where the query is described in several: by its words.
+        box could not. The style, where queries are described in several: by the words, see
+        `StyleJudge`.
         """
-        respects = {"class": self._is_of_class(said, shown, objects, format)}
-        if len({kind.style for kind in objects}) > 1:
-            respects["style"] = self.agrees_most(said, shown, objects, lambda kind: kind.style)
-        return respects
+        styles = style_judge(truths)
+
+        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
+            respects = {"class": self._is_of_class(said, shown, objects, format)}
+            if len({kind.style for kind in objects}) > 1:
+                respects["style"] = styles.style(said["caption"] or "") == shown.style
+            return respects
+
+        return judge
 
     def _is_of_class(
         self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
@@ -284,9 +290,7 @@ class Captioning(Task):
         if format.category == "written" and not _is_category(said, shown.category):
             return False
         if format.box == "none":
-            return format.category == "written" or self.agrees_most(
-                said, shown, objects, lambda kind: kind.category
-            )
+            return format.category == "written" or self.agrees_most(said, shown, objects)
         best = {True: 0.0, False: 0.0}
         for kind, of_kind in objects.items():
             same = kind.category == shown.category
@@ -317,6 +321,15 @@ class Captioning(Task):
             others = [text for text in truth.meta["references"][0] if text != pair.caption]
             words += "".join(f"\nalso: {text}" for text in others)
         return cells, words
+
+
+def style_judge(truths: Iterable[Truth]) -> StyleJudge:
+    """By all texts of each style that the truths keep."""
+    texts: dict[str, list[str]] = {}
+    for truth in truths:
+        for kind, of_kind in by_kind(truth).items():
+            texts.setdefault(kind.style, []).extend(each["caption"] for each in of_kind)
+    return StyleJudge(texts)
 
 
 def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:

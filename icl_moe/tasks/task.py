@@ -42,6 +42,12 @@ Objects = Mapping[Kind, Sequence[Output]]
 """What is annotated in a query: kind -> outputs, each of which would be right for that kind."""
 
 
+Judge = Callable[[Output, Kind, Objects], dict[str, bool]]
+"""Whether an output for a query that shows these objects is of a kind, in each respect in which
+kinds differ, by the respect's name.
+"""
+
+
 class Baseline(NamedTuple):
     """Outputs that no model wrote, one for each episode, to compare a model's outputs with. name:
     as in tables; prediction: as in metrics.json.
@@ -277,24 +283,24 @@ class Task(ABC):
         """How far an output agrees with any of those that would be right, 0..1."""
         return float(said in right)
 
-    def follows(
-        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
-    ) -> dict[str, bool]:
-        """Whether an output is what the examples show, in each respect in which a query's kinds
-        differ. By default there is one, the class: the output agrees more with what is annotated
-        of that class in the query than with what is annotated of any other.
+    def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
+        """What tells whether outputs for these queries are what examples show. By default by one
+        respect, the class: an output agrees more with what is annotated of that class in the query
+        than with what is annotated of any other.
         """
-        return {"class": self.agrees_most(said, shown, objects, lambda kind: kind.category)}
 
-    def agrees_most(
-        self, said: Output, shown: Kind, objects: Objects, part: Callable[[Kind], str]
-    ) -> bool:
-        """Whether an output agrees more with what is annotated of the kinds that share a part with
-        the shown one than with what is annotated of any other kind. A tie does not count.
+        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
+            return {"class": self.agrees_most(said, shown, objects)}
+
+        return judge
+
+    def agrees_most(self, said: Output, shown: Kind, objects: Objects) -> bool:
+        """Whether an output agrees more with what is annotated of the shown kind's class than with
+        what is annotated of any other class. A tie does not count.
         """
         best = {True: 0.0, False: 0.0}
         for kind, right in objects.items():
-            same = part(kind) == part(shown)
+            same = kind.category == shown.category
             best[same] = max(best[same], self.agreement(said, right))
         return best[True] > best[False]
 
