@@ -332,7 +332,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--control",
-        help="how examples are exchanged for comparison: swapped (another class of the query), "
+        help="how examples are exchanged for comparison: swapped (something else in the query), "
         "shuffled (any other class), both with a comma between them, or none (default: swapped, "
         "where the shards keep what it needs)",
     )
