@@ -91,9 +91,10 @@ def decode_batch(
     requests: Sequence[Request],
     sampling: Sampling = GREEDY,
     progress: bool = False,
+    openings: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """The tokens that complete each request's query: all that follows the prompt's marker, so a
-    `given` category too.
+    `given` category too. openings: tokens that each output is to begin with.
 
     A step reads, for every query that is not complete, its last token and the forced ones after it;
     queries that have fewer tokens to read are padded on the left, and complete ones leave the
@@ -103,6 +104,9 @@ def decode_batch(
         _Output(codec, episode, image, np.random.default_rng((sampling.seed, n)))
         for n, (episode, image) in enumerate(requests)
     ]
+    for output, opening in zip(outputs, openings or (), strict=False):
+        for token in opening:
+            output.write(token)
     cache = KeyValueCache(
         max((output.unread for output in outputs), default=0) + codec.format.codes_per_image
     )
@@ -128,7 +132,8 @@ def decode_at_once(
     """How probable each image code is in each cell of each request's output image,
     probabilities_BNK, float32: one forward pass, in which all of that image is hidden as [MASK].
 
-    Of tasks whose output is one image, and a decoder that was trained with mask corruption.
+    Of tasks whose output is one image or begins with one, and a decoder that was trained with mask
+    corruption.
     """
     # The last cell's own position predicts nothing of the image.
     rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]

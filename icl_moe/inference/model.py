@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -225,17 +226,25 @@ class InContextModel:
         """The query's pair of each request, written by the model; all requests are one batch.
 
         A request is (an episode whose pairs are the examples, the query's codes (N,), of `read`).
-        decoding: of outputs that are one image; by default parallel where the model was trained for
-        it and nothing is sampled. Raises InputError where the model cannot decode so.
+        decoding: of output images; by default parallel where the model was trained for it and
+        nothing is sampled. Then an output that is one image is written at once, and so is the image
+        that another output begins with. Raises InputError where the model cannot decode so.
         """
         parallel = self.decoding(decoding, sampling) == "parallel"
-        at_once, in_turn = list[int](), list[int]()
+        image_first = partial(self._image_first, progress=progress)
+        in_turn = partial(self._in_turn, sampling=sampling, progress=progress)
+
+        def way(task: Task) -> Callable[[Sequence[Request]], list[Any]]:
+            if parallel and task.is_one_image(self.format):
+                return self._at_once
+            return image_first if parallel and task.begins_with_image(self.format) else in_turn
+
+        numbers_of: dict[Callable[[Sequence[Request]], list[Any]], list[int]] = {}
         for number, (episode, _) in enumerate(requests):
-            one_pass = parallel and episode.task.is_one_image(self.format)
-            (at_once if one_pass else in_turn).append(number)
-        chosen = [[requests[number] for number in numbers] for numbers in (at_once, in_turn)]
-        pairs = [*self._at_once(chosen[0]), *self._in_turn(chosen[1], sampling, progress)]
-        by_number = dict(zip([*at_once, *in_turn], pairs, strict=True))
+            numbers_of.setdefault(way(episode.task), []).append(number)
+        by_number: dict[int, Any] = {}
+        for write, numbers in numbers_of.items():
+            by_number |= zip(numbers, write([requests[n] for n in numbers]), strict=True)
         return [by_number[number] for number in range(len(requests))]
 
     def decoding(self, asked: Decoding | None = None, sampling: Sampling = GREEDY) -> Decoding:
@@ -256,24 +265,43 @@ class InContextModel:
         return asked or ("parallel" if trained and not sampling.temperature else "autoregressive")
 
     def _in_turn(
-        self, requests: Sequence[Request], sampling: Sampling, progress: bool
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling = GREEDY,
+        progress: bool = False,
+        openings: Sequence[Sequence[int]] | None = None,
     ) -> list[Any]:
-        outputs = decode_batch(self.decoder, self.codec, requests, sampling, progress)
+        outputs = decode_batch(self.decoder, self.codec, requests, sampling, progress, openings)
         return [
             episode.task.read_output(self.codec, query, tokens)
             for (episode, query), tokens in zip(requests, outputs, strict=True)
         ]
 
+    def _image_first(self, requests: Sequence[Request], progress: bool) -> list[Any]:
+        """The image that each output begins with at once, then the rest token by token."""
+        _, brightness_BHW = self._expected(requests)
+        drawn = [
+            episode.task.settle(brightness_HW)
+            for (episode, _), brightness_HW in zip(requests, brightness_BHW, strict=True)
+        ]
+        openings = [
+            self.format.vocabulary.from_codes(codes).tolist() for codes in self.encode_masks(drawn)
+        ]
+        return self._in_turn(requests, progress=progress, openings=openings)
+
     @torch.inference_mode()
-    def _at_once(self, requests: Sequence[Request]) -> list[Any]:
-        if not requests:
-            return []
+    def _expected(self, requests: Sequence[Request]) -> tuple[torch.Tensor, np.ndarray]:
+        """Of the output images of requests in one pass: how probable each code is in each cell
+        (B, N, K), and the expected brightness of each pixel (B, H, W).
+        """
         probabilities_BNK = decode_at_once(self.decoder, self.codec, requests)
+        brightness_BHW = self.tokenizers.mask_writer.decode_expected(probabilities_BNK)
+        return probabilities_BNK, brightness_BHW.cpu().numpy()
+
+    def _at_once(self, requests: Sequence[Request]) -> list[Any]:
+        probabilities_BNK, brightness_BHW = self._expected(requests)
         tokens_BN = self.format.vocabulary.from_codes(
             probabilities_BNK.argmax(dim=-1).cpu().numpy()
-        )
-        brightness_BHW = (
-            self.tokenizers.mask_writer.decode_expected(probabilities_BNK).cpu().numpy()
         )
         fitted = self.decoder.config.mask_threshold
         threshold = EVEN if fitted is None else float(fitted["value"])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from icl_moe.attributes import Modality
 from icl_moe.bootstrap import mean_intervals
-from icl_moe.boxes import Box, box_iou, box_to_bins
+from icl_moe.boxes import Box, box_iou, box_to_bins, brightest_box
 from icl_moe.errors import InputError
 from icl_moe.images import box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
@@ -152,6 +152,12 @@ class Captioning(Task):
             box_image, tokens = vocabulary.to_codes(np.array(tokens[:n])), tokens[n + 1 :]
         said = read_caption(codec, tokens[:-1])
         return CaptionPair(image, said.caption, said.category, said.box, box_image)
+
+    def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
+        """The drawing of the box that is the darkest, compared with the middle between black and
+        white. So there is a whole box also where the model is unsure of its edges.
+        """
+        return ~box_to_mask(brightest_box(-brightness_HW), len(brightness_HW))
 
     def needs_category(self, format: SequenceFormat) -> bool:
         return format.class_prompt or format.category == "given"

@@ -188,6 +188,16 @@ class Task(ABC):
         """
         return self.read_output(codec, image, tokens)
 
+    def begins_with_image(self, format: SequenceFormat) -> bool:
+        """Whether an output begins with an image, which may be written at once, and goes on."""
+        return len(self.outputs(format)) > 1 and self.outputs(format)[0] == "image"
+
+    def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
+        """The mask, boolean (H, W), that an output begins with, of what the model expects in each
+        pixel (-1 to 1). What is written after it reads the mask.
+        """
+        return brightness_HW > 0
+
     def needs_category(self, format: SequenceFormat) -> bool:
         """Whether a query cannot be asked without the name of its class."""
         return format.class_prompt

@@ -3,21 +3,29 @@
 import numpy as np
 import pytest
 import torch
+import toy_export
 import toy_tokenizer
 
 from icl_moe.attributes import attribute_class
+from icl_moe.boxes import brightest_box
+from icl_moe.data.shards import ShardSet
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.images import box_to_mask
 from icl_moe.inference.decode import decode_at_once
+from icl_moe.inference.model import InContextModel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
-from icl_moe.settings import to_dict
-from icl_moe.tasks import SEGMENTATION
+from icl_moe.settings import load_recipe, to_dict
+from icl_moe.tasks import CAPTIONING, SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.vocabulary import Vocabulary
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
 
 VOCABULARY = Vocabulary(text_merges=1000, image_codes=32, mask=True)
 CODES = 16
@@ -107,6 +115,52 @@ def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(
     assert found_BNK.shape == (3, CODES, VOCABULARY.image_codes)
     for found_NK, (episode, image) in zip(found_BNK, requests, strict=True):
         torch.testing.assert_close(found_NK, plainly(decoder, episode, image), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """A model with random weights that draws boxes, as one that was trained with corruption, and
+    shards for it.
+    """
+    folder = tmp_path_factory.mktemp("drawing")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = ["synthetic.images=20", "samples=6", "segmentation=null", "caption.box=image"]
+    settings += ["caption.category=none", "vocabulary.mask=true"]
+    settings += toy_tokenizer.recipe_settings(tokenizer)
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    toy_export.save_toy_model(folder / "model", folder / "shards", mask_corruption=True)
+    return InContextModel.from_pretrained(folder / "model"), ShardSet(folder / "shards")
+
+
+def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing):
+    model, shards = drawing
+    episodes = EpisodeSet(shards, model.codec, "captioning")
+    asked = [episodes[number] for number in range(4)]
+    requests = [(Episode(CAPTIONING, "", e.pairs[:1]), e.query.image) for e in asked]
+    pairs = model.complete(requests)
+    probabilities_BNK = decode_at_once(model.decoder, model.codec, requests)
+    brightness_BHW = model.tokenizers.mask_writer.decode_expected(probabilities_BNK).numpy()
+    vocabulary = model.format.vocabulary
+    for pair, brightness_HW, (episode, _) in zip(pairs, brightness_BHW, requests, strict=True):
+        box = ~box_to_mask(brightest_box(-brightness_HW), 64)
+        np.testing.assert_array_equal(pair.box_image, model.encode_masks([box])[0])
+        # Each token of the text is the likeliest one after all before it, without a cache.
+        whole = Episode(CAPTIONING, "", (*episode.pairs, pair))
+        sequence = model.codec.encode(whole).unpadded()
+        columns = (sequence.tokens_L, sequence.positions_L, sequence.attributes())
+        logits_LV = model.decoder.forward_logits(
+            *(torch.from_numpy(np.asarray(column, dtype=np.int64))[None] for column in columns)
+        )[0]
+        text = sequence.spans[-1]
+        written = sequence.tokens_L[text.start : text.stop - 1]
+        fixed = len(model.codec.text.encode("Caption:"))
+        assert len(written) > fixed
+        for place, token in list(enumerate(written.tolist(), text.start))[fixed:-1]:
+            assert token == int(logits_LV[place - 1, : vocabulary.text_size].argmax())
+    # What the model is sure of is not asked for where boxes are written code by code.
+    in_turn = model.complete(requests, decoding="autoregressive")
+    assert any((a.box_image != b.box_image).any() for a, b in zip(pairs, in_turn, strict=True))
 
 
 def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):
