@@ -287,7 +287,11 @@ class InContextModel:
         openings = [
             self.format.vocabulary.from_codes(codes).tolist() for codes in self.encode_masks(drawn)
         ]
-        return self._in_turn(requests, progress=progress, openings=openings)
+        pairs = self._in_turn(requests, progress=progress, openings=openings)
+        return [
+            episode.task.with_image(pair, mask_HW)
+            for (episode, _), pair, mask_HW in zip(requests, pairs, drawn, strict=True)
+        ]
 
     @torch.inference_mode()
     def _expected(self, requests: Sequence[Request]) -> tuple[torch.Tensor, np.ndarray]:

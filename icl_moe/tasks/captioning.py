@@ -49,7 +49,8 @@ class CaptionPair:
     """Image codes (N,), and what the caption says. `category` and `box` are None where the format
     leaves them out.
 
-    `box_image`: codes (N,) of the box drawn as an image; box=image only.
+    `box_image`: codes (N,) of the box drawn as an image; box=image only. Then `box` is there only
+    where a model wrote the drawing in one pass.
     """
 
     image: np.ndarray
@@ -82,6 +83,10 @@ class BoxPicture:
 
     def draw(self, size: int) -> np.ndarray:
         return ~box_to_mask(self.box, size)
+
+
+_DARK = 2 / 3
+"""The level, from black to white, below which an expected pixel speaks for the drawn box."""
 
 
 class Captioning(Task):
@@ -154,10 +159,15 @@ class Captioning(Task):
         return CaptionPair(image, said.caption, said.category, said.box, box_image)
 
     def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
-        """The drawing of the box that is the darkest, compared with the middle between black and
-        white. So there is a whole box also where the model is unsure of its edges.
+        """The drawing of the box that is the darkest, compared with `_DARK`. So there is a whole
+        box also where the model is unsure of its edges.
         """
-        return ~box_to_mask(brightest_box(-brightness_HW), len(brightness_HW))
+        box = brightest_box(2 * _DARK - 1 - brightness_HW)
+        return ~box_to_mask(box, len(brightness_HW))
+
+    def with_image(self, pair: CaptionPair, mask_HW: np.ndarray) -> CaptionPair:
+        """The pair with the box itself, which its drawing in codes may miss by some pixels."""
+        return replace(pair, box=_box_around(~mask_HW))
 
     def needs_category(self, format: SequenceFormat) -> bool:
         return format.class_prompt or format.category == "given"
@@ -339,12 +349,16 @@ def style_judge(truths: Iterable[Truth]) -> StyleJudge:
 
 
 def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:
-    """The box of a caption, read off its drawing where the format draws it (dark on white); None
+    """The box of a caption; read off its drawing (dark on white) where only that is known, and None
     where there is none.
     """
-    if pair.box_image is None:
+    if pair.box is not None or pair.box_image is None:
         return pair.box
-    drawn_HW = (model.decode_masks(pair.box_image[None])[0] <= 0).cpu().numpy()
+    return _box_around((model.decode_masks(pair.box_image[None])[0] <= 0).cpu().numpy())
+
+
+def _box_around(drawn_HW: np.ndarray) -> Box | None:
+    """The box around what is True; None where nothing is."""
     if not drawn_HW.any():
         return None
     rows = np.flatnonzero(drawn_HW.any(axis=1))

@@ -198,6 +198,10 @@ class Task(ABC):
         """
         return brightness_HW > 0
 
+    def with_image(self, pair: Any, mask_HW: np.ndarray) -> Any:
+        """The query's pair, which was written after the mask that `settle` made."""
+        return pair
+
     def needs_category(self, format: SequenceFormat) -> bool:
         """Whether a query cannot be asked without the name of its class."""
         return format.class_prompt

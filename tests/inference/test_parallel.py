@@ -11,7 +11,7 @@ from icl_moe.boxes import brightest_box
 from icl_moe.data.shards import ShardSet
 from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.images import box_to_mask
-from icl_moe.inference.decode import decode_at_once
+from icl_moe.inference.decode import Request, decode_at_once, decode_batch
 from icl_moe.inference.model import InContextModel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
@@ -19,6 +19,7 @@ from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
 from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tasks import CAPTIONING, SEGMENTATION
+from icl_moe.tasks.captioning import box_of
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
@@ -133,6 +134,30 @@ def drawing(tmp_path_factory):
     return InContextModel.from_pretrained(folder / "model"), ShardSet(folder / "shards")
 
 
+def check_text(model: InContextModel, request: Request, tokens: list[int]) -> None:
+    """Each token of the text is the likeliest one after all before it, without a cache."""
+    vocabulary = model.format.vocabulary
+    prompt = model.codec.encode_prompt(*request).unpadded()
+    last = int(prompt.positions_L[-1])
+    columns = (
+        [*prompt.tokens_L.tolist(), *tokens],
+        [*prompt.positions_L.tolist(), *range(last + 1, last + 1 + len(tokens))],
+        [
+            *prompt.attributes().tolist(),
+            *(CAPTIONING.output_attributes(model.format, token) for token in tokens),
+        ],
+    )
+    logits_LV = model.decoder.forward_logits(*(torch.tensor([column]) for column in columns))[0]
+    fixed = model.format.codes_per_image + 1 + len(model.codec.text.encode("Caption:"))
+    assert len(tokens) > fixed + 2
+    full_stop = model.codec.text.encode(".")[0]
+    for place in range(fixed, len(tokens) - 2):  # The last two may be forced, for want of room.
+        text = logits_LV[len(prompt) + place - 1, : vocabulary.text_size]
+        if tokens[place - 1] != full_stop:
+            assert tokens[place] == int(text.argmax())
+
+
+@torch.inference_mode()
 def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing):
     model, shards = drawing
     episodes = EpisodeSet(shards, model.codec, "captioning")
@@ -141,23 +166,17 @@ def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing)
     pairs = model.complete(requests)
     probabilities_BNK = decode_at_once(model.decoder, model.codec, requests)
     brightness_BHW = model.tokenizers.mask_writer.decode_expected(probabilities_BNK).numpy()
-    vocabulary = model.format.vocabulary
-    for pair, brightness_HW, (episode, _) in zip(pairs, brightness_BHW, requests, strict=True):
-        box = ~box_to_mask(brightest_box(-brightness_HW), 64)
-        np.testing.assert_array_equal(pair.box_image, model.encode_masks([box])[0])
-        # Each token of the text is the likeliest one after all before it, without a cache.
-        whole = Episode(CAPTIONING, "", (*episode.pairs, pair))
-        sequence = model.codec.encode(whole).unpadded()
-        columns = (sequence.tokens_L, sequence.positions_L, sequence.attributes())
-        logits_LV = model.decoder.forward_logits(
-            *(torch.from_numpy(np.asarray(column, dtype=np.int64))[None] for column in columns)
-        )[0]
-        text = sequence.spans[-1]
-        written = sequence.tokens_L[text.start : text.stop - 1]
-        fixed = len(model.codec.text.encode("Caption:"))
-        assert len(written) > fixed
-        for place, token in list(enumerate(written.tolist(), text.start))[fixed:-1]:
-            assert token == int(logits_LV[place - 1, : vocabulary.text_size].argmax())
+    for pair, brightness_HW in zip(pairs, brightness_BHW, strict=True):
+        box = brightest_box(1 / 3 - brightness_HW)
+        drawn = ~box_to_mask(box, 64)
+        np.testing.assert_array_equal(pair.box_image, model.encode_masks([drawn])[0])
+        assert box_of(pair, model) == pytest.approx(box)
+    openings = [model.format.vocabulary.from_codes(pair.box_image).tolist() for pair in pairs]
+    outputs = decode_batch(model.decoder, model.codec, requests, openings=openings)
+    for pair, opening, tokens, request in zip(pairs, openings, outputs, requests, strict=True):
+        assert tokens[: len(opening)] == opening
+        assert CAPTIONING.read_output(model.codec, request[1], tokens).caption == pair.caption
+        check_text(model, request, tokens)
     # What the model is sure of is not asked for where boxes are written code by code.
     in_turn = model.complete(requests, decoding="autoregressive")
     assert any((a.box_image != b.box_image).any() for a, b in zip(pairs, in_turn, strict=True))
