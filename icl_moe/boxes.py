@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from icl_moe.errors import InputError
 
 Box = tuple[float, float, float, float]
@@ -43,6 +45,31 @@ def normalise_box(
         fraction(x + width, image_width),
         fraction(y + height, image_height),
     )
+
+
+def brightest_box(levels_HW: np.ndarray) -> Box:
+    """The box with the largest sum of levels, of all boxes of whole pixels; where levels are
+    negative outside of an object and positive in it, the box of the object.
+
+    For every pair of rows Kadane's algorithm finds the best columns (Bentley 1984).
+    """
+    height, width = levels_HW.shape
+    above_hW = np.concatenate([np.zeros((1, width)), levels_HW.cumsum(axis=0, dtype=np.float64)])
+    tops_R, bottoms_R = np.triu_indices(height + 1, k=1)
+    sum_R = np.full(len(tops_R), -np.inf)
+    best_R, found_R2 = sum_R.copy(), np.zeros((len(tops_R), 2), dtype=np.int64)
+    start_R = np.zeros(len(tops_R), dtype=np.int64)
+    for column in range(width):
+        start_R = np.where(sum_R > 0, start_R, column)
+        sum_R = np.maximum(sum_R, 0) + above_hW[bottoms_R, column] - above_hW[tops_R, column]
+        is_better_R = sum_R > best_R
+        best_R = np.where(is_better_R, sum_R, best_R)
+        found_R2[is_better_R] = np.stack([start_R, np.full_like(start_R, column + 1)], 1)[
+            is_better_R
+        ]
+    row = int(best_R.argmax())
+    left, right = found_R2[row].tolist()
+    return left / width, int(tops_R[row]) / height, right / width, int(bottoms_R[row]) / height
 
 
 def box_iou(a: Box, b: Box) -> float:

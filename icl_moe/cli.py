@@ -329,7 +329,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--control",
-        help="how examples are exchanged for comparison: swapped (another class of the query), "
+        help="how examples are exchanged for comparison: swapped (something else in the query), "
         "shuffled (any other class), both separated by a comma, or none (default: swapped, "
         "if the shards contain the necessary data)",
     )

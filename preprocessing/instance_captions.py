@@ -19,7 +19,12 @@ from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.records import read_rect
-from preprocessing.visual_genome import caption_region, clean_phrase, drop_rare_classes
+from preprocessing.visual_genome import (
+    caption_region,
+    clean_phrase,
+    drop_rare_classes,
+    with_objects,
+)
 
 
 def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
@@ -44,7 +49,7 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     ):
         if source.styles is None or style in source.styles:
             pool.regions += _regions(instances, number, style, of_instance, source, pool)
-    pool.regions = usable.keep(pool.regions, source.path("images"), pool)
+    pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
     pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool

@@ -96,9 +96,10 @@ def caption_region(
 def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
     """The regions, each with all objects described in its image (`CaptionTarget.objects`)."""
     regions = list(regions)
-    of_image: dict[str, dict[tuple[str, str, Box], None]] = {}
+    of_image: dict[str, dict[tuple[str, str, str, Box], None]] = {}
     for region in regions:
-        described = (region.category, region.target.caption, region.target.box)
+        target = region.target
+        described = (region.category, region.style, target.caption, target.box)
         of_image.setdefault(region.image.name, {})[described] = None
     objects = {name: tuple(described) for name, described in of_image.items()}
     return [

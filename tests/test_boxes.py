@@ -1,10 +1,18 @@
 """Boxes become bins of a thousandth, are clipped to the image, and overlap like rectangles."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl_moe.boxes import Box, bins_to_box, box_iou, box_to_bins, normalise_box
+from icl_moe.boxes import (
+    Box,
+    bins_to_box,
+    box_iou,
+    box_to_bins,
+    brightest_box,
+    normalise_box,
+)
 from icl_moe.errors import InputError
 
 bins = st.tuples(*[st.integers(0, 1000)] * 4)
@@ -67,3 +75,20 @@ def test_overlap_of_known_rectangles() -> None:
 def test_overlap_is_symmetric_and_a_fraction(a: Box, b: Box) -> None:
     assert box_iou(a, b) == pytest.approx(box_iou(b, a))
     assert 0.0 <= box_iou(a, b) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_brightest_box_is_that_of_the_largest_sum_of_all_boxes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 7, 2).tolist()
+    levels_HW = rng.normal(size=(height, width)) - 0.5 * seed  # Also where all are negative.
+    corners = [
+        (left, top, right, bottom)
+        for top in range(height)
+        for bottom in range(top + 1, height + 1)
+        for left in range(width)
+        for right in range(left + 1, width + 1)
+    ]
+    left, top, right, bottom = max(corners, key=lambda c: levels_HW[c[1] : c[3], c[0] : c[2]].sum())
+    expected = (left / width, top / height, right / width, bottom / height)
+    assert brightest_box(levels_HW) == pytest.approx(expected)

@@ -1,5 +1,5 @@
-"""Mask corruption: some codes of the query's mask are hidden from the model, which must predict
-them.
+"""Mask corruption: some of the codes of the query's output image, a mask or a drawn box, are hidden
+from the model that has to write them.
 
 Hidden codes are read as [MASK]; the targets and the masks of the examples do not change. A model
 that is trained in this way relies less on the codes that it has just written and more on the
@@ -22,14 +22,18 @@ NOTHING, EVERYTHING = 0.25, 0.25
 def hide_query_mask(
     sequence: TokenSequence, vocabulary: Vocabulary, seed: int, step: int, place: int
 ) -> TokenSequence:
-    """The sequence with each code of the query's mask hidden at a rate p, drawn for the episode: 0
-    in 25% of them, 1 in 25%, and uniform in 0..1 otherwise.
+    """The sequence with each code of the query's output image hidden at a rate p, drawn for the
+    episode: 0 in 25% of them, 1 in 25%, and uniform in 0..1 otherwise.
 
     The draw is a pure function of (seed, step, place in the global batch of that step). A sequence
-    whose output is text is returned unchanged, since a box drawn before a caption is not a mask.
+    whose output is text alone is returned unchanged.
     """
-    spans = [span for span in sequence.query_spans if span.role == "output"]
-    if not all(is_output_image(span.attributes) for span in spans):
+    spans = [
+        span
+        for span in sequence.query_spans
+        if span.role == "output" and is_output_image(span.attributes)
+    ]
+    if not spans:
         return sequence
     generator = np.random.Generator(
         np.random.Philox(stable_seed("mask corruption", seed, step, place))

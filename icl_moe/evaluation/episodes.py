@@ -9,6 +9,7 @@ from icl_moe.errors import InputError
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS, Task
+from icl_moe.tasks.task import Kind, kind_of
 
 if TYPE_CHECKING:
     from icl_moe.inference.model import InContextModel
@@ -31,6 +32,11 @@ class EvaluationEpisode:
         """The last pair."""
         return self.pairs[-1]
 
+    @property
+    def kind(self) -> Kind:
+        """What the examples show."""
+        return kind_of(self.meta)
+
 
 def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
     """Raise InputError if the shards' format or tokenizers differ from the model's."""
@@ -52,11 +58,11 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
 
 
 class Swap(NamedTuple):
-    """What a query can be asked for instead of its class: another class `shown` in it, with the
-    examples of the episode `source`.
+    """What a query can be asked for instead: another class that is seen in it, in another style
+    where the query is described in several, `shown` by the examples of the episode `source`.
     """
 
-    shown: str
+    shown: Kind
     source: EvaluationEpisode
 
 
@@ -110,8 +116,9 @@ class EpisodeSet:
     def swaps(self) -> dict[int, Swap]:
         """Episode number -> what its query can be asked for instead; deterministic.
 
-        It lacks episodes whose query shows no other class at sufficient size for which the shards
-        have examples from other images.
+        Another class and another style are preferred to another class alone, and that to another
+        style alone. It lacks the episodes whose query shows nothing else that is large enough, or
+        nothing of which the shards have examples from other images than the query's.
         """
         found = (
             {index: self._swap(index) for index in range(len(self))} if self.keep_objects else {}
@@ -120,19 +127,23 @@ class EpisodeSet:
 
     def _swap(self, index: int) -> Swap | None:
         episode = self[index]
-        objects = self.task.objects(episode)
-        large = {name for name, right in objects.items() if self.task.can_be_shown(right)}
-        if episode.category not in large:
+        own, objects = episode.kind, self.task.objects(episode)
+        large = {kind for kind, right in objects.items() if self.task.can_be_shown(right)}
+        if own not in large:
             return None
-        others = sorted(large - {episode.category}, key=lambda name: stable_seed(episode.key, name))
-        sources = ((name, self._source(episode, name)) for name in others)
-        return next((Swap(name, source) for name, source in sources if source), None)
 
-    def _source(self, episode: EvaluationEpisode, shown: str) -> EvaluationEpisode | None:
-        """An episode of the class `shown` without examples from the query's image."""
+        def order(kind: Kind) -> tuple[bool, bool, int]:
+            drawn = stable_seed(episode.key, *filter(None, kind))
+            return kind.category == own.category, kind.style == own.style, drawn
+
+        sources = ((kind, self._source(episode, kind)) for kind in sorted(large - {own}, key=order))
+        return next((Swap(kind, source) for kind, source in sources if source), None)
+
+    def _source(self, episode: EvaluationEpisode, shown: Kind) -> EvaluationEpisode | None:
+        """An episode of the kind `shown`, none of whose examples is of the query's image."""
         image = episode.meta["sources"][-1]["image"]
-        numbers = self.by_class.get(shown, [])
-        start = stable_seed(episode.key, shown, "examples") % max(len(numbers), 1)
+        numbers = self.by_kind.get(shown, [])
+        start = stable_seed(episode.key, *filter(None, shown), "examples") % max(len(numbers), 1)
         for number in numbers[start:] + numbers[:start]:
             source = self.read(number)
             if all(of["image"] != image for of in source.meta["sources"][: self.examples]):
@@ -140,14 +151,12 @@ class EpisodeSet:
         return None
 
     @cached_property
-    def by_class(self) -> dict[str, list[int]]:
-        """Class -> the numbers of its episodes in the whole folder, including those beyond the
-        limit.
-        """
-        numbers: dict[str, list[int]] = {}
+    def by_kind(self) -> dict[Kind, list[int]]:
+        """Kind -> the numbers of its episodes in the whole folder, beyond the limit too."""
+        numbers: dict[Kind, list[int]] = {}
         for index in range(self._shards.count(self.task.name)):
-            category = self._shards.sample(self.task.name, index).category
-            numbers.setdefault(category, []).append(index)
+            sample = self._shards.sample(self.task.name, index)
+            numbers.setdefault(kind_of(sample.meta), []).append(index)
         return numbers
 
     @cached_property

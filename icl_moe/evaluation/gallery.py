@@ -11,6 +11,7 @@ from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.images import to_image
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import Cell, Gallery
+from icl_moe.tasks.task import Judge
 
 EPISODES_SHOWN = 12
 
@@ -39,9 +40,13 @@ def draw_gallery(
 
 
 def draw_proof(
-    model: InContextModel, episodes: EpisodeSet, swapped: Condition, log: PredictionLog
+    model: InContextModel,
+    episodes: EpisodeSet,
+    swapped: Condition,
+    log: PredictionLog,
+    judge: Judge,
 ) -> Gallery:
-    """Draw queries with examples of two classes that they show: the first query that is right with
+    """One query with examples of two things that it shows: the first query that is right with
     both, and the first that is not.
     """
     found: dict[bool, tuple[EvaluationEpisode, Swap, SwappedQuery]] = {}
@@ -52,16 +57,17 @@ def draw_proof(
             for condition in (swapped._replace(control=None), swapped)
         )
         query = SwappedQuery(episode, swap.shown, said, said_swapped)
-        found.setdefault(flips(episodes.task, query, model.format), (episode, swap, query))
+        found.setdefault(flips(episodes.task, query, judge), (episode, swap, query))
         if len(found) == 2:
             break
     rows = []
     for right, words in ((True, "right with both"), (False, "not right with both")):
         if right in found:
             episode, swap, query = found[right]
-            name = f"the first query that is {words}: {episode.category}, {swap.shown}"
+            kinds = f"{episode.kind.describe()}; {swap.shown.describe()}"
+            name = f"the first query that is {words}: {kinds}"
             rows.append((f"{name} · {episode.key}", _proof_cells(model, episode, swap, query)))
-    title = f"{swapped.task.capitalize()}: one query, examples of two classes"
+    title = f"{swapped.task.capitalize()}: one query, two examples"
     return Gallery(title, tuple(rows))
 
 
@@ -77,9 +83,13 @@ def _proof_cells(
     for source, example, said in zip(
         sources, examples, (query.said, query.said_swapped), strict=True
     ):
-        shown, right = task.true_output(source, 0), objects[source.category][0]
+        shown, right = task.true_output(source, 0), objects[source.kind][0]
         cells += [
-            Cell(f"example: {source.category}", task.show(example, shown), task.caption_of(shown)),
+            Cell(
+                f"example: {source.kind.describe()}",
+                task.show(example, shown),
+                task.caption_of(shown),
+            ),
             Cell("prediction", task.show(picture, said), task.caption_of(said, right)),
             Cell("annotated", task.show(picture, right), task.caption_of(right)),
         ]

@@ -119,7 +119,7 @@ class Matcher:
         for number in np.unique(places.round().astype(int)).tolist():
             episode = episodes[number]
             image = episode.meta["sources"][0]["image"]
-            numbers = episodes.by_class[episode.category]
+            numbers = episodes.by_kind[episode.kind]
             start = numbers.index(number)
             for other in numbers[start + 1 :] + numbers[:start]:
                 source = episodes.read(other)

@@ -18,9 +18,10 @@ from icl_moe.sequence import Episode
 from icl_moe.tasks.task import Output
 
 Control = Literal["shuffled", "swapped"]
-"""`shuffled`: each query has examples of another class, whether the query shows it or not; the
-scores of a model that uses its examples must drop. `swapped`: each query has examples of another
-class that the query shows; a model that does what its examples show answers for that class.
+"""`shuffled`: each query is asked with examples of another class, whether it shows that or not. A
+model that makes use of its examples must do worse then. `swapped`: with examples of another class
+that is seen in the query itself, in another style where the query is described in several. A model
+that does what its examples show does that then.
 """
 
 
@@ -37,7 +38,7 @@ class Condition(NamedTuple):
         exchanged = {
             None: "",
             "shuffled": " of another class",
-            "swapped": " of another class of the query",
+            "swapped": " of something else in the query",
         }[self.control]
         return f"{self.shots} example{plural}{exchanged}"
 
@@ -47,14 +48,16 @@ class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and the model's
     output, whose keys depend on the task.
 
-    shown: the class of the examples. copied: whether the output equals that of an example;
-    truth_copied: whether the truth does. seconds: the time of its batch / the batch's size.
+    shown: the class of the examples; shown_style: their style, "" where there are none. copied:
+    whether it equals an example's output; truth_copied: whether the truth does. seconds: the time
+    of its batch / the batch's size.
     """
 
     condition: Condition
     key: str
     true_category: str
     shown: str
+    shown_style: str
     copied: bool
     truth_copied: bool
     seconds: float
@@ -69,7 +72,8 @@ class Prediction:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prediction":
         condition = Condition(*(values.pop(name) for name in Condition._fields))
-        names = ("key", "true_category", "shown", "copied", "truth_copied", "seconds")
+        names = ("key", "true_category", "shown", "shown_style")
+        names += ("copied", "truth_copied", "seconds")
         own = {name: values.pop(name) for name in names}
         return cls(condition, **own, said=values)
 
@@ -193,7 +197,7 @@ def _complete(
             condition,
             episode.key,
             episode.category,
-            source.category,
+            *source.kind,
             copied=any(task.repeats(output, pair) for pair in pairs),
             truth_copied=any(task.repeats(episode.query, pair) for pair in pairs),
             seconds=seconds,

@@ -1,5 +1,6 @@
-"""Scores whether a model does what its examples show: swapped examples (the same queries with
-examples of two classes that they show), and more or fewer examples.
+"""Whether a model does what its examples show: the same queries with examples of two classes that
+both are seen in them (of two styles, where they are described in several), and with more and fewer
+examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,33 +10,47 @@ from typing import NamedTuple
 import numpy as np
 
 from icl_moe.bootstrap import Interval, mean_intervals
-from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
-from icl_moe.tasks.task import Objects, Output, Truth
+from icl_moe.tasks.task import Judge, Kind, Output, Truth, kind_of
 
 
 class SwappedQuery(NamedTuple):
-    """A query that shows another class, `shown` by the swapped examples; the output after its own
-    examples, and after the swapped ones.
+    """A query that shows something else too, `shown` by the swapped examples; what was said after
+    its own examples, and after the swapped ones.
     """
 
     truth: Truth
-    shown: str
+    shown: Kind
     said: Output
     said_swapped: Output
 
 
 @dataclass(frozen=True)
-class SwapScores:
-    """Shares and means over the queries that show another class.
+class RespectScores:
+    """How often an output is what the examples show in one respect, over the queries whose kinds
+    differ in it; as in `SwapScores`.
+    """
 
-    own_with_own: agreement of the output after the right examples with the query's own class;
-    own_with_other: with the other class. swapped_with_shown, swapped_with_own: agreement of the
-    output after the swapped examples with the class that they show and with the query's own.
+    queries: int
+    right: float
+    right_swapped: float
+    flips: float
+    intervals: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class SwapScores:
+    """Shares and means over the queries that show something else too: another class, and where they
+    are described in several styles, in another style.
+
+    own_with_own: agreement of what is said after the right examples with what is annotated of the
+    query's own kind; own_with_other: with the other kind. swapped_with_shown, swapped_with_own: of
+    what is said after the swapped examples, with the kind that they show and with the query's own.
     Agreement is the task's (IoU of masks, ROUGE-L of captions).
-    right, right_swapped: how often an output is for the class that the examples show
-    (`Task.follows`), after the right and after the swapped examples. flips: how often both are
-    right. intervals: 95 % intervals over queries, by score.
+    right, right_swapped: how often an output is what the examples show in every respect
+    (`Task.judge`), after the right and after the swapped examples. flips: how often both.
+    intervals: 95 % intervals over queries, by score. respects: the same shares in each respect
+    alone, where there are several.
     """
 
     queries: int
@@ -47,48 +62,78 @@ class SwapScores:
     right_swapped: float
     flips: float
     intervals: dict[str, Interval] = field(default_factory=dict)
+    respects: dict[str, RespectScores] = field(default_factory=dict)
 
 
-def score_swaps(task: Task, queries: Sequence[SwappedQuery], format: SequenceFormat) -> SwapScores:
-    """Scores of at least one query."""
-    rows = [_score_swap(task, query, format) for query in queries]
-    values = dict(zip(_SWAP_SCORES, np.array(rows, dtype=np.float64).T, strict=True))
-    means = {name: float(np.mean(of_queries)) for name, of_queries in values.items()}
-    ranges = dict(zip(values, mean_intervals(*values.values()), strict=True))
-    return SwapScores(len(queries), **means, intervals=ranges)
-
-
-_SWAP_SCORES = (
-    "own_with_own",
-    "own_with_other",
-    "swapped_with_shown",
-    "swapped_with_own",
-    "right",
-    "right_swapped",
-    "flips",
-)
-
-
-def _score_swap(task: Task, query: SwappedQuery, format: SequenceFormat) -> tuple[float, ...]:
-    truth, shown, said, swapped = query
-    objects: Objects = task.objects(truth)
-    own, other = objects[truth.category], objects[shown]
-    right = task.follows(said, truth.category, objects, format)
-    right_swapped = task.follows(swapped, shown, objects, format)
-    return (
-        task.agreement(said, own),
-        task.agreement(said, other),
-        task.agreement(swapped, other),
-        task.agreement(swapped, own),
-        float(right),
-        float(right_swapped),
-        float(right and right_swapped),
+def score_swaps(task: Task, queries: Sequence[SwappedQuery], judge: Judge) -> SwapScores:
+    """Scores of at least one query. judge: see `Task.judge`."""
+    followed = [_follow(task, query, judge) for query in queries]
+    every = [(all(own.values()), all(swapped.values())) for own, swapped in followed]
+    agreements = zip(*(_agreements(task, query) for query in queries), strict=True)
+    means, intervals = _means(dict(zip(_AGREEMENTS, agreements, strict=True)) | _shares(every))
+    return SwapScores(
+        len(queries), **means, intervals=intervals, respects=_score_respects(followed)
     )
 
 
-def flips(task: Task, query: SwappedQuery, format: SequenceFormat) -> bool:
+_AGREEMENTS = ("own_with_own", "own_with_other", "swapped_with_shown", "swapped_with_own")
+
+
+def _agreements(task: Task, query: SwappedQuery) -> tuple[float, ...]:
+    objects = task.objects(query.truth)
+    own, other = objects[kind_of(query.truth.meta)], objects[query.shown]
+    return (
+        task.agreement(query.said, own),
+        task.agreement(query.said, other),
+        task.agreement(query.said_swapped, other),
+        task.agreement(query.said_swapped, own),
+    )
+
+
+_Followed = tuple[dict[str, bool], dict[str, bool]]
+"""By respect, whether an output is what the right examples show, and the swapped ones."""
+
+
+def _follow(task: Task, query: SwappedQuery, judge: Judge) -> _Followed:
+    objects = task.objects(query.truth)
+    return (
+        judge(query.said, kind_of(query.truth.meta), objects),
+        judge(query.said_swapped, query.shown, objects),
+    )
+
+
+def _score_respects(followed: Sequence[_Followed]) -> dict[str, RespectScores]:
+    """Of each respect, where a query has several."""
+    names = dict.fromkeys(name for own, _ in followed for name in own)
+    found = {}
+    for name in names if len(names) > 1 else ():
+        pairs = [(own[name], swapped[name]) for own, swapped in followed if name in own]
+        means, intervals = _means(_shares(pairs))
+        found[name] = RespectScores(len(pairs), **means, intervals=intervals)
+    return found
+
+
+def _shares(right: Sequence[tuple[bool, bool]]) -> dict[str, Sequence[float]]:
+    """Of each query, whether it is right after the right examples, after the swapped ones, and
+    after both.
+    """
+    return {
+        "right": [own for own, _ in right],
+        "right_swapped": [swapped for _, swapped in right],
+        "flips": [own and swapped for own, swapped in right],
+    }
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, Interval]]:
+    """The means over queries, and their intervals."""
+    arrays = {name: np.array(of_queries, dtype=np.float64) for name, of_queries in values.items()}
+    means = {name: float(array.mean()) for name, array in arrays.items()}
+    return means, dict(zip(arrays, mean_intervals(*arrays.values()), strict=True))
+
+
+def flips(task: Task, query: SwappedQuery, judge: Judge) -> bool:
     """Whether a query is right with the right examples and with the swapped ones."""
-    return bool(_score_swap(task, query, format)[-1])
+    return all(all(respects.values()) for respects in _follow(task, query, judge))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.tasks import SEGMENTATION
-from icl_moe.tasks.task import Output
+from icl_moe.tasks.task import Judge, Output
 from icl_moe.versions import installed_versions
 
 _PACKAGES = ("icl-moe", "torch", "transformers", "numpy", "pillow", "pycocotools", "pycocoevalcap")
@@ -137,19 +137,20 @@ def _evaluate(
         swapped = [c for c in conditions if c.control == "swapped"]
         truths = list(_all(episodes, "reading"))
         matchers = _matchers(model, episodes, shots)
+        judge = episodes.task.judge(truths, model.format)
         tasks[task] = TaskResult(
             _rows(model, episodes, truths, conditions, log, batch_size, matchers),
             held_out_loss(model, shards, task, limit, batch_size),
             _classes(model, shards, task),
             episodes.task.measure,
-            _swap_rows(model, episodes, swapped, log, matchers),
+            _swap_rows(episodes, swapped, log, matchers, judge),
             "" if swapped else _why_not_swapped(episodes, shots, controls),
             _by_shots(episodes, truths, conditions, log),
         )
         shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
         galleries.append(draw_gallery(model, episodes, shown, log))
         if swapped:
-            proofs[task] = draw_proof(model, episodes, swapped[-1], log)
+            proofs[task] = draw_proof(model, episodes, swapped[-1], log, judge)
     metrics = Metrics(
         **header,
         model_folder=model_name,
@@ -320,11 +321,11 @@ def _matched(matcher: Matcher) -> tuple[str, Source]:
 
 
 def _swap_rows(
-    model: InContextModel,
     episodes: EpisodeSet,
     conditions: Sequence[Condition],
     log: PredictionLog,
     matchers: Sequence[Matcher],
+    judge: Judge,
 ) -> tuple[SwapRow, ...]:
     """The queries that show another class, with their own and with swapped examples: of the model
     after each number of examples, of the first example's output, of matchers, and of the task's
@@ -347,7 +348,7 @@ def _swap_rows(
             SwappedQuery(truth, swap.shown, *outputs)
             for truth, swap, *outputs in zip(truths, swaps, said, said_swapped, strict=True)
         ]
-        return SwapRow(name, source, shots, score_swaps(task, queries, model.format))
+        return SwapRow(name, source, shots, score_swaps(task, queries, judge))
 
     rows = []
     for swapped in conditions:

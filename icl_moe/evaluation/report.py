@@ -39,6 +39,7 @@ def write_report(
             "name": name,
             "proof": (proofs or {}).get(name),
             "swapped": swapped_table(result) if result.swapped else None,
+            "respects": respects_table(result),
             "swapped_note": _swapped_note(result),
             "by_shots": shots_table(result) if result.by_shots else None,
             "scores": scores_table(result),
@@ -66,6 +67,9 @@ def summary(metrics: Metrics) -> str:
     for name, result in metrics.tasks.items():
         if result.swapped:
             tables[f"{name}, queries that show two classes"] = swapped_table(result)
+        respects = respects_table(result)
+        if respects:
+            tables[f"{name}, what of the examples is obeyed"] = respects
         tables[name] = scores_table(result)
         if result.by_shots:
             tables[f"{name} by number of examples"] = shots_table(result)
@@ -86,9 +90,9 @@ def swapped_table(result: TaskResult) -> Table:
     """Queries that show two classes, with their own and with swapped examples."""
     measure = result.measure
     columns = {
-        "own_with_own": f"own example: {measure} with own class",
+        "own_with_own": f"own example: {measure} with own",
         "own_with_other": "with the other",
-        "swapped_with_shown": f"swapped example: {measure} with shown class",
+        "swapped_with_shown": f"swapped example: {measure} with shown",
         "swapped_with_own": "with own",
         "right": "right, own",
         "right_swapped": "right, swapped",
@@ -101,6 +105,23 @@ def swapped_table(result: TaskResult) -> Table:
         ranges = [percent_range(row.scores.intervals.get(name)) for name in columns]
         lines.append([_INTERVAL, *ranges, ""])
     return Table(["prediction", *columns.values(), "queries"], lines)
+
+
+def respects_table(result: TaskResult) -> Table | None:
+    """The same queries, each respect in which the examples are obeyed or not by itself; None where
+    there is only one.
+    """
+    columns = {"right": "right, own", "right_swapped": "right, swapped", "flips": "flips"}
+    lines = []
+    for row in result.swapped:
+        for name, scores in row.scores.respects.items():
+            values = [percent(getattr(scores, column)) for column in columns]
+            lines.append([row.name, name, *values, str(scores.queries)])
+            ranges = [percent_range(scores.intervals[column]) for column in columns]
+            lines.append([_INTERVAL, "", *ranges, ""])
+    if not lines:
+        return None
+    return Table(["prediction", "respect", *columns.values(), "queries"], lines)
 
 
 def shots_table(result: TaskResult) -> Table:
@@ -175,13 +196,21 @@ def _swapped_note(result: TaskResult) -> str:
     """How to read the table of swapped examples."""
     if not result.swapped:
         return result.swapped_note
-    return (
+    note = (
         "Each query shows its own class and another; it is asked with examples of the one, then "
         f"of the other. {result.measure} is a mean over queries, times 100. Right: the output "
         "agrees more with the annotation of the class that the examples show than with that of "
         "any other class of the query (a caption must name that class and place its box there, if "
         "it writes these). Flips: the share of queries that are right with both. An output that "
         "does not depend on the examples never flips."
+    )
+    if not respects_table(result):
+        return note
+    return (
+        f"{note} Here the swapped examples are also of another style, and right means right in "
+        "every respect. Style: of all texts about these queries, those of the examples' style make "
+        "the caption's words and pairs of words the most probable (naive Bayes); copying an "
+        "example keeps its style."
     )
 
 

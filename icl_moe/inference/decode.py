@@ -89,9 +89,10 @@ def decode_batch(
     requests: Sequence[Request],
     sampling: Sampling = GREEDY,
     progress: bool = False,
+    openings: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """The tokens that complete each request's query: everything after the prompt's marker,
-    including a `given` category.
+    including a `given` category. openings: tokens that each output is to begin with.
 
     A step reads, for every incomplete query, its last token and the forced ones after it. Queries
     with fewer tokens to read are padded on the left, and complete ones leave the batch.
@@ -100,6 +101,9 @@ def decode_batch(
         _Output(codec, episode, image, np.random.default_rng((sampling.seed, n)))
         for n, (episode, image) in enumerate(requests)
     ]
+    for output, opening in zip(outputs, openings or (), strict=False):
+        for token in opening:
+            output.write(token)
     cache = KeyValueCache(
         max((output.unread for output in outputs), default=0) + codec.format.codes_per_image
     )
@@ -126,7 +130,7 @@ def decode_at_once(
     probabilities_BNK, float32, from one forward pass in which the whole output image is hidden as
     [MASK].
 
-    The task's output must be one image, and the decoder must have been trained with mask
+    Of tasks whose output is one image or begins with one, and a decoder that was trained with mask
     corruption.
     """
     # The position of the last cell predicts no cell of the image.

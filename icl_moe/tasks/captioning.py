@@ -7,7 +7,7 @@ The text's template is in caption_template.py. A box drawn as an image is 0 on t
 elsewhere, as in the paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,12 +16,13 @@ from PIL import Image
 
 from icl_moe.attributes import Modality
 from icl_moe.bootstrap import mean_intervals
-from icl_moe.boxes import Box, box_iou, box_to_bins
+from icl_moe.boxes import Box, box_iou, box_to_bins, brightest_box
 from icl_moe.errors import InputError
 from icl_moe.images import box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.caption_scores import CaptionScores, rouge_l, score_captions
+from icl_moe.tasks.caption_styles import StyleJudge
 from icl_moe.tasks.caption_template import (
     CaptionText,
     caption_grammar,
@@ -30,7 +31,17 @@ from icl_moe.tasks.caption_template import (
     write_caption,
 )
 from icl_moe.tasks.grammar import Grammar, forced, image_codes
-from icl_moe.tasks.task import CodeReader, Objects, Output, Task, Truth, by_class, check_objects
+from icl_moe.tasks.task import (
+    CodeReader,
+    Judge,
+    Kind,
+    Objects,
+    Output,
+    Task,
+    Truth,
+    by_kind,
+    check_objects,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +49,8 @@ class CaptionPair:
     """Image codes (N,), and the content of the caption. `category` and `box` are None if the format
     lacks them.
 
-    `box_image`: codes (N,) of the box drawn as an image; box=image only.
+    `box_image`: codes (N,) of the box drawn as an image; box=image only. Then `box` is there only
+    where a model wrote the drawing in one pass.
     """
 
     image: np.ndarray
@@ -53,14 +65,14 @@ class CaptionTarget:
     """The annotations of a region: its box in fractions of the crop, its text, and all references
     for a prediction.
 
-    objects: everything described in the region's image, of its own class and of others, as (class,
-    text, box). Evaluation uses them to decide whether a model describes what it was shown.
+    objects: all that is described in the region's image, of its own class and of others: (class,
+    style, text, box). Evaluation tells by them whether a model describes what it was shown.
     """
 
     box: Box
     caption: str
     references: tuple[str, ...] = ()
-    objects: tuple[tuple[str, str, Box], ...] = field(default=(), repr=False)
+    objects: tuple[tuple[str, str, str, Box], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,10 @@ class BoxPicture:
 
     def draw(self, size: int) -> np.ndarray:
         return ~box_to_mask(self.box, size)
+
+
+_DARK = 2 / 3
+"""The level, from black to white, below which an expected pixel speaks for the drawn box."""
 
 
 class Captioning(Task):
@@ -142,6 +158,17 @@ class Captioning(Task):
         said = read_caption(codec, tokens[:-1])
         return CaptionPair(image, said.caption, said.category, said.box, box_image)
 
+    def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
+        """The drawing of the box that is the darkest, compared with `_DARK`. So there is a whole
+        box also where the model is unsure of its edges.
+        """
+        box = brightest_box(2 * _DARK - 1 - brightness_HW)
+        return ~box_to_mask(box, len(brightness_HW))
+
+    def with_image(self, pair: CaptionPair, mask_HW: np.ndarray) -> CaptionPair:
+        """The pair with the box itself, which its drawing in codes may miss by some pixels."""
+        return replace(pair, box=_box_around(~mask_HW))
+
     def needs_category(self, format: SequenceFormat) -> bool:
         return format.class_prompt or format.category == "given"
 
@@ -171,8 +198,13 @@ class Captioning(Task):
             "captions": [target.caption for target in targets],
             "references": [references] if references else [],
             "objects": [
-                {"class": name, "caption": caption, "box": [round(side, 4) for side in box]}
-                for name, caption, box in targets[-1].objects
+                {
+                    "class": name,
+                    **({"style": style} if style else {}),
+                    "caption": caption,
+                    "box": [round(side, 4) for side in box],
+                }
+                for name, style, caption, box in targets[-1].objects
             ],
         }
 
@@ -244,7 +276,7 @@ class Captioning(Task):
         return found
 
     def objects(self, truth: Truth) -> Objects:
-        return by_class(truth)
+        return by_kind(truth)
 
     def right_outputs(self, truth: Truth) -> list[Output]:
         return [{"caption": text} for text in truth.meta["references"][0]]
@@ -252,23 +284,34 @@ class Captioning(Task):
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
         return rouge_l(said["caption"] or "", [output["caption"] for output in right])
 
-    def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """Judged by the class that the caption names and the box that it places, if the model
-        writes them; otherwise by its words. A name could be copied from an example, a box could
-        not.
+    def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
+        """The class: by the name that the caption writes and the box that it places, where the
+        model writes them; else by its words. The name alone could be copied off an example, the
+        box could not. The style, where queries are described in several: by the words, see
+        `StyleJudge`.
         """
-        if format.category == "written" and not _is_category(said, shown):
+        styles = style_judge(truths)
+
+        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
+            respects = {"class": self._is_of_class(said, shown, objects, format)}
+            if len({kind.style for kind in objects}) > 1:
+                respects["style"] = styles.style(said["caption"] or "") == shown.style
+            return respects
+
+        return judge
+
+    def _is_of_class(
+        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
+    ) -> bool:
+        if format.category == "written" and not _is_category(said, shown.category):
             return False
         if format.box == "none":
-            return format.category == "written" or super().follows(said, shown, objects, format)
-        overlaps = {
-            name: max(
-                box_iou(said["box"], tuple(each["box"])) if said["box"] else 0.0 for each in of
-            )
-            for name, of in objects.items()
-        }
-        others = [overlap for name, overlap in overlaps.items() if name != shown]
-        return overlaps[shown] > max(others, default=0.0)
+            return format.category == "written" or self.agrees_most(said, shown, objects)
+        best = {True: 0.0, False: 0.0}
+        for kind, of_kind in objects.items():
+            same = kind.category == shown.category
+            best[same] = max(best[same], *(_overlap(said, tuple(each["box"])) for each in of_kind))
+        return best[True] > best[False]
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return boxed(image, output["box"])
@@ -296,13 +339,26 @@ class Captioning(Task):
         return cells, words
 
 
+def style_judge(truths: Iterable[Truth]) -> StyleJudge:
+    """By all texts of each style that the truths keep."""
+    texts: dict[str, list[str]] = {}
+    for truth in truths:
+        for kind, of_kind in by_kind(truth).items():
+            texts.setdefault(kind.style, []).extend(each["caption"] for each in of_kind)
+    return StyleJudge(texts)
+
+
 def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:
-    """The box of a caption, derived from its drawing if the format draws it (dark on white); None
-    if it has none.
+    """The box of a caption; read off its drawing (dark on white) where only that is known, and None
+    where there is none.
     """
-    if pair.box_image is None:
+    if pair.box is not None or pair.box_image is None:
         return pair.box
-    drawn_HW = (model.decode_masks(pair.box_image[None])[0] <= 0).cpu().numpy()
+    return _box_around((model.decode_masks(pair.box_image[None])[0] <= 0).cpu().numpy())
+
+
+def _box_around(drawn_HW: np.ndarray) -> Box | None:
+    """The box around what is True; None where nothing is."""
     if not drawn_HW.any():
         return None
     rows = np.flatnonzero(drawn_HW.any(axis=1))
@@ -324,6 +380,10 @@ def _categories_right(outputs: Sequence[Output], true: Sequence[Output]) -> list
 def _is_category(said: Output, category: str) -> bool:
     """Whether an output names a category, ignoring case."""
     return (said["category"] or "").lower() == category.lower()
+
+
+def _overlap(said: Output, box: Box) -> float:
+    return box_iou(said["box"], box) if said["box"] else 0.0
 
 
 def _box_ious(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:

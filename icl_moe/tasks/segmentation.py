@@ -29,7 +29,7 @@ from icl_moe.tasks.task import (
     Output,
     Task,
     Truth,
-    by_class,
+    by_kind,
     check_objects,
 )
 
@@ -217,7 +217,7 @@ class Segmentation(Task):
         return found
 
     def objects(self, truth: Truth) -> Objects:
-        return by_class(truth)
+        return by_kind(truth)
 
     def can_be_shown(self, outputs: Sequence[Output]) -> bool:
         return any(_mask(output).mean() >= LEAST_SHOWN for output in outputs)

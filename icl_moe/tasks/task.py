@@ -6,7 +6,7 @@ its pictures. The input of every task is an image (with a class prompt, also the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -24,8 +24,28 @@ from icl_moe.tasks.grammar import Grammar
 Output = dict[str, Any]
 """The content of a query's output, as in predictions.jsonl: name -> plain JSON value."""
 
-Objects = Mapping[str, Sequence[Output]]
-"""The annotations of a query: class -> outputs, each of which would be right for that class."""
+
+class Kind(NamedTuple):
+    """What the examples of an episode show: a class and, where outputs have styles, a style ("" in
+    all other data).
+    """
+
+    category: str
+    style: str = ""
+
+    def describe(self) -> str:
+        """Such as "red star" or "red star, style place"."""
+        return f"{self.category}, style {self.style}" if self.style else self.category
+
+
+Objects = Mapping[Kind, Sequence[Output]]
+"""What is annotated in a query: kind -> outputs, each of which would be right for that kind."""
+
+
+Judge = Callable[[Output, Kind, Objects], dict[str, bool]]
+"""Whether an output for a query that shows these objects is of a kind, in each respect in which
+kinds differ, by the respect's name.
+"""
 
 
 class Baseline(NamedTuple):
@@ -169,6 +189,20 @@ class Task(ABC):
         """
         return self.read_output(codec, image, tokens)
 
+    def begins_with_image(self, format: SequenceFormat) -> bool:
+        """Whether an output begins with an image, which may be written at once, and goes on."""
+        return len(self.outputs(format)) > 1 and self.outputs(format)[0] == "image"
+
+    def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
+        """The mask, boolean (H, W), that an output begins with, of what the model expects in each
+        pixel (-1 to 1). What is written after it reads the mask.
+        """
+        return brightness_HW > 0
+
+    def with_image(self, pair: Any, mask_HW: np.ndarray) -> Any:
+        """The query's pair, which was written after the mask that `settle` made."""
+        return pair
+
     def needs_category(self, format: SequenceFormat) -> bool:
         """Whether a query needs the name of its class."""
         return format.class_prompt
@@ -247,11 +281,13 @@ class Task(ABC):
     # Following the examples --------------------------------------------------------------------
 
     def objects(self, truth: Truth) -> Objects:
-        """The annotations of the query, including its own class; empty if the shards lack them."""
+        """What is annotated in the query, its own kind among it; empty where shards do not keep
+        that.
+        """
         return {}
 
     def can_be_shown(self, outputs: Sequence[Output]) -> bool:
-        """Whether the annotations of a class in a query suffice to ask for it."""
+        """Whether what is annotated of a kind in a query is enough to ask for it."""
         return True
 
     def right_outputs(self, truth: Truth) -> Sequence[Output]:
@@ -262,12 +298,26 @@ class Task(ABC):
         """The highest agreement of an output with any of the right ones, 0..1."""
         return float(said in right)
 
-    def follows(self, said: Output, shown: str, objects: Objects, format: SequenceFormat) -> bool:
-        """Whether an output is for the class that the examples show: it agrees more with the
-        annotations of that class in the query than with those of any other.
+    def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
+        """What tells whether outputs for these queries are what examples show. By default by one
+        respect, the class: an output agrees more with what is annotated of that class in the query
+        than with what is annotated of any other.
         """
-        others = [self.agreement(said, right) for name, right in objects.items() if name != shown]
-        return self.agreement(said, objects[shown]) > max(others, default=0.0)
+
+        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
+            return {"class": self.agrees_most(said, shown, objects)}
+
+        return judge
+
+    def agrees_most(self, said: Output, shown: Kind, objects: Objects) -> bool:
+        """Whether an output agrees more with what is annotated of the shown kind's class than with
+        what is annotated of any other class. A tie does not count.
+        """
+        best = {True: 0.0, False: 0.0}
+        for kind, right in objects.items():
+            same = kind.category == shown.category
+            best[same] = max(best[same], self.agreement(said, right))
+        return best[True] > best[False]
 
     # Pictures ----------------------------------------------------------------------------------
 
@@ -317,7 +367,10 @@ def check_objects(truth: Truth, keys: Sequence[str]) -> None:
     """
     objects = truth.meta.get("objects", [])
     if not isinstance(objects, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("class"), str) and entry.keys() >= {*keys}
+        isinstance(entry, dict)
+        and isinstance(entry.get("class"), str)
+        and isinstance(entry.get("style", ""), str)
+        and entry.keys() >= {*keys}
         for entry in objects
     ):
         raise InputError(
@@ -326,9 +379,14 @@ def check_objects(truth: Truth, keys: Sequence[str]) -> None:
         )
 
 
-def by_class(truth: Truth) -> dict[str, list[dict[str, Any]]]:
-    """Class -> the records under `objects` of a KEY.json."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def kind_of(meta: Mapping[str, Any]) -> Kind:
+    """What the examples of an episode show, by its KEY.json."""
+    return Kind(meta["class"], str(meta.get("style", "")))
+
+
+def by_kind(truth: Truth) -> dict[Kind, list[dict[str, Any]]]:
+    """The records under `objects` of a KEY.json, kind by kind."""
+    found: dict[Kind, list[dict[str, Any]]] = {}
     for entry in truth.meta.get("objects", ()):
-        found.setdefault(entry["class"], []).append(entry)
+        found.setdefault(Kind(entry["class"], entry.get("style", "")), []).append(entry)
     return found

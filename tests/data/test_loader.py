@@ -149,6 +149,30 @@ def test_what_corruption_hides_does_not_depend_on_ranks_and_readers(with_mask, s
         assert global_batches(with_mask, ranks, workers, **options) == expected, (ranks, workers)
 
 
+def test_corruption_hides_boxes_that_are_drawn_before_a_caption(tmp_path):
+    """Such codes of the query are hidden as those of masks are, and no text."""
+    vocabulary = Vocabulary(text_merges=1000, image_codes=64, mask=True)
+    format = SequenceFormat(vocabulary, codes_per_image=64, box="image")
+    write_shards(tmp_path / "drawn", format, 0, 40, examples=2)
+    shards = ShardSet(tmp_path / "drawn")
+    schedule, part = Schedule(shards.manifest.samples, 40, seed=3), RankSlice.of(0, 1, 40, 40)
+    plain, hiding = (
+        MicroBatches(shards, schedule, part, "packed", 0.0, mask_corruption=hides)
+        for hides in (False, True)
+    )
+    start = 2 * format.pair_length + 1 + 64 + 1  # The query's image, and both markers.
+    shares = []
+    for step in range(3):
+        before, after = plain[step], hiding[step]
+        assert torch.equal(before.labels_P, after.labels_P)
+        changed = before.tokens_T != after.tokens_T
+        drawn = (before.positions_T >= start) & (before.positions_T < start + 64)
+        assert (after.tokens_T[changed] == vocabulary.mask_token).all()
+        assert not changed[~drawn].any()
+        shares += changed[drawn].view(40, 64).float().mean(dim=1).tolist()
+    assert min(shares) == 0 and max(shares) == 1
+
+
 def test_corruption_hides_codes_of_the_querys_mask_and_nothing_else(with_mask):
     """A quarter of all episodes is unchanged, a quarter completely hidden; the targets are the same
     as without corruption.

@@ -22,8 +22,10 @@ from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import SequenceFormat
 from icl_moe.settings import load_recipe
 from icl_moe.tasks import CAPTIONING, SEGMENTATION
-from icl_moe.tasks.captioning import CaptionPair
+from icl_moe.tasks.caption_styles import StyleJudge
+from icl_moe.tasks.captioning import CaptionPair, style_judge
 from icl_moe.tasks.segmentation import Segmentation, SegmentationPair
+from icl_moe.tasks.task import Kind
 from preprocessing.build import build_shards
 from preprocessing.coco import class_masks, load_instances
 from preprocessing.recipe import DataRecipe
@@ -107,7 +109,7 @@ def test_a_model_that_obeys_its_examples_flips_always(run, model_that, tmp_path)
     assert swapped(metrics, "segmentation", "every object")["flips"] == 0
     assert swapped(metrics, "segmentation", "whole image")["flips"] == 0
     page = (tmp_path / "out/report.html").read_text()
-    assert page.index("one query, examples of two classes") < page.index("Held-out loss")
+    assert page.index("one query, two examples") < page.index("Held-out loss")
     assert "the first query that is right with both" in page
     assert "the first query that is not" not in page
 
@@ -147,15 +149,16 @@ def test_swapped_examples_are_of_another_class_that_the_query_shows(run, model_t
     for task, of_task in episodes.items():
         for number, (shown, source) in of_task.swaps.items():
             episode = of_task[number]
-            assert shown != episode.category == of_task[number].category
-            assert source.category == shown in {e["class"] for e in episode.meta["objects"]}
+            assert shown.category != episode.category == of_task[number].category
+            assert source.kind == shown
+            assert shown.category in {e["class"] for e in episode.meta["objects"]}
             images = {of["image"] for of in source.meta["sources"][:2]}
             assert episode.meta["sources"][-1]["image"] not in images
             requests = [
                 len(request.pairs)
                 for request, query in asked
                 if request.task.name == task
-                and request.category == shown
+                and request.category == shown.category
                 and np.array_equal(query, episode.query.image)
                 and request.pairs
                 and np.array_equal(request.pairs[0].image, source.pairs[0].image)
@@ -205,7 +208,7 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
         kept = [(rng.random((64, 64)) < 0.7) & masks[rng.choice(list(masks))] for _ in range(2)]
         said = [{"mask": encode_rle(mask)} for mask in kept]
         queries.append(SwappedQuery(truth, swap.shown, *said))
-    scores = score_swaps(SEGMENTATION, queries, of_task._codec.format)
+    scores = score_swaps(SEGMENTATION, queries, SEGMENTATION.judge([], of_task._codec.format))
 
     def iou(a, b) -> float:
         pixels = list(zip(a.flat, b.flat, strict=True))
@@ -215,11 +218,11 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
     for truth, shown, said, said_swapped in queries:
         masks = {e["class"]: decode_rle(e["mask"]) for e in truth.meta["objects"]}
         both = []
-        for output, wanted in ((said, truth.category), (said_swapped, shown)):
+        for output, wanted in ((said, truth.category), (said_swapped, shown.category)):
             found = {name: iou(decode_rle(output["mask"]), mask) for name, mask in masks.items()}
             best = max(found.values())
             both.append(found[wanted] == best and list(found.values()).count(best) == 1)
-            agreements.append((found[truth.category], found[shown]))
+            agreements.append((found[truth.category], found[shown.category]))
         flips.append(all(both))
     assert scores.flips == pytest.approx(sum(flips) / len(flips))
     own, after = np.array(agreements[::2]).mean(axis=0), np.array(agreements[1::2]).mean(axis=0)
@@ -242,15 +245,137 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
 )
 def test_a_caption_is_right_by_all_that_it_writes(category, box, named, placed, right):
     objects = {
-        "own": [{"caption": "the red ring on the left", "box": (0.0, 0.0, 0.4, 0.4)}],
-        "shown": [
+        Kind("own"): [{"caption": "the red ring on the left", "box": (0.0, 0.0, 0.4, 0.4)}],
+        Kind("shown"): [
             {"caption": "a star", "box": (0.5, 0.5, 0.7, 0.7)},
             {"caption": "a big star", "box": (0.6, 0.6, 1.0, 1.0)},
         ],
     }
     format = replace(SequenceFormat(), category=category, box=box)
-    said = {"category": named, "box": objects[placed][-1]["box"], "caption": "one star"}
-    assert CAPTIONING.follows(said, "shown", objects, format) is right
+    said = {"category": named, "box": objects[Kind(placed)][-1]["box"], "caption": "one star"}
+    judge = CAPTIONING.judge([], format)
+    assert judge(said, Kind("shown"), objects) == {"class": right}
+
+
+@pytest.fixture(scope="module")
+def styled(tmp_path_factory):
+    """Drawn scenes of eight classes, described in three styles, and a model for them."""
+    folder = tmp_path_factory.mktemp("styled")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = ["synthetic.images=40", "synthetic.classes=8", "samples=40", "segmentation=null"]
+    settings += ["examples=1", *toy_tokenizer.recipe_settings(tokenizer)]
+    recipe = load_recipe(DataRecipe, "modern_world", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    return toy_export.save_toy_model(folder / "model", folder / "shards"), folder / "shards"
+
+
+def in_style(classes: str, styles: str):
+    """How to answer: with a text of the `shown` or the `own` class (the query's), and style."""
+
+    def answer(truth, shown):
+        kinds = {"shown": shown, "own": truth.kind}
+        wanted = Kind(kinds[classes].category, kinds[styles].style)
+        return CAPTIONING.objects(truth)[wanted][0]
+
+    return answer
+
+
+def key_of(query: CaptionPair, example: CaptionPair) -> tuple[bytes, bytes, str]:
+    return query.image.tobytes(), example.image.tobytes(), example.caption
+
+
+@pytest.mark.parametrize(
+    ("answer", "classes", "styles", "both"),
+    [
+        (in_style("shown", "shown"), 1, 1, 1),
+        (in_style("shown", "own"), 1, 0, 0),
+        (in_style("own", "shown"), 0, 1, 0),
+    ],
+)
+def test_captions_are_asked_for_another_class_in_another_style(
+    styled, tmp_path, no_java, monkeypatch, answer, classes, styles, both
+):
+    model, shards = styled
+    episodes = EpisodeSet(
+        ShardSet(shards), InContextModel.from_pretrained(model).codec, "captioning"
+    )
+    asked_for = {}
+    for number in range(len(episodes)):
+        own, swap = episodes[number], episodes.swaps.get(number)
+        asked_for[key_of(own.query, own.pairs[0])] = own, own.kind
+        if swap:
+            asked_for[key_of(own.query, swap.source.pairs[0])] = own, swap.shown
+
+    def complete(_, requests, **options):
+        pairs = []
+        for asked, query in requests:
+            (example,) = asked.pairs
+            said = answer(*asked_for[query.tobytes(), example.image.tobytes(), example.caption])
+            pairs.append(CaptionPair(query, said["caption"], None, tuple(said["box"])))
+        return pairs
+
+    monkeypatch.setattr(InContextModel, "complete", complete)
+    metrics = evaluate(model, shards, tmp_path / "out").to_json()
+    row = swapped(metrics, "captioning")
+    assert row["queries"] == len(episodes.swaps) >= 5
+    for number, swap in episodes.swaps.items():
+        own = episodes[number].kind
+        assert swap.shown.category != own.category or swap.shown.style != own.style
+    respects = row["respects"]
+    assert respects["class"]["flips"] == classes
+    assert respects["style"]["flips"] == pytest.approx(styles, abs=0.05)
+    assert row["flips"] == pytest.approx(both, abs=0.05)
+    copied = swapped(metrics, "captioning", "first example")["respects"]
+    assert copied["style"]["flips"] >= 0.95 > 0.6 > copied["class"]["flips"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "style place" in page and "right means right in every respect" in page
+
+
+@dataclass
+class Described:
+    """A truth that keeps nothing but what is described."""
+
+    meta: dict
+
+
+def test_the_style_of_a_caption_is_judged_by_its_words():
+    box, other = (0.0, 0.0, 0.4, 0.4), (0.5, 0.5, 1.0, 1.0)
+    objects = {
+        Kind("star", "place"): [{"caption": "the star is on the left", "box": box}],
+        Kind("star", "colour"): [{"caption": "red on a grey ground", "box": box}],
+        Kind("ring", "place"): [{"caption": "a ring in the middle", "box": other}],
+        Kind("ring", "colour"): [{"caption": "blue on a grey ground", "box": other}],
+    }
+    entries = [
+        {"class": kind.category, "style": kind.style, **each}
+        for kind, of_kind in objects.items()
+        for each in of_kind
+    ]
+    format = replace(SequenceFormat(), category="none", box="text")
+    judge = CAPTIONING.judge([Described({"objects": entries})], format)
+
+    def judged(text: str, box: tuple[float, ...] = (0.0, 0.0, 0.5, 0.4)) -> dict[str, bool]:
+        said = {"category": None, "box": box, "caption": text}
+        return judge(said, Kind("star", "place"), objects)
+
+    assert judged("the star is on the right") == {"class": True, "style": True}
+    assert judged("a thing in the middle") == {"class": True, "style": True}
+    assert judged("blue on a brown ground") == {"class": True, "style": False}
+    assert judged("nothing known") == {"class": True, "style": False}
+    assert judged("the star is on the left", other) == {"class": False, "style": True}
+    # Where all is described in one style, there is nothing to obey.
+    places = {kind: of_kind for kind, of_kind in objects.items() if kind.style == "place"}
+    said = {"category": None, "box": box, "caption": "blue"}
+    assert judge(said, Kind("star", "place"), places) == {"class": True}
+
+
+def test_the_styles_of_drawn_captions_can_be_told_by_their_words(styled):
+    """Texts that the judge has not counted: what it says of a model's captions can be trusted."""
+    shards = ShardSet(styled[1])
+    truths = [shards.sample("captioning", number) for number in range(40)]
+    assert style_judge(truths).accuracy() >= 0.95
+    assert StyleJudge({}).accuracy() == 0
+    assert StyleJudge({}).style("red") is None
 
 
 def test_more_examples_are_compared_query_by_query(episodes):

@@ -3,21 +3,30 @@
 import numpy as np
 import pytest
 import torch
+import toy_export
 import toy_tokenizer
 
 from icl_moe.attributes import attribute_class
-from icl_moe.inference.decode import decode_at_once
+from icl_moe.boxes import brightest_box
+from icl_moe.data.shards import ShardSet
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.images import box_to_mask
+from icl_moe.inference.decode import Request, decode_at_once, decode_batch
+from icl_moe.inference.model import InContextModel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
-from icl_moe.settings import to_dict
-from icl_moe.tasks import SEGMENTATION
+from icl_moe.settings import load_recipe, to_dict
+from icl_moe.tasks import CAPTIONING, SEGMENTATION
+from icl_moe.tasks.captioning import box_of
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.vocabulary import Vocabulary
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
 
 VOCABULARY = Vocabulary(text_merges=1000, image_codes=32, mask=True)
 CODES = 16
@@ -107,6 +116,70 @@ def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(
     assert found_BNK.shape == (3, CODES, VOCABULARY.image_codes)
     for found_NK, (episode, image) in zip(found_BNK, requests, strict=True):
         torch.testing.assert_close(found_NK, plainly(decoder, episode, image), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """A model with random weights that draws boxes, as one that was trained with corruption, and
+    shards for it.
+    """
+    folder = tmp_path_factory.mktemp("drawing")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = ["synthetic.images=20", "samples=6", "segmentation=null", "caption.box=image"]
+    settings += ["caption.category=none", "vocabulary.mask=true"]
+    settings += toy_tokenizer.recipe_settings(tokenizer)
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    toy_export.save_toy_model(folder / "model", folder / "shards", mask_corruption=True)
+    return InContextModel.from_pretrained(folder / "model"), ShardSet(folder / "shards")
+
+
+def check_text(model: InContextModel, request: Request, tokens: list[int]) -> None:
+    """Each token of the text is the likeliest one after all before it, without a cache."""
+    vocabulary = model.format.vocabulary
+    prompt = model.codec.encode_prompt(*request).unpadded()
+    last = int(prompt.positions_L[-1])
+    columns = (
+        [*prompt.tokens_L.tolist(), *tokens],
+        [*prompt.positions_L.tolist(), *range(last + 1, last + 1 + len(tokens))],
+        [
+            *prompt.attributes().tolist(),
+            *(CAPTIONING.output_attributes(model.format, token) for token in tokens),
+        ],
+    )
+    logits_LV = model.decoder.forward_logits(*(torch.tensor([column]) for column in columns))[0]
+    fixed = model.format.codes_per_image + 1 + len(model.codec.text.encode("Caption:"))
+    assert len(tokens) > fixed + 2
+    full_stop = model.codec.text.encode(".")[0]
+    for place in range(fixed, len(tokens) - 2):  # The last two may be forced, for want of room.
+        text = logits_LV[len(prompt) + place - 1, : vocabulary.text_size]
+        if tokens[place - 1] != full_stop:
+            assert tokens[place] == int(text.argmax())
+
+
+@torch.inference_mode()
+def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing):
+    model, shards = drawing
+    episodes = EpisodeSet(shards, model.codec, "captioning")
+    asked = [episodes[number] for number in range(4)]
+    requests = [(Episode(CAPTIONING, "", e.pairs[:1]), e.query.image) for e in asked]
+    pairs = model.complete(requests)
+    probabilities_BNK = decode_at_once(model.decoder, model.codec, requests)
+    brightness_BHW = model.tokenizers.mask_writer.decode_expected(probabilities_BNK).numpy()
+    for pair, brightness_HW in zip(pairs, brightness_BHW, strict=True):
+        box = brightest_box(1 / 3 - brightness_HW)
+        drawn = ~box_to_mask(box, 64)
+        np.testing.assert_array_equal(pair.box_image, model.encode_masks([drawn])[0])
+        assert box_of(pair, model) == pytest.approx(box)
+    openings = [model.format.vocabulary.from_codes(pair.box_image).tolist() for pair in pairs]
+    outputs = decode_batch(model.decoder, model.codec, requests, openings=openings)
+    for pair, opening, tokens, request in zip(pairs, openings, outputs, requests, strict=True):
+        assert tokens[: len(opening)] == opening
+        assert CAPTIONING.read_output(model.codec, request[1], tokens).caption == pair.caption
+        check_text(model, request, tokens)
+    # What the model is sure of is not asked for where boxes are written code by code.
+    in_turn = model.complete(requests, decoding="autoregressive")
+    assert any((a.box_image != b.box_image).any() for a, b in zip(pairs, in_turn, strict=True))
 
 
 def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):

@@ -53,6 +53,10 @@ def test_a_region_has_its_instances_class_and_box_and_the_references_of_its_styl
     assert first.target.caption == "left"
     assert first.target.references == ("left", "on the left")
     assert first.target.box == pytest.approx((0.1, 0.25, 0.5, 0.625))
+    described = {(name, style, text) for name, style, text, _ in first.target.objects}
+    dogs = {("dog", "place", "left"), ("dog", "place", "on the left"), ("dog", "colour", "brown")}
+    assert described == dogs | {("cat", "place", "right")}
+    assert {box for name, _, _, box in first.target.objects if name == "dog"} == {first.target.box}
     kinds = {kind: len(numbers) for kind, numbers in pool.by_kind().items()}
     assert kinds == {("dog", "place"): 12, ("dog", "colour"): 6, ("cat", "place"): 3}
     assert set(read(coco_folder, captions, styles=("colour",)).by_kind()) == {("dog", "colour")}
