@@ -88,3 +88,10 @@ def test_peaks_are_known_by_the_devices_name(device, precision, tera):
 def test_a_cpu_has_no_known_peak():
 
     assert peak_flops(torch.device("cpu"), {}) is None
+
+
+def test_a_gpus_peak_is_that_of_the_precision_that_the_run_trains_in(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    device = torch.device("cuda")
+    assert peak_flops(device, {"bf16": {"enabled": True}}) == pytest.approx(989.4e12)
+    assert peak_flops(device, {}) == pytest.approx(66.9e12)
