@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,8 +72,7 @@ class Prediction:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prediction":
         condition = Condition(*(values.pop(name) for name in Condition._fields))
-        names = ("key", "true_category", "shown", "shown_style")
-        names += ("copied", "truth_copied", "seconds")
+        names = [f.name for f in fields(cls) if f.name not in ("condition", "said")]
         own = {name: values.pop(name) for name in names}
         return cls(condition, **own, said=values)
 
