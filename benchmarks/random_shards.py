@@ -62,7 +62,7 @@ def write_shards(
     rng = np.random.default_rng(0)
     regions = {SEGMENTATION: _with_masks(mask_bytes), CAPTIONING: _with_captions(rng)}
     tasks = {
-        task.name: _episodes(task, of_task, samples, examples + 1, rng)
+        task.name: _episodes(task, of_task, samples, examples + 1, format, rng)
         for task, of_task in regions.items()
     }
     image_size = 16 * int(format.codes_per_image**0.5)
@@ -126,10 +126,15 @@ def _with_captions(rng: np.random.Generator) -> list[PoolRegion]:
 
 
 def _episodes(
-    task: Task, regions: list[PoolRegion], samples: int, pairs: int, rng: np.random.Generator
+    task: Task,
+    regions: list[PoolRegion],
+    samples: int,
+    pairs: int,
+    format: SequenceFormat,
+    rng: np.random.Generator,
 ) -> TaskEpisodes:
-    """Pictures 2n and 2n + 1 are the image and the mask of region n."""
+    """Pictures 2n and 2n + 1 are the image of region n, and its mask or drawn box."""
     pictures = np.arange(2 * len(regions)).reshape(-1, 2)
-    if task is CAPTIONING:
+    if "image" not in task.outputs(format):
         pictures[:, 1] = -1
     return TaskEpisodes(task, regions, rng.integers(0, len(regions), (samples, pairs)), pictures)

@@ -33,8 +33,8 @@ def find_tokenizer(source: str | Path) -> Path:
     if str(source) and folder.is_dir():  # No name would stand for the current folder.
         return folder
     raise InputError(
-        f"There is no tokenizer folder {str(source) or 'without a name'}, nor is one of that name "
-        f"shipped ({', '.join(shipped)})."
+        f"There is no tokenizer folder {str(source) or 'without a name'} and no shipped tokenizer "
+        f"of that name ({', '.join(shipped)})."
     )
 
 

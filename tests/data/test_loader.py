@@ -153,7 +153,7 @@ def test_corruption_hides_boxes_that_are_drawn_before_a_caption(tmp_path):
     """Such codes of the query are hidden as those of masks are, and no text."""
     vocabulary = Vocabulary(text_merges=1000, image_codes=64, mask=True)
     format = SequenceFormat(vocabulary, codes_per_image=64, box="image")
-    write_shards(tmp_path / "drawn", format, 0, 40, examples=2)
+    write_shards(tmp_path / "drawn", format, 40, 40, examples=2)
     shards = ShardSet(tmp_path / "drawn")
     schedule, part = Schedule(shards.manifest.samples, 40, seed=3), RankSlice.of(0, 1, 40, 40)
     plain, hiding = (

@@ -2,6 +2,7 @@
 local disk, and faults are reported.
 """
 
+import contextlib
 import os
 import shutil
 import threading
@@ -117,8 +118,12 @@ def assert_equal_batches(ours: list, theirs: list) -> None:
 
 
 def held(cache: FileCache) -> int:
-    """The size of a cache on the disk in bytes."""
-    return sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
+    """The size of a cache on the disk in bytes. Other processes may delete its files meanwhile."""
+    size = 0
+    for path in cache.folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def test_batches_over_http_are_those_of_local_disk_and_each_file_comes_once(

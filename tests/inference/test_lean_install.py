@@ -27,7 +27,8 @@ ABSENT = (
 PROGRAM = """
 import sys
 
-sys.modules["fcntl"] = None # This module is missing on Windows. from icl_moe.cli import main
+sys.modules["fcntl"] = None  # This module is missing on Windows.
+from icl_moe.cli import main
 
 sys.exit(main(sys.argv[1:]))
 """

@@ -216,7 +216,7 @@ def test_the_model_sees_the_same_pixels_whichever_way_an_image_comes(
         seen.append(torch.stack([torch.as_tensor(each) for each in pixels]))
         return [np.zeros(CODES, np.int64)] * len(pixels)
 
-    monkeypatch.setattr(model, "read", encode)
+    monkeypatch.setattr(model, "encode", encode)
     monkeypatch.setattr(model, "encode_masks", encode)
     upright = Image.fromarray(np.rot90(picture(3, 128, 64), -1))
     ways = [

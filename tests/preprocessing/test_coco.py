@@ -425,7 +425,7 @@ def test_a_folder_of_images_that_is_none_is_named_even_where_missing_images_are_
             "the key 'annotations' occurs twice in one record",
         ),
         (b"\xff compressed", "it is not text in UTF-8"),
-        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number of too many digits"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number with too many digits"),
         (b"[" * 100_000, "its JSON is nested too deep"),
     ],
 )
