@@ -38,6 +38,9 @@ from icl_moe.evaluation.results import (
 )
 from icl_moe.files import write_whole
 from icl_moe.inference.model import Decoding, InContextModel
+from icl_moe.inference.model_card import TRAINING
+from icl_moe.inputs import read_json
+from icl_moe.messages import note
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.tasks import SEGMENTATION
@@ -74,6 +77,8 @@ def evaluate(
     numbers of examples or swapped examples, or if `out` cannot be written.
     """
     out, shots = output_folder(out), list(shots)
+    if (out / "model.safetensors").exists():
+        raise InputError(f"{out} holds a model; give --out another folder for the report.")
     _check_numbers(shots, limit, batch_size)
     _check_controls(controls)
     place = find_device(device)
@@ -205,6 +210,11 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> Non
             f"The threshold of this model's masks was fitted on {shards.location}: evaluate it on "
             "others."
         )
+    if _trained_on(model) == shards.fingerprint:
+        note(
+            f"warning: the model was trained on {shards.location}, so none of these scores, the "
+            "held-out loss included, is of data that it has not seen."
+        )
     check_same_kind(model, shards)
     for count in shots:
         if count > manifest.examples:
@@ -214,6 +224,15 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> Non
                 f"0..{most}, not {count}."
             )
         model.check_examples(count)
+
+
+def _trained_on(model: InContextModel) -> str | None:
+    """The fingerprint of the shards that a model was trained on last; None where it is unknown."""
+    if model.folder is None or not (model.folder / TRAINING).is_file():
+        return None
+    record = read_json(model.folder / TRAINING)
+    shards = record.get("shards") if isinstance(record, dict) else None
+    return shards.get("manifest_sha256") if isinstance(shards, dict) else None
 
 
 def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
@@ -270,7 +289,7 @@ def _rows(
     matchers: Sequence[Matcher],
 ) -> tuple[Row, ...]:
     """Scores of the model under each condition that asks all queries, then of the first example's
-    output, of matchers, of the task's baselines, and of the truth through the image tokenizer (the
+    output, of matchers, of the task's baselines, and of the truth through the tokenizer (the
     mask ceiling), if that is a bound.
     """
     task = episodes.task
@@ -289,7 +308,7 @@ def _rows(
         sets.append(list(baseline.outputs))
     ceiling = _ceiling(model, episodes, batch_size)
     if ceiling:
-        names.append(("the truth through the image tokenizer (ceiling)", "tokenizer"))
+        names.append(("the truth through the tokenizer (ceiling)", "tokenizer"))
         sets.append(ceiling)
     scores = iter(task.score(sets, truths, model.format))
     rows = [

@@ -161,6 +161,10 @@ class InContextModel:
         task = SEGMENTATION
         pairs = _pairs(examples, "mask")
         self._check_request(task, len(pairs), category)
+        if category and not task.needs_category(self.format):
+            raise InputError(
+                "This model reads no class names, only examples: leave the category out."
+            )
         image = load_image(query, "The query")
         pictures = _pictures(pairs)
         masks = [

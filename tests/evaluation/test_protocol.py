@@ -208,6 +208,25 @@ def test_shards_of_another_tokenizer_are_refused(toy_model_folder, toy_shards, t
         evaluate(toy_model_folder, other, tmp_path / "out")
 
 
+@pytest.mark.parametrize("trained_on_them", [True, False])
+def test_scores_on_the_training_shards_are_not_passed_off_as_held_out(
+    toy_model_folder, toy_shards, tmp_path, capsys, no_java, trained_on_them
+):
+    model = shutil.copytree(toy_model_folder, tmp_path / "model")
+    digest = ShardSet(toy_shards).fingerprint if trained_on_them else "0" * 64
+    (model / "training.json").write_text(json.dumps({"shards": {"manifest_sha256": digest}}))
+    evaluate(model, toy_shards, tmp_path / "out", limit=1, controls=())
+    said = capsys.readouterr()
+    assert ("warning: the model was trained on" in said.out + said.err) == trained_on_them
+
+
+def test_a_report_is_not_written_among_the_files_of_a_model(toy_model_folder, toy_shards):
+    before = sorted(toy_model_folder.iterdir())
+    with pytest.raises(InputError, match="holds a model; give --out another folder"):
+        evaluate(toy_model_folder, toy_shards, toy_model_folder)
+    assert sorted(toy_model_folder.iterdir()) == before
+
+
 def test_zero_shots_need_a_class_prompt(toy_shards, tmp_path):
     import toy_export
 

@@ -131,8 +131,9 @@ def test_a_card_of_a_model_that_was_not_evaluated_says_so(model):
     assert f"{config['image_size']} x {config['image_size']} pixels" in card
 
 
-def test_the_model_that_ships_segments_at_once_and_says_that_it_does_not_caption():
-    model = InContextModel.from_pretrained("demo", device="cpu")
+@pytest.mark.parametrize("name", ["demo", "photographs"])
+def test_a_model_that_ships_segments_at_once_and_says_that_it_does_not_caption(name):
+    model = InContextModel.from_pretrained(name, device="cpu")
     picture = Image.new("RGB", (64, 64), "grey")
     picture.paste("red", (10, 10, 40, 40))
     mask = Image.new("L", (64, 64))

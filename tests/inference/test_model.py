@@ -277,6 +277,13 @@ def test_a_category_that_is_no_text_is_refused(small_text, category):
         )
 
 
+def test_a_category_that_the_model_does_not_read_is_refused(small_text):
+    with pytest.raises(InputError, match="reads no class names, only examples"):
+        make_model(small_text).segment(
+            [(picture(0), blocks(64, 64))], query=picture(0), category="dog"
+        )
+
+
 def test_half_a_character_is_refused_wherever_a_text_is_given(small_text):
     model = make_model(small_text, category="given")
     with pytest.raises(InputError, match="half of a character"):

@@ -56,7 +56,7 @@ def test_a_task_from_outside_the_package_goes_from_build_to_evaluate(tmp_path):
     assert name == "inversion"
     rows = {row["name"]: row["difference"] for row in result["rows"]}
     assert len(rows) == 6  # Two numbers of examples and their controls, the copy, and the ceiling.
-    ceiling = rows["the truth through the image tokenizer (ceiling)"]
+    ceiling = rows["the truth through the tokenizer (ceiling)"]
     assert all(0 <= difference <= 255 for difference in rows.values())
     assert ceiling >= 0
     assert result["held_out"]["targets"] == 4 * 3 * toy_tokenizer.CODES
