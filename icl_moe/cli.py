@@ -11,6 +11,7 @@ import platform
 import select
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,6 +21,7 @@ from icl_moe import arguments as take
 from icl_moe.errors import InputError, RankError, UnsavedError
 from icl_moe.messages import is_main, say, say_on_main
 from icl_moe.ranges import LARGEST_SIDE
+from icl_moe.signals import before_the_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Only the interpreter's own clean-up is left: a Ctrl-C ends it without a message.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+
+_FOR_RANK_0 = 10.0
+"""Seconds that a silent rank leaves rank 0 to print the error that both find, before it ends. When
+rank 0 has ended, the launcher ends this rank too, without waiting for that time.
+"""
 
 _OF_THE_MACHINE = (
     errno.ENOSPC,
@@ -134,6 +141,9 @@ def _say_once(error: InputError) -> None:
         say(str(error))
     elif os.environ.get("LOCAL_RANK") == "0":
         say(str(error), machine=platform.node())
+    elif before_the_run():
+        # Launchers end all ranks as soon as one has ended, and rank 0 may be slower to find this.
+        time.sleep(_FOR_RANK_0)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -128,6 +128,11 @@ def stop_requested() -> bool:
     return _requests.first is not None
 
 
+def before_the_run() -> bool:
+    """Whether the ranks are not connected yet, so that a signal ends this process at once."""
+    return _requests.phase is _Phase.BEFORE
+
+
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
     """Within this context this process waits for the other ranks. Before it, a request to stop ends

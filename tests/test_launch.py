@@ -78,6 +78,18 @@ def test_bash_starts_the_launcher(run: Run) -> None:
     assert "nowhere" in sentence
 
 
+def test_rank_0_is_left_the_time_to_say_what_all_ranks_find(run: Run, tmp_path: Path) -> None:
+    """The launcher ends rank 0, which starts last here, when another rank ends before it."""
+    slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    command = ("deepspeed", "--num_gpus", "2", "launch_scripts/pretrain.sh", "data.shards=nowhere")
+    code, output = run(*command, PYTHONPATH=path.rstrip(os.pathsep))
+    assert code == 2, output
+    (sentence,) = sentences(output)
+    assert "data.shards" in sentence
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
