@@ -221,9 +221,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype.itemsize == 2 and channels > 1:
-        array = (array >> 8).astype(
-            np.uint8
-        )  # as Pillow does for 16-bit files with several channels
+        # As Pillow does for 16-bit files with several channels.
+        array = (array >> 8).astype(np.uint8)
     elif array.dtype.itemsize == 2:
         array = array.astype(np.uint16)  # in the byte order of this machine
     return Image.fromarray(np.squeeze(array, 2) if array.shape[2:] == (1,) else array)

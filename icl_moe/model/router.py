@@ -51,36 +51,23 @@ class StreamGate(nn.Module):
     Its `forward` gives the `StreamChoice` of a plan.
     """
 
-    def probabilities(
-        self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
-    ) -> Tensor:
-        """p_CE of the attribute classes, float32; with noise where (seed, step) is given."""
-        raise NotImplementedError
-
 
 class FixedGate(StreamGate):
     """Gives each stream of a task one expert of its own (`own_stream`, modulo the number of
     experts), with weight 1. It has no parameters and no auxiliary loss.
     """
 
-    ones: Tensor
-
     def __init__(self, experts: int) -> None:
         super().__init__()
         self.experts = experts
-        # It only tells on which device the layer is.
-        self.register_buffer("ones", torch.ones(1), persistent=False)
 
     def forward(self, plan: RoutingPlan) -> StreamChoice:
-        weights_C1, experts_C1 = self.probabilities(plan.classes).topk(1, dim=-1)
-        return StreamChoice(experts_C1, weights_C1, self.ones.new_zeros(()))
-
-    def probabilities(
-        self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
-    ) -> Tensor:
-        """1 for the stream's own expert, float32."""
-        own_C = torch.tensor([own_stream(c) % self.experts for c in classes], dtype=torch.int64)
-        return F.one_hot(own_C, self.experts).float().to(self.ones.device)
+        device = plan.shares_BC.device
+        own_C = torch.tensor(
+            [own_stream(c) % self.experts for c in plan.classes], dtype=torch.int64, device=device
+        )
+        weights_C = torch.ones(len(own_C), device=device)
+        return StreamChoice(own_C[:, None], weights_C[:, None], torch.zeros((), device=device))
 
 
 class AttributeGate(StreamGate):

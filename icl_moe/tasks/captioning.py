@@ -307,11 +307,7 @@ class Captioning(Task):
             return False
         if format.box == "none":
             return format.category == "written" or self.agrees_most(said, shown, objects)
-        best = {True: 0.0, False: 0.0}
-        for kind, of_kind in objects.items():
-            same = kind.category == shown.category
-            best[same] = max(best[same], *(_overlap(said, tuple(each["box"])) for each in of_kind))
-        return best[True] > best[False]
+        return self.agrees_most(said, shown, objects, _best_overlap)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return boxed(image, output["box"])
@@ -382,8 +378,9 @@ def _is_category(said: Output, category: str) -> bool:
     return (said["category"] or "").lower() == category.lower()
 
 
-def _overlap(said: Output, box: Box) -> float:
-    return box_iou(said["box"], box) if said["box"] else 0.0
+def _best_overlap(said: Output, right: Sequence[Output]) -> float:
+    """The best IoU of an output's box with any of those of others; 0 without a box."""
+    return max(box_iou(said["box"], tuple(o["box"])) if said["box"] else 0.0 for o in right)
 
 
 def _box_ious(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:

@@ -309,14 +309,22 @@ class Task(ABC):
 
         return judge
 
-    def agrees_most(self, said: Output, shown: Kind, objects: Objects) -> bool:
+    def agrees_most(
+        self,
+        said: Output,
+        shown: Kind,
+        objects: Objects,
+        agreement: Callable[[Output, Sequence[Output]], float] | None = None,
+    ) -> bool:
         """Whether an output agrees more with what is annotated of the shown kind's class than with
-        what is annotated of any other class. A tie does not count.
+        what is annotated of any other class. A tie does not count. agreement: in place of the
+        task's.
         """
+        agreement = agreement or self.agreement
         best = {True: 0.0, False: 0.0}
         for kind, right in objects.items():
             same = kind.category == shown.category
-            best[same] = max(best[same], self.agreement(said, right))
+            best[same] = max(best[same], agreement(said, right))
         return best[True] > best[False]
 
     # Pictures ----------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def _open_timm(name: str, weights: str | None) -> Backbone:
     except (
         ImportError,
         RuntimeError,
-    ) as error:  # RuntimeError: torchvision was built for another torch
+    ) as error:  # Runtime: torchvision was built for another torch.
         raise InputError(
             f"The backbone timm/{name} needs timm, which cannot be used here ({error}): `pip "
             "install timm`, with the torchvision for this version of torch."
@@ -183,9 +183,7 @@ def _open_timm(name: str, weights: str | None) -> Backbone:
             network = timm.create_model(name, dynamic_img_size=True, **arguments)
         except TypeError:
             network = timm.create_model(name, **arguments)
-    except (
-        Exception
-    ) as error:  # timm's loaders and the hub's client raise many kinds of exceptions.
+    except Exception as error:  # timm's loaders and the hub's client raise many kinds.
         raise InputError(
             f"The backbone timm/{name} is missing: timm has no such model, its weights do not fit "
             f"it, or they cannot be downloaded ({type(error).__name__}: {first_line(error)})."
