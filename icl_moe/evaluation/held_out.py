@@ -1,6 +1,6 @@
 """The loss on episodes that the model was not trained on, over all pairs, as in training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.inference.model import InContextModel
 from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.kernels import cross_entropy
+from icl_moe.sequence import TokenSequence
+from icl_moe.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ def held_out_loss(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> HeldOutLoss:
-    """The loss on the first `limit` samples of `task` (all by default). Shards and model must have
-    the same format.
+    """The loss on the first `limit` samples of `task` (all by default), each with at most as many
+    examples as the model's training episodes had. Shards and model must have the same format.
     """
     samples = min(shards.count(task), limit or shards.count(task))
     losses, labels, pairs = [], [], []
     for start in tqdm(range(0, samples, batch_size), desc=f"held-out loss, {task}", unit="batch"):
         sequences = [
-            shards.sample(task, index).sequence
+            _as_trained(model, shards, task, index)
             for index in range(start, min(start + batch_size, samples))
         ]
         loss_on = model.decoder.config.loss_on
@@ -69,6 +71,16 @@ def held_out_loss(
     return HeldOutLoss(
         len(losses_P), float(losses_P.mean()), _entropy(np.concatenate(labels)), by_pair
     )
+
+
+def _as_trained(model: InContextModel, shards: ShardSet, task: str, index: int) -> TokenSequence:
+    """A sample's sequence, without the last of its examples if they are more than in training."""
+    sample, most = shards.sample(task, index), model.decoder.config.examples
+    if most is None or shards.manifest.examples <= most:
+        return sample.sequence
+    episode = model.codec.decode(sample.sequence, TASKS[task])
+    pairs = (*episode.pairs[:most], episode.pairs[-1])
+    return model.codec.encode(replace(episode, category=sample.category, pairs=pairs))
 
 
 def _entropy(labels_P: np.ndarray) -> float:

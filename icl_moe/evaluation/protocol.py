@@ -43,7 +43,7 @@ from icl_moe.inputs import read_json
 from icl_moe.messages import note
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
-from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks import SEGMENTATION, TASKS
 from icl_moe.tasks.task import Judge, Output
 from icl_moe.versions import installed_versions
 
@@ -84,8 +84,8 @@ def evaluate(
     place = find_device(device)
     shards = ShardSet(shards_dir)
     model = InContextModel.from_pretrained(model_dir, place, dtype)
-    _check(model, shards, shots)
     decoding = model.decoding(decoding)
+    _check(model, shards, shots, decoding)
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
@@ -202,7 +202,9 @@ def _check_swaps(shards: ShardSet, sets: Sequence[EpisodeSet]) -> None:
         )
 
 
-def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> None:
+def _check(
+    model: InContextModel, shards: ShardSet, shots: Sequence[int], decoding: Decoding
+) -> None:
     manifest = shards.manifest
     fitted = model.decoder.config.mask_threshold
     if fitted is not None and fitted["shards"] == shards.fingerprint[:16]:
@@ -223,7 +225,8 @@ def _check(model: InContextModel, shards: ShardSet, shots: Sequence[int]) -> Non
                 f"The episodes of {shards.location} have {most} example(s): shots must lie in "
                 f"0..{most}, not {count}."
             )
-        model.check_examples(count)
+        for task in manifest.samples:
+            model.check_examples(count, TASKS[task], decoding)
 
 
 def _trained_on(model: InContextModel) -> str | None:

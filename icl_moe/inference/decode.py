@@ -3,8 +3,8 @@ constrained by its grammar; or all cells of an image in one pass.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
@@ -124,15 +124,42 @@ def decode_batch(
 
 @torch.inference_mode()
 def decode_at_once(
-    decoder: InContextDecoder, codec: SequenceCodec, requests: Sequence[Request]
+    decoder: InContextDecoder,
+    codec: SequenceCodec,
+    requests: Sequence[Request],
+    together: int | None = None,
 ) -> torch.Tensor:
     """The probability of each image code in each cell of each request's output image,
-    probabilities_BNK, float32, from one forward pass in which the whole output image is hidden as
-    [MASK].
+    probabilities_BNK, float32, where the whole output image is hidden as [MASK].
 
-    Of tasks whose output is one image or begins with one, and a decoder that was trained with mask
-    corruption.
+    together: the most examples that one forward pass reads (all by default). More are read in
+    groups of nearly equal size, and the result is the mean of the groups' probabilities, weighted
+    by their sizes. Of tasks whose output is one image or begins with one, and a decoder that was
+    trained with mask corruption.
     """
+    groups = [list(in_groups(episode, together)) for episode, _ in requests]
+    means: list[Any] = [0.0] * len(requests)
+    for turn in range(max(map(len, groups))):
+        rows = [row for row, of_row in enumerate(groups) if turn < len(of_row)]
+        asked = [(groups[row][turn], requests[row][1]) for row in rows]
+        for row, probabilities_NK in zip(rows, _pass(decoder, codec, asked), strict=True):
+            shown, of = len(groups[row][turn].pairs), len(requests[row][0].pairs)
+            means[row] += (shown / of if of else 1.0) * probabilities_NK
+    return torch.stack(means)
+
+
+def in_groups(episode: Episode, together: int | None) -> Iterator[Episode]:
+    """The episode with a part of its examples at a time, at most `together` of them."""
+    count = len(episode.pairs)
+    groups = -(-count // together) if together and count else 1
+    for group in range(groups):
+        yield replace(episode, pairs=episode.pairs[group::groups])
+
+
+def _pass(
+    decoder: InContextDecoder, codec: SequenceCodec, requests: Sequence[Request]
+) -> torch.Tensor:
+    """The probabilities_BNK of one forward pass; see `decode_at_once`."""
     # The position of the last cell predicts no cell of the image.
     rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
     logits_BNK = decoder.last_logits(

@@ -25,7 +25,14 @@ from icl_moe.images import (
     load_mask,
     to_square_pixels,
 )
-from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
+from icl_moe.inference.decode import (
+    GREEDY,
+    Request,
+    Sampling,
+    decode_at_once,
+    decode_batch,
+    in_groups,
+)
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
 from icl_moe.inputs import other_kind_of
@@ -160,7 +167,8 @@ class InContextModel:
         """
         task = SEGMENTATION
         pairs = _pairs(examples, "mask")
-        self._check_request(task, len(pairs), category)
+        decoding = self.decoding(decoding, sampling)
+        self._check_request(task, len(pairs), category, decoding)
         if category and not task.needs_category(self.format):
             raise InputError(
                 "This model reads no class names, only examples: leave the category out."
@@ -205,7 +213,7 @@ class InContextModel:
         regions = [_open_region(region, number) for number, (_, region) in enumerate(pairs, 1)]
         named = {region.category for region, _ in regions if region.category}
         category = category or (named.pop() if len(named) == 1 else None)
-        self._check_request(task, len(pairs), category)
+        self._check_request(task, len(pairs), category, self.decoding(None, sampling))
         image = load_image(query, "The query")
         pictures = _pictures(pairs)
         boxes = [
@@ -236,16 +244,18 @@ class InContextModel:
         A request is an episode whose pairs are the examples, and the query's codes (N,) from
         `encode`. decoding: of output images; by default parallel where the model was trained for it
         and nothing is sampled. Then an output that is one image is written at once, and so is the
-        image that another output begins with. Raises InputError where the model cannot decode so.
+        image that another output begins with; more examples than an episode had in training are
+        read in groups, see `decode_at_once`, and a text is written after the first group. Raises
+        InputError where the model cannot decode so.
         """
-        parallel = self.decoding(decoding, sampling) == "parallel"
+        decoding = self.decoding(decoding, sampling)
         image_first = partial(self._image_first, progress=progress)
         in_turn = partial(self._in_turn, sampling=sampling, progress=progress)
 
         def way(task: Task) -> Callable[[Sequence[Request]], list[Any]]:
-            if parallel and task.is_one_image(self.format):
-                return self._at_once
-            return image_first if parallel and task.begins_with_image(self.format) else in_turn
+            if not self._image_at_once(task, decoding):
+                return in_turn
+            return self._at_once if task.is_one_image(self.format) else image_first
 
         numbers_of: dict[Callable[[Sequence[Request]], list[Any]], list[int]] = {}
         for number, (episode, _) in enumerate(requests):
@@ -274,6 +284,11 @@ class InContextModel:
             )
         return asked or ("parallel" if trained and not sampling.temperature else "autoregressive")
 
+    def _image_at_once(self, task: Task, decoding: Decoding) -> bool:
+        """Whether the output, or an image that it begins with, is written in one pass."""
+        begins = task.is_one_image(self.format) or task.begins_with_image(self.format)
+        return decoding == "parallel" and begins
+
     def _in_turn(
         self,
         requests: Sequence[Request],
@@ -297,18 +312,24 @@ class InContextModel:
         openings = [
             self.format.vocabulary.from_codes(codes).tolist() for codes in self.encode_masks(drawn)
         ]
-        pairs = self._in_turn(requests, progress=progress, openings=openings)
+        first = [(next(in_groups(episode, self._together)), query) for episode, query in requests]
+        pairs = self._in_turn(first, progress=progress, openings=openings)
         return [
             episode.task.with_image(pair, mask_HW)
             for (episode, _), pair, mask_HW in zip(requests, pairs, drawn, strict=True)
         ]
+
+    @property
+    def _together(self) -> int | None:
+        """The most examples that are read in one pass where images are written at once."""
+        return self.decoder.config.examples
 
     @torch.inference_mode()
     def _expected(self, requests: Sequence[Request]) -> tuple[torch.Tensor, np.ndarray]:
         """Of the output images of requests in one pass: how probable each code is in each cell
         (B, N, K), and the expected brightness of each pixel (B, H, W).
         """
-        probabilities_BNK = decode_at_once(self.decoder, self.codec, requests)
+        probabilities_BNK = decode_at_once(self.decoder, self.codec, requests, self._together)
         brightness_BHW = self.tokenizers.mask_writer.decode_expected(probabilities_BNK)
         return probabilities_BNK, brightness_BHW.cpu().numpy()
 
@@ -356,10 +377,13 @@ class InContextModel:
     def _on_device(self, codes_BN: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
 
-    def check_examples(self, count: int) -> None:
-        """Raise InputError if the model cannot read `count` examples and a query."""
+    def check_examples(self, count: int, task: Task, decoding: Decoding | None = None) -> None:
+        """Raise InputError if the model cannot read `count` examples of a task and a query."""
         positions = self.decoder.settings.positions
-        if self.format.length(count + 1) > positions:
+        together = count
+        if self._together and self._image_at_once(task, self.decoding(decoding)):
+            together = min(count, self._together)
+        if self.format.length(together + 1) > positions:
             most = (positions - self.format.length(0)) // self.format.pair_length - 1
             raise InputError(
                 f"{count} examples are more than this model can read: its {positions} positions "
@@ -371,11 +395,13 @@ class InContextModel:
                 "class_prompt=true works without examples."
             )
 
-    def _check_request(self, task: Task, examples: int, category: str | None) -> None:
+    def _check_request(
+        self, task: Task, examples: int, category: str | None, decoding: Decoding
+    ) -> None:
         trained = self.decoder.config.classes
         if trained is not None and task.name not in trained:
             raise InputError(f"This model was trained on {' and '.join(trained)}, not {task.name}.")
-        self.check_examples(examples)
+        self.check_examples(examples, task, decoding)
         if not isinstance(category, str | None):
             raise InputError(f"The category must be text, not {type(category).__name__}.")
         if not category and task.needs_category(self.format):

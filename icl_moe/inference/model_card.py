@@ -13,9 +13,10 @@ CARD, TRAINING = "README.md", "training.json"
 
 _LIMITS = """\
 The model stretches images of any shape to {size} x {size} pixels. In training it saw up to
-{examples} example(s) per episode; it accepts more as long as they fit into its positions, but the
-quality may drop. Check its output on pictures that differ from its training data. Its captions can
-be wrong, as any generated text can."""
+{examples} example(s) per episode. It accepts more: where it writes a mask in one pass, it reads
+more in groups of that size and averages the results; elsewhere they must fit into its positions,
+and the quality may drop. Check its output on pictures that differ from its training data. Its
+captions can be wrong, as any generated text can."""
 
 _USE = """\
 ```python

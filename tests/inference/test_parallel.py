@@ -1,5 +1,7 @@
 """Masks decoded in one pass: the probabilities of each cell and the resulting pixels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import toy_tokenizer
 from icl_moe.attributes import attribute_class
 from icl_moe.boxes import brightest_box
 from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.images import box_to_mask
 from icl_moe.inference.decode import Request, decode_at_once, decode_batch
@@ -118,6 +121,24 @@ def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(
         torch.testing.assert_close(found_NK, plainly(decoder, episode, image), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("together", "groups"), [(1, [[0], [1], [2]]), (2, [[0, 2], [1]])])
+@torch.inference_mode()
+def test_examples_are_read_in_groups_whose_probabilities_are_averaged(together, groups):
+    """Each group counts as much as it has examples; queries may have different numbers of them."""
+    rng = np.random.default_rng(1)
+    decoder, codec = decoder_of(link=True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
+    codes = rng.integers(0, VOCABULARY.image_codes, (8, CODES))
+    shown = tuple(SegmentationPair(*pair) for pair in codes[:6].reshape(3, 2, CODES))
+    many, one = (Episode(SEGMENTATION, "cat", pairs) for pairs in (shown, shown[:1]))
+    none = Episode(SEGMENTATION, "dog", ())
+    requests = [(many, codes[6]), (one, codes[7]), (none, codes[7])]
+    found_BNK = decode_at_once(decoder, codec, requests, together)
+    parts = [replace(many, pairs=tuple(shown[number] for number in group)) for group in groups]
+    mean_NK = sum(len(part.pairs) / 3 * plainly(decoder, part, codes[6]) for part in parts)
+    right = [mean_NK, *(plainly(decoder, episode, codes[7]) for episode in (one, none))]
+    torch.testing.assert_close(found_BNK, torch.stack(right), atol=1e-5, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory):
     """A model with random weights that draws boxes, as one that was trained with corruption, and
@@ -180,6 +201,29 @@ def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing)
     # What the model is sure of is not asked for where boxes are written code by code.
     in_turn = model.complete(requests, decoding="autoregressive")
     assert any((a.box_image != b.box_image).any() for a, b in zip(pairs, in_turn, strict=True))
+
+
+@torch.inference_mode()
+def test_more_examples_than_in_training_are_read_in_groups(drawing):
+    """The box comes from all examples, and the caption is written after those of the first group;
+    code by code, they do not fit into the positions.
+    """
+    model, shards = drawing
+    episodes = EpisodeSet(shards, model.codec, "captioning")
+    shown = tuple(pair for number in range(3) for pair in episodes[number].pairs[:-1])
+    query, groups = episodes[3].query.image, len(shown) // shards.manifest.examples
+    assert groups == 3
+    parts = [Episode(CAPTIONING, "", shown[group::groups]) for group in range(groups)]
+    (pair,) = model.complete([(Episode(CAPTIONING, "", shown), query)])
+    found_BNK = decode_at_once(model.decoder, model.codec, [(part, query) for part in parts])
+    brightness_HW = model.tokenizers.mask_writer.decode_expected(found_BNK.mean(0, keepdim=True))[0]
+    assert box_of(pair, model) == pytest.approx(brightest_box(1 / 3 - brightness_HW.numpy()))
+    opening = model.format.vocabulary.from_codes(pair.box_image).tolist()
+    (tokens,) = decode_batch(model.decoder, model.codec, [(parts[0], query)], openings=[opening])
+    assert CAPTIONING.read_output(model.codec, query, tokens).caption == pair.caption
+    model.check_examples(len(shown), CAPTIONING)
+    with pytest.raises(InputError, match="more than this model can read"):
+        model.check_examples(len(shown), CAPTIONING, "autoregressive")
 
 
 def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):
