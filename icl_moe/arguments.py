@@ -15,6 +15,8 @@ def path(text: str) -> Path:
     """A path, with ~ expanded: shells do not expand it in --query=~/x.png."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, not an empty text")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"must be a path on this machine, not the URL {text}")
     return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, this never raises
 
 

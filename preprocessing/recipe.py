@@ -183,6 +183,11 @@ class DataRecipe:
                 )
         if self.segmentation is not None and self.segmentation.source != "synthetic":
             _require("segmentation", self.segmentation, ("images", "annotations"))
+        if not self.examples and not self.class_prompt:
+            raise InputError(
+                "examples may be 0 only with class_prompt=true: otherwise nothing tells what is "
+                "asked of the query."
+            )
         self._check_tokenizers()
         self._check_parts()
         if self.draws_scenes and self.synthetic.world == "classes" and self.image_size < 32:

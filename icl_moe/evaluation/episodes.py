@@ -1,6 +1,6 @@
 """The episodes of a shard folder for evaluation: examples, a query, and its true output."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,9 +52,21 @@ def check_same_kind(model: "InContextModel", shards: ShardSet) -> None:
     ):
         if ours != theirs:
             raise InputError(
-                f"The model's {name} differs from that of {shards.location}: {ours} and {theirs}; "
-                "build the shards with the model's."
+                f"The model's {name} differs from that of {shards.location}: "
+                f"{_difference(ours, theirs)}; build the shards with the model's."
             )
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """Both values, or of data classes the fields that differ."""
+    if not is_dataclass(ours) or type(ours) is not type(theirs):
+        return f"{ours} and {theirs}"
+    return ", ".join(
+        f"{field.name} ({_difference(*values)})"
+        for field in fields(ours)
+        for values in [(getattr(ours, field.name), getattr(theirs, field.name))]
+        if values[0] != values[1]
+    )
 
 
 class Swap(NamedTuple):

@@ -3,6 +3,7 @@ uploads them.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def find_model(source: str | Path) -> Path:
     a folder (write ./demo for a folder), and a folder over the Hub. Raises InputError if none of
     these exists.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"A model is a folder or a name, not {type(source).__name__}.")
     name, shipped = str(source), shipped_folders("models", "config.json")
     if name in shipped:
         return shipped[name]

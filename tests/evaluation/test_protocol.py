@@ -208,6 +208,18 @@ def test_shards_of_another_tokenizer_are_refused(toy_model_folder, toy_shards, t
         evaluate(toy_model_folder, other, tmp_path / "out")
 
 
+def test_shards_of_another_format_are_refused_by_what_differs(
+    toy_model_folder, toy_shards, tmp_path
+):
+    other = shutil.copytree(toy_shards, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["format"]["box"] = "none"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    message = r"The model's sequence format differs from that of .*: box \(text and none\); build"
+    with pytest.raises(InputError, match=message):
+        evaluate(toy_model_folder, other, tmp_path / "out")
+
+
 @pytest.mark.parametrize("trained_on_them", [True, False])
 def test_scores_on_the_training_shards_are_not_passed_off_as_held_out(
     toy_model_folder, toy_shards, tmp_path, capsys, no_java, trained_on_them

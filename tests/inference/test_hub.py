@@ -100,6 +100,8 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path):
     for name in ("nothing", "a/b/c", str(tmp_path / "nothing")):
         with pytest.raises(InputError, match=r"There is no model folder .*OWNER/NAME"):
             find_model(name)
+    with pytest.raises(InputError, match="A model is a folder or a name, not NoneType"):
+        find_model(None)
 
 
 AUTO = """
