@@ -1,4 +1,4 @@
-"""The training recipe, for `icl-moe train`, section by section."""
+"""The training recipe, for `icl-moe train`, section by section; `load_recipe` reads one."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,6 +15,7 @@ from icl_moe.ranges import (
     Weight,
 )
 from icl_moe.sequence import InputLoss, LossOn
+from icl_moe.settings import load_recipe as load_recipe
 from icl_moe.tasks import find_task
 from icl_moe.vocabulary import Vocabulary
 

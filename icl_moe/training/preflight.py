@@ -69,6 +69,11 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
     return shards, engine_config
 
 
+def check(recipe: TrainingRecipe, world: int) -> None:
+    """Raise InputError if the recipe could not run on `world` ranks (see `open_checked`)."""
+    open_checked(recipe, world)
+
+
 def _check_output(output: str) -> None:
     try:
         folder = output_folder(output)
