@@ -89,14 +89,23 @@ class CachedAttention:
     """The newest tokens of B rows, which attend to all tokens before them through a cache.
 
     attributes_BL: attribute classes of the new tokens; where they are 0 (padding, on the left) a
-    token is never attended to.
+    token is never attended to. They are read on the host, so that a GPU need not be waited for.
     """
 
-    def __init__(self, cache: AttentionCache, attributes_BL: Tensor) -> None:
+    def __init__(
+        self, cache: AttentionCache, attributes_BL: Tensor, device: torch.device | str
+    ) -> None:
         self._cache = cache
         self._rows, self._new = attributes_BL.shape
         real_BL = cache.append_attributes(attributes_BL) != 0
-        self._mask_B1LL = _causal_mask(real_BL, queries=self._new)
+        padded = not bool(real_BL.all())
+        self._first = cache.length == self._new and not padded
+        # A single token may attend to everything, and the first tokens need no mask of their own.
+        self._mask_B1LL: Tensor | None = None
+        if padded:
+            self._mask_B1LL = _causal_mask(real_BL, self._new).to(device)
+        elif self._new > 1 and not self._first:
+            self._mask_B1LL = _causal_mask(real_BL[:1].to(device), self._new)
 
     def attend(
         self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
@@ -106,7 +115,12 @@ class CachedAttention:
             for x in (queries_THD, keys_THD, values_THD)
         )
         k, v = self._cache.update(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout)
+        if self._first:
+            out = causal_attention(q, k, v, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout
+            )
         return out.transpose(1, 2).flatten(0, 1)
 
 
