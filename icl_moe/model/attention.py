@@ -8,14 +8,15 @@ which an `AttentionScope` knows.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icl_moe.model.kernels import Linear, causal_attention
+from icl_moe.model.kernels import Linear, causal_attention, has_varlen, varlen_attention
 from icl_moe.recipe import ModelSettings
 
 
@@ -69,6 +70,16 @@ class EpisodeAttention:
                     q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout
                 )
             return out.transpose(1, 2).flatten(0, 1)
+        if has_varlen(queries_THD):
+            longest = max(self.lengths)
+            return varlen_attention(
+                queries_THD,
+                keys_THD,
+                values_THD,
+                _offsets(self.lengths, queries_THD.device),
+                longest,
+                dropout,
+            )
         # An explicit mask over the whole stream would cost T x T; one episode at a time needs none.
         pieces = [
             x.transpose(0, 1).split(list(self.lengths), dim=1)
@@ -158,3 +169,10 @@ def _causal_mask(real_BL: Tensor, queries: int) -> Tensor:
     rows = positions[length - queries :, None]
     causal = positions <= rows
     return ((causal & real_BL[:, None, :]) | (positions == rows))[:, None]
+
+
+@lru_cache(maxsize=4)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The place of each episode in the stream, and its end, int32; every layer asks for them."""
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return offsets.to(device, non_blocking=True)

@@ -57,7 +57,8 @@ class InContextDecoder(PreTrainedModel):
         self.gradient_checkpointing = False
         # Tensor-parallel training replaces this, for a vocabulary that is spread over ranks.
         self.target_losses = cross_entropy
-        self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
+        self._vocabulary_size = config.vocabulary_size
+        self.token_embedding = nn.Embedding(self._vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
         if settings.link:
             self.link = Linear(settings.width, settings.width, bias=False)
@@ -244,7 +245,7 @@ class InContextDecoder(PreTrainedModel):
         given.
         """
         weight_VM = self.token_embedding.weight
-        assert weight_VM.shape[0] == self.config.vocabulary_size, (
+        assert weight_VM.shape[0] == self._vocabulary_size, (
             "a tensor rank has logits of a part of the vocabulary"
         )
         return F.linear(
