@@ -76,19 +76,26 @@ class RoutingPlan:
 
     def episode_means(self, values_TE: Tensor) -> Tensor:
         """(B, E): the means over the tokens of each episode, without padding."""
+        episodes_T, counts_B1 = self._episodes
         sums_BE = values_TE.new_zeros(len(self.lengths) + 1, values_TE.shape[1])
-        sums_BE = sums_BE.index_add(0, self._episodes_T, values_TE)[:-1]
-        counts_B = self._episodes_T.bincount(minlength=len(self.lengths) + 1)[:-1]
-        return sums_BE / counts_B.clamp(min=1)[:, None]
+        return sums_BE.index_add(0, episodes_T, values_TE)[:-1] / counts_B1
 
     @cached_property
-    def _episodes_T(self) -> Tensor:
-        """The episode number of each token; B for padding."""
+    def _episodes(self) -> tuple[Tensor, Tensor]:
+        """The episode number of each token (T,), B for padding; and how many tokens each episode
+        has, (B, 1), at least 1. Both are computed on the host, so that a GPU need not be waited
+        for.
+        """
         lengths = np.asarray(self.lengths)
         episodes_T = np.repeat(np.arange(len(lengths)), lengths)
         indices, runs = np.asarray(self.segments).T
         episodes_T[np.repeat(indices, runs) < 0] = len(lengths)
-        return torch.from_numpy(episodes_T).to(self.shares_BC.device)
+        counts_B = np.bincount(episodes_T, minlength=len(lengths) + 1)[:-1].clip(min=1)
+        found_T, found_B1 = (
+            torch.from_numpy(x).to(self.shares_BC.device, non_blocking=True)
+            for x in (episodes_T, counts_B[:, None])
+        )
+        return found_T, found_B1
 
     def with_noise(self, noise: tuple[int, int] | None) -> "RoutingPlan":
         return replace(self, noise=noise)

@@ -29,6 +29,12 @@ class KeyValueCache:
         if self.length > self._capacity:
             self._capacity = max(self.length, 2 * self._capacity)
         self._attributes = self._write(self._attributes, attributes_BL, dim=1)
+        return self.attributes
+
+    @property
+    def attributes(self) -> torch.Tensor:
+        """The attribute classes of all positions, (B, length)."""
+        assert self._attributes is not None, "nothing has been read yet"
         return self._attributes[:, : self.length]
 
     def update(
@@ -37,17 +43,32 @@ class KeyValueCache:
         """Append one layer's keys and values of the L tokens, and return views of those of all
         positions, (B, H, length, D).
         """
-        keys = self._keys[layer] = self._write(self._keys.get(layer), keys_BHLD, dim=2)
-        values = self._values[layer] = self._write(self._values.get(layer), values_BHLD, dim=2)
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        self._keys[layer] = self._write(self._keys.get(layer), keys_BHLD, dim=2)
+        self._values[layer] = self._write(self._values.get(layer), values_BHLD, dim=2)
+        return self.of_layer(layer)
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of one layer's keys and values of all positions, (B, H, length, D)."""
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
     def select(self, rows_b: torch.Tensor) -> None:
-        """Keep only these rows of the batch (indices), in this order."""
+        """Keep only these rows of the batch (indices), in this order; one may occur again and
+        again, to give several rows the same past.
+        """
         if self._attributes is not None:
-            self._attributes = self._attributes[rows_b]
+            self._attributes = self._attributes[rows_b.to(self._attributes.device)]
         for buffers in (self._keys, self._values):
             for layer, buffer in buffers.items():
-                buffers[layer] = buffer[rows_b]
+                buffers[layer] = buffer[rows_b.to(buffer.device)]
+
+    @property
+    def bytes(self) -> int:
+        """The memory of the keys and values of the positions read so far."""
+        return sum(
+            buffer[:, :, : self.length].numel() * buffer.element_size()
+            for buffers in (self._keys, self._values)
+            for buffer in buffers.values()
+        )
 
     def _write(self, buffer: torch.Tensor | None, new: torch.Tensor, dim: int) -> torch.Tensor:
         """Append `new` to the content of `buffer` along `dim`, in a larger buffer if it does not
@@ -63,3 +84,29 @@ class KeyValueCache:
             buffer = larger
         buffer.narrow(dim, start, new.shape[dim]).copy_(new)
         return buffer
+
+
+class SharedPast:
+    """What one row has read, as the past of `rows` rows. What these append is not kept, so that the
+    past is never copied for each of them, except within a layer.
+    """
+
+    def __init__(self, past: KeyValueCache, rows: int) -> None:
+        self._past = past
+        self._rows = rows
+        self._read = past.length
+        self.length = past.length
+
+    def append_attributes(self, attributes_BL: torch.Tensor) -> torch.Tensor:
+        self.length = self._read + attributes_BL.shape[1]
+        past_1L = self._past.attributes
+        return torch.cat([past_1L.expand(self._rows, -1), attributes_BL], dim=1)
+
+    def update(
+        self, layer: int, keys_BHLD: torch.Tensor, values_BHLD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        past = (x.expand(self._rows, -1, -1, -1) for x in self._past.of_layer(layer))
+        keys, values = (
+            torch.cat(pair, dim=2) for pair in zip(past, (keys_BHLD, values_BHLD), strict=True)
+        )
+        return keys, values

@@ -13,8 +13,10 @@ import torch
 from tqdm import tqdm
 
 from icl_moe.attributes import PADDING, is_output_image
+from icl_moe.batch import RoutingPlan
 from icl_moe.errors import InputError
-from icl_moe.inference.cache import KeyValueCache
+from icl_moe.inference.cache import KeyValueCache, SharedPast
+from icl_moe.model.attention import AttentionCache, CachedAttention
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import NO_LINK, Episode, SequenceCodec, TokenSequence
 from icl_moe.tasks.grammar import Allowed, is_forced
@@ -29,13 +31,13 @@ _Row = tuple[int, ...]
 
 class Block(NamedTuple):
     """The input of one decoder pass, all int64 and padded on the left; see
-    `InContextDecoder.last_logits`.
+    `InContextDecoder.last_logits`. The attributes stay on the host, the rest is on the device.
     """
 
     tokens_BL: torch.Tensor
     positions_BL: torch.Tensor
     attributes_BL: torch.Tensor
-    cache: KeyValueCache | None
+    cache: AttentionCache | None
     links_BL2: torch.Tensor
 
 
@@ -49,7 +51,7 @@ class Decoder(Protocol):
         tokens_BL: torch.Tensor,
         positions_BL: torch.Tensor,
         attributes_BL: torch.Tensor,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         links_BL2: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
@@ -94,8 +96,10 @@ def decode_batch(
     """The tokens that complete each request's query: everything after the prompt's marker,
     including a `given` category. openings: tokens that each output is to begin with.
 
-    A step reads, for every incomplete query, its last token and the forced ones after it. Queries
-    with fewer tokens to read are padded on the left, and complete ones leave the batch.
+    What all prompts begin with, such as the same examples, is read once. A step reads, for every
+    incomplete query, its last token and the forced ones after it. Queries with fewer tokens to read
+    are padded on the left, and complete ones leave the batch. Where all of them are within an
+    image, and nothing is sampled, the codes are chosen without leaving the device.
     """
     outputs = [
         _Output(codec, episode, image, np.random.default_rng((sampling.seed, n)))
@@ -108,16 +112,33 @@ def decode_batch(
         max((output.unread for output in outputs), default=0) + codec.format.codes_per_image
     )
     going = outputs
+    shared = _shared([output.rows for output in going], least=codec.format.codes_per_image)
+    if shared:
+        decoder.next_logits(*_stacked([going[0].rows[:shared]], decoder.device, cache))
+        cache.select(torch.zeros(len(going), dtype=torch.long))
+        for output in going:
+            output.skip(shared)
     with tqdm(desc="writing", unit=" tokens", disable=not progress, delay=2, leave=False) as bar:
         while going:
-            block = _stacked([output.read() for output in going], decoder.device, cache)
-            logits_BV = decoder.next_logits(*block)
-            for output, token in zip(going, _choose(logits_BV, going, sampling), strict=True):
-                output.write(token)
-                bar.update()
+            count = min(output.cells_ahead for output in going)
+            if sampling.temperature == 0 and count and isinstance(decoder, InContextDecoder):
+                steps = _codes(decoder, cache, going, count)
+            else:
+                logits_BV = decoder.next_logits(
+                    *_stacked([output.read() for output in going], decoder.device, cache)
+                )
+                steps, count = iter([_choose(logits_BV, going, sampling)]), 0
+            chosen = []
+            for tokens_B in steps:
+                chosen.append(tokens_B)
+                bar.update(len(going))
+            for output, tokens in zip(going, torch.stack(chosen, dim=1).tolist(), strict=True):
+                for token in tokens:
+                    output.write(token)
+                output.skip(count)
             rows = [row for row, output in enumerate(going) if output.allowed]
             if len(rows) < len(going):
-                cache.select(torch.tensor(rows, dtype=torch.long, device=decoder.device))
+                cache.select(torch.tensor(rows, dtype=torch.long))
                 going = [going[row] for row in rows]
     return [output.tokens for output in outputs]
 
@@ -130,7 +151,8 @@ def decode_at_once(
     together: int | None = None,
 ) -> torch.Tensor:
     """The probability of each image code in each cell of each request's output image,
-    probabilities_BNK, float32, where the whole output image is hidden as [MASK].
+    probabilities_BNK, float32, where the whole output image is hidden as [MASK]. What all requests
+    begin with, such as the same examples, is read once.
 
     together: the most examples that one forward pass reads (all by default). More are read in
     groups of nearly equal size, and the result is the mean of the groups' probabilities, weighted
@@ -162,12 +184,62 @@ def _pass(
     """The probabilities_BNK of one forward pass; see `decode_at_once`."""
     # The position of the last cell predicts no cell of the image.
     rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
+    count, cache = codec.format.codes_per_image, None
+    shared = _shared(rows, least=count, kept=count)
+    if shared:
+        past = KeyValueCache(shared)
+        decoder.next_logits(*_stacked([rows[0][:shared]], decoder.device, past))
+        cache, rows = SharedPast(past, len(rows)), [row[shared:] for row in rows]
     logits_BNK = decoder.last_logits(
-        codec.format.codes_per_image,
-        *_stacked(rows, decoder.device),
-        ids=codec.format.vocabulary.image_range,
+        count, *_stacked(rows, decoder.device, cache), ids=codec.format.vocabulary.image_range
     )
     return logits_BNK.softmax(dim=-1)
+
+
+def _shared(rows_of: Sequence[list[_Row]], least: int, kept: int = 1) -> int:
+    """The number of rows that all sequences begin with, without the last `kept` ones of each; 0 for
+    a single sequence, and below `least`, which is not worth a pass of its own.
+    """
+    if len(rows_of) < 2:
+        return 0
+    most = min(map(len, rows_of)) - kept
+    first = rows_of[0]
+    for rows in rows_of[1:]:
+        if rows[:most] != first[:most]:
+            most = next(n for n in range(most) if rows[n] != first[n])
+    return most if most >= least else 0
+
+
+def _codes(
+    decoder: InContextDecoder, cache: KeyValueCache, outputs: Sequence["_Output"], count: int
+) -> Iterator[torch.Tensor]:
+    """The next `count` codes of the images that all outputs are within, tokens_B at a time, each
+    the most probable one. Nothing is copied to the host, and the gates decide once for all.
+
+    Only the last token of each output is unread, and it is read with the first step.
+    """
+    device, ids = decoder.device, outputs[0].format.vocabulary.image_range
+    attributes = [output.rows[-1][2] for output in outputs]
+    attributes_B1 = torch.tensor(attributes)[:, None]
+    plan = RoutingPlan.of_runs([[(each, 1)] for each in attributes]).to(device)
+    decisions, _ = decoder.decide(plan)
+    tokens_B, positions_B = (
+        torch.tensor([output.rows[-1][column] for output in outputs], device=device)
+        for column in (0, 1)
+    )
+    linked_nBM = None
+    if decoder.settings.link:
+        links_nB2 = np.stack([output.links_ahead(count) for output in outputs], axis=1)
+        linked_TM = decoder.linked(torch.from_numpy(links_nB2).to(device).flatten(0, 1))
+        linked_nBM = linked_TM.unflatten(0, links_nB2.shape[:2])
+    for step in range(count):
+        attention = CachedAttention(cache, attributes_B1, device)
+        x_BM = decoder.embed(
+            tokens_B, positions_B + step, None if linked_nBM is None else linked_nBM[step]
+        )
+        hidden_BM, _ = decoder.run(x_BM, attention, plan, decisions)
+        tokens_B = decoder.logits(hidden_BM, ids).argmax(dim=-1) + ids.start
+        yield tokens_B
 
 
 class _Output:
@@ -184,12 +256,13 @@ class _Output:
         query_image: np.ndarray,
         generator: np.random.Generator,
     ) -> None:
-        self._format, self._task = codec.format, episode.task
+        self.format, self._task = codec.format, episode.task
         self._image: list[int] = codec.format.vocabulary.from_input_codes(query_image).tolist()
         self._cell = 0  # The next cell of the output image.
         self.generator = generator
         prompt = codec.encode_prompt(episode, query_image).unpadded()
-        self._unread = _rows(prompt)
+        self.rows = _rows(prompt)
+        """The tokens that the decoder has not read yet."""
         self._next_position = int(prompt.positions_L[-1]) + 1
         self.tokens: list[int] = []
         self._grammar = episode.task.grammar(codec, episode.category)
@@ -203,12 +276,36 @@ class _Output:
     @property
     def unread(self) -> int:
         """The number of tokens that the decoder has not read yet."""
-        return len(self._unread)
+        return len(self.rows)
+
+    @property
+    def cells_ahead(self) -> int:
+        """How many codes of an image come next, if only the last token is unread and is of the
+        image's attribute class; otherwise 0.
+        """
+        codes = self.format.vocabulary.image_range
+        if self.unread != 1 or self.allowed != (codes,):
+            return 0
+        alike = self.rows[-1][2] == self._task.output_attributes(self.format, codes.start)
+        return len(self._image) - self._cell if alike else 0
+
+    def links_ahead(self, count: int) -> np.ndarray:
+        """The links (count, 2) of the last token, and of the next count - 1 codes of the image that
+        this output is within.
+        """
+        held = self._image[self._cell : self._cell + count]
+        links_n2 = np.array([self.rows[-1][3:]] * count)
+        links_n2[1:] = np.stack([held[1:], held[:-1]], axis=1)
+        return links_n2
 
     def read(self) -> list[_Row]:
         """Return the tokens that the decoder has not read yet, and count them as read."""
-        rows, self._unread = self._unread, []
+        rows, self.rows = self.rows, []
         return rows
+
+    def skip(self, count: int) -> None:
+        """Count the first `count` unread tokens as read."""
+        del self.rows[:count]
 
     def write(self, token: int) -> None:
         """Append the token chosen among the allowed ones, and all tokens that the grammar forces
@@ -222,15 +319,15 @@ class _Output:
             self._append(self.allowed[0].start)
 
     def _append(self, token: int) -> None:
-        attributes = self._task.output_attributes(self._format, token)
+        attributes = self._task.output_attributes(self.format, token)
         held, image = NO_LINK, self._image
         if is_output_image(attributes):
             held = image[self._cell]
             self._cell = (self._cell + 1) % len(image)
         self._accept(token)
-        draws = self.allowed == (self._format.vocabulary.image_range,)
+        draws = self.allowed == (self.format.vocabulary.image_range,)
         predicted = image[self._cell] if draws else NO_LINK
-        self._unread.append((token, self._next_position, attributes, predicted, held))
+        self.rows.append((token, self._next_position, attributes, predicted, held))
         self._next_position += 1
 
     def _accept(self, token: int) -> None:
@@ -247,7 +344,7 @@ def _rows(sequence: TokenSequence) -> list[_Row]:
 
 
 def _stacked(
-    rows_of: Sequence[list[_Row]], device: Any, cache: KeyValueCache | None = None
+    rows_of: Sequence[list[_Row]], device: Any, cache: AttentionCache | None = None
 ) -> Block:
     """The unread tokens of several sequences, padded on the left."""
     length = max(map(len, rows_of), default=0)
@@ -256,12 +353,15 @@ def _stacked(
     block_BL5[..., 3:] = NO_LINK
     for number, rows in enumerate(rows_of):
         block_BL5[number, length - len(rows) :] = rows
+    attributes_BL = torch.from_numpy(block_BL5[..., 2])
     block = torch.from_numpy(block_BL5).to(device)
-    tokens_BL, positions_BL, attributes_BL = block[..., :3].unbind(dim=2)
-    return Block(tokens_BL, positions_BL, attributes_BL, cache, block[..., 3:])
+    return Block(block[..., 0], block[..., 1], attributes_BL, cache, block[..., 3:])
 
 
-def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling) -> list[int]:
+def _choose(
+    logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling
+) -> torch.Tensor:
+    """The chosen token of each output, tokens_B."""
     rows_of: dict[Allowed, list[int]] = {}
     for row, output in enumerate(outputs):
         rows_of.setdefault(output.allowed, []).append(row)
@@ -270,7 +370,7 @@ def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampl
         for ids in allowed:
             scores_BV[rows, ids.start : ids.stop] = logits_BV[rows, ids.start : ids.stop]
     if sampling.temperature == 0:
-        return scores_BV.argmax(dim=1).tolist()
+        return scores_BV.argmax(dim=1)
     if sampling.top_k is not None:
         least_B1 = scores_BV.topk(min(sampling.top_k, scores_BV.shape[1]), dim=1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -torch.inf)
@@ -282,4 +382,4 @@ def _choose(logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampl
         cumulative_BV.new_tensor([[output.generator.random()] for output in outputs])
         * cumulative_BV[:, -1:]
     )
-    return torch.searchsorted(cumulative_BV, draws_B1, right=True).squeeze(1).tolist()
+    return torch.searchsorted(cumulative_BV, draws_B1, right=True).squeeze(1)

@@ -8,14 +8,15 @@ which an `AttentionScope` knows.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icl_moe.model.kernels import Linear, causal_attention
+from icl_moe.model.kernels import Linear, causal_attention, has_varlen, varlen_attention
 from icl_moe.recipe import ModelSettings
 
 
@@ -69,6 +70,16 @@ class EpisodeAttention:
                     q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout
                 )
             return out.transpose(1, 2).flatten(0, 1)
+        if has_varlen(queries_THD):
+            longest = max(self.lengths)
+            return varlen_attention(
+                queries_THD,
+                keys_THD,
+                values_THD,
+                _offsets(self.lengths, queries_THD.device),
+                longest,
+                dropout,
+            )
         # An explicit mask over the whole stream would cost T x T; one episode at a time needs none.
         pieces = [
             x.transpose(0, 1).split(list(self.lengths), dim=1)
@@ -89,14 +100,23 @@ class CachedAttention:
     """The newest tokens of B rows, which attend to all tokens before them through a cache.
 
     attributes_BL: attribute classes of the new tokens; where they are 0 (padding, on the left) a
-    token is never attended to.
+    token is never attended to. They are read on the host, so that a GPU need not be waited for.
     """
 
-    def __init__(self, cache: AttentionCache, attributes_BL: Tensor) -> None:
+    def __init__(
+        self, cache: AttentionCache, attributes_BL: Tensor, device: torch.device | str
+    ) -> None:
         self._cache = cache
         self._rows, self._new = attributes_BL.shape
         real_BL = cache.append_attributes(attributes_BL) != 0
-        self._mask_B1LL = _causal_mask(real_BL, queries=self._new)
+        padded = not bool(real_BL.all())
+        self._first = cache.length == self._new and not padded
+        # A single token may attend to everything, and the first tokens need no mask of their own.
+        self._mask_B1LL: Tensor | None = None
+        if padded:
+            self._mask_B1LL = _causal_mask(real_BL, self._new).to(device)
+        elif self._new > 1 and not self._first:
+            self._mask_B1LL = _causal_mask(real_BL[:1].to(device), self._new)
 
     def attend(
         self, layer: int, queries_THD: Tensor, keys_THD: Tensor, values_THD: Tensor, dropout: float
@@ -106,7 +126,12 @@ class CachedAttention:
             for x in (queries_THD, keys_THD, values_THD)
         )
         k, v = self._cache.update(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout)
+        if self._first:
+            out = causal_attention(q, k, v, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=self._mask_B1LL, dropout_p=dropout
+            )
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -144,3 +169,10 @@ def _causal_mask(real_BL: Tensor, queries: int) -> Tensor:
     rows = positions[length - queries :, None]
     causal = positions <= rows
     return ((causal & real_BL[:, None, :]) | (positions == rows))[:, None]
+
+
+@lru_cache(maxsize=4)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The place of each episode in the stream, and its end, int32; every layer asks for them."""
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return offsets.to(device, non_blocking=True)

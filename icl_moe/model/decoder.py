@@ -57,7 +57,8 @@ class InContextDecoder(PreTrainedModel):
         self.gradient_checkpointing = False
         # Tensor-parallel training replaces this, for a vocabulary that is spread over ranks.
         self.target_losses = cross_entropy
-        self.token_embedding = nn.Embedding(config.vocabulary_size, settings.width)
+        self._vocabulary_size = config.vocabulary_size
+        self.token_embedding = nn.Embedding(self._vocabulary_size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
         if settings.link:
             self.link = Linear(settings.width, settings.width, bias=False)
@@ -113,16 +114,46 @@ class InContextDecoder(PreTrainedModel):
         of each layer that has one. links_T2: its `TokenSequence.links`, which a model with a link
         must have.
         """
+        decisions, auxiliary = self.decide(routing)
+        linked_TM = None
+        if self.settings.link:
+            assert links_T2 is not None, "a model with the link needs the links of its sequences"
+            linked_TM = self.linked(links_T2)
+        x_TM = self.embed(tokens_T, positions_T, linked_TM)
+        hidden_TM, of_tokens = self.run(x_TM, attention, routing, decisions)
+        return hidden_TM, auxiliary + of_tokens
+
+    def decide(self, routing: RoutingPlan) -> tuple[dict[int, Decision], list[Tensor]]:
+        """The decisions of the gates that read attributes alone, by layer, and their auxiliary
+        losses. On a GPU it waits for the device once.
+        """
         gates = {
             number: gate
             for number, layer in enumerate(self.layers)
             if (gate := getattr(layer.feed_forward, "stream_gate", None)) is not None
         }
-        decisions, auxiliary = decide(gates, routing)
+        return decide(gates, routing)
+
+    def embed(
+        self, tokens_T: Tensor, positions_T: Tensor, linked_TM: Tensor | None = None
+    ) -> Tensor:
+        """What the first layer reads (T, M); `linked_TM` is what `linked` adds in a model with the
+        link.
+        """
         x_TM = self.token_embedding(tokens_T) + self.position_embedding(positions_T)
-        if self.settings.link:
-            assert links_T2 is not None, "a model with the link needs the links of its sequences"
-            x_TM = x_TM + self._linked(links_T2)
+        return x_TM if linked_TM is None else x_TM + linked_TM
+
+    def run(
+        self,
+        x_TM: Tensor,
+        attention: AttentionScope,
+        routing: RoutingPlan,
+        decisions: dict[int, Decision],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers and the last norm after `embed`: hidden states (T, M), and the auxiliary loss
+        of each layer whose gate reads tokens.
+        """
+        auxiliary = []
         x_TM = F.dropout(x_TM, self.settings.dropout, self.training)
         for number, layer in enumerate(self.layers):
             inputs = x_TM, attention, routing, decisions.get(number)
@@ -134,7 +165,7 @@ class InContextDecoder(PreTrainedModel):
                 auxiliary.append(loss)
         return self.norm(x_TM), auxiliary
 
-    def _linked(self, links_T2: Tensor) -> Tensor:
+    def linked(self, links_T2: Tensor) -> Tensor:
         """sum over the links c of each position of W E[c], (T, M): the link of a position that
         predicts or holds a cell of an output image to that cell in the input image.
 
@@ -187,33 +218,34 @@ class InContextDecoder(PreTrainedModel):
         each row; only of the token ids `ids`, if given.
 
         With a cache, the rows hold the tokens that are new since the last call. Padding (attribute
-        class 0) is on the left. links_BL2: see `hidden`.
+        class 0) is on the left. links_BL2: see `hidden`. The routing is planned on the host, so
+        attributes_BL should be there, whatever the device of the rest.
         """
         if cache is None:
-            attention: AttentionScope = self._episodes(attributes_BL)
+            attention: AttentionScope = self._episodes(attributes_BL, tokens_BL.device)
         else:
-            attention = CachedAttention(cache, attributes_BL)
+            attention = CachedAttention(cache, attributes_BL, tokens_BL.device)
         hidden_TM, _ = self.hidden(
             tokens_BL.flatten(),
             positions_BL.flatten(),
             attention,
-            self._routing(attributes_BL),
+            RoutingPlan.of_rows(attributes_BL.cpu().numpy()).to(tokens_BL.device),
             None if links_BL2 is None else links_BL2.flatten(0, 1),
         )
-        return self._logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -count:], ids)
+        return self.logits(hidden_TM.unflatten(0, tokens_BL.shape)[:, -count:], ids)
 
-    def _episodes(self, attributes_BL: Tensor) -> EpisodeAttention:
+    def _episodes(self, attributes_BL: Tensor, device: torch.device) -> EpisodeAttention:
         """Rows of equal length, each an episode, in which attribute class 0 is padding."""
         rows, length = attributes_BL.shape
         real_T = attributes_BL.flatten() != 0
-        return EpisodeAttention((length,) * rows, None if bool(real_T.all()) else real_T)
+        return EpisodeAttention((length,) * rows, None if real_T.all() else real_T.to(device))
 
-    def _routing(self, attributes_BL: Tensor) -> RoutingPlan:
-        return RoutingPlan.of_rows(attributes_BL.cpu().numpy()).to(attributes_BL.device)
-
-    def _logits(self, hidden: Tensor, ids: range | None) -> Tensor:
+    def logits(self, hidden: Tensor, ids: range | None = None) -> Tensor:
+        """Logits (.., V), float32, of hidden states (.., M); only of the token ids `ids`, if
+        given.
+        """
         weight_VM = self.token_embedding.weight
-        assert weight_VM.shape[0] == self.config.vocabulary_size, (
+        assert weight_VM.shape[0] == self._vocabulary_size, (
             "a tensor rank has logits of a part of the vocabulary"
         )
         return F.linear(

@@ -1,8 +1,9 @@
 """The gates, which decide which experts a token goes to, and their auxiliary loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,9 +64,8 @@ class FixedGate(StreamGate):
 
     def forward(self, plan: RoutingPlan) -> StreamChoice:
         device = plan.shares_BC.device
-        own_C = torch.tensor(
-            [own_stream(c) % self.experts for c in plan.classes], dtype=torch.int64, device=device
-        )
+        own_C = torch.tensor([own_stream(c) % self.experts for c in plan.classes]).long()
+        own_C = own_C.to(device, non_blocking=True)
         weights_C = torch.ones(len(own_C), device=device)
         return StreamChoice(own_C[:, None], weights_C[:, None], torch.zeros((), device=device))
 
@@ -119,13 +119,12 @@ class AttributeGate(StreamGate):
         """p_CE of the attribute classes, float32; with noise if (seed, step) is given."""
         device = self.wg.weight.device
         with torch.autocast(device.type, enabled=False):
-            bits = torch.tensor(
-                [attribute_bits(c) for c in classes], dtype=torch.float32, device=device
-            ).view(-1, ATTRIBUTE_BITS)
+            bits = _bits(classes, device)
             hidden = _embedded(bits, self.embed, self.norm)
             logits_CE = F.linear(hidden, full_precision(self.wg.weight))
             if noise is not None:
-                logits_CE = logits_CE + self._noise(classes, noise).to(device)
+                noise_CE = self._noise(classes, noise)
+                logits_CE = logits_CE + noise_CE.to(device, non_blocking=True)
             return logits_CE.softmax(dim=-1)
 
     def _noise(self, classes: tuple[int, ...], noise: tuple[int, int]) -> Tensor:
@@ -164,19 +163,14 @@ class AttributeEmbedding(nn.Module):
 
     def forward(self, plan: RoutingPlan) -> Tensor:
         """(T, M), float32, over the whole stream of the plan."""
-        bits = torch.tensor(
-            [attribute_bits(c) for c in plan.classes],
-            dtype=torch.float32,
-            device=self.embed.weight.device,
-        ).view(-1, ATTRIBUTE_BITS)
-        rows_CM = _embedded(bits, self.embed, self.norm)
+        device = self.embed.weight.device
+        rows_CM = _embedded(_bits(plan.classes, device), self.embed, self.norm)
         rows = torch.cat(
             [rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])]
         )  # The last row, index -1, is padding's.
-        indices, lengths = (
-            torch.tensor(column, device=rows.device) for column in zip(*plan.segments, strict=True)
-        )
-        return rows[indices.repeat_interleave(lengths)]
+        indices, lengths = np.asarray(plan.segments).T
+        indices_T = torch.from_numpy(np.repeat(indices, lengths))
+        return rows[indices_T.to(device, non_blocking=True)]
 
 
 class TokenGate(nn.Module):
@@ -240,6 +234,12 @@ class _InPlaceOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].to(ctx.dtype), None
+
+
+def _bits(classes: Sequence[int], device: torch.device) -> Tensor:
+    """The attribute vectors of classes, (C, A), float32. The copy to a GPU does not wait for it."""
+    bits = torch.tensor([attribute_bits(c) for c in classes], dtype=torch.float32)
+    return bits.view(-1, ATTRIBUTE_BITS).to(device, non_blocking=True)
 
 
 def _embedded(bits_CA: Tensor, embed: nn.Linear, norm: nn.LayerNorm) -> Tensor:
