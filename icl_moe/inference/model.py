@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +28,7 @@ from icl_moe.images import (
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
+from icl_moe.inference.session import Session
 from icl_moe.inputs import other_kind_of
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
@@ -127,6 +128,19 @@ class InContextModel:
             raise InputError("Only a model that from_pretrained loaded can be uploaded.")
         file = None if metrics is None else Path(metrics)
         return push_model(self.folder, repository, file, private, token)
+
+    def session(
+        self,
+        examples: Iterable[tuple[Any, Any]] | Mapping[str, Iterable[tuple[Any, Any]]],
+        category: str | None = None,
+    ) -> Session:
+        """The examples, read once for any number of queries.
+
+        examples: (image, mask) pairs as in `segment`, (image, region) pairs as in `caption`, or
+        such pairs by the name of their class. category: the class's name, needed if the model's
+        format has a class prompt.
+        """
+        return Session(self, examples, category)
 
     def segment(
         self,
