@@ -25,6 +25,15 @@ Request = tuple[Episode, np.ndarray]
 """An episode of examples only, and the image codes (N,) of the query that completes it."""
 
 
+class Written(NamedTuple):
+    """The tokens that complete a query, and the log-probability of each of them among those that
+    its grammar allowed; None where the model had no choice, or did not make it in this pass.
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float | None]
+
+
 _Row = tuple[int, ...]
 """A token to read: its id, position, attribute class and two `links`."""
 
@@ -44,7 +53,8 @@ class Block(NamedTuple):
 class Decoder(Protocol):
     """The interface that decoding needs of a model; `InContextDecoder` implements it."""
 
-    device: Any
+    @property
+    def device(self) -> Any: ...
 
     def next_logits(
         self,
@@ -62,12 +72,13 @@ class Sampling:
 
     temperature 0: the most probable one. Above 0: drawn from softmax(logits / temperature), among
     the `top_k` most probable if given. The n-th query draws from its own generator, seeded with
-    (seed, n), independently of the others.
+    (seed, n), independently of the others. first: the number n of a batch's first query.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
@@ -92,9 +103,11 @@ def decode_batch(
     sampling: Sampling = GREEDY,
     progress: bool = False,
     openings: Sequence[Sequence[int]] | None = None,
-) -> list[list[int]]:
-    """The tokens that complete each request's query: everything after the prompt's marker,
-    including a `given` category. openings: tokens that each output is to begin with.
+    read: Sequence[KeyValueCache] | None = None,
+) -> list[Written]:
+    """What completes each request's query: everything after the prompt's marker, including a
+    `given` category. openings: tokens that each output is to begin with. read: what the decoder has
+    read of each request already, by `read_examples`.
 
     What all prompts begin with, such as the same examples, is read once. A step reads, for every
     incomplete query, its last token and the forced ones after it. Queries with fewer tokens to read
@@ -102,45 +115,42 @@ def decode_batch(
     image, and nothing is sampled, the codes are chosen without leaving the device.
     """
     outputs = [
-        _Output(codec, episode, image, np.random.default_rng((sampling.seed, n)))
-        for n, (episode, image) in enumerate(requests)
+        _Output(codec, *request, np.random.default_rng((sampling.seed, sampling.first + n)))
+        for n, request in enumerate(requests)
     ]
     for output, opening in zip(outputs, openings or (), strict=False):
         for token in opening:
             output.write(token)
-    cache = KeyValueCache(
-        max((output.unread for output in outputs), default=0) + codec.format.codes_per_image
-    )
+    image = codec.format.codes_per_image
+    read = read or _read_shared(decoder, [output.rows for output in outputs], least=image)
+    for output, past in zip(outputs, read or (), strict=False):
+        output.skip(past.length)
+    room = max((output.unread for output in outputs), default=0) + image
+    cache = _joined(read, room) if read else KeyValueCache(room)
     going = outputs
-    shared = _shared([output.rows for output in going], least=codec.format.codes_per_image)
-    if shared:
-        decoder.next_logits(*_stacked([going[0].rows[:shared]], decoder.device, cache))
-        cache.select(torch.zeros(len(going), dtype=torch.long))
-        for output in going:
-            output.skip(shared)
     with tqdm(desc="writing", unit=" tokens", disable=not progress, delay=2, leave=False) as bar:
         while going:
             count = min(output.cells_ahead for output in going)
             if sampling.temperature == 0 and count and isinstance(decoder, InContextDecoder):
-                steps = _codes(decoder, cache, going, count)
+                steps = []
+                for tokens_B in _codes(decoder, cache, going, count):
+                    steps.append(tokens_B)
+                    bar.update(len(going))
+                for output, tokens in zip(going, torch.stack(steps, dim=1).tolist(), strict=True):
+                    for token in tokens:
+                        output.write(token)
+                    output.skip(count)
             else:
-                logits_BV = decoder.next_logits(
-                    *_stacked([output.read() for output in going], decoder.device, cache)
-                )
-                steps, count = iter([_choose(logits_BV, going, sampling)]), 0
-            chosen = []
-            for tokens_B in steps:
-                chosen.append(tokens_B)
-                bar.update(len(going))
-            for output, tokens in zip(going, torch.stack(chosen, dim=1).tolist(), strict=True):
-                for token in tokens:
-                    output.write(token)
-                output.skip(count)
+                block = _stacked([output.read() for output in going], decoder.device, cache)
+                chosen = _choose(decoder.next_logits(*block), going, sampling)
+                for output, token, log_probability in zip(going, *chosen, strict=True):
+                    output.write(token, log_probability)
+                    bar.update()
             rows = [row for row, output in enumerate(going) if output.allowed]
             if len(rows) < len(going):
                 cache.select(torch.tensor(rows, dtype=torch.long))
                 going = [going[row] for row in rows]
-    return [output.tokens for output in outputs]
+    return [Written(output.tokens, output.log_probabilities) for output in outputs]
 
 
 @torch.inference_mode()
@@ -149,22 +159,25 @@ def decode_at_once(
     codec: SequenceCodec,
     requests: Sequence[Request],
     together: int | None = None,
+    read: Sequence[Sequence[KeyValueCache]] | None = None,
 ) -> torch.Tensor:
     """The probability of each image code in each cell of each request's output image,
-    probabilities_BNK, float32, where the whole output image is hidden as [MASK]. What all requests
-    begin with, such as the same examples, is read once.
+    probabilities_BNK, float32, where the whole output image is hidden as [MASK].
 
     together: the most examples that one forward pass reads (all by default). More are read in
     groups of nearly equal size, and the result is the mean of the groups' probabilities, weighted
-    by their sizes. Of tasks whose output is one image or begins with one, and a decoder that was
-    trained with mask corruption.
+    by their sizes. read: what the decoder has read of each group of each request already, by
+    `read_examples`; otherwise what the requests begin with, such as the same examples, is read
+    once. Of tasks whose output is one image or begins with one, and a decoder that was trained with
+    mask corruption.
     """
     groups = [list(in_groups(episode, together)) for episode, _ in requests]
     means: list[Any] = [0.0] * len(requests)
     for turn in range(max(map(len, groups))):
         rows = [row for row, of_row in enumerate(groups) if turn < len(of_row)]
         asked = [(groups[row][turn], requests[row][1]) for row in rows]
-        for row, probabilities_NK in zip(rows, _pass(decoder, codec, asked), strict=True):
+        before = [read[row][turn] for row in rows] if read else None
+        for row, probabilities_NK in zip(rows, _pass(decoder, codec, asked, before), strict=True):
             shown, of = len(groups[row][turn].pairs), len(requests[row][0].pairs)
             means[row] += (shown / of if of else 1.0) * probabilities_NK
     return torch.stack(means)
@@ -178,36 +191,67 @@ def in_groups(episode: Episode, together: int | None) -> Iterator[Episode]:
         yield replace(episode, pairs=episode.pairs[group::groups])
 
 
+@torch.inference_mode()
+def read_examples(
+    decoder: Decoder, codec: SequenceCodec, episode: Episode, together: int | None = None
+) -> list[KeyValueCache]:
+    """What the decoder keeps of an episode's examples (and of its class prompt), for any number of
+    queries that follow them; of each of the groups of `decode_at_once`.
+    """
+    return [
+        _read(decoder, _rows(codec.encode(group).unpadded()))
+        for group in in_groups(episode, together)
+    ]
+
+
 def _pass(
-    decoder: InContextDecoder, codec: SequenceCodec, requests: Sequence[Request]
+    decoder: InContextDecoder,
+    codec: SequenceCodec,
+    requests: Sequence[Request],
+    read: Sequence[KeyValueCache] | None,
 ) -> torch.Tensor:
     """The probabilities_BNK of one forward pass; see `decode_at_once`."""
     # The position of the last cell predicts no cell of the image.
-    rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
+    rows_of = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
     count, cache = codec.format.codes_per_image, None
-    shared = _shared(rows, least=count, kept=count)
-    if shared:
-        past = KeyValueCache(shared)
-        decoder.next_logits(*_stacked([rows[0][:shared]], decoder.device, past))
-        cache, rows = SharedPast(past, len(rows)), [row[shared:] for row in rows]
+    read = read or _read_shared(decoder, rows_of, least=count, kept=count)
+    if read:
+        rows_of = [rows[past.length :] for rows, past in zip(rows_of, read, strict=True)]
+        alike = all(past is read[0] for past in read)
+        room = max(map(len, rows_of))
+        cache = SharedPast(read[0], len(read)) if alike else _joined(read, room)
     logits_BNK = decoder.last_logits(
-        count, *_stacked(rows, decoder.device, cache), ids=codec.format.vocabulary.image_range
+        count, *_stacked(rows_of, decoder.device, cache), ids=codec.format.vocabulary.image_range
     )
     return logits_BNK.softmax(dim=-1)
 
 
-def _shared(rows_of: Sequence[list[_Row]], least: int, kept: int = 1) -> int:
-    """The number of rows that all sequences begin with, without the last `kept` ones of each; 0 for
-    a single sequence, and below `least`, which is not worth a pass of its own.
+def _read_shared(
+    decoder: Decoder, rows_of: Sequence[list[_Row]], least: int, kept: int = 1
+) -> list[KeyValueCache] | None:
+    """What the decoder keeps of the rows that all sequences begin with, for each of them the same,
+    without the last `kept` rows of each. None for a single sequence, and for fewer rows than
+    `least`, which are not worth a pass of their own.
     """
     if len(rows_of) < 2:
-        return 0
+        return None
     most = min(map(len, rows_of)) - kept
     first = rows_of[0]
     for rows in rows_of[1:]:
         if rows[:most] != first[:most]:
             most = next(n for n in range(most) if rows[n] != first[n])
-    return most if most >= least else 0
+    return [_read(decoder, first[:most])] * len(rows_of) if most >= least else None
+
+
+def _read(decoder: Decoder, rows: list[_Row]) -> KeyValueCache:
+    cache = KeyValueCache(len(rows))
+    decoder.next_logits(*_stacked([rows], decoder.device, cache))
+    return cache
+
+
+def _joined(read: Sequence[KeyValueCache], room: int) -> KeyValueCache:
+    """A cache of what is `read`, with room for so many more positions."""
+    return KeyValueCache.joined(read, max(cache.length for cache in read) + room)
 
 
 def _codes(
@@ -245,8 +289,8 @@ def _codes(
 class _Output:
     """The growing output of one query.
 
-    tokens: written so far. allowed: the possible next tokens, at least two; empty once the output
-    is complete.
+    tokens: written so far; log_probabilities: see `Written`. allowed: the possible next tokens, at
+    least two; empty once the output is complete.
     """
 
     def __init__(
@@ -265,6 +309,7 @@ class _Output:
         """The tokens that the decoder has not read yet."""
         self._next_position = int(prompt.positions_L[-1]) + 1
         self.tokens: list[int] = []
+        self.log_probabilities: list[float | None] = []
         self._grammar = episode.task.grammar(codec, episode.category)
         self.allowed: Allowed = next(self._grammar)
         last = prompt.spans[-1]
@@ -307,11 +352,12 @@ class _Output:
         """Count the first `count` unread tokens as read."""
         del self.rows[:count]
 
-    def write(self, token: int) -> None:
+    def write(self, token: int, log_probability: float | None = None) -> None:
         """Append the token chosen among the allowed ones, and all tokens that the grammar forces
         after it.
         """
         self._append(token)
+        self.log_probabilities[-1] = log_probability
         self._write_forced()
 
     def _write_forced(self) -> None:
@@ -332,6 +378,7 @@ class _Output:
 
     def _accept(self, token: int) -> None:
         self.tokens.append(token)
+        self.log_probabilities.append(None)
         try:
             self.allowed = self._grammar.send(token)
         except StopIteration:
@@ -360,8 +407,8 @@ def _stacked(
 
 def _choose(
     logits_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling
-) -> torch.Tensor:
-    """The chosen token of each output, tokens_B."""
+) -> tuple[list[int], list[float]]:
+    """The next token of each output, and its log-probability among the allowed ones."""
     rows_of: dict[Allowed, list[int]] = {}
     for row, output in enumerate(outputs):
         rows_of.setdefault(output.allowed, []).append(row)
@@ -369,6 +416,13 @@ def _choose(
     for allowed, rows in rows_of.items():
         for ids in allowed:
             scores_BV[rows, ids.start : ids.stop] = logits_BV[rows, ids.start : ids.stop]
+    chosen_B = _draw(scores_BV, outputs, sampling)
+    log_probabilities_B1 = scores_BV.log_softmax(dim=1).gather(1, chosen_B[:, None])
+    return chosen_B.tolist(), log_probabilities_B1[:, 0].tolist()
+
+
+def _draw(scores_BV: torch.Tensor, outputs: Sequence[_Output], sampling: Sampling) -> torch.Tensor:
+    """One token of each row; those that are not allowed have the score -inf."""
     if sampling.temperature == 0:
         return scores_BV.argmax(dim=1)
     if sampling.top_k is not None:

@@ -194,7 +194,7 @@ def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing)
         assert box_of(pair, model) == pytest.approx(box)
     openings = [model.format.vocabulary.from_codes(pair.box_image).tolist() for pair in pairs]
     outputs = decode_batch(model.decoder, model.codec, requests, openings=openings)
-    for pair, opening, tokens, request in zip(pairs, openings, outputs, requests, strict=True):
+    for pair, opening, (tokens, _), request in zip(pairs, openings, outputs, requests, strict=True):
         assert tokens[: len(opening)] == opening
         assert CAPTIONING.read_output(model.codec, request[1], tokens).caption == pair.caption
         check_text(model, request, tokens)
@@ -219,8 +219,8 @@ def test_more_examples_than_in_training_are_read_in_groups(drawing):
     brightness_HW = model.tokenizers.mask_writer.decode_expected(found_BNK.mean(0, keepdim=True))[0]
     assert box_of(pair, model) == pytest.approx(brightest_box(1 / 3 - brightness_HW.numpy()))
     opening = model.format.vocabulary.from_codes(pair.box_image).tolist()
-    (tokens,) = decode_batch(model.decoder, model.codec, [(parts[0], query)], openings=[opening])
-    assert CAPTIONING.read_output(model.codec, query, tokens).caption == pair.caption
+    (written,) = decode_batch(model.decoder, model.codec, [(parts[0], query)], openings=[opening])
+    assert CAPTIONING.read_output(model.codec, query, written.tokens).caption == pair.caption
     model.check_examples(len(shown), CAPTIONING)
     with pytest.raises(InputError, match="more than this model can read"):
         model.check_examples(len(shown), CAPTIONING, "autoregressive")
