@@ -93,8 +93,8 @@ class CaptioningSource(_Source):
     use, since Visual Genome defines no split.
     classes: the classes to use; null means COCO's 80, or all of the instances file
     (source=instance_captions). min_descriptions: classes with at most this many descriptions are
-    left out. counted_split: the list of `splits` whose descriptions are counted for that, by default
-    `split`, so that held-out shards keep the classes of the training shards
+    left out. counted_split: the list of `splits` whose descriptions are counted for that, by
+    default `split`; so held-out shards can keep the classes of the training shards
     (source=visual_genome).
     """
 
@@ -211,9 +211,10 @@ class DataRecipe:
                     "captioning.splits and captioning.split go together: a file, and the name of a "
                     "list in it."
                 )
-        if self.captioning is not None and self.captioning.counted_split is not None:
-            if self.captioning.split is None:
-                raise InputError("captioning.counted_split needs captioning.splits and split.")
+            if self.captioning.counted_split is not None and self.captioning.split is None:
+                raise InputError(
+                    "captioning.counted_split needs captioning.splits and captioning.split."
+                )
         if self.captioning is not None and self.captioning.source.endswith("_captions"):
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
         if self.captioning is not None and self.captioning.styles is not None:

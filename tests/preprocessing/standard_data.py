@@ -83,7 +83,9 @@ def write_coco_lists(folder: Path) -> dict[int, dict[int, list[str]]]:
 
 
 def write_voc(folder: Path) -> dict[int, list[tuple[str, int]]]:
-    """Forty images of VOC 2012, each with two classes (palette PNGs, with edges of the level 255). Returns HSNet's lists: fold -> (image, class's number)."""
+    """Forty images of VOC 2012, each with two classes (palette PNGs, with edges of the level 255).
+    Returns HSNet's lists: fold -> (image, class's number).
+    """
     (folder / "SegmentationClassAug").mkdir(parents=True)
     lists: dict[int, list[tuple[str, int]]] = {fold: [] for fold in range(4)}
     for image in range(40):

@@ -46,6 +46,13 @@ def coco(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def listed_coco(tmp_path_factory) -> tuple[Path, dict]:
+    """The same with HSNet's lists of images."""
+    data = standard_data.write_coco(tmp_path_factory.mktemp("listed_coco"))
+    return data, standard_data.write_coco_lists(data)
+
+
+@pytest.fixture(scope="module")
 def voc(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("voc")
     standard_data.write_voc(folder)
@@ -62,13 +69,13 @@ def lvis(tmp_path_factory) -> Path:
     return standard_data.write_lvis(tmp_path_factory.mktemp("lvis"))
 
 
-def hsnet_coco(lists: dict[int, list[str]], fold: int, shot: int) -> list[tuple]:
-    """1,000 episodes of HSNet's data/coco.py after its fix_randseed(0), by NumPy's global generator
+def hsnet_coco(lists: dict[int, list[str]], fold: int, shot: int, count: int) -> list[tuple]:
+    """Episodes of HSNet's data/coco.py after its fix_randseed(0), by NumPy's global generator
     as there.
     """
     np.random.seed(0)  # noqa: NPY002
     class_ids, episodes = [fold + 4 * v for v in range(20)], []
-    for _ in range(1000):
+    for _ in range(count):
         sample = np.random.choice(class_ids, 1, replace=False)[0]  # noqa: NPY002
         query = np.random.choice(lists[sample], 1, replace=False)[0]  # noqa: NPY002
         support: list[str] = []
@@ -82,21 +89,27 @@ def hsnet_coco(lists: dict[int, list[str]], fold: int, shot: int) -> list[tuple]
     return episodes
 
 
-@pytest.mark.parametrize("shots", [1, 5])
-def test_coco20i_with_hsnets_lists_has_the_episodes_of_its_tests(shots, tmp_path):
-    data = standard_data.write_coco(tmp_path / "coco")
-    lists = standard_data.write_coco_lists(data)
-    file = make("coco20i", data, tmp_path / "out", "--shots", str(shots))
-    assert (file.folds, file.shots, len(file.episodes)) == (4, shots, 4000)
+@pytest.mark.parametrize(("shots", "queries"), [(1, 1000), (5, 100)])
+def test_coco20i_with_hsnets_lists_has_the_episodes_of_its_tests(
+    listed_coco, shots, queries, tmp_path, monkeypatch
+):
+    assert standards.QUERIES == 1000
+    monkeypatch.setattr(standards, "QUERIES", queries)
+    data, lists = listed_coco
+    file = make("coco20i", data, tmp_path, "--shots", str(shots))
+    assert (file.folds, file.shots, len(file.episodes)) == (4, shots, 4 * queries)
     for fold in range(4):
-        assert drawn(file, fold) == hsnet_coco(lists[fold], fold, shots)
+        assert drawn(file, fold) == hsnet_coco(lists[fold], fold, shots, queries)
     assert [episode.fold for episode in file.episodes[:8]] == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_coco20i_without_lists_takes_images_that_show_enough_of_a_class(coco, tmp_path):
+def test_coco20i_without_lists_takes_images_that_show_enough_of_a_class(
+    coco, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(standards, "QUERIES", 200)
     file = make("coco20i", coco, tmp_path, "--fold", "0")
     assert {e.fold for e in file.episodes} == {0}
-    assert len(file.episodes) == 1000
+    assert len(file.episodes) == 200
     assert file.classes == sorted(COCO_CLASSES[n] for n in range(0, 80, 4))
     persons = {p.image for e in file.episodes if e.category == "person" for p in e.pairs}
     assert persons == {f"val2014/COCO_val2014_{n:012d}.jpg" for n in (2, 3)}, (
@@ -104,7 +117,8 @@ def test_coco20i_without_lists_takes_images_that_show_enough_of_a_class(coco, tm
     )
 
 
-def test_coco20i_of_the_2017_release_takes_the_images_of_the_lists(tmp_path):
+def test_coco20i_of_the_2017_release_takes_the_images_of_the_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(standards, "QUERIES", 200)
     data = standard_data.write_coco(tmp_path / "coco", "train2017")
     standard_data.write_coco(data, "val2017")
     content = json.loads((data / "annotations/instances_val2017.json").read_text())
@@ -117,10 +131,11 @@ def test_coco20i_of_the_2017_release_takes_the_images_of_the_lists(tmp_path):
     assert "val2017/000000000003.jpg" in images and "train2017/000000000002.jpg" in images
 
 
-def test_masks_of_coco20i_are_painted_without_crowds_in_the_order_of_the_file(tmp_path):
-    data = standard_data.write_coco(tmp_path / "coco")
-    standard_data.write_coco_lists(data)
-    file = make("coco20i", data, tmp_path / "out")
+def test_masks_of_coco20i_are_painted_without_crowds_in_the_order_of_the_file(
+    listed_coco, tmp_path
+):
+    data, _ = listed_coco
+    file = make("coco20i", data, tmp_path, "--fold", "0")
     (pair,) = {
         pair
         for episode in file.episodes
@@ -134,7 +149,8 @@ def test_masks_of_coco20i_are_painted_without_crowds_in_the_order_of_the_file(tm
     assert pair.annotations == (100,)
 
 
-def test_pascal5i_goes_through_hsnets_lists(voc, tmp_path):
+def test_pascal5i_goes_through_hsnets_lists(voc, tmp_path, monkeypatch):
+    monkeypatch.setattr(standards, "QUERIES", 100)
     lists = {
         fold: [
             (line.split("__")[0], int(line.split("__")[1]) - 1)
@@ -149,7 +165,7 @@ def test_pascal5i_goes_through_hsnets_lists(voc, tmp_path):
         for name, number in lists[fold]:
             of_class.setdefault(number, []).append(name)
         expected = []
-        for index in range(1000):
+        for index in range(100):
             query, number = lists[fold][index % len(lists[fold])]
             while True:
                 name = np.random.choice(of_class[number], 1, replace=False)[0]  # noqa: NPY002
@@ -208,6 +224,57 @@ def test_paper_coco_asks_about_every_class_in_every_image_once(tmp_path):
     }
     mask = mask_source(file, data).masks(pair, "person")["person"]
     assert mask.sum() == 50 * 50 + 240 * 30, "a crowd is part of its class, and nothing covers it"
+
+
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory) -> Path:
+    """Visual Genome's files of 130 images, each with a dog and, in another box, a tree: 120 of the
+    split `train` and 10 of `test`. In `test` a cat is described too, which `train` lacks.
+    """
+    folder = tmp_path_factory.mktemp("genome")
+    content: dict[str, list] = {"image_data": [], "objects": [], "region_descriptions": []}
+    for image in range(1, 131):
+        url = f"https://cs.stanford.edu/people/rak248/VG_100K/{image}.jpg"
+        size = {"width": 240, "height": 200}
+        content["image_data"].append({"image_id": image, "url": url, **size, "coco_id": None})
+        names = ["dog", "tree"] if image <= 120 else ["dog", "tree", "cat"]
+        objects, regions = [], []
+        for place, name in enumerate(names):
+            box = {"x": 80 * place, "y": 20, "w": 60, "h": 100}
+            objects.append({"object_id": 10 * image + place, "names": [name], **box})
+            region = {"region_id": 10 * image + place, "image_id": image, "x": 80 * place, "y": 20}
+            region |= {"phrase": f"a {name} of image {image}", "width": 60, "height": 100}
+            regions.append(region)
+        content["objects"].append({"image_id": image, "objects": objects})
+        content["region_descriptions"].append({"id": image, "regions": regions})
+    for name, records in content.items():
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    splits = {"train": list(range(1, 121)), "test": list(range(121, 131))}
+    (folder / "densecap_splits.json").write_text(json.dumps(splits))
+    for image in splits["test"]:
+        standard_data.save_image(folder / f"VG_100K/{image}.jpg", image)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "category"), [("paper_vg", "dog"), ("paper_vg_unseen", "tree")])
+def test_regions_of_classes_that_the_training_split_describes_often(
+    genome, name, category, tmp_path, capsys
+):
+    file = make(name, genome, tmp_path)
+    assert file.classes == [category], "cats are described too rarely where training looks"
+    queries = sorted(episode.pairs[-1].caption for episode in file.episodes)
+    assert queries == sorted(f"a {category} of image {n}" for n in range(121, 131))
+    said = capsys.readouterr().out
+    of_paper = "about 460k" if name == "paper_vg" else "no figure"
+    assert f"training regions: 120 (the paper: {of_paper})" in said
+    assert "test regions: 10, queries: 10 (the paper: 2k)" in said
+
+
+def test_descriptions_become_shards(genome, tmp_path, settings):
+    make("paper_vg", genome, tmp_path)
+    manifest = build(tmp_path / "paper_vg.jsonl", genome, tmp_path / "shards", settings)
+    assert manifest.samples == {"captioning": 10}
+    verify_shards(tmp_path / "shards")
 
 
 def test_the_same_data_give_the_same_file(fss, tmp_path, capsys):
@@ -277,7 +344,7 @@ def build(file: Path, data: Path, out: Path, settings: list[str]):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda text: text.replace('"2007_', '"2008_', 1), "was changed or cut off: its sha256 is"),
+        (lambda text: text.replace("/2007_", "/2008_", 1), "was changed or cut off: its sha256 is"),
         (lambda text: text.replace("JPEG", "PNG", 1), "was changed or cut off: its sha256 is"),
         (lambda text: text[: len(text) // 2], "is not a file of `icl-moe episodes`"),
         (lambda text: text.rsplit("\n", 2)[0] + "\n", "was changed or cut off"),
