@@ -6,6 +6,7 @@ of the wrong type or out of its range (ranges.py), or settings that cannot work 
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -151,12 +152,17 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def _build(kind: Any, values: Any, origin: str, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise InputError(
             f"{origin}: '{prefix.rstrip('.')}' must hold keys and values, not {values!r}."
         )
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:

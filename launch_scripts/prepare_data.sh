@@ -31,7 +31,7 @@ main() {
     fi
     check_files
     build train "$out" "$@"
-    build val "${out}_val" "$@"
+    build val "${out}_val" "$@"     # With the classes of the training split: their descriptions are counted there.
 }
 
 # build SPLIT OUT [key=value ...]: SPLIT is train or val, of COCO and, since Visual Genome has no split, of DenseCap. About half of
@@ -44,6 +44,7 @@ build() {
         segmentation.annotations="$coco/annotations/instances_${split}2017.json" segmentation.images="$coco/${split}2017" \
         captioning.images="$vg" captioning.regions="$vg/region_descriptions.json" captioning.objects="$vg/objects.json" \
         captioning.image_data="$vg/image_data.json" captioning.splits="$vg/densecap_splits.json" captioning.split="$split" \
+        captioning.counted_split=train \
         "$@" --out "$out" --workers "$workers"
     icl-moe shards verify "$out"
     icl-moe shards stats "$out"

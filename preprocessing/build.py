@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
+from preprocessing.episode_file import EpisodeFile, read_episodes
 from preprocessing.episodes import plan_episodes
 from preprocessing.image_check import ImageCheck
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
@@ -47,6 +48,7 @@ from preprocessing.pool import Pool
 from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
 from preprocessing.recipe import DataRecipe
 from preprocessing.sources import Reading, check_sections, read_pools
+from preprocessing.standard_pools import read_fixed_pool
 from preprocessing.workers import ordered_map
 
 
@@ -60,6 +62,10 @@ def build_shards(
     for bad input, and if `out` holds something else or cannot be written.
     """
     check_sections(recipe)
+    fixed = None
+    if recipe.episodes is not None:
+        fixed = read_episodes(Path(recipe.episodes))
+        recipe = recipe.of_episodes(fixed.shots)
     out = output_folder(out)
     process = join_processes(device)
     tokenizers = _open_tokenizers(recipe)
@@ -72,7 +78,7 @@ def build_shards(
     if folder.is_complete() and not folder.work.exists():
         return ShardSet(out).manifest
     with locked(out, "--out") if process.is_main_process else contextlib.nullcontext():
-        return _build(process, folder, recipe, tokenizers, codec, workers)
+        return _build(process, folder, recipe, tokenizers, codec, workers, fixed)
 
 
 def _build(
@@ -82,6 +88,7 @@ def _build(
     tokenizers: ImageTokenizers,
     codec: SequenceCodec,
     workers: int,
+    fixed: EpisodeFile | None,
 ) -> Manifest:
     """`build_shards` in a folder that this build has locked."""
     out = folder.out
@@ -95,17 +102,8 @@ def _build(
         if process.is_main_process:
             folder.open()
             _draw_scenes(recipe, out, workers)
-    check = ImageCheck(recipe.missing_images, recipe.bad_images, folder.work, workers, process)
-    reading = Reading(recipe.image_size, check, workers, out, process)
-    pools = _read_pools(recipe.with_scenes_in(out / "synthetic"), codec, reading)
-    with process.main_process_first():
-        folder.check_pools(pools)
-
-    episodes = {
-        pool.task: plan_episodes(pool, recipe.examples, recipe.samples, recipe.seed)
-        for pool in pools
-    }
-    pictures, tasks = _number_pictures(pools, episodes, codec)
+    pools, episodes, notes = _plan(process, folder, recipe, codec, workers, fixed)
+    pictures, tasks = _number_pictures(pools, episodes, codec, notes)
     rank, ranks = process.process_index, process.num_processes
     quantize(
         pictures,
@@ -160,11 +158,51 @@ def _build(
                 if count
             },
             bad_images={pool.task: pool.bad_images for pool in pools if pool.bad_images},
+            standard=None if fixed is None else fixed.header(),
         )
         manifest.write(out)
         shutil.rmtree(folder.work)
     process.wait_for_everyone()
     return Manifest.read(out)
+
+
+_Plan = tuple[list[Pool], dict[str, np.ndarray], Sequence[dict[str, Any]]]
+"""The pools, the numbers of each task's regions in its episodes, and what KEY.json says besides."""
+
+
+def _plan(
+    process: PartialState,
+    folder: "_WorkFolder",
+    recipe: DataRecipe,
+    codec: SequenceCodec,
+    workers: int,
+    fixed: EpisodeFile | None,
+) -> _Plan:
+    """Draw the episodes that a recipe describes, or take those of a file."""
+    choices = (recipe.missing_images, recipe.bad_images) if fixed is None else ("skip", "skip")
+    check = ImageCheck(*choices, folder.work, workers, process)
+    if fixed is not None:
+        data = Path(str(recipe.episodes_data))
+        pool, of_file, notes = read_fixed_pool(fixed, data, recipe.image_size, check, workers)
+        _drop_texts_without_room(pool, codec)
+        if count := pool.skipped["texts_without_room"]:
+            raise InputError(
+                f"{recipe.episodes}: {count} of its descriptions are longer than a sequence has "
+                "room for; set image_size higher."
+            )
+        pools, episodes = [pool], {pool.task: of_file}
+    else:
+        reading = Reading(recipe.image_size, check, workers, folder.out, process)
+        pools = _read_pools(recipe.with_scenes_in(folder.out / "synthetic"), codec, reading)
+        notes = []
+    with process.main_process_first():
+        folder.check_pools(pools)
+    if fixed is None:
+        episodes = {
+            pool.task: plan_episodes(pool, recipe.examples, recipe.samples, recipe.seed)
+            for pool in pools
+        }
+    return pools, episodes, notes
 
 
 class _WorkFolder:
@@ -404,7 +442,10 @@ def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
 
 
 def _number_pictures(
-    pools: list[Pool], episodes: dict[str, np.ndarray], codec: SequenceCodec
+    pools: list[Pool],
+    episodes: dict[str, np.ndarray],
+    codec: SequenceCodec,
+    notes: Sequence[dict[str, Any]],
 ) -> tuple[list[Picture], dict[str, TaskEpisodes]]:
     """All distinct pictures that the episodes need, in the order of the pools, and the numbers of
     each region's pictures.
@@ -422,7 +463,7 @@ def _number_pictures(
         for number, pictures in used.items():
             places = [numbers.setdefault(picture, len(numbers)) for picture in pictures]
             of_region[number, : len(places)] = places
-        tasks[pool.task] = TaskEpisodes(task, pool.regions, episodes[pool.task], of_region)
+        tasks[pool.task] = TaskEpisodes(task, pool.regions, episodes[pool.task], of_region, notes)
     return list(numbers), tasks
 
 

@@ -49,7 +49,7 @@ class ClassFinder:
         self._forms: dict[str, tuple[str, bool]] = {}
         for category in classes:
             for name in (category, *_SYNONYMS.get(category, ())):
-                self._forms[_plural(name).lower()] = (category, True)
+                self._forms[plural(name).lower()] = (category, True)
                 self._forms[name.lower()] = (category, name == "skis")
         # Longer names come first, so that "hot dog" does not match "dog".
         names = sorted(self._forms, key=lambda form: (-len(form), form))
@@ -71,7 +71,8 @@ class ClassFinder:
         return form[0] if form else None
 
 
-def _plural(name: str) -> str:
+def plural(name: str) -> str:
+    """The plural of a class's name."""
     if name in _PLURALS_OF_THEMSELVES:
         return name
     if name in _IRREGULAR_PLURALS:

@@ -30,13 +30,15 @@ class TaskEpisodes:
     pictures.
 
     pictures: int64 (regions, most pictures of a region), the numbers in the code store of the image
-    and of the pictures that the task draws, padded with -1.
+    and of the pictures that the task draws, padded with -1. notes: what KEY.json says besides about
+    each episode; empty for nothing.
     """
 
     task: Task
     regions: Sequence[PoolRegion]
     episodes: np.ndarray
     pictures: np.ndarray
+    notes: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
         "scale": [round(region.scale, 6) for region in regions],
         **({"style": regions[-1].style} if regions[-1].style else {}),
         **of_task.task.describe([region.target for region in regions], packer.image_size),
+        **(of_task.notes[index] if of_task.notes else {}),
     }
     return category, sequence, meta
 

@@ -93,7 +93,9 @@ class CaptioningSource(_Source):
     use, since Visual Genome defines no split.
     classes: the classes to use; null means COCO's 80, or all of the instances file
     (source=instance_captions). min_descriptions: classes with at most this many descriptions are
-    left out.
+    left out. counted_split: the list of `splits` whose descriptions are counted for that, by
+    default `split`; so held-out shards can keep the classes of the training shards
+    (source=visual_genome).
     """
 
     source: Literal["visual_genome", "coco_captions", "instance_captions", "synthetic"] = (
@@ -107,6 +109,7 @@ class CaptioningSource(_Source):
     image_data: str | None = None
     splits: str | None = None
     split: str | None = None
+    counted_split: str | None = None
     classes: tuple[str, ...] | None = None
     styles: tuple[str, ...] | None = None
     min_descriptions: Natural = 100
@@ -137,6 +140,9 @@ class SyntheticScenes:
 class DataRecipe:
     """Settings of one shard folder.
 
+    episodes, episodes_data: a file of `icl-moe episodes`, and the data set's folder that it was
+    made of. Then the shards hold its episodes, and the settings of other sources, `examples` and
+    `samples` have no effect.
     tasks: the sections of tasks that other packages register; see sources.py.
     tokenizer: the folder of a VQGAN, or the name of a shipped one; null if mask_tokenizer and
     features_tokenizer encode everything. tokenizer_precision: bf16 encodes faster and changes a few
@@ -157,6 +163,8 @@ class DataRecipe:
     segmentation: SegmentationSource | None = None
     captioning: CaptioningSource | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
+    episodes: str | None = None
+    episodes_data: str | None = None
     synthetic: SyntheticScenes = SyntheticScenes()
     image_size: ImageSide = 256
     examples: Natural = 3
@@ -173,7 +181,13 @@ class DataRecipe:
     prompt_length: PromptLength = 16
 
     def __post_init__(self) -> None:
-        if self.segmentation is None and self.captioning is None and not self.tasks:
+        if (self.episodes is None) != (self.episodes_data is None):
+            raise InputError(
+                "episodes and episodes_data go together: a file of `icl-moe episodes`, and the "
+                "folder of the data set that it was made of."
+            )
+        sections = (self.segmentation, self.captioning, self.episodes)
+        if sections == (None, None, None) and not self.tasks:
             raise InputError("a data recipe needs a section 'segmentation', 'captioning' or both.")
         for name in ("segmentation", "captioning"):
             section = getattr(self, name)
@@ -201,6 +215,10 @@ class DataRecipe:
                 raise InputError(
                     "captioning.splits and captioning.split go together: a file, and the name of a "
                     "list in it."
+                )
+            if self.captioning.counted_split is not None and self.captioning.split is None:
+                raise InputError(
+                    "captioning.counted_split needs captioning.splits and captioning.split."
                 )
         if self.captioning is not None and self.captioning.source.endswith("_captions"):
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
@@ -259,6 +277,12 @@ class DataRecipe:
         return any(
             section is not None and section.source == "synthetic"
             for section in (self.segmentation, self.captioning)
+        )
+
+    def of_episodes(self, shots: int) -> "DataRecipe":
+        """This recipe of `episodes` without what has no effect then."""
+        return replace(
+            self, segmentation=None, captioning=None, tasks={}, examples=shots, samples=None
         )
 
     def sequence_format(self, codes_per_image: int) -> SequenceFormat:

@@ -32,7 +32,7 @@ from icl_moe.inputs import (
     with_whole_characters,
 )
 from icl_moe.tasks.captioning import CaptionTarget
-from preprocessing.classes import COCO_CLASSES, ClassFinder
+from preprocessing.classes import COCO_CLASSES, ClassFinder, plural
 from preprocessing.image_check import UsableImages, is_file
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
@@ -50,16 +50,28 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     finder = ClassFinder(source.classes or COCO_CLASSES)
     pool = Pool("captioning", [])
     images = _read_images(source.path("image_data"), source.path("images"))
-    used = set(images)
-    if source.splits is not None:
-        used = _read_split(source, images, pool.skipped)
+    used = counted = set(images)
+    if source.split is not None:
+        used = counted = _read_split(source, source.split, images, pool.skipped)
+    if source.counted_split is not None:
+        counted = _read_split(source, source.counted_split, images, Counter())
     objects = _read_objects(source.path("objects"), images, finder, pool.skipped)
-    pool.regions += _read_regions(
-        source.path("regions"), images, used, objects, finder, pool.skipped
+    regions = list(
+        _read_regions(source.path("regions"), images, used | counted, objects, finder, pool.skipped)
     )
+    names = {images[number].name for number in used}
+    pool.regions = [region for region in regions if region.image.name in names]
     pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
     pool.count_classes_without_a_region(source.classes)
-    drop_rare_classes(pool, source.min_descriptions)
+    if source.counted_split is None:
+        drop_rare_classes(pool, source.min_descriptions)
+    else:
+        names = {images[number].name for number in counted}
+        frequent = _frequent_classes(
+            (region for region in regions if region.image.name in names), source.min_descriptions
+        )
+        rare = {region.category for region in pool.regions} - frequent
+        pool.drop_classes(rare, "classes_with_too_few_descriptions")
     return pool
 
 
@@ -110,11 +122,33 @@ def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
 
 def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
     """Leave out classes with at most `min_descriptions` regions."""
-    counts = Counter(region.category for region in pool.regions)
-    pool.drop_classes(
-        {category for category, count in counts.items() if count <= min_descriptions},
-        "classes_with_too_few_descriptions",
-    )
+    rare = {region.category for region in pool.regions}
+    rare -= _frequent_classes(pool.regions, min_descriptions)
+    pool.drop_classes(rare, "classes_with_too_few_descriptions")
+
+
+def _frequent_classes(regions: Iterable[PoolRegion], min_descriptions: int) -> set[str]:
+    """The classes with more than `min_descriptions` regions."""
+    counts = Counter(region.category for region in regions)
+    return {category for category, count in counts.items() if count > min_descriptions}
+
+
+def frequent_names(file: Path, more_than: int) -> list[str]:
+    """The names of more than so many objects of an objects file that none of COCO's classes has,
+    in alphabetical order; of a name and its plural, the name.
+    """
+    finder, counts = ClassFinder(COCO_CLASSES), Counter[str]()
+    for record in read_json_list(file):
+        entries = record.get("objects") if isinstance(record, dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            names = entry.get("names") if isinstance(entry, dict) else None
+            counts.update(str(name).strip().lower() for name in names or ())
+    found = {
+        name
+        for name, count in counts.items()
+        if count > more_than and re.fullmatch("[a-z]+( [a-z]+)*", name) and not finder.exact(name)
+    }
+    return sorted(found - {plural(name) for name in found})
 
 
 def read_json_list(file: Path) -> Iterator[Any]:
@@ -200,10 +234,12 @@ def _read_images(file: Path, folder: Path) -> dict[Any, ImageFile]:
 
 
 def _read_split(
-    source: CaptioningSource, images: dict[Any, ImageFile], skipped: Counter[str]
+    source: CaptioningSource, name: str, images: dict[Any, ImageFile], skipped: Counter[str]
 ) -> set[Any]:
-    """The images of the recipe's split. Raises InputError if its ids do not occur in image_data."""
-    file, name = source.path("splits"), source.split
+    """The images of one of the recipe's splits. Raises InputError if its ids do not occur in
+    image_data.
+    """
+    file = source.path("splits")
     splits = read_json(file)
     if not isinstance(splits, dict) or not isinstance(splits.get(name), list):
         raise InputError(f"{file} has no list of image ids named '{name}'.")

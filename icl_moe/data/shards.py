@@ -101,7 +101,8 @@ class Manifest:
     image_tokenizer may be None. recipe: the data recipe. samples: per task. classes: samples per
     task and class. skipped: how much was left out, by task and reason. files: all files except the
     shards and the manifest itself. bad_images: for each task, the images that were left out because
-    they cannot be used, each with the reason.
+    they cannot be used, each with the reason. standard: where the episodes are those of a file of
+    `icl-moe episodes`, its header.
     """
 
     schema_version: int
@@ -119,6 +120,7 @@ class Manifest:
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
     mask_tokenizer: str | None = None
     features_tokenizer: str | None = None
+    standard: dict[str, Any] | None = None
 
     @property
     def tokenizer_folders(self) -> tuple[str, ...]:

@@ -162,6 +162,7 @@ def _evaluate(
         shards_folder=Path(shards.location).name,
         versions=installed_versions(_PACKAGES),
         tasks=tasks,
+        standard=shards.manifest.standard,
     )
     log.finish()
     write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")

@@ -107,7 +107,8 @@ class TaskResult:
 class Metrics:
     """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
     decoding: `greedy`, or `parallel` if masks were decoded in one pass; mask_threshold: the
-    threshold fitted for these.
+    threshold fitted for these. standard: of the episodes of a benchmark, the header of their file:
+    how they were drawn, the definition of the benchmark's own score, and the sha256.
     """
 
     model: str
@@ -121,6 +122,7 @@ class Metrics:
     tasks: dict[str, TaskResult]
     dtype: str = "float32"
     mask_threshold: dict[str, Any] | None = None
+    standard: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of metrics.json; docs/evaluation.md describes it."""

@@ -1,12 +1,8 @@
 """Scores captions against references with the scorers of the COCO caption evaluation."""
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +10,8 @@ from tqdm import tqdm
 
 from icl_moe.bootstrap import Interval, intervals
 from icl_moe.tables import percent, percent_range
+from icl_moe.tasks.dense_captions import Matched, mean_average_precision
+from icl_moe.tasks.java import Meteor, find_java, ptb_lines, start_meteor
 from icl_moe.tasks.task import GroupScore
 
 _MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -33,10 +31,11 @@ class CaptionScores:
     frequencies from the same references. meteor: METEOR 1.5 (Denkowski and Lavie 2014), or None;
     `meteor_note` then says why. `tokenizer` names the tokenizer of the texts. category_accuracy:
     how often the category is right, ignoring case; box_iou: the mean intersection over union of the
-    boxes; None if captions lack them. intervals: score -> 95 % interval over queries (see
-    bootstrap.py); empty if not requested. BLEU is recomputed from the counts of each draw, and
-    CIDEr keeps the document frequencies of the whole set. METEOR has no interval, since a Java
-    program computes it.
+    boxes; None if captions lack them. mean_ap: the mean average precision of dense captioning (see
+    dense_captions.py), or None; `mean_ap_note` then says why. intervals: score -> 95 % interval
+    over queries (see bootstrap.py); empty if not requested. BLEU is recomputed from the counts of
+    each draw, and CIDEr keeps the document frequencies of the whole set. METEOR, which a Java
+    program computes, and mAP, which depends on it, have no interval.
     """
 
     episodes: int
@@ -49,12 +48,15 @@ class CaptionScores:
     category_accuracy: float | None = None
     box_iou: float | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
+    mean_ap: float | None = None
+    mean_ap_note: str = ""
 
     def cells(self) -> dict[str, str]:
         shown = dict(zip(("B@1", "B@2", "B@3", "B@4"), self.bleu, strict=True)) | {
             "ROUGE-L": self.rouge_l,
             "METEOR": self.meteor,
             "CIDEr": self.cider,
+            "mAP": self.mean_ap,
             "category": self.category_accuracy,
             "box IoU": self.box_iou,
         }
@@ -78,8 +80,21 @@ class CaptionScores:
     def notes(self) -> list[str]:
         notes = [f"Tokenizer of the texts: {self.tokenizer}."]
         if self.meteor is None:
-            return [*notes, f"METEOR was {self.meteor_note}."]
-        return [*notes, "METEOR has no interval."] if self.intervals else notes
+            notes.append(f"METEOR was {self.meteor_note}.")
+        if self.mean_ap is not None:
+            notes.append(_MEAN_AP)
+        elif self.mean_ap_note:
+            notes.append(f"mAP was {self.mean_ap_note}.")
+        if self.intervals and self.meteor is not None:
+            notes.append("METEOR and mAP have no interval.")
+        return notes
+
+
+_MEAN_AP = (
+    "mAP: the mean average precision of dense captioning, over the IoU thresholds 0.3 to 0.7 and "
+    "the METEOR thresholds 0 to 0.25, as in DenseCap; the regions to find are the queries of each "
+    "image, and outputs without a confidence are all equally sure."
+)
 
 
 def score_captions(
@@ -87,26 +102,28 @@ def score_captions(
     references: Mapping[str, Sequence[str]],
     java: bool = True,
     with_intervals: bool = False,
+    matched: Sequence[Matched] | None = None,
 ) -> list[CaptionScores]:
     """The scores of several sets of plain texts: one prediction per key, against the same
     references, at least one per key.
 
     java: whether to use Java if it is available. Without it there is no METEOR and the tokenizer is
-    approximate, but starts at once. with_intervals: whether to compute 95 % intervals.
+    approximate, but starts at once. with_intervals: whether to compute 95 % intervals. matched: of
+    each set, what `match` found, for the mean average precision.
     """
     keys = list(references)
-    texts = [said[key] for said in predictions for key in keys] + [
-        text for key in keys for text in references[key]
-    ]
+    texts = [said[key] for said in predictions for key in keys]
+    texts += [text for key in keys for text in references[key]]
+    texts += [text for of in matched or () for each in of.matches for text in each.all_texts]
     tokens, tokenizer = tokenise(texts, java)
-    rest = iter(tokens)
-    candidates = [{key: next(rest) for key in keys} for _ in predictions]
+    of_text = dict(zip(texts, tokens, strict=True))
     return score_tokenised(
-        candidates,
-        {key: [next(rest) for _ in references[key]] for key in keys},
+        [{key: of_text[said[key]] for key in keys} for said in predictions],
+        {key: [of_text[text] for text in references[key]] for key in keys},
         tokenizer,
         java,
         with_intervals,
+        None if matched is None else [of.with_texts(of_text) for of in matched],
     )
 
 
@@ -116,6 +133,7 @@ def score_tokenised(
     tokenizer: str,
     java: bool = True,
     with_intervals: bool = False,
+    matched: Sequence[Matched] | None = None,
 ) -> list[CaptionScores]:
     """The same for texts whose tokens are separated by spaces; `tokenizer` is recorded."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -123,9 +141,9 @@ def score_tokenised(
     from pycocoevalcap.rouge.rouge import Rouge
 
     truths = {key: list(texts) for key, texts in references.items()}
-    meteors, note = _meteor(predictions, truths, java)
+    meteors, note = _meteor(predictions, truths, java, matched)
     scores = []
-    for candidates, meteor in zip(predictions, meteors, strict=True):
+    for candidates, (meteor, mean_ap) in zip(predictions, meteors, strict=True):
         answers = {key: [candidates[key]] for key in truths}
         bleus = BleuScorer(n=4)
         for key, texts in truths.items():
@@ -144,6 +162,8 @@ def score_tokenised(
                 note,
                 tokenizer,
                 intervals=ranges,
+                mean_ap=mean_ap,
+                mean_ap_note=note if matched is not None else "",
             )
         )
     return scores
@@ -190,17 +210,6 @@ def _intervals(
     return dict(zip(names, intervals(scores, len(counts)), strict=True))
 
 
-def java_problem(wanted: bool = True) -> str | None:
-    """Why Java cannot be used, or None if it can."""
-    if not wanted:
-        return "Java was not asked for"
-    if shutil.which("java") is None:
-        return "no `java` is on the PATH"
-    if subprocess.run(["java", "-version"], capture_output=True, check=False).returncode:
-        return "`java -version` fails"
-    return None
-
-
 def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:
     """The texts in lower case, with tokens separated by spaces and without punctuation; and the
     name of the tokenizer.
@@ -208,9 +217,9 @@ def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:
     This is the Stanford PTB tokenizer, as in the COCO caption evaluation, if Java is available;
     otherwise `tokenise_plainly`.
     """
-    problem = java_problem(java)
-    if problem is None:
-        lines = _ptb_lines([" ".join(text.split()) for text in texts])
+    program, problem = find_java() if java else ("", _NOT_ASKED)
+    if program:
+        lines = ptb_lines(program, [" ".join(text.split()) for text in texts])
         if len(lines) == len(texts):
             return [
                 _without_marks(line.split(" ")) for line in lines
@@ -245,96 +254,40 @@ def _without_marks(tokens: Iterable[str]) -> str:
     return " ".join(token for token in tokens if token and token not in _MARKS)
 
 
-def _ptb_lines(texts: Sequence[str]) -> list[str]:
-    """Each text (without line breaks) as tokenized by the Stanford tokenizer; a different number of
-    lines if it fails.
+_NOT_ASKED = "Java was not asked for"
 
-    pycocoevalcap's own wrapper is not used because it writes into its installation and depends on
-    the locale.
-    """
-    command = [
-        *_JAVA,
-        "-cp",
-        "stanford-corenlp-3.4.1.jar",
-        "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines",
-        "-lowerCase",
-    ]
-    lines = "".join(text + "\n" for text in texts)
-    result = subprocess.run(
-        command,
-        cwd=_folder("tokenizer"),
-        input=lines,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return result.stdout.split("\n")[:-1]
+
+_Meteors = tuple[float | None, float | None]
+"""Of a set: METEOR of the corpus, and the mean average precision."""
 
 
 def _meteor(
-    predictions: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], java: bool
-) -> tuple[Sequence[float | None], str]:
-    """The corpus score of each set and "", or None for each set and the reason.
-
-    pycocoevalcap's own wrapper is not used because it waits forever if its Java process dies.
-    """
-    problem = java_problem(java)
-    if problem is not None:
-        return [None] * len(predictions), f"not computed: {problem}"
-    command = [*_JAVA, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-    try:
-        with subprocess.Popen(
-            command,
-            cwd=_folder("meteor"),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=nowhere,
-            encoding="utf-8",
-        ) as process:
-            try:
-                sets = tqdm(predictions, desc="METEOR", unit="set", leave=False)
-                return [_corpus_meteor(process, candidates, references) for candidates in sets], ""
-            finally:
-                process.kill()
-    except (OSError, ValueError) as error:
-        return [None] * len(predictions), f"not computed: METEOR's Java program failed ({error})"
-
-
-def _corpus_meteor(
-    java: subprocess.Popen[str],
-    candidates: Mapping[str, str],
+    predictions: Sequence[Mapping[str, str]],
     references: Mapping[str, Sequence[str]],
-) -> float:
-    statistics = [_ask(java, "SCORE", *texts, candidates[key]) for key, texts in references.items()]
-    score = float(
-        _ask(java, "EVAL", *statistics)
-    )  # The scores of the texts come first, and that of the corpus last.
-    for _ in statistics:
-        score = float(_read(java))
-    return score
+    java: bool,
+    matched: Sequence[Matched] | None,
+) -> tuple[list[_Meteors], str]:
+    """What METEOR is needed for, of each set, and ""; or None for each set, and the reason."""
+    nothing: list[_Meteors] = [(None, None)] * len(predictions)
+    program, problem = find_java() if java else ("", _NOT_ASKED)
+    if problem:
+        return nothing, f"not computed: {problem}"
+    scores: list[_Meteors] = []
+    try:
+        with start_meteor(program) as meteor:
+            for place, of in enumerate(tqdm(predictions, "METEOR", unit="set", leave=False)):
+                judged = [(of[key], texts) for key, texts in references.items()]
+                _, corpus = meteor.scores(judged)
+                mean_ap = None if matched is None else _mean_ap(meteor, matched[place])
+                scores.append((corpus, mean_ap))
+    except (OSError, ValueError) as error:
+        return nothing, f"not computed: METEOR's Java program failed ({error})"
+    return scores, ""
 
 
-_JAVA = ("java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
-
-
-def _folder(name: str) -> Path:
-    spec = find_spec(f"pycocoevalcap.{name}")
-    assert spec is not None and spec.submodule_search_locations is not None
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _ask(java: subprocess.Popen[str], *fields: str) -> str:
-    assert java.stdin is not None
-    java.stdin.write(" ||| ".join(field.replace("|||", "") for field in fields) + "\n")
-    java.stdin.flush()
-    return _read(java)
-
-
-def _read(java: subprocess.Popen[str]) -> str:
-    assert java.stdout is not None
-    line = java.stdout.readline()
-    if not line:
-        raise ValueError("it ended early")
-    return line.strip()
+def _mean_ap(meteor: Meteor, matched: Matched) -> float:
+    judged = [(m.text, m.references) for m in matched.matches if m.needs_meteor]
+    found = iter(meteor.scores(judged)[0] if judged else ())
+    return mean_average_precision(
+        matched, [next(found) if each.needs_meteor else 0.0 for each in matched.matches]
+    )

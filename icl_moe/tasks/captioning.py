@@ -30,6 +30,7 @@ from icl_moe.tasks.caption_template import (
     read_caption,
     write_caption,
 )
+from icl_moe.tasks.dense_captions import Detection, Matched, Region, match
 from icl_moe.tasks.grammar import Grammar, forced, image_codes
 from icl_moe.tasks.task import (
     CodeReader,
@@ -261,7 +262,9 @@ class Captioning(Task):
     ) -> list[CaptionScores]:
         references = {str(n): truth.meta["references"][0] for n, truth in enumerate(truths)}
         texts = [{str(n): said["caption"] or "" for n, said in enumerate(of)} for of in sets]
-        scores = score_captions(texts, references, java=not quick, with_intervals=not quick)
+        has_boxes = format.box != "none"
+        matched = _matched(sets, truths) if has_boxes and not quick else None
+        scores = score_captions(texts, references, not quick, not quick, matched)
         true = [self.true_output(truth) for truth in truths]
         found = []
         for of_set, outputs in zip(scores, sets, strict=True):
@@ -278,6 +281,7 @@ class Captioning(Task):
                     category_accuracy=means.get("category_accuracy"),
                     box_iou=means.get("box_iou"),
                     intervals=of_set.intervals | intervals,
+                    mean_ap_note=of_set.mean_ap_note if has_boxes else _NO_BOXES,
                 )
             )
         return found
@@ -349,6 +353,33 @@ def style_judge(truths: Iterable[Truth]) -> StyleJudge:
         for kind, of_kind in by_kind(truth).items():
             texts.setdefault(kind.style, []).extend(each["caption"] for each in of_kind)
     return StyleJudge(texts)
+
+
+_NO_BOXES = "not computed: these captions have no boxes"
+
+
+def _matched(sets: Sequence[Sequence[Output]], truths: Sequence[Truth]) -> list[Matched]:
+    """Each set's captions assigned to regions: those of an image are its queries."""
+    images = [str(truth.meta["sources"][-1]["image"]) for truth in truths]
+    regions = [
+        Region(image, tuple(truth.meta["boxes"][-1]), tuple(truth.meta["references"][0]))
+        for image, truth in zip(images, truths, strict=True)
+    ]
+    return [
+        match(
+            [
+                Detection(
+                    image,
+                    tuple(said["box"]) if said["box"] else None,
+                    said["caption"] or "",
+                    float(said.get("confidence") or 0.0),
+                )
+                for image, said in zip(images, outputs, strict=True)
+            ],
+            regions,
+        )
+        for outputs in sets
+    ]
 
 
 def box_of(pair: CaptionPair, model: CodeReader) -> Box | None:

@@ -21,7 +21,7 @@ from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar, image_codes
-from icl_moe.tasks.mask_scores import SegmentationScores, mask_iou, score_masks
+from icl_moe.tasks.mask_scores import SegmentationScores, Standard, mask_iou, score_masks
 from icl_moe.tasks.task import (
     Baseline,
     CodeReader,
@@ -58,10 +58,12 @@ class MaskTarget:
 
     objects: the same for every class annotated in the crop, including the region's own, as (class,
     run lengths). Evaluation uses them to decide whether a model marks what it was shown.
+    ignored: the pixels of which the annotation says nothing, which do not count; empty for none.
     """
 
     counts: bytes
     objects: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
+    ignored: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class Segmentation(Task):
             "objects": [
                 {"class": name, "mask": rle(counts)} for name, counts in targets[-1].objects
             ],
+            **({"ignored": rle(targets[-1].ignored)} if targets[-1].ignored else {}),
         }
 
     def verify(self, truth: Truth, image_size: int) -> None:
@@ -164,7 +167,8 @@ class Segmentation(Task):
             raise InputError(f"its JSON must have {pairs} masks.")
         check_objects(truth, ("mask",))
         objects = [entry["mask"] for entry in truth.meta.get("objects", ())]
-        for mask in (*masks, *objects):
+        ignored = [truth.meta["ignored"]] if "ignored" in truth.meta else []
+        for mask in (*masks, *objects, *ignored):
             if (
                 not isinstance(mask, dict)
                 or mask.get("size") != [image_size, image_size]
@@ -194,13 +198,15 @@ class Segmentation(Task):
         format: SequenceFormat,
         quick: bool = False,
     ) -> list[SegmentationScores]:
+        standard = _standard(truths)
         return [
             score_masks(
                 (
-                    (truth.category, _mask(said), _mask(self.true_output(truth)))
+                    (truth.category, _counted(said, truth), _mask(self.true_output(truth)))
                     for truth, said in zip(truths, outputs, strict=True)
                 ),
                 with_intervals=not quick,
+                standard=standard,
             )
             for outputs in sets
         ]
@@ -255,3 +261,17 @@ class Segmentation(Task):
 
 def _mask(output: Output) -> np.ndarray:
     return decode_rle(output["mask"])
+
+
+def _counted(output: Output, truth: Truth) -> np.ndarray:
+    """An output's mask without the pixels that do not count."""
+    ignored = truth.meta.get("ignored")
+    return _mask(output) if ignored is None else _mask(output) & ~decode_rle(ignored)
+
+
+def _standard(truths: Sequence[Truth]) -> Standard | None:
+    """The benchmark that all episodes are of, and the fold of each; None without one."""
+    names = {truth.meta.get("standard") for truth in truths}
+    if len(names) != 1 or None in names:
+        return None
+    return Standard(str(names.pop()), tuple(int(truth.meta["fold"]) for truth in truths))

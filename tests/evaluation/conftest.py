@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,9 +40,3 @@ def parallel_model_folder(tmp_path_factory, toy_shards) -> Path:
     """The same model, marked as trained with mask corruption."""
     folder = tmp_path_factory.mktemp("parallel_model")
     return toy_export.save_toy_model(folder, toy_shards, mask_corruption=True)
-
-
-@pytest.fixture
-def no_java(monkeypatch):
-    """METEOR's Java program takes seconds to start; its own tests cover it."""
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))

@@ -1,13 +1,12 @@
 """Caption scores on cases small enough to compute by hand; tests/real_data has real ones."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from icl_moe.bootstrap import DRAWS, SEED
-from icl_moe.tasks import caption_scores
+from icl_moe.tasks import java
 from icl_moe.tasks.caption_scores import (
     rouge_l,
     score_captions,
@@ -21,11 +20,6 @@ REFERENCES = {
     "2": ["two cats sleep", "cats asleep on a bed"],
     "3": ["a red bus"],
 }
-
-
-@pytest.fixture
-def no_java(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
 
 
 def test_bleu_is_clipped_precision_with_brevity_penalty(no_java):
@@ -60,7 +54,7 @@ def test_sets_scored_together_have_the_scores_they_have_alone(no_java):
 def test_without_java_meteor_is_left_out_and_says_why(no_java):
     (scores,) = score_captions([{"3": "a red bus"}], {"3": REFERENCES["3"]})
     assert scores.meteor is None
-    assert scores.meteor_note == "not computed: no `java` is on the PATH"
+    assert scores.meteor_note == no_java
     assert "no `java` is on the PATH" in scores.tokenizer
 
 
@@ -73,14 +67,23 @@ def test_without_java_meteor_is_left_out_and_says_why(no_java):
             'case "$*" in *version*) exit 0;; esac; while read line; do echo nonsense; done',
             "METEOR's Java program failed",
         ),
+        (
+            'case "$*" in *version*) exit 0;; esac; while read line; do sleep 600; done',
+            "METEOR's Java program failed (it gave no answer for 1 seconds)",
+        ),
+        (
+            'case "$*" in *version*) exit 0;; esac; sleep 600',
+            "METEOR's Java program failed (it gave no answer for 1 seconds)",
+        ),
     ],
-    ids=["no version", "dies at once", "answers nonsense"],
+    ids=["no version", "dies at once", "answers nonsense", "stops answering", "never reads"],
 )
 def test_a_broken_java_is_noted_and_never_waited_for(script, reason, tmp_path, monkeypatch):
-    java = tmp_path / "java"
-    java.write_text(f"#!/bin/sh\n{script}\n")
-    java.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    program = tmp_path / "java"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(java, "PATIENCE", 1.0)
     (scores,) = score_captions([{"3": "a red bus"}], {"3": REFERENCES["3"]})
     assert scores.meteor is None
     assert reason in scores.meteor_note
@@ -106,8 +109,8 @@ def test_the_plain_tokeniser_splits_as_the_ptb_tokenizer_does(text, expected):
 
 
 def test_the_ptb_tokenizer_splits_so_too_whatever_the_locale(monkeypatch):
-    if caption_scores.java_problem():
-        pytest.skip(f"{caption_scores.java_problem()}: the PTB tokenizer needs Java")
+    if problem := java.find_java()[1]:
+        pytest.skip(f"{problem}: the PTB tokenizer needs Java")
     monkeypatch.setenv("LC_ALL", "C")
     texts, tokenizer = tokenise([text.replace(" ", "\n", 1) for text, _ in CASES])
     assert tokenizer.startswith("Stanford")
@@ -115,8 +118,7 @@ def test_the_ptb_tokenizer_splits_so_too_whatever_the_locale(monkeypatch):
 
 
 def test_the_scorers_files_are_found():
-    assert isinstance(caption_scores._folder("meteor"), Path)
-    assert (caption_scores._folder("meteor") / "meteor-1.5.jar").is_file()
+    assert (java.scorer_folder("meteor") / "meteor-1.5.jar").is_file()
 
 
 def test_intervals_are_those_of_scores_of_plain_draws(no_java):

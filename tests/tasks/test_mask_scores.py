@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.rle import decode_rle, encode_rle
-from icl_moe.tasks.mask_scores import mask_iou, score_masks
+from icl_moe.tasks.mask_scores import Standard, mask_iou, score_masks
 
 MASKS = arrays.arrays(bool, (3, 4))
 TRIPLES = st.lists(
@@ -40,6 +40,36 @@ def test_scores_equal_plain_loops(triples):
     scores = score_masks(triples)
     assert (scores.miou, scores.mean_iou, scores.mae) == pytest.approx(by_loops(triples))
     assert scores.episodes == len(triples) == sum(scores.class_episodes.values())
+
+
+FOLDED = st.lists(
+    st.tuples(st.sampled_from(["0cat", "0dog", "1bus", "1car", "3bed"]), MASKS, MASKS),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(FOLDED)
+@settings(max_examples=60, deadline=None)
+def test_the_miou_of_a_benchmark_equals_its_authors_buffers(triples):
+    """As HSNet's AverageMeter: pixels of intersections and unions are added up class by class, and
+    the mean is over the classes of a fold, then over folds.
+    """
+    folds = tuple(int(name[0]) for name, _, _ in triples)
+    scores = score_masks(triples, standard=Standard("coco20i", folds))
+    of_folds = {}
+    for fold in sorted(set(folds)):
+        inter, union = {}, {}
+        for name, predicted, true in triples:
+            if int(name[0]) == fold:
+                area_inter = sum(p and t for p, t in zip(predicted.flat, true.flat, strict=True))
+                area = sum(predicted.flat) + sum(true.flat) - area_inter
+                inter[name] = inter.get(name, 0) + area_inter
+                union[name] = union.get(name, 0) + area
+        of_folds[str(fold)] = sum(inter[n] / max(union[n], 1) for n in inter) / len(inter)
+    assert scores.fold_miou == pytest.approx(of_folds)
+    assert scores.standard_miou == pytest.approx(sum(of_folds.values()) / len(of_folds))
+    assert sum(scores.fold_episodes.values()) == len(triples)
 
 
 def test_a_class_counts_once_and_its_large_objects_count_more():
@@ -90,7 +120,8 @@ def test_intervals_are_those_of_scores_of_plain_draws():
     def middle(values) -> tuple[float, float]:
         return tuple(np.percentile(values, [2.5, 97.5]).tolist())
 
-    found = score_masks(triples, with_intervals=True)
+    found = score_masks(triples, with_intervals=True, standard=Standard("one", (0,) * 7))
+    assert found.intervals["standard_miou"] == pytest.approx(found.intervals["miou"])
     for name in ("miou", "mean_iou", "mae"):
         assert found.intervals[name] == pytest.approx(middle([getattr(s, name) for s in scores]))
     assert found.class_intervals.keys() == found.class_iou.keys()
