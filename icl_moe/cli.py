@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment(verbs)
     _add_caption(verbs)
     _add_demo(verbs)
+    _add_reproduce(verbs)
     return parser
 
 
@@ -414,6 +415,36 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
         help="folder for all results (default demo)",
     )
     parser.set_defaults(run=_demo)
+
+
+def _add_reproduce(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "reproduce", help="train and evaluate every row of one of the paper's tables"
+    )
+    parser.add_argument(
+        "table", choices=("table1", "table2", "table3", "table4", "table6", "table7")
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("demo", "paper"),
+        required=True,
+        help="demo: drawn scenes, minutes on two cores; paper: its data and model, on GPUs",
+    )
+    parser.add_argument(
+        "--data",
+        type=take.path,
+        help="folder with coco, visual_genome and the tokenizer, for --scale paper (default data)",
+    )
+    parser.add_argument(
+        "--out",
+        type=take.folder,
+        required=True,
+        help="folder for shards, models and the table; tables that share it share them",
+    )
+    parser.add_argument("--rows", default="", help="names of rows, such as dense,gshard")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    parser.add_argument("--yes", action="store_true", help="start --scale paper")
+    parser.set_defaults(run=_reproduce)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -677,4 +708,22 @@ def _demo(options: argparse.Namespace) -> int:
     from icl_moe.demo import run_demo
 
     run_demo(options.out)
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from icl_moe.reproduce.pipeline import reproduce
+
+    rows = [name for name in options.rows.split(",") if name]
+    print(
+        reproduce(
+            options.table,
+            options.scale,
+            options.out,
+            options.data,
+            rows,
+            options.yes,
+            options.dry_run,
+        )
+    )
     return 0
