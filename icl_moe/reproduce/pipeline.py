@@ -63,9 +63,9 @@ def reproduce(
     done again, and the stages of an unfinished one resume.
 
     data: the folder of the data sets, at paper scale. rows: names, by default all. confirmed:
-    whether paper scale may begin. dry_run: do nothing, and return the commands. Raises InputError if there is
-    no such row, if data sets are missing, if paper scale is not confirmed, if `out` holds runs of
-    other settings, and if a stage fails.
+    whether paper scale may begin. dry_run: do nothing, and return the commands. Raises InputError
+    if there is no such row, if data sets are missing, if paper scale is not confirmed, if `out`
+    holds runs of other settings, and if a stage fails.
     """
     table = TABLES[name](scale)
     chosen = table.chosen(tuple(rows))
