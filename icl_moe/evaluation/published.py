@@ -18,7 +18,7 @@ FIGURES = {
     "bleu_4": "B@4",
     "meteor": "METEOR",
     "cider": "CIDEr",
-    "dense_map": "mAP",
+    "mean_ap": "mAP",
     "coco20i": "COCO-20i",
     "pascal5i": "Pascal-5i",
     "fss1000": "FSS-1000",

@@ -11,7 +11,7 @@ from icl_moe.pages import render
 from icl_moe.reproduce.tables import PaperTable, Row, Score
 from icl_moe.tables import Table, as_markdown
 
-_OURS = ("miou", "mae", "bleu_4", "meteor", "cider", "dense_map")
+_OURS = ("miou", "mae", "bleu_4", "meteor", "cider", "mean_ap")
 """The figures that an evaluation measures."""
 
 _FLIPS = {"segmentation": "flips, masks", "captioning": "flips, captions"}
