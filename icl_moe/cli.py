@@ -175,10 +175,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_export(verbs)
     _add_evaluate(verbs)
+    _add_predictions(verbs)
+    _add_compare(verbs)
     _add_segment(verbs)
     _add_caption(verbs)
     _add_label(verbs)
     _add_demo(verbs)
+    _add_reproduce(verbs)
     return parser
 
 
@@ -368,9 +371,88 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         "shuffled (any other class), both separated by a comma, or none (default: swapped, "
         "if the shards contain the necessary data)",
     )
+    parser.add_argument(
+        "--predictions",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also score the predictions of another system; may be repeated",
+    )
     _add_decoding(parser)
     _add_place(parser)
     parser.set_defaults(run=_evaluate)
+
+
+_SHARDS = "a shard folder: a path, or a URL such as s3://bucket/folder"
+
+
+def _add_predictions(verbs: argparse._SubParsersAction) -> None:
+    actions = verbs.add_parser(
+        "predictions", help="predictions of other systems on the episodes of a shard folder"
+    ).add_subparsers(required=True, metavar="ACTION")
+
+    parser = actions.add_parser(
+        "template", help="write what another system is to predict: pictures and an empty file"
+    )
+    _add_asked(parser)
+    parser.set_defaults(run=_predictions_template)
+
+    parser = actions.add_parser("baseline", help="write the predictions of a system that runs here")
+    parser.add_argument(
+        "baseline",
+        metavar="NAME",
+        help="copy, whole_image, mean_mask, every_object, frequent_caption, matcher or seggpt",
+    )
+    _add_asked(parser)
+    parser.add_argument("--weights", help="of seggpt: a folder or a Hub id")
+    take.add_device(parser)
+    parser.set_defaults(run=_predictions_baseline)
+
+    parser = actions.add_parser("check", help="check that predictions are whole, and of what")
+    parser.add_argument("folder", type=take.path, metavar="FOLDER", help="folder of predictions")
+    parser.add_argument("shards", help=_SHARDS)
+    _add_limit(parser)
+    parser.set_defaults(run=_predictions_check)
+
+
+def _add_asked(parser: argparse.ArgumentParser) -> None:
+    """The episodes that a system is asked for, and where its predictions go."""
+    parser.add_argument("shards", help=_SHARDS)
+    parser.add_argument("--out", type=take.folder, required=True, help="folder to write")
+    take.add_whole_number(parser, "--shots", 0, 1, "examples before each query", most=100)
+    _add_limit(parser)
+    parser.add_argument(
+        "--images",
+        type=take.path,
+        help="folder of the images of the shards (default: where they were built from)",
+    )
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit", type=take.whole_number(1), help="only so many episodes of each task"
+    )
+
+
+def _add_compare(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "compare", help="compare two evaluations or predictions, with tests of significance"
+    )
+    for name in ("a", "b"):
+        parser.add_argument(
+            name,
+            type=take.path,
+            metavar=name.upper(),
+            help="folder of an evaluation, or of predictions",
+        )
+    parser.add_argument("shards", help=_SHARDS)
+    parser.add_argument(
+        "--shots",
+        type=take.whole_number(0),
+        help="number of examples to compare, of evaluations (default: the largest)",
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="also write the figures")
+    parser.set_defaults(run=_compare)
 
 
 def _add_segment(verbs: argparse._SubParsersAction) -> None:
@@ -483,6 +565,36 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
         help="folder for all results (default demo)",
     )
     parser.set_defaults(run=_demo)
+
+
+def _add_reproduce(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "reproduce", help="train and evaluate every row of one of the paper's tables"
+    )
+    parser.add_argument(
+        "table", choices=("table1", "table2", "table3", "table4", "table6", "table7")
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("demo", "paper"),
+        required=True,
+        help="demo: drawn scenes, minutes on two cores; paper: its data and model, on GPUs",
+    )
+    parser.add_argument(
+        "--data",
+        type=take.path,
+        help="folder with coco, visual_genome and the tokenizer, for --scale paper (default data)",
+    )
+    parser.add_argument(
+        "--out",
+        type=take.folder,
+        required=True,
+        help="folder for shards, models and the table; tables that share it share them",
+    )
+    parser.add_argument("--rows", default="", help="names of rows, such as dense,gshard")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    parser.add_argument("--yes", action="store_true", help="start --scale paper")
+    parser.set_defaults(run=_reproduce)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -645,6 +757,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if controls == ["none"]:
         controls = []
 
+    predictions = _named_folders(options.predictions)
+
     from icl_moe.evaluation.protocol import evaluate
     from icl_moe.evaluation.report import summary
 
@@ -660,8 +774,91 @@ def _evaluate(options: argparse.Namespace) -> int:
             options.device,
             decoding=options.decoding,
             dtype=options.dtype,
+            predictions=predictions,
         )
     print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
+    return 0
+
+
+def _named_folders(texts: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not (name and separator and folder):
+            raise InputError(f"--predictions must be NAME=FOLDER, not {text!r}.")
+        if name in found:
+            raise InputError(f"--predictions names {name} twice.")
+        found[name] = take.path(folder)
+    return found
+
+
+def _predictions_template(options: argparse.Namespace) -> int:
+    from icl_moe.data.shards import ShardSet
+    from icl_moe.evaluation.other_systems import open_episodes
+    from icl_moe.evaluation.template import write_template
+    from icl_moe.outputs import writing
+
+    shards = ShardSet(options.shards)
+    sets = open_episodes(shards, options.limit)
+    with writing(options.out):
+        write_template(shards, sets, options.out, options.shots, options.images)
+    for episodes in sets:
+        print(
+            f"{options.out}: {len(episodes)} episodes of {episodes.task.name}; fill the results of "
+            f"{episodes.task.name}.json"
+        )
+    return 0
+
+
+def _predictions_baseline(options: argparse.Namespace) -> int:
+    from icl_moe.baselines import predict_baseline
+    from icl_moe.data.shards import ShardSet
+    from icl_moe.outputs import writing
+
+    with writing(options.out):
+        tasks = predict_baseline(
+            options.baseline,
+            ShardSet(options.shards),
+            options.out,
+            options.shots,
+            options.limit,
+            options.weights,
+            options.images,
+            options.device,
+        )
+    print(f"{options.out}: predictions of {options.baseline} for {' and '.join(tasks)}")
+    return 0
+
+
+def _predictions_check(options: argparse.Namespace) -> int:
+    from icl_moe.data.shards import ShardSet
+    from icl_moe.evaluation.other_systems import check_predictions
+
+    for task, system in check_predictions(
+        options.folder, ShardSet(options.shards), options.limit
+    ).items():
+        print(
+            f"{options.folder}: {len(system.outputs)} predictions of {system.name} for {task}, "
+            f"after {system.shots} example(s), are complete"
+        )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from icl_moe.data.shards import ShardSet
+    from icl_moe.evaluation.compare import compare, comparison_table
+    from icl_moe.outputs import output_file, write_output
+    from icl_moe.tables import as_text
+
+    out = options.out and output_file(options.out, (".json",))
+    found = compare(options.a, options.b, ShardSet(options.shards), options.shots)
+    print(f"A: {options.a}\nB: {options.b}\n\n{as_text(comparison_table(found))}")
+    if out:
+        values = [dataclasses.asdict(each) for each in found]
+        write_output(out, json.dumps(values, indent=1) + "\n")
     return 0
 
 
@@ -799,4 +996,22 @@ def _demo(options: argparse.Namespace) -> int:
     from icl_moe.demo import run_demo
 
     run_demo(options.out)
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from icl_moe.reproduce.pipeline import reproduce
+
+    rows = [name for name in options.rows.split(",") if name]
+    print(
+        reproduce(
+            options.table,
+            options.scale,
+            options.out,
+            options.data,
+            rows,
+            options.yes,
+            options.dry_run,
+        )
+    )
     return 0

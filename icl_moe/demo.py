@@ -4,22 +4,18 @@ This module is at the top of the package, because it uses all the others.
 """
 
 import csv
-import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl_moe.errors import InputError
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.evaluation.report import Section, summary
 from icl_moe.evaluation.results import Metrics
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
 from icl_moe.pages.chart import Chart, line_chart
-from icl_moe.training.distributed import free_port
+from icl_moe.stages import launch, verb
 from icl_moe.training.expert_table import choices_table, expert_choices
 
 RANKS = 2
@@ -47,12 +43,12 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     )
     started = time.monotonic()
     _say("1/5 Draw scenes in COCO's formats, and build shards")
-    _run("shards", "build", _RECIPE, "--out", train)
-    _run("shards", "build", _RECIPE, *_VALIDATION, "--out", validation)
+    verb("shards", "build", _RECIPE, "--out", train).run()
+    verb("shards", "build", _RECIPE, *_VALIDATION, "--out", validation).run()
     _say(f"2/5 Train on {RANKS} ranks")
-    _launch(_RECIPE, f"data.shards={train}", f"training.output={run}", *settings)
+    launch(RANKS, _RECIPE, f"data.shards={train}", f"training.output={run}", *settings).run()
     _say("3/5 Export the model, and fit the threshold of its masks on training episodes")
-    _run("export", run, "--out", model, "--threshold-from", train)
+    verb("export", run, "--out", model, "--threshold-from", train).run()
     _say("4/5 Segment and caption scenes of held-out classes with one example; swap the examples")
     metrics = _evaluate(model, validation, run, report)
     _say("5/5 Done")
@@ -99,39 +95,3 @@ def _loss_curve(run: Path) -> Chart:
 
 def _say(stage: str) -> None:
     print(f"\n== {stage}", flush=True)
-
-
-def _run(*arguments: str | Path) -> None:
-    """Run one verb of the command line in a separate process."""
-    _call(
-        [sys.executable, "-m", "icl_moe", *map(str, arguments)],
-        shown=["icl-moe", *map(str, arguments)],
-    )
-
-
-def _launch(*arguments: str) -> None:
-    # A free port, since another run on this machine may use the launcher's default.
-    launcher = [
-        "--num_gpus",
-        str(RANKS),
-        "--master_port",
-        str(free_port()),
-        "--module",
-        "icl_moe.training",
-        *arguments,
-    ]
-    shown = ["deepspeed", "--num_gpus", str(RANKS), "launch_scripts/pretrain.sh", *arguments]
-    _call([sys.executable, "-m", "deepspeed.launcher.runner", *launcher], shown)
-
-
-def _call(command: list[str], shown: list[str]) -> None:
-    print("$ " + shlex.join(shown), flush=True)
-    # One thread for each rank, since more would compete for the cores; and the launcher need not
-    # look for accelerators.
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise InputError(
-            f"The demo stopped: `{shlex.join(shown)}` ended with exit code {code}; run the demo "
-            "again to resume from there."
-        )

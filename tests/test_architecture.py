@@ -31,8 +31,9 @@ FLOORS = [
     {"data", "model"},
     {"inference", "optim"},
     {"evaluation"},
-    {"training"},
-    {"demo"},
+    {"baselines", "training"},
+    {"stages"},
+    {"demo", "reproduce"},
     {"cli"},
 ]
 """The modules and packages of icl_moe, from the ground up."""

@@ -86,6 +86,7 @@ class EpisodeSet:
     ) -> None:
         self.task = TASKS[task]
         self.examples = shards.manifest.examples
+        self.image_size = shards.manifest.image_size
         self._shards, self._codec = shards, codec
         self._count = min(shards.count(task), limit or shards.count(task))
 

@@ -34,13 +34,17 @@ class Condition(NamedTuple):
 
     def describe(self) -> str:
         """For example "2 examples of another class"."""
-        plural = "" if self.shots == 1 else "s"
         exchanged = {
             None: "",
             "shuffled": " of another class",
             "swapped": " of something else in the query",
         }[self.control]
-        return f"{self.shots} example{plural}{exchanged}"
+        return f"{describe_shots(self.shots)}{exchanged}"
+
+
+def describe_shots(shots: int) -> str:
+    """Such as "1 example" or "2 examples"."""
+    return f"{shots} example{'' if shots == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ then scored.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -18,11 +18,13 @@ from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_sam
 from icl_moe.evaluation.gallery import draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.matcher import Matcher
+from icl_moe.evaluation.other_systems import OtherSystem, read_predictions
 from icl_moe.evaluation.predictions import (
     Condition,
     Control,
     Prediction,
     PredictionLog,
+    describe_shots,
     predict,
 )
 from icl_moe.evaluation.proof import ShotScores, SwappedQuery, score_shots, score_swaps
@@ -62,6 +64,7 @@ def evaluate(
     sections: Sequence[Section] = (),
     decoding: Decoding | None = None,
     dtype: str | None = None,
+    predictions: Mapping[str, Path] | None = None,
 ) -> Metrics:
     """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
     path or a URL (all by default).
@@ -69,12 +72,14 @@ def evaluate(
     shots: how many of an episode's examples to show; each number gives a row of the table.
     controls: how examples are exchanged for comparison; by default `swapped` if the shards contain
     the necessary data. sections: additional sections of the report. decoding: of masks, see
-    `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. Writes
+    `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. predictions: of
+    other systems on the same episodes, name of the row -> folder (see other_systems.py). Writes
     metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
     After an interruption, the same call resumes after the last complete batch.
 
     Raises InputError if the model and the shards do not match, if they do not support the requested
-    numbers of examples or swapped examples, or if `out` cannot be written.
+    numbers of examples or swapped examples, if predictions are not of exactly these episodes, or if
+    `out` cannot be written.
     """
     out, shots = output_folder(out), list(shots)
     if (out / "model.safetensors").exists():
@@ -89,6 +94,7 @@ def evaluate(
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
+    others = _other_systems(sets, predictions or {})
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         model_name = Path(model_dir).resolve().name
@@ -105,7 +111,25 @@ def evaluate(
             asked,
             sections,
             decoding,
+            others,
         )
+
+
+def _other_systems(
+    sets: Sequence[EpisodeSet], predictions: Mapping[str, Path]
+) -> dict[str, list[OtherSystem]]:
+    """Task -> the systems that have predictions for it. Raises InputError if one has none at
+    all.
+    """
+    found: dict[str, list[OtherSystem]] = {episodes.task.name: [] for episodes in sets}
+    for name, folder in predictions.items():
+        systems = [read_predictions(folder, episodes, name) for episodes in sets]
+        if not any(systems):
+            files = " nor ".join(f"{task}.json" for task in found)
+            raise InputError(f"{folder} holds neither {files}: predictions of no task.")
+        for task, system in zip(found, systems, strict=True):
+            found[task] += [system] if system else []
+    return found
 
 
 def _evaluate(
@@ -120,6 +144,7 @@ def _evaluate(
     controls: Sequence[Control],
     sections: Sequence[Section],
     decoding: Decoding,
+    others: Mapping[str, Sequence[OtherSystem]],
 ) -> Metrics:
     header: dict[str, Any] = {
         "model": model.fingerprint,
@@ -144,7 +169,7 @@ def _evaluate(
         matchers = _matchers(model, episodes, shots)
         judge = episodes.task.judge(truths, model.format)
         tasks[task] = TaskResult(
-            _rows(model, episodes, truths, conditions, log, batch_size, matchers),
+            _rows(model, episodes, truths, conditions, log, batch_size, matchers, others[task]),
             held_out_loss(model, shards, task, limit, batch_size),
             _classes(model, shards, task),
             episodes.task.measure,
@@ -291,16 +316,20 @@ def _rows(
     log: PredictionLog,
     batch_size: int,
     matchers: Sequence[Matcher],
+    others: Sequence[OtherSystem],
 ) -> tuple[Row, ...]:
-    """Scores of the model under each condition that asks all queries, then of the first example's
-    output, of matchers, of the task's baselines, and of the truth through the tokenizer (the
-    mask ceiling), if that is a bound.
+    """Scores of the model under each condition that asks all queries, then of other systems, of the
+    first example's output, of matchers, of the task's baselines, and of the truth through the
+    tokenizer (the mask ceiling), if that is a bound.
     """
     task = episodes.task
     conditions = [condition for condition in conditions if condition.control != "swapped"]
     asked = [[log[condition, truth.key] for truth in truths] for condition in conditions]
     sets = [[prediction.said for prediction in predictions] for predictions in asked]
     names: list[tuple[str, Source]] = []
+    for system in others:
+        names.append((f"{system.name}, {describe_shots(system.shots)}", "predictions"))
+        sets.append(list(system.outputs))
     if episodes.examples:
         names.append(_FIRST_EXAMPLE)
         sets.append([task.true_output(truth, 0) for truth in truths])
@@ -339,8 +368,7 @@ def _matchers(model: InContextModel, episodes: EpisodeSet, shots: Sequence[int])
 
 
 def _matched(matcher: Matcher) -> tuple[str, Source]:
-    examples = "1 example" if matcher.shots == 1 else f"{matcher.shots} examples"
-    return f"the training-free matcher, {examples}", "matcher"
+    return f"the training-free matcher, {describe_shots(matcher.shots)}", "matcher"
 
 
 def _swap_rows(
@@ -408,13 +436,14 @@ def _by_shots(
 
 
 def _asked(condition: Condition, predictions: Sequence[Prediction]) -> Asked:
-    seconds = float(np.mean([prediction.seconds for prediction in predictions]))
+    seconds_Q = np.array([prediction.seconds for prediction in predictions])
     return Asked(
         condition.shots,
         condition.control,
         copy_rate=float(np.mean([prediction.copied for prediction in predictions])),
         truth_copy_rate=float(np.mean([prediction.truth_copied for prediction in predictions])),
-        queries_per_second=round(1 / max(seconds, 1e-4), 3),
+        queries_per_second=round(1 / max(float(seconds_Q.mean()), 1e-4), 3),
+        seconds_a_query=round(float(np.median(seconds_Q)), 4),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icl_moe.bootstrap import DRAWS
+from icl_moe.evaluation.published import beside
 from icl_moe.evaluation.results import Metrics, Row, TaskResult
 from icl_moe.files import write_whole
 from icl_moe.pages import render
@@ -46,6 +47,7 @@ def write_report(
             "notes": _notes(result),
             "overlap": _overlap(result),
             "groups": _group_tables(result),
+            "published": beside(name),
         }
         for name, result in metrics.tasks.items()
     ]
@@ -82,7 +84,7 @@ def scores_table(result: TaskResult) -> Table:
     MAE is not.
     """
     columns = list(result.rows[0].scores.cells())
-    head = ["prediction", *columns, "copies", "episodes", "queries/s"]
+    head = ["prediction", *columns, "copies", "episodes", "queries/s", "s a query"]
     return Table(head, [line for row in result.rows for line in _lines(row)])
 
 
@@ -164,17 +166,18 @@ def _lines(row: Row) -> list[list[str]]:
     if not ranges:
         return [cells]
     found = [ranges.get(name, "") for name in row.scores.cells()]
-    return [cells, [_INTERVAL, *found, "", "", ""]]
+    return [cells, [_INTERVAL, *found, "", "", "", ""]]
 
 
 def _cells(row: Row) -> list[str]:
     scores = list(row.scores.cells().values())
     if row.asked is None:
-        return [row.name, *scores, "", str(row.scores.episodes), ""]
+        return [row.name, *scores, "", str(row.scores.episodes), "", ""]
     asked = row.asked
     copies = f"{percent(asked.copy_rate)} ({percent(asked.truth_copy_rate)})"
     rate = f"{asked.queries_per_second:.2f}"
-    return [row.name, *scores, copies, str(row.scores.episodes), rate]
+    seconds = f"{asked.seconds_a_query:.3f}"
+    return [row.name, *scores, copies, str(row.scores.episodes), rate, seconds]
 
 
 def _notes(result: TaskResult) -> str:

@@ -10,8 +10,8 @@ from icl_moe.tasks.task import Scores
 
 Source = str
 """What produced the outputs that a row scores: the "model", the "first example" copied for every
-query, the "tokenizer" (encoding and decoding the truth), the training-free "matcher", or a baseline
-of the task such as "every object".
+query, the "tokenizer" (encoding and decoding the truth), the training-free "matcher", "predictions"
+of another system, or a baseline of the task such as "every object".
 """
 
 
@@ -20,7 +20,8 @@ class Asked:
     """How a model was asked, and how often it copied.
 
     copy_rate: how often an output equals that of an example; truth_copy_rate: how often the truth
-    does.
+    does. seconds_a_query: the median over queries of the time of a query's batch / the batch's
+    size.
     """
 
     shots: int
@@ -28,6 +29,7 @@ class Asked:
     copy_rate: float
     truth_copy_rate: float
     queries_per_second: float
+    seconds_a_query: float
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)

@@ -7,6 +7,7 @@ The text's template is in caption_template.py. A box drawn as an image is 0 on t
 elsewhere, as in the paper.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from icl_moe.tasks.caption_template import (
 from icl_moe.tasks.dense_captions import Detection, Matched, Region, match
 from icl_moe.tasks.grammar import Grammar, forced, image_codes
 from icl_moe.tasks.task import (
+    Baseline,
     CodeReader,
     Judge,
     Kind,
@@ -286,6 +288,24 @@ class Captioning(Task):
             )
         return found
 
+    def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
+        """The caption and the class that are the most frequent among all examples, with the median
+        of their boxes.
+        """
+        shown = [
+            self.true_output(truth, n) for truth in truths for n in range(len(truth.pairs) - 1)
+        ]
+        if not shown:
+            return []
+        boxes = [each["box"] for each in shown if each["box"] is not None]
+        output = {
+            "caption": _most_frequent(each["caption"] for each in shown),
+            "category": _most_frequent(truth.category for truth in truths),
+            "box": tuple(np.median(boxes, axis=0).tolist()) if boxes else None,
+        }
+        name = "the most frequent caption of the examples"
+        return [Baseline(name, "frequent caption", [output] * len(truths))]
+
     def objects(self, truth: Truth) -> Objects:
         return by_kind(truth)
 
@@ -344,6 +364,12 @@ class Captioning(Task):
             others = [text for text in truth.meta["references"][0] if text != pair.caption]
             words += "".join(f"\nalso: {text}" for text in others)
         return cells, words
+
+
+def _most_frequent(texts: Iterable[str]) -> str:
+    """Of several that are as frequent, the first in the alphabet."""
+    counts = Counter(texts)
+    return min(counts, key=lambda text: (-counts[text], text))
 
 
 def style_judge(truths: Iterable[Truth]) -> StyleJudge:

@@ -34,6 +34,8 @@ from icl_moe.tasks.task import (
     mean_log_probability,
 )
 
+_MASKS_IN_MEAN = 1000
+
 LEAST_SHOWN = 0.01
 """The least share of a query's pixels that a class must cover to be used in swapped examples."""
 
@@ -218,10 +220,16 @@ class Segmentation(Task):
         return self.said(model, [truth.pairs[-1] for truth in truths])
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
-        """Marking the whole image, and (an oracle) marking every annotated object of the query."""
+        """Marking the whole image; the mean of all examples' masks, which shows what the place of
+        objects alone is worth; and (an oracle) marking every annotated object of the query.
+        """
         masks = [_mask(self.true_output(truth)) for truth in truths]
         whole = [{"mask": encode_rle(np.ones_like(mask_HW))} for mask_HW in masks]
         found = [Baseline("the whole image", "whole image", whole)]
+        if shown := self._examples_masks(truths):
+            mean = {"mask": encode_rle(_mean_mask(shown))}
+            name = "the mean of all examples' masks, whatever the query"
+            found.append(Baseline(name, "mean mask", [mean] * len(truths)))
         if all(self.objects(truth) for truth in truths):
             every = [
                 {
@@ -233,6 +241,12 @@ class Segmentation(Task):
             ]
             found.append(Baseline("every annotated object of the query", "every object", every))
         return found
+
+    def _examples_masks(self, truths: Sequence[Truth]) -> list[np.ndarray]:
+        """The masks of at most `_MASKS_IN_MEAN` examples, evenly spaced."""
+        places = [(truth, n) for truth in truths for n in range(len(truth.pairs) - 1)]
+        taken = places[:: -(-len(places) // _MASKS_IN_MEAN) or 1]
+        return [_mask(self.true_output(truth, number)) for truth, number in taken]
 
     def objects(self, truth: Truth) -> Objects:
         return by_kind(truth)
@@ -275,3 +289,14 @@ def _standard(truths: Sequence[Truth]) -> Standard | None:
     if len(names) != 1 or None in names:
         return None
     return Standard(str(names.pop()), tuple(int(truth.meta["fold"]) for truth in truths))
+
+
+def _mean_mask(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """The constant mask (H, W): where the mean of the masks is above the level at which it has the
+    highest mean IoU with them.
+    """
+    mean_HW = np.mean(masks, axis=0)
+    levels = np.linspace(0, mean_HW.max(), 11)[:-1]
+    candidates = [mean_HW > level for level in levels]
+    agreements = [np.mean([mask_iou(each, mask) for mask in masks]) for each in candidates]
+    return candidates[int(np.argmax(agreements))]

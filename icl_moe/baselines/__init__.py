@@ -1,0 +1,90 @@
+"""Systems to compare with that run here: their predictions on the episodes of a shard folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError, nearest
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.matcher import Matcher
+from icl_moe.evaluation.other_systems import open_episodes, write_predictions
+from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks.task import Output
+from icl_moe.tokenizers.features import FeaturesTokenizer
+
+BASELINES = (
+    "copy",
+    "whole_image",
+    "mean_mask",
+    "every_object",
+    "frequent_caption",
+    "matcher",
+    "seggpt",
+)
+
+
+def predict_baseline(
+    name: str,
+    shards: ShardSet,
+    out: Path,
+    shots: int = 1,
+    limit: int | None = None,
+    weights: str | None = None,
+    images: Path | None = None,
+    device: str | None = None,
+) -> list[str]:
+    """Write the predictions of a baseline into `out`, for the tasks that it does, and return their
+    names.
+
+    weights: a folder or Hub id, for seggpt. images: the folder of the images that the shards were
+    built of, for the same. Raises InputError if there is no such baseline, if it does none of the
+    tasks of the shards, or if what it needs is not there.
+    """
+    if name not in BASELINES:
+        raise InputError(
+            f"There is no baseline {name!r}{nearest(name, BASELINES)}; there are "
+            f"{', '.join(BASELINES)}."
+        )
+    done = []
+    for episodes in open_episodes(shards, limit):
+        if shots > episodes.examples:
+            raise InputError(
+                f"The episodes of {shards.location} have {episodes.examples} example(s): --shots "
+                f"must be at most that, not {shots}."
+            )
+        if name == "seggpt" and episodes.task is SEGMENTATION:
+            from icl_moe.baselines.seggpt import predict_masks
+
+            outputs: Sequence[Output] | None = predict_masks(
+                shards, episodes, shots, weights, images, device
+            )
+        else:
+            outputs = _outputs(name, shards, episodes, shots)
+        if outputs is not None:
+            write_predictions(out, episodes, name, shots, outputs)
+            done.append(episodes.task.name)
+    if not done:
+        raise InputError(f"The baseline {name} does none of the tasks of {shards.location}.")
+    return done
+
+
+def _outputs(
+    name: str, shards: ShardSet, episodes: EpisodeSet, shots: int
+) -> Sequence[Output] | None:
+    """The outputs of a baseline without a model; None if it does not do the task."""
+    truths = [episodes[index] for index in range(len(episodes))]
+    if name == "copy":
+        return [episodes.task.true_output(truth, 0) for truth in truths] if shots else None
+    if name == "matcher":
+        if episodes.task is not SEGMENTATION or not shots:
+            return None
+        if shards.manifest.features_tokenizer is None:
+            raise InputError(
+                f"The matcher needs input images that are features codes, which those of "
+                f"{shards.location} are not."
+            )
+        folder = shards.fetch("features_tokenizer")
+        features = FeaturesTokenizer.from_pretrained(str(folder))
+        return Matcher(features.codebook_KD, episodes, shots).said(truths, truths)
+    found = {each.prediction: each.outputs for each in episodes.task.baselines(truths)}
+    return found.get(name.replace("_", " "))

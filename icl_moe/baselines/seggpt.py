@@ -1,0 +1,111 @@
+"""SegGPT (Wang et al. 2023, "SegGPT: Segmenting Everything In Context") by transformers, on the
+pictures that the shards were built of, each at SegGPT's own size.
+
+Masks are shown to it in white on black. What it paints is read off by its brightness.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import SegGptForImageSegmentation
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.devices import find_device
+from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.template import Photographs, example_mask
+from icl_moe.rle import encode_rle
+from icl_moe.tasks.task import Output
+
+PUBLISHED = "BAAI/seggpt-vit-large"
+
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's channels, by which SegGPT's images and masks are normalised."""
+
+
+def predict_masks(
+    shards: ShardSet,
+    episodes: EpisodeSet,
+    shots: int,
+    weights: str | None = None,
+    images: Path | None = None,
+    device: str | None = None,
+) -> list[Output]:
+    """The masks of all queries, after `shots` examples each, whose features are averaged (SegGPT's
+    feature ensemble) if there are several.
+
+    weights: a folder or Hub id, by default `PUBLISHED`. Raises InputError if they cannot be loaded,
+    and if there are no examples.
+    """
+    if not shots:
+        raise InputError("SegGPT needs examples: --shots must be at least 1.")
+    model = _load(weights or PUBLISHED).to(find_device(device)).eval()
+    photographs = Photographs(shards, episodes.task.name, images)
+    outputs = []
+    for index in tqdm(range(len(episodes)), "SegGPT", unit="episode"):
+        episode = episodes[index]
+        pictures = [photographs.show(episode, number) for number in range(shots)]
+        masks = [
+            example_mask(episode, number, picture.size).convert("RGB")
+            for number, picture in enumerate(pictures)
+        ]
+        painted_HW = paint(model, pictures, masks, photographs.show(episode, -1))
+        outputs.append({"mask": encode_rle(_resized(painted_HW, episodes.image_size) > 0.5)})
+    return outputs
+
+
+@torch.inference_mode()
+def paint(
+    model: SegGptForImageSegmentation,
+    examples: Sequence[Image.Image],
+    masks: Sequence[Image.Image],
+    query: Image.Image,
+) -> Tensor:
+    """The brightness that SegGPT paints in each pixel of the query, 0..1, at its own size."""
+    height, width = _size(model)
+    place = model.device
+
+    def normalised(pictures: Sequence[Image.Image], resample: Image.Resampling) -> Tensor:
+        arrays = [np.asarray(p.convert("RGB").resize((width, height), resample)) for p in pictures]
+        pixels_B3HW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+        mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _DEVIATION))
+        return ((pixels_B3HW - mean) / deviation).to(place, model.dtype)
+
+    result = model(
+        pixel_values=normalised([query] * len(examples), Image.Resampling.BICUBIC),
+        prompt_pixel_values=normalised(examples, Image.Resampling.BICUBIC),
+        prompt_masks=normalised(masks, Image.Resampling.NEAREST),
+        feature_ensemble=len(examples) > 1,
+        embedding_type="semantic",
+    )
+    # Above is what it paints over the examples' masks, below over the query's.
+    painted_B3HW = result.pred_masks[:, :, height:].float().cpu()
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _DEVIATION))
+    return (painted_B3HW * deviation + mean).clamp(0, 1).mean(dim=(0, 1))
+
+
+def _load(weights: str) -> SegGptForImageSegmentation:
+    try:
+        return SegGptForImageSegmentation.from_pretrained(weights)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"SegGPT's weights {weights} cannot be loaded; name a folder or a Hub id with "
+            f"--weights ({' '.join(str(error).split())[:200]})."
+        ) from error
+
+
+def _size(model: SegGptForImageSegmentation) -> tuple[int, int]:
+    """Height and width of one picture; SegGPT's input is two of them, one above the other."""
+    height, width = model.config.image_size
+    return height // 2, width
+
+
+def _resized(values_HW: Tensor, size: int) -> np.ndarray:
+    resized = F.interpolate(values_HW[None, None], (size, size), mode="bilinear")
+    return np.asarray(resized[0, 0])

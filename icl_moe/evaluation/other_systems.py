@@ -1,0 +1,249 @@
+"""Predictions of any system on the episodes of a shard folder: a folder with a file for each task,
+which is checked as a whole before anything is scored.
+
+TASK.json    {"episodes": HASH, "system": NAME, "shots": K, "results": [...]}
+
+The results are those of COCO's results format, with an episode's key (or its number in the
+template, from 1) as the image_id:
+
+segmentation    {"image_id": KEY, "segmentation": {"size": [H, W], "counts": TEXT}}
+captioning      {"image_id": KEY, "caption": TEXT, "category": TEXT, "box": [x1, y1, x2, y2],
+                 "score": NUMBER}
+
+A mask has the image size of the shards. The category, the box (fractions of the image) and the
+score (how sure the system is, for the mean average precision) may be left out.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icl_moe.boxes import Box
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError, shown
+from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.files import write_whole
+from icl_moe.inputs import read_json
+from icl_moe.rle import decode_rle
+from icl_moe.sequence import SequenceCodec
+from icl_moe.tasks.task import Output
+from icl_moe.tokenizers.text import TextTokenizer
+
+_WHAT_IS_ASKED = ("class", "style", "sources", "boxes", "captions", "references", "masks")
+"""The keys of KEY.json that say what an episode shows and asks for. They do not depend on the
+tokenizers, so that systems with different ones can be compared.
+"""
+
+
+@dataclass(frozen=True)
+class OtherSystem:
+    """The predictions of a system for the episodes of one task, in their order. shots: how many
+    examples it was shown.
+    """
+
+    name: str
+    shots: int
+    outputs: Sequence[Output]
+
+
+def open_episodes(shards: ShardSet, limit: int | None = None) -> list[EpisodeSet]:
+    """The episodes of each task of a shard folder whose predictions can be read, without a
+    model.
+    """
+    folder = shards.fetch("text_tokenizer")
+    format = shards.manifest.format
+    codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges, str(folder)))
+    tasks = [task for task in shards.manifest.samples if task in _RECORDS]
+    return [EpisodeSet(shards, codec, task, limit) for task in tasks]
+
+
+def episodes_hash(episodes: EpisodeSet) -> str:
+    """A hash of all queries, examples and truths of a set of episodes, in 16 hexadecimal digits."""
+    digest = hashlib.sha256(f"{episodes.task.name} {episodes.image_size}".encode())
+    for index in range(len(episodes)):
+        episode = episodes[index]
+        asked = {name: episode.meta.get(name) for name in _WHAT_IS_ASKED}
+        digest.update(json.dumps([episode.key, asked], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_predictions(
+    folder: Path, episodes: EpisodeSet, name: str, shots: int, outputs: Sequence[Output]
+) -> None:
+    """Write the predictions of a system for every one of the episodes, in their order."""
+    record = _RECORDS[episodes.task.name]
+    results = [
+        {"image_id": key} | record.write(output)
+        for key, output in zip(episodes.keys, outputs, strict=True)
+    ]
+    content = {
+        "episodes": episodes_hash(episodes),
+        "system": name,
+        "shots": shots,
+        "results": results,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(_file(folder, episodes), json.dumps(content) + "\n")
+
+
+def read_predictions(
+    folder: Path, episodes: EpisodeSet, name: str | None = None
+) -> OtherSystem | None:
+    """The predictions of a folder for these episodes; None if it has none for their task. name: in
+    place of the one in the file.
+
+    Raises InputError, in one sentence, if the file is malformed or of other episodes, or if an
+    episode is missing, is there twice or does not exist, or a result is not what its task needs.
+    """
+    path = _file(folder, episodes)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder of predictions.")
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("results"), list):
+        raise InputError(
+            f"{path} must hold the keys episodes, system, shots and results, as the template has."
+        )
+    expected = episodes_hash(episodes)
+    if content.get("episodes") != expected:
+        raise InputError(
+            f"{path} is of other episodes: it has the hash {shown(content.get('episodes'))}, the "
+            f"{len(episodes)} episodes that are evaluated have {expected!r}."
+        )
+    shots = content.get("shots")
+    if not isinstance(shots, int) or not 0 <= shots <= episodes.examples:
+        raise InputError(
+            f"{path}: shots must be a whole number from 0 to {episodes.examples}, not "
+            f"{shown(shots)}."
+        )
+    found = _by_key(path, episodes, content["results"])
+    record = _RECORDS[episodes.task.name]
+    outputs = []
+    for index, key in enumerate(episodes.keys):
+        try:
+            outputs.append(record.read(found[key], episodes.image_size))
+            _check_class(found[key], episodes[index].category)
+        except InputError as error:
+            raise InputError(f"{path}: {key}: {error}") from error
+    return OtherSystem(name or str(content.get("system") or folder.name), shots, outputs)
+
+
+def check_predictions(
+    folder: Path, shards: ShardSet, limit: int | None = None
+) -> dict[str, OtherSystem]:
+    """Task -> the predictions of a folder for it. Raises InputError as `read_predictions` does, and
+    if there are none at all.
+    """
+    sets = open_episodes(shards, limit)
+    found = {each.task.name: read_predictions(folder, each) for each in sets}
+    whole = {task: system for task, system in found.items() if system is not None}
+    if not whole:
+        files = " nor ".join(f"{task}.json" for task in found)
+        raise InputError(f"{folder} holds neither {files}: predictions of no task.")
+    return whole
+
+
+def _file(folder: Path, episodes: EpisodeSet) -> Path:
+    return folder / f"{episodes.task.name}.json"
+
+
+def _by_key(path: Path, episodes: EpisodeSet, results: list[Any]) -> dict[str, dict[str, Any]]:
+    """The results by their episode's key. Raises InputError unless there is one for each."""
+    keys = episodes.keys
+    known = set(keys)
+    found: dict[str, dict[str, Any]] = {}
+    double = []
+    for number, result in enumerate(results, 1):
+        if not isinstance(result, dict) or "image_id" not in result:
+            raise InputError(f"{path}: result {number} must be a record with an image_id.")
+        key = result["image_id"]
+        if isinstance(key, int) and 1 <= key <= len(keys):
+            key = keys[key - 1]
+        if key not in known:
+            raise InputError(
+                f"{path}: result {number} is of the episode {shown(key)}, which is not among the "
+                f"{len(keys)} that are evaluated, {keys[0]} to {keys[-1]}."
+            )
+        if key in found:
+            double.append(key)
+        found[key] = result
+    missing = [key for key in keys if key not in found]
+    for what, wrong in (("lacks", missing), ("has more than one result for", double)):
+        if wrong:
+            raise InputError(
+                f"{path} {what} {len(wrong)} of {len(keys)} episodes, the first of them {wrong[0]}."
+            )
+    return found
+
+
+def _check_class(result: Mapping[str, Any], category: str) -> None:
+    """A mask's class, which need not be given, is that of its episode; a caption may name any."""
+    if "segmentation" in result and result.get("category", category) != category:
+        raise InputError(
+            f"the category is {shown(result['category'])}; the episode is of {category!r}."
+        )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """How a task's output stands in a result. read: of a result and the image size."""
+
+    write: Callable[[Output], dict[str, Any]]
+    read: Callable[[Mapping[str, Any], int], Output]
+
+
+def _read_mask(result: Mapping[str, Any], size: int) -> Output:
+    rle = result.get("segmentation")
+    if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
+        raise InputError("segmentation must be run lengths, a record with size and counts.")
+    if rle["size"] != [size, size]:
+        raise InputError(f"the mask has the size {shown(rle['size'])}; it must be {[size, size]}.")
+    decode_rle(rle)
+    return {"mask": {"size": rle["size"], "counts": rle["counts"]}}
+
+
+def _read_caption(result: Mapping[str, Any], size: int) -> Output:
+    caption, category, box = (result.get(name) for name in ("caption", "category", "box"))
+    if not isinstance(caption, str):
+        raise InputError(f"caption must be text, not {shown(caption)}.")
+    if not isinstance(category, str | None):
+        raise InputError(f"category must be text, not {shown(category)}.")
+    output = {"caption": caption, "category": category, "box": _read_box(box)}
+    score = result.get("score")
+    if score is None:
+        return output
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise InputError(f"score must be a number, not {shown(score)}.")
+    return output | {"confidence": float(score)}
+
+
+def _read_box(box: Any) -> Box | None:
+    if box is None:
+        return None
+    is_box = (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(side, int | float) and 0 <= side <= 1 for side in box)
+    )
+    if not is_box or box[0] > box[2] or box[1] > box[3]:
+        raise InputError(
+            "box must be x1, y1, x2, y2 in fractions of the image, from 0 to 1 and in this order, "
+            f"not {shown(box)}."
+        )
+    return (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+
+
+def _write_caption(output: Output) -> dict[str, Any]:
+    found = {name: output.get(name) for name in ("caption", "category", "box")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+_RECORDS = {
+    "segmentation": _Record(lambda output: {"segmentation": output["mask"]}, _read_mask),
+    "captioning": _Record(_write_caption, _read_caption),
+}

@@ -1,0 +1,1 @@
+"""`icl-moe reproduce`: trains and evaluates every row of one of the paper's tables."""

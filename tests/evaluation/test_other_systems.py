@@ -1,0 +1,357 @@
+"""Predictions of other systems: what they are asked for, what is refused, and their rows beside a
+model's.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import SegGptConfig, SegGptForImageSegmentation
+
+from icl_moe.baselines import predict_baseline
+from icl_moe.baselines.seggpt import paint
+from icl_moe.cli import main
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.evaluation.compare import compare, sign_test
+from icl_moe.evaluation.other_systems import (
+    check_predictions,
+    episodes_hash,
+    open_episodes,
+    write_predictions,
+)
+from icl_moe.evaluation.protocol import evaluate
+from icl_moe.evaluation.template import write_template
+
+
+@pytest.fixture(scope="module")
+def shards(toy_shards) -> ShardSet:
+    return ShardSet(toy_shards)
+
+
+@pytest.fixture(scope="module")
+def truths(shards, tmp_path_factory) -> Path:
+    """A folder with the true outputs of all queries."""
+    folder = tmp_path_factory.mktemp("truths")
+    for episodes in open_episodes(shards):
+        right = [episodes.task.true_output(episodes[n]) for n in range(len(episodes))]
+        write_predictions(folder, episodes, "the truth", 1, right)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copies(shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("copies")
+    assert predict_baseline("copy", shards, folder) == ["segmentation", "captioning"]
+    return folder
+
+
+def test_other_systems_are_rows_beside_the_model(
+    toy_model_folder, toy_shards, truths, copies, tmp_path, no_java
+):
+    named = {"an oracle": truths, "a copy": copies}
+    metrics = evaluate(
+        toy_model_folder, toy_shards, tmp_path, controls=(), predictions=named
+    ).to_json()
+    for task, score in (("segmentation", "miou"), ("captioning", "cider")):
+        rows = {row["name"]: row for row in metrics["tasks"][task]["rows"]}
+        oracle, copy = rows["an oracle, 1 example"], rows["a copy, 1 example"]
+        assert oracle["prediction"] == copy["prediction"] == "predictions"
+        first = rows["the first example's output, whatever the query"]
+        assert copy[score] == first[score] < oracle[score]
+    assert rows["an oracle, 1 example"]["category_accuracy"] == 1.0
+    assert rows["an oracle, 1 example"]["box_iou"] == 1.0
+    masks = {row["name"]: row for row in metrics["tasks"]["segmentation"]["rows"]}
+    assert masks["an oracle, 1 example"]["miou"] == 1.0
+    page = (tmp_path / "report.html").read_text()
+    assert "an oracle, 1 example" in page
+    assert "SANSA, generalist" in page and "published figures, of other queries" in page
+
+
+def _damage(change):
+    """Change the masks' file of predictions as a function says."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "segmentation.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return apply
+
+
+def _result(number: int, **values: object):
+    return _damage(lambda content: content["results"][number].update(values))
+
+
+def _half(folder: Path) -> None:
+    path = folder / "segmentation.json"
+    path.write_text(path.read_text()[:500])
+
+
+DAMAGES = {
+    "other episodes": (
+        _damage(lambda content: content.update(episodes="0123456789abcdef")),
+        r"is of other episodes: it has the hash '0123456789abcdef', the 11 episodes that are",
+    ),
+    "missing": (
+        _damage(lambda content: content["results"].__delitem__(slice(3, 5))),
+        r"lacks 2 of 11 episodes, the first of them segmentation-00000003\.",
+    ),
+    "double": (
+        _result(4, image_id="segmentation-00000002"),
+        r"lacks 1 of 11 episodes, the first of them segmentation-00000004\.",
+    ),
+    "too many": (
+        _damage(lambda content: content["results"].append(content["results"][7])),
+        r"has more than one result for 1 of 11 episodes, the first of them segmentation-00000007",
+    ),
+    "out of range": (
+        _result(4, image_id=12),
+        r"result 5 is of the episode 12, which is not among the 11 that are evaluated",
+    ),
+    "another size": (
+        _result(4, segmentation={"size": [32, 32], "counts": "PP1"}),
+        r"segmentation-00000004: the mask has the size \[32, 32\]; it must be \[64, 64\]\.",
+    ),
+    "half a mask": (
+        _result(4, segmentation={"size": [64, 64], "counts": "PP1"}),
+        r"segmentation-00000004: run lengths do not cover the 64 x 64 pixels",
+    ),
+    "another class": (
+        _result(4, category="zebra"),
+        r"segmentation-00000004: the category is 'zebra'; the episode is of '",
+    ),
+    "no mask": (_result(4, segmentation=None), "segmentation must be run lengths, a record"),
+    "no record": (
+        _damage(lambda content: content["results"].insert(0, 3)),
+        "result 1 must be a record with an image_id",
+    ),
+    "too many examples": (
+        _damage(lambda content: content.update(shots=5)),
+        "shots must be a whole number from 0 to 2, not 5",
+    ),
+    "half a file": (_half, r"segmentation\.json, line 1, column \d+ is not valid JSON"),
+    "COCO's plain list": (
+        lambda folder: (folder / "segmentation.json").write_text("[]"),
+        "must hold the keys episodes, system, shots and results",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_predictions_that_are_not_whole_are_refused_in_a_sentence(
+    toy_shards, truths, tmp_path, damage, capsys
+):
+    folder = tmp_path / "predictions"
+    shutil.copytree(truths, folder)
+    change, message = DAMAGES[damage]
+    change(folder)
+    assert main(["predictions", "check", str(folder), str(toy_shards)]) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err), printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"caption": None}, "caption must be text, not None"),
+        ({"category": 3}, "category must be text, not 3"),
+        ({"box": [0.5, 0.1, 0.2, 0.4]}, "box must be x1, y1, x2, y2 in fractions of the image"),
+        ({"box": [10, 10, 40, 40]}, "box must be x1, y1, x2, y2 in fractions of the image"),
+        ({"score": "high"}, "score must be a number, not 'high'"),
+    ],
+)
+def test_captions_that_cannot_be_scored_are_refused(shards, truths, tmp_path, values, message):
+    content = json.loads((truths / "captioning.json").read_text())
+    content["results"][2].update(values)
+    (tmp_path / "captioning.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"captioning-00000002: {message}"):
+        check_predictions(tmp_path, shards)
+
+
+def test_numbers_of_the_template_serve_as_keys(shards, truths, tmp_path):
+    content = json.loads((truths / "segmentation.json").read_text())
+    for number, result in enumerate(content["results"], 1):
+        result["image_id"] = number
+    content["results"].reverse()
+    (tmp_path / "segmentation.json").write_text(json.dumps(content))
+    found, expected = (
+        check_predictions(folder, shards)["segmentation"] for folder in (tmp_path, truths)
+    )
+    assert found == expected
+
+
+def test_a_folder_without_predictions_is_refused(shards, tmp_path):
+    with pytest.raises(InputError, match=r"holds neither segmentation\.json nor captioning\.json"):
+        check_predictions(tmp_path, shards)
+
+
+def test_the_hash_is_of_what_is_asked(shards):
+    masks, captions = open_episodes(shards)
+    assert episodes_hash(masks) == episodes_hash(open_episodes(shards)[0])
+    fewer = open_episodes(shards, limit=10)[0]
+    assert len({episodes_hash(each) for each in (masks, captions, fewer)}) == 3
+
+
+def test_a_template_has_the_pictures_of_the_episodes_and_no_answers(shards, tmp_path):
+    sets = open_episodes(shards, limit=2)
+    write_template(shards, sets, tmp_path, shots=2)
+    listed = json.loads((tmp_path / "segmentation_episodes.json").read_text())
+    assert listed["episodes"] == episodes_hash(sets[0]) and listed["image_size"] == 64
+    first = listed["images"][0]
+    assert (first["id"], first["key"]) == (1, "segmentation-00000000")
+    query = Image.open(tmp_path / first["query"])
+    assert query.width == query.height
+    for example in first["examples"]:
+        picture, mask = (Image.open(tmp_path / example[name]) for name in ("image", "mask"))
+        assert picture.size == mask.size
+        assert {value for _, value in mask.getcolors()} <= {0, 255}
+    assert not list(tmp_path.glob("segmentation/*/query_mask*"))
+    captions = json.loads((tmp_path / "captioning_episodes.json").read_text())
+    assert captions["images"][1]["examples"][0]["caption"]
+    assert "caption" not in captions["images"][1]
+    empty = json.loads((tmp_path / "segmentation.json").read_text())
+    assert empty == {"episodes": listed["episodes"], "shots": 2, "system": "", "results": []}
+    with pytest.raises(InputError, match=r"The image \d+\.jpg of segmentation-00000000 is not in"):
+        write_template(shards, sets, tmp_path, 1, images=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        ("whole_image", ["segmentation"]),
+        ("mean_mask", ["segmentation"]),
+        ("frequent_caption", ["captioning"]),
+    ],
+)
+def test_baselines_write_whole_predictions(shards, tmp_path, name, tasks):
+    assert predict_baseline(name, shards, tmp_path, limit=5) == tasks
+    found = check_predictions(tmp_path, shards, limit=5)
+    assert list(found) == tasks
+    outputs = found[tasks[0]].outputs
+    assert all(output == outputs[0] for output in outputs)
+
+
+def test_a_baseline_that_there_is_not_is_named(shards, tmp_path):
+    with pytest.raises(InputError, match=r"no baseline 'mean_masks' \(did you mean 'mean_mask'"):
+        predict_baseline("mean_masks", shards, tmp_path)
+    with pytest.raises(InputError, match="The matcher needs input images that are features codes"):
+        predict_baseline("matcher", shards, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def seggpt(tmp_path_factory) -> Path:
+    """A small SegGPT with random weights."""
+    config = SegGptConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=(64, 32),
+        patch_size=8,
+        pretrain_image_size=16,
+        mlp_dim=32,
+        decoder_hidden_size=8,
+        merge_index=0,
+        intermediate_hidden_state_indices=[0, 1],
+    )
+    folder = tmp_path_factory.mktemp("seggpt")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        SegGptForImageSegmentation(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_seggpt_predicts_masks_of_the_right_size(shards, seggpt, tmp_path, shots):
+    done = predict_baseline(
+        "seggpt", shards, tmp_path, shots, limit=2, weights=str(seggpt), device="cpu"
+    )
+    assert done == ["segmentation"]
+    system = check_predictions(tmp_path, shards, limit=2)["segmentation"]
+    assert (system.name, system.shots, len(system.outputs)) == ("seggpt", shots, 2)
+
+
+def test_seggpt_reads_its_example_as_transformers_own_processor_does(seggpt):
+    """The brightness equals what transformers' processor makes of the same pictures."""
+    from transformers import SegGptImageProcessorPil as Processor
+
+    model = SegGptForImageSegmentation.from_pretrained(seggpt).eval()
+    generator = torch.Generator().manual_seed(0)
+    example, query = (
+        Image.fromarray(torch.randint(0, 256, (32, 32, 3), generator=generator).byte().numpy())
+        for _ in range(2)
+    )
+    mask = Image.new("RGB", (32, 32))
+    mask.paste((255, 255, 255), (8, 8, 24, 24))
+    processor = Processor(size={"height": 32, "width": 32})
+    inputs = processor(
+        images=query, prompt_images=example, prompt_masks=mask.convert("L"), return_tensors="pt"
+    )
+    with torch.inference_mode():
+        outputs = model(**inputs, embedding_type="semantic")
+    (expected_HW,) = processor.post_process_semantic_segmentation(outputs)
+    painted_HW = paint(model, [example], [mask], query)
+    assert torch.equal((painted_HW * 255).int(), expected_HW) or torch.allclose(
+        painted_HW * 255, expected_HW.float(), atol=1.0
+    )
+
+
+def test_weights_that_cannot_be_loaded_are_named(shards, tmp_path):
+    with pytest.raises(InputError, match=r"SegGPT's weights .*absent cannot be loaded"):
+        predict_baseline(
+            "seggpt", shards, tmp_path, limit=1, weights=str(tmp_path / "absent"), device="cpu"
+        )
+
+
+def test_two_systems_are_compared_on_the_same_queries(toy_shards, truths, copies, capsys, no_java):
+    found = {
+        (each.task, each.measure): each for each in compare(copies, truths, ShardSet(toy_shards))
+    }
+    assert set(found) == {
+        ("segmentation", "mIoU"),
+        ("segmentation", "mean IoU"),
+        ("captioning", "CIDEr"),
+        ("captioning", "ROUGE-L"),
+    }
+    miou = found["segmentation", "mIoU"]
+    assert miou.b == 1.0 and miou.difference == pytest.approx(1.0 - miou.a)
+    assert miou.interval[0] > 0 and miou.p == pytest.approx(2 / 1001)
+    assert main(["compare", str(copies), str(copies), str(toy_shards)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "bootstrap" in line]
+    assert len(lines) == 4
+    assert all(re.search(r"\+0\.0 +\+0\.0 – \+0\.0 +1\.000", line) for line in lines)
+
+
+def test_two_evaluations_are_compared_with_their_flips(
+    toy_model_folder, parallel_model_folder, toy_shards, tmp_path, no_java
+):
+    rows = {}
+    for name, model in (("a", toy_model_folder), ("b", parallel_model_folder)):
+        metrics = evaluate(model, toy_shards, tmp_path / name).to_json()
+        rows[name] = metrics["tasks"]["segmentation"]
+    found = {
+        (each.task, each.measure): each
+        for each in compare(tmp_path / "a", tmp_path / "b", ShardSet(toy_shards))
+    }
+    miou, flips = found["segmentation", "mIoU"], found["segmentation", "flips"]
+    assert (miou.a, miou.b) == pytest.approx(
+        tuple(rows[name]["rows"][0]["miou"] for name in ("a", "b"))
+    )
+    assert (flips.a, flips.b) == pytest.approx(
+        tuple(rows[name]["swapped"][0]["flips"] for name in ("a", "b"))
+    )
+    assert flips.test == "sign test" and flips.interval is None
+    with pytest.raises(InputError, match="has no predictions after 2 examples; it has 1"):
+        compare(tmp_path / "a", tmp_path / "b", ShardSet(toy_shards), shots=2)
+
+
+def test_the_sign_test_is_exact():
+    assert sign_test(0, 0) == sign_test(3, 3) == 1.0
+    assert sign_test(0, 5) == sign_test(5, 0) == 2 / 32
+    assert sign_test(1, 9) == pytest.approx(2 * (1 + 10) / 1024)
