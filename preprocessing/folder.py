@@ -22,7 +22,7 @@ from icl_moe.errors import InputError, shown
 from icl_moe.images import EmptyMaskError, SeveralLevelsError, load_colours, load_labels, load_mask
 from icl_moe.rle import encode_rle
 from preprocessing.coco import CheckedCOCO, index_records, read_instances
-from preprocessing.image_check import UsableImages
+from preprocessing.image_check import UsableImages, check_inside
 from preprocessing.labels import VOID, LabelTable, read_labels
 from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource
@@ -234,6 +234,7 @@ def _read_masks(folders: _Folders, wanted: list[_Mask]) -> list[_Read]:
 
 def _read_mask(folders: _Folders, mask: _Mask) -> _Read:
     file = folders.masks / mask.name
+    check_inside(folders.masks, file)
     if folders.table is None:
         of_class = {mask.category: _of_object(file)}
     elif folders.table.colours:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 from pycocotools import mask as rle_tools
@@ -42,7 +42,7 @@ from preprocessing.coco import (
     instance_rle,
     read_instances,
 )
-from preprocessing.image_check import UsableImages
+from preprocessing.image_check import UsableImages, check_inside
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource, SegmentationSource
 from preprocessing.records import image_file, is_inside, read_rect
@@ -62,12 +62,15 @@ def read_segmentation(
     source: SegmentationSource, image_size: int, usable: UsableImages, workers: int
 ) -> Pool:
     """The segmentation pool of the lines that have a mask. Raises InputError if one is wrong."""
-    lines = read_lines(source.path("annotations"), source.path("images"))
-    masked = [line for line in lines.records if line.get("segmentation") is not None]
-    lines.skipped["lines_without_a_mask"] += len(lines.records) - len(masked)
+    images = source.path("images")
+    lines, found = read_lines(source.path("annotations"), images), Pool("segmentation", [])
+    masked = [line for line in lines.records if line["segmentation"] is not None]
+    found.skipped["lines_without_a_mask"] += len(lines.records) - len(masked)
+    masked = _on_usable_images(lines, masked, images, usable, found)
     records = _records(lines, _with_masks(lines, masked, _masks_of(source), workers))
     pool = read_instances(records, source, image_size, usable, workers)
-    pool.skipped += lines.skipped
+    pool.skipped += found.skipped
+    pool.bad_images |= found.bad_images
     return pool
 
 
@@ -76,16 +79,16 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     if the lines lack a class of the recipe.
     """
     images = source.path("images")
-    lines = read_lines(source.path("annotations"), images)
-    captioned = [line for line in lines.records if clean_phrase(line.get("caption"))]
-    pool = Pool("captioning", [], lines.skipped)
+    lines, pool = read_lines(source.path("annotations"), images), Pool("captioning", [])
+    captioned = [line for line in lines.records if clean_phrase(line["caption"])]
     pool.skipped["lines_without_a_caption"] += len(lines.records) - len(captioned)
+    captioned = _on_usable_images(lines, captioned, images, usable, pool)
     boxless = [line for line in captioned if line["bbox"] is None]
     _with_masks(lines, boxless, _masks_of(source), workers=0)
     coco = _records(lines, captioned)
     if source.classes is not None:
         check_classes("captioning.classes", set(source.classes), coco)
-    pool.regions = with_objects(usable.keep(_regions(coco, source, pool), images, pool))
+    pool.regions = with_objects(_regions(coco, source, pool))
     pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool
@@ -102,7 +105,6 @@ class Lines:
     records: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, ImageFile] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
 
     def where(self, record: dict[str, Any]) -> str:
         return f"{self.file}: annotation {record['id']}"
@@ -154,6 +156,8 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     if not isinstance(values, dict):
                         raise InputError(f"{file}, line {number} is not an object in braces.")
                     yield number, values
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not text in UTF-8.") from error
     except OSError as error:
@@ -164,6 +168,19 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise json_error(file, error) from error
+
+
+class _OnImage(NamedTuple):
+    image: ImageFile
+    record: dict[str, Any]
+
+
+def _on_usable_images(
+    lines: Lines, records: list[dict[str, Any]], folder: Path, usable: UsableImages, pool: Pool
+) -> list[dict[str, Any]]:
+    """The records whose image can be used, before its size is relied on."""
+    items = [_OnImage(lines.images[record["image_id"]], record) for record in records]
+    return [item.record for item in usable.keep(items, folder, pool)]
 
 
 def _image(lines: Lines, folder: Path, values: dict[str, Any], where: str) -> ImageFile:
@@ -210,6 +227,7 @@ def _with_masks(
                     f"{lines.where(record)} has the mask {shown(mask)}; it must be a path inside "
                     f"the folder of masks {masks}."
                 )
+            check_inside(masks, masks / mask)
             image = lines.images[record["image_id"]]
             work.append((masks / mask, (image.width, image.height)))
         elif isinstance(mask, list) and mask and not isinstance(mask[0], list):
@@ -228,8 +246,7 @@ def _read_masks(_: None, files: list[tuple[Path, tuple[int, int]]]) -> list[dict
 
 def _read_mask(file: Path, size: tuple[int, int]) -> dict[str, Any]:
     try:
-        # The size of an image that cannot be read is not known.
-        return encode_rle(load_mask(file, None if size == (1, 1) else size))
+        return encode_rle(load_mask(file, size))
     except EmptyMaskError:
         return {"size": [size[1], size[0]], "counts": [size[0] * size[1]]}
 

@@ -98,18 +98,18 @@ def local_name(folder: Path, name: Any) -> Any:
     """
     if not isinstance(name, str) or not _UNUSUAL.search(name) or "\0" in name:
         return name
-    forms = [name, name.replace("\\", "/")]
-    path = unquote(forms[-1].partition("?d=")[2] or forms[-1])
-    if folder.name and path.startswith(f"{folder.name}/"):
-        forms.append(path.removeprefix(f"{folder.name}/"))
-    if _STORED.search(path):
-        last = path.rpartition("/")[2]
+    slashed = name.replace("\\", "/")
+    forms = [name, slashed]
+    if folder.name and slashed.startswith(f"{folder.name}/"):
+        forms.append(slashed.removeprefix(f"{folder.name}/"))
+    if _STORED.search(slashed):
+        last = unquote(slashed.partition("?d=")[2] or slashed).rpartition("/")[2]
         forms += [f"images/{last}", last]
     forms += [_UPLOADED.sub(r"\1\2", form) for form in forms]
     for form in forms:
         if is_inside(form) and is_file(folder / form):
             return form
-    return forms[1] if is_inside(forms[1]) else name
+    return slashed if is_inside(slashed) else name
 
 
 _UNUSUAL = re.compile(r"[\\/]|^[0-9a-f]{8}-")
