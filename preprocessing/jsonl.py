@@ -185,14 +185,15 @@ def _on_usable_images(
 
 def _image(lines: Lines, folder: Path, values: dict[str, Any], where: str) -> ImageFile:
     name = values.get("image")
-    if isinstance(name, str) and name in lines.images:
-        return lines.images[name]
-    width, height = values.get("width"), values.get("height")
-    if (width is None or height is None) and isinstance(name, str) and is_inside(name):
-        width, height = _size_of(folder / name)
-    image = image_file(folder, name, width, height, where)
-    lines.images[name] = lines.images.setdefault(image.name, image)
-    return image
+    if not isinstance(name, str):
+        raise InputError(f"{where} has the file name {shown(name)}; it must be text.")
+    if name not in lines.images:
+        width, height = values.get("width"), values.get("height")
+        if (width is None or height is None) and is_inside(name):
+            width, height = _size_of(folder / name)
+        image = image_file(folder, name, width, height, where)
+        lines.images[name] = lines.images.setdefault(image.name, image)
+    return lines.images[name]
 
 
 def _size_of(file: Path) -> tuple[int, int]:

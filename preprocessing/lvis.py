@@ -47,13 +47,13 @@ def load_lvis(file: Path, images: Path) -> CheckedCOCO:
 
 def _file_name(images: Path, record: dict[str, Any], where: str) -> str:
     url = record.get("coco_url")
-    parts = url.split("/") if isinstance(url, str) else []
+    parts = url.split("/") if isinstance(url, str) and "\0" not in url else []
     if len(parts) < 2 or not parts[-1]:
         raise InputError(
             f"{where} has the coco_url {shown(url)}; it must be the address of an image."
         )
     in_folder = f"{parts[-2]}/{parts[-1]}"
-    if "\0" not in url and ".." not in parts[-2:] and is_file(images / in_folder):
+    if ".." not in parts[-2:] and is_file(images / in_folder):
         return in_folder
     return parts[-1]
 
