@@ -73,11 +73,14 @@ class Bar:
 
 
 def draw_bars(title: str, bars: Sequence[Bar], legend: Sequence[str] = ()) -> Image.Image:
-    """Horizontal bars with their counts. legend: the names of the parts."""
+    """Horizontal bars with their counts. legend: the names of the parts; with it, all bars are
+    equally long and show shares.
+    """
     canvas = _Canvas(title, _TOP + ROW * (len(bars) + bool(legend)) + _MARGIN)
     most = max((sum(bar.parts) for bar in bars), default=0) or 1
     room = WIDTH - _LABELS - 2 * _MARGIN - 70
     for row, bar in enumerate(bars):
+        most = sum(bar.parts) or 1 if legend else most
         y = _TOP + row * ROW
         canvas.text((_LABELS, y + ROW / 2), _shortened(bar.label, 28), "rm")
         x: float = _LABELS + 10
@@ -104,10 +107,8 @@ def draw_histogram(title: str, values: np.ndarray, bins: int = 40) -> Image.Imag
     canvas = _Canvas(title, 320)
     plot = _Axes(canvas, most=int(counts.max()), labels=(f"{low:,.0f}", f"{high:,.0f}"))
     for number, count in enumerate(counts.tolist()):
-        left, right = number / bins, (number + 1) / bins
+        left, right = (number / bins, (number + 1) / bins) if bins > 1 else (0.48, 0.52)
         plot.column(left, right, count)
-    if bins == 1:
-        canvas.text((WIDTH / 2, 300), f"all have {low:,.0f}", "mm", _PALE)
     return canvas.finish()
 
 
