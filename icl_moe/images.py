@@ -37,20 +37,28 @@ def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
         return _to_rgb(_open(image, name), name)
 
 
-def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") -> np.ndarray:
-    """The boolean mask (H, W) of an image of `size` (width, height): true at the brighter of its
-    two levels, or everywhere if it has only one level above 0.
+class EmptyMaskError(InputError):
+    """A mask marks nothing."""
+
+
+class SeveralLevelsError(InputError):
+    """A mask has more than two levels."""
+
+
+def load_mask(mask: ImageLike, size: tuple[int, int] | None, what: str = "The mask") -> np.ndarray:
+    """The boolean mask (H, W) of an image of `size` (width, height), or of any size if that is
+    None: true at the brighter of its two levels, or everywhere if it has only one level above 0.
 
     It is read as in `load_image`, but levels of one channel are not scaled, and an array of one
     channel may hold numbers of any type. Soft edges and compression artefacts are rounded. Raises
-    InputError also if the mask has another size, marks nothing, or has more than two levels, such
-    as the ids of several objects.
+    InputError also if the mask has another size, marks nothing (EmptyMaskError), or has more than
+    two levels, such as the ids of several objects (SeveralLevelsError).
     """
     name = f"The mask {mask}" if isinstance(mask, str | os.PathLike) else what
     with _reading(mask, name):
         levels_HWC, format = _levels(mask, name)
     height, width = levels_HWC.shape[:2]
-    if (width, height) != size:
+    if size is not None and (width, height) != size:
         raise InputError(
             f"{name} is {width} x {height} pixels, but its image is {size[0]} x {size[1]}."
         )
@@ -59,7 +67,7 @@ def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") ->
     if least < 0:
         raise InputError(f"{name} has the level {least:g}; levels must be at least 0.")
     if most == 0:
-        raise InputError(
+        raise EmptyMaskError(
             f"{name} marks nothing: all of it is black or transparent; the object must be brighter "
             "than the rest."
         )
@@ -73,11 +81,39 @@ def load_mask(mask: ImageLike, size: tuple[int, int], what: str = "The mask") ->
     )
     found = _third_levels(levels_HWC, mask_HW, format) or _many_levels(levels_HWC, mask_HW)
     if found:
-        raise InputError(
+        raise SeveralLevelsError(
             f"{name} does not have two levels: {found}; a mask must mark one object, such as white "
             "on black."
         )
     return mask_HW
+
+
+def load_labels(path: str | os.PathLike[str]) -> np.ndarray:
+    """What a label image stores: int64 class ids (H, W), which are the indices of a palette image
+    or the levels of a grey one; or colours, uint8 (H, W, 3).
+
+    A colour image whose three channels are equal stores ids too. Raises InputError as `load_image`
+    does, and for levels that are no whole numbers.
+    """
+    name = f"The mask {path}"
+    with _reading(path, name):
+        image = _open(path, name)
+        if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+            colours_HW3 = np.asarray(_to_rgb(image, name))
+            is_grey = (colours_HW3 == colours_HW3[..., :1]).all()
+            return colours_HW3[..., 0].astype(np.int64) if is_grey else colours_HW3
+        levels_HW = np.asarray(image)
+        levels_HW = levels_HW[..., 0] if levels_HW.ndim == 3 else levels_HW  # with transparency
+        if levels_HW.dtype.kind == "f" and not (levels_HW == levels_HW.round()).all():
+            raise InputError(f"{name} has levels that are not whole numbers, so they are no ids.")
+        return levels_HW.astype(np.int64)
+
+
+def load_colours(path: str | os.PathLike[str]) -> np.ndarray:
+    """The colours of a label image, uint8 (H, W, 3), those of a palette too. Raises InputError as
+    `load_image` does.
+    """
+    return np.asarray(load_image(path, "The mask"))
 
 
 def middle_square(size: tuple[int, int]) -> PixelBox:

@@ -20,7 +20,8 @@ def shipped_folders(where: str, file: str) -> dict[str, Path]:
     demo, which must not hide the shipped demo. Write ./demo for the folder.
     """
     root = Path(str(resources.files("icl_moe"))) / where
-    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{file}"))}
+    folders = sorted(path for path in root.glob("*") if (path / file).is_file())
+    return {folder.name: folder for folder in folders}
 
 
 def read_json(path: Path) -> Any:

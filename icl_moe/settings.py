@@ -114,18 +114,23 @@ _StrictLoader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file, `what` in messages. Raises InputError if it cannot be read."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
-        raise InputError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None)
+        problem = getattr(error, "problem", None)
         raise InputError(
-            f"{path}{where} is not valid YAML{f': {what}' if what else ''}."
+            f"{path}{where} is not valid YAML{f': {problem}' if problem else ''}."
         ) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    values = read_yaml(path, "The recipe")
     if values is None:
         return {}
     if not isinstance(values, dict):

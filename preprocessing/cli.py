@@ -29,7 +29,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     take.add_device(build)
 
-    verify = verbs.add_parser("verify", help="check hashes and read every sample")
+    verify = verbs.add_parser(
+        "verify", help="check hashes, read every sample, and compare some with their sources"
+    )
+    verify.add_argument(
+        "--samples",
+        type=take.whole_number(0),
+        default=16,
+        metavar="N",
+        help="random samples of each task to make anew from the annotations (default: %(default)s)",
+    )
     stats = verbs.add_parser("stats", help="print what a shard folder holds")
     preview = verbs.add_parser(
         "preview", help="write a page with some samples, decoded from their tokens"
@@ -40,6 +49,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             metavar="DIR",
             help="the shard folder, a path or a URL such as s3://bucket/folder",
         )
+    stats.add_argument(
+        "--plots", type=take.folder, metavar="DIR", help="also write PNG plots into this folder"
+    )
+    stats.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="other shards, such as the validation split, whose classes and images to compare",
+    )
+    take.add_device(verify)
     take.add_device(preview)
     preview.add_argument("--out", required=True, metavar="FILE.html", help="the page, one file")
 
@@ -71,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{args.out}: {counts} in {len(manifest.shards)} shards.")
         process.destroy_process_group()
     elif args.shards_verb == "verify":
+        from preprocessing.compare import compare_with_sources
         from preprocessing.verify import verify_shards
 
         manifest = verify_shards(args.folder)
@@ -78,10 +99,18 @@ def run(args: argparse.Namespace) -> int:
             f"{args.folder}: {len(manifest.shards)} shards with {sum(manifest.samples.values())} "
             "samples are complete and correct."
         )
+        if args.samples:
+            workers = len(os.sched_getaffinity(0))
+            for line in compare_with_sources(args.folder, args.samples, workers, args.device):
+                print(line)
     elif args.shards_verb == "stats":
-        from preprocessing.verify import shard_stats
+        from preprocessing.plots import write_plots
+        from preprocessing.stats import shard_stats
 
-        print(shard_stats(args.folder))
+        print(shard_stats(args.folder, args.against))
+        if args.plots is not None:
+            for file in write_plots(args.folder, args.plots, args.against):
+                print(f"Wrote {file}.")
     else:
         from preprocessing.preview import write_preview
 

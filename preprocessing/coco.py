@@ -10,7 +10,7 @@ import contextlib
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +29,7 @@ from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ObjectScale, SegmentationSource
-from preprocessing.records import image_file, is_id, kinds_of_id
+from preprocessing.records import image_file, is_id, kinds_of_id, local_name, unaugmented
 from preprocessing.workers import ordered_map
 
 SMALL_AREA = 32**2
@@ -55,10 +55,16 @@ def read_instances(
     image_size: int,
     usable: UsableImages,
     workers: int,
+    unsure: Mapping[Any, Set[str]] | None = None,
 ) -> Pool:
-    """`read_segmentation` for a file that is already loaded."""
+    """`read_segmentation` for records that are already loaded.
+
+    unsure: image id -> classes of which not all instances in the image are annotated. The image has
+    no mask of them, whose background would show the others.
+    """
     pool = Pool("segmentation", [])
-    masks = usable.keep(_class_masks(coco, source, pool.skipped), source.path("images"), pool)
+    found = _class_masks(coco, source, pool.skipped, unsure or {})
+    masks = usable.keep(found, source.path("images"), pool)
     chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
     with tqdm(total=len(masks), desc="cutting masks", unit="mask") as progress:
         for regions in ordered_map(_cut_masks, (image_size, source.object_scale), chunks, workers):
@@ -95,12 +101,14 @@ def load_instances(file: Path) -> CheckedCOCO:
     _check_file_names(file, content["images"])
     _check_references(file, content, "category_id", "categories")
     for annotation in content["annotations"]:
+        if annotation.get("iscrowd", 0) is None:
+            annotation["iscrowd"] = 0  # as pylabel writes it
         if annotation.get("iscrowd", 0) not in (0, 1):
             raise InputError(
                 f"{file}: annotation {annotation['id']} has the iscrowd "
                 f"{shown(annotation['iscrowd'])}; it must be 0 or 1."
             )
-    return _index(file, content)
+    return index_records(file, content)
 
 
 def load_captions(file: Path) -> CheckedCOCO:
@@ -115,7 +123,7 @@ def load_captions(file: Path) -> CheckedCOCO:
                 f"{file}: annotation {annotation['id']} has no text as its caption; this must be a "
                 "captions file."
             )
-    return _index(file, content)
+    return index_records(file, content)
 
 
 def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
@@ -142,7 +150,10 @@ def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]
     return {kind: content[kind] for kind in lists}
 
 
-def _index(file: Path, content: dict[str, list[dict[str, Any]]]) -> CheckedCOCO:
+def index_records(file: Path, content: dict[str, list[dict[str, Any]]]) -> CheckedCOCO:
+    """pycocotools' index over records in COCO's form, which a reader has made from `file` and
+    checked.
+    """
     coco = CheckedCOCO()
     coco.file, coco.dataset = file, content
     with contextlib.redirect_stdout(io.StringIO()):
@@ -187,18 +198,22 @@ def _check_file_names(file: Path, images: list[dict[str, Any]]) -> None:
     for record in images:
         name, number = record.get("file_name"), record["id"]
         if isinstance(name, str) and ids.setdefault(PurePosixPath(name), number) != number:
-            raise InputError(
-                f"{file}: the images {shown(ids[PurePosixPath(name)])} and {shown(number)} have "
-                f"the same file name {shown(name)}; each file may have only one record."
-            )
+            raise _same_name(file, ids[PurePosixPath(name)], number, name)
+
+
+def _same_name(file: Path, one: Any, other: Any, name: str) -> InputError:
+    return InputError(
+        f"{file}: the images {shown(one)} and {shown(other)} have the same file name "
+        f"{shown(name)}; each file may have only one record."
+    )
 
 
 def coco_image(coco: CheckedCOCO, folder: Path, image_id: Any) -> ImageFile:
-    """The file of an image."""
+    """The file of an image. Raises InputError if its record names no file of the folder."""
     record = coco.imgs[image_id]
     return image_file(
         folder,
-        record.get("file_name"),
+        local_name(folder, record.get("file_name")),
         record.get("width"),
         record.get("height"),
         f"{coco.file}: image {image_id}",
@@ -248,7 +263,10 @@ class _ClassMask:
 
 
 def _class_masks(
-    coco: CheckedCOCO, source: SegmentationSource, skipped: Counter[str]
+    coco: CheckedCOCO,
+    source: SegmentationSource,
+    skipped: Counter[str],
+    unsure: Mapping[Any, Set[str]],
 ) -> Iterator[_ClassMask]:
     """The masks of the wanted classes in each image."""
     names = {number: record["name"] for number, record in coco.cats.items()}
@@ -264,9 +282,14 @@ def _class_masks(
     for annotation in coco.anns.values():
         of_class = of_image[annotation["image_id"]]
         of_class.setdefault(names[annotation["category_id"]], []).append(annotation)
+    names_seen: dict[str, Any] = {}
     for image_id, of_class in tqdm(of_image.items(), desc="reading masks", unit="image"):
+        for name in unsure.get(image_id, ()):
+            skipped["masks_not_exhaustive"] += of_class.pop(name, None) is not None
         if not wanted.isdisjoint(of_class):
             image = coco_image(coco, source.path("images"), image_id)
+            if names_seen.setdefault(image.name, image_id) != image_id:
+                raise _same_name(coco.file, names_seen[image.name], image_id, image.name)
             yield from _masks_of_image(coco.file, image, source, skipped, of_class, wanted)
 
 
@@ -446,6 +469,7 @@ def _cut_masks(
                 crop,
                 float(cut[mask.category].mean()),
                 MaskTarget(counts[mask.category], tuple(counts.items())),
+                origin=unaugmented(image.name),
             )
         )
     return regions

@@ -93,6 +93,7 @@ def _boxes(
         values = annotation.get("bbox")
         rect = read_rect(
             values if isinstance(values, list) else [values],
+            image,
             f"{coco.file}: annotation {annotation['id']}",
             skipped,
         )

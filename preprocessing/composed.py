@@ -29,9 +29,11 @@ from icl_moe.errors import InputError
 from icl_moe.images import crop_and_resize, crop_and_resize_mask
 from icl_moe.rle import decode_rle, encode_rle
 from preprocessing import coco
+from preprocessing.folder import load_folder
 from preprocessing.image_check import Item, UsableImages, open_image
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ComposedImages, SegmentationSource
+from preprocessing.records import unaugmented
 from preprocessing.synthetic import box_of_mask, window, write_json
 from preprocessing.workers import ordered_map
 
@@ -90,7 +92,7 @@ def _with_provenance(made: coco.CheckedCOCO, region: PoolRegion) -> PoolRegion:
     alone = len(annotations) == 1 and largest["pasted"]
     return replace(
         region,
-        origin=largest["image"],
+        origin=unaugmented(largest["image"]) or largest["image"],
         instance=(largest["image_id"], largest["annotation_id"]) if alone else None,
         provenance=tuple(annotation["provenance"] for annotation in annotations),
     )
@@ -139,15 +141,19 @@ class Album:
         return [item for item in items if item.image in images]
 
 
-def open_album(source: SegmentationSource, usable: UsableImages) -> Album:
+def open_album(source: SegmentationSource, usable: UsableImages, workers: int = 0) -> Album:
     """The data set of a source, with checked images. Raises InputError if anything in it is wrong,
     or if it has no object to cut out.
     """
-    file, folder = coco.load_instances(source.path("annotations")), source.path("images")
+    pool = Pool("segmentation", [])
+    if source.masks is None:
+        file = coco.load_instances(source.path("annotations"))
+    else:
+        file, pool.skipped = load_folder(source, workers)
+    folder = source.path("images")
     names = {number: record["name"] for number, record in file.cats.items()}
     wanted = set(names.values()) if source.classes is None else set(source.classes)
     coco.check_classes("segmentation.classes", wanted, file)
-    pool = Pool("segmentation", [])
     every = [_Photograph(number, coco.coco_image(file, folder, number)) for number in file.imgs]
     photographs = usable.keep(every, folder, pool)
     cuts: dict[Any, list[_Cut]] = {}
@@ -160,7 +166,7 @@ def open_album(source: SegmentationSource, usable: UsableImages) -> Album:
     if not cuts:
         raise InputError(
             f"{file.file} has no object of the wanted classes that covers {LEAST_CUT:.0%} of its "
-            "image and can be cut out; set segmentation.source=coco."
+            "image and can be cut out; set segmentation.source=coco (or folder)."
         )
     return Album(file, tuple(photographs), dict(sorted(cuts.items(), key=str)), pool)
 

@@ -97,6 +97,8 @@ class ImageCheck:
     def _present(
         self, images: list[ImageFile], folder: Path, pool: Pool
     ) -> dict[ImageFile, os.stat_result]:
+        for image in images:
+            check_inside(folder, image.path)
         found = {image: _file_status(image.path) for image in images}
         missing = sorted(image.name for image, status in found.items() if status is None)
         if missing and self._missing_images == "stop":
@@ -223,6 +225,20 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"The folder of images {folder} does not exist{hint}.")
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(f"{folder} is not a folder; it must be the folder of the images.")
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise InputError if a link leads from a file in a folder to another place, which whoever made
+    the data set has no business to read.
+    """
+    try:
+        inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # not a valid name, so there is no such file
+        return
+    if not inside:
+        raise InputError(
+            f"{file} is a link that leads out of the folder {folder}; put the file itself there."
+        )
 
 
 def is_file(path: Path) -> bool:

@@ -94,6 +94,7 @@ def _regions(
     values = annotation.get("bbox")
     rect = read_rect(
         values if isinstance(values, list) else [values],
+        image,
         f"{instances.file}: annotation {number}",
         pool.skipped,
     )

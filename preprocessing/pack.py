@@ -159,6 +159,7 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
         ],
         "scale": [round(region.scale, 6) for region in regions],
         **({"style": regions[-1].style} if regions[-1].style else {}),
+        **({"group": regions[-1].group} if regions[-1].group else {}),
         **of_task.task.describe([region.target for region in regions], packer.image_size),
         **(of_task.notes[index] if of_task.notes else {}),
     }

@@ -44,10 +44,12 @@ class PoolRegion:
     image_size x image_size. scale: area of the object / area of the crop. target: the content of
     the pair's output, in the task's own type (such as `icl_moe.tasks.segmentation.MaskTarget`).
     style: how the target describes, if the source has several ways; an episode has one style.
-    origin: for a composed image, the name of the photograph that the object was cut from. instance:
+    origin: for a composed image, the name of the photograph that the object was cut from, and for
+    an augmented copy that of the image it was made from. instance:
     the object that the target is of, if one object appears in several images. provenance: where the
     parts of a composed target come from, as plain JSON values for KEY.json. role: whether it may be
-    a query, an example or both.
+    a query, an example or both. group: the group of the source's classes that its class is in, such
+    as LVIS's frequencies.
     """
 
     image: ImageFile
@@ -61,6 +63,7 @@ class PoolRegion:
     instance: tuple[Any, Any] | None = None
     provenance: tuple[Any, ...] = ()
     role: Role = field(default="both", repr=False)
+    group: str = field(default="", repr=False)
 
     @property
     def photograph(self) -> str:

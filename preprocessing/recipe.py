@@ -49,10 +49,15 @@ class ComposedImages:
 
 @dataclass(frozen=True)
 class SegmentationSource(_Source):
-    """Where class masks come from: COCO's instances format, compositions of such a data set's own
-    objects, or drawn scenes in that format.
+    """Where class masks come from: COCO's instances format, LVIS, a folder of masks, lines of
+    JSON, compositions of such a data set's own objects, or drawn scenes in COCO's format.
 
-    images, annotations: the folder of images and the instances file (source=coco, composed).
+    images: the folder of images. annotations: the instances file (source=coco, lvis, composed), or
+    the file of lines (source=jsonl).
+    masks, names: the folder of masks, files whose names are those of the images except for the
+    ending, and the file that says which class an id or a colour of them stands for; null where each
+    mask marks one object in white (source=folder; composed in place of annotations). masks is also
+    the folder of the mask files that lines name; null means that of the images (source=jsonl).
     examples_images, examples_annotations: the same for a second data set, from which all examples
     come, while the first provides only queries; for example, training images as examples for
     validation images (source=coco).
@@ -66,9 +71,11 @@ class SegmentationSource(_Source):
     files of tools that mark all masks so.
     """
 
-    source: Literal["coco", "composed", "synthetic"] = "coco"
+    source: Literal["coco", "lvis", "folder", "jsonl", "composed", "synthetic"] = "coco"
     images: str | None = None
     annotations: str | None = None
+    masks: str | None = None
+    names: str | None = None
     examples_images: str | None = None
     examples_annotations: str | None = None
     classes: tuple[str, ...] | None = None
@@ -82,10 +89,12 @@ class SegmentationSource(_Source):
 @dataclass(frozen=True)
 class CaptioningSource(_Source):
     """Where region descriptions come from: Visual Genome, COCO's captions, captions of single
-    instances, or drawn scenes in one of these formats.
+    instances, lines of JSON, or drawn scenes in one of these formats.
 
     images: the folder of images. annotations, instances: the captions and the instances file
-    (source=coco_captions, instance_captions).
+    (source=coco_captions, instance_captions). annotations: the file of lines, and masks: the
+    folder of the mask files that lines without a box name, null for that of the images
+    (source=jsonl).
     styles: the styles of the captions to use; null means all (source=instance_captions, and
     synthetic with synthetic.world=classes).
     regions, objects, image_data: the three files of Visual Genome (source=visual_genome). splits,
@@ -98,11 +107,12 @@ class CaptioningSource(_Source):
     (source=visual_genome).
     """
 
-    source: Literal["visual_genome", "coco_captions", "instance_captions", "synthetic"] = (
+    source: Literal["visual_genome", "coco_captions", "instance_captions", "jsonl", "synthetic"] = (
         "visual_genome"
     )
     images: str | None = None
     annotations: str | None = None
+    masks: str | None = None
     instances: str | None = None
     regions: str | None = None
     objects: str | None = None
@@ -195,8 +205,8 @@ class DataRecipe:
                 raise InputError(
                     f"{name}.classes must name at least one class, or be null for all classes."
                 )
-        if self.segmentation is not None and self.segmentation.source != "synthetic":
-            _require("segmentation", self.segmentation, ("images", "annotations"))
+        if self.segmentation is not None:
+            self._check_files(self.segmentation)
         if not self.examples and not self.class_prompt:
             raise InputError(
                 "examples may be 0 only with class_prompt=true: otherwise nothing tells what is "
@@ -222,9 +232,28 @@ class DataRecipe:
                 )
         if self.captioning is not None and self.captioning.source.endswith("_captions"):
             _require("captioning", self.captioning, ("images", "annotations", "instances"))
+        if self.captioning is not None and self.captioning.source == "jsonl":
+            _require("captioning", self.captioning, ("images", "annotations"))
+        elif self.captioning is not None and self.captioning.masks is not None:
+            raise InputError("captioning.masks needs captioning.source=jsonl.")
         if self.captioning is not None and self.captioning.styles is not None:
             self._check_styles(self.captioning)
         self.sequence_format(codes_per_image=1)  # checks the vocabulary against the text settings
+
+    def _check_files(self, segmentation: SegmentationSource) -> None:
+        source = segmentation.source
+        if source == "folder" or (source == "composed" and segmentation.masks is not None):
+            _require("segmentation", segmentation, ("images", "masks"))
+        elif source != "synthetic":
+            _require("segmentation", segmentation, ("images", "annotations"))
+        may_have = {
+            "masks": ("folder", "composed", "jsonl"),
+            "names": ("folder", "composed") if segmentation.masks is not None else (),
+        }
+        for key, sources in may_have.items():
+            if getattr(segmentation, key) is not None and source not in sources:
+                needed = "segmentation.source=folder" if source != "folder" else "masks"
+                raise InputError(f"segmentation.{key} needs {needed}.")
 
     def _check_tokenizers(self) -> None:
         if self.tokenizer is None and None in (self.mask_tokenizer, self.features_tokenizer):

@@ -20,7 +20,16 @@ from accelerate import PartialState
 from icl_moe.errors import InputError, nearest
 from icl_moe.settings import from_dict
 from icl_moe.tasks import find_task
-from preprocessing import coco, coco_captions, composed, instance_captions, visual_genome
+from preprocessing import (
+    coco,
+    coco_captions,
+    composed,
+    folder,
+    instance_captions,
+    jsonl,
+    lvis,
+    visual_genome,
+)
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
@@ -112,13 +121,29 @@ def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
     return pool
 
 
+def _read_folder(source: SegmentationSource, reading: Reading) -> Pool:
+    return folder.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
+
+
+def _read_lvis(source: SegmentationSource, reading: Reading) -> Pool:
+    return lvis.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
+
+
+def _read_lines(source: SegmentationSource, reading: Reading) -> Pool:
+    return jsonl.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
+
+
+def _read_captioned_lines(source: CaptioningSource, reading: Reading) -> Pool:
+    return jsonl.read_captioning(source, reading.usable)
+
+
 def _read_composed(source: SegmentationSource, reading: Reading) -> Pool:
-    album = composed.open_album(source, reading.usable)
+    album = composed.open_album(source, reading.usable, reading.workers)
     with reading.processes.main_process_first():
-        folder = composed.compose_images(
+        made = composed.compose_images(
             album, source.composed, reading.image_size, reading.folder / "composed", reading.workers
         )
-    return composed.read_segmentation(album, source, reading.image_size, folder, reading.workers)
+    return composed.read_segmentation(album, source, reading.image_size, made, reading.workers)
 
 
 def _read_visual_genome(source: CaptioningSource, reading: Reading) -> Pool:
@@ -134,7 +159,11 @@ def _read_instance_captions(source: CaptioningSource, reading: Reading) -> Pool:
 
 
 register_source("segmentation", "coco", SegmentationSource, _read_coco)
+register_source("segmentation", "lvis", SegmentationSource, _read_lvis)
+register_source("segmentation", "folder", SegmentationSource, _read_folder)
+register_source("segmentation", "jsonl", SegmentationSource, _read_lines)
 register_source("segmentation", "composed", SegmentationSource, _read_composed)
 register_source("captioning", "visual_genome", CaptioningSource, _read_visual_genome)
 register_source("captioning", "coco_captions", CaptioningSource, _read_coco_captions)
 register_source("captioning", "instance_captions", CaptioningSource, _read_instance_captions)
+register_source("captioning", "jsonl", CaptioningSource, _read_captioned_lines)

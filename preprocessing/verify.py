@@ -1,6 +1,4 @@
-"""`icl-moe shards verify` and `stats`: whether a shard folder is complete and correct, and what it
-holds.
-"""
+"""`icl-moe shards verify`: whether a shard folder is complete and correct."""
 
 import hashlib
 import os
@@ -64,44 +62,6 @@ def open_codec(shards: ShardSet) -> SequenceCodec:
             f"{shards.location}/text_tokenizer is not the text tokenizer that the manifest names."
         )
     return SequenceCodec(manifest.format, text)
-
-
-def shard_stats(location: str | Path) -> str:
-    """Tables about the shard folder at a path or a URL: tasks, lengths, classes, and what was left
-    out.
-    """
-    shards = ShardSet(location)
-    manifest = shards.manifest
-    size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    lines = [
-        f"{shards.location}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} "
-        f"px, {manifest.examples} examples, "
-        f"{manifest.format.vocabulary.size} token ids, "
-        f"{manifest.format.length(manifest.examples + 1)} positions",
-        "",
-        f"{'task':<14}{'samples':>10}{'classes':>9}{'shards':>8}   length without padding: min / "
-        f"mean / max{'':4}targets",
-    ]
-    for task, count in manifest.samples.items():
-        lengths = shards.lengths(task)
-        of_task = sum(shard.task == task for shard in manifest.shards)
-        spread = f"{lengths.min()} / {lengths.mean():.1f} / {lengths.max()}"
-        targets = int(shards.target_counts(task, range(count))[:, 1].sum())
-        lines.append(
-            f"{task:<14}{count:>10}{len(manifest.classes[task]):>9}{of_task:>8}   "
-            f"{spread:<45}{targets}"
-        )
-    for task, classes in manifest.classes.items():
-        lines += ["", f"classes of {task}:"]
-        ranked = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
-        lines += [f"  {name:<24}{number:>10}" for name, number in ranked]
-    if manifest.skipped:
-        lines += ["", "left out:"]
-        lines += [f"  {reason:<50}{number:>10}" for reason, number in manifest.skipped.items()]
-    for task, images in manifest.bad_images.items():
-        lines += ["", f"images of {task} that cannot be used:"]
-        lines += [f"  {name}: {why}" for name, why in images.items()]
-    return "\n".join(lines)
 
 
 def _verify_files(folder: ShardFolder, manifest: Manifest) -> None:

@@ -379,5 +379,11 @@ def _box(
     image: ImageFile,
     skipped: Counter[str],
 ) -> Box | None:
-    rect = read_rect([entry.get(key) for key in ("x", "y", *sides)], where, skipped)
-    return None if rect is None else normalise_box(*rect, image.width, image.height)
+    rect = read_rect([entry.get(key) for key in ("x", "y", *sides)], image, where, skipped)
+    if rect is None:
+        return None
+    box = normalise_box(*rect, image.width, image.height)
+    if box[0] == box[2] or box[1] == box[3]:
+        skipped["empty_boxes"] += 1
+        return None
+    return box

@@ -104,7 +104,7 @@ class FeaturesTokenizer(nn.Module):
         Raises InputError if files are missing, damaged or inconsistent, or if the backbone is
         missing or has other weights than at the tokenizer's creation.
         """
-        folder = find_tokenizer(source)
+        folder = find_tokenizer(source, "features_tokenizer")
         settings, fingerprint = read_config(
             folder / CONFIG_FILE, "features", "a features tokenizer"
         )

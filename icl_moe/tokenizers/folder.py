@@ -22,11 +22,16 @@ from icl_moe.inputs import other_kind, other_kind_of, shipped_folders
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-def find_tokenizer(source: str | Path) -> Path:
-    """The folder `source`, or that of the shipped tokenizer of this name. Raises InputError if
-    neither exists.
+def find_tokenizer(source: str | Path, part: str) -> Path:
+    """The folder `source`, or that of the shipped tokenizer of this name, or the tokenizer of the
+    shipped model of this name. part: the tokenizer's folder in a model. Raises InputError if none
+    exists.
     """
-    shipped = shipped_folders("tokenizers/assets", CONFIG_FILE)
+    models = shipped_folders("models", f"{part}/{CONFIG_FILE}")
+    shipped = {
+        **{name: model / part for name, model in models.items()},
+        **shipped_folders("tokenizers/assets", CONFIG_FILE),
+    }
     if isinstance(source, str) and source in shipped:
         return shipped[source]
     folder = Path(source)

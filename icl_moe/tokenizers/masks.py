@@ -79,7 +79,7 @@ class PatchTokenizer:
         """The tokenizer in the folder `source`, or the shipped one of that name. Raises InputError
         if it is missing, damaged or of another kind.
         """
-        folder = find_tokenizer(source)
+        folder = find_tokenizer(source, "mask_tokenizer")
         config = read_json(folder / CONFIG_FILE)
         if not isinstance(config, dict) or config.get("kind") != _KIND:
             raise InputError(

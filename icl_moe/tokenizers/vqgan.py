@@ -113,7 +113,7 @@ class VQGAN(nn.Module):
         Raises InputError if files are missing or damaged, if keys are missing or surplus, if the
         config contradicts the weights, or if the weights do not match the fingerprint.
         """
-        folder = find_tokenizer(source)
+        folder = find_tokenizer(source, "image_tokenizer")
         settings, fingerprint = read_config(folder / CONFIG_FILE, "vqgan", "a VQ-GAN")
         config = from_dict(VQGANConfig, settings, origin=str(folder / CONFIG_FILE))
         weights = load_weights(folder / WEIGHTS_FILE)

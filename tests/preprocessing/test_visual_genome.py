@@ -136,8 +136,8 @@ def test_an_object_of_negative_size_is_left_out_and_counted(genome_folder):
         (region(image_id=2), "regions_of_another_image"),
         (region(phrase=None), "regions_without_a_class"),
         (region(phrase=" . "), "regions_without_a_class"),
-        (region(width=0), "regions_without_a_class"),
-        (region(x=500), "regions_without_a_class"),
+        (region(width=0), "empty_boxes"),
+        (region(x=500), "empty_boxes"),
     ],
 )
 def test_a_region_that_belongs_nowhere_is_counted(genome_folder, edit, reason):

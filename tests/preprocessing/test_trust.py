@@ -1,0 +1,165 @@
+"""`icl-moe shards verify` holds samples against their sources, `stats` draws what a folder holds,
+and neither overlooks what is wrong.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_tokenizer
+from conftest import CocoFolder
+from PIL import Image
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.settings import load_recipe
+from preprocessing import cli, quantize
+from preprocessing.build import build_shards
+from preprocessing.compare import compare_with_sources
+from preprocessing.recipe import DataRecipe
+from preprocessing.stats import shard_stats
+
+
+def shards(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    return cli.run(parser.parse_args(["shards", *map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> CocoFolder:
+    return CocoFolder(tmp_path_factory.mktemp("source") / "coco")
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory) -> Path:
+    """Shards of both tasks, from COCO's format."""
+    folder = tmp_path_factory.mktemp("built")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = [
+        *toy_tokenizer.recipe_settings(tokenizer),
+        "segmentation.source=coco",
+        f"segmentation.images={source.images}",
+        f"segmentation.annotations={source.file}",
+        "captioning.source=coco_captions",
+        "captioning.classes=[dog, cat]",
+        f"captioning.images={source.images}",
+        f"captioning.annotations={source.captions_file}",
+        f"captioning.instances={source.file}",
+    ]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    return folder / "shards"
+
+
+def test_verify_says_what_it_compared_with_the_sources(built, capsys):
+    assert shards("verify", built, "--samples", 4) == 0
+    out = capsys.readouterr().out
+    assert "samples are complete and correct" in out
+    assert "segmentation: 4 samples (8 pairs) made anew from the sources" in out
+    assert "captioning: 4 samples (8 pairs) made anew from the sources" in out
+    assert "100.00% of the codes of pictures" in out
+    assert "masks decoded from tokens have a mean IoU of" in out
+
+
+@pytest.fixture
+def changed(source, built) -> CocoFolder:
+    """The sources, which a test may change; they are restored after it."""
+    keep = source.folder.with_name("keep")
+    shutil.copytree(source.folder, keep)
+    quantize._open_image.cache_clear()  # Another process, as in use, has opened no image yet.
+    yield source
+    shutil.rmtree(source.folder)
+    keep.rename(source.folder)
+
+
+def another_picture(source: CocoFolder) -> None:
+    pixels = np.random.default_rng(99).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    for number in range(1, 7):
+        Image.fromarray(pixels // 2).save(source.images / f"{number}.jpg")
+
+
+def edited(name: str, edit):
+    def change(source: CocoFolder) -> None:
+        file = source.folder / name
+        content = json.loads(file.read_bytes())
+        for annotation in content["annotations"]:
+            edit(annotation)
+        file.write_text(json.dumps(content))
+
+    return change
+
+
+def move(annotation: dict) -> None:
+    # The box around all instances, which places the part that is shown, does not change.
+    if annotation["category_id"] == 18:
+        annotation["segmentation"] = [[10, 20, 50, 20, 10, 50]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_picture, r"only \d+% of the codes of a picture .* are those of the sources"),
+        (edited("instances.json", move), r"the mask of its pair \d has an IoU of|only \d+% of"),
+        (
+            edited("captions.json", lambda a: a.update(caption=f"{a['caption']} or a cat")),
+            r"a text or a box differs|a caption, a class or a box differs",
+        ),
+        (
+            edited("instances.json", lambda a: a.update(id=a["id"] + 100)),
+            r"the sources have no region of \w+ in \d.jpg with the annotations \[",
+        ),
+    ],
+)
+def test_samples_that_differ_from_their_sources_are_named(built, changed, change, message):
+    change(changed)
+    with pytest.raises(InputError, match=rf"sample \S+ differs from its sources: .*({message})"):
+        compare_with_sources(built, 6, workers=0)
+
+
+def test_sources_that_are_gone_are_said_so(built, changed):
+    (changed.images / "1.jpg").unlink()
+    lines = compare_with_sources(built, 9, workers=0)
+    assert "others lack their images) made anew from the sources" in lines[0]
+    changed.file.unlink()
+    (line,) = compare_with_sources(built, 6, workers=0)
+    assert "instances.json does not exist" in line
+    assert "not compared" in line
+
+
+def test_stats_shows_areas_codes_and_what_splits_share(built, capsys, tmp_path):
+    assert shards("stats", built, "--against", built, "--plots", tmp_path / "plots") == 0
+    out = capsys.readouterr().out
+    count = ShardSet(built).count("segmentation")
+    lines = [line.split() for line in out.splitlines()]
+    areas = [int(line[-1]) for line in lines if line[1:2] == ["to"] and line[0].endswith("%")]
+    assert sum(areas[:6]) == 2 * count
+    assert "image codes of segmentation, in" in out
+    assert ["classes", "of", "segmentation", "0", "2", "0"] in lines
+    assert ["images", "of", "segmentation", "0", "6", "0"] in lines
+    plots = sorted((tmp_path / "plots").iterdir())
+    assert {plot.name for plot in plots} >= {
+        "segmentation_samples.png",
+        "captioning_lengths.png",
+        "segmentation_areas.png",
+        "segmentation_image_codes.png",
+        "overlap_0.png",
+    }
+    for plot in plots:
+        with Image.open(plot) as image:
+            assert image.width == 920
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_splits_without_a_common_task_are_refused(built, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(built, other)
+    manifest = json.loads((other / "manifest.json").read_bytes())
+    for key in ("samples", "classes"):
+        del manifest[key]["segmentation"], manifest[key]["captioning"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="has no task of"):
+        shard_stats(built, [other])
