@@ -176,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_segment(verbs)
     _add_caption(verbs)
+    _add_web(verbs)
     _add_demo(verbs)
     return parser
 
@@ -403,6 +404,22 @@ def _add_caption(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--category", help="the class's name, for models that need it")
     _add_place(parser)
     parser.set_defaults(run=_caption)
+
+
+def _add_web(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("web", help="serve a page for marking examples and finding the rest")
+    parser.add_argument(
+        "model", nargs="?", type=take.path, default="photographs", help=f"{_MODEL} (%(default)s)"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at: %(default)s, the default, is for this machine alone; 0.0.0.0 "
+        "also for others, without a password",
+    )
+    take.add_whole_number(parser, "--port", 0, 7860, "port; 0 takes any free one", 65535)
+    _add_place(parser)
+    parser.set_defaults(run=_web)
 
 
 def _add_demo(verbs: argparse._SubParsersAction) -> None:
@@ -670,6 +687,13 @@ def _caption(options: argparse.Namespace) -> int:
         options.example, query=options.query, category=options.category, progress=True
     )
     print(json.dumps(dataclasses.asdict(region), ensure_ascii=False))
+    return 0
+
+
+def _web(options: argparse.Namespace) -> int:
+    from icl_moe.web.serve import serve
+
+    serve(options.model, options.host, options.port, options.device, options.dtype)
     return 0
 
 
