@@ -16,7 +16,7 @@ from PIL import Image
 
 from icl_moe.errors import InputError
 from icl_moe.pages import render
-from icl_moe.pictures import BOX_COLOUR
+from icl_moe.pictures import BOX_COLOUR, boxed
 from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk, sureness
 
 SIDE = 720
@@ -114,10 +114,13 @@ def results_page(
     )
 
 
-def examples_page(examples: Sequence[Example]) -> str:
-    """The HTML of the examples that are in use, each with a button that removes it."""
+def examples_page(examples: Sequence[Example], problem: str = "") -> str:
+    """The HTML of the examples that are in use, each with a button that removes it. problem: a
+    sentence that says why another one was not taken.
+    """
     return render(
         "web_examples.html.j2",
+        problem=problem,
         examples=[
             {
                 "name": example.name,
@@ -157,8 +160,6 @@ def _shown_example(example: Example) -> Image.Image:
         layer = _tinted(np.asarray(mask) >= 128)
         return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
     if example.region is not None and example.region.box is not None:
-        from icl_moe.pictures import boxed
-
         return boxed(picture, example.region.box_in(example.picture.size, example.name))
     return picture
 
@@ -179,17 +180,20 @@ def _where(mask_HW: np.ndarray) -> str:
 
 
 def _tinted(mask_HW: np.ndarray) -> Image.Image:
-    """The mask as a tint with an outline of two pixels, transparent elsewhere."""
-    inner_HW = mask_HW.copy()
-    for _ in range(2):
-        edge_HW = np.pad(inner_HW, 1, mode="edge")
-        inner_HW = (
-            inner_HW & edge_HW[:-2, 1:-1] & edge_HW[2:, 1:-1] & edge_HW[1:-1, :-2]
-        ) & edge_HW[1:-1, 2:]
+    """A light tint on the mask with a white outline, and a light veil over the rest."""
     layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
-    layer_HW4[mask_HW] = (*MASK_COLOUR, 110)
-    layer_HW4[mask_HW & ~inner_HW] = (255, 255, 255, 235)
+    layer_HW4[...] = (12, 14, 18, 90)
+    layer_HW4[mask_HW] = (*MASK_COLOUR, 70)
+    layer_HW4[mask_HW & ~_inner(mask_HW, 2)] = (255, 255, 255, 240)
     return Image.fromarray(layer_HW4)
+
+
+def _inner(mask_HW: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask without its outermost `pixels`; the edge of the picture is no edge of the mask."""
+    for _ in range(pixels):
+        m = np.pad(mask_HW, 1, mode="edge")
+        mask_HW = mask_HW & m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+    return mask_HW
 
 
 def _dimmed(mask_HW: np.ndarray) -> Image.Image:

@@ -34,13 +34,15 @@ def build_page(model: InContextModel, name: str) -> gr.Blocks:
         title=f"icl-moe: {name}", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
     ) as page:
         gr.HTML(_head(model, name))
-        with gr.Tabs():
-            if work.can_segment(model):
-                with gr.Tab("Masks"):
-                    _Tab(model, captions=False).build()
-            if work.can_caption(model):
-                with gr.Tab("Captions"):
-                    _Tab(model, captions=True).build()
+        tabs = [_Tab(model, captions=False)] if work.can_segment(model) else []
+        tabs += [_Tab(model, captions=True)] if work.can_caption(model) else []
+        if len(tabs) == 1:
+            tabs[0].build()
+        else:
+            with gr.Tabs():
+                for each in tabs:
+                    with gr.Tab("Captions" if each.captions else "Masks"):
+                        each.build()
     page.queue(max_size=_QUEUE, default_concurrency_limit=1)
     return page
 
@@ -70,7 +72,6 @@ class _Tab:
                 self._build_inputs()
                 label = "Use as the example" if one else "Add the example"
                 self.add = gr.Button(label, variant="secondary")
-                self.problem = gr.HTML()
                 self.shown = gr.HTML(cards.examples_page(()), js_on_load=_REMOVE)
             with gr.Column(min_width=320):
                 gr.HTML(_step(2, "Add the photographs to search"))
@@ -78,7 +79,7 @@ class _Tab:
                     file_count="multiple",
                     file_types=["image"],
                     height=220,
-                    label=f"Photographs (at most {work.MOST_PHOTOGRAPHS}, {work.MEGABYTES} MB each)",
+                    label=f"Photographs, at most {work.MOST_PHOTOGRAPHS}",
                 )
                 self.category = gr.Textbox(
                     label="Name of the class" + ("" if self.named else " (for the COCO file)"),
@@ -88,9 +89,9 @@ class _Tab:
                 )
                 verb = "Caption them" if self.captions else "Find it in all of them"
                 with gr.Row():
-                    self.run = gr.Button(verb, variant="primary", scale=3)
-                    self.stop = gr.Button("Stop", variant="stop", scale=1)
-        self.results = gr.HTML()
+                    self.run = gr.Button(verb, variant="primary", scale=4, min_width=200)
+                    self.stop = gr.Button("Stop", scale=1, min_width=70)
+        self.results = gr.HTML(elem_classes="icl-outcome")
         self._connect()
 
     def _build_inputs(self) -> None:
@@ -134,7 +135,7 @@ class _Tab:
         self.add.click(
             self.take_example,
             [self.examples, *sources],
-            [self.examples, self.shown, self.problem, *emptied],
+            [self.examples, self.shown, *emptied],
             api_name=f"add_{kind}_example",
         )
         self.shown.remove(
@@ -151,24 +152,17 @@ class _Tab:
             concurrency_id="model",
             show_progress="minimal",
         )
+        self.run.click(None, js=_SCROLL)
         self.stop.click(None, cancels=[running])
 
     def take_example(self, examples: Sequence[Example], *sources: Any) -> tuple[Any, ...]:
         """The examples with a new one, their HTML, and empty inputs; or what is wrong."""
-        same = gr.skip()
         try:
-            example = self._example(*sources)
-            more = work.with_example(self.model, examples, example)
+            more = work.with_example(self.model, examples, self._example(*sources))
         except InputError as error:
-            return (
-                same,
-                same,
-                cards.message(str(error)),
-                same,
-                *([same] * (not self.captions) * 2),
-            )
-        emptied: tuple[Any, ...] = ("",) if self.captions else ("", None, None)
-        return (more, cards.examples_page(more), "", *emptied)
+            inputs = 1 if self.captions else 3
+            return (gr.skip(), cards.examples_page(examples, str(error)), *[gr.skip()] * inputs)
+        return (more, cards.examples_page(more), "", *([] if self.captions else [None, None]))
 
     def _example(self, marked: str | None, *others: Any) -> Example:
         if self.captions:
@@ -202,6 +196,11 @@ class _Tab:
         except InputError as error:
             yield cards.message(str(error))
 
+
+_SCROLL = """() => {
+  const outcome = [...document.querySelectorAll(".icl-outcome")].find((each) => each.offsetParent);
+  if (outcome) outcome.scrollIntoView({behavior: "smooth", block: "nearest"});
+}"""
 
 _REMOVE = """
 element.addEventListener("click", (event) => {

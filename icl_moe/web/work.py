@@ -4,6 +4,7 @@ This module knows nothing of Gradio.
 
 import base64
 import binascii
+import contextlib
 import io
 import json
 import math
@@ -238,21 +239,15 @@ def _check_size(image: Image.Image, name: str) -> None:
         )
 
 
-class _without_folders:
-    """Names a file in messages without its folder, which is the server's and means nothing to the
+@contextlib.contextmanager
+def _without_folders(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a file in messages without its folder, which is the server's and means nothing to the
     person at the page.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, InputError):
-            raise InputError(
-                str(error).replace(os.fspath(self.path), _file_name(self.path))
-            ) from error
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(os.fspath(path), _file_name(path))) from error
 
 
 def _file_name(path: str | os.PathLike[str]) -> str:
