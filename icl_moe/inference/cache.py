@@ -2,6 +2,9 @@
 once.
 """
 
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 
 
@@ -20,6 +23,36 @@ class KeyValueCache:
         self._attributes: torch.Tensor | None = None
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def joined(cls, caches: Sequence["KeyValueCache"], capacity: int) -> Self:
+        """A copy of caches of one row each as the rows of one cache with room for `capacity`
+        positions. Shorter rows are padded on the left, with attribute class 0.
+
+        A cache that occurs several times is copied in one step.
+        """
+        joined = cls(max(capacity, *(cache.length for cache in caches)))
+        joined.length = max(cache.length for cache in caches)
+        rows_of: dict[int, list[int]] = {}
+        for row, cache in enumerate(caches):
+            rows_of.setdefault(id(cache), []).append(row)
+
+        def join(buffers: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+            shape = [len(caches), *buffers[0].shape[1:]]
+            shape[dim] = joined._capacity
+            whole = buffers[0].new_zeros(shape)
+            for rows in rows_of.values():
+                length = caches[rows[0]].length
+                place = whole.narrow(dim, joined.length - length, length)
+                place[rows] = buffers[rows[0]].narrow(dim, 0, length)
+            return whole
+
+        first = caches[0]
+        if first._attributes is not None:
+            joined._attributes = join([c._attributes for c in caches], dim=1)  # type: ignore
+        joined._keys = {n: join([c._keys[n] for c in caches], dim=2) for n in first._keys}
+        joined._values = {n: join([c._values[n] for c in caches], dim=2) for n in first._values}
+        return joined
 
     def append_attributes(self, attributes_BL: torch.Tensor) -> torch.Tensor:
         """Append the attribute classes of the L tokens of this pass, and return those of all

@@ -3,40 +3,31 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 
-from icl_moe.boxes import Box
 from icl_moe.devices import Device, find_device, find_dtype
 from icl_moe.errors import InputError
 from icl_moe.files import check_readable
-from icl_moe.images import (
-    ImageLike,
-    box_to_mask,
-    crop_and_resize_mask,
-    load_image,
-    load_mask,
-    to_square_pixels,
-)
+from icl_moe.images import ImageLike
+from icl_moe.inference.cache import KeyValueCache
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
+from icl_moe.inference.examples import list_pairs
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
-from icl_moe.inference.session import Session
+from icl_moe.inference.session import Examples, Query, Session
 from icl_moe.inputs import other_kind_of
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
-from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
+from icl_moe.sequence import SequenceCodec, SequenceFormat
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
-from icl_moe.tasks.captioning import CaptionPair, box_of
 from icl_moe.tasks.drawn_mask import EVEN, DrawnMask
-from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 
@@ -130,17 +121,17 @@ class InContextModel:
         return push_model(self.folder, repository, file, private, token)
 
     def session(
-        self,
-        examples: Iterable[tuple[Any, Any]] | Mapping[str, Iterable[tuple[Any, Any]]],
-        category: str | None = None,
+        self, examples: Examples, category: str | None = None, nearest: int | None = None
     ) -> Session:
         """The examples, read once for any number of queries.
 
         examples: (image, mask) pairs as in `segment`, (image, region) pairs as in `caption`, or
         such pairs by the name of their class. category: the class's name, needed if the model's
-        format has a class prompt.
+        format has a class prompt. nearest: each query is asked with so many of the examples, those
+        whose images are the most like it; then there may be more than the model's positions hold.
+        Raises InputError for examples that cannot be read or do not fit the model.
         """
-        return Session(self, examples, category)
+        return Session(self, examples, category, nearest)
 
     def segment(
         self,
@@ -172,31 +163,9 @@ class InContextModel:
         """As `segment`, but also returns the brightness of each pixel and the model's
         confidence.
         """
-        task = SEGMENTATION
-        pairs = _pairs(examples, "mask")
-        self._check_request(task, len(pairs), category)
-        if category and not task.needs_category(self.format):
-            raise InputError(
-                "This model reads no class names, only examples: leave the category out."
-            )
-        image = load_image(query, "The query")
-        pictures = _pictures(pairs)
-        masks = [
-            self._example_mask(mask, picture, number)
-            for number, (picture, (_, mask)) in enumerate(zip(pictures, pairs, strict=True), 1)
-        ]
-        *image_codes, query_codes = self.encode(
-            [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
-        )
-        mask_codes = self.encode_masks(masks)
-        shown = tuple(
-            SegmentationPair(*codes) for codes in zip(image_codes, mask_codes, strict=True)
-        )
-        written = self.complete(
-            [(Episode(task, category or "", shown), query_codes)], sampling, progress, decoding
-        )
-        (drawn,) = task.draw(self, written)
-        return drawn.resized(image.height, image.width)
+        image = Query.load(query, self.image_size)
+        session = Session(self, list_pairs(examples, "mask"), category, task=SEGMENTATION)
+        return session.draw(image, sampling, progress, decoding)
 
     def caption(
         self,
@@ -214,29 +183,9 @@ class InContextModel:
         categories and boxes, are needed only if the model's format has them. Raises InputError for
         input that cannot be read or does not fit the model.
         """
-        task = CAPTIONING
-        pairs = _pairs(examples, "region")
-        regions = [_open_region(region, number) for number, (_, region) in enumerate(pairs, 1)]
-        named = {region.category for region, _ in regions if region.category}
-        category = category or (named.pop() if len(named) == 1 else None)
-        self._check_request(task, len(pairs), category)
-        image = load_image(query, "The query")
-        pictures = _pictures(pairs)
-        boxes = [
-            None if region.box is None else region.box_in(picture.size, name)
-            for picture, (region, name) in zip(pictures, regions, strict=True)
-        ]
-        *image_codes, query_codes = self.encode(
-            [to_square_pixels(picture, self.image_size) for picture in (*pictures, image)]
-        )
-        shown = tuple(
-            self._caption_pair(name, codes, region, box, category)
-            for codes, (region, name), box in zip(image_codes, regions, boxes, strict=True)
-        )
-        (pair,) = self.complete(
-            [(Episode(task, category or "", shown), query_codes)], sampling, progress
-        )
-        return Region(pair.caption, pair.category, _to_pixel_box(box_of(pair, self), image.size))
+        image = Query.load(query, self.image_size)
+        session = Session(self, list_pairs(examples, "region"), category, task=CAPTIONING)
+        return session.caption(image, sampling, progress)
 
     def complete(
         self,
@@ -244,29 +193,33 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
         decoding: Decoding | None = None,
+        read: Sequence[KeyValueCache] | None = None,
     ) -> list[Any]:
         """The query's pair for each request, generated by the model; all requests form one batch.
 
         A request is an episode whose pairs are the examples, and the query's codes (N,) from
         `encode`. decoding: of output images; by default parallel where the model was trained for it
         and nothing is sampled. Then an output that is one image is written at once, and so is the
-        image that another output begins with. Raises InputError where the model cannot decode so.
+        image that another output begins with. read: what the decoder has read of each request
+        already, see `read_examples`. Raises InputError where the model cannot decode so.
         """
         parallel = self.decoding(decoding, sampling) == "parallel"
         image_first = partial(self._image_first, progress=progress)
         in_turn = partial(self._in_turn, sampling=sampling, progress=progress)
 
-        def way(task: Task) -> Callable[[Sequence[Request]], list[Any]]:
+        def way(task: Task) -> Callable[..., list[Any]]:
             if parallel and task.is_one_image(self.format):
                 return self._at_once
             return image_first if parallel and task.begins_with_image(self.format) else in_turn
 
-        numbers_of: dict[Callable[[Sequence[Request]], list[Any]], list[int]] = {}
+        numbers_of: dict[Callable[..., list[Any]], list[int]] = {}
         for number, (episode, _) in enumerate(requests):
             numbers_of.setdefault(way(episode.task), []).append(number)
         by_number: dict[int, Any] = {}
         for write, numbers in numbers_of.items():
-            by_number |= zip(numbers, write([requests[n] for n in numbers]), strict=True)
+            of_these = None if read is None else [read[n] for n in numbers]
+            pairs = write([requests[n] for n in numbers], read=of_these)
+            by_number |= zip(numbers, pairs, strict=True)
         return [by_number[number] for number in range(len(requests))]
 
     def decoding(self, asked: Decoding | None = None, sampling: Sampling = GREEDY) -> Decoding:
@@ -294,16 +247,27 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
         openings: Sequence[Sequence[int]] | None = None,
+        read: Sequence[KeyValueCache] | None = None,
     ) -> list[Any]:
-        outputs = decode_batch(self.decoder, self.codec, requests, sampling, progress, openings)
+        outputs = decode_batch(
+            self.decoder, self.codec, requests, sampling, progress, openings, read
+        )
         return [
-            episode.task.read_output(self.codec, query, tokens)
-            for (episode, query), tokens in zip(requests, outputs, strict=True)
+            episode.task.scored(
+                episode.task.read_output(self.codec, query, written.tokens),
+                written.log_probabilities,
+            )
+            for (episode, query), written in zip(requests, outputs, strict=True)
         ]
 
-    def _image_first(self, requests: Sequence[Request], progress: bool) -> list[Any]:
+    def _image_first(
+        self,
+        requests: Sequence[Request],
+        progress: bool,
+        read: Sequence[KeyValueCache] | None = None,
+    ) -> list[Any]:
         """The image that each output begins with at once, then the rest token by token."""
-        _, brightness_BHW = self._expected(requests)
+        _, brightness_BHW = self._expected(requests, read)
         drawn = [
             episode.task.settle(brightness_HW)
             for (episode, _), brightness_HW in zip(requests, brightness_BHW, strict=True)
@@ -311,23 +275,27 @@ class InContextModel:
         openings = [
             self.format.vocabulary.from_codes(codes).tolist() for codes in self.encode_masks(drawn)
         ]
-        pairs = self._in_turn(requests, progress=progress, openings=openings)
+        pairs = self._in_turn(requests, progress=progress, openings=openings, read=read)
         return [
             episode.task.with_image(pair, mask_HW)
             for (episode, _), pair, mask_HW in zip(requests, pairs, drawn, strict=True)
         ]
 
     @torch.inference_mode()
-    def _expected(self, requests: Sequence[Request]) -> tuple[torch.Tensor, np.ndarray]:
+    def _expected(
+        self, requests: Sequence[Request], read: Sequence[KeyValueCache] | None
+    ) -> tuple[torch.Tensor, np.ndarray]:
         """Of the output images of requests in one pass: how probable each code is in each cell
         (B, N, K), and the expected brightness of each pixel (B, H, W).
         """
-        probabilities_BNK = decode_at_once(self.decoder, self.codec, requests)
+        probabilities_BNK = decode_at_once(self.decoder, self.codec, requests, read)
         brightness_BHW = self.tokenizers.mask_writer.decode_expected(probabilities_BNK)
         return probabilities_BNK, brightness_BHW.cpu().numpy()
 
-    def _at_once(self, requests: Sequence[Request]) -> list[Any]:
-        probabilities_BNK, brightness_BHW = self._expected(requests)
+    def _at_once(
+        self, requests: Sequence[Request], read: Sequence[KeyValueCache] | None = None
+    ) -> list[Any]:
+        probabilities_BNK, brightness_BHW = self._expected(requests, read)
         tokens_BN = self.format.vocabulary.from_codes(
             probabilities_BNK.argmax(dim=-1).cpu().numpy()
         )
@@ -385,50 +353,14 @@ class InContextModel:
                 "class_prompt=true works without examples."
             )
 
-    def _check_request(self, task: Task, examples: int, category: str | None) -> None:
+    def check_request(self, task: Task, examples: int, category: str | None) -> None:
+        """Raise InputError if the model cannot do the task with so many examples of this class."""
         trained = self.decoder.config.classes
         if trained is not None and task.name not in trained:
             raise InputError(f"This model was trained on {' and '.join(trained)}, not {task.name}.")
         self.check_examples(examples)
-        if not isinstance(category, str | None):
-            raise InputError(f"The category must be text, not {type(category).__name__}.")
         if not category and task.needs_category(self.format):
             raise InputError("This model needs the class's name: set the category.")
-
-    def _example_mask(self, mask: ImageLike, picture: Image.Image, number: int) -> np.ndarray:
-        """An example's mask at the model's image size, boolean (image_size, image_size)."""
-        what = f"The mask of example {number}"
-        mask_HW = _squared_mask(load_mask(mask, picture.size, what), self.image_size)
-        if not mask_HW.any():
-            raise InputError(
-                f"{mask if isinstance(mask, str | os.PathLike) else what} is so small that nothing "
-                f"of it remains at the model's {self.image_size} x {self.image_size} pixels; crop "
-                "image and mask closer to the object."
-            )
-        return mask_HW
-
-    def _caption_pair(
-        self,
-        name: str,
-        codes: np.ndarray,
-        region: Region,
-        box: Box | None,
-        category: str | None,
-    ) -> CaptionPair:
-        category = region.category or category
-        if category is None and self.format.category != "none":
-            raise InputError(f"{name} lacks the category that this model's captions name.")
-        if self.format.box == "none":
-            return CaptionPair(codes, region.caption, category)
-        if box is None:
-            raise InputError(f"{name} lacks the box that this model's captions place.")
-        if self.format.box == "text":
-            return CaptionPair(codes, region.caption, category, box)
-        drawing = ~box_to_mask(
-            box, self.image_size
-        )  # As in the paper: 0 on the object, 1 elsewhere.
-        (drawn,) = self.encode_masks([drawing])
-        return CaptionPair(codes, region.caption, category, box, box_image=drawn)
 
 
 def _check_files(folder: Path, names: Sequence[str]) -> None:
@@ -606,49 +538,3 @@ def _fingerprint(folder: Path) -> str:
         while chunk := weights.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()[:16]
-
-
-def _pairs(examples: Iterable[Any], second: str) -> list[tuple[Any, Any]]:
-    """The examples, from any iterable, as a list of pairs."""
-    pairs = list(examples) if isinstance(examples, Iterable) else [examples]
-    for number, pair in enumerate(pairs, 1):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InputError(
-                f"Example {number} must be a pair (image, {second}) in a list of examples, not "
-                f"{type(pair).__name__}."
-            )
-    return [(image, output) for image, output in pairs]
-
-
-def _pictures(pairs: Sequence[tuple[Any, Any]]) -> list[Image.Image]:
-    return [
-        load_image(image, f"The image of example {number}")
-        for number, (image, _) in enumerate(pairs, 1)
-    ]
-
-
-def _open_region(region: Any, number: int) -> tuple[Region, str]:
-    """An example's region, and its name in messages."""
-    if isinstance(region, str | os.PathLike):
-        return Region.load(region), str(region)
-    name = f"Example {number}"
-    if not isinstance(region, Region):
-        raise InputError(
-            f"{name} must have a Region, or the path of its file, not {type(region).__name__}."
-        )
-    region.check(name)
-    return region, name
-
-
-def _squared_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
-    return crop_and_resize_mask(mask_HW, (0, 0, mask_HW.shape[1], mask_HW.shape[0]), size)
-
-
-def _to_pixel_box(
-    box: Box | None, size: tuple[int, int]
-) -> tuple[float, float, float, float] | None:
-    if box is None:
-        return None
-    width, height = size
-    x, y = round(box[0] * width, 2), round(box[1] * height, 2)
-    return x, y, round((box[2] - box[0]) * width, 2), round((box[3] - box[1]) * height, 2)

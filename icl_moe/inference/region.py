@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from icl_moe.errors import InputError
 class Region:
     """A region of an image. box: x, y, width, height in pixels of that image. Values that a model's
     format lacks are None.
+
+    log_probability: of a region that a model wrote, the mean log-probability of its text's tokens
+    (class and box in text included) among those that could follow; None otherwise.
     """
 
     caption: str
     category: str | None = None
     box: tuple[float, float, float, float] | None = None
+    log_probability: float | None = field(default=None, compare=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Region":
         """Read {"caption": ..., "category": ..., "box": [x, y, width, height]}; the last two may be
-        left out.
+        left out. A model's own regions, with their log_probability, can be read too.
 
         Raises InputError for a file that is missing or holds anything else.
         """
@@ -78,7 +82,7 @@ class Region:
         return x1, y1, x2, y2
 
 
-_KEYS = {"caption", "category", "box"}
+_KEYS = {"caption", "category", "box", "log_probability"}
 
 _MOST_BYTES = 1 << 20
 """More bytes than any region has; reading a device would never end."""

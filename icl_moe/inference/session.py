@@ -1,18 +1,81 @@
 """A session: examples that are read once, for any number of queries."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from icl_moe.images import ImageLike
-from icl_moe.inference.decode import GREEDY, Sampling
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from icl_moe.boxes import Box
+from icl_moe.errors import InputError
+from icl_moe.images import ImageLike, load_image, to_square_pixels
+from icl_moe.inference.cache import KeyValueCache
+from icl_moe.inference.decode import GREEDY, Sampling, read_examples
+from icl_moe.inference.examples import (
+    category_of,
+    in_batches,
+    is_one_image,
+    list_pairs,
+    read_pairs,
+    task_of,
+)
+from icl_moe.inference.region import Region
+from icl_moe.inference.retrieval import Shelf
+from icl_moe.sequence import Episode
+from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
+from icl_moe.tasks.captioning import CaptionPair, box_of
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 
 if TYPE_CHECKING:
     from icl_moe.inference.model import Decoding, InContextModel
 
-Queries = ImageLike | Iterable[ImageLike]
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A query's picture at the model's size, pixels_3HW in [-1, 1], and its own size (width,
+    height).
+    """
+
+    pixels_3HW: torch.Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def load(cls, image: "ImageLike | Query", side: int, name: str = "The query") -> "Query":
+        """Raises InputError, with `name` if it is not a file, for what is no still image."""
+        if isinstance(image, cls):
+            return image
+        picture = load_image(image, name)
+        return cls(to_square_pixels(picture, side), picture.size)
+
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+Examples = Iterable[tuple[Any, Any]] | Mapping[str, Iterable[tuple[Any, Any]]]
+"""(image, mask) or (image, region) pairs, or such pairs by the name of their class."""
+
+Queries = ImageLike | Query | Iterable[ImageLike | Query]
 """One image, or several. The results of several are a list if they are a list or a tuple, and
 otherwise an iterator, which reads no more images at a time than one batch.
 """
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """The examples of a class: either an episode, and what the decoder has read of it, or a shelf
+    from which each query gets its own.
+    """
+
+    episode: Episode
+    read: KeyValueCache | None
+    shelf: Shelf | None = None
+
+    def episode_for(self, image_N: np.ndarray) -> Episode:
+        if self.shelf is None:
+            return self.episode
+        return replace(self.episode, pairs=self.shelf.nearest(image_N))
 
 
 class Session:
@@ -22,15 +85,32 @@ class Session:
     mask_HW = session.segment("dog2.jpg")
     for drawn in session.draw(Path("photographs").glob("*.jpg")):
         print(drawn.mask_HW.mean(), drawn.confidence_HW)
+
+    classes: the names of the classes, if examples were given by class; otherwise None.
     """
 
     def __init__(
         self,
         model: "InContextModel",
-        examples: Iterable[Any] | Mapping[str, Iterable[Any]],
+        examples: Examples,
         category: str | None = None,
+        nearest: int | None = None,
+        task: Task | None = None,
     ) -> None:
-        self._model, self._examples, self._category = model, examples, category
+        """See `InContextModel.session`. task: of the examples, by default the one they fit."""
+        _check_count("nearest", 1 if nearest is None else nearest)
+        self.classes = _class_names(examples, category)
+        self._model, self._nearest = model, nearest
+        if isinstance(examples, Mapping):
+            self._pairs = {name: list_pairs(each) for name, each in examples.items()}
+        else:
+            self._pairs = {category or "": list_pairs(examples)}
+        self._task = task or task_of([pair for pairs in self._pairs.values() for pair in pairs])
+        self._shown: dict[str, list[_Shown]] = {}
+        if self._task is None:
+            model.check_examples(0)
+        else:
+            self._show(self._task)
 
     def segment(
         self,
@@ -40,8 +120,19 @@ class Session:
         decoding: "Decoding | None" = None,
         batch: int = 8,
     ) -> Any:
-        """The mask of each query, boolean (H, W), in the query's size."""
-        return _each(queries, lambda query: self._draw(query, sampling, decoding).mask_HW)
+        """The mask of each query, boolean (H, W), in the query's size. If the examples were given
+        by class: its label map, see `DrawnClasses.labels_HW`.
+
+        queries: see `Queries`. decoding: see `InContextModel.complete`. batch: how many sequences
+        are decoded together, one for each query and class. Raises InputError for a query that is
+        no image, and for what the model does not support.
+        """
+
+        def mark(pairs: Sequence[Any], size: Size) -> np.ndarray:
+            drawn = self._drawn(pairs, size)
+            return drawn.labels_HW if isinstance(drawn, DrawnClasses) else drawn.mask_HW
+
+        return self._answer(SEGMENTATION, mark, queries, sampling, progress, decoding, batch)
 
     def draw(
         self,
@@ -51,10 +142,10 @@ class Session:
         decoding: "Decoding | None" = None,
         batch: int = 8,
     ) -> Any:
-        """As `segment`, but a `DrawnMask` for each query: with the brightness of each pixel and the
-        model's confidence.
+        """As `segment`, but a `DrawnMask` for each query, with the brightness of each pixel and the
+        model's confidence. If the examples were given by class: a `DrawnClasses`.
         """
-        return _each(queries, lambda query: self._draw(query, sampling, decoding))
+        return self._answer(SEGMENTATION, self._drawn, queries, sampling, progress, decoding, batch)
 
     def caption(
         self,
@@ -63,21 +154,152 @@ class Session:
         progress: bool = False,
         batch: int = 8,
     ) -> Any:
-        """The `Region` of each query, with the box in the query's pixels."""
-        return _each(
-            queries,
-            lambda query: self._model.caption(self._examples, query, self._category, sampling),
+        """The `Region` of each query, with the box in the query's pixels. If the examples were
+        given by class: a dictionary with the region for each class.
+
+        queries, batch: see `segment`.
+        """
+
+        def describe(pairs: Sequence[CaptionPair], size: Size) -> Region | dict[str, Region]:
+            regions = [_region(self._model, pair, size) for pair in pairs]
+            return dict(zip(self.classes, regions, strict=True)) if self.classes else regions[0]
+
+        return self._answer(CAPTIONING, describe, queries, sampling, progress, None, batch)
+
+    def _drawn(self, pairs: Sequence[Any], size: Size) -> DrawnMask | DrawnClasses:
+        width, height = size
+        masks = [drawn.resized(height, width) for drawn in SEGMENTATION.draw(self._model, pairs)]
+        return (
+            DrawnClasses(dict(zip(self.classes, masks, strict=True))) if self.classes else masks[0]
         )
 
-    def _draw(self, query: ImageLike, sampling: Sampling, decoding: "Decoding | None") -> Any:
-        return self._model.draw_mask(
-            self._examples, query, self._category, sampling, decoding=decoding
+    def _answer(
+        self,
+        task: Task,
+        read: Callable[[Sequence[Any], Size], Any],
+        queries: Queries,
+        sampling: Sampling,
+        progress: bool,
+        decoding: "Decoding | None",
+        batch: int,
+    ) -> Any:
+        """One answer or several (see `Queries`). read: the answer from the completed pair of each
+        class, and the query's size.
+        """
+        _check_count("batch", batch)
+        self._model.decoding(decoding, sampling)
+        ask = _Asked(self._model, self._show(task), sampling, decoding, batch)
+        if is_one_image(queries):
+            query = Query.load(queries, self._model.image_size)
+            ((pairs, size),) = ask.each([query], progress)
+            return read(pairs, size)
+        assert isinstance(queries, Iterable)
+        total = len(queries) if isinstance(queries, Sized) else None
+        bar = tqdm(ask.each(queries), "images", total, disable=not progress, unit="", leave=False)
+        answers = (read(pairs, size) for pairs, size in bar)
+        return list(answers) if isinstance(queries, list | tuple) else answers
+
+    def _show(self, task: Task) -> list[_Shown]:
+        """The examples of each class for a task, read when they are needed for the first time."""
+        if self._task not in (None, task):
+            has, needs = ("masks", "regions") if task is CAPTIONING else ("regions", "masks")
+            raise InputError(f"The examples of this session have {has}; {task.name} needs {needs}.")
+        if task.name not in self._shown:
+            self._shown[task.name] = [
+                self._read(task, name, pairs) for name, pairs in self._pairs.items()
+            ]
+        return self._shown[task.name]
+
+    def _read(self, task: Task, name: str, pairs: Sequence[tuple[Any, Any]]) -> _Shown:
+        model = self._model
+        category = name or (category_of(pairs) if task is CAPTIONING else None)
+        count = len(pairs) if self._nearest is None else min(len(pairs), self._nearest)
+        model.check_request(task, count, category)
+        if task is SEGMENTATION and not task.needs_category(model.format):
+            if category and self.classes is None:
+                raise InputError(
+                    "This model reads no class names, only examples: leave the category out."
+                )
+            category = None
+        shown = read_pairs(model, task, pairs, category, name if self.classes else "")
+        if count < len(shown):
+            shelf = Shelf(model.tokenizers, shown, count)
+            return _Shown(Episode(task, category or "", ()), None, shelf)
+        episode = Episode(task, category or "", shown)
+        return _Shown(episode, read_examples(model.decoder, model.codec, episode))
+
+
+class _Asked(NamedTuple):
+    """How queries are asked about what is shown of each class."""
+
+    model: "InContextModel"
+    shown: Sequence[_Shown]
+    sampling: Sampling
+    decoding: "Decoding | None"
+    batch: int
+
+    def each(
+        self, queries: Iterable[ImageLike | Query], progress: bool = False
+    ) -> Iterator[tuple[list[Any], Size]]:
+        """The completed pair of each class, and the size, of each query in turn."""
+        started = 0
+        for some in in_batches(enumerate(queries, 1), max(1, self.batch // len(self.shown))):
+            loaded = [
+                Query.load(query, self.model.image_size, f"Query {number}")
+                for number, query in some
+            ]
+            codes = self.model.encode([query.pixels_3HW for query in loaded])
+            asked = [(each, image_N) for image_N in codes for each in self.shown]
+            pairs: list[Any] = []
+            for part in in_batches(asked, self.batch):
+                pairs += self._complete(part, started, progress)
+                started += len(part)
+            rest = iter(pairs)
+            for query in loaded:
+                yield [next(rest) for _ in self.shown], query.size
+
+    def _complete(
+        self, asked: Sequence[tuple[_Shown, np.ndarray]], first: int, progress: bool
+    ) -> list[Any]:
+        requests = [(each.episode_for(image_N), image_N) for each, image_N in asked]
+        read = [each.read for each, _ in asked if each.read is not None]
+        return self.model.complete(
+            requests,
+            replace(self.sampling, first=first),
+            progress,
+            self.decoding,
+            read if len(read) == len(asked) else None,
         )
 
 
-def _each(queries: Queries, answer: Any) -> Any:
-    if isinstance(queries, list | tuple):
-        return [answer(query) for query in queries]
-    if isinstance(queries, Iterator):
-        return map(answer, queries)
-    return answer(queries)
+def _class_names(examples: Examples, category: str | None) -> tuple[str, ...] | None:
+    """The names of examples that are given by class. Raises InputError if they, or the category,
+    are not names.
+    """
+    if not isinstance(category, str | None):
+        raise InputError(f"The category must be text, not {type(category).__name__}.")
+    if not isinstance(examples, Mapping):
+        return None
+    if category is not None:
+        raise InputError("Examples by class name their classes themselves: leave category out.")
+    if not examples or not all(isinstance(name, str) and name.strip() for name in examples):
+        raise InputError("Examples by class need at least one class, and names that are text.")
+    return tuple(examples)
+
+
+def _check_count(name: str, count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, not {count!r:.60}.")
+
+
+def _region(model: "InContextModel", pair: CaptionPair, size: Size) -> Region:
+    box = _to_pixel_box(box_of(pair, model), size)
+    return Region(pair.caption, pair.category, box, pair.log_probability)
+
+
+def _to_pixel_box(box: Box | None, size: Size) -> tuple[float, float, float, float] | None:
+    if box is None:
+        return None
+    width, height = size
+    x, y = round(box[0] * width, 2), round(box[1] * height, 2)
+    return x, y, round((box[2] - box[0]) * width, 2), round((box[3] - box[1]) * height, 2)

@@ -41,6 +41,7 @@ from icl_moe.tasks.task import (
     Truth,
     by_kind,
     check_objects,
+    mean_log_probability,
 )
 
 
@@ -50,7 +51,8 @@ class CaptionPair:
     lacks them.
 
     `box_image`: codes (N,) of the box drawn as an image; box=image only. Then `box` is there only
-    where a model wrote the drawing in one pass.
+    where a model wrote the drawing in one pass. `log_probability`: of a caption that a model wrote,
+    the mean of its text's tokens.
     """
 
     image: np.ndarray
@@ -58,6 +60,7 @@ class CaptionPair:
     category: str | None = None
     box: Box | None = None
     box_image: np.ndarray | None = None
+    log_probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,10 @@ class Captioning(Task):
     def with_image(self, pair: CaptionPair, mask_HW: np.ndarray) -> CaptionPair:
         """The pair with the box itself, which its drawing in codes may miss by some pixels."""
         return replace(pair, box=_box_around(~mask_HW))
+
+    def scored(self, pair: CaptionPair, log_probabilities: Sequence[float | None]) -> CaptionPair:
+        drawn = 0 if pair.box_image is None else len(pair.box_image)
+        return replace(pair, log_probability=mean_log_probability(log_probabilities[drawn:]))
 
     def needs_category(self, format: SequenceFormat) -> bool:
         return format.class_prompt or format.category == "given"

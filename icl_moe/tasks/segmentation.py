@@ -31,6 +31,7 @@ from icl_moe.tasks.task import (
     Truth,
     by_kind,
     check_objects,
+    mean_log_probability,
 )
 
 LEAST_SHOWN = 0.01
@@ -42,12 +43,13 @@ class SegmentationPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the mask (N,), image codes.
 
     drawn: the pixels of a mask that was decoded in one pass, which contain more information than
-    its codes.
+    its codes. log_probability: of a mask that was decoded code by code, see `DrawnMask`.
     """
 
     image: np.ndarray
     mask: np.ndarray
     drawn: DrawnMask | None = None
+    log_probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,11 @@ class Segmentation(Task):
     ) -> SegmentationPair:
         return SegmentationPair(image, codec.format.vocabulary.to_codes(np.array(tokens)))
 
+    def scored(
+        self, pair: SegmentationPair, log_probabilities: Sequence[float | None]
+    ) -> SegmentationPair:
+        return replace(pair, log_probability=mean_log_probability(log_probabilities))
+
     def read_at_once(
         self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int], drawn: DrawnMask
     ) -> SegmentationPair:
@@ -117,8 +124,13 @@ class Segmentation(Task):
         """The masks of pairs in pixels."""
         written = [pair.mask for pair in pairs if pair.drawn is None]
         if written:
-            of_codes = map(DrawnMask, model.decode_masks(np.stack(written)).cpu().numpy())
-        return [next(of_codes) if pair.drawn is None else pair.drawn for pair in pairs]
+            of_codes = iter(model.decode_masks(np.stack(written)).cpu().numpy())
+        return [
+            DrawnMask(next(of_codes), log_probability=pair.log_probability)
+            if pair.drawn is None
+            else pair.drawn
+            for pair in pairs
+        ]
 
     def pictures(self, target: MaskTarget, format: SequenceFormat) -> tuple[MaskPicture, ...]:
         return (MaskPicture(target.counts),)

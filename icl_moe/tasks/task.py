@@ -6,7 +6,7 @@ its pictures. The input of every task is an image (with a class prompt, also the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,12 @@ from icl_moe.tasks.grammar import Grammar
 
 Output = dict[str, Any]
 """The content of a query's output, as in predictions.jsonl: name -> plain JSON value."""
+
+
+def mean_log_probability(of_tokens: Iterable[float | None]) -> float | None:
+    """The mean over the tokens that a model chose; None if it chose none."""
+    chosen = [each for each in of_tokens if each is not None]
+    return sum(chosen) / len(chosen) if chosen else None
 
 
 class Kind(NamedTuple):
@@ -201,6 +207,12 @@ class Task(ABC):
 
     def with_image(self, pair: Any, mask_HW: np.ndarray) -> Any:
         """The query's pair, which was written after the mask that `settle` made."""
+        return pair
+
+    def scored(self, pair: Any, log_probabilities: Sequence[float | None]) -> Any:
+        """The query's pair with how probable the model found it, from the log-probability of each
+        token of its output that the model chose.
+        """
         return pair
 
     def needs_category(self, format: SequenceFormat) -> bool:

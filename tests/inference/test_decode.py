@@ -141,6 +141,11 @@ def plain_links(tokens: list[int]) -> torch.Tensor:
     return links
 
 
+def decoded(*arguments) -> list[list[int]]:
+    """The tokens that `decode_batch` writes for each request."""
+    return [written.tokens for written in decode_batch(*arguments)]
+
+
 @pytest.mark.parametrize(
     ("format", "feed_forward", "link"),
     [
@@ -158,7 +163,7 @@ def plain_links(tokens: list[int]) -> torch.Tensor:
 def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward, link):
     decoder, codec = small_decoder(format, feed_forward, link), SequenceCodec(format, TEXT)
     batch = requests(format, np.random.default_rng(0))
-    together = decode_batch(decoder, codec, batch)
+    together = decoded(decoder, codec, batch)
     assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
     assert len({tuple(tokens) for tokens in together}) == len(batch), (
         "outputs that do not depend on the prompt would prove nothing"
@@ -191,7 +196,7 @@ def test_the_decoder_reads_each_token_once_and_as_training_shows_it(format):
         whole = codec.encode(episode).unpadded()
         oracle = Oracle(whole.tokens_L.tolist())
         examples = Episode(episode.task, episode.category, episode.pairs[:-1])
-        (output,) = decode_batch(oracle, codec, [(examples, episode.pairs[-1].image)])
+        (output,) = decoded(oracle, codec, [(examples, episode.pairs[-1].image)])
         expected = list(
             zip(
                 whole.tokens_L.tolist(),
@@ -214,11 +219,11 @@ def test_sampling_repeats_with_its_seed_and_does_not_depend_on_the_batch():
     format = FORMATS[0]
     decoder, codec = small_decoder(format), SequenceCodec(format, TEXT)
     batch = requests(format, np.random.default_rng(2))
-    first = decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
-    assert first == decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
-    assert first != decode_batch(decoder, codec, batch, Sampling(temperature=1.0, seed=2))
-    assert first[:2] == decode_batch(decoder, codec, batch[:2], Sampling(temperature=1.0, seed=1))
-    assert decode_batch(decoder, codec, batch) == decode_batch(
+    first = decoded(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
+    assert first == decoded(decoder, codec, batch, Sampling(temperature=1.0, seed=1))
+    assert first != decoded(decoder, codec, batch, Sampling(temperature=1.0, seed=2))
+    assert first[:2] == decoded(decoder, codec, batch[:2], Sampling(temperature=1.0, seed=1))
+    assert decoded(decoder, codec, batch) == decoded(
         decoder, codec, batch, Sampling(temperature=0.7, top_k=1)
     )
 
@@ -242,13 +247,13 @@ def test_sampling_draws_allowed_tokens_in_proportion():
     codec = SequenceCodec(SequenceFormat(VOCABULARY, CODES), TEXT)
     request = (Episode(TASKS["segmentation"], "", ()), np.zeros(CODES, int))
     drawn = (
-        np.concatenate(decode_batch(Fixed(), codec, [request] * 100, Sampling(temperature=2.0)))
+        np.concatenate(decoded(Fixed(), codec, [request] * 100, Sampling(temperature=2.0)))
         - VOCABULARY.image_range.start
     )
     expected = torch.tensor([0.0, 0.5, 1.0]).softmax(0).numpy()
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / len(drawn), expected, atol=0.03)
     top = np.concatenate(
-        decode_batch(Fixed(), codec, [request] * 20, Sampling(temperature=2.0, top_k=2))
+        decoded(Fixed(), codec, [request] * 20, Sampling(temperature=2.0, top_k=2))
     )
     assert set(top - VOCABULARY.image_range.start) == {1, 2}
 

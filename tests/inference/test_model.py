@@ -227,9 +227,10 @@ def test_the_model_sees_the_same_pixels_whichever_way_an_image_comes(
     ]
     for image, mask in ways:
         assert model.segment([(image, mask)], query=image).shape == (128, 64)
-    for images, masks in zip(seen[::2], seen[1::2], strict=True):
-        assert torch.equal(images, seen[0]) and torch.equal(masks, seen[1])
-    assert seen[0].std() > 0.1 and masks.unique().tolist() == [False, True]
+    for image, mask, query in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        assert torch.equal(image, seen[0]) and torch.equal(query, seen[0])
+        assert torch.equal(mask, seen[1])
+    assert seen[0].std() > 0.1 and seen[1].unique().tolist() == [False, True]
 
 
 def test_examples_may_come_from_any_iterable(small_text, copying):

@@ -173,7 +173,7 @@ def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing)
         assert box_of(pair, model) == pytest.approx(box)
     openings = [model.format.vocabulary.from_codes(pair.box_image).tolist() for pair in pairs]
     outputs = decode_batch(model.decoder, model.codec, requests, openings=openings)
-    for pair, opening, tokens, request in zip(pairs, openings, outputs, requests, strict=True):
+    for pair, opening, (tokens, _), request in zip(pairs, openings, outputs, requests, strict=True):
         assert tokens[: len(opening)] == opening
         assert CAPTIONING.read_output(model.codec, request[1], tokens).caption == pair.caption
         check_text(model, request, tokens)

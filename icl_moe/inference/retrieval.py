@@ -1,0 +1,45 @@
+"""The examples that are nearest to a query, by the model's own reading of images.
+
+Zhang, Zhou and Liu 2023, "What Makes Good Examples for Visual In-Context Learning?", choose
+examples by the cosine of image features, and find that it matters more than anything else in the
+prompt.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
+
+
+class Shelf:
+    """Examples, as pairs of codes, of which each query gets the `count` nearest ones."""
+
+    def __init__(self, tokenizers: ImageTokenizers, pairs: Sequence, count: int) -> None:
+        self._tokenizers, self._pairs, self._count = tokenizers, pairs, count
+        self._points_ED = describe(tokenizers, np.stack([pair.image for pair in pairs]))
+
+    def nearest(self, image_N: np.ndarray) -> tuple:
+        """The examples whose images have the greatest cosine with a query's codes, the nearest one
+        last, beside the query; the first one of equals.
+        """
+        (point_D,) = describe(self._tokenizers, image_N[None])
+        order = np.argsort(-(self._points_ED @ point_D), kind="stable")
+        return tuple(self._pairs[number] for number in order[: self._count][::-1])
+
+
+@torch.inference_mode()
+def describe(tokenizers: ImageTokenizers, codes_BN: np.ndarray) -> np.ndarray:
+    """A point of length 1 for each image, float32 (B, D), from its codes.
+
+    With a features tokenizer: the mean of its cells' centroids. Otherwise the square roots of the
+    shares of its codes, whose cosine is Bhattacharyya's coefficient of two histograms.
+    """
+    codes = torch.as_tensor(codes_BN).cpu()
+    if tokenizers.features is not None:
+        points_BD = tokenizers.input_vectors_KC.cpu()[codes].mean(dim=1)
+    else:
+        size = len(tokenizers.input_vectors_KC)
+        points_BD = torch.stack([each.bincount(minlength=size) for each in codes]).float().sqrt()
+    return torch.nn.functional.normalize(points_BD, dim=1).numpy()
