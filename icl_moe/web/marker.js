@@ -116,7 +116,7 @@ function draw() {
     paint.globalCompositeOperation = "source-in";
     paint.fillStyle = "rgb(0, 196, 170)";
     paint.fillRect(0, 0, tint.width, tint.height);
-    context.globalAlpha = 0.55;
+    context.globalAlpha = 0.4;
     context.drawImage(tint, 0, 0);
     context.globalAlpha = 1;
   } else if (box) {

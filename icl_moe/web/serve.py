@@ -55,7 +55,8 @@ def serve(
 
         loaded = InContextModel.from_pretrained(model, device, dtype)
         page = build_page(loaded, Path(model).name or str(model))
-        _run(page, listener, host)
+        _say_where(listener, host)
+        make_server(page, listener).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -100,7 +101,16 @@ def _end(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 
-def _run(page: Any, listener: socket.socket, host: str) -> None:
+def _say_where(listener: socket.socket, host: str) -> None:
+    address, port = listener.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    print(f"The page is at http://{where}:{port}/ (Ctrl-C ends it).", flush=True)
+    if address not in ("127.0.0.1", "::1"):
+        print("Everybody who reaches this address can use it: it asks for no password.", flush=True)
+
+
+def make_server(page: Any, listener: socket.socket) -> Any:
+    """The uvicorn server of a page that `build_page` made; `run(sockets=[listener])` runs it."""
     import fastapi
     import gradio as gr
     import uvicorn
@@ -126,14 +136,11 @@ def _run(page: Any, listener: socket.socket, host: str) -> None:
         **appearance(),
     )
     app.add_middleware(_Guard)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
+        )
     )
-    where = f"[{host}]" if ":" in host else host
-    print(f"The page is at http://{where}:{port}/ (Ctrl-C ends it).", flush=True)
-    if address not in ("127.0.0.1", "::1"):
-        print("Everybody who reaches this address can use it: it asks for no password.", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 Messages = Callable[[], Awaitable[dict[str, Any]]]

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -222,8 +223,10 @@ def _check_pixels(path: str | os.PathLike[str]) -> None:
     so.
     """
     try:
-        with Image.open(path) as image:
-            _check_size(image, _file_name(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                _check_size(image, _file_name(path))
     except InputError:
         raise
     except Exception:  # Damaged files raise many kinds of exceptions in Pillow.
