@@ -124,7 +124,7 @@ def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
     tab.locator(".icl-examples figure").wait_for()
     queries = tab.locator("input[type=file][multiple]")
     queries.set_input_files([folder / f"{number}.png" for number in range(1, 5)])
-    tab.get_by_text("4.png").wait_for()
+    tab.get_by_label("4.png").wait_for()
     find.click()
     tab.get_by_role("link", name="COCO JSON").wait_for()
 
@@ -139,7 +139,7 @@ def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
         tab.get_by_role("link", name="COCO JSON").click()
     coco = json.loads(Path(download.value.path()).read_text())
     assert [each["file_name"] for each in coco["images"]] == [f"{n}.png" for n in range(1, 5)]
-    tab.get_by_label("Confidence").check()
+    tab.get_by_role("radio", name="Confidence").check()
     assert tab.locator(".icl-sure").first.is_visible()
     assert not tab.locator(".icl-mask").first.is_visible()
     assert not failed
@@ -154,8 +154,9 @@ def test_by_keyboard_alone_at_the_width_of_a_phone(both_page, browser, scenes):
     tab.get_by_role("tab", name="Captions").focus()
     tab.keyboard.press("Enter")
     panel = tab.get_by_role("tabpanel").filter(has=tab.get_by_label("What the box shows"))
-    drop = panel.locator(".icl-drop input")
-    drop.focus()
+    panel.get_by_text("Choose a photograph").wait_for()
+    tab.wait_for_load_state("networkidle")  # Until then the layout may still be replaced.
+    panel.locator(".icl-drop input").focus()
     with tab.expect_file_chooser() as chooser:
         tab.keyboard.press("Enter")
     chooser.value.set_files(folder / "0.png")
@@ -172,7 +173,7 @@ def test_by_keyboard_alone_at_the_width_of_a_phone(both_page, browser, scenes):
     tab.keyboard.press("Enter")
     panel.locator(".icl-examples figure").wait_for()
     panel.locator("input[type=file][multiple]").set_input_files(folder / "1.png")
-    panel.get_by_text("1.png").wait_for()
+    panel.get_by_label("1.png").wait_for()
     if panel.get_by_label("Name of the class").is_visible():
         panel.get_by_label("Name of the class").fill("star")
     walk_to(tab, "Caption them")
