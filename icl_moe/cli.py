@@ -180,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment(verbs)
     _add_caption(verbs)
     _add_label(verbs)
+    _add_web(verbs)
     _add_demo(verbs)
     _add_reproduce(verbs)
     return parser
@@ -554,6 +555,22 @@ def _add_label(verbs: argparse._SubParsersAction) -> None:
     _add_decoding(parser)
     _add_place(parser)
     parser.set_defaults(run=_label)
+
+
+def _add_web(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("web", help="serve a page for marking examples and finding the rest")
+    parser.add_argument(
+        "model", nargs="?", type=take.path, default="photographs", help=f"{_MODEL} (%(default)s)"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at: %(default)s, the default, is for this machine alone; 0.0.0.0 "
+        "also for others, without a password",
+    )
+    take.add_whole_number(parser, "--port", 0, 7860, "port; 0 takes any free one", 65535)
+    _add_place(parser)
+    parser.set_defaults(run=_web)
 
 
 def _add_demo(verbs: argparse._SubParsersAction) -> None:
@@ -989,6 +1006,13 @@ def _episodes(options: argparse.Namespace) -> int:
         print(note)
     count, classes = len(made.file.episodes), len(made.file.classes)
     print(f"{path}: {count} episodes of {classes} classes, sha256 {digest}")
+    return 0
+
+
+def _web(options: argparse.Namespace) -> int:
+    from icl_moe.web.serve import serve
+
+    serve(options.model, options.host, options.port, options.device, options.dtype)
     return 0
 
 

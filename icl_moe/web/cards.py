@@ -1,0 +1,248 @@
+"""The results as HTML: each photograph with its mask, its confidence or its caption over it. The
+layers are laid over each other by the browser, so that changing the view needs no server. This
+module knows nothing of Gradio.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from icl_moe.errors import InputError
+from icl_moe.pages import render
+from icl_moe.pictures import BOX_COLOUR, boxed
+from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk, sureness
+
+SIDE = 720
+"""Pixels along the longer side of a picture on the page."""
+
+THUMBNAIL = 240
+
+MASK_COLOUR = (0, 196, 170)
+
+UNSURE = 0.7
+"""Below this sureness a card says that the model is not sure of its mask. A sign to look, not a
+probability: the confidence is not calibrated.
+"""
+
+_CONFIDENCE_COLOURS = np.array(
+    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64
+)
+"""Five colours of the map viridis, from unsure (0.5) to sure (1); it is readable by people who do
+not see all colours, and in grey.
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the template shows of one photograph. Pictures are data URLs."""
+
+    name: str
+    photo: str
+    alt: str
+    mask: str = ""
+    rest: str = ""
+    confidence: str = ""
+    area: str = ""
+    sure: float | None = None
+    caption: str = ""
+    category: str = ""
+    box: tuple[float, float, float, float] | None = None
+    download: str = ""
+    download_name: str = ""
+
+    @property
+    def is_unsure(self) -> bool:
+        return self.sure is not None and self.sure < UNSURE
+
+
+def card_of(found: Found) -> Card:
+    """The card of a result. Its pictures are at most `SIDE` pixels long; the mask to download has
+    the photograph's own size.
+    """
+    photo = shrunk(found.picture, SIDE)
+    shown = _jpeg_url(photo)
+    if found.region is not None:
+        region = found.region
+        return Card(
+            found.name,
+            shown,
+            f"{found.name}: {region.caption}",
+            caption=region.caption,
+            category=region.category or "",
+            box=_in_percent(region.box, found.picture.size),
+        )
+    assert found.drawn is not None
+    mask_HW, share = found.drawn.mask_HW, float(found.drawn.mask_HW.mean())
+    small = found.drawn.resized(photo.height, photo.width)
+    confidence_HW = small.confidence_HW
+    area = f"{share:.1%} of the picture" if mask_HW.any() else "nothing found"
+    return Card(
+        found.name,
+        shown,
+        f"{found.name}: {area}{_where(mask_HW)}",
+        mask=_png_url(_tinted(small.mask_HW)),
+        rest=_png_url(_dimmed(small.mask_HW)),
+        confidence="" if confidence_HW is None else _png_url(_coloured(confidence_HW)),
+        area=area,
+        sure=sureness(found.drawn),
+        download=_url(png(mask_HW), "image/png"),
+        download_name=f"{Path(found.name).stem}_mask.png",
+    )
+
+
+def results_page(
+    cards: Sequence[Card | InputError], kept: Kept, total: int, captions: bool = False
+) -> str:
+    """The HTML of the results so far. total: how many photographs there are in all. The downloads
+    are offered once all are done.
+    """
+    return render(
+        "web_results.html.j2",
+        cards=[each for each in cards if isinstance(each, Card)],
+        errors=[str(each) for each in cards if isinstance(each, InputError)],
+        total=total,
+        captions=captions,
+        downloads=_downloads(kept, captions) if len(cards) == total else [],
+        box_colour=f"rgb{BOX_COLOUR}",
+    )
+
+
+def examples_page(examples: Sequence[Example], problem: str = "") -> str:
+    """The HTML of the examples that are in use, each with a button that removes it. problem: a
+    sentence that says why another one was not taken.
+    """
+    return render(
+        "web_examples.html.j2",
+        problem=problem,
+        examples=[
+            {
+                "name": example.name,
+                "picture": _jpeg_url(_shown_example(example)),
+                "text": _text_of(example),
+            }
+            for example in examples
+        ],
+    )
+
+
+def message(text: str) -> str:
+    """The HTML of one sentence that says what is wrong."""
+    return Markup('<p class="icl-error" role="alert">{}</p>').format(text)
+
+
+def _downloads(kept: Kept, captions: bool) -> list[tuple[str, str, str]]:
+    """The label, file name and data URL of each download of all results."""
+    if captions:
+        if not kept.regions:
+            return []
+        text = json.dumps(kept.regions, ensure_ascii=False, indent=1)
+        return [("All captions (JSON)", "captions.json", _url(text.encode(), "application/json"))]
+    if not kept.masks:
+        return []
+    instances = json.dumps(kept.coco(), ensure_ascii=False).encode()
+    return [
+        ("All masks (ZIP)", "masks.zip", _url(kept.masks_zip(), "application/zip")),
+        ("COCO JSON", "instances.json", _url(instances, "application/json")),
+    ]
+
+
+def _shown_example(example: Example) -> Image.Image:
+    picture = shrunk(example.picture, THUMBNAIL)
+    if example.mask_HW is not None:
+        mask = Image.fromarray(example.mask_HW.astype(np.uint8) * 255).resize(picture.size)
+        layer = _tinted(np.asarray(mask) >= 128)
+        return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
+    if example.region is not None and example.region.box is not None:
+        return boxed(picture, example.region.box_in(example.picture.size, example.name))
+    return picture
+
+
+def _text_of(example: Example) -> str:
+    if example.region is not None:
+        return example.region.caption
+    assert example.mask_HW is not None
+    return f"{example.mask_HW.mean():.1%} marked"
+
+
+def _where(mask_HW: np.ndarray) -> str:
+    """The place of a mask in words, for those who do not see it."""
+    if not mask_HW.any():
+        return ""
+    x, y, width, height = (round(value) for value in box_of_mask(mask_HW))
+    return f", in the box from ({x}, {y}) to ({x + width}, {y + height}) pixels"
+
+
+def _tinted(mask_HW: np.ndarray) -> Image.Image:
+    """A light tint on the mask with a white outline, and a light veil over the rest."""
+    layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
+    layer_HW4[...] = (12, 14, 18, 90)
+    layer_HW4[mask_HW] = (*MASK_COLOUR, 70)
+    layer_HW4[mask_HW & ~_inner(mask_HW, 2)] = (255, 255, 255, 240)
+    return Image.fromarray(layer_HW4)
+
+
+def _inner(mask_HW: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask without its outermost `pixels`; the edge of the picture is no edge of the mask."""
+    for _ in range(pixels):
+        m = np.pad(mask_HW, 1, mode="edge")
+        mask_HW = mask_HW & m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+    return mask_HW
+
+
+def _dimmed(mask_HW: np.ndarray) -> Image.Image:
+    """A dark veil over everything outside of the mask."""
+    layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
+    layer_HW4[~mask_HW] = (12, 14, 18, 225)
+    return Image.fromarray(layer_HW4)
+
+
+def _coloured(confidence_HW: np.ndarray) -> Image.Image:
+    """A confidence of 0.5 to 1 in colours, laid over the photograph."""
+    place_HW = np.clip(2 * confidence_HW - 1, 0, 1) * (len(_CONFIDENCE_COLOURS) - 1)
+    low_HW = np.minimum(place_HW.astype(int), len(_CONFIDENCE_COLOURS) - 2)
+    rest_HW1 = (place_HW - low_HW)[..., None]
+    colours_HW3 = (
+        _CONFIDENCE_COLOURS[low_HW] * (1 - rest_HW1) + _CONFIDENCE_COLOURS[low_HW + 1] * rest_HW1
+    )
+    alpha_HW1 = np.full((*confidence_HW.shape, 1), 190.0)
+    layer_HW4 = np.concatenate([colours_HW3, alpha_HW1], axis=2).round().astype(np.uint8)
+    return Image.fromarray(layer_HW4)
+
+
+def _in_percent(
+    box: tuple[float, float, float, float] | None, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+    """left, top, width and height of a box in percent of its picture, for CSS."""
+    if box is None:
+        return None
+    x, y, width, height = box
+    return (
+        round(100 * x / size[0], 2),
+        round(100 * y / size[1], 2),
+        round(100 * width / size[0], 2),
+        round(100 * height / size[1], 2),
+    )
+
+
+def _jpeg_url(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=85)
+    return _url(content.getvalue(), "image/jpeg")
+
+
+def _png_url(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    # Layers have few colours, except for the confidence's.
+    picture.save(content, "PNG", compress_level=6)
+    return _url(content.getvalue(), "image/png")
+
+
+def _url(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

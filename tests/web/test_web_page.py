@@ -1,0 +1,252 @@
+"""The page of `icl-moe web`: through Gradio's own client, and in a browser from a click to a
+mask.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from base64 import b64decode
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="Gradio, the extra `web`, is not installed")
+
+from web.test_web_work import marked
+
+from icl_moe.cli import main
+from icl_moe.web.page import build_page
+from icl_moe.web.serve import make_server
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    """Serves a model's page in a thread of this process; returns its address."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+
+        def start(model, name):
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            server = make_server(build_page(model, name), listener)
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(setattr, server, "should_exit", True)
+            return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def page(serving, demo):
+    return serving(demo, "demo")
+
+
+@pytest.fixture(scope="module")
+def both_page(serving, both_tasks):
+    return serving(both_tasks, "both")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with sync.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def masks_in(html: str) -> list[np.ndarray]:
+    """The masks that a page of results offers for download."""
+    found = re.findall(r'download="([^"]+_mask\.png)" href="data:image/png;base64,([^"]+)"', html)
+    return [np.asarray(Image.open(io.BytesIO(b64decode(data)))) > 0 for _, data in found]
+
+
+def test_gradios_client_gets_the_masks_of_segment(page, demo, scenes):
+    from gradio_client import Client, handle_file
+
+    folder, masks = scenes
+    client = Client(page, verbose=False)
+    try:
+        answer = client.predict(marked(folder / "0.png"), None, None, api_name="/add_mask_example")
+        assert "Nothing is marked" in str(answer)
+        client.predict(marked(folder / "0.png", masks[0]), None, None, api_name="/add_mask_example")
+        files = [handle_file(str(folder / f"{n}.png")) for n in (1, 2)]
+        html = client.predict(files, "", api_name="/find_masks")
+        for number, found in zip((1, 2), masks_in(html), strict=True):
+            truth = demo.segment([(folder / "0.png", masks[0])], folder / f"{number}.png")
+            assert np.mean(found == truth) > 0.999
+        assert "no photographs to search" in client.predict([], "", api_name="/find_masks")
+    finally:
+        client.close()
+
+
+def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
+    folder, masks = scenes
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    asked, failed = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: failed.append(str(error)))
+    tab.goto(page)
+    find = tab.get_by_role("button", name="Find it in all of them")
+    find.click()
+    tab.get_by_role("alert").filter(has_text="no photographs to search").wait_for()
+
+    tab.locator(".icl-drop input").set_input_files(folder / "0.png")
+    canvas = tab.locator(".icl-marker canvas")
+    canvas.wait_for()
+    place = canvas.bounding_box()
+    rows, columns = np.nonzero(masks[0])
+    height, width = masks[0].shape
+    for x, y in ((columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)):
+        tab.mouse.click(  # Within the canvas, if the object reaches its edge.
+            place["x"] + min(x * place["width"] / width, place["width"] - 1),
+            place["y"] + min(y * place["height"] / height, place["height"] - 1),
+        )
+    tab.get_by_role("button", name="Use as the example").click()
+    tab.locator(".icl-examples figure").wait_for()
+    queries = tab.locator("input[type=file][multiple]")
+    queries.set_input_files([folder / f"{number}.png" for number in range(1, 5)])
+    tab.get_by_label("4.png").wait_for()
+    find.click()
+    tab.get_by_role("link", name="COCO JSON").wait_for()
+
+    found = masks_in(tab.content())
+    box = np.zeros_like(masks[0])
+    box[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+    for number, mask_HW in enumerate(found, 1):
+        truth = demo.segment([(folder / "0.png", box)], folder / f"{number}.png")
+        assert np.mean(mask_HW == truth) > 0.98  # A click is exact to a pixel of the screen.
+    assert len(found) == 4
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="COCO JSON").click()
+    coco = json.loads(Path(download.value.path()).read_text())
+    assert [each["file_name"] for each in coco["images"]] == [f"{n}.png" for n in range(1, 5)]
+    tab.get_by_role("radio", name="Confidence").check()
+    assert tab.locator(".icl-sure").first.is_visible()
+    assert not tab.locator(".icl-mask").first.is_visible()
+    assert not failed
+    assert all(each.startswith((page, "data:", "blob:")) for each in asked)
+    tab.close()
+
+
+def test_by_keyboard_alone_at_the_width_of_a_phone(both_page, browser, scenes):
+    folder, _ = scenes
+    tab = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    tab.goto(both_page)
+    tab.get_by_role("tab", name="Captions").focus()
+    tab.keyboard.press("Enter")
+    panel = tab.get_by_role("tabpanel").filter(has=tab.get_by_label("What the box shows"))
+    panel.get_by_text("Choose a photograph").wait_for()
+    tab.wait_for_load_state("networkidle")  # Until then the layout may still be replaced.
+    panel.locator(".icl-drop input").focus()
+    with tab.expect_file_chooser() as chooser:
+        tab.keyboard.press("Enter")
+    chooser.value.set_files(folder / "0.png")
+    panel.locator("canvas").wait_for()
+    assert tab.evaluate("document.activeElement.tagName") == "CANVAS"
+    for keys in (["ArrowLeft"] * 3 + ["ArrowUp"] * 2, ["ArrowRight"] * 5 + ["ArrowDown"] * 4):
+        for key in keys:
+            tab.keyboard.press(f"Shift+{key}")
+        tab.keyboard.press("Enter")
+    panel.get_by_text("The box is marked").wait_for()
+    walk_to(tab, "What the box shows")
+    tab.keyboard.type("a thing")
+    walk_to(tab, "Add the example")
+    tab.keyboard.press("Enter")
+    panel.locator(".icl-examples figure").wait_for()
+    panel.locator("input[type=file][multiple]").set_input_files(folder / "1.png")
+    panel.get_by_label("1.png").wait_for()
+    if panel.get_by_label("Name of the class").is_visible():
+        panel.get_by_label("Name of the class").fill("star")
+    walk_to(tab, "Caption them")
+    tab.keyboard.press("Enter")
+    panel.get_by_role("link", name="All captions (JSON)").wait_for()
+    walk_to(tab, "Remove", "Shift+Tab")
+    tab.keyboard.press("Enter")
+    panel.get_by_text("No example yet.").wait_for()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.close()
+
+
+def walk_to(tab, name: str, key: str = "Tab") -> None:
+    """Press a key until the element of a name has the focus."""
+    for _ in range(40):
+        tab.keyboard.press(key)
+        focused = "const e = document.activeElement; e.labels?.[0]?.innerText || e.innerText || ''"
+        if tab.evaluate(f"() => {{ {focused.replace('; e', '; return e', 1)} }}").startswith(name):
+            return
+    raise AssertionError(f"{name} cannot be reached with {key}")
+
+
+def test_a_request_that_is_too_large_is_refused_before_it_is_read(page):
+    request = urllib.request.Request(page + "gradio_api/upload", b"x", method="POST")
+    request.add_unredirected_header("Content-Length", str(10**9))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 413
+
+
+def test_files_of_the_server_cannot_be_fetched(page, scenes):
+    for path in ("/etc/passwd", str(Path(__file__))):
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{page}gradio_api/file={path}", timeout=10)
+
+
+def test_ctrl_c_ends_the_command_and_its_files(tmp_path):
+    command = [sys.executable, "-m", "icl_moe", "web", "demo", "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        assert address, line
+        port = int(address[1])
+        wait_for_health(address[0])
+        assert list(tmp_path.glob("icl-moe-web-*"))
+        assert main(["web", "demo", "--port", str(port)]) == 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert not list(tmp_path.glob("icl-moe-web-*"))
+
+
+def wait_for_health(address: str) -> None:
+    until = time.monotonic() + 20
+    while True:
+        try:
+            with urllib.request.urlopen(address + "health", timeout=5) as answer:
+                assert json.load(answer) == {"status": "ok"}
+                return
+        except urllib.error.URLError:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["demo", "--host", "no.such.host.invalid"], "is no address of this machine"),
+        (["no/such/model", "--port", "0"], "no/such/model"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_sentence(arguments, told, capsys):
+    assert main(["web", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1

@@ -1,0 +1,204 @@
+"""What the page of `icl-moe web` computes, without Gradio: from what a browser sends to results."""
+
+import base64
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from web.conftest import png_of
+
+from icl_moe.errors import InputError
+from icl_moe.rle import decode_rle
+from icl_moe.web import cards, work
+
+
+def url(levels):
+    return "data:image/png;base64," + base64.b64encode(png_of(levels)).decode()
+
+
+def marked(picture, mask=None, **values):
+    return json.dumps(
+        {
+            "name": "scene.png",
+            "picture": url(np.asarray(Image.open(picture))),
+            "mask": None if mask is None else url(mask.astype(np.uint8) * 255),
+            **values,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def example(scenes):
+    folder, masks = scenes
+    return work.marked_example(marked(folder / "0.png", masks[0]))
+
+
+def test_a_marked_example_is_the_picture_and_the_mask_that_were_drawn(scenes, example):
+    folder, masks = scenes
+    assert (example.mask_HW == masks[0]).all()
+    assert (np.asarray(example.picture) == np.asarray(Image.open(folder / "0.png"))).all()
+
+
+def test_an_uploaded_mask_is_read_as_segment_reads_it(scenes, tmp_path):
+    folder, masks = scenes
+    Image.fromarray(masks[0].astype(np.uint8)).save(tmp_path / "mask.png")  # levels 0 and 1
+    example = work.uploaded_example(str(folder / "0.png"), str(tmp_path / "mask.png"))
+    assert (example.mask_HW == masks[0]).all() and example.name == "0.png"
+
+
+def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(scenes, tmp_path):
+    folder, masks = scenes
+    image = str(folder / "0.png")
+    Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
+    Image.new("L", (160, 160)).save(tmp_path / "black.png")
+    (tmp_path / "no.png").write_text("no image")
+    empty = np.zeros_like(masks[0])
+    for told, make in (
+        ("no photograph to mark", lambda: work.marked_example("")),
+        ("no photograph to mark", lambda: work.marked_example(None)),
+        ("damaged", lambda: work.marked_example("{")),
+        ("damaged", lambda: work.marked_example("[1]")),
+        ("damaged", lambda: work.marked_example('{"picture": "file:///etc/passwd"}')),
+        ("not an image", lambda: work.marked_example('{"picture": "data:image/png;base64,eA=="}')),
+        ("Nothing is marked in scene.png", lambda: work.marked_example(marked(image))),
+        ("Nothing is marked in scene.png", lambda: work.marked_example(marked(image, empty))),
+        ("another size", lambda: work.marked_example(marked(image, empty[1:] + 1))),
+        ("caption of scene.png is empty", lambda: work.marked_example(marked(image), " ")),
+        ("outside", lambda: work.marked_example(marked(image, box=[900, 9, 5, 5]), "a thing")),
+        ("damaged", lambda: work.marked_example(marked(image, box=[1, "x"]), "a thing")),
+        ("The mask is missing", lambda: work.uploaded_example(image, None)),
+        ("photograph is missing", lambda: work.uploaded_example(None, image)),
+        ("9 x 9 pixels", lambda: work.uploaded_example(image, str(tmp_path / "small.png"))),
+        ("marks nothing", lambda: work.uploaded_example(image, str(tmp_path / "black.png"))),
+        ("no.png", lambda: work.uploaded_example(str(tmp_path / "no.png"), image)),
+    ):
+        with pytest.raises(InputError) as error:
+            make()
+        sentence = str(error.value)
+        assert told in sentence and sentence.endswith(".") and "\n" not in sentence
+        assert str(tmp_path) not in sentence and str(folder) not in sentence
+
+
+def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
+    demo, scenes, example, tmp_path
+):
+    folder, masks = scenes
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    bad = [str(tmp_path / "huge.png"), str(tmp_path / "moving.gif"), str(tmp_path / "gone.png")]
+    paths = [bad[0], *(str(folder / f"{n}.png") for n in range(1, 5)), *bad[1:]]
+    results = [each for batch in work.find(demo, (example,), paths) for each in batch]
+    errors = [str(each) for each in results if isinstance(each, InputError)]
+    assert "huge.png has 100 million pixels" in errors[0]
+    assert "moving.gif is animated" in errors[1] and "gone.png does not exist" in errors[2]
+    found = [each for each in results if isinstance(each, work.Found)]
+    assert [each.name for each in found] == [f"{n}.png" for n in range(1, 5)]
+    ious = []
+    for each, truth in zip(found, masks[1:], strict=True):
+        single = demo.segment([example.pair], folder / each.name)
+        assert np.mean(each.drawn.mask_HW == single) > 0.999
+        ious.append((single & truth).sum() / (single | truth).sum())
+    assert max(ious) > 0.5
+
+
+def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
+    demo, scenes, example, tmp_path
+):
+    folder, _ = scenes
+    (tmp_path / "twin").mkdir()
+    twin = tmp_path / "twin" / "1.png"
+    twin.write_bytes((folder / "2.png").read_bytes())
+    paths = [str(folder / "1.png"), str(twin)]
+    kept = work.Kept("gear")
+    found = [each for batch in work.find(demo, (example,), paths) for each in batch]
+    for each in found:
+        kept.add(each)
+    archive = zipfile.ZipFile(io.BytesIO(kept.masks_zip()))
+    assert archive.namelist() == ["1_mask.png", "1_mask_2.png"]
+    for name, each in zip(archive.namelist(), found, strict=True):
+        levels = np.asarray(Image.open(io.BytesIO(archive.read(name))))
+        assert set(np.unique(levels)) <= {0, 255}
+        assert ((levels == 255) == each.drawn.mask_HW).all()
+    (tmp_path / "instances.json").write_text(json.dumps(kept.coco()))
+    coco = COCO(tmp_path / "instances.json")
+    assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1.png"]
+    assert coco.cats[1]["name"] == "gear"
+    for annotation in coco.dataset["annotations"]:
+        mask_HW = found[annotation["image_id"] - 1].drawn.mask_HW
+        assert (decode_rle(annotation["segmentation"]) == mask_HW).all()
+        assert annotation["area"] == mask_HW.sum() and 0.5 <= annotation["score"] <= 1
+        rows, columns = np.nonzero(mask_HW)
+        x, y, width, height = annotation["bbox"]
+        assert (x, y) == (columns.min(), rows.min())
+        assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
+
+
+def test_captions_come_with_the_box_in_the_photograph(both_tasks, scenes):
+    folder, _ = scenes
+    text = marked(folder / "0.png", box=[10, 20, 60, 50])
+    category = both_tasks.codec.format.category != "none"
+    example = work.marked_example(text, "a thing", "star" if category else "")
+    assert example.region.box == (10, 20, 60, 50)
+    path = str(folder / "1.png")
+    ((found,),) = work.find(both_tasks, (example,), [path], "star" if category else "")
+    single = both_tasks.caption([example.pair], path, "star" if category else None)
+    assert found.region == single
+    kept = work.Kept()
+    kept.add(found)
+    page = cards.results_page([cards.card_of(found)], kept, 1, captions=True)
+    assert "captions.json" in page and "icl-box" in page
+
+
+def test_a_model_that_was_not_trained_for_captions_offers_none(demo, both_tasks):
+    assert work.can_segment(demo) and not work.can_caption(demo)
+    assert work.can_segment(both_tasks) and work.can_caption(both_tasks)
+
+
+def test_examples_are_as_many_as_the_model_reads(demo, both_tasks, example):
+    assert work.capacity(demo) == 1
+    (kept,) = work.with_example(demo, work.with_example(demo, (), example), other := example)
+    assert kept is other
+    examples = ()
+    for _ in range(work.capacity(both_tasks)):
+        examples = work.with_example(both_tasks, examples, example)
+    with pytest.raises(InputError, match="remove one first"):
+        work.with_example(both_tasks, examples, example)
+
+
+@pytest.mark.parametrize(
+    ("paths", "told"), [(None, "no photographs"), ([], "no photographs"), (["x.png"] * 51, "50")]
+)
+def test_too_few_and_too_many_photographs_are_refused(demo, example, paths, told):
+    with pytest.raises(InputError, match=told):
+        next(work.find(demo, (example,), paths))
+
+
+def test_photographs_without_an_example_are_refused(demo):
+    with pytest.raises(InputError, match="no example yet"):
+        next(work.find(demo, (), ["x.png"]))
+
+
+def test_names_and_captions_cannot_write_html(demo, scenes, example):
+    folder, _ = scenes
+    picture = work.open_photograph(folder / "1.png")
+    drawn = demo.draw_mask([example.pair], picture)
+    evil = '<img src=x onerror=alert(1)>"'
+    page = cards.results_page(
+        [cards.card_of(work.Found(evil, picture, drawn)), InputError(evil)], work.Kept(), 2
+    )
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+    assert "<img src=x" not in cards.message(evil) + cards.examples_page((example,), evil)
+
+
+def test_a_large_photograph_is_shown_small_and_its_mask_has_its_size(demo, example, tmp_path):
+    Image.new("RGB", (3000, 1500), "red").save(tmp_path / "wide.png")
+    ((found,),) = work.find(demo, (example,), [str(tmp_path / "wide.png")])
+    card = cards.card_of(found)
+    photo = Image.open(io.BytesIO(base64.b64decode(card.photo.partition(",")[2])))
+    mask = Image.open(io.BytesIO(base64.b64decode(card.download.partition(",")[2])))
+    assert photo.size == (720, 360) and mask.size == (3000, 1500)
