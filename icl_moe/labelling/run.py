@@ -24,7 +24,7 @@ from icl_moe.labelling.review import write_review
 from icl_moe.messages import note
 from icl_moe.outputs import writing
 from icl_moe.rle import encode_rle
-from icl_moe.tasks.drawn_mask import DrawnClasses
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 
 
 @dataclass(frozen=True)
@@ -134,20 +134,23 @@ def _label_batch(
 
 
 def _describe(drawn: DrawnClasses, size: Size, split: bool) -> dict[str, Any]:
-    """The entry of an image. sure: the least score of its instances; without any, how sure the
-    model is that there are none.
-    """
-    instances = []
+    """The entry of an image. sure: the least score of a class's mask, or of the lack of one."""
+    instances, scores = [], []
     for number, (of_class, mask_HW) in enumerate(drawn.disjoint(), 1):
+        scores.append(_score(of_class, mask_HW))
+        if not mask_HW.any():
+            continue
         for part_HW in components(mask_HW) if split else [mask_HW]:
-            if part_HW.any():
-                score = round(of_class.score(part_HW) or 0.0, 4)
-                instances.append({"category": number, "score": score, **_outline(part_HW)})
-    scores = [each["score"] for each in instances] or [
-        of_class.score() or 0.0 for of_class in drawn.masks.values()
-    ]
-    sure = round(min(scores), 4)
-    return {"width": size[0], "height": size[1], "sure": sure, "instances": instances}
+            score = _score(of_class, part_HW)
+            instances.append({"category": number, "score": score, **_outline(part_HW)})
+    width, height = size
+    return {"width": width, "height": height, "sure": min(scores), "instances": instances}
+
+
+def _score(drawn: DrawnMask, part_HW: np.ndarray) -> float:
+    score = drawn.score(part_HW)
+    assert score is not None, "a session's masks have scores"
+    return round(score, 4)
 
 
 def _outline(mask_HW: np.ndarray) -> dict[str, Any]:
