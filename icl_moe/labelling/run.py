@@ -68,10 +68,11 @@ def label(
     out. Raises InputError for examples that do not fit the model, if no image can be read, and if
     the journal was begun with other settings.
     """
+    session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with writing(out):
         journal = Journal(out.with_name(f"{out.name}.journal"), _settings(model, labelling))
     try:
-        _label_rest(model, labelling, journal)
+        _label_rest(model.image_size, session, labelling, journal)
         if review is not None:
             write_review(review, labelling.folder, labelling.classes, journal)
         count = _write_coco(out, model, labelling.classes, journal)
@@ -98,15 +99,14 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
     }
 
 
-def _label_rest(model: InContextModel, labelling: Labelling, journal: Journal) -> None:
+def _label_rest(side: int, session: Session, labelling: Labelling, journal: Journal) -> None:
     """Label the images that the journal lacks, batch by batch. Batches always begin at the same
     files, so that nothing depends on where an earlier run was interrupted.
     """
     first = journal.batches * labelling.batch
-    session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with tqdm(total=len(labelling.files), initial=first, desc="labelling", unit="image") as bar:
         for files in in_batches(labelling.files[first:], labelling.batch):
-            journal.add(list(_label_batch(model.image_size, session, labelling, files)))
+            journal.add(list(_label_batch(side, session, labelling, files)))
             bar.update(len(files))
 
 
@@ -185,6 +185,7 @@ def _write_coco(
         file.write("}\n")
     if not images:
         partial_of(target).unlink()
+        journal.remove()
         raise InputError("None of the images can be read; each is named above.")
     with writing(out):
         os.replace(partial_of(target), target)
