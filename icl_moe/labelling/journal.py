@@ -18,8 +18,8 @@ class Journal:
     """A file of lines beside the output: the settings, then the entries of one batch of images in
     each line. A line that was cut off by the end of a process does not count.
 
-    Raises InputError if the file was begun with other settings, if it is no journal, or if another
-    process is writing it.
+    Raises InputError if a batch was finished with other settings, if the file is no journal, or if
+    another process is writing it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -29,16 +29,21 @@ class Journal:
         self._lock()
         self.batches = 0
         """How many batches are finished."""
-        self._size = 0
+        size, others = 0, []
         for number, line in enumerate(self._lines()):
             if number == 0:
-                self._check(line, settings)
-            self._size += len(line)
+                others = self._differences(line, settings)
+            size += len(line)
             self.batches = number
-        if not self._size:
+        if not size:
             self._check_beginning(settings)
-        self._file.truncate(self._size)
-        if not self._size:
+        if others and self.batches:
+            raise InputError(
+                f"{path} was begun with other settings (different: {', '.join(others)}); repeat "
+                "the command as it was, or delete the file to begin anew."
+            )
+        self._file.truncate(size if self.batches else 0)
+        if not self.batches:
             self._append(dict(settings))
 
     def add(self, entries: list[dict[str, Any]]) -> None:
@@ -72,19 +77,15 @@ class Journal:
                 return
             yield line
 
-    def _check(self, line: bytes, settings: Mapping[str, Any]) -> None:
+    def _differences(self, line: bytes, settings: Mapping[str, Any]) -> list[str]:
+        """The names of the settings that are others in a journal's first line."""
         try:
             begun = json.loads(line)
         except ValueError:
             begun = None
         if not isinstance(begun, dict):
             raise self._foreign()
-        names = [name for name in settings if begun.get(name) != settings[name]]
-        if names:
-            raise InputError(
-                f"{self.path} was begun with other settings (different: {', '.join(names)}); "
-                "repeat the command as it was, or delete the file to begin anew."
-            )
+        return [name for name in settings if begun.get(name) != settings[name]]
 
     def _check_beginning(self, settings: Mapping[str, Any]) -> None:
         """Raise InputError if the file without a whole line is not the beginning of a journal."""

@@ -46,10 +46,7 @@ def write_review(page: Path, folder: Path, classes: Sequence[str], journal: Jour
 
 
 def _shown(folder: Path, classes: Sequence[str], entry: Mapping[str, Any]) -> _Shown:
-    found = ", ".join(
-        f"{classes[each['category'] - 1]} {each['score']:.2f}" for each in entry["instances"]
-    )
-    text = found or f"nothing found ({entry['sure']:.2f})"
+    text = _text(classes, entry)
     try:
         image = load_image(folder / entry["file"])
     except InputError as error:
@@ -60,3 +57,16 @@ def _shown(folder: Path, classes: Sequence[str], entry: Mapping[str, Any]) -> _S
         mask_HW = decode_rle({"size": size, "counts": each["counts"]})
         image = overlaid(image, mask_HW, COLOURS[(each["category"] - 1) % len(COLOURS)])
     return _Shown(entry["file"], text, image)
+
+
+def _text(classes: Sequence[str], entry: Mapping[str, Any]) -> str:
+    """Such as "cat 0.81, dog 0.64 (least of 3)"."""
+    scores: dict[int, list[float]] = {}
+    for each in entry["instances"]:
+        scores.setdefault(each["category"], []).append(each["score"])
+    found = [
+        f"{classes[number - 1]} {min(of_class):.2f}"
+        + (f" (least of {len(of_class)})" if len(of_class) > 1 else "")
+        for number, of_class in scores.items()
+    ]
+    return ", ".join(found) or f"nothing found ({entry['sure']:.2f})"

@@ -24,7 +24,7 @@ from icl_moe.labelling.review import write_review
 from icl_moe.messages import note
 from icl_moe.outputs import writing
 from icl_moe.rle import encode_rle
-from icl_moe.tasks.drawn_mask import DrawnClasses
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ def label(
     out. Raises InputError for examples that do not fit the model, if no image can be read, and if
     the journal was begun with other settings.
     """
+    session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with writing(out):
         journal = Journal(out.with_name(f"{out.name}.journal"), _settings(model, labelling))
     try:
-        _label_rest(model, labelling, journal)
+        _label_rest(model.image_size, session, labelling, journal)
         if review is not None:
             write_review(review, labelling.folder, labelling.classes, journal)
         count = _write_coco(out, model, labelling.classes, journal)
@@ -98,15 +99,14 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
     }
 
 
-def _label_rest(model: InContextModel, labelling: Labelling, journal: Journal) -> None:
+def _label_rest(side: int, session: Session, labelling: Labelling, journal: Journal) -> None:
     """Label the images that the journal lacks, batch by batch. Batches always begin at the same
     files, so that nothing depends on where an earlier run was interrupted.
     """
     first = journal.batches * labelling.batch
-    session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with tqdm(total=len(labelling.files), initial=first, desc="labelling", unit="image") as bar:
         for files in in_batches(labelling.files[first:], labelling.batch):
-            journal.add(list(_label_batch(model.image_size, session, labelling, files)))
+            journal.add(list(_label_batch(side, session, labelling, files)))
             bar.update(len(files))
 
 
@@ -134,20 +134,23 @@ def _label_batch(
 
 
 def _describe(drawn: DrawnClasses, size: Size, split: bool) -> dict[str, Any]:
-    """The entry of an image. sure: the least score of its instances; without any, how sure the
-    model is that there are none.
-    """
-    instances = []
+    """The entry of an image. sure: the least score of a class's mask, or of the lack of one."""
+    instances, scores = [], []
     for number, (of_class, mask_HW) in enumerate(drawn.disjoint(), 1):
+        scores.append(_score(of_class, mask_HW))
+        if not mask_HW.any():
+            continue
         for part_HW in components(mask_HW) if split else [mask_HW]:
-            if part_HW.any():
-                score = round(of_class.score(part_HW) or 0.0, 4)
-                instances.append({"category": number, "score": score, **_outline(part_HW)})
-    scores = [each["score"] for each in instances] or [
-        of_class.score() or 0.0 for of_class in drawn.masks.values()
-    ]
-    sure = round(min(scores), 4)
-    return {"width": size[0], "height": size[1], "sure": sure, "instances": instances}
+            score = _score(of_class, part_HW)
+            instances.append({"category": number, "score": score, **_outline(part_HW)})
+    width, height = size
+    return {"width": width, "height": height, "sure": min(scores), "instances": instances}
+
+
+def _score(drawn: DrawnMask, part_HW: np.ndarray) -> float:
+    score = drawn.score(part_HW)
+    assert score is not None, "a session's masks have scores"
+    return round(score, 4)
 
 
 def _outline(mask_HW: np.ndarray) -> dict[str, Any]:
@@ -182,6 +185,7 @@ def _write_coco(
         file.write("}\n")
     if not images:
         partial_of(target).unlink()
+        journal.remove()
         raise InputError("None of the images can be read; each is named above.")
     with writing(out):
         os.replace(partial_of(target), target)
