@@ -81,12 +81,8 @@ class _Tab:
                     height=220,
                     label=f"Photographs, at most {work.MOST_PHOTOGRAPHS}",
                 )
-                self.category = gr.Textbox(
-                    label="Name of the class" + ("" if self.named else " (for the COCO file)"),
-                    visible=self.named or not self.captions,
-                    max_lines=1,
-                    max_length=100,
-                )
+                if not self.captions:
+                    self.category = self._category()
                 verb = "Caption them" if self.captions else "Find it in all of them"
                 with gr.Row():
                     self.run = gr.Button(verb, variant="primary", scale=4, min_width=200)
@@ -100,6 +96,7 @@ class _Tab:
             self.caption = gr.Textbox(
                 label="What the box shows, in words", max_lines=2, max_length=500
             )
+            self.category = self._category()
             return
         with gr.Tabs(selected="mark") as self.ways:
             with gr.Tab("Mark it here", id="mark"):
@@ -113,6 +110,14 @@ class _Tab:
                     height=120,
                     label="Its mask: white on black, of the same size",
                 )
+
+    def _category(self) -> gr.Textbox:
+        return gr.Textbox(
+            label="Name of the class" + ("" if self.named else " (for the COCO file)"),
+            visible=self.named or not self.captions,
+            max_lines=1,
+            max_length=100,
+        )
 
     def _marker(self, tools: str) -> Any:
         return gr.HTML(
