@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment(verbs)
     _add_caption(verbs)
     _add_web(verbs)
+    _add_label(verbs)
     _add_demo(verbs)
     return parser
 
@@ -420,6 +421,50 @@ def _add_web(verbs: argparse._SubParsersAction) -> None:
     take.add_whole_number(parser, "--port", 0, 7860, "port; 0 takes any free one", 65535)
     _add_place(parser)
     parser.set_defaults(run=_web)
+
+
+def _add_label(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("label", help="label a folder of images according to examples")
+    parser.add_argument("model", type=take.path, help=_MODEL)
+    parser.add_argument(
+        "--examples",
+        type=take.path,
+        metavar="DIR",
+        help="DIR/images and DIR/masks with files of equal names, or DIR/CLASS/images and "
+        "DIR/CLASS/masks for each class",
+    )
+    parser.add_argument(
+        "--images", type=take.path, required=True, metavar="DIR", help="the images to label"
+    )
+    parser.add_argument("--category", help="the class's name, if the examples show one class")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE.json", help="the COCO instances file to write"
+    )
+    parser.add_argument(
+        "--review",
+        metavar="FILE.html",
+        help="also write a page of the images with their masks, the least sure first",
+    )
+    parser.add_argument(
+        "--nearest",
+        type=take.whole_number(1),
+        metavar="N",
+        help="ask each image with the N examples whose images are most like it (default: all)",
+    )
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="each connected part of a mask is an instance (default: one for each class)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=take.whole_number(1),
+        default=8,
+        help="images read and decoded together (default 8)",
+    )
+    _add_decoding(parser)
+    _add_place(parser)
+    parser.set_defaults(run=_label)
 
 
 def _add_demo(verbs: argparse._SubParsersAction) -> None:
@@ -694,6 +739,41 @@ def _web(options: argparse.Namespace) -> int:
     from icl_moe.web.serve import serve
 
     serve(options.model, options.host, options.port, options.device, options.dtype)
+
+
+def _label(options: argparse.Namespace) -> int:
+    from icl_moe.labelling.folders import find_examples, find_images, label_output
+
+    out = label_output(options.out, ".json", options.images)
+    review = options.review and label_output(options.review, ".html", options.images)
+    if options.examples is None and options.category is None:
+        raise InputError(
+            "There is nothing to go by: set --examples, or --category for a model with a class "
+            "prompt."
+        )
+    examples = (
+        {options.category: ()}
+        if options.examples is None
+        else find_examples(options.examples, options.category)
+    )
+    files = find_images(options.images)
+
+    from icl_moe.inference.model import InContextModel
+    from icl_moe.labelling.run import Labelling, label
+
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    labelling = Labelling(
+        examples,
+        options.images,
+        files,
+        options.nearest,
+        options.split,
+        options.decoding,
+        options.batch,
+    )
+    count = label(model, labelling, out, review)
+    skipped = f"; {count.unread} files cannot be read and were left out" if count.unread else ""
+    print(f"{out}: {count.instances} instances in {count.images} images{skipped}")
     return 0
 
 

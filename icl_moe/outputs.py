@@ -57,7 +57,8 @@ def output_file(
             return file
         if file.suffix.lower() not in suffixes:
             *most, last = suffixes
-            raise InputError(f"{file} must end in {', '.join(most)} or {last}.")
+            endings = f"{', '.join(most)} or {last}" if most else last
+            raise InputError(f"{file} must end in {endings}.")
         target = Path(os.path.realpath(file))
         if len(os.fsencode(partial_of(target).name)) > _LONGEST_NAME:
             raise InputError(f"{file}: the name of the file is too long; choose a shorter one.")

@@ -5,13 +5,26 @@ import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from icl_moe.boxes import Box
 
 BOX_COLOUR = (255, 70, 70)
+COLOURS = (
+    (255, 70, 70),
+    (40, 150, 255),
+    (255, 200, 0),
+    (0, 200, 120),
+    (210, 90, 255),
+    (255, 130, 30),
+    (0, 210, 220),
+    (255, 120, 190),
+)
+"""Of masks of different classes over one image."""
+
 _LEAST_SIDE = 256
 _CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
 
@@ -37,6 +50,18 @@ def masked(image: Image.Image, mask_HW: np.ndarray) -> Image.Image:
     """The image in its colours inside the mask, and dark and grey elsewhere."""
     grey = np.asarray(image.convert("L").convert("RGB")) * 0.35
     return Image.fromarray(np.where(mask_HW[..., None], np.asarray(image), grey).astype(np.uint8))
+
+
+def overlaid(image: Image.Image, mask_HW: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    """The image, tinted inside a mask and with a line of that colour along its edge. The mask may
+    have another size; it is resized to that of the image.
+    """
+    mask = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(image.size)
+    inside_HW = np.asarray(mask) >= 128
+    edge_HW = inside_HW & (np.asarray(mask.filter(ImageFilter.MinFilter(3))) < 128)
+    strength_HW1 = np.where(edge_HW, 1.0, np.where(inside_HW, 0.4, 0.0))[..., None]
+    levels = np.asarray(image) * (1 - strength_HW1) + np.array(colour) * strength_HW1
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def boxed(image: Image.Image, box: Box | None) -> Image.Image:
@@ -66,6 +91,16 @@ def draw_grid(rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 def data_url(picture: Image.Image) -> str:
     """A picture as a PNG data URL, for the source of an <img>."""
+    return _url(picture, "PNG", optimize=True)
+
+
+def jpeg_url(picture: Image.Image) -> str:
+    """A photograph as a JPEG data URL, a tenth of the size of a PNG."""
+    return _url(picture, "JPEG", quality=80)
+
+
+def _url(picture: Image.Image, format: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture.save(buffer, format, **options)
+    content = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/{format.lower()};base64,{content}"

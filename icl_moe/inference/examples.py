@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError
@@ -67,6 +68,7 @@ def read_pairs(
     pairs: Sequence[tuple[Any, Any]],
     category: str | None,
     of_class: str = "",
+    progress: bool = False,
 ) -> tuple[Any, ...]:
     """The examples as the task's pairs of codes, in order, with a few pictures in memory at a time.
 
@@ -74,7 +76,8 @@ def read_pairs(
     for an example that cannot be read or does not fit the model.
     """
     read = _segmentation_pairs if task is SEGMENTATION else _caption_pairs
-    numbered = enumerate(pairs, 1)
+    bar = tqdm(pairs, "reading examples", disable=not progress, delay=2, leave=False)
+    numbered = enumerate(bar, 1)
     return tuple(
         pair
         for some in in_batches(numbered, _TOGETHER)

@@ -121,7 +121,11 @@ class InContextModel:
         return push_model(self.folder, repository, file, private, token)
 
     def session(
-        self, examples: Examples, category: str | None = None, nearest: int | None = None
+        self,
+        examples: Examples,
+        category: str | None = None,
+        nearest: int | None = None,
+        progress: bool = False,
     ) -> Session:
         """The examples, read once for any number of queries.
 
@@ -131,7 +135,7 @@ class InContextModel:
         whose images are the most like it; then there may be more than the model's positions hold.
         Raises InputError for examples that cannot be read or do not fit the model.
         """
-        return Session(self, examples, category, nearest)
+        return Session(self, examples, category, nearest, progress)
 
     def segment(
         self,
@@ -345,7 +349,8 @@ class InContextModel:
             most = (positions - self.format.length(0)) // self.format.pair_length - 1
             raise InputError(
                 f"{count} examples are more than this model can read: its {positions} positions "
-                f"hold {most}."
+                f"hold {most}; give fewer, or let the nearest {most} of them be chosen for each "
+                "query (nearest)."
             )
         if count == 0 and not self.format.class_prompt:
             raise InputError(

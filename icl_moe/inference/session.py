@@ -95,12 +95,13 @@ class Session:
         examples: Examples,
         category: str | None = None,
         nearest: int | None = None,
+        progress: bool = False,
         task: Task | None = None,
     ) -> None:
         """See `InContextModel.session`. task: of the examples, by default the one they fit."""
         _check_count("nearest", 1 if nearest is None else nearest)
         self.classes = _class_names(examples, category)
-        self._model, self._nearest = model, nearest
+        self._model, self._nearest, self._progress = model, nearest, progress
         if isinstance(examples, Mapping):
             self._pairs = {name: list_pairs(each) for name, each in examples.items()}
         else:
@@ -221,7 +222,8 @@ class Session:
                     "This model reads no class names, only examples: leave the category out."
                 )
             category = None
-        shown = read_pairs(model, task, pairs, category, name if self.classes else "")
+        of_class = name if self.classes else ""
+        shown = read_pairs(model, task, pairs, category, of_class, self._progress)
         if count < len(shown):
             shelf = Shelf(model.tokenizers, shown, count)
             return _Shown(Episode(task, category or "", ()), None, shelf)

@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from icl_moe.pictures import data_url
+from icl_moe.pictures import data_url, jpeg_url
 
 
 def render(template: str, **content: Any) -> str:
@@ -25,4 +25,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["data_url"] = data_url
+    environment.filters["jpeg_url"] = jpeg_url
     return environment

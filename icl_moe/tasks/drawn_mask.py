@@ -3,7 +3,7 @@ which a pixel belongs to the mask. And the masks of several classes in one pictu
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -78,6 +78,13 @@ class DrawnClasses:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.masks)
+
+    def disjoint(self) -> Iterator[tuple[DrawnMask, np.ndarray]]:
+        """Each class's mask as it was drawn, and boolean (H, W) without the pixels that the label
+        map gives to another class.
+        """
+        for number, drawn in enumerate(self.masks.values(), 1):
+            yield drawn, drawn.mask_HW if len(self.masks) == 1 else self.labels_HW == number
 
     @cached_property
     def labels_HW(self) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from icl_moe.attributes import PADDING, attribute_class
 from icl_moe.errors import InputError
-from icl_moe.inference.decode import Sampling, decode_batch
+from icl_moe.inference.decode import Sampling, decode_batch, read_examples
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
@@ -168,6 +168,11 @@ def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward, lin
     assert len({tuple(tokens) for tokens in together}) == len(batch), (
         "outputs that do not depend on the prompt would prove nothing"
     )
+    # Examples that were read before, and differ in length.
+    known = [n for n, (episode, _) in enumerate(batch) if episode.pairs or format.class_prompt]
+    read = [read_examples(decoder, codec, batch[n][0]) for n in known]
+    again = decode_batch(decoder, codec, [batch[n] for n in known], read=read)
+    assert [written.tokens for written in again] == [together[n] for n in known]
 
 
 class Oracle:
@@ -256,6 +261,10 @@ def test_sampling_draws_allowed_tokens_in_proportion():
         decoded(Fixed(), codec, [request] * 20, Sampling(temperature=2.0, top_k=2))
     )
     assert set(top - VOCABULARY.image_range.start) == {1, 2}
+    # How probable each code is among the allowed ones, at temperature 1.
+    (greedy,) = decode_batch(Fixed(), codec, [request])
+    likeliest = torch.tensor([0.0, 1.0, 2.0]).log_softmax(0)[2].item()
+    assert greedy.log_probabilities == pytest.approx([likeliest] * CODES)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": 0}])

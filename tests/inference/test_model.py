@@ -428,6 +428,24 @@ def test_an_exported_folder_is_all_that_is_needed(exported):
     assert model.caption([(picture(0), REGION)], query=picture(1)).category
 
 
+def test_a_session_captions_as_one_call_does(exported):
+    """Region by region, in batches; with how probable the model found its text."""
+    model = InContextModel.from_pretrained(exported, device="cpu")
+    examples = [(picture(0), REGION)]
+    queries = [picture(1), picture(2, 100, 50), picture(3)]
+    session = model.session(examples)
+    found = session.caption(queries, batch=2)
+    alone = [model.caption(examples, query) for query in queries]
+    assert found == alone and len({region.caption for region in found}) > 1
+    for region, same in zip(found, alone, strict=True):
+        assert -20 < region.log_probability < 0
+        assert region.log_probability == pytest.approx(same.log_probability, abs=1e-4)
+    named = model.session({"dog": examples, "cat": [(picture(4), REGION)]}).caption(queries[0])
+    assert named["dog"] == found[0] and set(named) == {"dog", "cat"}
+    with pytest.raises(InputError, match="have regions; segmentation needs masks"):
+        session.segment(picture(1))
+
+
 @pytest.mark.parametrize(
     "missing", ["config.json", "model.safetensors", "image_tokenizer", "text_tokenizer"]
 )

@@ -11,7 +11,7 @@ from icl_moe.boxes import brightest_box
 from icl_moe.data.shards import ShardSet
 from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.images import box_to_mask
-from icl_moe.inference.decode import Request, decode_at_once, decode_batch
+from icl_moe.inference.decode import Request, decode_at_once, decode_batch, read_examples
 from icl_moe.inference.model import InContextModel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
@@ -116,6 +116,9 @@ def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(
     assert found_BNK.shape == (3, CODES, VOCABULARY.image_codes)
     for found_NK, (episode, image) in zip(found_BNK, requests, strict=True):
         torch.testing.assert_close(found_NK, plainly(decoder, episode, image), atol=1e-5, rtol=1e-4)
+    read = [read_examples(decoder, codec, episode) for episode, _ in requests]
+    after_BNK = decode_at_once(decoder, codec, requests, read)
+    torch.testing.assert_close(after_BNK, found_BNK, atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Labelling a folder of images after a few examples: `icl-moe label`."""

@@ -1,0 +1,229 @@
+"""Labels a folder of images: a mask of each class in each image, as a COCO instances file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from icl_moe import __version__
+from icl_moe.errors import InputError
+from icl_moe.files import partial_of
+from icl_moe.inference.examples import in_batches
+from icl_moe.inference.model import Decoding, InContextModel
+from icl_moe.inference.session import Query, Session, Size
+from icl_moe.labelling.components import components
+from icl_moe.labelling.folders import ExampleFiles, digest_of
+from icl_moe.labelling.journal import Journal
+from icl_moe.labelling.review import write_review
+from icl_moe.messages import note
+from icl_moe.outputs import writing
+from icl_moe.rle import encode_rle
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What to label and how.
+
+    examples: files by class; without any, classes that the model's class prompt names. folder,
+    files: the images to label, as paths below the folder. nearest: see `InContextModel.session`.
+    split: whether each connected part of a mask is an instance of its own. batch: how many images
+    are read together, and how many sequences decoded.
+    """
+
+    examples: ExampleFiles
+    folder: Path
+    files: Sequence[str]
+    nearest: int | None = None
+    split: bool = False
+    decoding: Decoding | None = None
+    batch: int = 8
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.examples)
+
+
+class Count(NamedTuple):
+    """Of a finished labelling: images that were read, instances, and files that were not read."""
+
+    images: int
+    instances: int
+    unread: int
+
+
+def label(
+    model: InContextModel, labelling: Labelling, out: Path, review: Path | None = None
+) -> Count:
+    """Label all images and write `out`, a COCO instances file, and `review`, a page of overlays.
+
+    Until `out` is written there is a journal beside it: a run that was killed goes on from it, and
+    its output is equal to that of a run that was not. Files that cannot be read are named and left
+    out. Raises InputError for examples that do not fit the model, if no image can be read, and if
+    the journal was begun with other settings.
+    """
+    session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
+    with writing(out):
+        journal = Journal(out.with_name(f"{out.name}.journal"), _settings(model, labelling))
+    try:
+        _label_rest(model.image_size, session, labelling, journal)
+        if review is not None:
+            write_review(review, labelling.folder, labelling.classes, journal)
+        count = _write_coco(out, model, labelling.classes, journal)
+    except BaseException:
+        journal.close()
+        raise
+    journal.remove()
+    return count
+
+
+def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
+    """Everything on which the output depends."""
+    files = hashlib.sha256("\n".join(labelling.files).encode(errors="surrogateescape"))
+    return {
+        "model": model.fingerprint,
+        "dtype": str(model.decoder.dtype),
+        "device": model.decoder.device.type,
+        "decoding": model.decoding(labelling.decoding),
+        "batch": labelling.batch,
+        "nearest": labelling.nearest,
+        "split": labelling.split,
+        "examples": digest_of(labelling.examples),
+        "images": f"{len(labelling.files)} files, {files.hexdigest()[:16]}",
+    }
+
+
+def _label_rest(side: int, session: Session, labelling: Labelling, journal: Journal) -> None:
+    """Label the images that the journal lacks, batch by batch. Batches always begin at the same
+    files, so that nothing depends on where an earlier run was interrupted.
+    """
+    first = journal.batches * labelling.batch
+    with tqdm(total=len(labelling.files), initial=first, desc="labelling", unit="image") as bar:
+        for files in in_batches(labelling.files[first:], labelling.batch):
+            journal.add(list(_label_batch(side, session, labelling, files)))
+            bar.update(len(files))
+
+
+def _label_batch(
+    side: int, session: Session, labelling: Labelling, files: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    queries: list[Query | None] = []
+    reasons: list[str] = []
+    for file in files:
+        try:
+            queries.append(Query.load(labelling.folder / file, side))
+            reasons.append("")
+        except InputError as error:
+            note(f"skipped: {error}")
+            queries.append(None)
+            reasons.append(str(error))
+    # As an iterator: masks in the images' own sizes are then there one at a time.
+    readable = iter([query for query in queries if query is not None])
+    answers = session.draw(readable, decoding=labelling.decoding, batch=labelling.batch)
+    for file, query, reason in zip(files, queries, reasons, strict=True):
+        if query is None:
+            yield {"file": file, "unread": reason}
+        else:
+            yield {"file": file, **_describe(next(answers), query.size, labelling.split)}
+
+
+def _describe(drawn: DrawnClasses, size: Size, split: bool) -> dict[str, Any]:
+    """The entry of an image. sure: the least score of a class's mask, or of the lack of one."""
+    instances, scores = [], []
+    for number, (of_class, mask_HW) in enumerate(drawn.disjoint(), 1):
+        scores.append(_score(of_class, mask_HW))
+        if not mask_HW.any():
+            continue
+        for part_HW in components(mask_HW) if split else [mask_HW]:
+            score = _score(of_class, part_HW)
+            instances.append({"category": number, "score": score, **_outline(part_HW)})
+    width, height = size
+    return {"width": width, "height": height, "sure": min(scores), "instances": instances}
+
+
+def _score(drawn: DrawnMask, part_HW: np.ndarray) -> float:
+    score = drawn.score(part_HW)
+    assert score is not None, "a session's masks have scores"
+    return round(score, 4)
+
+
+def _outline(mask_HW: np.ndarray) -> dict[str, Any]:
+    rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    return {
+        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "area": int(mask_HW.sum()),
+        "counts": encode_rle(mask_HW)["counts"],
+    }
+
+
+def _write_coco(
+    out: Path, model: InContextModel, classes: Sequence[str], journal: Journal
+) -> Count:
+    """Write the file piece by piece, so that it need not fit into memory."""
+    unread = sum("unread" in entry for entry in journal.entries())
+    images = instances = 0
+    target = Path(os.path.realpath(out))
+    info = {"description": f"Labelled by icl-moe {__version__} with the model {model.fingerprint}"}
+    categories = [
+        {"id": number, "name": name, "supercategory": ""} for number, name in enumerate(classes, 1)
+    ]
+    with writing(out), partial_of(target).open("w", encoding="utf-8") as file:
+        file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n')
+        file.write(f'"categories": {json.dumps(categories)},\n')
+        images = _write_list(file, "images", (image for image, _ in _records(journal)))
+        file.write(",\n")
+        instances = _write_list(
+            file, "annotations", (each for _, those in _records(journal) for each in those)
+        )
+        file.write("}\n")
+    if not images:
+        partial_of(target).unlink()
+        journal.remove()
+        raise InputError("None of the images can be read; each is named above.")
+    with writing(out):
+        os.replace(partial_of(target), target)
+    return Count(images, instances, unread)
+
+
+def _write_list(file: TextIO, name: str, records: Iterable[dict[str, Any]]) -> int:
+    """Write the records under a key, one in each line; returns their number."""
+    file.write(f'"{name}": [')
+    count = 0
+    for count, record in enumerate(records, 1):
+        file.write(("\n" if count == 1 else ",\n") + json.dumps(record))
+    file.write("]")
+    return count
+
+
+def _records(journal: Journal) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """COCO's record of each image that was read, and those of its annotations."""
+    image_id = annotation_id = 0
+    for entry in journal.entries():
+        if "unread" in entry:
+            continue
+        image_id += 1
+        height, width = entry["height"], entry["width"]
+        image = {"id": image_id, "file_name": entry["file"], "width": width, "height": height}
+        annotations = []
+        for each in entry["instances"]:
+            annotation_id += 1
+            annotations.append(
+                {
+                    "id": annotation_id,
+                    "image_id": image_id,
+                    "category_id": each["category"],
+                    "segmentation": {"size": [height, width], "counts": each["counts"]},
+                    "area": each["area"],
+                    "bbox": each["bbox"],
+                    "iscrowd": 0,
+                    "score": each["score"],
+                }
+            )
+        yield image, annotations

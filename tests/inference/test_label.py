@@ -1,0 +1,281 @@
+"""`icl-moe label`: a folder of images after a few examples."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from icl_moe import InContextModel
+from icl_moe.cli import main
+from icl_moe.labelling.components import components
+from icl_moe.rle import decode_rle, encode_rle
+from preprocessing.synthetic import draw_scene
+
+SCENES = 12
+
+
+def save_example(folder: Path, name: str, image: Image.Image, mask_HW: np.ndarray) -> None:
+    for part, picture in (("images", image), ("masks", Image.fromarray(mask_HW))):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / part / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Drawn images, one of them in a folder within; examples of one class, and of two."""
+    root = tmp_path_factory.mktemp("label")
+    rng = np.random.default_rng(5)
+    scenes = [draw_scene(rng, (100 + 4 * number, 96)) for number in range(SCENES)]
+    (root / "images/more").mkdir(parents=True)
+    for number, scene in enumerate(scenes):
+        scene.image.save(root / "images" / ("more" if number == 3 else "") / f"{number:02}.png")
+    for number, name in ((1, "one"), (4, "two")):
+        shown = scenes[number].image, scenes[number].objects[-1].mask_HW
+        save_example(root / "by_class" / name, "shown", *shown)
+        if name == "one":
+            save_example(root / "flat", "shown", *shown)
+    return root
+
+
+def run(folder: Path, out: str, *options: str, examples: str = "flat") -> int:
+    where = ["--examples", folder / examples, "--images", folder / "images"]
+    arguments = ["label", "demo", *where, "--out", folder / out, "--device", "cpu", *options]
+    return main(list(map(str, arguments)))
+
+
+def test_pycocotools_opens_the_labels_and_they_are_those_of_a_session(folder, capsys):
+    assert run(folder, "one.json", "--category", "thing") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    coco = COCO(folder / "one.json")
+    assert coco.loadCats(coco.getCatIds()) == [{"id": 1, "name": "thing", "supercategory": ""}]
+    assert len(coco.imgs) == SCENES and {"more/03.png"} < {
+        image["file_name"] for image in coco.imgs.values()
+    }
+    example = tuple(folder / "flat" / part / "shown.png" for part in ("images", "masks"))
+    session = InContextModel.from_pretrained("demo", "cpu").session([example])
+    marked = 0
+    for number, image in coco.imgs.items():
+        drawn = session.draw(folder / "images" / image["file_name"])
+        assert (image["height"], image["width"]) == drawn.mask_HW.shape
+        annotations = coco.imgToAnns[number]
+        assert len(annotations) == drawn.mask_HW.any()
+        for each in annotations:
+            np.testing.assert_array_equal(coco.annToMask(each), drawn.mask_HW)
+            rows, columns = np.nonzero(drawn.mask_HW)
+            x, y, width, height = each["bbox"]
+            assert (x, y) == (columns.min(), rows.min())
+            assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
+            assert each["area"] == drawn.mask_HW.sum() and each["iscrowd"] == 0
+            assert each["score"] == pytest.approx(drawn.score(), abs=1e-3)
+        marked += len(annotations)
+    assert 0 < marked < SCENES, "there are images with an instance, and without"
+    assert last == f"{folder / 'one.json'}: {marked} instances in {SCENES} images"
+    assert not (folder / "one.json.journal").exists()
+
+
+def test_several_classes_do_not_overlap_and_parts_may_be_instances(folder):
+    whole, split = folder / "two.json", folder / "split.json"
+    assert run(folder, whole.name, examples="by_class") == 0
+    assert run(folder, split.name, "--split", examples="by_class") == 0
+    coco, parts = COCO(whole), COCO(split)
+    assert [each["name"] for each in coco.loadCats(coco.getCatIds())] == ["one", "two"]
+    assert len(parts.anns) >= len(coco.anns) > 0
+    for number in coco.imgs:
+        masks = [coco.annToMask(each) for each in coco.imgToAnns[number]]
+        assert not masks or np.sum(masks, axis=0).max() == 1
+        for category in (1, 2):
+            one, several = (
+                [c.annToMask(a) for a in c.imgToAnns[number] if a["category_id"] == category]
+                for c in (coco, parts)
+            )
+            assert len(one) <= 1 and bool(one) == bool(several)
+            if one:
+                np.testing.assert_array_equal(np.sum(several, axis=0), one[0])
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder, repository, capsys):
+    assert run(folder, "undisturbed.json", "--batch", "2") == 0
+    arguments = [
+        *("label", "demo", "--examples", "flat", "--images", "images"),
+        *("--out", "killed.json", "--device", "cpu", "--batch", "2"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "icl_moe", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    journal = folder / "killed.json.journal"
+    deadline = time.monotonic() + 200
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "killed.json").exists()
+    kept = journal.read_bytes()
+    assert 3 <= kept.count(b"\n") <= SCENES // 2, "it was killed in the middle"
+    # As if the last line had been cut.
+    journal.write_bytes(kept + b'[{"file": "05.png", "wid')
+    assert run(folder, "killed.json", "--batch", "3") == 2
+    assert "was begun with other settings (different: batch)" in capsys.readouterr().err
+    assert journal.read_bytes().startswith(kept)
+    assert run(folder, "killed.json", "--batch", "2") == 0
+    assert (folder / "killed.json").read_bytes() == (folder / "undisturbed.json").read_bytes()
+    assert not journal.exists()
+
+
+def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.open(folder / "images/00.png").save(images / "good.png")
+    (images / "broken.jpg").write_bytes(b"nothing")
+    (images / "notes.txt").write_text("not for us")
+    colours = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
+    colours[0].save(images / "moving.gif", save_all=True, append_images=colours[1:])
+    common = ["label", "demo", "--examples", str(folder / "flat"), "--device", "cpu", "--images"]
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    assert main([*common, str(images), "--out", str(out), "--review", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert f"skipped: The image {images / 'moving.gif'} is animated" in said
+    assert f"skipped: The image {images / 'broken.jpg'} cannot be read" in said
+    assert "instances in 1 images; 2 files cannot be read and were left out" in said
+    assert [image["file_name"] for image in json.loads(out.read_text())["images"]] == ["good.png"]
+    assert "good.png" in page.read_text() and "data:image/jpeg;base64," in page.read_text()
+    assert "http" not in page.read_text()
+    (images / "good.png").unlink()
+    assert main([*common, str(images), "--out", str(tmp_path / "none.json")]) == 2
+    assert "None of the images can be read" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_the_page_shows_the_least_sure_first(folder):
+    assert run(folder, "sorted.json", "--review", str(folder / "sorted.html")) == 0
+    page = (folder / "sorted.html").read_text()
+    coco = COCO(folder / "sorted.json")
+    scores = {
+        coco.imgs[number]["file_name"]: [each["score"] for each in coco.imgToAnns[number]]
+        for number in coco.imgs
+    }
+    names = sorted(scores, key=lambda name: page.index(f"<b>{name}</b>"))
+    shown = [score for name in names for score in scores[name]]
+    assert len(shown) > 1 and shown == sorted(shown)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "masks/shown.png").unlink(), "shown.png has no mask: "),
+        (lambda root: (root / "images/shown.png").unlink(), "shown.png has no image: "),
+        (
+            lambda root: Image.new("L", (9, 9), 255).save(root / "masks/shown.png"),
+            "shown.png is 9 x 9 pixels, but its image is 104 x 96",
+        ),
+        (
+            lambda root: Image.new("L", (104, 96)).save(root / "masks/shown.png"),
+            "shown.png marks nothing",
+        ),
+        (
+            lambda root: [
+                save_example(
+                    root, "second", Image.open(root / "images/shown.png"), np.eye(96, 104) > 0
+                )
+            ],
+            "2 examples are more than this model can read",
+        ),
+        (
+            lambda root: Image.new("RGB", (9, 9)).save(root / "images/shown.bmp"),
+            "have equal names but for the ending",
+        ),
+        (lambda root: (root / "masks").rename(root / "mask"), "lacks the folder masks"),
+    ],
+    ids=["no mask", "no image", "size", "empty", "too many", "twice", "no folder"],
+)
+def test_examples_that_do_not_fit_are_refused_by_name(folder, tmp_path, capsys, change, message):
+    for part in ("images", "masks"):
+        (tmp_path / "examples" / part).mkdir(parents=True)
+        (tmp_path / "examples" / part / "shown.png").write_bytes(
+            (folder / "flat" / part / "shown.png").read_bytes()
+        )
+    change(tmp_path / "examples")
+    arguments = ["--examples", str(tmp_path / "examples"), "--images", str(folder / "images")]
+    assert main(["label", "demo", *arguments, "--out", str(tmp_path / "out.json")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("icl-moe: ") and message in said
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--images {images} --out {out}.json", "There is nothing to go by: set --examples, or"),
+        ("--images {images} --category cat --out {out}.json", "needs at least one example"),
+        ("--examples {flat} --images {images} --out {images}/labels.json", "lies in the folder of"),
+        (
+            "--examples {flat} --images {images} --out {out}.json --review {images}/page.html",
+            "lies in the folder of images",
+        ),
+        ("--examples {flat} --images {images} --out {out}.txt", "must end in .json."),
+        ("--examples {flat} --images {flat}/absent --out {out}.json", "does not exist"),
+        ("--examples {flat}/absent --images {images} --out {out}.json", "does not exist"),
+        ("--examples {images}/more --images {images} --out {out}.json", "holds no examples"),
+        (
+            "--examples {by_class} --category cat --images {images} --out {out}.json",
+            "leave --category out",
+        ),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(folder, tmp_path, capsys, options, message):
+    places = {name: folder / name for name in ("images", "flat", "by_class")}
+    arguments = options.format(**places, out=tmp_path / "out").split()
+    assert main(["label", "demo", *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("icl-moe: ") and message in said
+    assert not list(tmp_path.iterdir()) and not list((folder / "images").glob("*.json*"))
+
+
+def test_components_are_those_of_a_flood(tmp_path):
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.2, 0.4, 0.6, 1.0):
+        mask_HW = rng.random((17, 23)) < share
+        found = list(components(mask_HW))
+        rest_HW = mask_HW.copy()
+        for part_HW in found:
+            start = np.argwhere(rest_HW)[0]
+            assert part_HW[tuple(start)], "the next one in rows"
+            np.testing.assert_array_equal(part_HW, flooded(mask_HW, *start))
+            rest_HW &= ~part_HW
+        assert not rest_HW.any()
+
+
+def flooded(mask_HW: np.ndarray, row: int, column: int) -> np.ndarray:
+    reached_HW = np.zeros_like(mask_HW)
+    todo = [(row, column)]
+    while todo:
+        y, x = todo.pop()
+        is_within = 0 <= y < len(mask_HW) and 0 <= x < len(mask_HW[0])
+        if is_within and mask_HW[y, x] and not reached_HW[y, x]:
+            reached_HW[y, x] = True
+            todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    return reached_HW
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    from pycocotools import mask as tools
+
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 0.98, 1.0):
+        for _ in range(20):
+            mask_HW = rng.random(rng.integers(1, 90, 2)) < share
+            rle = encode_rle(mask_HW)
+            theirs = tools.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+            assert rle["counts"] == theirs["counts"].decode()
+            np.testing.assert_array_equal(decode_rle(rle), mask_HW)

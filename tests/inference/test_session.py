@@ -1,0 +1,174 @@
+"""Sessions: examples that are read once, for one query or many, of one class or several."""
+
+import numpy as np
+import pytest
+import torch
+
+from icl_moe import InContextModel
+from icl_moe.errors import InputError
+from icl_moe.images import to_square_pixels
+from icl_moe.sequence import Episode
+from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
+from icl_moe.tasks.segmentation import SegmentationPair
+from preprocessing.synthetic import draw_scene
+
+SIZES = [(160, 128), (100, 140), (64, 64), (300, 200), (128, 128)]
+
+
+@pytest.fixture(scope="module")
+def model() -> InContextModel:
+    """The shipped one, which has learned to segment, so that its masks depend on the examples."""
+    return InContextModel.from_pretrained("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list:
+    rng = np.random.default_rng(5)
+    return [draw_scene(rng, size) for size in SIZES]
+
+
+def example(scene):
+    """The scene, and the mask of its nearest object."""
+    return scene.image, scene.objects[-1].mask_HW
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
+    shown, queries = scenes[4], [scenes[number].image for number in (1, 2)]
+    session = model.session([example(shown)])
+    masks = session.segment(queries, decoding=decoding, batch=2)
+    for query, mask_HW in zip(queries, masks, strict=True):
+        assert mask_HW.dtype == np.bool_ and mask_HW.shape == query.size[::-1]
+        alone_HW = model.segment([example(shown)], query, decoding=decoding)
+        np.testing.assert_array_equal(mask_HW, alone_HW)
+    other_HW = model.segment([example(scenes[2])], queries[0], decoding=decoding)
+    assert masks[0].any() and (masks[0] != other_HW).any(), "the mask depends on the example"
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+@torch.inference_mode()
+def test_a_session_equals_the_whole_sequence_read_at_a_time(model, scenes, decoding):
+    """Without the keys and values that a session keeps."""
+    image, mask_HW, query = scenes[2].image, scenes[2].objects[-1].mask_HW, scenes[4].image
+    codes = model.encode([to_square_pixels(each, 64) for each in (image, query)])
+    (mask_codes,) = model.encode_masks([mask_HW])  # It has the model's size already.
+    episode = Episode(SEGMENTATION, "", (SegmentationPair(codes[0], mask_codes),))
+    whole = SEGMENTATION.draw(model, model.complete([(episode, codes[1])], decoding=decoding))[0]
+    drawn = model.session([(image, mask_HW)]).draw(query, decoding=decoding)
+    np.testing.assert_allclose(
+        drawn.brightness_HW, whole.resized(128, 128).brightness_HW, atol=1e-4
+    )
+    np.testing.assert_array_equal(drawn.mask_HW, whole.resized(128, 128).mask_HW)
+
+
+def test_a_mask_comes_with_the_models_confidence(model, scenes):
+    session = model.session([example(scenes[0])])
+    query = scenes[4].image
+    drawn = session.draw(query)
+    assert drawn.confidence_HW.shape == drawn.mask_HW.shape == query.size[::-1]
+    assert drawn.confidence_HW.min() >= 0.5 and drawn.confidence_HW.max() <= 1
+    inside = drawn.confidence_HW[drawn.mask_HW]
+    assert drawn.score() == pytest.approx(inside.mean(), abs=1e-5)
+    in_turn = session.draw(query, decoding="autoregressive")
+    assert in_turn.confidence_HW is None
+    assert 0 < in_turn.score() < 1
+
+
+def test_the_confidence_of_an_empty_mask_is_that_of_its_most_doubtful_pixel():
+    brightness_HW = np.full((2, 3), -1.0, np.float32)
+    assert DrawnMask(brightness_HW, 0.5, at_once=True).score() == 1.0
+    brightness_HW[1, 2] = -0.5  # halfway from black to the threshold
+    assert DrawnMask(brightness_HW, 0.5, at_once=True).score() == pytest.approx(0.75)
+
+
+def test_queries_are_taken_as_they_are_needed(model, scenes):
+    taken = []
+
+    def queries():
+        for number in range(100):
+            taken.append(number)
+            yield scenes[number % len(scenes)].image
+
+    masks = model.session([example(scenes[0])]).segment(queries(), batch=4)
+    assert not taken
+    assert next(masks).shape == SIZES[0][::-1] and len(taken) == 4
+    assert next(masks).shape == SIZES[1][::-1] and len(taken) == 4
+    masks.close()
+
+
+def test_several_classes_share_the_encoding_of_a_query(model, scenes, monkeypatch):
+    shown = {"one": [example(scenes[0])], "another": [example(scenes[1])]}
+    session = model.session(shown)
+    encoded = []
+    encode = model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+    )
+    queries = [scenes[2].image, scenes[3].image, scenes[4].image]
+    found = session.draw(queries, batch=4)
+    assert encoded == [2, 1], "two queries of two classes each make a batch of four"
+    assert session.classes == ("one", "another")
+    for number, classes in enumerate(found):
+        assert classes.names == ("one", "another")
+        for name, pairs in shown.items():
+            alone = model.session(pairs).draw(queries[number])
+            np.testing.assert_array_equal(classes.masks[name].mask_HW, alone.mask_HW)
+        assert classes.labels_HW.dtype == np.uint8
+        np.testing.assert_array_equal(
+            classes.labels_HW > 0, np.any([m.mask_HW for m in classes.masks.values()], axis=0)
+        )
+        np.testing.assert_array_equal(session.segment(queries[number]), classes.labels_HW)
+
+
+def test_a_pixel_of_several_masks_gets_the_class_of_the_greatest_confidence():
+    first_HW = np.array([[0.2, 0.9, -0.9, 0.5]], np.float32)
+    second_HW = np.array([[0.8, 0.1, -0.2, 0.5]], np.float32)
+    at_once = DrawnClasses(
+        {"a": DrawnMask(first_HW, 0.5, True), "b": DrawnMask(second_HW, 0.5, True)}
+    )
+    assert at_once.labels_HW.tolist() == [[2, 1, 0, 1]]
+    in_turn = DrawnClasses(
+        {
+            "a": DrawnMask(first_HW, log_probability=-2.0),
+            "b": DrawnMask(second_HW, log_probability=-1.0),
+        }
+    )
+    assert in_turn.labels_HW.tolist() == [[2, 2, 0, 2]]
+    many = DrawnClasses({str(n): DrawnMask(second_HW, 0.5, True) for n in range(300)})
+    assert many.labels_HW.dtype == np.uint16
+
+
+def test_the_nearest_examples_are_those_whose_images_are_most_alike(model, scenes):
+    """There may be more of them than the model can read."""
+    examples = [example(scene) for scene in scenes]
+    session = model.session(examples, nearest=1)
+    queries = [scene.image for scene in scenes]
+    for number, mask_HW in enumerate(session.segment(queries)):
+        alone_HW = model.segment([examples[number]], queries[number])
+        np.testing.assert_array_equal(mask_HW, alone_HW)
+    with pytest.raises(InputError, match=r"5 examples are more than this model can read.*nearest"):
+        model.session(examples)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda m, e: m.session([]), "needs at least one example"),
+        (lambda m, e: m.session({}), "at least one class"),
+        (lambda m, e: m.session({"": [e]}), "names that are text"),
+        (lambda m, e: m.session({"cat": []}), "needs at least one example"),
+        (lambda m, e: m.session({"cat": [e]}, category="cat"), "leave category out"),
+        (lambda m, e: m.session([e], nearest=0), "nearest must be a whole number of at least 1"),
+        (lambda m, e: m.session([e]).segment(e[0], batch=0), "batch must be a whole number"),
+        (lambda m, e: m.session([e]).segment(7), "The query must be a path, .* not int"),
+        (lambda m, e: m.session([e]).segment([e[0], b"x"]), "Query 2 must be a path"),
+        (lambda m, e: m.session([e]).caption(e[0]), "have masks; captioning needs regions"),
+        (lambda m, e: m.session({"cat": [(e[0], e[1][:-1])]}), "The mask of example 1 of cat is"),
+        (lambda m, e: m.session([(e[0], e[1] & False)]), "The mask of example 1 marks nothing"),
+        (lambda m, e: m.session([e, e]), "2 examples are more than this model can read"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(model, scenes, use, message):
+    with pytest.raises(InputError, match=message):
+        use(model, example(scenes[0]))
