@@ -17,7 +17,7 @@ from PIL import Image
 from icl_moe.errors import InputError
 from icl_moe.pages import render
 from icl_moe.pictures import BOX_COLOUR, boxed
-from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk, sureness
+from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk
 
 SIDE = 720
 """Pixels along the longer side of a picture on the page."""
@@ -27,7 +27,7 @@ THUMBNAIL = 240
 MASK_COLOUR = (0, 196, 170)
 
 UNSURE = 0.7
-"""Below this sureness a card says that the model is not sure of its mask. A sign to look, not a
+"""Below this score a card says that the model is not sure of its mask. A sign to look, not a
 probability: the confidence is not calibrated.
 """
 
@@ -91,7 +91,7 @@ def card_of(found: Found) -> Card:
         rest=_png_url(_dimmed(small.mask_HW)),
         confidence="" if confidence_HW is None else _png_url(_coloured(confidence_HW)),
         area=area,
-        sure=sureness(found.drawn),
+        sure=found.drawn.score(),
         download=_url(png(mask_HW), "image/png"),
         download_name=f"{Path(found.name).stem}_mask.png",
     )

@@ -31,7 +31,7 @@ _QUEUE = 20
 def build_page(model: InContextModel, name: str) -> gr.Blocks:
     """The page for a model. name: what the page calls it."""
     with gr.Blocks(
-        title=f"icl-moe: {name}", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
+        title=f"{name} · icl-moe", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
     ) as page:
         gr.HTML(_head(model, name))
         tabs = [_Tab(model, captions=False)] if work.can_segment(model) else []
