@@ -82,7 +82,7 @@ def card_of(found: Found) -> Card:
     mask_HW, share = found.drawn.mask_HW, float(found.drawn.mask_HW.mean())
     small = found.drawn.resized(photo.height, photo.width)
     confidence_HW = small.confidence_HW
-    area = f"{share:.1%} of the picture" if mask_HW.any() else "nothing found"
+    area = f"{share:.1%} marked" if mask_HW.any() else "nothing found"
     return Card(
         found.name,
         shown,
@@ -182,7 +182,7 @@ def _where(mask_HW: np.ndarray) -> str:
 def _tinted(mask_HW: np.ndarray) -> Image.Image:
     """A light tint on the mask with a white outline, and a light veil over the rest."""
     layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
-    layer_HW4[...] = (12, 14, 18, 90)
+    layer_HW4[...] = (12, 14, 18, 70)
     layer_HW4[mask_HW] = (*MASK_COLOUR, 70)
     layer_HW4[mask_HW & ~_inner(mask_HW, 2)] = (255, 255, 255, 240)
     return Image.fromarray(layer_HW4)
