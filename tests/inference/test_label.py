@@ -231,6 +231,10 @@ def test_examples_that_do_not_fit_are_refused_by_name(folder, tmp_path, capsys, 
             "--examples {by_class} --category cat --images {images} --out {out}.json",
             "leave --category out",
         ),
+        (
+            "--examples {flat} --images {images} --out {out}.json --device cuda:99",
+            "There is no device cuda:99 here",
+        ),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(folder, tmp_path, capsys, options, message):
