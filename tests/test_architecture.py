@@ -30,7 +30,7 @@ FLOORS = [
     {"batch", "recipe"},
     {"data", "model"},
     {"inference", "optim"},
-    {"evaluation"},
+    {"evaluation", "labelling", "web"},
     {"baselines", "training"},
     {"stages"},
     {"demo", "reproduce"},

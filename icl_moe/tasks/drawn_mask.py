@@ -98,8 +98,10 @@ class DrawnClasses:
         labels_HW = np.zeros(shape, np.uint8 if len(self.masks) < 256 else np.uint16)
         best_HW = np.full(shape, -np.inf, np.float32)
         for number, drawn in enumerate(self.masks.values(), 1):
-            sure = drawn.confidence_HW if drawn.at_once else np.float32(drawn.score() or 0.0)
-            wins_HW = drawn.mask_HW & (sure > best_HW)
+            sure_HW = drawn.confidence_HW
+            if sure_HW is None:
+                sure_HW = np.full(shape, drawn.score() or 0.0, np.float32)
+            wins_HW = drawn.mask_HW & (sure_HW > best_HW)
             labels_HW[wins_HW] = number
-            np.copyto(best_HW, sure, where=wins_HW)
+            best_HW[wins_HW] = sure_HW[wins_HW]
         return labels_HW

@@ -17,7 +17,7 @@ from PIL import Image
 from icl_moe.errors import InputError
 from icl_moe.pages import render
 from icl_moe.pictures import BOX_COLOUR, boxed
-from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk, sureness
+from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk
 
 SIDE = 720
 """Pixels along the longer side of a picture on the page."""
@@ -27,7 +27,7 @@ THUMBNAIL = 240
 MASK_COLOUR = (0, 196, 170)
 
 UNSURE = 0.7
-"""Below this sureness a card says that the model is not sure of its mask. A sign to look, not a
+"""Below this score a card says that the model is not sure of its mask. A sign to look, not a
 probability: the confidence is not calibrated.
 """
 
@@ -82,7 +82,7 @@ def card_of(found: Found) -> Card:
     mask_HW, share = found.drawn.mask_HW, float(found.drawn.mask_HW.mean())
     small = found.drawn.resized(photo.height, photo.width)
     confidence_HW = small.confidence_HW
-    area = f"{share:.1%} of the picture" if mask_HW.any() else "nothing found"
+    area = f"{share:.1%} marked" if mask_HW.any() else "nothing found"
     return Card(
         found.name,
         shown,
@@ -91,7 +91,7 @@ def card_of(found: Found) -> Card:
         rest=_png_url(_dimmed(small.mask_HW)),
         confidence="" if confidence_HW is None else _png_url(_coloured(confidence_HW)),
         area=area,
-        sure=sureness(found.drawn),
+        sure=found.drawn.score(),
         download=_url(png(mask_HW), "image/png"),
         download_name=f"{Path(found.name).stem}_mask.png",
     )
@@ -182,7 +182,7 @@ def _where(mask_HW: np.ndarray) -> str:
 def _tinted(mask_HW: np.ndarray) -> Image.Image:
     """A light tint on the mask with a white outline, and a light veil over the rest."""
     layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
-    layer_HW4[...] = (12, 14, 18, 90)
+    layer_HW4[...] = (12, 14, 18, 70)
     layer_HW4[mask_HW] = (*MASK_COLOUR, 70)
     layer_HW4[mask_HW & ~_inner(mask_HW, 2)] = (255, 255, 255, 240)
     return Image.fromarray(layer_HW4)

@@ -31,7 +31,7 @@ _QUEUE = 20
 def build_page(model: InContextModel, name: str) -> gr.Blocks:
     """The page for a model. name: what the page calls it."""
     with gr.Blocks(
-        title=f"icl-moe: {name}", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
+        title=f"{name} · icl-moe", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
     ) as page:
         gr.HTML(_head(model, name))
         tabs = [_Tab(model, captions=False)] if work.can_segment(model) else []
@@ -81,12 +81,8 @@ class _Tab:
                     height=220,
                     label=f"Photographs, at most {work.MOST_PHOTOGRAPHS}",
                 )
-                self.category = gr.Textbox(
-                    label="Name of the class" + ("" if self.named else " (for the COCO file)"),
-                    visible=self.named or not self.captions,
-                    max_lines=1,
-                    max_length=100,
-                )
+                if not self.captions:
+                    self.category = self._category()
                 verb = "Caption them" if self.captions else "Find it in all of them"
                 with gr.Row():
                     self.run = gr.Button(verb, variant="primary", scale=4, min_width=200)
@@ -100,6 +96,7 @@ class _Tab:
             self.caption = gr.Textbox(
                 label="What the box shows, in words", max_lines=2, max_length=500
             )
+            self.category = self._category()
             return
         with gr.Tabs(selected="mark") as self.ways:
             with gr.Tab("Mark it here", id="mark"):
@@ -113,6 +110,14 @@ class _Tab:
                     height=120,
                     label="Its mask: white on black, of the same size",
                 )
+
+    def _category(self) -> gr.Textbox:
+        return gr.Textbox(
+            label="Name of the class" + ("" if self.named else " (for the COCO file)"),
+            visible=self.named or not self.captions,
+            max_lines=1,
+            max_length=100,
+        )
 
     def _marker(self, tools: str) -> Any:
         return gr.HTML(

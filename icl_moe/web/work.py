@@ -103,7 +103,7 @@ class Kept:
                     "area": int(mask_HW.sum()),
                     "bbox": box_of_mask(mask_HW),
                     "iscrowd": 0,
-                    **({} if (sure := sureness(found.drawn)) is None else {"score": sure}),
+                    **({} if (score := found.drawn.score()) is None else {"score": score}),
                 }
             )
 
@@ -117,8 +117,7 @@ class Kept:
 
     def coco(self) -> dict[str, Any]:
         """COCO's instances format: masks as run lengths, with box, area and, if the model gives
-        one, a score: the mean confidence in the mask's pixels. Every photograph is listed, also
-        one without a mask.
+        one, `DrawnMask.score`. Every photograph is listed, also one without a mask.
         """
         return {
             "info": {"description": "Masks that icl-moe wrote."},
@@ -353,17 +352,6 @@ def _open_or_error(path: str) -> Image.Image | InputError:
 
 
 # --- Of one mask ---
-
-
-def sureness(drawn: DrawnMask) -> float | None:
-    """The mean confidence in the pixels of the mask, or in all pixels if it is empty; 0.5 to 1.
-    None if the model gives no confidence.
-    """
-    confidence_HW = drawn.confidence_HW
-    if confidence_HW is None:
-        return None
-    inside_HW = drawn.mask_HW if drawn.mask_HW.any() else np.ones_like(drawn.mask_HW)
-    return round(float(confidence_HW[inside_HW].mean()), 4)
 
 
 def box_of_mask(mask_HW: np.ndarray) -> list[float]:

@@ -231,6 +231,10 @@ def test_examples_that_do_not_fit_are_refused_by_name(folder, tmp_path, capsys, 
             "--examples {by_class} --category cat --images {images} --out {out}.json",
             "leave --category out",
         ),
+        (
+            "--examples {flat} --images {images} --out {out}.json --device cuda:99",
+            "There is no device cuda:99 here",
+        ),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(folder, tmp_path, capsys, options, message):
@@ -279,3 +283,19 @@ def test_run_lengths_are_those_of_pycocotools():
             theirs = tools.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
             assert rle["counts"] == theirs["counts"].decode()
             np.testing.assert_array_equal(decode_rle(rle), mask_HW)
+
+
+@pytest.mark.slow
+def test_an_image_of_100_megapixels_takes_bounded_memory(folder, tmp_path, run_command):
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("RGB", (11000, 9100), "green").save(tmp_path / "images" / f"{name}.jpg")
+    program = (
+        "import resource, sys; from icl_moe.cli import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(code)"
+    )
+    arguments = ["label", "demo", "--examples", folder / "flat", "--images", tmp_path / "images"]
+    done = run_command([sys.executable, "-c", program, *arguments, "--out", tmp_path / "out.json"])
+    assert done.returncode == 0, done.stdout
+    assert "in 2 images" in done.stdout
+    assert int(done.stdout.split()[-1]) < 2048, "MiB"

@@ -53,6 +53,9 @@ def folder(tmp_path_factory):
     mask = np.zeros((64, 80), dtype=np.uint8)
     mask[10:40, 10:40] = 255
     Image.fromarray(mask).save(folder / "mask.png")
+    for part, file in (("images", "image.png"), ("masks", "mask.png")):
+        (folder / "examples" / part).mkdir(parents=True)
+        (folder / "examples" / part / "image.png").write_bytes((folder / file).read_bytes())
     (folder / "region.json").write_text(
         '{"caption": "a red thing", "category": "thing", "box": [1, 2, 30, 40]}'
     )
@@ -64,8 +67,10 @@ def folder(tmp_path_factory):
     [
         "segment model --example image.png mask.png --query image.png --out out.png",
         "caption model --example image.png region.json --query image.png",
+        "label model --examples examples --images examples/images --out labels.json "
+        "--review page.html",
     ],
-    ids=["segment", "caption"],
+    ids=["segment", "caption", "label"],
 )
 def test_inference_runs_without_the_packages_of_training(folder, packages, arguments):
     done = subprocess.run(
