@@ -51,7 +51,7 @@ FOLDED = st.lists(
 
 
 @given(FOLDED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_miou_of_a_benchmark_equals_its_authors_buffers(triples):
     """As HSNet's AverageMeter: pixels of intersections and unions are added up class by class, and
     the mean is over the classes of a fold, then over folds.
