@@ -116,9 +116,9 @@ def make_episodes(request: Request) -> Made:
 def _coco20i(request: Request) -> Made:
     folds = request.folds_of(4)
     listed = {
-        fold: _hsnet_lists(file)
+        fold: _hsnet_lists(lists)
         for fold in folds
-        if (file := request.data / f"splits/coco/val/fold{fold}.json").is_file()
+        if (lists := request.data / f"splits/coco/val/fold{fold}.json").is_file()
     }
     if listed and len(listed) < len(folds):
         (missing, *_) = [fold for fold in folds if fold not in listed]
@@ -586,7 +586,8 @@ def _described(
     rng: np.random.Generator, shots: int, regions: Sequence[PoolRegion], query: PoolRegion
 ) -> FixedEpisode:
     """An episode with examples of different images, none of them the query's."""
-    drawn, used = [], {query.image.name}
+    drawn: list[PoolRegion] = []
+    used = {query.image.name}
     while len(drawn) < shots:
         region = regions[int(rng.integers(len(regions)))]
         if region.image.name not in used:

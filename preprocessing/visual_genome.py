@@ -57,7 +57,7 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
         counted = _read_split(source, source.counted_split, images, Counter())
     objects = _read_objects(source.path("objects"), images, finder, pool.skipped)
     regions = list(
-        _read_regions(source.path("regions"), images, used | counted, objects, finder, pool.skipped)
+        _read_regions(source.path("regions"), images, used, counted, objects, finder, pool.skipped)
     )
     names = {images[number].name for number in used}
     pool.regions = [region for region in regions if region.image.name in names]
@@ -298,15 +298,19 @@ def _read_regions(
     file: Path,
     images: dict[Any, ImageFile],
     used: set[Any],
+    counted: set[Any],
     objects: dict[Any, list[tuple[str, Box]]],
     finder: ClassFinder,
     skipped: Counter[str],
 ) -> Iterator[PoolRegion]:
-    """The regions of `used` images that have a class."""
+    """The regions of `used` and `counted` images that have a class. skipped: what is left out of
+    `used` ones.
+    """
     for where, number, entries in _records(file, "regions", images):
-        if number not in used:
+        if number not in used and number not in counted:
             continue
         image, seen = images[number], set()
+        left_out = skipped if number in used else Counter[str]()
         for entry in entries:
             region_id = entry.get("region_id") if isinstance(entry, dict) else None
             if not is_id(region_id):
@@ -316,16 +320,16 @@ def _read_regions(
                 )
             where_region = f"{where}, region {region_id}"
             phrase = _phrase(entry, where_region)
-            box = _box(where_region, entry, ("width", "height"), image, skipped)
+            box = _box(where_region, entry, ("width", "height"), image, left_out)
             if entry.get("image_id") not in (None, number):
-                skipped["regions_of_another_image"] += 1
+                left_out["regions_of_another_image"] += 1
             elif region_id in seen:
-                skipped["regions_with_the_id_of_another"] += 1
+                left_out["regions_with_the_id_of_another"] += 1
             elif box is not None:
                 seen.add(region_id)
                 category = _class_of(finder.find(phrase), box, objects.get(number, []))
                 if category is None:
-                    skipped["regions_without_a_class"] += 1
+                    left_out["regions_without_a_class"] += 1
                     continue
                 region = caption_region(image, category, region_id, box, phrase, (phrase,))
                 assert region is not None, "an empty box overlaps nothing"

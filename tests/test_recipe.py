@@ -345,3 +345,28 @@ def test_a_path_is_told_from_a_name(tmp_path: Path) -> None:
     file.write_text("inner: {steps: 1}")
     assert find_recipe(str(file), "icl_moe") == file
     assert find_recipe("paper_256", "icl_moe").name == "paper_256.yaml"
+
+
+CAPTIONS, MASKS, BATCH = 460_000, 280_000, 512
+
+
+def test_the_ablations_train_one_task_and_have_room_for_every_box() -> None:
+    """Tables 1 and 2 of the paper are of single tasks, one of them with boxes drawn as images."""
+    recipe = load_recipe(TrainingRecipe, "ablation_128")
+    assert (recipe.optimizer.name, recipe.optimizer.clip) == ("adamw", 0.5)
+    for box in ("none", "image", "text"):
+        data = load_recipe(DataRecipe, "ablation_128", [f"caption.box={box}"], "preprocessing")
+        format = data.sequence_format(64)
+        assert format.length(data.examples + 1) <= recipe.model.positions
+    assert format.length(4) == 524
+    assert recipe.training.steps == pytest.approx(20 * CAPTIONS / BATCH, rel=0.005)
+
+
+def test_the_paper_s_steps_are_forty_epochs_of_both_tasks_together() -> None:
+    steps = load_recipe(TrainingRecipe, "paper_256").training.steps
+    assert steps == pytest.approx(40 * (CAPTIONS + MASKS) / BATCH, rel=0.005)
+    share = math.sqrt(CAPTIONS) / (math.sqrt(CAPTIONS) + math.sqrt(MASKS))
+    seen = steps * BATCH * share / CAPTIONS, steps * BATCH * (1 - share) / MASKS
+    assert [round(each) for each in seen] == [36, 46], "as docs/training.md says"
+    assert round(36_000 * BATCH * share / CAPTIONS, 1) == 22.5
+    assert round(36_000 * BATCH * (1 - share) / MASKS) == 29

@@ -158,7 +158,7 @@ def _merged(regions: Sequence[Region]) -> list[Region]:
     merged = []
     left_RR = overlaps >= MERGED
     while left_RR.any():
-        group = np.flatnonzero(left_RR[left_RR.sum(axis=1).argmax()])
+        group = np.flatnonzero(left_RR[left_RR.sum(axis=1).argmax()]).tolist()
         left_RR[group], left_RR[:, group] = False, False
         boxes = np.array([regions[number].box for number in group])
         x1, y1, x2, y2 = boxes.mean(axis=0).tolist()

@@ -19,6 +19,7 @@ from icl_moe.images import to_image
 from icl_moe.pictures import Cell, masked
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tasks.centred_disc import fitted_disc
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar, image_codes
 from icl_moe.tasks.mask_scores import SegmentationScores, Standard, mask_iou, score_masks
@@ -240,6 +241,15 @@ class Segmentation(Task):
                 for of in map(self.objects, truths)
             ]
             found.append(Baseline("every annotated object of the query", "every object", every))
+        shown = [
+            (truth.category, _mask(self.true_output(truth, number)))
+            for truth in truths
+            for number in range(len(truth.pairs) - 1)
+        ]
+        if shown:
+            disc = {"mask": encode_rle(fitted_disc(shown))}
+            name = "a disc in the middle, whatever the query"
+            found.append(Baseline(name, "centred disc", [disc] * len(truths)))
         return found
 
     def _examples_masks(self, truths: Sequence[Truth]) -> list[np.ndarray]:

@@ -92,6 +92,22 @@ def test_a_split_whose_ids_are_not_those_of_the_images_is_named(
         read(genome_folder, splits=str(splits), split="train")
 
 
+def test_held_out_images_keep_the_classes_that_are_frequent_in_training(genome_folder, tmp_path):
+    """Dogs have two descriptions in each image: six in `train`, two in `val`."""
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": [1, 2, 3], "val": [5]}))
+    dogs = dict(splits=str(splits), split="val", classes=("dog",))
+    assert not read(genome_folder, **dogs, min_descriptions=5).regions
+    kept = read(genome_folder, **dogs, min_descriptions=5, counted_split="train")
+    assert {region.image.name for region in kept.regions} == {"VG_100K/5.jpg"}
+    assert len(kept.regions) == 2
+    alone = read(genome_folder, **dogs, min_descriptions=0)
+    assert +kept.skipped == +alone.skipped, "what the other split leaves out is not counted"
+    left = read(genome_folder, **dogs, min_descriptions=6, counted_split="train")
+    assert not left.regions
+    assert left.skipped["classes_with_too_few_descriptions"] == 1
+
+
 def test_images_of_a_split_that_have_no_record_are_counted(genome_folder, tmp_path):
     splits = tmp_path / "splits.json"
     splits.write_text(json.dumps({"train": [1, 2, 77, 78]}))

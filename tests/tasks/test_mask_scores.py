@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.tasks.centred_disc import fitted_disc
 from icl_moe.tasks.mask_scores import Standard, mask_iou, score_masks
 
 MASKS = arrays.arrays(bool, (3, 4))
@@ -50,7 +51,7 @@ FOLDED = st.lists(
 
 
 @given(FOLDED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_miou_of_a_benchmark_equals_its_authors_buffers(triples):
     """As HSNet's AverageMeter: pixels of intersections and unions are added up class by class, and
     the mean is over the classes of a fold, then over folds.
@@ -133,3 +134,14 @@ def test_intervals_are_those_of_scores_of_plain_draws():
         drawn = [s.size_iou[name] for s in scores if name in s.size_iou]
         assert interval == pytest.approx(middle(drawn))
     assert found.intervals["miou"][0] <= found.miou <= found.intervals["miou"][1]
+
+
+def test_a_disc_in_the_middle_is_fitted_to_masks_of_any_class():
+    rows, columns = np.mgrid[:40, :40] - 19.5
+    circle = rows**2 + columns**2 <= 12**2
+    square = np.zeros((40, 40), bool)
+    square[8:32, 8:32] = True
+    found = fitted_disc([("cat", circle)] * 3 + [("dog", square)])
+    assert mask_iou(found, circle) == 1.0
+    assert not np.array_equal(fitted_disc([("cat", ~circle)]), found)
+    assert fitted_disc([("cat", circle)] * 5000).shape == (40, 40)
