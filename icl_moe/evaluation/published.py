@@ -87,9 +87,11 @@ def published_tables() -> dict[str, PublishedTable]:
 
 def beside(task: str) -> list[PublishedTable]:
     """What a report on a task shows: the paper's comparison of systems, and those of today."""
-    names = ("table4", "masks_today", "captions_today")
-    found = (published_tables()[name] for name in names)
-    return [table for table in found if table.task in (task, "both")]
+    names = {
+        "segmentation": ("table4", "masks_today"),
+        "captioning": ("table4", "captions_today"),
+    }
+    return [published_tables()[name] for name in names.get(task, ())]
 
 
 def show_figure(figure: str, value: float) -> str:

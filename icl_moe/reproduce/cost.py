@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -174,5 +175,10 @@ def _episode(format: SequenceFormat, examples: int, task: str) -> TokenSequence:
             codes if format.box == "image" else None,
         )
         pairs = [caption] * (examples + 1)
-    codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges))
+    codec = SequenceCodec(format, _text_tokenizer(format.vocabulary.text_merges))
     return codec.encode(Episode(TASKS[task], "dog", tuple(pairs)))
+
+
+@cache
+def _text_tokenizer(merges: int) -> TextTokenizer:
+    return TextTokenizer(merges)

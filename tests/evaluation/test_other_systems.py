@@ -5,6 +5,7 @@ model's.
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,24 +51,31 @@ def copies(shards, tmp_path_factory) -> Path:
     return folder
 
 
-def test_other_systems_are_rows_beside_the_model(
-    toy_model_folder, toy_shards, truths, copies, tmp_path, no_java
-):
+@pytest.fixture(scope="module")
+def evaluation(toy_model_folder, toy_shards, truths, copies, tmp_path_factory) -> Path:
+    """An evaluation with the predictions of two other systems, without Java."""
+    folder = tmp_path_factory.mktemp("evaluation")
     named = {"an oracle": truths, "a copy": copies}
-    metrics = evaluate(
-        toy_model_folder, toy_shards, tmp_path, controls=(), predictions=named
-    ).to_json()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent))
+        evaluate(toy_model_folder, toy_shards, folder, predictions=named)
+    return folder
+
+
+def test_other_systems_are_rows_beside_the_model(evaluation):
+    metrics = json.loads((evaluation / "metrics.json").read_text())
     for task, score in (("segmentation", "miou"), ("captioning", "cider")):
         rows = {row["name"]: row for row in metrics["tasks"][task]["rows"]}
         oracle, copy = rows["an oracle, 1 example"], rows["a copy, 1 example"]
         assert oracle["prediction"] == copy["prediction"] == "predictions"
         first = rows["the first example's output, whatever the query"]
         assert copy[score] == first[score] < oracle[score]
+        assert rows["1 example"]["seconds_a_query"] > 0
     assert rows["an oracle, 1 example"]["category_accuracy"] == 1.0
     assert rows["an oracle, 1 example"]["box_iou"] == 1.0
     masks = {row["name"]: row for row in metrics["tasks"]["segmentation"]["rows"]}
     assert masks["an oracle, 1 example"]["miou"] == 1.0
-    page = (tmp_path / "report.html").read_text()
+    page = (evaluation / "report.html").read_text()
     assert "an oracle, 1 example" in page
     assert "SANSA, generalist" in page and "published figures, of other queries" in page
 
@@ -328,27 +336,26 @@ def test_two_systems_are_compared_on_the_same_queries(toy_shards, truths, copies
     assert all(re.search(r"\+0\.0 +\+0\.0 – \+0\.0 +1\.000", line) for line in lines)
 
 
-def test_two_evaluations_are_compared_with_their_flips(
-    toy_model_folder, parallel_model_folder, toy_shards, tmp_path, no_java
+def test_evaluations_are_compared_with_their_flips(
+    evaluation, truths, toy_shards, tmp_path, no_java
 ):
-    rows = {}
-    for name, model in (("a", toy_model_folder), ("b", parallel_model_folder)):
-        metrics = evaluate(model, toy_shards, tmp_path / name).to_json()
-        rows[name] = metrics["tasks"]["segmentation"]
-    found = {
-        (each.task, each.measure): each
-        for each in compare(tmp_path / "a", tmp_path / "b", ShardSet(toy_shards))
-    }
-    miou, flips = found["segmentation", "mIoU"], found["segmentation", "flips"]
-    assert (miou.a, miou.b) == pytest.approx(
-        tuple(rows[name]["rows"][0]["miou"] for name in ("a", "b"))
-    )
-    assert (flips.a, flips.b) == pytest.approx(
-        tuple(rows[name]["swapped"][0]["flips"] for name in ("a", "b"))
-    )
-    assert flips.test == "sign test" and flips.interval is None
+    tasks = json.loads((evaluation / "metrics.json").read_text())["tasks"]
+    masks, shards = tasks["segmentation"], ShardSet(toy_shards)
+    same = {(each.task, each.measure): each for each in compare(evaluation, evaluation, shards)}
+    flips = same["segmentation", "flips"]
+    assert flips.a == flips.b == pytest.approx(masks["swapped"][0]["flips"])
+    assert (flips.test, flips.interval, flips.p) == ("sign test", None, 1.0)
+    assert ("captioning", "flips") in same
+    other = compare(evaluation, truths, shards)
+    assert "flips" not in {each.measure for each in other}
+    assert other[0].a == pytest.approx(masks["rows"][0]["miou"]) and other[0].b == 1.0
     with pytest.raises(InputError, match="has no predictions after 2 examples; it has 1"):
-        compare(tmp_path / "a", tmp_path / "b", ShardSet(toy_shards), shots=2)
+        compare(evaluation, truths, shards, shots=2)
+    header, *lines = (evaluation / "predictions.jsonl").read_text().splitlines()
+    elsewhere = json.dumps(json.loads(header) | {"shards": "0" * 16})
+    (tmp_path / "predictions.jsonl").write_text("\n".join([elsewhere, *lines]))
+    with pytest.raises(InputError, match="is an evaluation on other shards than"):
+        compare(tmp_path, truths, shards)
 
 
 def test_the_sign_test_is_exact():

@@ -13,7 +13,9 @@ from icl_moe.tasks.caption_scores import CaptionScores
 from icl_moe.tasks.mask_scores import SegmentationScores
 
 VOID = {"br", "meta", "img", "path", "polyline"}
-ASKED = Asked(1, None, copy_rate=0.25, truth_copy_rate=0.0, queries_per_second=2.0)
+ASKED = Asked(
+    1, None, copy_rate=0.25, truth_copy_rate=0.0, queries_per_second=2.0, seconds_a_query=0.5
+)
 MASKS = SegmentationScores(4, 0.5, 0.25, 0.125, {"cat": 0.75}, {"cat": 4})
 CAPTIONS = CaptionScores(4, (0.4, 0.3, 0.2, 0.1), 0.6, 0.869, None, "not computed: why", "T")
 METRICS = Metrics(
