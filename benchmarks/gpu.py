@@ -146,8 +146,7 @@ class Bench:
         return peak_of(torch.cuda.get_device_name(), "bf16") if self.device == "cuda" else None
 
     def setting(self) -> Setting:
-        small = (*TOY, "model.positions=204") if self.quick else ()
-        return Setting.of("paper_256", self.device, torch.bfloat16, small)
+        return Setting.of("paper_256", self.device, torch.bfloat16, TOY if self.quick else ())
 
     @property
     def compiler(self) -> str:
@@ -621,7 +620,7 @@ def measure(parts: Sequence[str], quick: bool, seconds: float, file: Path) -> No
 
 def run_part(name: str, device: str, quick: bool, limit: float, file: Path) -> dict[str, Any]:
     """The figures of a part, its error if it had one, and the seconds that it took."""
-    if limit < 5:
+    if limit < 1:
         return {"figures": {}, "error": "not run: no time was left", "seconds": 0.0}
     figures, log = (file.with_suffix(f".{kind}") for kind in ("figures", "log"))
     for each in (figures, log):
@@ -657,15 +656,14 @@ def _end(group: int) -> None:
 
 def _part_alone(name: str, bench: Bench, log: Path) -> None:
     os.setsid()
-    with log.open("a", encoding="utf-8") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
+    for stream in (1, 2):  # What libraries print below Python.
+        os.dup2(sys.stderr.fileno(), stream)
     try:
         PARTS[name][0](bench)
     except Exception as error:
         traceback.print_exc()
-        print(_first_line(error), file=sys.stderr, flush=True)
-        sys.stderr.flush()
+        print(_first_line(error), file=sys.stderr)
         os._exit(1)
 
 

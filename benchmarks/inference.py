@@ -45,6 +45,7 @@ TOY = (
     "model.layers_with_experts=[1]",
     "model.width=64",
     "model.heads=2",
+    "model.positions=204",
     "vocabulary.text_merges=1000",
 )
 """A size at which the benchmark itself can be tested."""

@@ -103,7 +103,7 @@ def test_a_part_that_fails_or_hangs_loses_no_other(tmp_path, monkeypatch, capsys
     assert found["hangs"]["figures"] == {"before": 2}
     assert found["hangs"]["error"] == "stopped after its 2 s"
     assert found["device"]["error"] is None and found["device"]["figures"]
-    assert gpu.run_part("late", "cpu", True, 3.0, file)["error"] == "not run: no time was left"
+    assert gpu.run_part("late", "cpu", True, 0.5, file)["error"] == "not run: no time was left"
     assert list(tmp_path.iterdir()) == [file]
     rendered = gpu.render(json.loads(file.read_text()))
     assert "| fails | **failed** | exit code 1: MemoryError: none left | |" in rendered
