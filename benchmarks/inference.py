@@ -45,6 +45,7 @@ TOY = (
     "model.layers_with_experts=[1]",
     "model.width=64",
     "model.heads=2",
+    "model.positions=204",
     "vocabulary.text_merges=1000",
 )
 """A size at which the benchmark itself can be tested."""
@@ -117,7 +118,7 @@ class Setting:
         return self.recipe.model
 
     def decoder(self, feed_forward: str) -> InContextDecoder:
-        """Our decoder with random weights; those outside experts do not depend on `feed_forward`."""
+        """Our decoder with random weights."""
         recipe = replace(self.recipe, model=replace(self.recipe.model, feed_forward=feed_forward))
         decoder = InContextDecoder(
             DecoderConfig.from_recipe(recipe, format=to_dict(self.codec.format))
@@ -130,9 +131,9 @@ class Setting:
         moved: InContextDecoder = torch.nn.Module.to(decoder, self.device, self.dtype)
         return moved.eval()
 
-    def requests(self, count: int) -> list[Request]:
+    def requests(self, count: int, seed: int = 0) -> list[Request]:
         """Queries with the same random examples."""
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
 
         def draw() -> np.ndarray:
             return rng.integers(0, self.recipe.vocabulary.image_codes, self.codes)

@@ -88,7 +88,7 @@ class InContextDecoder(PreTrainedModel):
         hidden_TM, auxiliary = self.hidden(
             batch.tokens_T, batch.positions_T, attention, routing, batch.links_T2
         )
-        predictors_PM = hidden_TM[batch.predictors_P]
+        predictors_PM = hidden_TM.index_select(0, batch.predictors_P)
         weighted_sum, losses_P = self.target_losses(
             predictors_PM, self.token_embedding.weight, batch.labels_P, batch.weights_P
         )

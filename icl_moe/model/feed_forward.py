@@ -72,15 +72,16 @@ class SparseFeedForward(nn.Module):
     def _mix_by_class(
         self, plan: RoutingPlan, decision: Decision, experts: list[nn.Module], x_TM: Tensor
     ) -> Tensor:
-        def run(routes: list[Route]) -> list[Tensor]:
-            return [experts[expert](rows) for expert, rows in routes]
-
         rows_C = dispatch(x_TM, plan)
         if self.combination == "weights":
             mixed_C = mix_weights(rows_C, decision, experts)
         else:
-            mixed_C = mix_outputs(rows_C, decision, run)
+            mixed_C = mix_outputs(rows_C, decision, partial(_run_here, experts))
         return combine(mixed_C, x_TM, plan)
+
+
+def _run_here(experts: list[nn.Module], routes: list[Route]) -> list[Tensor]:
+    return [experts[expert](rows) for expert, rows in routes]
 
 
 def _mix_by_token(

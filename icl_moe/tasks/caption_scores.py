@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from icl_moe.bootstrap import Interval, intervals
 from icl_moe.tables import percent, percent_range
+from icl_moe.tasks.cider import cider_d
 from icl_moe.tasks.dense_captions import Matched, mean_average_precision
 from icl_moe.tasks.java import Meteor, find_java, ptb_lines, start_meteor
 from icl_moe.tasks.task import GroupScore
@@ -137,7 +138,6 @@ def score_tokenised(
 ) -> list[CaptionScores]:
     """The same for texts whose tokens are separated by spaces; `tokenizer` is recorded."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-    from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     truths = {key: list(texts) for key, texts in references.items()}
@@ -150,14 +150,14 @@ def score_tokenised(
             bleus += (candidates[key], texts)
         bleu, _ = bleus.compute_score(option="closest")
         rouge, rouges = Rouge().compute_score(truths, answers)
-        cider, ciders = Cider().compute_score(truths, answers)
+        ciders = cider_d([candidates[key] for key in truths], list(truths.values()))
         ranges = _intervals(bleus.ctest, rouges, ciders) if with_intervals else {}
         scores.append(
             CaptionScores(
                 len(answers),
                 tuple(bleu),
                 float(rouge),
-                float(cider),
+                float(ciders.mean()),
                 meteor,
                 note,
                 tokenizer,

@@ -2,7 +2,7 @@
 
     linear(x, W, b)                      torch.nn.functional.linear
     causal_attention(q, k, v, dropout)   scaled_dot_product_attention with is_causal
-    varlen_attention(q, k, v, offsets)   the same of episodes of any lengths, on GPUs that `has_varlen`
+    varlen_attention(q, k, v, offsets)   the same of episodes of any lengths, on a GPU
     cross_entropy(h, E, labels, weights) the weighted cross-entropy of h E^T, and each loss
 
 Where torch's own kernel is the fastest, it is called; on CPUs ours are, and docs/performance.md has

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+"""Whether this build of PyTorch has MKL and oneDNN; asked once, since torch.compile cannot ask."""
+
 
 class Linear(nn.Linear):
     """nn.Linear, faster in float32 on CPUs that MKL does not favour."""
@@ -41,12 +44,7 @@ def _goes_to_onednn(x: Tensor) -> bool:
     )
     # oneDNN supports neither empty products, such as the rows of an idle expert, nor vectors.
     matrix = x.dim() > 1 and x.numel() > 0
-    return (
-        plain
-        and matrix
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-    )
+    return plain and matrix and _HAS_BOTH
 
 
 def _onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
-"""Causal attention of episodes of different lengths in one stream, by one FlashAttention kernel on a
-GPU, where a loop over the episodes would launch a kernel for each.
+"""Causal attention of episodes of different lengths in one stream, by one FlashAttention kernel on
+a GPU, where a loop over the episodes would launch a kernel for each.
 """
 
 from functools import cache

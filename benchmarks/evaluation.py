@@ -1,0 +1,151 @@
+"""What scoring costs: python benchmarks/evaluation.py [--json FILE]
+
+    scoring / decoding   1,000 queries of each task, one example each: their scores with intervals,
+                         against decoding them with a model of the demo's size with random weights,
+                         whose outputs are longer than a trained one's. Decoding is timed on some of
+                         them, in batches of 8
+    CIDEr                40,000 captions with 5 references each, against pycocoevalcap's scorer,
+                         whose scores must be equal
+
+Everything runs in one process, with the Java of METEOR and of the tokenizer where there is one.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import time
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from line import build_shards
+from measure import Goal, report
+from pycocoevalcap.cider.cider import Cider
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.inference.model import InContextModel
+from icl_moe.model.config import DecoderConfig
+from icl_moe.model.decoder import InContextDecoder, initialise
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.sequence import Episode
+from icl_moe.settings import load_recipe, to_dict
+from icl_moe.tasks.caption_scores import java_problem
+from icl_moe.tasks.cider import cider_d
+from icl_moe.tasks.task import Output
+from icl_moe.training.checkpoint import write_model_folder
+
+BATCH = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few queries, to test the benchmark itself"
+    )
+    options = parser.parse_args()
+    queries, decoded, captions = (40, 8, 50) if options.quick else (1000, 64, 40_000)
+    figures: dict[str, Any] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "Java": java_problem() or "there is one",
+    }
+    goals = []
+    with tempfile.TemporaryDirectory() as folder:
+        build_shards(Path(folder))
+        shards = ShardSet(Path(folder) / "shards")
+        model = random_model(Path(folder), shards)
+        for task in shards.manifest.samples:
+            share = score_and_decode(model, shards, task, queries, decoded, figures)
+            goals.append(Goal(f"scoring / decoding, {task}", share, 0.02, at_most=True))
+    ours, theirs = cider(captions)
+    figures[f"CIDEr of {captions:,} captions: s"] = ours
+    figures["pycocoevalcap / ours, CIDEr: time"] = theirs / ours
+    goals.append(Goal(f"CIDEr of {captions:,} captions: s", ours, 60, at_most=True))
+    report(figures, goals, options.json)
+
+
+def random_model(folder: Path, shards: ShardSet) -> InContextModel:
+    """A model of the demo's size for these shards."""
+    manifest = shards.manifest
+    config = DecoderConfig.from_recipe(
+        load_recipe(TrainingRecipe, "demo"),
+        format=to_dict(manifest.format),
+        image_size=manifest.image_size,
+        examples=manifest.examples,
+        image_tokenizer=manifest.image_tokenizer,
+    )
+    decoder = InContextDecoder(config)
+    initialise(decoder, seed=0)
+    write_model_folder(folder, config, shards)
+    decoder.save_pretrained(folder / "model")
+    return InContextModel.from_pretrained(folder / "model")
+
+
+def score_and_decode(
+    model: InContextModel,
+    shards: ShardSet,
+    task_name: str,
+    queries: int,
+    decoded: int,
+    figures: dict[str, Any],
+) -> float:
+    """The time of scoring `queries` queries over the time of decoding them."""
+    episodes = EpisodeSet(shards, model.codec, task_name, decoded)
+    truths = [episodes[number] for number in range(len(episodes))]
+    _decode(model, truths[:BATCH])
+    started = time.perf_counter()
+    outputs = [
+        output
+        for first in range(0, len(truths), BATCH)
+        for output in _decode(model, truths[first : first + BATCH])
+    ]
+    decoding = (time.perf_counter() - started) / len(truths) * queries
+    asked = list(islice(cycle(truths), queries))
+    said = list(islice(cycle(outputs), queries))
+    started = time.perf_counter()
+    episodes.task.score([said], asked, model.format)
+    scoring = time.perf_counter() - started
+    figures[f"{task_name}: decoding {queries:,} queries, s"] = decoding
+    figures[f"{task_name}: scoring {queries:,} queries, s"] = scoring
+    return scoring / decoding
+
+
+def _decode(model: InContextModel, batch: list[EvaluationEpisode]) -> list[Output]:
+    task = batch[0].task
+    requests = [
+        (Episode(task, truth.category, truth.pairs[:1]), truth.query.image) for truth in batch
+    ]
+    return task.said(model, model.complete(requests))
+
+
+def cider(captions: int) -> tuple[float, float]:
+    """The seconds that ours and pycocoevalcap's CIDEr take, whose scores must be equal. Words have
+    the frequencies of Zipf's law, and captions 8 to 12 of them, as COCO's.
+    """
+    drawn = random.Random(0)
+    words = [f"w{number}" for number in range(8000)]
+    weights = [1 / (number + 1) for number in range(8000)]
+
+    def caption() -> str:
+        return " ".join(drawn.choices(words, weights, k=drawn.randint(8, 12)))
+
+    said = [caption() for _ in range(captions)]
+    right = [[caption() for _ in range(5)] for _ in range(captions)]
+    started = time.perf_counter()
+    ours_Q = cider_d(said, right)
+    ours = time.perf_counter() - started
+    truths, answers = dict(enumerate(right)), {n: [text] for n, text in enumerate(said)}
+    started = time.perf_counter()
+    _, theirs_Q = Cider().compute_score(truths, answers)
+    theirs = time.perf_counter() - started
+    np.testing.assert_allclose(ours_Q, theirs_Q, atol=1e-9)
+    return ours, theirs
+
+
+if __name__ == "__main__":
+    main()
