@@ -448,7 +448,9 @@ def _cut_masks(
     image, whole = None, {}  # The masks of one image are consecutive.
     for mask in masks:
         if mask.image is not image:
-            image, whole = mask.image, {name: decode_rle(rle) for name, rle in mask.seen.items()}
+            # pycocotools has made these run lengths, so they need no check.
+            image = mask.image
+            whole = {name: rle_tools.decode(rle).view(bool) for name, rle in mask.seen.items()}
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
         cut = {
             name: cut_HW

@@ -41,12 +41,14 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
             order = np.random.default_rng([seed, task, 0, turn]).permutation(len(queries))
         query = queries[int(order[place])]
         rng = np.random.default_rng([seed, task, 1, index])
-        choice = np.random.default_rng([seed, task, 2, index])
-        if pool.same_instance and choice.random() < pool.same_instance:
-            query = instances.query(choice, query)
-            drawn = _draw(rng, instances.members(query), instances.images, query, examples)
-        else:
-            drawn = _draw(rng, members[pool.regions[query].kind], photographs, query, examples)
+        if pool.same_instance:
+            choice = np.random.default_rng([seed, task, 2, index])
+            if choice.random() < pool.same_instance:
+                query = instances.query(choice, query)
+                drawn = _draw(rng, instances.members(query), instances.images, query, examples)
+                episodes[index] = (*drawn, query)
+                continue
+        drawn = _draw(rng, members[pool.regions[query].kind], photographs, query, examples)
         episodes[index] = (*drawn, query)
     return episodes
 

@@ -93,17 +93,20 @@ def edited(name: str, edit):
     return change
 
 
-def move(annotation: dict) -> None:
-    # The box around all instances, which places the part that is shown, does not change.
+def hollow_out(annotation: dict) -> None:
+    # The box around the object, which places the part that is shown, does not change.
     if annotation["category_id"] == 18:
-        annotation["segmentation"] = [[10, 20, 50, 20, 10, 50]]
+        annotation["segmentation"] = [[10, 20, 50, 20, 50, 50, 46, 50, 46, 24, 10, 24]]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (another_picture, r"only \d+% of the codes of a picture .* are those of the sources"),
-        (edited("instances.json", move), r"the mask of its pair \d has an IoU of|only \d+% of"),
+        (
+            edited("instances.json", hollow_out),
+            r"the mask of its pair \d has an IoU of|only \d+% of",
+        ),
         (
             edited("captions.json", lambda a: a.update(caption=f"{a['caption']} or a cat")),
             r"a text or a box differs|a caption, a class or a box differs",
