@@ -19,7 +19,7 @@ from icl_moe.images import to_image
 from icl_moe.pictures import Cell, masked
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
-from icl_moe.tasks.centred_disc import fitted_disc
+from icl_moe.tasks.constant_masks import fitted_disc, mean_mask
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar, image_codes
 from icl_moe.tasks.mask_scores import SegmentationScores, Standard, mask_iou, score_masks
@@ -35,7 +35,8 @@ from icl_moe.tasks.task import (
     mean_log_probability,
 )
 
-_MASKS_IN_MEAN = 1000
+_MASKS_IN_CONSTANTS = 256
+"""How many examples' masks the constant baselines are fitted to, at most."""
 
 LEAST_SHOWN = 0.01
 """The least share of a query's pixels that a class must cover to be used in swapped examples."""
@@ -221,16 +222,20 @@ class Segmentation(Task):
         return self.said(model, [truth.pairs[-1] for truth in truths])
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
-        """Marking the whole image; the mean of all examples' masks, which shows what the place of
-        objects alone is worth; and (an oracle) marking every annotated object of the query.
+        """Marking the whole image; two masks that are the same for all queries, the mean of the
+        examples' masks and the disc in the middle that fits these best, which show what the place
+        of objects alone is worth; and (an oracle) marking every annotated object of the query.
         """
         masks = [_mask(self.true_output(truth)) for truth in truths]
         whole = [{"mask": encode_rle(np.ones_like(mask_HW))} for mask_HW in masks]
         found = [Baseline("the whole image", "whole image", whole)]
         if shown := self._examples_masks(truths):
-            mean = {"mask": encode_rle(_mean_mask(shown))}
-            name = "the mean of all examples' masks, whatever the query"
-            found.append(Baseline(name, "mean mask", [mean] * len(truths)))
+            mean_HW = mean_mask([mask_HW for _, mask_HW in shown])
+            for name, kind, mask_HW in (
+                ("the mean of the examples' masks, whatever the query", "mean mask", mean_HW),
+                ("a disc in the middle, whatever the query", "centred disc", fitted_disc(shown)),
+            ):
+                found.append(Baseline(name, kind, [{"mask": encode_rle(mask_HW)}] * len(truths)))
         if all(self.objects(truth) for truth in truths):
             every = [
                 {
@@ -241,22 +246,13 @@ class Segmentation(Task):
                 for of in map(self.objects, truths)
             ]
             found.append(Baseline("every annotated object of the query", "every object", every))
-        shown = [
-            (truth.category, _mask(self.true_output(truth, number)))
-            for truth in truths
-            for number in range(len(truth.pairs) - 1)
-        ]
-        if shown:
-            disc = {"mask": encode_rle(fitted_disc(shown))}
-            name = "a disc in the middle, whatever the query"
-            found.append(Baseline(name, "centred disc", [disc] * len(truths)))
         return found
 
-    def _examples_masks(self, truths: Sequence[Truth]) -> list[np.ndarray]:
-        """The masks of at most `_MASKS_IN_MEAN` examples, evenly spaced."""
+    def _examples_masks(self, truths: Sequence[Truth]) -> list[tuple[str, np.ndarray]]:
+        """Class and mask of at most `_MASKS_IN_CONSTANTS` examples, evenly spaced."""
         places = [(truth, n) for truth in truths for n in range(len(truth.pairs) - 1)]
-        taken = places[:: -(-len(places) // _MASKS_IN_MEAN) or 1]
-        return [_mask(self.true_output(truth, number)) for truth, number in taken]
+        taken = places[:: -(-len(places) // _MASKS_IN_CONSTANTS) or 1]
+        return [(truth.category, _mask(self.true_output(truth, number))) for truth, number in taken]
 
     def objects(self, truth: Truth) -> Objects:
         return by_kind(truth)
@@ -299,14 +295,3 @@ def _standard(truths: Sequence[Truth]) -> Standard | None:
     if len(names) != 1 or None in names:
         return None
     return Standard(str(names.pop()), tuple(int(truth.meta["fold"]) for truth in truths))
-
-
-def _mean_mask(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """The constant mask (H, W): where the mean of the masks is above the level at which it has the
-    highest mean IoU with them.
-    """
-    mean_HW = np.mean(masks, axis=0)
-    levels = np.linspace(0, mean_HW.max(), 11)[:-1]
-    candidates = [mean_HW > level for level in levels]
-    agreements = [np.mean([mask_iou(each, mask) for mask in masks]) for each in candidates]
-    return candidates[int(np.argmax(agreements))]

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.rle import decode_rle, encode_rle
-from icl_moe.tasks.centred_disc import fitted_disc
+from icl_moe.tasks.constant_masks import fitted_disc
 from icl_moe.tasks.mask_scores import Standard, mask_iou, score_masks
 
 MASKS = arrays.arrays(bool, (3, 4))

@@ -1,18 +1,16 @@
-"""A mask that does not depend on the query: a disc in the middle of the picture. Where crops are
-centred on the object, it scores high, and a model must be compared with it.
+"""Masks that do not depend on the query: the mean of many masks, and a disc in the middle of the
+picture. Where crops are centred on the object they score high, and a model must be compared with
+them.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from icl_moe.tasks.mask_scores import score_masks
+from icl_moe.tasks.mask_scores import mask_iou, score_masks
 
 RADII = tuple(step / 20 for step in range(1, 15))
 """Radii to choose from, in fractions of the picture's side; the last one nearly covers it."""
-
-_FITTED_ON = 256
-"""Masks, at most."""
 
 
 def disc(size: int, radius: float) -> np.ndarray:
@@ -25,10 +23,20 @@ def disc(size: int, radius: float) -> np.ndarray:
 
 def fitted_disc(masks: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """The disc whose mIoU with masks (S, S) of classes is the highest, of those with the radii
-    `RADII`; of equal ones the smallest. It is fitted to at most 256 of the masks, evenly spaced.
+    `RADII`; of equal ones the smallest.
     """
-    masks = masks[:: -(-len(masks) // _FITTED_ON)]
     size = len(masks[0][1])
     discs = [disc(size, radius) for radius in RADII]
     mious = [score_masks((name, each, mask_HW) for name, mask_HW in masks).miou for each in discs]
     return discs[int(np.argmax(mious))]
+
+
+def mean_mask(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Where the mean of the masks (H, W) is above the level at which it has the highest mean IoU
+    with them; boolean (H, W).
+    """
+    mean_HW = np.mean(masks, axis=0)
+    levels = np.linspace(0, mean_HW.max(), 11)[:-1]
+    candidates = [mean_HW > level for level in levels]
+    agreements = [np.mean([mask_iou(each, mask_HW) for mask_HW in masks]) for each in candidates]
+    return candidates[int(np.argmax(agreements))]
