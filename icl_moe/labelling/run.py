@@ -1,5 +1,6 @@
 """Labels a folder of images: a mask of each class in each image, as a COCO instances file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -72,7 +73,11 @@ def label(
     with writing(out):
         journal = Journal(out.with_name(f"{out.name}.journal"), _settings(model, labelling))
     try:
-        _label_rest(model.image_size, session, labelling, journal)
+        with writing(journal.path):
+            _label_rest(model.image_size, session, labelling, journal)
+        if all("unread" in entry for entry in journal.entries()):
+            journal.remove()
+            raise InputError("None of the images can be read; each is named above.")
         if review is not None:
             write_review(review, labelling.folder, labelling.classes, journal)
         count = _write_coco(out, model, labelling.classes, journal)
@@ -87,7 +92,9 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
     """Everything on which the output depends."""
     files = hashlib.sha256("\n".join(labelling.files).encode(errors="surrogateescape"))
     return {
+        "version": __version__,
         "model": model.fingerprint,
+        "classes": list(labelling.classes),
         "dtype": str(model.decoder.dtype),
         "device": model.decoder.device.type,
         "decoding": model.decoding(labelling.decoding),
@@ -168,13 +175,12 @@ def _write_coco(
 ) -> Count:
     """Write the file piece by piece, so that it need not fit into memory."""
     unread = sum("unread" in entry for entry in journal.entries())
-    images = instances = 0
     target = Path(os.path.realpath(out))
     info = {"description": f"Labelled by icl-moe {__version__} with the model {model.fingerprint}"}
     categories = [
         {"id": number, "name": name, "supercategory": ""} for number, name in enumerate(classes, 1)
     ]
-    with writing(out), partial_of(target).open("w", encoding="utf-8") as file:
+    with writing(out), _whole_file(target) as file:
         file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n')
         file.write(f'"categories": {json.dumps(categories)},\n')
         images = _write_list(file, "images", (image for image, _ in _records(journal)))
@@ -183,13 +189,21 @@ def _write_coco(
             file, "annotations", (each for _, those in _records(journal) for each in those)
         )
         file.write("}\n")
-    if not images:
-        partial_of(target).unlink()
-        journal.remove()
-        raise InputError("None of the images can be read; each is named above.")
-    with writing(out):
-        os.replace(partial_of(target), target)
     return Count(images, instances, unread)
+
+
+@contextlib.contextmanager
+def _whole_file(target: Path) -> Iterator[TextIO]:
+    """A text file that appears when it is complete, or not at all."""
+    partial = partial_of(target)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # A full disk needs the space.
+        raise
 
 
 def _write_list(file: TextIO, name: str, records: Iterable[dict[str, Any]]) -> int:
