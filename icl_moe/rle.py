@@ -64,21 +64,30 @@ def run_lengths(counts: str | bytes) -> list[int]:
     if not isinstance(counts, str | bytes):
         raise TypeError("run lengths are text")
     text = counts.encode("ascii") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    position = 0
-    while position < len(text):
-        value = shift = 0
-        group = 0x20
-        while group & 0x20:
-            group = text[position] - 48
-            if not 0 <= group < 64 or shift > 60:  # Decoding longer numbers would take too long.
-                raise ValueError("not run lengths")
-            value |= (group & 0x1F) << shift
-            shift += 5
-            position += 1
-        if group & 0x10:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    if any(run < 0 for run in runs):
+    groups_G = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if not len(groups_G):
+        return []
+    if groups_G.min() < 0 or groups_G.max() >= 64:
+        raise ValueError("not run lengths")
+    last_N = np.flatnonzero(groups_G & 0x20 == 0)  # Of each number.
+    if not len(last_N) or last_N[-1] != len(groups_G) - 1:
+        raise IndexError("the last number is not complete")
+    first_N = np.concatenate([[0], last_N[:-1] + 1])
+    lengths_N = last_N - first_N + 1
+    if lengths_N.max() > _MOST_GROUPS:
+        raise ValueError("not run lengths")
+    shifts_G = 5 * (np.arange(len(groups_G)) - np.repeat(first_N, lengths_N))
+    runs_N = np.add.reduceat((groups_G & 0x1F) << shifts_G, first_N)
+    runs_N -= np.where(groups_G[last_N] & 0x10, 1 << (5 * lengths_N), 0)
+    for start in (1, 2):
+        runs_N[start::2] = np.cumsum(runs_N[start::2])
+    if runs_N.min() < 0:
         raise ValueError("a run length is negative")
+    runs: list[int] = runs_N.tolist()
     return runs
+
+
+_MOST_GROUPS = 8
+"""Of a number, which then is under 2^40: more than the pixels of any mask, and a sum of them cannot
+overflow.
+"""

@@ -271,3 +271,39 @@ def test_sampling_draws_allowed_tokens_in_proportion():
 def test_impossible_sampling_is_refused(settings):
     with pytest.raises(InputError):
         Sampling(**settings)
+
+
+def shared_requests(format: SequenceFormat, count: int, task: str) -> list:
+    """Queries with the same two examples."""
+    rng = np.random.default_rng(5)
+    by_task = {True: requests(format, rng)[2], False: requests(format, rng)[5]}
+    episode, _ = by_task[task == "segmentation"]
+    return [(episode, rng.integers(0, VOCABULARY.image_codes, CODES)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("format", "task", "link"),
+    [
+        (FORMATS[0], "segmentation", True),
+        (FORMATS[0], "captioning", False),
+        (FORMATS[1], "captioning", True),
+    ],
+)
+@torch.inference_mode()
+def test_shared_examples_are_read_once_and_change_nothing(format, task, link, monkeypatch):
+    decoder, codec = small_decoder(format, link=link), SequenceCodec(format, TEXT)
+    batch = shared_requests(format, 3, task)
+    assert all(len(episode.pairs) == 2 for episode, _ in batch)
+    read, run = [], InContextDecoder.run
+    monkeypatch.setattr(
+        InContextDecoder,
+        "run",
+        lambda self, x_TM, *more: read.append(len(x_TM)) or run(self, x_TM, *more),
+    )
+    together = decode_batch(decoder, codec, batch)
+    longest = max(len(codec.encode_prompt(*request).unpadded()) for request in batch)
+    examples = len(codec.encode(batch[0][0]).unpadded())
+    assert examples <= read[0] <= examples + 2, "the examples and the next marker, once"
+    assert read[1] <= 3 * (longest + 2 - read[0]), "then the queries, and what is forced after them"
+    monkeypatch.undo()
+    assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
