@@ -103,11 +103,15 @@ def decode_batch(
     sampling: Sampling = GREEDY,
     progress: bool = False,
     openings: Sequence[Sequence[int]] | None = None,
-    read: Sequence[KeyValueCache] | None = None,
+    together: int | None = None,
+    read: Sequence[Sequence[KeyValueCache]] | None = None,
 ) -> list[Written]:
     """What completes each request's query: everything after the prompt's marker, including a
-    `given` category. openings: tokens that each output is to begin with. read: what the decoder has
-    read of each request already, by `read_examples`.
+    `given` category. openings: tokens that each output is to begin with. together: the most
+    examples that are read in one sequence (all by default); groups of more all read the same
+    output, each token of which is chosen by the mean of their probabilities, weighted by their
+    sizes. read: what the decoder has read of each group of each request already, by
+    `read_examples`.
 
     What all prompts begin with, such as the same examples, is read once. A step reads, for every
     incomplete query, its last token and the forced ones after it. Queries with fewer tokens to read
@@ -115,22 +119,25 @@ def decode_batch(
     image, and nothing is sampled, the codes are chosen without leaving the device.
     """
     outputs = [
-        _Output(codec, *request, np.random.default_rng((sampling.seed, sampling.first + n)))
-        for n, request in enumerate(requests)
+        _Output(codec, n, group, image, np.random.default_rng((sampling.seed, sampling.first + n)))
+        for n, (episode, image) in enumerate(requests)
+        for group in in_groups(episode, together)
     ]
-    for output, opening in zip(outputs, openings or (), strict=False):
-        for token in opening:
+    for output in outputs:
+        for token in openings[output.request] if openings else ():
             output.write(token)
-    image = codec.format.codes_per_image
-    read = read or _read_shared(decoder, [output.rows for output in outputs], least=image)
-    for output, past in zip(outputs, read or (), strict=False):
+    codes = codec.format.codes_per_image
+    pasts = [past for groups in read for past in groups] if read else None
+    pasts = pasts or _read_shared(decoder, [output.rows for output in outputs], least=codes)
+    for output, past in zip(outputs, pasts or (), strict=False):
         output.skip(past.length)
-    room = max((output.unread for output in outputs), default=0) + image
-    cache = _joined(read, room) if read else KeyValueCache(room)
+    room = max((output.unread for output in outputs), default=0) + codes
+    cache = _joined(pasts, room) if pasts else KeyValueCache(room)
+    grouped = len(outputs) > len(requests)
     going = outputs
     with tqdm(desc="writing", unit=" tokens", disable=not progress, delay=2, leave=False) as bar:
         while going:
-            count = min(output.cells_ahead for output in going)
+            count = 0 if grouped else min(output.cells_ahead for output in going)
             if sampling.temperature == 0 and count and isinstance(decoder, InContextDecoder):
                 steps = []
                 for tokens_B in _codes(decoder, cache, going, count):
@@ -142,7 +149,10 @@ def decode_batch(
                     output.skip(count)
             else:
                 block = _stacked([output.read() for output in going], decoder.device, cache)
-                chosen = _choose(decoder.next_logits(*block), going, sampling)
+                logits_BV = decoder.next_logits(*block)
+                if grouped:
+                    logits_BV = _mean_of_groups(logits_BV, going)
+                chosen = _choose(logits_BV, going, sampling)
                 for output, token, log_probability in zip(going, *chosen, strict=True):
                     output.write(token, log_probability)
                     bar.update()
@@ -150,7 +160,8 @@ def decode_batch(
             if len(rows) < len(going):
                 cache.select(torch.tensor(rows, dtype=torch.long))
                 going = [going[row] for row in rows]
-    return [Written(output.tokens, output.log_probabilities) for output in outputs]
+    of_request = {output.request: output for output in outputs}  # Those of a request are alike.
+    return [Written(each.tokens, each.log_probabilities) for each in of_request.values()]
 
 
 @torch.inference_mode()
@@ -287,7 +298,8 @@ def _codes(
 
 
 class _Output:
-    """The growing output of one query.
+    """The growing output of one query after one group of its examples. request: the number of the
+    query's request.
 
     tokens: written so far; log_probabilities: see `Written`. allowed: the possible next tokens, at
     least two; empty once the output is complete.
@@ -296,10 +308,12 @@ class _Output:
     def __init__(
         self,
         codec: SequenceCodec,
+        request: int,
         episode: Episode,
         query_image: np.ndarray,
         generator: np.random.Generator,
     ) -> None:
+        self.request, self.examples = request, len(episode.pairs)
         self.format, self._task = codec.format, episode.task
         self._image: list[int] = codec.format.vocabulary.from_input_codes(query_image).tolist()
         self._cell = 0  # The next cell of the output image.
@@ -403,6 +417,20 @@ def _stacked(
     attributes_BL = torch.from_numpy(block_BL5[..., 2])
     block = torch.from_numpy(block_BL5).to(device)
     return Block(block[..., 0], block[..., 1], attributes_BL, cache, block[..., 3:])
+
+
+def _mean_of_groups(logits_BV: torch.Tensor, outputs: Sequence[_Output]) -> torch.Tensor:
+    """For each output, the logarithm of the mean of the probabilities after all groups of examples
+    of its request, weighted by the sizes of the groups.
+    """
+    requests = sorted({output.request for output in outputs})
+    weights_RB = logits_BV.new_tensor(
+        [[output.examples * (output.request == n) for output in outputs] for n in requests]
+    )
+    weights_RB /= weights_RB.sum(dim=1, keepdim=True)
+    mean_RV = weights_RB @ logits_BV.softmax(dim=1)
+    rows = [requests.index(output.request) for output in outputs]
+    return mean_RV.log()[rows]
 
 
 def _choose(

@@ -23,7 +23,6 @@ from icl_moe.inference.decode import (
     Sampling,
     decode_at_once,
     decode_batch,
-    in_groups,
     read_examples,
 )
 from icl_moe.inference.examples import list_pairs
@@ -216,7 +215,7 @@ class InContextModel:
         `encode`. decoding: of output images; by default parallel where the model was trained for it
         and nothing is sampled. Then an output that is one image is written at once, and so is the
         image that another output begins with; more examples than an episode had in training are
-        read in groups, see `decode_at_once`, and a text is written after the first group. read:
+        read in groups, whose probabilities are averaged, see `decode_at_once`. read:
         what `read_examples` returned for the episode of each request. Raises InputError where the
         model cannot decode so, or cannot read so many examples.
         """
@@ -278,13 +277,13 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
         openings: Sequence[Sequence[int]] | None = None,
+        together: int | None = None,
         read: Sequence[Read] | None = None,
     ) -> list[Any]:
-        first_group = openings is not None
-        whole = read is not None and all(len(groups) == 1 for groups in read)
-        past = [groups[0] for groups in read] if read and (whole or first_group) else None
+        if together is None and read and any(len(groups) > 1 for groups in read):
+            read = None  # It was read in groups, and now is needed in one sequence.
         outputs = decode_batch(
-            self.decoder, self.codec, requests, sampling, progress, openings, past
+            self.decoder, self.codec, requests, sampling, progress, openings, together, read
         )
         return [
             episode.task.scored(
@@ -309,8 +308,9 @@ class InContextModel:
         openings = [
             self.format.vocabulary.from_codes(codes).tolist() for codes in self.encode_masks(drawn)
         ]
-        first = [(next(in_groups(episode, self._together)), query) for episode, query in requests]
-        pairs = self._in_turn(first, progress=progress, openings=openings, read=read)
+        pairs = self._in_turn(
+            requests, progress=progress, openings=openings, together=self._together, read=read
+        )
         return [
             episode.task.with_image(pair, mask_HW)
             for (episode, _), pair, mask_HW in zip(requests, pairs, drawn, strict=True)

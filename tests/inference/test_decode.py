@@ -300,7 +300,7 @@ def test_shared_examples_are_read_once_and_change_nothing(format, task, link, mo
         "run",
         lambda self, x_TM, *more: read.append(len(x_TM)) or run(self, x_TM, *more),
     )
-    together = decode_batch(decoder, codec, batch)
+    together = decoded(decoder, codec, batch)
     longest = max(len(codec.encode_prompt(*request).unpadded()) for request in batch)
     examples = len(codec.encode(batch[0][0]).unpadded())
     assert examples <= read[0] <= examples + 2, "the examples and the next marker, once"

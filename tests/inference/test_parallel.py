@@ -120,7 +120,7 @@ def test_each_cells_probabilities_are_those_of_the_episode_with_its_mask_hidden(
     for found_NK, (episode, image) in zip(found_BNK, requests, strict=True):
         torch.testing.assert_close(found_NK, plainly(decoder, episode, image), atol=1e-5, rtol=1e-4)
     read = [read_examples(decoder, codec, episode) for episode, _ in requests]
-    after_BNK = decode_at_once(decoder, codec, requests, read)
+    after_BNK = decode_at_once(decoder, codec, requests, read=read)
     torch.testing.assert_close(after_BNK, found_BNK, atol=1e-5, rtol=1e-4)
 
 
@@ -158,25 +158,31 @@ def drawing(tmp_path_factory):
     return InContextModel.from_pretrained(folder / "model"), ShardSet(folder / "shards")
 
 
-def check_text(model: InContextModel, request: Request, tokens: list[int]) -> None:
-    """Each token of the text is the likeliest one after all before it, without a cache."""
+def check_text(model: InContextModel, groups: list[Request], tokens: list[int]) -> None:
+    """Each token of the text is the likeliest one after all before it, without a cache, by the mean
+    of the probabilities after each group of examples.
+    """
     vocabulary = model.format.vocabulary
-    prompt = model.codec.encode_prompt(*request).unpadded()
-    last = int(prompt.positions_L[-1])
-    columns = (
-        [*prompt.tokens_L.tolist(), *tokens],
-        [*prompt.positions_L.tolist(), *range(last + 1, last + 1 + len(tokens))],
-        [
-            *prompt.attributes().tolist(),
-            *(CAPTIONING.output_attributes(model.format, token) for token in tokens),
-        ],
-    )
-    logits_LV = model.decoder.forward_logits(*(torch.tensor([column]) for column in columns))[0]
+    found = []
+    for group in groups:
+        prompt = model.codec.encode_prompt(*group).unpadded()
+        last = int(prompt.positions_L[-1])
+        columns = (
+            [*prompt.tokens_L.tolist(), *tokens],
+            [*prompt.positions_L.tolist(), *range(last + 1, last + 1 + len(tokens))],
+            [
+                *prompt.attributes().tolist(),
+                *(CAPTIONING.output_attributes(model.format, token) for token in tokens),
+            ],
+        )
+        logits_LV = model.decoder.forward_logits(*(torch.tensor([each]) for each in columns))[0]
+        found.append(logits_LV[len(prompt) - 1 :].softmax(dim=1))
+    mean_LV = torch.stack(found).mean(dim=0)
     fixed = model.format.codes_per_image + 1 + len(model.codec.text.encode("Caption:"))
     assert len(tokens) > fixed + 2
     full_stop = model.codec.text.encode(".")[0]
     for place in range(fixed, len(tokens) - 2):  # The last two may be forced, for want of room.
-        text = logits_LV[len(prompt) + place - 1, : vocabulary.text_size]
+        text = mean_LV[place, : vocabulary.text_size]
         if tokens[place - 1] != full_stop:
             assert tokens[place] == int(text.argmax())
 
@@ -200,7 +206,7 @@ def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing)
     for pair, opening, (tokens, _), request in zip(pairs, openings, outputs, requests, strict=True):
         assert tokens[: len(opening)] == opening
         assert CAPTIONING.read_output(model.codec, request[1], tokens).caption == pair.caption
-        check_text(model, request, tokens)
+        check_text(model, [request], tokens)
     # What the model is sure of is not asked for where boxes are written code by code.
     in_turn = model.complete(requests, decoding="autoregressive")
     assert any((a.box_image != b.box_image).any() for a, b in zip(pairs, in_turn, strict=True))
@@ -208,8 +214,8 @@ def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing)
 
 @torch.inference_mode()
 def test_more_examples_than_in_training_are_read_in_groups(drawing):
-    """The box comes from all examples, and the caption is written after those of the first group;
-    code by code, they do not fit into the positions.
+    """The box and the caption come from the mean of all groups. Where boxes are written code by
+    code, so many examples do not fit into the positions.
     """
     model, shards = drawing
     episodes = EpisodeSet(shards, model.codec, "captioning")
@@ -222,8 +228,15 @@ def test_more_examples_than_in_training_are_read_in_groups(drawing):
     brightness_HW = model.tokenizers.mask_writer.decode_expected(found_BNK.mean(0, keepdim=True))[0]
     assert box_of(pair, model) == pytest.approx(brightest_box(1 / 3 - brightness_HW.numpy()))
     opening = model.format.vocabulary.from_codes(pair.box_image).tolist()
-    (written,) = decode_batch(model.decoder, model.codec, [(parts[0], query)], openings=[opening])
+    (written,) = decode_batch(
+        model.decoder,
+        model.codec,
+        [(Episode(CAPTIONING, "", shown), query)],
+        openings=[opening],
+        together=shards.manifest.examples,
+    )
     assert CAPTIONING.read_output(model.codec, query, written.tokens).caption == pair.caption
+    check_text(model, [(part, query) for part in parts], written.tokens)
     model.check_examples(len(shown), CAPTIONING)
     with pytest.raises(InputError, match="more than this model can read"):
         model.check_examples(len(shown), CAPTIONING, "autoregressive")

@@ -35,7 +35,7 @@ def test_static_buffers_write_the_same_codes_again_and_again(feed_forward):
         (2, 2),
     ):  # A shorter prompt leaves the rest of an older one.
         asked = queries(shots, 3, seed)
-        assert static.write(asked) == decode_batch(decoder, codec, asked)
+        assert static.write(asked) == [each.tokens for each in decode_batch(decoder, codec, asked)]
 
 
 def test_torch_compile_can_trace_the_step():
@@ -43,4 +43,4 @@ def test_torch_compile_can_trace_the_step():
     static = StaticCodes(decoder, codec, rows=2, longest=codec.format.length(3))
     asked = queries(1, 2, 3)
     static.run_step = torch.compile(static.step, backend="eager", fullgraph=True, dynamic=False)
-    assert static.write(asked) == decode_batch(decoder, codec, asked)
+    assert static.write(asked) == [each.tokens for each in decode_batch(decoder, codec, asked)]
