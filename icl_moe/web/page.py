@@ -189,15 +189,14 @@ class _Tab:
     ) -> Iterator[str]:
         """The HTML of the results, again after every few photographs."""
         kept, done = work.Kept((category or "").strip() or "object"), []
+        total = len(paths or ())
         try:
-            for batch in work.find(self.model, examples, paths, category if self.named else ""):
-                for each in batch:
-                    if isinstance(each, InputError):
-                        done.append(each)
-                        continue
+            for each in work.find(self.model, examples, paths, category if self.named else ""):
+                if isinstance(each, work.Found):
                     kept.add(each)
-                    done.append(cards.card_of(each))
-                yield cards.results_page(done, kept, len(paths or ()), self.captions)
+                done.append(cards.card_of(each) if isinstance(each, work.Found) else each)
+                if len(done) % work.BATCH == 0 or len(done) == total:
+                    yield cards.results_page(done, kept, total, self.captions)
         except InputError as error:
             yield cards.message(str(error))
 

@@ -317,10 +317,9 @@ def find(
     examples: Sequence[Example],
     paths: Sequence[str] | None,
     category: str = "",
-) -> Iterator[list[Found | InputError]]:
-    """The results of the photographs, in their order, in lists of at most `BATCH`. A photograph
-    that cannot be read is an InputError among the results. Raises InputError if the model cannot
-    use these examples.
+) -> Iterator[Found | InputError]:
+    """The results of the photographs, in their order. A photograph that cannot be read is an
+    InputError among the results. Raises InputError if the model cannot use these examples.
     """
     queries = check_queries(paths)
     if not examples and not model.format.class_prompt:
@@ -329,13 +328,15 @@ def find(
     captions = bool(examples) and examples[0].region is not None
     answer = session.caption if captions else session.draw
     for start in range(0, len(queries), BATCH):
-        opened = [_open_or_error(path) for path in queries[start : start + BATCH]]
-        pictures = [each for each in opened if isinstance(each, Image.Image)]
-        answers = iter(answer(pictures) if pictures else [])
-        yield [
-            _found(_file_name(path), each, next(answers)) if isinstance(each, Image.Image) else each
-            for path, each in zip(queries[start:], opened, strict=False)
-        ]
+        paths = queries[start : start + BATCH]
+        opened = [_open_or_error(path) for path in paths]
+        # As an iterator: masks in the photographs' own sizes are then there one at a time.
+        answers = answer(iter([each for each in opened if isinstance(each, Image.Image)]))
+        for path, each in zip(paths, opened, strict=True):
+            if isinstance(each, InputError):
+                yield each
+            else:
+                yield _found(_file_name(path), each, next(answers))
 
 
 def _found(name: str, picture: Image.Image, answer: Any) -> Found:
