@@ -328,11 +328,11 @@ def find(
     captions = bool(examples) and examples[0].region is not None
     answer = session.caption if captions else session.draw
     for start in range(0, len(queries), BATCH):
-        paths = queries[start : start + BATCH]
-        opened = [_open_or_error(path) for path in paths]
+        batch = queries[start : start + BATCH]
+        opened = [_open_or_error(path) for path in batch]
         # As an iterator: masks in the photographs' own sizes are then there one at a time.
         answers = answer(iter([each for each in opened if isinstance(each, Image.Image)]))
-        for path, each in zip(paths, opened, strict=True):
+        for path, each in zip(batch, opened, strict=True):
             if isinstance(each, InputError):
                 yield each
             else:
