@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pytest
 import toy_export
@@ -50,9 +48,3 @@ def scenes(tmp_path_factory):
             masks.append(meant[0])
     assert len(masks) == 5
     return folder, masks
-
-
-def png_of(levels: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(levels).save(content, "PNG")
-    return content.getvalue()

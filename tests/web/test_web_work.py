@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from web.conftest import png_of
 
 from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle
 from icl_moe.web import cards, work
+
+
+def png_of(levels: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    return content.getvalue()
 
 
 def url(levels):
