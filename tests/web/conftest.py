@@ -1,8 +1,6 @@
-import numpy as np
 import pytest
 import toy_export
 import toy_tokenizer
-from PIL import Image
 
 from icl_moe import InContextModel
 from icl_moe.settings import load_recipe
