@@ -90,13 +90,15 @@ def photographs(model: InContextModel, folder: Path, split: str) -> Iterator[Pho
             yield Photograph(codes_N, class_masks(coco, number))
 
 
-def class_masks(coco: COCO, image: int) -> dict[int, np.ndarray]:
-    """The union of the instances of each class that covers enough, without crowds."""
+def class_masks(coco: COCO, image: int, least: float = LEAST_SHOWN) -> dict[int, np.ndarray]:
+    """The union of the instances of each class that covers at least a share of the picture, without
+    crowds.
+    """
     masks: dict[int, np.ndarray] = {}
     for each in coco.loadAnns(coco.getAnnIds(image, iscrowd=False)):
         mask_HW = coco.annToMask(each) > 0
         masks[each["category_id"]] = masks.get(each["category_id"], False) | mask_HW
-    return {number: mask_HW for number, mask_HW in masks.items() if mask_HW.mean() >= LEAST_SHOWN}
+    return {number: mask_HW for number, mask_HW in masks.items() if mask_HW.mean() >= least}
 
 
 def by_class(model: InContextModel, shown: list[Photograph]) -> dict[int, list[SegmentationPair]]:

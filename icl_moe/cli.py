@@ -365,6 +365,7 @@ def _add_segment(verbs: argparse._SubParsersAction) -> None:
         metavar="FILE.png",
         help="also write the confidence of each pixel (parallel decoding): black is 50%%",
     )
+    _add_windows(parser)
     _add_decoding(parser)
     _add_place(parser)
     parser.set_defaults(run=_segment)
@@ -383,6 +384,15 @@ def _add_examples(parser: argparse.ArgumentParser, output: str) -> None:
         help="may be repeated",
     )
     parser.add_argument("--query", type=take.path, required=True, metavar="IMAGE")
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--windows",
+        action="store_true",
+        help="read what is found again in up to nine overlapping windows, for small objects; "
+        "takes as many times as long",
+    )
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -462,6 +472,7 @@ def _add_label(verbs: argparse._SubParsersAction) -> None:
         default=8,
         help="images read and decoded together (default 8)",
     )
+    _add_windows(parser)
     _add_decoding(parser)
     _add_place(parser)
     parser.set_defaults(run=_label)
@@ -700,11 +711,13 @@ def _segment(options: argparse.Namespace) -> int:
         category=options.category,
         progress=True,
         decoding=options.decoding,
+        windows=options.windows,
     )
     _write_levels(out, drawn.mask_HW)
     if sure and drawn.confidence_HW is not None:
         _write_levels(sure, 2 * drawn.confidence_HW - 1)
-    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image")
+    cost = f", read once whole and in {drawn.windows} windows" if options.windows else ""
+    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{cost}")
     return 0
 
 
@@ -768,12 +781,14 @@ def _label(options: argparse.Namespace) -> int:
         files,
         options.nearest,
         options.split,
+        options.windows,
         options.decoding,
         options.batch,
     )
     count = label(model, labelling, out, review)
     skipped = f"; {count.unread} files cannot be read and were left out" if count.unread else ""
-    print(f"{out}: {count.instances} instances in {count.images} images{skipped}")
+    cost = f", read once whole and in {count.windows} windows" if options.windows else ""
+    print(f"{out}: {count.instances} instances in {count.images} images{cost}{skipped}")
     return 0
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from icl_moe.devices import Device, find_device, find_dtype
 from icl_moe.errors import InputError
 from icl_moe.files import check_readable
-from icl_moe.images import ImageLike
+from icl_moe.images import ImageLike, load_image
 from icl_moe.inference.cache import KeyValueCache
 from icl_moe.inference.decode import GREEDY, Request, Sampling, decode_at_once, decode_batch
 from icl_moe.inference.examples import list_pairs
@@ -145,15 +145,17 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
         decoding: Decoding | None = None,
+        windows: bool = False,
     ) -> np.ndarray:
         """The mask of what the examples' masks show, boolean (H, W), in the query's size.
 
         examples: (image, mask) pairs; a mask has its image's size and two levels, the brighter one
         on the object (see `load_mask`). category: the class's name, needed if the model's format
-        has a class prompt. decoding: see `complete`. Raises InputError for input that cannot be
-        read or does not fit the model.
+        has a class prompt. decoding: see `complete`. windows: see `Session.segment`. Raises
+        InputError for input that cannot be read or does not fit the model.
         """
-        return self.draw_mask(examples, query, category, sampling, progress, decoding).mask_HW
+        drawn = self.draw_mask(examples, query, category, sampling, progress, decoding, windows)
+        return drawn.mask_HW
 
     def draw_mask(
         self,
@@ -163,13 +165,14 @@ class InContextModel:
         sampling: Sampling = GREEDY,
         progress: bool = False,
         decoding: Decoding | None = None,
+        windows: bool = False,
     ) -> DrawnMask:
         """As `segment`, but also returns the brightness of each pixel and the model's
         confidence.
         """
-        image = Query.load(query, self.image_size)
+        picture = load_image(query, "The query")
         session = Session(self, list_pairs(examples, "mask"), category, task=SEGMENTATION)
-        return session.draw(image, sampling, progress, decoding)
+        return session.draw(picture, sampling, progress, decoding, windows=windows)
 
     def caption(
         self,

@@ -23,6 +23,7 @@ from icl_moe.inference.examples import (
 )
 from icl_moe.inference.region import Region
 from icl_moe.inference.retrieval import Shelf
+from icl_moe.inference.windows import found_in, fuse, windows_of
 from icl_moe.sequence import Episode
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.captioning import CaptionPair, box_of
@@ -44,7 +45,7 @@ class Query:
     @classmethod
     def load(cls, image: "ImageLike | Query", side: int, name: str = "The query") -> "Query":
         """Raises InputError, with `name` if it is not a file, for what is no still image."""
-        if isinstance(image, cls):
+        if isinstance(image, Query):
             return image
         picture = load_image(image, name)
         return cls(to_square_pixels(picture, side), picture.size)
@@ -120,20 +121,32 @@ class Session:
         progress: bool = False,
         decoding: "Decoding | None" = None,
         batch: int = 8,
+        windows: bool = False,
     ) -> Any:
         """The mask of each query, boolean (H, W), in the query's size. If the examples were given
         by class: its label map, see `DrawnClasses.labels_HW`.
 
         queries: see `Queries`. decoding: see `InContextModel.complete`. batch: how many sequences
-        are decoded together, one for each query and class. Raises InputError for a query that is
-        no image, and for what the model does not support.
+        are decoded together, one for each query and class. windows: what is found in an image is
+        read again in windows of half its size, up to nine of them (icl_moe/inference/windows.py);
+        `DrawnMask.windows` tells how many. Raises InputError for a query that is no image, and for
+        what the model does not support.
         """
 
-        def mark(pairs: Sequence[Any], size: Size) -> np.ndarray:
-            drawn = self._drawn(pairs, size)
+        def mark(drawn: DrawnMask | DrawnClasses) -> np.ndarray:
             return drawn.labels_HW if isinstance(drawn, DrawnClasses) else drawn.mask_HW
 
-        return self._answer(SEGMENTATION, mark, queries, sampling, progress, decoding, batch)
+        if windows:
+            return self._in_windows(mark, queries, sampling, progress, decoding, batch)
+        return self._answer(
+            SEGMENTATION,
+            lambda pairs, size: mark(self._drawn(pairs, size)),
+            queries,
+            sampling,
+            progress,
+            decoding,
+            batch,
+        )
 
     def draw(
         self,
@@ -142,10 +155,15 @@ class Session:
         progress: bool = False,
         decoding: "Decoding | None" = None,
         batch: int = 8,
+        windows: bool = False,
     ) -> Any:
         """As `segment`, but a `DrawnMask` for each query, with the brightness of each pixel and the
         model's confidence. If the examples were given by class: a `DrawnClasses`.
         """
+        if windows:
+            return self._in_windows(
+                lambda drawn: drawn, queries, sampling, progress, decoding, batch
+            )
         return self._answer(SEGMENTATION, self._drawn, queries, sampling, progress, decoding, batch)
 
     def caption(
@@ -178,7 +196,7 @@ class Session:
         self,
         task: Task,
         read: Callable[[Sequence[Any], Size], Any],
-        queries: Queries,
+        queries: Any,
         sampling: Sampling,
         progress: bool,
         decoding: "Decoding | None",
@@ -198,6 +216,33 @@ class Session:
         total = len(queries) if isinstance(queries, Sized) else None
         bar = tqdm(ask.each(queries), "images", total, disable=not progress, unit="", leave=False)
         answers = (read(pairs, size) for pairs, size in bar)
+        return list(answers) if isinstance(queries, list | tuple) else answers
+
+    def _in_windows(
+        self,
+        read: Callable[[DrawnMask | DrawnClasses], Any],
+        queries: Queries,
+        sampling: Sampling,
+        progress: bool,
+        decoding: "Decoding | None",
+        batch: int,
+    ) -> Any:
+        """One answer or several. read: the answer from the mask or masks of a query. The windows of
+        one query are decoded together.
+        """
+
+        def answer(query: Any, name: str) -> Any:
+            picture = load_image(query, name)
+            whole = self.draw(picture, sampling, False, decoding, batch)
+            boxes = windows_of(found_in(whole))
+            crops = [picture.crop(box) for box in boxes]
+            return read(fuse(whole, boxes, self.draw(crops, sampling, False, decoding, batch)))
+
+        if is_one_image(queries):
+            return answer(queries, "The query")
+        assert isinstance(queries, Iterable)
+        bar = tqdm(queries, "images", disable=not progress, unit="", leave=False)
+        answers = (answer(query, f"Query {number}") for number, query in enumerate(bar, 1))
         return list(answers) if isinstance(queries, list | tuple) else answers
 
     def _show(self, task: Task) -> list[_Shown]:

@@ -1,5 +1,6 @@
 """Labels a folder of images: a mask of each class in each image, as a COCO instances file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from icl_moe.errors import InputError
 from icl_moe.files import partial_of
 from icl_moe.inference.examples import in_batches
 from icl_moe.inference.model import Decoding, InContextModel
-from icl_moe.inference.session import Query, Session, Size
+from icl_moe.inference.session import Query, Session
 from icl_moe.labelling.components import components
 from icl_moe.labelling.folders import ExampleFiles, digest_of
 from icl_moe.labelling.journal import Journal
@@ -33,8 +34,8 @@ class Labelling:
 
     examples: files by class; without any, classes that the model's class prompt names. folder,
     files: the images to label, as paths below the folder. nearest: see `InContextModel.session`.
-    split: whether each connected part of a mask is an instance of its own. batch: how many images
-    are read together, and how many sequences decoded.
+    split: whether each connected part of a mask is an instance of its own. windows: see
+    `Session.segment`. batch: how many images are read together, and how many sequences decoded.
     """
 
     examples: ExampleFiles
@@ -42,6 +43,7 @@ class Labelling:
     files: Sequence[str]
     nearest: int | None = None
     split: bool = False
+    windows: bool = False
     decoding: Decoding | None = None
     batch: int = 8
 
@@ -51,11 +53,14 @@ class Labelling:
 
 
 class Count(NamedTuple):
-    """Of a finished labelling: images that were read, instances, and files that were not read."""
+    """Of a finished labelling: images that were read, instances, files that were not read, and
+    windows that were read beside the whole images.
+    """
 
     images: int
     instances: int
     unread: int
+    windows: int
 
 
 def label(
@@ -72,7 +77,11 @@ def label(
     with writing(out):
         journal = Journal(out.with_name(f"{out.name}.journal"), _settings(model, labelling))
     try:
-        _label_rest(model.image_size, session, labelling, journal)
+        with writing(journal.path):
+            _label_rest(model.image_size, session, labelling, journal)
+        if all("unread" in entry for entry in journal.entries()):
+            journal.remove()
+            raise InputError("None of the images can be read; each is named above.")
         if review is not None:
             write_review(review, labelling.folder, labelling.classes, journal)
         count = _write_coco(out, model, labelling.classes, journal)
@@ -87,13 +96,16 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
     """Everything on which the output depends."""
     files = hashlib.sha256("\n".join(labelling.files).encode(errors="surrogateescape"))
     return {
+        "version": __version__,
         "model": model.fingerprint,
+        "classes": list(labelling.classes),
         "dtype": str(model.decoder.dtype),
         "device": model.decoder.device.type,
         "decoding": model.decoding(labelling.decoding),
         "batch": labelling.batch,
         "nearest": labelling.nearest,
         "split": labelling.split,
+        "windows": labelling.windows,
         "examples": digest_of(labelling.examples),
         "images": f"{len(labelling.files)} files, {files.hexdigest()[:16]}",
     }
@@ -113,27 +125,32 @@ def _label_rest(side: int, session: Session, labelling: Labelling, journal: Jour
 def _label_batch(
     side: int, session: Session, labelling: Labelling, files: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    queries: list[Query | None] = []
-    reasons: list[str] = []
+    queries: list[Query | Path] = []
+    reasons: dict[str, str] = {}
     for file in files:
+        path = labelling.folder / file
         try:
-            queries.append(Query.load(labelling.folder / file, side))
-            reasons.append("")
+            query = Query.load(path, side)
+            # Windows are cut out of the image itself, which is then read once more in its turn.
+            queries.append(path if labelling.windows else query)
         except InputError as error:
             note(f"skipped: {error}")
-            queries.append(None)
-            reasons.append(str(error))
+            reasons[file] = str(error)
     # As an iterator: masks in the images' own sizes are then there one at a time.
-    readable = iter([query for query in queries if query is not None])
-    answers = session.draw(readable, decoding=labelling.decoding, batch=labelling.batch)
-    for file, query, reason in zip(files, queries, reasons, strict=True):
-        if query is None:
-            yield {"file": file, "unread": reason}
+    answers = session.draw(
+        iter(queries),
+        decoding=labelling.decoding,
+        batch=labelling.batch,
+        windows=labelling.windows,
+    )
+    for file in files:
+        if file in reasons:
+            yield {"file": file, "unread": reasons[file]}
         else:
-            yield {"file": file, **_describe(next(answers), query.size, labelling.split)}
+            yield {"file": file, **_describe(next(answers), labelling.split)}
 
 
-def _describe(drawn: DrawnClasses, size: Size, split: bool) -> dict[str, Any]:
+def _describe(drawn: DrawnClasses, split: bool) -> dict[str, Any]:
     """The entry of an image. sure: the least score of a class's mask, or of the lack of one."""
     instances, scores = [], []
     for number, (of_class, mask_HW) in enumerate(drawn.disjoint(), 1):
@@ -143,8 +160,14 @@ def _describe(drawn: DrawnClasses, size: Size, split: bool) -> dict[str, Any]:
         for part_HW in components(mask_HW) if split else [mask_HW]:
             score = _score(of_class, part_HW)
             instances.append({"category": number, "score": score, **_outline(part_HW)})
-    width, height = size
-    return {"width": width, "height": height, "sure": min(scores), "instances": instances}
+    height, width = mask_HW.shape
+    return {
+        "width": width,
+        "height": height,
+        "sure": min(scores),
+        "windows": next(iter(drawn.masks.values())).windows,
+        "instances": instances,
+    }
 
 
 def _score(drawn: DrawnMask, part_HW: np.ndarray) -> float:
@@ -168,13 +191,13 @@ def _write_coco(
 ) -> Count:
     """Write the file piece by piece, so that it need not fit into memory."""
     unread = sum("unread" in entry for entry in journal.entries())
-    images = instances = 0
+    windows = sum(entry.get("windows", 0) for entry in journal.entries())
     target = Path(os.path.realpath(out))
     info = {"description": f"Labelled by icl-moe {__version__} with the model {model.fingerprint}"}
     categories = [
         {"id": number, "name": name, "supercategory": ""} for number, name in enumerate(classes, 1)
     ]
-    with writing(out), partial_of(target).open("w", encoding="utf-8") as file:
+    with writing(out), _whole_file(target) as file:
         file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n')
         file.write(f'"categories": {json.dumps(categories)},\n')
         images = _write_list(file, "images", (image for image, _ in _records(journal)))
@@ -183,13 +206,21 @@ def _write_coco(
             file, "annotations", (each for _, those in _records(journal) for each in those)
         )
         file.write("}\n")
-    if not images:
-        partial_of(target).unlink()
-        journal.remove()
-        raise InputError("None of the images can be read; each is named above.")
-    with writing(out):
-        os.replace(partial_of(target), target)
-    return Count(images, instances, unread)
+    return Count(images, instances, unread, windows)
+
+
+@contextlib.contextmanager
+def _whole_file(target: Path) -> Iterator[TextIO]:
+    """A text file that appears when it is complete, or not at all."""
+    partial = partial_of(target)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # A full disk needs the space.
+        raise
 
 
 def _write_list(file: TextIO, name: str, records: Iterable[dict[str, Any]]) -> int:

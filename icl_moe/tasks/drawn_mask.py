@@ -23,12 +23,14 @@ class DrawnMask:
     at_once: whether the mask was decoded in one pass, so that its brightness reflects the model's
     confidence.
     log_probability: of a mask that was decoded code by code, the mean over its codes.
+    windows: how many windows were read beside the whole image.
     """
 
     brightness_HW: np.ndarray
     threshold: float = EVEN
     at_once: bool = False
     log_probability: float | None = None
+    windows: int = 0
 
     @property
     def mask_HW(self) -> np.ndarray:

@@ -170,6 +170,15 @@ def test_the_page_shows_the_least_sure_first(folder):
     assert len(shown) > 1 and shown == sorted(shown)
 
 
+def test_windows_are_a_setting_with_its_cost(folder, capsys):
+    assert run(folder, "close.json", "--windows") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    windows = int(said.split(" windows")[0].split()[-1])
+    assert windows > 0 and f"read once whole and in {windows} windows" in said
+    assert run(folder, "whole.json") == 0
+    assert (folder / "close.json").read_bytes() != (folder / "whole.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

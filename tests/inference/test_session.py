@@ -151,6 +151,36 @@ def test_the_nearest_examples_are_those_whose_images_are_most_alike(model, scene
         model.session(examples)
 
 
+def test_windows_read_again_what_was_found(model, scenes):
+    """Each pixel has the mean brightness of all readings that contain it."""
+    session, query = model.session([example(scenes[4])]), scenes[4].image
+    whole = session.draw(query)
+    found = session.draw(query, windows=True)
+    boxes = [(x, y, x + 64, y + 64) for y in (0, 32, 64) for x in (0, 32, 64)]
+    boxes = [box for box in boxes if np.asarray(whole.mask_HW)[cut(box)].mean() >= 0.01]
+    assert found.windows == len(boxes) > 0 == whole.windows
+    total_HW, count_HW = whole.brightness_HW.copy(), np.ones((128, 128))
+    for box in boxes:
+        total_HW[cut(box)] += session.draw(query.crop(box)).brightness_HW
+        count_HW[cut(box)] += 1
+    np.testing.assert_allclose(found.brightness_HW, total_HW / count_HW, atol=1e-4)
+    assert (found.mask_HW != whole.mask_HW).any()
+    one_shot = model.segment([example(scenes[4])], query, windows=True)
+    np.testing.assert_array_equal(one_shot, found.mask_HW)
+    empty = scenes[0].image  # Nothing of it is found: there are no windows.
+    np.testing.assert_array_equal(
+        *(session.draw(empty, windows=each).brightness_HW for each in (False, True))
+    )
+    by_class = model.session({"a": [example(scenes[4])], "b": [example(scenes[1])]})
+    labels = by_class.segment([query, empty], windows=True)
+    assert [each.shape for each in labels] == [(128, 128), (128, 160)] and labels[0].any()
+
+
+def cut(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
+    left, top, right, bottom = box
+    return slice(top, bottom), slice(left, right)
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
