@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,16 +318,18 @@ def find(
     examples: Sequence[Example],
     paths: Sequence[str] | None,
     category: str = "",
+    closer: bool = False,
 ) -> Iterator[Found | InputError]:
     """The results of the photographs, in their order. A photograph that cannot be read is an
-    InputError among the results. Raises InputError if the model cannot use these examples.
+    InputError among the results. closer: whether masks are read again in windows, see
+    `Session.segment`. Raises InputError if the model cannot use these examples.
     """
     queries = check_queries(paths)
     if not examples and not model.format.class_prompt:
         raise InputError("There is no example yet: show one first.")
     session = model.session([example.pair for example in examples], category.strip() or None)
     captions = bool(examples) and examples[0].region is not None
-    answer = session.caption if captions else session.draw
+    answer = session.caption if captions else partial(session.draw, windows=closer)
     for start in range(0, len(queries), BATCH):
         batch = queries[start : start + BATCH]
         opened = [_open_or_error(path) for path in batch]

@@ -111,6 +111,15 @@ def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
     assert max(ious) > 0.5
 
 
+def test_a_closer_look_is_that_of_a_session(demo, scenes, example):
+    folder, _ = scenes
+    path = str(folder / "2.png")
+    (found,) = work.find(demo, (example,), [path], closer=True)
+    truth = demo.session([example.pair]).draw(path, windows=True)
+    assert found.drawn.windows == truth.windows
+    assert (found.drawn.mask_HW == truth.mask_HW).all()
+
+
 def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     demo, scenes, example, tmp_path
 ):
