@@ -2,6 +2,7 @@
 #
 #   docker build -t icl-moe .                              PyTorch's CPU build
 #   docker build -t icl-moe --build-arg TORCH=cu130 .      its CUDA 13.0 build; run with --gpus all --shm-size 8g
+#   docker build -t icl-moe --build-arg EXTRAS=web .       with an extra of pyproject.toml; docs/web.md runs the page
 #   docker run --rm icl-moe icl-moe demo                   a smoke test
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
@@ -27,6 +28,10 @@ RUN mkdir icl_moe preprocessing \
     && touch icl_moe/__init__.py preprocessing/__init__.py \
     && make setup TORCH_INDEX="${TORCH:+https://download.pytorch.org/whl/${TORCH}}"
 COPY --chown=icl . .
+
+# Extras are installed without constraints.txt: Gradio needs an older Pillow than the one there.
+ARG EXTRAS=
+RUN if [ -n "${EXTRAS}" ]; then .venv/bin/python -m pip install --editable ".[${EXTRAS}]"; fi
 
 # tini passes signals to the whole process group, so that `docker stop` reaches every process of a run.
 ENTRYPOINT ["tini", "-g", "--"]

@@ -17,6 +17,7 @@ from PIL import Image
 from icl_moe.errors import InputError
 from icl_moe.pages import render
 from icl_moe.pictures import BOX_COLOUR, boxed
+from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk
 
 SIDE = 720
@@ -31,12 +32,18 @@ UNSURE = 0.7
 probability: the confidence is not calibrated.
 """
 
-_CONFIDENCE_COLOURS = np.array(
-    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64
-)
-"""Five colours of the map viridis, from unsure (0.5) to sure (1); it is readable by people who do
-not see all colours, and in grey.
-"""
+
+def _confidence_colours() -> np.ndarray:
+    """32 colours of the map viridis, from unsure (0.5) to sure (1), with opacity. It is readable by
+    people who do not see all colours, and in grey.
+    """
+    five = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+    places = np.linspace(0, 4, 32)
+    colours = [np.interp(places, range(5), five[:, channel]) for channel in range(3)]
+    return np.stack([*colours, np.full(32, 190.0)], axis=1).round().astype(np.uint8)
+
+
+_CONFIDENCE_COLOURS = _confidence_colours()
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,14 @@ def card_of(found: Found) -> Card:
     assert found.drawn is not None
     mask_HW, share = found.drawn.mask_HW, float(found.drawn.mask_HW.mean())
     small = found.drawn.resized(photo.height, photo.width)
-    confidence_HW = small.confidence_HW
     area = f"{share:.1%} marked" if mask_HW.any() else "nothing found"
     return Card(
         found.name,
         shown,
         f"{found.name}: {area}{_where(mask_HW)}",
-        mask=_png_url(_tinted(small.mask_HW)),
-        rest=_png_url(_dimmed(small.mask_HW)),
-        confidence="" if confidence_HW is None else _png_url(_coloured(confidence_HW)),
+        mask=_layer_url(_tinted(small.mask_HW), _TINT),
+        rest=_layer_url(small.mask_HW.astype(np.uint8), _VEIL),
+        confidence=_confidence_url(found.drawn, *photo.size),
         area=area,
         sure=found.drawn.score(),
         download=_url(png(mask_HW), "image/png"),
@@ -157,7 +163,7 @@ def _shown_example(example: Example) -> Image.Image:
     picture = shrunk(example.picture, THUMBNAIL)
     if example.mask_HW is not None:
         mask = Image.fromarray(example.mask_HW.astype(np.uint8) * 255).resize(picture.size)
-        layer = _tinted(np.asarray(mask) >= 128)
+        layer = Image.fromarray(_TINT[_tinted(np.asarray(mask) >= 128)])
         return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
     if example.region is not None and example.region.box is not None:
         return boxed(picture, example.region.box_in(example.picture.size, example.name))
@@ -179,13 +185,18 @@ def _where(mask_HW: np.ndarray) -> str:
     return f", in the box from ({x}, {y}) to ({x + width}, {y + height}) pixels"
 
 
-def _tinted(mask_HW: np.ndarray) -> Image.Image:
-    """A light tint on the mask with a white outline, and a light veil over the rest."""
-    layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
-    layer_HW4[...] = (12, 14, 18, 70)
-    layer_HW4[mask_HW] = (*MASK_COLOUR, 70)
-    layer_HW4[mask_HW & ~_inner(mask_HW, 2)] = (255, 255, 255, 240)
-    return Image.fromarray(layer_HW4)
+_TINT = np.array([(12, 14, 18, 70), (*MASK_COLOUR, 70), (255, 255, 255, 240)], dtype=np.uint8)
+"""A light veil over the rest, a light tint on the mask, and its white outline; red, green, blue and
+opacity.
+"""
+
+_VEIL = np.array([(12, 14, 18, 225), (0, 0, 0, 0)], dtype=np.uint8)
+"""A dark veil over everything outside of the mask."""
+
+
+def _tinted(mask_HW: np.ndarray) -> np.ndarray:
+    """For each pixel its number in `_TINT`, uint8."""
+    return mask_HW.astype(np.uint8) + (mask_HW & ~_inner(mask_HW, 2))
 
 
 def _inner(mask_HW: np.ndarray, pixels: int) -> np.ndarray:
@@ -196,24 +207,23 @@ def _inner(mask_HW: np.ndarray, pixels: int) -> np.ndarray:
     return mask_HW
 
 
-def _dimmed(mask_HW: np.ndarray) -> Image.Image:
-    """A dark veil over everything outside of the mask."""
-    layer_HW4 = np.zeros((*mask_HW.shape, 4), dtype=np.uint8)
-    layer_HW4[~mask_HW] = (12, 14, 18, 225)
-    return Image.fromarray(layer_HW4)
+def _confidence_url(drawn: DrawnMask, width: int, height: int) -> str:
+    """The confidence in colours, to lay over the photograph; empty if there is none."""
+    confidence_HW = drawn.resized(max(1, height // 2), max(1, width // 2)).confidence_HW
+    if confidence_HW is None:
+        return ""
+    last = len(_CONFIDENCE_COLOURS) - 1
+    numbers_HW = (np.clip(2 * confidence_HW - 1, 0, 1) * last).round().astype(np.uint8)
+    return _layer_url(numbers_HW, _CONFIDENCE_COLOURS)
 
 
-def _coloured(confidence_HW: np.ndarray) -> Image.Image:
-    """A confidence of 0.5 to 1 in colours, laid over the photograph."""
-    place_HW = np.clip(2 * confidence_HW - 1, 0, 1) * (len(_CONFIDENCE_COLOURS) - 1)
-    low_HW = np.minimum(place_HW.astype(int), len(_CONFIDENCE_COLOURS) - 2)
-    rest_HW1 = (place_HW - low_HW)[..., None]
-    colours_HW3 = (
-        _CONFIDENCE_COLOURS[low_HW] * (1 - rest_HW1) + _CONFIDENCE_COLOURS[low_HW + 1] * rest_HW1
-    )
-    alpha_HW1 = np.full((*confidence_HW.shape, 1), 190.0)
-    layer_HW4 = np.concatenate([colours_HW3, alpha_HW1], axis=2).round().astype(np.uint8)
-    return Image.fromarray(layer_HW4)
+def _layer_url(numbers_HW: np.ndarray, colours_K4: np.ndarray) -> str:
+    """A picture of few colours with opacity, as a PNG with a palette, which is small."""
+    layer = Image.fromarray(numbers_HW)
+    layer.putpalette(colours_K4[:, :3].tobytes())
+    content = io.BytesIO()
+    layer.save(content, "PNG", optimize=True, transparency=colours_K4[:, 3].tobytes())
+    return _url(content.getvalue(), "image/png")
 
 
 def _in_percent(
@@ -235,13 +245,6 @@ def _jpeg_url(picture: Image.Image) -> str:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=85)
     return _url(content.getvalue(), "image/jpeg")
-
-
-def _png_url(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    # Layers have few colours, except for the confidence's.
-    picture.save(content, "PNG", compress_level=6)
-    return _url(content.getvalue(), "image/png")
 
 
 def _url(content: bytes, kind: str) -> str:

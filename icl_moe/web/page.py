@@ -83,6 +83,10 @@ class _Tab:
                 )
                 if not self.captions:
                     self.category = self._category()
+                    self.closer = gr.Checkbox(
+                        label="Look again from closer up, for small objects (up to ten times "
+                        "slower)"
+                    )
                 verb = "Caption them" if self.captions else "Find it in all of them"
                 with gr.Row():
                     self.run = gr.Button(verb, variant="primary", scale=4, min_width=200)
@@ -151,7 +155,7 @@ class _Tab:
         )
         running = self.run.click(
             self.search,
-            [self.examples, self.queries, self.category],
+            [self.examples, self.queries, self.category, *([] if self.captions else [self.closer])],
             [self.results],
             api_name=f"find_{kind}s",
             concurrency_id="model",
@@ -185,19 +189,23 @@ class _Tab:
         return fewer, cards.examples_page(fewer)
 
     def search(
-        self, examples: Sequence[Example], paths: list[str] | None, category: str
+        self,
+        examples: Sequence[Example],
+        paths: list[str] | None,
+        category: str,
+        closer: bool = False,
     ) -> Iterator[str]:
         """The HTML of the results, again after every few photographs."""
         kept, done = work.Kept((category or "").strip() or "object"), []
+        total = len(paths or ())
         try:
-            for batch in work.find(self.model, examples, paths, category if self.named else ""):
-                for each in batch:
-                    if isinstance(each, InputError):
-                        done.append(each)
-                        continue
+            name = category if self.named else ""
+            for each in work.find(self.model, examples, paths, name, closer):
+                if isinstance(each, work.Found):
                     kept.add(each)
-                    done.append(cards.card_of(each))
-                yield cards.results_page(done, kept, len(paths or ()), self.captions)
+                done.append(cards.card_of(each) if isinstance(each, work.Found) else each)
+                if len(done) % work.BATCH == 0 or len(done) == total:
+                    yield cards.results_page(done, kept, total, self.captions)
         except InputError as error:
             yield cards.message(str(error))
 

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,25 +318,28 @@ def find(
     examples: Sequence[Example],
     paths: Sequence[str] | None,
     category: str = "",
-) -> Iterator[list[Found | InputError]]:
-    """The results of the photographs, in their order, in lists of at most `BATCH`. A photograph
-    that cannot be read is an InputError among the results. Raises InputError if the model cannot
-    use these examples.
+    closer: bool = False,
+) -> Iterator[Found | InputError]:
+    """The results of the photographs, in their order. A photograph that cannot be read is an
+    InputError among the results. closer: whether masks are read again in windows, see
+    `Session.segment`. Raises InputError if the model cannot use these examples.
     """
     queries = check_queries(paths)
     if not examples and not model.format.class_prompt:
         raise InputError("There is no example yet: show one first.")
     session = model.session([example.pair for example in examples], category.strip() or None)
     captions = bool(examples) and examples[0].region is not None
-    answer = session.caption if captions else session.draw
+    answer = session.caption if captions else partial(session.draw, windows=closer)
     for start in range(0, len(queries), BATCH):
-        opened = [_open_or_error(path) for path in queries[start : start + BATCH]]
-        pictures = [each for each in opened if isinstance(each, Image.Image)]
-        answers = iter(answer(pictures) if pictures else [])
-        yield [
-            _found(_file_name(path), each, next(answers)) if isinstance(each, Image.Image) else each
-            for path, each in zip(queries[start:], opened, strict=False)
-        ]
+        batch = queries[start : start + BATCH]
+        opened = [_open_or_error(path) for path in batch]
+        # As an iterator: masks in the photographs' own sizes are then there one at a time.
+        answers = answer(iter([each for each in opened if isinstance(each, Image.Image)]))
+        for path, each in zip(batch, opened, strict=True):
+            if isinstance(each, InputError):
+                yield each
+            else:
+                yield _found(_file_name(path), each, next(answers))
 
 
 def _found(name: str, picture: Image.Image, answer: Any) -> Found:

@@ -1,10 +1,6 @@
-import io
-
-import numpy as np
 import pytest
 import toy_export
 import toy_tokenizer
-from PIL import Image
 
 from icl_moe import InContextModel
 from icl_moe.settings import load_recipe
@@ -50,9 +46,3 @@ def scenes(tmp_path_factory):
             masks.append(meant[0])
     assert len(masks) == 5
     return folder, masks
-
-
-def png_of(levels: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(levels).save(content, "PNG")
-    return content.getvalue()

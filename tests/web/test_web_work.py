@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from web.conftest import png_of
 
 from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle
 from icl_moe.web import cards, work
+
+
+def png_of(levels: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    return content.getvalue()
 
 
 def url(levels):
@@ -92,7 +97,7 @@ def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     bad = [str(tmp_path / "huge.png"), str(tmp_path / "moving.gif"), str(tmp_path / "gone.png")]
     paths = [bad[0], *(str(folder / f"{n}.png") for n in range(1, 5)), *bad[1:]]
-    results = [each for batch in work.find(demo, (example,), paths) for each in batch]
+    results = list(work.find(demo, (example,), paths))
     errors = [str(each) for each in results if isinstance(each, InputError)]
     assert "huge.png has 100 million pixels" in errors[0]
     assert "moving.gif is animated" in errors[1] and "gone.png does not exist" in errors[2]
@@ -106,6 +111,15 @@ def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
     assert max(ious) > 0.5
 
 
+def test_a_closer_look_is_that_of_a_session(demo, scenes, example):
+    folder, _ = scenes
+    path = str(folder / "2.png")
+    (found,) = work.find(demo, (example,), [path], closer=True)
+    truth = demo.session([example.pair]).draw(path, windows=True)
+    assert found.drawn.windows == truth.windows
+    assert (found.drawn.mask_HW == truth.mask_HW).all()
+
+
 def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     demo, scenes, example, tmp_path
 ):
@@ -115,7 +129,7 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     twin.write_bytes((folder / "2.png").read_bytes())
     paths = [str(folder / "1.png"), str(twin)]
     kept = work.Kept("gear")
-    found = [each for batch in work.find(demo, (example,), paths) for each in batch]
+    found = list(work.find(demo, (example,), paths))
     for each in found:
         kept.add(each)
     archive = zipfile.ZipFile(io.BytesIO(kept.masks_zip()))
@@ -145,7 +159,7 @@ def test_captions_come_with_the_box_in_the_photograph(both_tasks, scenes):
     example = work.marked_example(text, "a thing", "star" if category else "")
     assert example.region.box == (10, 20, 60, 50)
     path = str(folder / "1.png")
-    ((found,),) = work.find(both_tasks, (example,), [path], "star" if category else "")
+    (found,) = work.find(both_tasks, (example,), [path], "star" if category else "")
     single = both_tasks.caption([example.pair], path, "star" if category else None)
     assert found.region == single
     kept = work.Kept()
@@ -197,7 +211,7 @@ def test_names_and_captions_cannot_write_html(demo, scenes, example):
 
 def test_a_large_photograph_is_shown_small_and_its_mask_has_its_size(demo, example, tmp_path):
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "wide.png")
-    ((found,),) = work.find(demo, (example,), [str(tmp_path / "wide.png")])
+    (found,) = work.find(demo, (example,), [str(tmp_path / "wide.png")])
     card = cards.card_of(found)
     photo = Image.open(io.BytesIO(base64.b64decode(card.photo.partition(",")[2])))
     mask = Image.open(io.BytesIO(base64.b64decode(card.download.partition(",")[2])))
