@@ -657,6 +657,23 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _episodes(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import writing
+    from preprocessing.standards import Request, make_episodes
+
+    made = make_episodes(Request(options.name, options.data, options.shots, options.fold))
+    name = options.name if options.shots == 1 else f"{options.name}_{options.shots}shot"
+    path = options.out / f"{name}{'' if options.fold is None else f'_fold{options.fold}'}.jsonl"
+    with writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        digest = made.file.write(path)
+    for note in made.notes:
+        print(note)
+    count, classes = len(made.file.episodes), len(made.file.classes)
+    print(f"{path}: {count} episodes of {classes} classes, sha256 {digest}")
+    return 0
+
+
 def _tokenizer_train(options: argparse.Namespace) -> int:
     from icl_moe.settings import load_recipe
     from preprocessing.tokenizers.recipe import TokenizerRecipe
@@ -1004,23 +1021,6 @@ def _label(options: argparse.Namespace) -> int:
     skipped = f"; {count.unread} files cannot be read and were left out" if count.unread else ""
     cost = f", read once whole and in {count.windows} windows" if options.windows else ""
     print(f"{out}: {count.instances} instances in {count.images} images{cost}{skipped}")
-    return 0
-
-
-def _episodes(options: argparse.Namespace) -> int:
-    from icl_moe.outputs import writing
-    from preprocessing.standards import Request, make_episodes
-
-    made = make_episodes(Request(options.name, options.data, options.shots, options.fold))
-    name = options.name if options.shots == 1 else f"{options.name}_{options.shots}shot"
-    path = options.out / f"{name}{'' if options.fold is None else f'_fold{options.fold}'}.jsonl"
-    with writing(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-        digest = made.file.write(path)
-    for note in made.notes:
-        print(note)
-    count, classes = len(made.file.episodes), len(made.file.classes)
-    print(f"{path}: {count} episodes of {classes} classes, sha256 {digest}")
     return 0
 
 

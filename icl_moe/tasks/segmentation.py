@@ -279,10 +279,6 @@ class Segmentation(Task):
         return cells, ""
 
 
-def _mask(output: Output) -> np.ndarray:
-    return decode_rle(output["mask"])
-
-
 def _counted(output: Output, truth: Truth) -> np.ndarray:
     """An output's mask without the pixels that do not count."""
     ignored = truth.meta.get("ignored")
@@ -295,3 +291,7 @@ def _standard(truths: Sequence[Truth]) -> Standard | None:
     if len(names) != 1 or None in names:
         return None
     return Standard(str(names.pop()), tuple(int(truth.meta["fold"]) for truth in truths))
+
+
+def _mask(output: Output) -> np.ndarray:
+    return decode_rle(output["mask"])
