@@ -46,7 +46,7 @@ def predict_masks(
     if not shots:
         raise InputError("SegGPT needs examples: --shots must be at least 1.")
     model = _load(weights or PUBLISHED).eval()
-    model.to(find_device(device))  # type: ignore[arg-type]
+    model.to(find_device(device))
     photographs = Photographs(shards, episodes.task.name, images)
     outputs = []
     for index in tqdm(range(len(episodes)), "SegGPT", unit="episode"):
