@@ -23,7 +23,22 @@ from icl_moe.training.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
-VERBS = ("shards", "tokenizer", "train", "export", "evaluate", "segment", "caption", "web", "demo")
+VERBS = (
+    "shards",
+    "episodes",
+    "tokenizer",
+    "train",
+    "export",
+    "evaluate",
+    "predictions",
+    "compare",
+    "segment",
+    "caption",
+    "label",
+    "web",
+    "demo",
+    "reproduce",
+)
 
 
 @pytest.fixture(scope="module")

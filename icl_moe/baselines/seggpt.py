@@ -45,7 +45,8 @@ def predict_masks(
     """
     if not shots:
         raise InputError("SegGPT needs examples: --shots must be at least 1.")
-    model = _load(weights or PUBLISHED).to(find_device(device)).eval()
+    model = _load(weights or PUBLISHED).eval()
+    model.to(find_device(device))
     photographs = Photographs(shards, episodes.task.name, images)
     outputs = []
     for index in tqdm(range(len(episodes)), "SegGPT", unit="episode"):
@@ -102,8 +103,9 @@ def _load(weights: str) -> SegGptForImageSegmentation:
 
 def _size(model: SegGptForImageSegmentation) -> tuple[int, int]:
     """Height and width of one picture; SegGPT's input is two of them, one above the other."""
-    height, width = model.config.image_size
-    return height // 2, width
+    size = model.config.image_size
+    assert not isinstance(size, int), "SegGPT's configuration has a height and a width"
+    return size[0] // 2, size[1]
 
 
 def _resized(values_HW: Tensor, size: int) -> np.ndarray:

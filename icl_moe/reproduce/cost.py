@@ -134,15 +134,15 @@ def format_of(run: Run, recipe: TrainingRecipe) -> tuple[SequenceFormat, int]:
 def _shares(run: Run, recipe: TrainingRecipe) -> dict[str, float]:
     """The share of each task in the episodes that a run trains on."""
     left = {
-        task: count
+        task: float(count)
         for task, count in EPISODES.items()
         if f"{task}=null" not in run.trained.settings
     }
     weights = recipe.training.task_weights
     if weights is not None:
-        left = {task: weights[task] for task in left if task in weights}  # type: ignore[misc]
+        left = {task: weights[task] for task in left if task in weights}
     elif recipe.training.sampling == "unmixed":
-        left = {task: count**0.5 for task, count in left.items()}  # type: ignore[misc]
+        left = {task: count**0.5 for task, count in left.items()}
     return {task: count / sum(left.values()) for task, count in left.items()}
 
 

@@ -200,7 +200,7 @@ def _paper(recipe: str, data: str, *settings: str) -> _Base:
 
 
 def _table1(scale: Scale) -> PaperTable:
-    one = ("captioning=null",)
+    one: tuple[str, ...] = ("captioning=null",)
     if scale == "demo":
         # Only scenes of this world are larger than the image that is shown, so that objects may be
         # small, and the part that is shown may be chosen.
@@ -306,10 +306,11 @@ def _table4(scale: Scale) -> PaperTable:
 
 
 def _table6(scale: Scale) -> PaperTable:
+    alone: tuple[str, ...]
     if scale == "demo":
         base = _demo(300, "training.loss_on=all", "training.task_weights=null", evaluation=_PLAIN)
-        data, data_name = ("segmentation=null", "examples=3"), "captions_three"
-        alone: tuple[str, ...] = ()
+        data: tuple[str, ...] = ("segmentation=null", "examples=3")
+        data_name, alone = "captions_three", ()
     else:
         base = _paper("paper_256", "coco_vg_256", *_SINGLE_TASK)
         data, data_name = (), _both(scale)
