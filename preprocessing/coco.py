@@ -392,16 +392,14 @@ class _OfImage:
 
 def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
     """Check polygons: pycocotools accepts any numbers, and for some of them uses all memory."""
-    if not isinstance(polygon, list) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in polygon
-    ):
+    if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
         raise InputError(f"{where} has a segmentation that is not lists of numbers.")
     if len(polygon) % 2:
         raise InputError(
             f"{where} has a polygon of {len(polygon)} numbers; it must be pairs of x and y."
         )
     reach = 2 * max(image.width, image.height)
-    if not all(-reach <= value <= reach for value in polygon):  # also false for NaN
+    if not _is_within(polygon, reach):
         raise InputError(
             f"{where} has a polygon far outside its image of {image.width} x {image.height} pixels."
         )
@@ -413,6 +411,14 @@ def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
                 f"{where} has a polygon whose outline is {length:.0f} pixels long, too long for an "
                 "object."
             )
+
+
+def _is_within(values: list[float], reach: int) -> bool:
+    """Whether no value is farther from 0 than `reach`; not so for NaN."""
+    try:
+        return bool((np.abs(np.array(values, dtype=np.float64)) <= reach).all())
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> dict[str, Any]:

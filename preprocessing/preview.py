@@ -1,21 +1,31 @@
 """`icl-moe shards preview`: a page of samples as the model sees them, decoded from tokens."""
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from icl_moe.data.shards import Sample, ShardSet
+from icl_moe.data.location import MANIFEST_FILE
+from icl_moe.data.shards import Manifest, Sample, ShardSet
 from icl_moe.devices import Device, find_device
+from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
-from icl_moe.images import to_image
+from icl_moe.images import crop_and_resize, load_image, to_image
 from icl_moe.outputs import output_file, write_output
 from icl_moe.pages import render
+from icl_moe.pictures import Cell
 from icl_moe.sequence import SequenceCodec
+from icl_moe.settings import from_dict
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
+from preprocessing.image_check import check_inside
+from preprocessing.recipe import DataRecipe
+from preprocessing.records import is_inside
 from preprocessing.verify import open_codec
 
 SAMPLES_PER_TASK = 12
@@ -30,17 +40,31 @@ def write_preview(location: str | Path, out: Path, device: Device | None = None)
     place = find_device(device)
     shards = ShardSet(location)
     codec = open_codec(shards)
-    reader = _CodeReader(shards, place)
+    reader, photographs = _CodeReader(shards, place), _Photographs(shards)
     tasks = []
     for task, count in shards.manifest.samples.items():
         places = np.linspace(0, count - 1, SAMPLES_PER_TASK)
         numbers = np.unique(places.astype(int)).tolist()
         episodes = [
-            _episode(shards.sample(task, number), codec, reader)
+            _episode(shards.sample(task, number), codec, reader, photographs)
             for number in tqdm(numbers, desc=f"drawing {task}", unit="sample")
         ]
         tasks.append((task, episodes))
-    write_output(out, render("preview.html.j2", title=Path(shards.location).name, tasks=tasks))
+    title = Path(shards.location).name
+    page = render("preview.html.j2", title=title, tasks=tasks, summary=_summary(shards.manifest))
+    write_output(out, page)
+
+
+def _summary(manifest: Manifest) -> list[tuple[str, str]]:
+    """The figures at the top of the page: each a number and what it counts."""
+    classes = {name for of_task in manifest.classes.values() for name in of_task}
+    return [
+        *((f"{count:,}", f"samples of {task}") for task, count in manifest.samples.items()),
+        (f"{len(classes):,}", "classes"),
+        (f"{manifest.examples}", "examples in each"),
+        (f"{manifest.image_size}", "pixels a side"),
+        (f"{manifest.format.codes_per_image}", "tokens an image"),
+    ]
 
 
 class _CodeReader:
@@ -64,7 +88,39 @@ class _CodeReader:
         return torch.from_numpy(codes_BN).to(self._device)
 
 
-def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[str, Any]:
+class _Photographs:
+    """The images that samples were made from, where they are still on this machine."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._recipe = from_dict(DataRecipe, shards.manifest.recipe, MANIFEST_FILE)
+        self._made = Path(shards.location)
+        self._size = shards.manifest.image_size
+
+    def show(self, task: str, source: Mapping[str, Any]) -> Image.Image | None:
+        """The part of an image that a pair shows; None if the image is gone."""
+        for folder in self._folders(task, made="provenance" in source):
+            if not is_inside(source["image"]):
+                continue
+            with contextlib.suppress(InputError):
+                check_inside(folder, folder / source["image"])
+                image, box = load_image(folder / source["image"]), source["crop"]
+                if box[2] <= image.width and box[3] <= image.height:
+                    return crop_and_resize(image, tuple(box), self._size)
+        return None
+
+    def _folders(self, task: str, made: bool) -> list[Path]:
+        section = {"segmentation": self._recipe.segmentation, "captioning": self._recipe.captioning}
+        settings = section.get(task)
+        if made:
+            return [self._made / "composed/images"]
+        if settings is None or settings.images is None:
+            return [self._made / "synthetic/images"]
+        return [Path(settings.images), Path(getattr(settings, "examples_images", None) or ".")]
+
+
+def _episode(
+    sample: Sample, codec: SequenceCodec, reader: _CodeReader, photographs: _Photographs
+) -> dict[str, Any]:
     """The values that the template shows for a sample."""
     task, meta = TASKS[sample.task], sample.meta
     pairs = codec.decode(sample.sequence, task).pairs
@@ -73,7 +129,15 @@ def _episode(sample: Sample, codec: SequenceCodec, reader: _CodeReader) -> dict[
     for number, pair in enumerate(pairs):
         image = to_image(reader.show(pair.image[None])[0])
         cells, words = task.preview(truth, number, image, reader)
-        source, scale = meta["sources"][number]["image"], meta["scale"][number]
-        lines = [*([words] if words else []), f"{source}, object / crop {scale:.3f}"]
+        source, scale = meta["sources"][number], meta["scale"][number]
+        photograph = photographs.show(sample.task, source)
+        if photograph is not None:
+            shown_here = task.show(photograph, task.true_output(truth, number))
+            cells = [Cell("source", shown_here), *cells]
+        lines = [
+            *([words] if words else []),
+            f"{source['image']}, object {scale:.1%} of the picture",
+        ]
         shown.append({"cells": cells, "words": "\n".join(lines)})
-    return {"category": sample.category, "key": sample.key, "pairs": shown}
+    style = str(meta.get("style", ""))
+    return {"category": sample.category, "key": sample.key, "style": style, "pairs": shown}

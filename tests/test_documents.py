@@ -248,6 +248,14 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.save(folder / f"{name}.jpg")
     for name in ("dog_mask", "dog1_mask", "mask"):
         Image.fromarray(mask).save(folder / f"{name}.png")
+    for name in ("train", "val"):
+        (folder / "shards" / name).symlink_to(shards)
+    own = folder / "animals/val"
+    (own / "images").mkdir(parents=True)
+    (own / "masks/zebra").mkdir(parents=True)
+    for name in ("000000020059", "000000104455"):
+        picture.save(own / f"images/{name}.jpg")
+        Image.fromarray(mask).save(own / f"masks/zebra/{name}.png")
     (folder / "dog1.json").write_text(
         '{"caption": "a dog on grass", "category": "dog", "box": [40, 60, 200, 120]}'
     )
@@ -312,7 +320,8 @@ def test_a_cheap_command_does_what_the_page_says(
     command: Command, line: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(line)
-    there = {"MODEL": "exported", "DIR": "shards/paper_256", "cuda": "cpu"}
+    there = {"MODEL": "exported", "DIR": "shards/paper_256", "cuda": "cpu", "N": "2"}
+    there["photographs"] = "exported"
     assert main([there.get(word, word) for word in command.words[1:]]) == 0
 
 

@@ -91,6 +91,14 @@ def mutate_json(content: bytes, rng: np.random.Generator) -> bytes:
     return json.dumps(mutate_values(json.loads(content), rng)).encode()
 
 
+def mutate_lines(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file of lines of JSON with other values, or other bytes."""
+    if rng.random() < 0.3:
+        return mutate_bytes(content, rng)
+    lines = mutate_values([json.loads(line) for line in content.splitlines()], rng)
+    return "\n".join(map(json.dumps, lines if isinstance(lines, list) else [lines])).encode()
+
+
 def mutate_yaml(content: bytes, rng: np.random.Generator) -> bytes:
     """A YAML file with other values, or other bytes."""
     if rng.random() < 0.3:
@@ -113,7 +121,7 @@ def _kin(value: Any, rng: np.random.Generator) -> Any:
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int | float):
-        return rng.choice([value + 1, -value, value * 1000, value + 0.5]).item()
+        return [value + 1, -value, value * 1000, value + 0.5][rng.integers(4)]
     if isinstance(value, str):
         return value.upper() if rng.random() < 0.5 else value[:-1]
     return [value] if rng.random() < 0.5 else str(value)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz.mutations import mutate_bytes, mutate_json, mutate_yaml
+from fuzz.mutations import mutate_bytes, mutate_json, mutate_lines, mutate_yaml
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
@@ -26,7 +26,11 @@ from icl_moe.settings import load_recipe
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.coco import load_instances, read_segmentation
 from preprocessing.coco_captions import read_captioning as read_coco_captions
+from preprocessing.folder import read_segmentation as read_folder
 from preprocessing.image_check import ImageCheck
+from preprocessing.jsonl import read_captioning as read_captioned_lines
+from preprocessing.jsonl import read_segmentation as read_masked_lines
+from preprocessing.lvis import read_segmentation as read_lvis
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
 from preprocessing.tokenizers.recipe import TokenizerRecipe
@@ -81,6 +85,33 @@ def open_coco_captions(folder: Path) -> None:
     assert not lost or sum(pool.skipped.values()), f"{len(lost)} captions are nowhere"
 
 
+def open_lvis(folder: Path) -> None:
+    file = folder / "lvis.json"
+    source = SegmentationSource("lvis", images=str(folder / "data"), annotations=str(file))
+    pool = read_lvis(source, 64, usable(folder), workers=0)
+    check_nothing_is_lost(pool, set(load_instances(file).anns))
+
+
+def open_lines(folder: Path) -> None:
+    files = {"images": str(folder / "data/images"), "annotations": str(folder / "lines.jsonl")}
+    masks = read_masked_lines(SegmentationSource("jsonl", **files), 64, usable(folder), workers=0)
+    lines = set(range((folder / "lines.jsonl").read_bytes().count(b'"class"')))
+    check_nothing_is_lost(masks, lines)
+    captions = CaptioningSource("jsonl", min_descriptions=0, **files)
+    check_nothing_is_lost(read_captioned_lines(captions, usable(folder)), lines)
+
+
+def open_folder(names: str) -> Door:
+    def open_it(folder: Path) -> None:
+        own = folder / "own"
+        files = {"images": str(own / "images"), "masks": str(own / "masks")}
+        source = SegmentationSource("folder", **files, names=str(own / names))
+        pool = read_folder(source, 64, usable(folder), workers=0)
+        assert len(pool.regions) + sum(pool.skipped.values()) >= 2
+
+    return open_it
+
+
 def check_nothing_is_lost(pool: Pool, annotations: set[Any]) -> None:
     kept = sum(len(region.annotations) for region in pool.regions)
     left_out = len(annotations) - kept
@@ -115,6 +146,11 @@ DOORS: dict[str, tuple[str, Callable, Door, float]] = {
     ),
     "visual genome, objects": ("data/objects.json", mutate_json, open_visual_genome, 0.08),
     "visual genome, images": ("data/image_data.json", mutate_json, open_visual_genome, 0.04),
+    "lvis": ("lvis.json", mutate_json, open_lvis, 0.04),
+    "lines": ("lines.jsonl", mutate_lines, open_lines, 0.06),
+    "names": ("own/names.json", mutate_json, open_folder("names.json"), 0.06),
+    "names as text": ("own/names.txt", mutate_bytes, open_folder("names.txt"), 0.04),
+    "mask of ids": ("own/masks/a.png", mutate_bytes, open_folder("names.json"), 0.04),
     "region": ("region.json", mutate_json, lambda f: Region.load(f / "region.json"), 0.06),
     "image": ("image.jpg", mutate_bytes, lambda f: load_image(f / "image.jpg"), 0.1),
     "mask": ("mask.png", mutate_bytes, lambda f: load_mask(f / "mask.png", (64, 48)), 0.1),

@@ -157,6 +157,15 @@ def test_stats_shows_areas_codes_and_what_splits_share(built, capsys, tmp_path):
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
+def test_the_preview_shows_the_sources_while_they_are_there(built, changed, tmp_path):
+    for images in (2, 0):
+        page = tmp_path / f"{images}.html"
+        assert shards("preview", built, "--out", page) == 0
+        samples = min(12, ShardSet(built).count("segmentation")) + 12
+        assert page.read_text().count("<b>source</b>") == images * samples
+        shutil.rmtree(changed.images, ignore_errors=True)
+
+
 def test_splits_without_a_common_task_are_refused(built, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(built, other)
