@@ -9,9 +9,10 @@
     MoE / dense       a mask code by code, ours both, attribute-routed experts against dense
 
 The decoder is that of `ablation_128` (GPT-2 small's trunk, 128 pixels, 64 codes an image), or of
-`--recipe paper_256` (256 codes), with random weights. Before anything is timed, both sides write the same masks and must choose the same
-codes (a difference is accepted only where the two best logits are within rounding). All systems
-run in one process, in turns; compare the ratios. Tokenizing images is on neither side.
+`--recipe paper_256` (256 codes), with random weights. Before anything is timed, both sides write
+the same masks and must choose the same codes (a difference is accepted only where the two best
+logits are within rounding). All systems run in one process, in turns; compare the ratios.
+Tokenizing images is on neither side.
 """
 
 import argparse
