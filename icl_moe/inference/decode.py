@@ -26,7 +26,9 @@ Request = tuple[Episode, np.ndarray]
 
 
 _Row = tuple[int, ...]
-"""A token to read: its id, position, attribute class and two `links`."""
+"""A token to read: its id, position, attribute class and two `links`. Many of them are a table, an
+array (L, 5).
+"""
 
 
 class Block(NamedTuple):
@@ -112,7 +114,9 @@ def decode_batch(
         max((output.unread for output in outputs), default=0) + codec.format.codes_per_image
     )
     going = outputs
-    shared = _shared([output.rows for output in going], least=codec.format.codes_per_image)
+    shared = _shared(
+        [np.array(output.rows) for output in going], least=codec.format.codes_per_image
+    )
     if shared:
         decoder.next_logits(*_stacked([going[0].rows[:shared]], decoder.device, cache))
         cache.select(torch.zeros(len(going), dtype=torch.long))
@@ -155,8 +159,9 @@ def decode_at_once(
     corruption.
     """
     # The position of the last cell predicts no cell of the image.
-    rows = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
-    count, cache = codec.format.codes_per_image, None
+    rows = [_table(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
+    count = codec.format.codes_per_image
+    cache: SharedPast | None = None
     shared = _shared(rows, least=count, kept=count)
     if shared:
         past = KeyValueCache(shared)
@@ -168,18 +173,19 @@ def decode_at_once(
     return logits_BNK.softmax(dim=-1)
 
 
-def _shared(rows_of: Sequence[list[_Row]], least: int, kept: int = 1) -> int:
-    """The number of rows that all sequences begin with, without the last `kept` ones of each; 0 for
-    a single sequence, and below `least`, which is not worth a pass of its own.
+def _shared(rows_of: Sequence[np.ndarray], least: int, kept: int = 1) -> int:
+    """The number of rows that all tables (L, 5) begin with, without the last `kept` ones of each; 0
+    for a single table, and below `least`, which is not worth a pass of its own.
     """
     if len(rows_of) < 2:
         return 0
     most = min(map(len, rows_of)) - kept
-    first = rows_of[0]
-    for rows in rows_of[1:]:
-        if rows[:most] != first[:most]:
-            most = next(n for n in range(most) if rows[n] != first[n])
-    return most if most >= least else 0
+    if most < least:
+        return 0
+    first = rows_of[0][:most]
+    differs_L = np.any([(rows[:most] != first).any(axis=1) for rows in rows_of[1:]], axis=0)
+    equal = int(differs_L.argmax()) if differs_L.any() else most
+    return equal if equal >= least else 0
 
 
 def _codes(
@@ -311,12 +317,17 @@ class _Output:
 
 
 def _rows(sequence: TokenSequence) -> list[_Row]:
+    return [tuple(row) for row in _table(sequence).tolist()]
+
+
+def _table(sequence: TokenSequence) -> np.ndarray:
+    """The rows of a sequence, int64 (L, 5)."""
     columns = (sequence.read_L, sequence.positions_L, sequence.attributes(), *sequence.links().T)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+    return np.stack(columns, axis=1, dtype=np.int64)
 
 
 def _stacked(
-    rows_of: Sequence[list[_Row]], device: Any, cache: AttentionCache | None = None
+    rows_of: Sequence[list[_Row] | np.ndarray], device: Any, cache: AttentionCache | None = None
 ) -> Block:
     """The unread tokens of several sequences, padded on the left."""
     length = max(map(len, rows_of), default=0)
