@@ -8,10 +8,11 @@
     parallel          all codes of a mask in one pass against one code at a time, ours both
     MoE / dense       a mask code by code, ours both, attribute-routed experts against dense
 
-The decoder is that of `ablation_128` (GPT-2 small's trunk, 128 pixels, 64 codes an image) with
-random weights. Before anything is timed, both sides write the same masks and must choose the same
-codes (a difference is accepted only where the two best logits are within rounding). All systems
-run in one process, in turns; compare the ratios. Tokenizing images is on neither side.
+The decoder is that of `ablation_128` (GPT-2 small's trunk, 128 pixels, 64 codes an image), or of
+`--recipe paper_256` (256 codes), with random weights. Before anything is timed, both sides write
+the same masks and must choose the same codes (a difference is accepted only where the two best
+logits are within rounding). All systems run in one process, in turns; compare the ratios.
+Tokenizing images is on neither side.
 """
 
 import argparse
@@ -63,12 +64,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--recipe", choices=("ablation_128", "paper_256"), default="ablation_128")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns (default %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="use a toy model, to test the benchmark itself"
     )
     options = parser.parse_args()
-    setting = Setting.of("ablation_128", "cpu", torch.float32, TOY if options.quick else ())
+    setting = Setting.of(options.recipe, "cpu", torch.float32, TOY if options.quick else ())
     figures: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

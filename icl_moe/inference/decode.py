@@ -35,7 +35,9 @@ class Written(NamedTuple):
 
 
 _Row = tuple[int, ...]
-"""A token to read: its id, position, attribute class and two `links`."""
+"""A token to read: its id, position, attribute class and two `links`. Many of them are a table, an
+array (L, 5).
+"""
 
 
 class Block(NamedTuple):
@@ -128,7 +130,9 @@ def decode_batch(
             output.write(token)
     codes = codec.format.codes_per_image
     pasts = [past for groups in read for past in groups] if read else None
-    pasts = pasts or _read_shared(decoder, [output.rows for output in outputs], least=codes)
+    pasts = pasts or _read_shared(
+        decoder, [np.array(output.rows) for output in outputs], least=codes
+    )
     for output, past in zip(outputs, pasts or (), strict=False):
         output.skip(past.length)
     room = max((output.unread for output in outputs), default=0) + codes
@@ -210,7 +214,7 @@ def read_examples(
     queries that follow them; of each of the groups of `decode_at_once`.
     """
     return [
-        _read(decoder, _rows(codec.encode(group).unpadded()))
+        _read(decoder, _table(codec.encode(group).unpadded()))
         for group in in_groups(episode, together)
     ]
 
@@ -223,7 +227,7 @@ def _pass(
 ) -> torch.Tensor:
     """The probabilities_BNK of one forward pass; see `decode_at_once`."""
     # The position of the last cell predicts no cell of the image.
-    rows_of = [_rows(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
+    rows_of = [_table(codec.encode_hidden(*request).unpadded())[:-1] for request in requests]
     count, cache = codec.format.codes_per_image, None
     read = read or _read_shared(decoder, rows_of, least=count, kept=count)
     if read:
@@ -238,23 +242,22 @@ def _pass(
 
 
 def _read_shared(
-    decoder: Decoder, rows_of: Sequence[list[_Row]], least: int, kept: int = 1
+    decoder: Decoder, rows_of: Sequence[np.ndarray], least: int, kept: int = 1
 ) -> list[KeyValueCache] | None:
-    """What the decoder keeps of the rows that all sequences begin with, for each of them the same,
-    without the last `kept` rows of each. None for a single sequence, and for fewer rows than
+    """What the decoder keeps of the rows that all tables (L, 5) begin with, for each of them the
+    same, without the last `kept` rows of each. None for a single table, and for fewer rows than
     `least`, which are not worth a pass of their own.
     """
-    if len(rows_of) < 2:
+    most = min(map(len, rows_of), default=0) - kept
+    if len(rows_of) < 2 or most < least:
         return None
-    most = min(map(len, rows_of)) - kept
-    first = rows_of[0]
-    for rows in rows_of[1:]:
-        if rows[:most] != first[:most]:
-            most = next(n for n in range(most) if rows[n] != first[n])
-    return [_read(decoder, first[:most])] * len(rows_of) if most >= least else None
+    first = rows_of[0][:most]
+    differs_L = np.any([(rows[:most] != first).any(axis=1) for rows in rows_of[1:]], axis=0)
+    equal = int(differs_L.argmax()) if differs_L.any() else most
+    return [_read(decoder, first[:equal])] * len(rows_of) if equal >= least else None
 
 
-def _read(decoder: Decoder, rows: list[_Row]) -> KeyValueCache:
+def _read(decoder: Decoder, rows: np.ndarray) -> KeyValueCache:
     cache = KeyValueCache(len(rows))
     decoder.next_logits(*_stacked([rows], decoder.device, cache))
     return cache
@@ -400,12 +403,17 @@ class _Output:
 
 
 def _rows(sequence: TokenSequence) -> list[_Row]:
+    return [tuple(row) for row in _table(sequence).tolist()]
+
+
+def _table(sequence: TokenSequence) -> np.ndarray:
+    """The rows of a sequence, int64 (L, 5)."""
     columns = (sequence.read_L, sequence.positions_L, sequence.attributes(), *sequence.links().T)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+    return np.stack(columns, axis=1, dtype=np.int64)
 
 
 def _stacked(
-    rows_of: Sequence[list[_Row]], device: Any, cache: AttentionCache | None = None
+    rows_of: Sequence[list[_Row] | np.ndarray], device: Any, cache: AttentionCache | None = None
 ) -> Block:
     """The unread tokens of several sequences, padded on the left."""
     length = max(map(len, rows_of), default=0)

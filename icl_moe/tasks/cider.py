@@ -39,11 +39,11 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> n
     scores_T, lengths_T = np.zeros(len(texts)), np.zeros(len(texts))
     for order, counts in enumerate(_ngrams(texts), 1):
         if order == 2:
-            lengths_T = np.bincount(counts.texts_E, counts.times_E, minlength=len(texts))
+            lengths_T = _sums(counts.texts_E, counts.times_E, len(texts))
         scores_T += _similarity(counts, query_T, queries)
     difference_T = lengths_T[query_T] - lengths_T
     scores_T *= np.exp(-(difference_T**2) / (2 * SIGMA**2))
-    sums_Q = np.bincount(query_T[queries:], scores_T[queries:], minlength=queries)
+    sums_Q = _sums(query_T[queries:], scores_T[queries:], queries)
     found_Q: np.ndarray = 10.0 * sums_Q / (ORDERS * counts_Q)
     return found_Q
 
@@ -84,7 +84,7 @@ def _similarity(counts: _Counts, query_T: np.ndarray, queries: int) -> np.ndarra
     frequency_G = np.bincount(shown % max(grams, 1), minlength=grams)
     idf_G = np.log(float(queries)) - np.log(np.maximum(1.0, frequency_G))
     weights_E = times_E * idf_G[grams_E]
-    norms_T = np.sqrt(np.bincount(texts_E, weights_E**2, minlength=len(query_T)))
+    norms_T = np.sqrt(_sums(texts_E, weights_E**2, len(query_T)))
     # The candidates' entries come first and are in the order of their places.
     places_C, weights_C = place_E[is_candidate_E], weights_E[is_candidate_E]
     places_R, weights_R = place_E[~is_candidate_E], weights_E[~is_candidate_E]
@@ -93,6 +93,12 @@ def _similarity(counts: _Counts, query_T: np.ndarray, queries: int) -> np.ndarra
         at_R = np.searchsorted(places_C, places_R).clip(max=len(places_C) - 1)
         common_R = places_C[at_R] == places_R
         both_R = np.minimum(weights_R, weights_C[at_R]) * weights_R * common_R
-        dots_T = np.bincount(texts_E[~is_candidate_E], both_R, minlength=len(query_T))
+        dots_T = _sums(texts_E[~is_candidate_E], both_R, len(query_T))
     product_T = norms_T[query_T] * norms_T
     return np.where(product_T > 0, dots_T / np.where(product_T > 0, product_T, 1), 0.0)
+
+
+def _sums(places_E: np.ndarray, values_E: np.ndarray, count: int) -> np.ndarray:
+    """The sum of the values at each of `count` places, float64."""
+    found: np.ndarray = np.bincount(places_E, values_E, minlength=count).astype(np.float64)
+    return found

@@ -142,6 +142,20 @@ def test_examples_are_read_in_groups_whose_probabilities_are_averaged(together, 
     torch.testing.assert_close(found_BNK, torch.stack(right), atol=1e-5, rtol=1e-4)
 
 
+@torch.inference_mode()
+def test_examples_that_all_queries_share_change_no_probability():
+    rng = np.random.default_rng(1)
+    decoder, codec = decoder_of(True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
+    codes = rng.integers(0, VOCABULARY.image_codes, (7, CODES))
+    shown = Episode(
+        SEGMENTATION, "cat", (SegmentationPair(*codes[:2]), SegmentationPair(*codes[2:4]))
+    )
+    found_BNK = decode_at_once(decoder, codec, [(shown, image) for image in codes[4:]])
+    for found_NK, image in zip(found_BNK, codes[4:], strict=True):
+        expected_NK = plainly(decoder, shown, image)
+        torch.testing.assert_close(found_NK, expected_NK, atol=1e-5, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory):
     """A model with random weights that draws boxes, as one that was trained with corruption, and
