@@ -8,10 +8,10 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from icl_moe.errors import InputError
@@ -140,7 +140,7 @@ def examples_page(examples: Sequence[Example], problem: str = "") -> str:
 
 def message(text: str) -> str:
     """The HTML of one sentence that says what is wrong."""
-    return Markup('<p class="icl-error" role="alert">{}</p>').format(text)
+    return f'<p class="icl-error" role="alert">{escape(text)}</p>'
 
 
 def _downloads(kept: Kept, captions: bool) -> list[tuple[str, str, str]]:
