@@ -41,7 +41,7 @@ def test_a_reproduction_resumes_after_a_kill_and_does_nothing_twice(tmp_path):
     again = _start(out, tmp_path / "second.log")
     assert again.wait(timeout=500) == 0, (tmp_path / "second.log").read_text()
     said = (tmp_path / "second.log").read_text()
-    assert "drawing" not in said, "the shards were complete"
+    assert "drawing train" not in said, "the shards were complete"
     assert "step 1/6" not in said, "training went on where it was"
     (row,) = json.loads((out / "table1/table.json").read_text())["rows"]
     assert row["published"] == {"miou": 33.54, "mae": 0.172}
