@@ -381,18 +381,23 @@ class InContextModel:
     def _on_device(self, codes_BN: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(codes_BN), device=self.decoder.device)
 
+    def most_examples(self, task: Task, decoding: Decoding | None = None) -> int | None:
+        """The most examples that the model can read before a query; None for any number, where they
+        are read in groups.
+        """
+        if self._together and self._image_at_once(task, self.decoding(decoding)):
+            return None
+        positions = self.decoder.settings.positions
+        return (positions - self.format.length(0)) // self.format.pair_length - 1
+
     def check_examples(self, count: int, task: Task, decoding: Decoding | None = None) -> None:
         """Raise InputError if the model cannot read `count` examples of a task and a query."""
-        positions = self.decoder.settings.positions
-        together = count
-        if self._together and self._image_at_once(task, self.decoding(decoding)):
-            together = min(count, self._together)
-        if self.format.length(together + 1) > positions:
-            most = (positions - self.format.length(0)) // self.format.pair_length - 1
+        most = self.most_examples(task, decoding)
+        if most is not None and count > most:
             raise InputError(
-                f"{count} examples are more than this model can read: its {positions} positions "
-                f"hold {most}; give fewer, or let the nearest {most} of them be chosen for each "
-                "query (nearest)."
+                f"{count} examples are more than this model can read: its "
+                f"{self.decoder.settings.positions} positions hold {most}; give fewer, or let the "
+                f"nearest {most} of them be chosen for each query (nearest)."
             )
         if count == 0 and not self.format.class_prompt:
             raise InputError(

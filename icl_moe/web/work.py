@@ -25,6 +25,7 @@ from icl_moe.images import load_image, load_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.region import Region
 from icl_moe.rle import encode_rle
+from icl_moe.tasks import CAPTIONING, SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnMask
 
 MOST_PHOTOGRAPHS = 50
@@ -278,10 +279,9 @@ def _was_trained(model: InContextModel, task: str) -> bool:
 
 def capacity(model: InContextModel) -> int:
     """How many examples the model can read, at most `MOST_EXAMPLES`."""
-    positions, count = model.decoder.settings.positions, 0
-    while count < MOST_EXAMPLES and model.format.length(count + 2) <= positions:
-        count += 1
-    return count
+    trained = [task for task in (SEGMENTATION, CAPTIONING) if _was_trained(model, task.name)]
+    limits = [model.most_examples(task) for task in trained]
+    return min([MOST_EXAMPLES, *(limit for limit in limits if limit is not None)])
 
 
 def with_example(
