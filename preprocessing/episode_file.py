@@ -152,7 +152,8 @@ def read_episodes(path: Path) -> EpisodeFile:
     """The content of a file. Raises InputError if it was changed, cut off, or is none."""
     check_is_file(path)
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also splits at characters that JSON leaves as they are.
+        first, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         header, *records = [json.loads(line) for line in (first, *lines)]
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a file of `icl-moe episodes`: {error}.") from error
@@ -168,7 +169,7 @@ def read_episodes(path: Path) -> EpisodeFile:
             f"{path} was changed or cut off: its sha256 is {found}, but its first line says "
             f"{shown(header.get('sha256'))}; make it again with `icl-moe episodes`."
         )
-    del values["format"], values["episodes"]
+    del values["format"]
     return from_dict(EpisodeFile, values | {"episodes": records}, str(path))
 
 

@@ -402,7 +402,7 @@ def _lvis92i(request: Request) -> Made:
         images.files,
         episodes=_in_turns(drawn),
     )
-    return Made(file, (f"{len(names)} classes, {count} of them in each fold (the paper: 92).",))
+    return Made(file, (f"{len(names)} classes, {count} of them in each fold (Matcher: 92).",))
 
 
 def _lvis_images(request: Request) -> AnnotatedImages:

@@ -18,7 +18,7 @@ from icl_moe.settings import load_recipe
 from preprocessing import standards
 from preprocessing.build import build_shards
 from preprocessing.classes import COCO_CLASSES
-from preprocessing.episode_file import EpisodeFile, read_episodes
+from preprocessing.episode_file import EpisodeFile, FixedEpisode, FixedPair, read_episodes
 from preprocessing.recipe import DataRecipe
 from preprocessing.standard_masks import mask_source
 from preprocessing.verify import verify_shards
@@ -284,6 +284,18 @@ def test_the_same_data_give_the_same_file(fss, tmp_path, capsys):
     assert files[0] == files[1]
     digest = json.loads(files[0].splitlines()[0])["sha256"]
     assert capsys.readouterr().out.count(f"20 episodes of 2 classes, sha256 {digest}") == 2
+
+
+def test_a_file_with_any_characters_reads_back(tmp_path):
+    pairs = tuple(FixedPair(f"{n}.jpg", 4, 4, (n,), box=(0, 0, 1, 1), caption=t) for n, t in CASES)
+    file = EpisodeFile(
+        "x", "captioning", 1, 1, "", "", episodes=(FixedEpisode(0, "a\x85b", pairs),)
+    )
+    file.write(tmp_path / "x.jsonl")
+    assert read_episodes(tmp_path / "x.jsonl") == file
+
+
+CASES = ((1, "line\u2028two\x0bthree"), (2, 'quoted "é" \\ {}'))
 
 
 def answer(capsys, *command: object) -> str:
