@@ -11,7 +11,7 @@ from icl_moe.batch import collate
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.reproduce.tables import CAPTIONING, SEGMENTATION, Row, Run
+from icl_moe.reproduce.tables import CAPTIONING, EPISODES, SEGMENTATION, Row, Run
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TokenSequence
 from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tables import Table
@@ -28,11 +28,6 @@ been measured.
 
 GPUS = {"RTX A6000": 8, "A100": 8, "H100": 8}
 """The machines for which hours are given; the paper used eight A6000."""
-
-EPISODES = {SEGMENTATION: 280_000, CAPTIONING: 460_000}
-"""About as many as the paper's training data has: its own count of regions; and the (image, class)
-pairs of COCO's training images without those that show small objects only.
-"""
 
 _CAPTION = "a brown dog that lies on the green grass beside a wooden bench"
 """As long as a region's description usually is."""

@@ -16,6 +16,19 @@ SCALES: tuple[Scale, ...] = ("demo", "paper")
 
 SEGMENTATION, CAPTIONING = "segmentation", "captioning"
 
+EPISODES = {SEGMENTATION: 280_000, CAPTIONING: 460_000}
+"""About as many as the paper's training data has: its own count of regions; and the (image, class)
+pairs of COCO's training images without those that show small objects only.
+"""
+
+
+def _epochs(epochs: int, *tasks: str) -> str:
+    """The setting of as many steps of 512 episodes, to the nearest hundred, as so many epochs of
+    these tasks together have.
+    """
+    episodes = sum(EPISODES[task] for task in tasks)
+    return f"training.steps={round(epochs * episodes / 512, -2):.0f}"
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -208,7 +221,8 @@ def _table1(scale: Scale) -> PaperTable:
         base = _demo(500, "training.task_weights=null")
         one += shapes
     else:
-        base = _paper("ablation_128", "ablation_128", *_SINGLE_TASK)
+        steps = _epochs(20, SEGMENTATION)
+        base = _paper("ablation_128", "ablation_128", *_SINGLE_TASK, steps)
     everything = ("segmentation.small_objects=true", "segmentation.object_scale=any")
     evaluated = base.hold_out("table1_val", (*one, *everything))
     rows = []
@@ -233,7 +247,8 @@ def _table2(scale: Scale) -> PaperTable:
     if scale == "demo":
         base = _demo(500, "training.task_weights=null")
     else:
-        base = _paper("ablation_128", "ablation_128", *_SINGLE_TASK)
+        steps = _epochs(20, CAPTIONING)
+        base = _paper("ablation_128", "ablation_128", *_SINGLE_TASK, steps)
     rows = []
     for name, box, kind in (
         ("no_box", "none", "masks"),
@@ -250,7 +265,7 @@ def _table3(scale: Scale) -> PaperTable:
     if scale == "demo":
         base = _demo(250)
     else:
-        base = _paper("paper_256", "coco_vg_256", "training.steps=18000")
+        base = _paper("paper_256", "coco_vg_256", _epochs(20, SEGMENTATION, CAPTIONING))
 
     def run(name: str, *settings: str, evaluated: Shards | None = None) -> Run:
         return base.run(
@@ -265,7 +280,10 @@ def _table3(scale: Scale) -> PaperTable:
     for task, other in ((SEGMENTATION, CAPTIONING), (CAPTIONING, SEGMENTATION)):
         # The same episodes of the one task as in the shards of both.
         evaluated = base.hold_out(f"{_both(scale)}_val_{task}", (f"{other}=null",))
+        alone: tuple[str, ...]
         alone = (f"training.task_weights={{{task}: 1}}", "model.feed_forward=dense")
+        if scale == "paper":
+            alone += (_epochs(20, task),)
         model = run(f"{task}_alone", *_SINGLE_TASK, *alone, evaluated=evaluated)
         single.append(Score(model, task))
     rows = [Row("single", tuple(single))]
@@ -284,7 +302,7 @@ def _table3(scale: Scale) -> PaperTable:
         "MT-AdamW. The two models of single tasks are dense."
     ]
     if scale == "paper":
-        notes.append("18,000 steps, the 20 epochs of the paper's ablations.")
+        notes.append("20 epochs, as the paper's ablations.")
     return _table("table3", scale, rows, *notes)
 
 
@@ -312,7 +330,8 @@ def _table6(scale: Scale) -> PaperTable:
         data: tuple[str, ...] = ("segmentation=null", "examples=3")
         data_name, alone = "captions_three", ()
     else:
-        base = _paper("paper_256", "coco_vg_256", *_SINGLE_TASK)
+        steps = _epochs(40, CAPTIONING)
+        base = _paper("paper_256", "coco_vg_256", *_SINGLE_TASK, steps)
         data, data_name = (), _both(scale)
         alone = (f"training.task_weights={{{CAPTIONING}: 1}}",)
     rows = []
