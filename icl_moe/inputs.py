@@ -41,6 +41,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is {kind}.")
     try:
         text = content.decode(json_encoding(content))
+        del content  # Half a gigabyte, for COCO.
         return with_whole_characters(json.loads(text, cls=JSONDecoder), text)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid JSON: it is not text in UTF-8.") from error
