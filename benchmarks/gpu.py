@@ -337,8 +337,9 @@ def code_by_code_in_place(bench: Bench, compiled: bool = False) -> None:
             bench.record(name, rate)
             best = max(best, rate) if batch == 1 else best
             expected = decode_batch(decoder, setting.codec, requests)
-            equal = np.mean([a == b.tokens for a, b in zip(codes, expected, strict=True)])
-            bench.record(f"{how}, batch {batch}: masks equal to the product's, %", 100 * equal)
+            # In bfloat16 two logits are often equal, and codes after another choice differ.
+            equal = float(np.mean(np.array(codes) == np.array([each.tokens for each in expected])))
+            bench.record(f"{how}, batch {batch}: codes equal to the product's, %", 100 * equal)
     bench.record("best: masks/s", best)
 
 
