@@ -752,6 +752,7 @@ def _web(options: argparse.Namespace) -> int:
     from icl_moe.web.serve import serve
 
     serve(options.model, options.host, options.port, options.device, options.dtype)
+    return 0
 
 
 def _label(options: argparse.Namespace) -> int:
