@@ -35,8 +35,9 @@ from icl_moe.recipe import TrainingRecipe
 from icl_moe.sequence import Episode
 from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tasks import CAPTIONING, Task
-from icl_moe.tasks.caption_scores import java_problem, score_captions
+from icl_moe.tasks.caption_scores import score_captions
 from icl_moe.tasks.cider import cider_d
+from icl_moe.tasks.java import find_java
 from icl_moe.tasks.task import Output
 from icl_moe.training.checkpoint import write_model_folder
 
@@ -55,7 +56,7 @@ def main() -> None:
     queries, decoded, captions = (40, 8, 50) if options.quick else (1000, 64, 40_000)
     figures: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)),
-        "Java": java_problem() or "there is one",
+        "Java": find_java()[1] or "there is one",
     }
     goals = []
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +116,7 @@ def score_and_decode(
     scoring = time.perf_counter() - started
     figures[f"{task_name}: decoding {queries:,} queries, s"] = decoding
     figures[f"{task_name}: scoring {queries:,} queries, s"] = scoring
-    if episodes.task is CAPTIONING and java_problem() is None:
+    if episodes.task is CAPTIONING and find_java()[0]:
         started = time.perf_counter()
         episodes.task.score([said], asked, model.format)
         figures[f"{task_name}: the same with Java, s"] = time.perf_counter() - started

@@ -32,7 +32,7 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.nn.functional as F
-from inference import EXAMPLES, QUERIES, TOY, Generate, NoText, Setting, check_same_choices
+from generate_peer import EXAMPLES, QUERIES, TOY, Generate, NoText, Setting, check_same_choices
 from torch import Tensor, nn
 
 from icl_moe.batch import TokenBatch, collate

@@ -145,7 +145,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
     }
     instances = tmp_path / "instances.json"
     instances.write_text(json.dumps(content))
-    settings = ["segmentation.source=coco", "captioning=null", "examples=0"]
+    settings = ["segmentation.source=coco", "captioning=null", "class_prompt=true", "examples=0"]
     settings += [f"segmentation.images={images}", f"segmentation.annotations={instances}"]
     build = ["shards", "build", str(recipe), *settings, "--out", str(tmp_path / "out")]
     script = (

@@ -159,7 +159,7 @@ def test_an_exported_model_reads_a_users_images_with_it(exported, monkeypatch):
     mask_HW[10:30, 10:40] = True
     drawn = model.segment([(pictures[0], mask_HW)], query=pictures[1])
     assert drawn.shape == (60, 90) and drawn.dtype == bool
-    assert [codes_BN.shape for codes_BN in read] == [(2, 64)]
+    assert [codes_BN.shape for codes_BN in read] == [(1, 64), (1, 64)]
 
 
 def test_training_counts_input_codes_as_visual_targets(folder):

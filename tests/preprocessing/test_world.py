@@ -241,7 +241,14 @@ def test_held_out_classes_are_never_drawn_in_training(
     assert held_out.isdisjoint(drawn.name for _, drawn in classes_of_split("train", 100_000))
     # The choice must never change, since models are compared on these classes.
     assert names[0] == "orange and pink banded drop with a hat"
-    build(tokenizer, tmp_path / "val", "synthetic.split=val", "samples=20", "examples=0")
+    build(
+        tokenizer,
+        tmp_path / "val",
+        "synthetic.split=val",
+        "samples=20",
+        "examples=0",
+        "class_prompt=true",
+    )
     for folder, split in ((shards, "train"), (tmp_path / "val", "val")):
         content = json.loads((folder / f"synthetic/instances_{split}.json").read_text())
         classes = {record["id"]: record["name"] for record in content["categories"]}
