@@ -69,6 +69,8 @@ def check(command: Command) -> None:
         assert set(re.findall(r"\b[A-Z_]+(?==)", " ".join(words))) <= make_variables()
     elif program == "python":
         check_python(words)
+    elif program == "bash" and words and words[0].startswith("benchmarks/"):
+        check_benchmark_script(words)
     elif program == "bash" and words:
         check_script(words)
     elif program == "sbatch":
@@ -89,6 +91,14 @@ def check(command: Command) -> None:
     else:
         known = program in ("bash", "deepspeed", "accelerate") or command.words[0] in SHELL
         assert known, f"this test does not know how to check {program}"
+
+
+def check_benchmark_script(words: Sequence[str]) -> None:
+    """Check that the script exists, and that it or the program of its name knows the options."""
+    script = REPOSITORY / words[0]
+    known = script.read_text() + script.with_suffix(".py").read_text()
+    for option in (word for word in words[1:] if word.startswith("--")):
+        assert option in known, f"{words[0]} has no option {option}"
 
 
 def check_icl_moe(words: Sequence[str], mention: bool) -> None:
