@@ -56,6 +56,15 @@ def test_flops_are_those_that_pytorch_counts(settings, task, layout, monkeypatch
     )
 
 
+def test_the_link_costs_a_product_of_each_distinct_code():
+    """Too little for the tolerance above."""
+    batch, width = make_batch("segmentation", episodes=3), 32
+    with_link, without = (
+        training_flops(model_settings(link=link), VOCABULARY.size, batch) for link in (True, False)
+    )
+    assert with_link - without == 3 * 2 * width**2 * len(batch.links_T2.unique())
+
+
 def test_padding_is_not_counted_as_tokens():
     padded, packed = (
         make_batch("captioning", episodes=3, layout=layout) for layout in ("padded", "packed")
