@@ -10,6 +10,9 @@ from icl_moe.errors import InputError
 from icl_moe.outputs import output_folder
 from icl_moe.ranges import LARGEST_INTEGER
 
+MODEL = "an exported model's folder, the name of a shipped model, or OWNER/NAME on the Hub"
+SHARDS = "a shard folder: a path, or a URL such as s3://bucket/folder"
+
 
 def path(text: str) -> Path:
     """A path, with ~ expanded: shells do not expand it in --query=~/x.png."""
@@ -87,3 +90,67 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help=meaning)
+
+
+def add_examples(parser: argparse.ArgumentParser, output: str) -> None:
+    """A model, examples of an image and its `output`, and a query."""
+    parser.add_argument("model", type=path, help=MODEL)
+    parser.add_argument(
+        "--example",
+        nargs=2,
+        type=path,
+        action="append",
+        default=[],
+        metavar=("IMAGE", output),
+        help="may be repeated",
+    )
+    parser.add_argument("--query", type=path, required=True, metavar="IMAGE")
+
+
+def add_asked(parser: argparse.ArgumentParser) -> None:
+    """The episodes that a system is asked for, and where its predictions go."""
+    parser.add_argument("shards", help=SHARDS)
+    parser.add_argument("--out", type=folder, required=True, help="folder to write")
+    add_whole_number(parser, "--shots", 0, 1, "examples before each query", most=100)
+    add_limit(parser)
+    parser.add_argument(
+        "--images",
+        type=path,
+        help="folder of the images of the shards (default: where they were built from)",
+    )
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=whole_number(1), help="only so many episodes of each task")
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--windows",
+        action="store_true",
+        help="read what is found again in up to nine overlapping windows, for small objects; "
+        "takes as many times as long",
+    )
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoding",
+        choices=["autoregressive", "parallel"],
+        help="decode masks code by code or in one pass (default: parallel if the model was "
+        "trained for it)",
+    )
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
+    add_dtype(parser, "precision of the decoder's weights (default: that of the model's file)")
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"{option} must be whole numbers separated by commas, such as 0,1,2,3, not '{text}'."
+        ) from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from icl_moe.errors import InputError
-from icl_moe.messages import say
+from icl_moe.messages import is_main, say
 
 LOCK_FILE = ".lock"
 """A file in a folder while a process writes there; it names that process."""
@@ -38,6 +38,11 @@ def locked(folder: Path, key: str) -> Iterator[None]:
             if is_new:
                 folder.rmdir()  # It stays if anything was written into it.
         os.close(file)
+
+
+def locked_by_first(out: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of --out; if several processes share the work, the first one takes it."""
+    return locked(out, "--out") if is_main() else contextlib.nullcontext()
 
 
 def _wait_for_lock(path: Path, key: str) -> int:

@@ -34,6 +34,7 @@ FLOORS = [
     {"baselines", "training"},
     {"stages"},
     {"demo", "reproduce"},
+    {"commands"},
     {"cli"},
 ]
 """The modules and packages of icl_moe, from the ground up."""

@@ -1,0 +1,214 @@
+"""`icl-moe segment`, `caption`, `label` and `web`: what is done with a model."""
+
+import argparse
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icl_moe import arguments as take
+from icl_moe.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_segment(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("segment", help="segment an image according to examples")
+    take.add_examples(parser, "MASK")
+    parser.add_argument("--category", help="the class's name, for models with a class prompt")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="MASK.png",
+        help="the mask, white on black; it may end in .png, .bmp or .tiff",
+    )
+    parser.add_argument(
+        "--confidence",
+        metavar="FILE.png",
+        help="also write the confidence of each pixel (parallel decoding): black is 50%%",
+    )
+    take.add_windows(parser)
+    take.add_decoding(parser)
+    take.add_place(parser)
+    parser.set_defaults(run=_segment)
+
+
+def add_caption(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("caption", help="caption an image according to examples")
+    take.add_examples(parser, "REGION.json")
+    parser.add_argument("--category", help="the class's name, for models that need it")
+    take.add_place(parser)
+    parser.set_defaults(run=_caption)
+
+
+def add_label(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("label", help="label a folder of images according to examples")
+    parser.add_argument("model", type=take.path, help=take.MODEL)
+    parser.add_argument(
+        "--examples",
+        type=take.path,
+        metavar="DIR",
+        help="DIR/images and DIR/masks with files of equal names, or DIR/CLASS/images and "
+        "DIR/CLASS/masks for each class",
+    )
+    parser.add_argument(
+        "--images", type=take.path, required=True, metavar="DIR", help="the images to label"
+    )
+    parser.add_argument("--category", help="the class's name, if the examples show one class")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE.json", help="the COCO instances file to write"
+    )
+    parser.add_argument(
+        "--review",
+        metavar="FILE.html",
+        help="also write a page of the images with their masks, the least sure first",
+    )
+    parser.add_argument(
+        "--nearest",
+        type=take.whole_number(1),
+        metavar="N",
+        help="ask each image with the N examples whose images are most like it (default: all)",
+    )
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="each connected part of a mask is an instance (default: one for each class)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=take.whole_number(1),
+        default=8,
+        help="images read and decoded together (default 8)",
+    )
+    take.add_windows(parser)
+    take.add_decoding(parser)
+    take.add_place(parser)
+    parser.set_defaults(run=_label)
+
+
+def add_web(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("web", help="serve a page for marking examples and finding the rest")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=take.path,
+        default="photographs",
+        help=f"{take.MODEL} (%(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at: %(default)s, the default, is for this machine alone; 0.0.0.0 "
+        "also for others, without a password",
+    )
+    take.add_whole_number(parser, "--port", 0, 7860, "port; 0 takes any free one", 65535)
+    take.add_place(parser)
+    parser.set_defaults(run=_web)
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import output_file
+
+    inputs = [options.query, *(path for example in options.example for path in example)]
+    endings = tuple(_PICTURE_FORMATS)
+    out = output_file(options.out, endings, inputs)
+    sure = options.confidence and output_file(options.confidence, endings, [*inputs, out])
+
+    from icl_moe.inference.model import InContextModel
+
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    if sure and model.decoding(options.decoding) != "parallel":
+        raise InputError(
+            "--confidence needs parallel decoding, which this model does not support or "
+            "--decoding excludes."
+        )
+    drawn = model.draw_mask(
+        options.example,
+        query=options.query,
+        category=options.category,
+        progress=True,
+        decoding=options.decoding,
+        windows=options.windows,
+    )
+    _write_levels(out, drawn.mask_HW)
+    if sure and drawn.confidence_HW is not None:
+        _write_levels(sure, 2 * drawn.confidence_HW - 1)
+    cost = f", read once whole and in {drawn.windows} windows" if options.windows else ""
+    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{cost}")
+    return 0
+
+
+_PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+"""File suffixes of image formats that store a mask without loss."""
+
+
+def _write_levels(path: Path, levels_HW: "np.ndarray") -> None:
+    """Write levels from 0 (black) to 1 (white) as a greyscale picture."""
+    from PIL import Image
+
+    from icl_moe.outputs import write_output
+
+    content = io.BytesIO()
+    Image.fromarray((levels_HW * 255.0).round().astype("uint8")).save(
+        content, _PICTURE_FORMATS.get(path.suffix.lower(), "PNG")
+    )
+    write_output(path, content.getvalue())
+
+
+def _caption(options: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from icl_moe.inference.model import InContextModel
+
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    region = model.caption(
+        options.example, query=options.query, category=options.category, progress=True
+    )
+    print(json.dumps(dataclasses.asdict(region), ensure_ascii=False))
+    return 0
+
+
+def _label(options: argparse.Namespace) -> int:
+    from icl_moe.labelling.folders import find_examples, find_images, label_output
+
+    out = label_output(options.out, ".json", options.images)
+    review = options.review and label_output(options.review, ".html", options.images)
+    if options.examples is None and options.category is None:
+        raise InputError(
+            "There is nothing to go by: set --examples, or --category for a model with a class "
+            "prompt."
+        )
+    examples = (
+        {options.category: ()}
+        if options.examples is None
+        else find_examples(options.examples, options.category)
+    )
+    files = find_images(options.images)
+
+    from icl_moe.inference.model import InContextModel
+    from icl_moe.labelling.run import Labelling, label
+
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    labelling = Labelling(
+        examples,
+        options.images,
+        files,
+        options.nearest,
+        options.split,
+        options.windows,
+        options.decoding,
+        options.batch,
+    )
+    count = label(model, labelling, out, review)
+    skipped = f"; {count.unread} files cannot be read and were left out" if count.unread else ""
+    cost = f", read once whole and in {count.windows} windows" if options.windows else ""
+    print(f"{out}: {count.instances} instances in {count.images} images{cost}{skipped}")
+    return 0
+
+
+def _web(options: argparse.Namespace) -> int:
+    from icl_moe.web.serve import serve
+
+    serve(options.model, options.host, options.port, options.device, options.dtype)
+    return 0

@@ -1,0 +1,133 @@
+"""`icl-moe train`, `export`, `demo` and `reproduce`."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from icl_moe import arguments as take
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_train(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "train", help="train a decoder, alone or under the deepspeed launcher"
+    )
+    take.add_recipe(parser, "recipe", "paper_256")
+    parser.set_defaults(run=_train)
+
+
+def add_export(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("export", help="write a checkpoint as one folder for from_pretrained")
+    parser.add_argument(
+        "checkpoint",
+        type=take.path,
+        help="a run's output folder (its newest checkpoint), or one step's folder in it",
+    )
+    parser.add_argument("--out", type=take.folder, required=True, help="folder for the model")
+    parser.add_argument(
+        "--threshold-from",
+        metavar="SHARDS",
+        help="training shards for fitting the mask threshold of a model that decodes in parallel",
+    )
+    take.add_device(parser)
+    parser.set_defaults(run=_export)
+
+
+def add_demo(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("demo", help="the whole pipeline, small, on this machine")
+    parser.add_argument(
+        "--out",
+        type=take.folder,
+        default="demo",
+        help="folder for all results (default demo)",
+    )
+    parser.set_defaults(run=_demo)
+
+
+def add_reproduce(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "reproduce", help="train and evaluate every row of one of the paper's tables"
+    )
+    parser.add_argument(
+        "table", choices=("table1", "table2", "table3", "table4", "table6", "table7")
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("demo", "paper"),
+        required=True,
+        help="demo: drawn scenes, minutes on two cores; paper: its data and model, on GPUs",
+    )
+    parser.add_argument(
+        "--data",
+        type=take.path,
+        help="folder with coco, visual_genome and the tokenizer, for --scale paper (default data)",
+    )
+    parser.add_argument(
+        "--out",
+        type=take.folder,
+        required=True,
+        help="folder for shards, models and the table; tables that share it share them",
+    )
+    parser.add_argument("--rows", default="", help="names of rows, such as dense,gshard")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    parser.add_argument("--yes", action="store_true", help="start --scale paper")
+    parser.set_defaults(run=_reproduce)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from icl_moe.signals import listening
+
+    with listening():
+        return _train_until_stopped(options)
+
+
+def _train_until_stopped(options: argparse.Namespace) -> int:
+    from icl_moe.recipe import TrainingRecipe
+    from icl_moe.settings import load_recipe
+    from icl_moe.training.preflight import open_checked
+
+    recipe = load_recipe(TrainingRecipe, options.recipe, options.overrides)
+    # These checks precede the import of DeepSpeed, which takes seconds.
+    checked = open_checked(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+
+    from icl_moe.training.trainer import Trainer
+
+    Trainer(recipe, checked).fit()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from icl_moe.outputs import writing
+    from icl_moe.training.checkpoint import export
+
+    with writing(options.out):
+        step = export(options.checkpoint, options.out, options.threshold_from, options.device)
+    print(f"{options.out}: the model after {step} steps")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from icl_moe.demo import run_demo
+
+    run_demo(options.out)
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from icl_moe.reproduce.pipeline import reproduce
+
+    rows = [name for name in options.rows.split(",") if name]
+    print(
+        reproduce(
+            options.table,
+            options.scale,
+            options.out,
+            options.data,
+            rows,
+            options.yes,
+            options.dry_run,
+        )
+    )
+    return 0
