@@ -131,7 +131,7 @@ def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
             place["x"] + min(x * place["width"] / width, place["width"] - 1),
             place["y"] + min(y * place["height"] / height, place["height"] - 1),
         )
-    tab.get_by_role("button", name="Use as the example").click()
+    tab.get_by_role("button", name="Add the example").click()
     tab.locator(".icl-examples figure").wait_for()
     queries = tab.locator("input[type=file][multiple]")
     queries.set_input_files([folder / f"{number}.png" for number in range(1, 5)])
