@@ -22,24 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from line import build_shards
+from line import build_shards, random_model
 from measure import Goal, report
 from pycocoevalcap.cider.cider import Cider
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.inference.model import InContextModel
-from icl_moe.model.config import DecoderConfig
-from icl_moe.model.decoder import InContextDecoder, initialise
-from icl_moe.recipe import TrainingRecipe
 from icl_moe.sequence import Episode
-from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tasks import CAPTIONING, Task
 from icl_moe.tasks.caption_scores import score_captions
 from icl_moe.tasks.cider import cider_d
 from icl_moe.tasks.java import find_java
 from icl_moe.tasks.task import Output
-from icl_moe.training.checkpoint import write_model_folder
 
 BATCH = 8
 
@@ -61,8 +56,7 @@ def main() -> None:
     goals = []
     with tempfile.TemporaryDirectory() as folder:
         build_shards(Path(folder))
-        shards = ShardSet(Path(folder) / "shards")
-        model = random_model(Path(folder), shards)
+        shards, model = random_model(Path(folder))
         for task in shards.manifest.samples:
             share = score_and_decode(model, shards, task, queries, decoded, figures)
             goals.append(Goal(f"scoring / decoding, {task}", share, 0.02, at_most=True))
@@ -71,23 +65,6 @@ def main() -> None:
     figures["pycocoevalcap / ours, CIDEr: time"] = theirs / ours
     goals.append(Goal(f"CIDEr of {captions:,} captions: s", ours, 60, at_most=True))
     report(figures, goals, options.json)
-
-
-def random_model(folder: Path, shards: ShardSet) -> InContextModel:
-    """A model of the demo's size for these shards."""
-    manifest = shards.manifest
-    config = DecoderConfig.from_recipe(
-        load_recipe(TrainingRecipe, "demo"),
-        format=to_dict(manifest.format),
-        image_size=manifest.image_size,
-        examples=manifest.examples,
-        image_tokenizer=manifest.image_tokenizer,
-    )
-    decoder = InContextDecoder(config)
-    initialise(decoder, seed=0)
-    write_model_folder(folder, config, shards)
-    decoder.save_pretrained(folder / "model")
-    return InContextModel.from_pretrained(folder / "model")
 
 
 def score_and_decode(

@@ -132,13 +132,11 @@ def train_step(folder: Path) -> dict[str, float]:
     }
 
 
-def evaluate(folder: Path) -> dict[str, float]:
-    """Free decoding of one-shot queries with an untrained model of the demo's size, which is as
-    slow as a trained one.
+def random_model(folder: Path) -> Any:
+    """The shards in `folder`, as a `ShardSet`, and an untrained model of the demo's size for them,
+    as an `InContextModel`, which is as slow as a trained one. It is written into the folder too.
     """
     from icl_moe.data.shards import ShardSet
-    from icl_moe.evaluation.episodes import EpisodeSet
-    from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
     from icl_moe.inference.model import InContextModel
     from icl_moe.model.config import DecoderConfig
     from icl_moe.model.decoder import InContextDecoder, initialise
@@ -159,9 +157,17 @@ def evaluate(folder: Path) -> dict[str, float]:
     initialise(decoder, seed=0)
     write_model_folder(folder, config, shards)
     decoder.save_pretrained(folder / "model")
-    model = InContextModel.from_pretrained(folder / "model")
+    return shards, InContextModel.from_pretrained(folder / "model")
+
+
+def evaluate(folder: Path) -> dict[str, float]:
+    """Free decoding of one-shot queries with an untrained model."""
+    from icl_moe.evaluation.episodes import EpisodeSet
+    from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
+
+    shards, model = random_model(folder)
     rates = {}
-    for task in manifest.samples:
+    for task in shards.manifest.samples:
         (folder / f"log-{task}").mkdir()
         log = PredictionLog(folder / f"log-{task}", {"benchmark": task})
         started = time.perf_counter()

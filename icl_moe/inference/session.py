@@ -136,17 +136,7 @@ class Session:
         def mark(drawn: DrawnMask | DrawnClasses) -> np.ndarray:
             return drawn.labels_HW if isinstance(drawn, DrawnClasses) else drawn.mask_HW
 
-        if windows:
-            return self._in_windows(mark, queries, sampling, progress, decoding, batch)
-        return self._answer(
-            SEGMENTATION,
-            lambda pairs, size: mark(self._drawn(pairs, size)),
-            queries,
-            sampling,
-            progress,
-            decoding,
-            batch,
-        )
+        return self._find(mark, queries, sampling, progress, decoding, batch, windows)
 
     def draw(
         self,
@@ -160,11 +150,7 @@ class Session:
         """As `segment`, but a `DrawnMask` for each query, with the brightness of each pixel and the
         model's confidence. If the examples were given by class: a `DrawnClasses`.
         """
-        if windows:
-            return self._in_windows(
-                lambda drawn: drawn, queries, sampling, progress, decoding, batch
-            )
-        return self._answer(SEGMENTATION, self._drawn, queries, sampling, progress, decoding, batch)
+        return self._find(lambda each: each, queries, sampling, progress, decoding, batch, windows)
 
     def caption(
         self,
@@ -217,6 +203,29 @@ class Session:
         bar = tqdm(ask.each(queries), "images", total, disable=not progress, unit="", leave=False)
         answers = (read(pairs, size) for pairs, size in bar)
         return list(answers) if isinstance(queries, list | tuple) else answers
+
+    def _find(
+        self,
+        read: Callable[[DrawnMask | DrawnClasses], Any],
+        queries: Queries,
+        sampling: Sampling,
+        progress: bool,
+        decoding: "Decoding | None",
+        batch: int,
+        windows: bool,
+    ) -> Any:
+        """One answer or several. read: the answer from the mask or masks of a query."""
+        if windows:
+            return self._in_windows(read, queries, sampling, progress, decoding, batch)
+        return self._answer(
+            SEGMENTATION,
+            lambda pairs, size: read(self._drawn(pairs, size)),
+            queries,
+            sampling,
+            progress,
+            decoding,
+            batch,
+        )
 
     def _in_windows(
         self,
