@@ -20,6 +20,10 @@ from icl_moe.tasks.segmentation import SegmentationPair
 
 EXAMPLES, QUERIES = 3, 16
 
+CODES = {"ablation_128": 64, "paper_256": 256}
+"""The codes of an image, by recipe."""
+
+TOY_CODES = 24
 TOY = (
     "model.layers=2",
     "model.layers_with_experts=[1]",
@@ -33,7 +37,7 @@ TOY = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe's decoder with masks of its own size, on a device in a precision."""
+    """A recipe's decoder with images and masks of its size, on a device in a precision."""
 
     recipe: TrainingRecipe
     codec: SequenceCodec
@@ -42,12 +46,11 @@ class Setting:
 
     @classmethod
     def of(
-        cls, recipe_name: str, device: str, dtype: torch.dtype, overrides: tuple[str, ...] = ()
+        cls, recipe_name: str, device: str, dtype: torch.dtype, toy: bool = False
     ) -> "Setting":
         mask = ("vocabulary.mask=true", "training.mask_corruption=true")
-        recipe = load_recipe(TrainingRecipe, recipe_name, [*mask, *overrides])
-        # The sequences of the recipe are whole: each pair has its image and its mask.
-        codes = (recipe.model.positions // (EXAMPLES + 1) - 3) // 2
+        recipe = load_recipe(TrainingRecipe, recipe_name, [*mask, *(TOY if toy else ())])
+        codes = TOY_CODES if toy else CODES[recipe_name]
         format = SequenceFormat(recipe.vocabulary, codes)
         return cls(
             recipe, SequenceCodec(format, NoText(format.vocabulary.text_size)), device, dtype

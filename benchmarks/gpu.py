@@ -32,7 +32,7 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.nn.functional as F
-from generate_peer import EXAMPLES, QUERIES, TOY, Generate, NoText, Setting, check_same_choices
+from generate_peer import EXAMPLES, QUERIES, Generate, NoText, Setting, check_same_choices
 from torch import Tensor, nn
 
 from icl_moe.batch import TokenBatch, collate
@@ -146,7 +146,7 @@ class Bench:
         return peak_of(torch.cuda.get_device_name(), "bf16") if self.device == "cuda" else None
 
     def setting(self) -> Setting:
-        return Setting.of("paper_256", self.device, torch.bfloat16, TOY if self.quick else ())
+        return Setting.of("paper_256", self.device, torch.bfloat16, self.quick)
 
     @property
     def compiler(self) -> str:
