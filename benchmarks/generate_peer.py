@@ -45,9 +45,7 @@ class Setting:
     dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls, recipe_name: str, device: str, dtype: torch.dtype, toy: bool = False
-    ) -> "Setting":
+    def of(cls, recipe_name: str, device: str, dtype: torch.dtype, toy: bool = False) -> "Setting":
         mask = ("vocabulary.mask=true", "training.mask_corruption=true")
         recipe = load_recipe(TrainingRecipe, recipe_name, [*mask, *(TOY if toy else ())])
         codes = TOY_CODES if toy else CODES[recipe_name]
