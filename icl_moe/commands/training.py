@@ -29,7 +29,8 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--threshold-from",
         metavar="SHARDS",
-        help="training shards for fitting the mask threshold of a model that decodes in parallel",
+        help="training shards for fitting below which brightness a model that decodes in parallel "
+        "marks nothing",
     )
     take.add_device(parser)
     parser.set_defaults(run=_export)

@@ -1,8 +1,9 @@
-"""Fits the brightness above which a pixel belongs to a mask that was decoded in one pass, on
-training episodes.
+"""Fits the brightness that some pixel must have for there to be a mask, where masks are decoded in
+one pass: on training episodes, as the one threshold for all masks that is the best.
 
 If the model is unsure about a cell, its expected code vector is grey, so the middle between black
 and white is not a good threshold. The threshold must not be fitted on the evaluated queries.
+`DrawnMask.level` says which pixels belong to a mask.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
-"""A mask as decoded from a model's codes: the brightness of each pixel, and the threshold above
-which a pixel belongs to the mask. And the masks of several classes in one picture.
+"""A mask as decoded from a model's codes: the brightness of each pixel, and the level above which a
+pixel belongs to the mask. And the masks of several classes in one picture.
 """
 
 import math
@@ -14,12 +14,16 @@ import torch.nn.functional as F
 EVEN = 0.5
 """The threshold of masks that were decoded code by code, and of models without a fitted one."""
 
+_SAMPLE = 256
+"""The pixels of a side from which a mask's level is chosen; larger masks are sampled."""
+
 
 @dataclass(frozen=True, eq=False)
 class DrawnMask:
     """brightness_HW: float32, about -1 (black: outside) to 1 (inside).
 
-    threshold: a level in 0..1 from black to white; brighter pixels belong to the mask.
+    threshold: a level in 0..1 from black to white. Decoded code by code, the brighter pixels belong
+    to the mask. Decoded in one pass, there is a mask if any pixel is brighter, see `level`.
     at_once: whether the mask was decoded in one pass, so that its brightness reflects the model's
     confidence.
     log_probability: of a mask that was decoded code by code, the mean over its codes.
@@ -35,30 +39,64 @@ class DrawnMask:
     @property
     def mask_HW(self) -> np.ndarray:
         """The boolean mask."""
-        return self.brightness_HW > 2 * self.threshold - 1
+        return self.brightness_HW > 2 * self.level - 1
+
+    @cached_property
+    def level(self) -> float:
+        """The level in 0..1 above which a pixel belongs to the mask.
+
+        Of a mask that was decoded in one pass, the level whose mask has the greatest expected IoU,
+        where a pixel belongs to the object with a probability p equal to its level (Nowozin 2014,
+        "Optimal Decisions from Probabilistic Models: The Intersection-over-Union Case"):
+
+            sum of p inside / (pixels inside + sum of p outside)
+
+        which is the expected intersection over the expected union. It is high where a model is sure
+        of an object's outline, and low where it only suspects the object. No pixel belongs to the
+        mask if none is brighter than `threshold`.
+        """
+        if not self.at_once:
+            return self.threshold
+        height, width = self.brightness_HW.shape
+        step = max(1, -(-min(height, width) // _SAMPLE))
+        p_N = np.sort(_levels(self.brightness_HW[::step, ::step]), axis=None)[::-1]
+        if p_N[0] <= self.threshold:
+            return self.threshold
+        inside_N = np.cumsum(p_N, dtype=np.float64)
+        iou_N = inside_N / (np.arange(1, p_N.size + 1) + inside_N[-1] - inside_N)
+        last = int(iou_N.argmax())
+        outside = p_N[last + 1] if last + 1 < p_N.size else 0.0
+        return float(p_N[last] + outside) / 2
 
     @property
     def confidence_HW(self) -> np.ndarray | None:
-        """The confidence in each pixel of the mask, float32: 0.5 at the threshold, 1 for white or
+        """The confidence in each pixel of the mask, float32: 0.5 at the level, 1 for white or
         black. None for a mask that was decoded code by code, whose brightness does not reflect
         confidence.
         """
         return self._confidence(self.brightness_HW) if self.at_once else None
 
     def score(self, part_HW: np.ndarray | None = None) -> float | None:
-        """How sure the model is of the mask, or of the pixels `part_HW` of it.
+        """How sure the model is of the mask, or of the pixels `part_HW` of it, 0 to 1.
 
-        Decoded in one pass: the mean confidence of the pixels, 0.5 to 1; if there are none, the
-        confidence of the pixel that comes closest to being marked. Decoded code by code: the
-        geometric mean of the codes' probabilities, for any part; None if it is not known.
+        Decoded in one pass: the mask's expected IoU, see `level`; of a part, in proportion to its
+        mean level. If nothing is marked: the confidence, 0.5 to 1, of the pixel that comes closest
+        to being marked. Decoded code by code: the geometric mean of the codes' probabilities, for
+        any part; None if it is not known.
         """
         if not self.at_once:
             return None if self.log_probability is None else math.exp(self.log_probability)
-        marked = self.brightness_HW[self.mask_HW if part_HW is None else part_HW]
-        return float(self._confidence(marked if marked.size else self.brightness_HW.max()).mean())
+        mask_HW = self.mask_HW
+        part_HW = mask_HW if part_HW is None else part_HW
+        if not part_HW.any():
+            return float(self._confidence(self.brightness_HW.max()))
+        levels_HW = _levels(self.brightness_HW)
+        outside = levels_HW[~mask_HW].sum(dtype=np.float64)
+        marked = np.count_nonzero(mask_HW)
+        return float(levels_HW[part_HW].mean(dtype=np.float64) * marked / (marked + outside))
 
     def _confidence(self, brightness: np.ndarray) -> np.ndarray:
-        levels, t = np.clip((brightness + 1) / 2, 0, 1), self.threshold
+        levels, t = _levels(brightness), self.level
         inside, outside = (levels - t) / max(1 - t, 1e-6), (t - levels) / max(t, 1e-6)
         return (0.5 + 0.5 * np.maximum(inside, outside)).astype(np.float32)
 
@@ -69,6 +107,11 @@ class DrawnMask:
             brightness_11HW, (height, width), mode="bilinear", align_corners=False
         )
         return replace(self, brightness_HW=resized[0, 0].numpy())
+
+
+def _levels(brightness: np.ndarray) -> np.ndarray:
+    """Brightness as levels from black, 0, to white, 1."""
+    return np.clip((brightness + 1) / 2, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,9 +27,9 @@ THUMBNAIL = 240
 
 MASK_COLOUR = (0, 196, 170)
 
-UNSURE = 0.7
-"""Below this score a card says that the model is not sure of its mask. A sign to look, not a
-probability: the confidence is not calibrated.
+UNSURE = 0.3
+"""Below this score a card says that the model is not sure of its mask: a sign to look, since the
+overlap that a model expects is not calibrated.
 """
 
 

@@ -274,11 +274,44 @@ def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):
     )
 
 
-def test_confidence_is_a_half_on_the_threshold_and_one_at_black_and_white():
+def test_confidence_is_a_half_on_the_level_and_one_at_black_and_white():
     brightness_HW = np.array([[-1.2, -1.0, -0.75], [-0.5, 0.25, 1.1]], dtype=np.float32)
     written = DrawnMask(brightness_HW, 0.25, at_once=True)
+    assert written.level == 0.4375  # halfway between the levels of the second and the third pixel
     assert written.mask_HW.tolist() == [[False, False, False], [False, True, True]]
     np.testing.assert_allclose(
-        written.confidence_HW, [[1.0, 1.0, 0.75], [0.5, 0.75, 1.0]], atol=1e-6
+        written.confidence_HW, [[1.0, 1.0, 6 / 7], [5 / 7, 2 / 3, 1.0]], atol=1e-6
     )
     assert DrawnMask(brightness_HW).confidence_HW is None
+
+
+@pytest.mark.parametrize("highest", [0.3, 0.6, 1.0])
+def test_a_masks_level_gives_the_greatest_expected_iou(highest: float) -> None:
+    p_HW = highest * np.random.default_rng(0).random((7, 9)) ** 3
+
+    def expected_iou(mask_HW: np.ndarray) -> float:
+        intersection = sum(p for p, inside in zip(p_HW.flat, mask_HW.flat, strict=True) if inside)
+        union = sum(1.0 if m else p for p, m in zip(p_HW.flat, mask_HW.flat, strict=True))
+        return intersection / union
+
+    best = max(expected_iou(p_HW >= level) for level in p_HW.flat)
+    drawn = DrawnMask((2 * p_HW - 1).astype(np.float32), 0.25, at_once=True)
+    assert expected_iou(drawn.mask_HW) == pytest.approx(best, rel=1e-5)
+    assert drawn.score() == pytest.approx(best, rel=1e-5)
+    # The best level is known in closed form, from the IoU that it reaches.
+    closed = best / (1 + best)
+    assert np.array_equal(drawn.mask_HW, p_HW > closed)
+
+
+def test_nothing_is_marked_where_no_pixel_is_brighter_than_the_threshold() -> None:
+    brightness_HW = np.full((4, 4), -0.5, np.float32)
+    assert not DrawnMask(brightness_HW, 0.25, at_once=True).mask_HW.any()
+    brightness_HW[0, 0] = -0.4
+    assert DrawnMask(brightness_HW, 0.25, at_once=True).mask_HW.all()
+
+
+def test_the_level_of_a_large_mask_is_that_of_the_mask_before_it_was_enlarged() -> None:
+    rows, columns = np.mgrid[0:64, 0:64] / 63
+    brightness_HW = (2 * np.exp(-8 * ((rows - 0.4) ** 2 + (columns - 0.6) ** 2)) - 1).astype("f")
+    drawn = DrawnMask(brightness_HW, 0.25, at_once=True)
+    assert drawn.resized(1500, 2000).level == pytest.approx(drawn.level, abs=0.01)

@@ -68,8 +68,13 @@ def test_a_mask_comes_with_the_models_confidence(model, scenes):
     drawn = session.draw(query)
     assert drawn.confidence_HW.shape == drawn.mask_HW.shape == query.size[::-1]
     assert drawn.confidence_HW.min() >= 0.5 and drawn.confidence_HW.max() <= 1
-    inside = drawn.confidence_HW[drawn.mask_HW]
-    assert drawn.score() == pytest.approx(inside.mean(), abs=1e-5)
+    p_HW, mask_HW = np.clip((drawn.brightness_HW + 1) / 2, 0, 1), drawn.mask_HW
+    assert mask_HW.any()
+    expected = p_HW[mask_HW].sum() / (mask_HW.sum() + p_HW[~mask_HW].sum())
+    assert drawn.score() == pytest.approx(expected, rel=1e-4)
+    left_HW = mask_HW & (np.arange(mask_HW.shape[1]) < np.nonzero(mask_HW)[1].mean())
+    in_parts = [drawn.score(part) * part.sum() for part in (left_HW, mask_HW & ~left_HW)]
+    assert sum(in_parts) == pytest.approx(drawn.score() * mask_HW.sum(), rel=1e-4)
     in_turn = session.draw(query, decoding="autoregressive")
     assert in_turn.confidence_HW is None
     assert 0 < in_turn.score() < 1
@@ -122,8 +127,8 @@ def test_several_classes_share_the_encoding_of_a_query(model, scenes, monkeypatc
 
 
 def test_a_pixel_of_several_masks_gets_the_class_of_the_greatest_confidence():
-    first_HW = np.array([[0.2, 0.9, -0.9, 0.5]], np.float32)
-    second_HW = np.array([[0.8, 0.1, -0.2, 0.5]], np.float32)
+    first_HW = np.array([[0.2, 0.9, -1.0, 0.5]], np.float32)
+    second_HW = np.array([[0.9, 0.2, -1.0, 0.5]], np.float32)
     at_once = DrawnClasses(
         {"a": DrawnMask(first_HW, 0.5, True), "b": DrawnMask(second_HW, 0.5, True)}
     )
