@@ -136,9 +136,9 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoding",
-        choices=["autoregressive", "parallel"],
-        help="decode masks code by code or in one pass (default: parallel if the model was "
-        "trained for it)",
+        choices=["autoregressive", "parallel", "mirrored"],
+        help="decode masks code by code, in one pass, or in one pass and once more mirrored "
+        "(default: the last of these that the model can do)",
     )
 
 

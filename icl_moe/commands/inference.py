@@ -117,9 +117,9 @@ def _segment(options: argparse.Namespace) -> int:
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
-    if sure and model.decoding(options.decoding) != "parallel":
+    if sure and model.decoding(options.decoding) == "autoregressive":
         raise InputError(
-            "--confidence needs parallel decoding, which this model does not support or "
+            "--confidence needs masks in one pass, which this model does not support or "
             "--decoding excludes."
         )
     drawn = model.draw_mask(

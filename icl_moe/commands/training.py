@@ -29,8 +29,8 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--threshold-from",
         metavar="SHARDS",
-        help="training shards for fitting below which brightness a model that decodes in parallel "
-        "marks nothing",
+        help="training shards for fitting how sure of a mask a model that decodes in parallel must "
+        "be to mark anything",
     )
     take.add_device(parser)
     parser.set_defaults(run=_export)

@@ -265,12 +265,12 @@ def _trained_on(model: InContextModel) -> str | None:
 
 
 def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
-    """greedy: every token is the most probable one. parallel: masks are decoded in one pass, and
-    pixels brighter than a threshold belong to them.
+    """greedy: every token is the most probable one. parallel and mirrored: masks are decoded in one
+    pass, and nothing is marked where the expected IoU is less than a threshold.
     """
     if decoding == "autoregressive":
         return {"decoding": "greedy"}
-    return {"decoding": "parallel", "mask_threshold": model.decoder.config.mask_threshold}
+    return {"decoding": decoding, "mask_threshold": model.decoder.config.mask_threshold}
 
 
 def _conditions(

@@ -108,9 +108,10 @@ class TaskResult:
 @dataclass(frozen=True)
 class Metrics:
     """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
-    decoding: `greedy`, or `parallel` if masks were decoded in one pass; mask_threshold: the
-    threshold fitted for these. standard: of the episodes of a benchmark, the header of their file:
-    how they were drawn, the definition of the benchmark's own score, and the sha256.
+    decoding: `greedy`, or how masks were decoded in one pass, `parallel` or `mirrored`;
+    mask_threshold: the threshold fitted for these. standard: of the episodes of a benchmark, the
+    header of their file: how they were drawn, the definition of the benchmark's own score, and the
+    sha256.
     """
 
     model: str

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError
 from icl_moe.images import ImageLike, load_image, to_square_pixels
-from icl_moe.inference.cache import KeyValueCache
 from icl_moe.inference.decode import GREEDY, Sampling
 from icl_moe.inference.examples import (
     category_of,
@@ -30,7 +29,7 @@ from icl_moe.tasks.captioning import CaptionPair, box_of
 from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 
 if TYPE_CHECKING:
-    from icl_moe.inference.model import Decoding, InContextModel
+    from icl_moe.inference.model import Decoding, InContextModel, Read
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ class _Shown:
     """
 
     episode: Episode
-    read: Sequence[KeyValueCache] | None
+    read: "Read | None"
     shelf: Shelf | None = None
 
     def episode_for(self, image_N: np.ndarray) -> Episode:

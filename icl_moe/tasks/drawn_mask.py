@@ -11,9 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-EVEN = 0.5
-"""The threshold of masks that were decoded code by code, and of models without a fitted one."""
-
 _SAMPLE = 256
 """The pixels of a side from which a mask's level is chosen; larger masks are sampled."""
 
@@ -22,51 +19,59 @@ _SAMPLE = 256
 class DrawnMask:
     """brightness_HW: float32, about -1 (black: outside) to 1 (inside).
 
-    threshold: a level in 0..1 from black to white. Decoded code by code, the brighter pixels belong
-    to the mask. Decoded in one pass, there is a mask if any pixel is brighter, see `level`.
     at_once: whether the mask was decoded in one pass, so that its brightness reflects the model's
     confidence.
+    threshold: the least expected IoU (see `expected_iou`) at which anything is marked.
     log_probability: of a mask that was decoded code by code, the mean over its codes.
     windows: how many windows were read beside the whole image.
     """
 
     brightness_HW: np.ndarray
-    threshold: float = EVEN
     at_once: bool = False
+    threshold: float = 0.0
     log_probability: float | None = None
     windows: int = 0
 
     @property
     def mask_HW(self) -> np.ndarray:
         """The boolean mask."""
-        return self.brightness_HW > 2 * self.level - 1
+        return _levels(self.brightness_HW) > self.level
 
-    @cached_property
+    @property
     def level(self) -> float:
-        """The level in 0..1 above which a pixel belongs to the mask.
+        """The level, from black (0) to white (1), above which a pixel belongs to the mask: the
+        middle for a mask that was decoded code by code. Of a mask that was decoded in one pass, the
+        level of the greatest expected IoU; 1, so that nothing is marked, where that is less than
+        `threshold`.
+        """
+        if not self.at_once:
+            return 0.5
+        level, iou = self._best
+        return level if 0 < iou >= self.threshold else 1.0
 
-        Of a mask that was decoded in one pass, the level whose mask has the greatest expected IoU,
-        where a pixel belongs to the object with a probability p equal to its level (Nowozin 2014,
-        "Optimal Decisions from Probabilistic Models: The Intersection-over-Union Case"):
+    @property
+    def expected_iou(self) -> float:
+        """The greatest expected IoU of a mask of all pixels above one level, if a pixel belongs to
+        the object with a probability p equal to its own level (Nowozin 2014, "Optimal Decisions
+        from Probabilistic Models: The Intersection-over-Union Case"):
 
             sum of p inside / (pixels inside + sum of p outside)
 
-        which is the expected intersection over the expected union. It is high where a model is sure
-        of an object's outline, and low where it only suspects the object. No pixel belongs to the
-        mask if none is brighter than `threshold`.
+        This is the expected intersection over the expected union. The level of that mask is high
+        where a model is sure of an object's outline, and low where it only suspects the object.
         """
-        if not self.at_once:
-            return self.threshold
-        height, width = self.brightness_HW.shape
-        step = max(1, -(-min(height, width) // _SAMPLE))
+        return self._best[1]
+
+    @cached_property
+    def _best(self) -> tuple[float, float]:
+        """The level of the greatest expected IoU, and that IoU."""
+        step = max(1, -(-min(self.brightness_HW.shape) // _SAMPLE))
         p_N = np.sort(_levels(self.brightness_HW[::step, ::step]), axis=None)[::-1]
-        if p_N[0] <= self.threshold:
-            return self.threshold
         inside_N = np.cumsum(p_N, dtype=np.float64)
         iou_N = inside_N / (np.arange(1, p_N.size + 1) + inside_N[-1] - inside_N)
         last = int(iou_N.argmax())
         outside = p_N[last + 1] if last + 1 < p_N.size else 0.0
-        return float(p_N[last] + outside) / 2
+        return float(p_N[last] + outside) / 2, float(iou_N[last])
 
     @property
     def confidence_HW(self) -> np.ndarray | None:
@@ -79,10 +84,10 @@ class DrawnMask:
     def score(self, part_HW: np.ndarray | None = None) -> float | None:
         """How sure the model is of the mask, or of the pixels `part_HW` of it, 0 to 1.
 
-        Decoded in one pass: the mask's expected IoU, see `level`; of a part, in proportion to its
-        mean level. If nothing is marked: the confidence, 0.5 to 1, of the pixel that comes closest
-        to being marked. Decoded code by code: the geometric mean of the codes' probabilities, for
-        any part; None if it is not known.
+        Decoded in one pass: the mask's expected IoU; of a part, in proportion to its mean level. If
+        nothing is marked: the confidence, 0.5 to 1, of the pixel that comes closest to being
+        marked. Decoded code by code: the geometric mean of the codes' probabilities, for any part;
+        None if it is not known.
         """
         if not self.at_once:
             return None if self.log_probability is None else math.exp(self.log_probability)

@@ -2,6 +2,7 @@
 size.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +108,26 @@ class ImageTokenizers:
     def read(self, pixels_B3HW: Tensor) -> np.ndarray:
         """codes_BN of input images, pixels in [-1, 1]."""
         return (self.features or self._pictures).encode(pixels_B3HW).cpu().numpy()
+
+    @property
+    def can_mirror(self) -> bool:
+        """Whether the codes of a mirrored image are known without reading it. A feature tells what
+        a cell shows, whichever way round; a VQ-GAN's code draws a cell one way round.
+        """
+        return self.features is not None
+
+    def mirror_inputs(self, codes_BN: np.ndarray) -> np.ndarray:
+        """The codes of input images as if they were mirrored, left for right: the same features in
+        mirrored places.
+        """
+        side = math.isqrt(codes_BN.shape[-1])
+        grid_Bhw = codes_BN.reshape(*codes_BN.shape[:-1], side, side)
+        return np.ascontiguousarray(grid_Bhw[..., ::-1]).reshape(codes_BN.shape)
+
+    def mirror_masks(self, codes_BN: np.ndarray) -> np.ndarray:
+        """The codes of masks, mirrored in the same way."""
+        inside_BHW = (self.mask_writer.decode(codes_BN) > 0).cpu().numpy()
+        return self.mask_writer.encode(np.ascontiguousarray(inside_BHW[..., ::-1]))
 
     @property
     def input_vectors_KC(self) -> Tensor:

@@ -276,7 +276,7 @@ def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):
 
 def test_confidence_is_a_half_on_the_level_and_one_at_black_and_white():
     brightness_HW = np.array([[-1.2, -1.0, -0.75], [-0.5, 0.25, 1.1]], dtype=np.float32)
-    written = DrawnMask(brightness_HW, 0.25, at_once=True)
+    written = DrawnMask(brightness_HW, at_once=True)
     assert written.level == 0.4375  # halfway between the levels of the second and the third pixel
     assert written.mask_HW.tolist() == [[False, False, False], [False, True, True]]
     np.testing.assert_allclose(
@@ -295,7 +295,7 @@ def test_a_masks_level_gives_the_greatest_expected_iou(highest: float) -> None:
         return intersection / union
 
     best = max(expected_iou(p_HW >= level) for level in p_HW.flat)
-    drawn = DrawnMask((2 * p_HW - 1).astype(np.float32), 0.25, at_once=True)
+    drawn = DrawnMask((2 * p_HW - 1).astype(np.float32), at_once=True)
     assert expected_iou(drawn.mask_HW) == pytest.approx(best, rel=1e-5)
     assert drawn.score() == pytest.approx(best, rel=1e-5)
     # The best level is known in closed form, from the IoU that it reaches.
@@ -303,15 +303,16 @@ def test_a_masks_level_gives_the_greatest_expected_iou(highest: float) -> None:
     assert np.array_equal(drawn.mask_HW, p_HW > closed)
 
 
-def test_nothing_is_marked_where_no_pixel_is_brighter_than_the_threshold() -> None:
-    brightness_HW = np.full((4, 4), -0.5, np.float32)
-    assert not DrawnMask(brightness_HW, 0.25, at_once=True).mask_HW.any()
-    brightness_HW[0, 0] = -0.4
-    assert DrawnMask(brightness_HW, 0.25, at_once=True).mask_HW.all()
+def test_nothing_is_marked_where_the_expected_iou_is_less_than_the_threshold() -> None:
+    brightness_HW = np.full((4, 4), -0.5, np.float32)  # An IoU of 0.25, if all is marked.
+    assert DrawnMask(brightness_HW, at_once=True, threshold=0.25).mask_HW.all()
+    brighter_than_white_HW = np.where(np.eye(4) > 0, 1.1, brightness_HW)
+    for levels_HW in (brightness_HW, brighter_than_white_HW.astype(np.float32)):
+        assert not DrawnMask(levels_HW, at_once=True, threshold=0.9).mask_HW.any()
 
 
 def test_the_level_of_a_large_mask_is_that_of_the_mask_before_it_was_enlarged() -> None:
     rows, columns = np.mgrid[0:64, 0:64] / 63
     brightness_HW = (2 * np.exp(-8 * ((rows - 0.4) ** 2 + (columns - 0.6) ** 2)) - 1).astype("f")
-    drawn = DrawnMask(brightness_HW, 0.25, at_once=True)
+    drawn = DrawnMask(brightness_HW, at_once=True)
     assert drawn.resized(1500, 2000).level == pytest.approx(drawn.level, abs=0.01)

@@ -33,7 +33,7 @@ def example(scene):
     return scene.image, scene.objects[-1].mask_HW
 
 
-@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive", "mirrored"])
 def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
     shown, queries = scenes[4], [scenes[number].image for number in (1, 2)]
     session = model.session([example(shown)])
@@ -46,7 +46,7 @@ def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
     assert masks[0].any() and (masks[0] != other_HW).any(), "the mask depends on the example"
 
 
-@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive", "mirrored"])
 @torch.inference_mode()
 def test_a_session_equals_the_whole_sequence_read_at_a_time(model, scenes, decoding):
     """Without the keys and values that a session keeps."""
@@ -82,9 +82,11 @@ def test_a_mask_comes_with_the_models_confidence(model, scenes):
 
 def test_the_confidence_of_an_empty_mask_is_that_of_its_most_doubtful_pixel():
     brightness_HW = np.full((2, 3), -1.0, np.float32)
-    assert DrawnMask(brightness_HW, 0.5, at_once=True).score() == 1.0
-    brightness_HW[1, 2] = -0.5  # halfway from black to the threshold
-    assert DrawnMask(brightness_HW, 0.5, at_once=True).score() == pytest.approx(0.75)
+    assert DrawnMask(brightness_HW, at_once=True).score() == 1.0
+    brightness_HW[1, 2] = -0.5  # a quarter of the way from black to white
+    drawn = DrawnMask(brightness_HW, at_once=True, threshold=0.5)
+    assert not drawn.mask_HW.any() and drawn.expected_iou == 0.25
+    assert drawn.score() == pytest.approx(0.875)
 
 
 def test_queries_are_taken_as_they_are_needed(model, scenes):
@@ -129,9 +131,7 @@ def test_several_classes_share_the_encoding_of_a_query(model, scenes, monkeypatc
 def test_a_pixel_of_several_masks_gets_the_class_of_the_greatest_confidence():
     first_HW = np.array([[0.2, 0.9, -1.0, 0.5]], np.float32)
     second_HW = np.array([[0.9, 0.2, -1.0, 0.5]], np.float32)
-    at_once = DrawnClasses(
-        {"a": DrawnMask(first_HW, 0.5, True), "b": DrawnMask(second_HW, 0.5, True)}
-    )
+    at_once = DrawnClasses({"a": DrawnMask(first_HW, True), "b": DrawnMask(second_HW, True)})
     assert at_once.labels_HW.tolist() == [[2, 1, 0, 1]]
     in_turn = DrawnClasses(
         {
@@ -140,7 +140,7 @@ def test_a_pixel_of_several_masks_gets_the_class_of_the_greatest_confidence():
         }
     )
     assert in_turn.labels_HW.tolist() == [[2, 2, 0, 2]]
-    many = DrawnClasses({str(n): DrawnMask(second_HW, 0.5, True) for n in range(300)})
+    many = DrawnClasses({str(n): DrawnMask(second_HW, True) for n in range(300)})
     assert many.labels_HW.dtype == np.uint16
 
 
@@ -206,3 +206,28 @@ def cut(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
 def test_what_cannot_be_is_refused_in_one_sentence(model, scenes, use, message):
     with pytest.raises(InputError, match=message):
         use(model, example(scenes[0]))
+
+
+def test_a_mirrored_mask_is_the_mean_of_the_image_and_its_mirror_image(model, scenes):
+    image, mask_HW = example(scenes[2])  # It has the model's size already.
+    shown, asked = model.encode([to_square_pixels(each, 64) for each in (image, scenes[4].image)])
+    (mask,) = model.encode_masks([mask_HW])
+    written_HW = model.decode_masks(mask[None])[0].numpy() > 0
+    (mirrored_mask,) = model.encode_masks([np.ascontiguousarray(written_HW[:, ::-1])])
+
+    def brightness(shown_N: np.ndarray, mask_N: np.ndarray, asked_N: np.ndarray) -> np.ndarray:
+        episode = Episode(SEGMENTATION, "", (SegmentationPair(shown_N, mask_N),))
+        (pair,) = model.complete([(episode, asked_N)], decoding="parallel")
+        return pair.drawn.brightness_HW
+
+    def mirror(codes_N: np.ndarray) -> np.ndarray:
+        return codes_N.reshape(8, 8)[:, ::-1].ravel()
+
+    there = brightness(shown, mask, asked)
+    back = brightness(mirror(shown), mirrored_mask, mirror(asked))[:, ::-1]
+    assert not np.allclose(there, back, atol=0.1)
+    episode = Episode(SEGMENTATION, "", (SegmentationPair(shown, mask),))
+    (pair,) = model.complete([(episode, asked)])
+    np.testing.assert_allclose(pair.drawn.brightness_HW, (there + back) / 2, atol=1e-5)
+    (again,) = model.complete([(episode, asked)], read=[model.read_examples(episode)])
+    np.testing.assert_allclose(again.drawn.brightness_HW, (there + back) / 2, atol=1e-5)
