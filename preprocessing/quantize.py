@@ -92,6 +92,7 @@ def quantize(
     codes of earlier builds are taken. Raises InputError for an image that cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _open_image.cache_clear()  # An image may have changed since the last build of this process.
     mine = range(rank, _chunk_count(len(pictures)), ranks)
     todo = [n for n in mine if not _chunk_file(folder, n).is_file()]
     batches = [
@@ -241,7 +242,11 @@ class _Writer:
 
     def _write(self, chunk: _Chunk, file: Path) -> None:
         for part, cache in self._caches.items():
-            new = {drawn.key: drawn.codes for drawn in chunk.encoded if drawn.part == part}
+            new = {
+                drawn.key: drawn.codes
+                for drawn in chunk.encoded
+                if drawn.part == part and drawn.codes is not None
+            }
             if new:
                 cache.add(new)
         codes = [drawn.codes for drawn in chunk.pictures if drawn.codes is not None]
