@@ -88,7 +88,7 @@ class CodeCache:
 def key_of(picture: np.ndarray) -> bytes:
     """The key of a picture as it was drawn, uint8 (H, W, 3), or boolean (H, W) for a mask."""
     digest = hashlib.blake2b(f"{picture.dtype} {picture.shape}".encode(), digest_size=_KEY_BYTES)
-    digest.update(np.ascontiguousarray(picture))
+    digest.update(np.ascontiguousarray(picture).data)
     return digest.digest()
 
 

@@ -6,6 +6,7 @@ runs `icl-moe ARGUMENT ...`, in chunks of one batch, and kills itself SECONDS af
 thing (0: never) that it, its workers or the ranks beside it do to a file in FOLDER.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +14,13 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from icl_moe.cli import main
+from preprocessing import quantize
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
 
 _LINE = 160
 """Bytes of a line of the log, all the same, so that its size tells the number of lines."""
@@ -39,22 +47,31 @@ def watch(folder: Path, log: Path, event: int = 0, seconds: float = 0.0) -> None
     sys.addaudithook(note)
 
 
-def run_watched(folder: Path, log: Path, event: int, seconds: float, *build: Any) -> int:
-    """Call `build[0]` with the other arguments in a forked process, watched. Returns the exit
-    status, which is negative for a signal.
+def run_watched(
+    folder: Path, log: Path, event: int, seconds: float, recipe: DataRecipe, workers: int
+) -> int:
+    """Build `recipe` in a process of its own, watched, in chunks of one batch. Returns the exit
+    code, which is negative for a signal.
     """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        watch(folder, log, event, seconds)
-        function, *arguments = build
-        function(*arguments)
-        time.sleep(seconds)  # A late kill comes in any case.
-        status = 0
-    finally:
-        os._exit(status)
+    # The server imports torch once for all builds, and has no threads that a fork would tear.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preprocessing.build"])
+    of_build = (folder, log, event, seconds, recipe, workers)
+    process = context.Process(target=_build_watched, args=of_build)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _build_watched(
+    folder: Path, log: Path, event: int, seconds: float, recipe: DataRecipe, workers: int
+) -> None:
+    torch.set_num_threads(1)
+    quantize.CHUNK = quantize.BATCH
+    watch(folder, log, event, seconds)
+    build_shards(recipe, folder, workers)
+    time.sleep(seconds)  # A late kill comes in any case.
 
 
 def events_in(log: Path) -> list[str]:
@@ -74,9 +91,6 @@ def _written(kind: str, arguments: tuple[Any, ...]) -> str | None:
 
 
 if __name__ == "__main__":
-    from icl_moe.cli import main
-    from preprocessing import quantize
-
     quantize.CHUNK = quantize.BATCH
     watch(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
     sys.exit(main(sys.argv[5:]))

@@ -13,9 +13,6 @@ from small_builds import SMALL, hashes, small_recipe
 from small_run import REPOSITORY
 from watched_build import events_in, run_watched
 
-from preprocessing import quantize
-from preprocessing.build import build_shards
-
 Run = Callable[[Path, Path, int, float], int]
 """Runs a watched build into a folder, with a log, and kills it at an event, or never (0)."""
 
@@ -57,13 +54,12 @@ def check_kills(run: Run, undisturbed: Path, folder: Path, points: int, seed: in
     [(3, 0), pytest.param(20, 2, marks=pytest.mark.slow)],
 )
 def test_a_build_killed_at_random_points_goes_on_where_it_was(
-    demo, tokenizer, tmp_path, monkeypatch, points, workers
+    demo, tokenizer, tmp_path, points, workers
 ):
-    monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
     recipe = small_recipe(tokenizer)
 
     def run(out: Path, log: Path, event: int, seconds: float) -> int:
-        status = run_watched(out, log, event, seconds, build_shards, recipe, out, workers)
+        status = run_watched(out, log, event, seconds, recipe, workers)
         assert status == (-signal.SIGKILL if event else 0)
         return status
 
