@@ -5,7 +5,7 @@
 Encodes parts of photographs of 640 x 480 pixels as `icl-moe shards build` does, in one process and
 in two that `accelerate launch` starts, in turns, one thread each. The tokenizer is by default a
 VQ-GAN of the released size with random weights, which is as fast as a trained one. The chunks are
-of one batch, so that few pictures are enough for two processes. A second measurement, with the
+of one batch of 8, so that few pictures are enough for two processes. A second measurement, with the
 demo's small tokenizer at 64 pixels and two workers, tells what the encoding process waits for.
 """
 
@@ -39,6 +39,7 @@ PICTURES = 665_000
 image of COCO.
 """
 
+BATCH = 8
 WIDTH, HEIGHT = 640, 480
 PER_IMAGE = 3
 LAUNCH = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no --num_processes"
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", help="a folder; by default random weights")
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--total", type=int, default=PICTURES, help="pictures of the real sets")
     parser.add_argument("--json", type=Path)
@@ -65,7 +66,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Goal]]:
     tokenizer = args.tokenizer or str(_random_tokenizer(folder / "tokenizer"))
-    _write_photographs(folder / "images", -(-max(args.pictures, 512) // PER_IMAGE))
+    _write_photographs(folder / "images", -(-max(args.pictures, 256) // PER_IMAGE))
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "size": args.size}
     figures["TFLOP a picture"] = _flops(tokenizer, args.size) / 1e12
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
@@ -82,8 +83,8 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
         figures[f"core-seconds a picture, {processes} processes"] = core_seconds
         days = args.total / rates[processes] / 86_400
         figures[f"days for {args.total:,} pictures, {processes} processes"] = days
-    profile = _run(1, folder, "demo", 64, 512, workers=2)
-    figures["small tokenizer: pictures/s"] = 512 / profile["seconds"]
+    profile = _run(1, folder, "demo", 64, 256, workers=2)
+    figures["small tokenizer: pictures/s"] = 256 / profile["seconds"]
     for part in ("encoding", "waiting for pictures", "all else"):
         figures[f"small tokenizer: share of the time, {part}"] = profile[part] / profile["seconds"]
     figures["core-seconds to load, crop and resize a picture"] = _drawing(folder, args.size)
@@ -119,7 +120,7 @@ def encode(folder: Path, tokenizer: str, size: int, count: int, workers: int) ->
     process = join_processes()
     tokenizers = ImageTokenizers(VQGAN.from_pretrained(tokenizer))
     pictures = _pictures(folder, count)
-    quantize.CHUNK = quantize.BATCH
+    quantize.BATCH = quantize.CHUNK = BATCH
     spent = {"encoding": 0.0, "waiting for pictures": 0.0}
     ImageTokenizers.encode = _timed(ImageTokenizers.encode, spent)  # type: ignore[method-assign]
     quantize.ordered_map = _timed_items(quantize.ordered_map, spent)
