@@ -5,7 +5,7 @@
 Encodes parts of photographs of 640 x 480 pixels as `icl-moe shards build` does, in one process and
 in two that `accelerate launch` starts, in turns, one thread each. The tokenizer is by default a
 VQ-GAN of the released size with random weights, which is as fast as a trained one. The chunks are
-of one batch of 8, so that few pictures are enough for two processes. A second measurement, with the
+of one batch of 4, so that few pictures are enough for two processes. A second measurement, with the
 demo's small tokenizer at 64 pixels and two workers, tells what the encoding process waits for.
 """
 
@@ -39,7 +39,7 @@ PICTURES = 665_000
 image of COCO.
 """
 
-BATCH = 8
+BATCH = 4
 WIDTH, HEIGHT = 640, 480
 PER_IMAGE = 3
 LAUNCH = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no --num_processes"
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", help="a folder; by default random weights")
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--total", type=int, default=PICTURES, help="pictures of the real sets")
     parser.add_argument("--json", type=Path)
@@ -66,7 +66,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Goal]]:
     tokenizer = args.tokenizer or str(_random_tokenizer(folder / "tokenizer"))
-    _write_photographs(folder / "images", -(-max(args.pictures, 256) // PER_IMAGE))
+    _write_photographs(folder / "images", -(-max(args.pictures, 128) // PER_IMAGE))
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "size": args.size}
     figures["TFLOP a picture"] = _flops(tokenizer, args.size) / 1e12
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
@@ -83,8 +83,8 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
         figures[f"core-seconds a picture, {processes} processes"] = core_seconds
         days = args.total / rates[processes] / 86_400
         figures[f"days for {args.total:,} pictures, {processes} processes"] = days
-    profile = _run(1, folder, "demo", 64, 256, workers=2)
-    figures["small tokenizer: pictures/s"] = 256 / profile["seconds"]
+    profile = _run(1, folder, "demo", 64, 128, workers=2)
+    figures["small tokenizer: pictures/s"] = 128 / profile["seconds"]
     for part in ("encoding", "waiting for pictures", "all else"):
         figures[f"small tokenizer: share of the time, {part}"] = profile[part] / profile["seconds"]
     figures["core-seconds to load, crop and resize a picture"] = _drawing(folder, args.size)
@@ -170,9 +170,9 @@ def _core_seconds() -> float:
 
 def _drawing(folder: Path, size: int) -> float:
     started = time.process_time()
-    for picture in _pictures(folder, 64):
+    for picture in _pictures(folder, 32):
         picture.draw(size)
-    return (time.process_time() - started) / 64
+    return (time.process_time() - started) / 32
 
 
 def _pictures(folder: Path, count: int) -> list[Any]:
