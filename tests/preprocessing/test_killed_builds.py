@@ -4,7 +4,7 @@ gives the bytes of an undisturbed build.
 
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import toy_tokenizer
 from small_builds import SMALL, hashes, small_recipe
 from small_run import REPOSITORY
 from watched_build import events_in, run_watched
+
+from icl_moe.locks import locked
 
 Run = Callable[[Path, Path, int, float], int]
 """Runs a watched build into a folder, with a log, and kills it at an event, or never (0)."""
@@ -66,19 +68,42 @@ def test_a_build_killed_at_random_points_goes_on_where_it_was(
     check_kills(run, demo, tmp_path, points, seed=points)
 
 
-@pytest.mark.slow
-def test_launched_processes_of_which_one_is_killed_go_on_where_they_were(
-    demo, tokenizer, tmp_path, run_command
-):
-    settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
+@pytest.fixture
+def launched() -> list[str]:
+    """The beginning of a command that two processes run."""
     launch = (
         "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no"
     )
+    return launch.split()
 
+
+@pytest.fixture
+def arguments(tokenizer) -> list[str]:
+    """Those of `icl-moe` without --out."""
+    settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
+    return ["shards", "build", "demo", *settings, "--workers", "1"]
+
+
+@pytest.mark.slow
+def test_launched_processes_of_which_one_is_killed_go_on_where_they_were(
+    demo, launched, arguments, tmp_path, run_command
+):
     def run(out: Path, log: Path, event: int, seconds: float) -> int:
         watched = [REPOSITORY / "tests/watched_build.py", out, log, event, seconds]
-        command: Sequence[object] = [*watched, "shards", "build", "demo", *settings, "--out", out]
-        return run_command([*launch.split(), *map(str, command), "--workers", "1"]).returncode
+        command = [*launched, *map(str, watched), *arguments, "--out", str(out)]
+        return run_command(command).returncode
 
     check_kills(run, demo, tmp_path, points=4, seed=0)
+
+
+@pytest.mark.slow
+def test_launched_processes_leave_a_folder_alone_that_another_build_writes(
+    launched, arguments, tmp_path, run_command
+):
+    out = tmp_path / "out"
+    with locked(out, "--out"):
+        result = run_command([*launched, "-m", "icl_moe", *arguments, "--out", out])
+    assert result.returncode != 0
+    assert result.stdout.count(f"is writing to {out}; wait until it has ended") == 1
+    assert not out.exists()
