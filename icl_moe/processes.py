@@ -6,12 +6,19 @@ DeepSpeed.
 """
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
+
+_PATIENCE = timedelta(days=14)
+"""How long a process waits for the others. By torch's default of minutes a build would end because
+one of its machines is some percent slower, or because the first process draws scenes for the
+others. A process that ends is noticed by its launcher, which ends the others.
+"""
 
 
 def join_processes(device: Device | None = None) -> PartialState:
@@ -26,7 +33,7 @@ def join_processes(device: Device | None = None) -> PartialState:
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device is None:
-        return PartialState(cpu=launched and not torch.cuda.is_available())
+        return PartialState(cpu=launched and not torch.cuda.is_available(), timeout=_PATIENCE)
     place = find_device(device)
     if place.type == "cuda" and place.index is not None:
         if launched:
@@ -35,4 +42,4 @@ def join_processes(device: Device | None = None) -> PartialState:
                 "its own."
             )
         torch.cuda.set_device(place)
-    return PartialState(cpu=place.type == "cpu")
+    return PartialState(cpu=place.type == "cpu", timeout=_PATIENCE)

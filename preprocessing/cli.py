@@ -27,6 +27,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="worker processes; 0 works in this process (default: %(default)s)",
     )
+    build.add_argument(
+        "--codes-cache",
+        type=take.folder,
+        metavar="DIR",
+        help="a folder in which builds share the codes of equal pictures (default: none)",
+    )
     take.add_device(build)
 
     verify = verbs.add_parser(
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{most_workers()} are started."
             )
         with writing(args.out):
-            manifest = build_shards(recipe, args.out, args.workers, args.device)
+            manifest = build_shards(recipe, args.out, args.workers, args.device, args.codes_cache)
         process = join_processes()
         if process.is_main_process:
             counts = " and ".join(

@@ -105,8 +105,9 @@ def pack_shard(packer: Packer, shard: ShardRange) -> int:
     written = FileInfo.of(packer.folder, partial.name)
     samples = shard.stop - shard.start
     info = ShardInfo(shard.file, written.bytes, written.sha256, shard.task, samples)
-    os.replace(partial, target)
+    # The notes come first, so that a shard that appears is finished in any case.
     write_whole(notes, _json_bytes({"shard": asdict(info), "classes": classes, "rows": rows}))
+    os.replace(partial, target)
     return samples
 
 

@@ -1,13 +1,21 @@
-"""Pixels -> codes: encodes every distinct picture of the episodes once, in batches of fixed
-composition, on all devices.
+"""Pixels -> codes: encodes every distinct picture of the episodes once, in batches of a fixed
+size, on all devices.
 
-Pictures are numbered in the order in which episodes first need them and encoded in chunks. A chunk
+Pictures are numbered, those of images before those that tasks draw, and encoded in chunks. A chunk
 is one file, written under a temporary name and renamed, so an interrupted build resumes at the
-first missing chunk. Under `accelerate launch` each of n processes takes every n-th chunk. The
-content of a batch does not depend on the number of processes, so neither do the codes.
+first missing chunk. Under `accelerate launch` each of n processes takes every n-th chunk.
+
+How a library computes depends on the size of a batch, and with it the rounding of a few codes. So
+every batch has the same size and is of one tokenizer, filled up if need be. Then a picture's codes
+depend neither on its place nor on the other pictures of the batch
+(tests/tokenizers/test_batches.py), and may come from a cache of earlier builds instead.
+
+Three parts work at the same time: worker processes load, crop and draw (and look into the cache),
+this process encodes on its device, and a thread writes.
 """
 
 import io
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +29,10 @@ from icl_moe.images import PixelBox, crop_and_resize
 from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
 from icl_moe.tasks.task import Picture
-from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
+from icl_moe.tokenizers.features import FeaturesTokenizer
+from icl_moe.tokenizers.image_tokenizers import ImageTokenizers, Part
+from icl_moe.tokenizers.vqgan import VQGAN
+from preprocessing.code_cache import CodeCache, arithmetic, key_of
 from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile, PoolRegion
 from preprocessing.workers import ordered_map
@@ -73,12 +84,15 @@ def quantize(
     device: torch.device,
     rank: int = 0,
     ranks: int = 1,
+    cache: Path | None = None,
 ) -> None:
     """Encode this rank's chunks of `pictures` that are not in `folder` yet; `CodeStore` reads them.
 
-    workers: processes that load, crop and draw. Raises InputError for an image that cannot be used.
+    workers: processes that load, crop and draw. cache: the folder of a `CodeCache`, from which
+    codes of earlier builds are taken. Raises InputError for an image that cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _open_image.cache_clear()  # An image may have changed since the last build of this process.
     mine = range(rank, _chunk_count(len(pictures)), ranks)
     todo = [n for n in mine if not _chunk_file(folder, n).is_file()]
     batches = [
@@ -87,24 +101,156 @@ def quantize(
         for start in range(n * CHUNK, min((n + 1) * CHUNK, len(pictures)), BATCH)
     ]
     tokenizers.to(device)
-    done: list[np.ndarray] = []
-    with tqdm(
-        total=sum(map(len, batches)), desc="encoding pictures", unit="picture", disable=rank != 0
-    ) as progress:
-        for batch, drawn in zip(
-            batches, ordered_map(_draw_batch, (pictures, size), batches, workers), strict=True
-        ):
-            are_inputs = [isinstance(pictures[number], CropPicture) for number in batch]
-            done.append(tokenizers.encode(drawn, are_inputs, device))
-            progress.update(len(batch))
+    caches = _open_caches(cache, tokenizers, size, device)
+    drawn = ordered_map(_draw_batch, (pictures, size, tokenizers, caches), batches, workers)
+    chunk = _Chunk(tokenizers, device)
+    with (
+        tqdm(
+            total=sum(map(len, batches)),
+            desc="encoding pictures",
+            unit="picture",
+            disable=rank != 0,
+        ) as progress,
+        _Writer(caches, tokenizers.code_type) as writer,
+    ):
+        for batch, of_batch in zip(batches, drawn, strict=True):
+            chunk.take(of_batch)
             if (batch[-1] + 1) % CHUNK == 0 or batch[-1] + 1 == len(pictures):
-                _write_chunk(_chunk_file(folder, batch[-1] // CHUNK), np.concatenate(done))
-                done = []
+                chunk.finish()
+                writer.write(chunk, _chunk_file(folder, batch[-1] // CHUNK))
+                chunk = _Chunk(tokenizers, device)
+            progress.update(len(batch))
 
 
-def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> list[np.ndarray]:
-    pictures, size = context
-    return [pictures[number].draw(size) for number in numbers]
+@dataclass
+class _Drawn:
+    """A picture that a worker drew: its pixels, or its codes if the cache has them. key: in the
+    cache; empty if its part has none.
+    """
+
+    part: Part
+    is_input: bool
+    pixels: np.ndarray | None
+    key: bytes = b""
+    codes: np.ndarray | None = None
+
+
+_Caches = dict[Part, CodeCache]
+
+
+def _open_caches(
+    folder: Path | None, tokenizers: ImageTokenizers, size: int, device: torch.device
+) -> _Caches:
+    """The cache of each tokenizer, except for a mask tokenizer, which is as fast as a look-up."""
+    parts: dict[Part, VQGAN | FeaturesTokenizer | None] = {
+        "pictures": tokenizers.pictures,
+        "features": tokenizers.features,
+    }
+    about = {"image_size": size, "batch": BATCH, **arithmetic(device)}
+    return {
+        part: CodeCache(
+            folder,
+            {
+                "tokenizer": tokenizer.fingerprint,
+                "precision": getattr(tokenizer, "precision", "fp32"),
+                **about,
+            },
+        )
+        for part, tokenizer in parts.items()
+        if folder is not None and tokenizer is not None
+    }
+
+
+def _draw_batch(
+    context: tuple[list[Picture], int, ImageTokenizers, _Caches], numbers: range
+) -> list[_Drawn]:
+    pictures, size, tokenizers, caches = context
+    batch = []
+    for number in numbers:
+        pixels = pictures[number].draw(size)
+        is_input = isinstance(pictures[number], CropPicture)
+        drawn = _Drawn(tokenizers.part_for(pixels, is_input), is_input, pixels)
+        if drawn.part in caches:
+            drawn.key = key_of(pixels)
+            drawn.codes = caches[drawn.part].find(drawn.key)
+            drawn.pixels = pixels if drawn.codes is None else None
+        batch.append(drawn)
+    return batch
+
+
+class _Chunk:
+    """A chunk in progress. Pictures wait until a batch of their tokenizer is full."""
+
+    def __init__(self, tokenizers: ImageTokenizers, device: torch.device) -> None:
+        self._tokenizers, self._device = tokenizers, device
+        self._waiting: dict[Part, list[_Drawn]] = {}
+        self.pictures: list[_Drawn] = []
+        self.encoded: list[_Drawn] = []
+
+    def take(self, batch: list[_Drawn]) -> None:
+        self.pictures += batch
+        for drawn in batch:
+            if drawn.codes is None:
+                waiting = self._waiting.setdefault(drawn.part, [])
+                waiting.append(drawn)
+                if len(waiting) == BATCH:
+                    self._encode(waiting)
+
+    def finish(self) -> None:
+        """Encode what still waits."""
+        for waiting in self._waiting.values():
+            if waiting:
+                self._encode(waiting)
+
+    def _encode(self, waiting: list[_Drawn]) -> None:
+        """Encode up to BATCH pictures, as many as BATCH in any case."""
+        filled = waiting + waiting[:1] * (BATCH - len(waiting))
+        pixels = [drawn.pixels for drawn in filled if drawn.pixels is not None]
+        are_inputs = [drawn.is_input for drawn in filled]
+        codes_BN = self._tokenizers.encode(pixels, are_inputs, self._device)
+        for drawn, codes_N in zip(waiting, codes_BN, strict=False):
+            drawn.codes, drawn.pixels = codes_N, None
+        self.encoded += waiting
+        waiting.clear()
+
+
+class _Writer:
+    """Writes chunks in a thread, each while the next one is encoded."""
+
+    def __init__(self, caches: _Caches, code_type: np.dtype) -> None:
+        self._caches, self._code_type = caches, code_type
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        self._await_last()
+
+    def write(self, chunk: _Chunk, file: Path) -> None:
+        """Write a finished chunk, and into the caches what is new in it. Raises what an earlier
+        write raised.
+        """
+        self._await_last()
+        self._last = self._thread.submit(self._write, chunk, file)
+
+    def _await_last(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self, chunk: _Chunk, file: Path) -> None:
+        for part, cache in self._caches.items():
+            new = {
+                drawn.key: drawn.codes
+                for drawn in chunk.encoded
+                if drawn.part == part and drawn.codes is not None
+            }
+            if new:
+                cache.add(new)
+        codes = [drawn.codes for drawn in chunk.pictures if drawn.codes is not None]
+        _write_chunk(file, np.stack(codes).astype(self._code_type))
 
 
 _open_image = lru_cache(maxsize=8)(open_image)  # pictures of one image are consecutive

@@ -155,7 +155,7 @@ class ImageTokenizers:
         """
         groups: dict[Part, list[int]] = {}
         for number, (picture, is_input) in enumerate(zip(drawn, are_inputs, strict=True)):
-            groups.setdefault(self._part(picture, is_input), []).append(number)
+            groups.setdefault(self.part_for(picture, is_input), []).append(number)
         codes: dict[int, np.ndarray] = {}
         for part, numbers in groups.items():
             pictures = [drawn[number] for number in numbers]
@@ -167,10 +167,15 @@ class ImageTokenizers:
                 found = self._pictures.encode(_pixels(pictures, device)).cpu().numpy()
             codes |= zip(numbers, found, strict=True)
         codes_BN = np.stack([codes[number] for number in range(len(drawn))])
-        return codes_BN.astype(np.min_scalar_type(self._most_codes - 1))
+        return codes_BN.astype(self.code_type)
 
-    def _part(self, picture: np.ndarray, is_input: bool) -> Part:
-        """The tokenizer that encodes a picture."""
+    @property
+    def code_type(self) -> np.dtype:
+        """The smallest type that holds the codes of all tokenizers."""
+        return np.min_scalar_type(self._most_codes - 1)
+
+    def part_for(self, picture: np.ndarray, is_input: bool) -> Part:
+        """The tokenizer that encodes a picture, drawn as for `encode`."""
         if is_input and self.features is not None:
             return "features"
         return "masks" if picture.dtype == bool and self.masks is not None else "pictures"

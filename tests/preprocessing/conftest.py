@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toy_tokenizer
+import yaml
 from PIL import Image
+from small_builds import Build, small_recipe
+
+from icl_moe.data.shards import Manifest
+from preprocessing.build import build_shards
 
 WIDTH, HEIGHT = 100, 80
 
@@ -158,3 +164,59 @@ def coco_folder(tmp_path: Path) -> CocoFolder:
 def genome_folder(tmp_path: Path) -> GenomeFolder:
     (tmp_path / "genome").mkdir()
     return GenomeFolder(tmp_path / "genome")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_tokenizer.save_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def build(tokenizer: Path) -> Build:
+    """Builds a small version of `recipe` with the toy tokenizer."""
+
+    def build(
+        out: Path,
+        *settings: str,
+        recipe: str = "demo",
+        workers: int = 0,
+        codes_cache: Path | None = None,
+    ) -> Manifest:
+        of_build = small_recipe(tokenizer, *settings, recipe=recipe)
+        return build_shards(of_build, out, workers, codes_cache=codes_cache)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def demo(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small build."""
+    out = tmp_path_factory.mktemp("build") / "demo"
+    build(out)
+    return out
+
+
+@pytest.fixture
+def coco_recipe(coco_folder: CocoFolder, tmp_path: Path) -> Path:
+    """A recipe on the hand-made COCO folder."""
+    coco = {"images": str(coco_folder.images), "annotations": str(coco_folder.file)}
+    captions = {
+        **coco,
+        "annotations": str(coco_folder.captions_file),
+        "instances": str(coco_folder.file),
+        "min_descriptions": 0,
+    }
+    path = tmp_path / "coco.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "tokenizer": "set by build",
+                "image_size": 64,
+                "examples": 2,
+                "vocabulary": {"text_merges": 1000},
+                "segmentation": {"source": "coco", **coco},
+                "captioning": {"source": "coco_captions", **captions},
+            }
+        )
+    )
+    return path

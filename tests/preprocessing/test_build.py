@@ -1,22 +1,22 @@
 """`icl-moe shards build | verify | stats | preview`, as a user runs them."""
 
 import argparse
-import hashlib
+import errno
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy_tokenizer
-import yaml
 from damage import overwrite
+from small_builds import SMALL, hashes
 
 from icl_moe.data.shards import Manifest, ShardSet
 from icl_moe.errors import InputError
@@ -31,32 +31,8 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import build as build_module
 from preprocessing import cli, quantize
-from preprocessing.build import build_shards
 from preprocessing.recipe import DataRecipe
 from preprocessing.verify import verify_shards
-
-SMALL = ["synthetic.images=40", "samples=25", "shard_size=10"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    return toy_tokenizer.save_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-Build = Callable[..., Manifest]
-
-
-@pytest.fixture(scope="module")
-def build(tokenizer) -> Build:
-    """Builds a small version of `recipe` with the toy tokenizer."""
-
-    def build(out: Path, *settings: str, recipe: str = "demo", workers: int = 0) -> Manifest:
-        overrides = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer), *settings]
-        return build_shards(
-            load_recipe(DataRecipe, recipe, overrides, package="preprocessing"), out, workers
-        )
-
-    return build
 
 
 def shards(*arguments: object) -> int:
@@ -65,51 +41,9 @@ def shards(*arguments: object) -> int:
     return cli.run(parser.parse_args(["shards", *map(str, arguments)]))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    names = ("*.tar", "*.index.npy", "manifest.json")
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in names
-        for path in folder.glob(name)
-    }
-
-
-@pytest.fixture(scope="module")
-def demo(build, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("build") / "demo"
-    build(out)
-    return out
-
-
 @pytest.fixture
 def damaged(demo, tmp_path) -> Path:
     return Path(shutil.copytree(demo, tmp_path / "copy"))
-
-
-@pytest.fixture
-def coco_recipe(coco_folder, tmp_path) -> Path:
-    """A recipe on the hand-made COCO folder."""
-    coco = {"images": str(coco_folder.images), "annotations": str(coco_folder.file)}
-    captions = {
-        **coco,
-        "annotations": str(coco_folder.captions_file),
-        "instances": str(coco_folder.file),
-        "min_descriptions": 0,
-    }
-    path = tmp_path / "coco.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "tokenizer": "set by build",
-                "image_size": 64,
-                "examples": 2,
-                "vocabulary": {"text_merges": 1000},
-                "segmentation": {"source": "coco", **coco},
-                "captioning": {"source": "coco_captions", **captions},
-            }
-        )
-    )
-    return path
 
 
 def test_equal_seeds_give_equal_bytes_whatever_the_number_of_workers_and_other_seeds_others(
@@ -184,6 +118,43 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
         path.stat().st_mtime_ns == time for path, time in kept.items() if path.suffix == ".tar"
     )
     assert bool(encoded) == (stage == "encoding"), "encoded chunks are not encoded again"
+
+
+def test_a_chunk_is_written_while_the_next_one_is_encoded(build, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
+    second_began, batches = threading.Event(), []
+
+    def encode(*args, real=ImageTokenizers.encode):
+        batches.append(1)
+        if len(batches) == 2:
+            second_began.set()
+        return real(*args)
+
+    def write(path, codes, real=quantize._write_chunk):
+        assert second_began.wait(10)
+        real(path, codes)
+
+    monkeypatch.setattr(ImageTokenizers, "encode", encode)
+    monkeypatch.setattr(quantize, "_write_chunk", write)
+    build(tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(demo)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_chunk_that_cannot_be_written_ends_the_build(build, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
+    written = []
+
+    def write(path, codes, real=quantize._write_chunk):
+        written.append(path)
+        if len(written) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, codes)
+
+    monkeypatch.setattr(quantize, "_write_chunk", write)
+    with pytest.raises(OSError, match="No space left"):
+        build(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob(".build/codes-*.npy"))) == number - 1
 
 
 def test_two_builds_do_not_share_a_folder_and_a_killed_one_does_not_keep_it(
