@@ -123,9 +123,10 @@ class Kept:
         """
         return {
             "info": {"description": "Masks that icl-moe wrote."},
+            "licenses": [],  # CVAT refuses files without this list.
             "images": self.images,
             "annotations": self.annotations,
-            "categories": [{"id": 1, "name": self.category}],
+            "categories": [{"id": 1, "name": self.category, "supercategory": ""}],
         }
 
 
