@@ -230,7 +230,17 @@ def test_files_of_the_server_cannot_be_fetched(page, scenes):
             urllib.request.urlopen(f"{page}gradio_api/file={path}", timeout=10)
 
 
-def test_ctrl_c_ends_the_command_and_its_files(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Programs that are started can be interrupted, also if these tests run in the background of a
+    shell, where SIGINT is ignored.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_command_and_its_files(tmp_path, interruptible):
     command = [sys.executable, "-m", "icl_moe", "web", "demo", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
