@@ -56,7 +56,7 @@ clean:  ## Remove .venv and caches
 # A test compares the VQ-GAN with taming-transformers; its dependencies (pytorch-lightning, torchvision) are not needed for that.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e '.[train,test,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,web,test,dev]'
 	$(PIP) install -c constraints.txt --no-deps taming-transformers-rom1504
 	touch $@
 

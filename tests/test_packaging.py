@@ -60,7 +60,7 @@ def pins() -> dict[str, str]:
 
 def test_every_dependency_is_pinned_within_its_range(project: dict, pins: dict[str, str]) -> None:
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["test"], *extras["dev"]]:
+    for line in [*project["dependencies"], *extras["web"], *extras["test"], *extras["dev"]]:
         requirement = Requirement(line)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line
 

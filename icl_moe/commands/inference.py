@@ -133,8 +133,8 @@ def _segment(options: argparse.Namespace) -> int:
     _write_levels(out, drawn.mask_HW)
     if sure and drawn.confidence_HW is not None:
         _write_levels(sure, 2 * drawn.confidence_HW - 1)
-    cost = f", read once whole and in {drawn.windows} windows" if options.windows else ""
-    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{cost}")
+    cost = f", read once whole and in {_counted(drawn.windows, 'window')}"
+    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{cost if options.windows else ''}")
     return 0
 
 
@@ -201,10 +201,17 @@ def _label(options: argparse.Namespace) -> int:
         options.batch,
     )
     count = label(model, labelling, out, review)
-    skipped = f"; {count.unread} files cannot be read and were left out" if count.unread else ""
-    cost = f", read once whole and in {count.windows} windows" if options.windows else ""
-    print(f"{out}: {count.instances} instances in {count.images} images{cost}{skipped}")
+    left_out = f"; left out: {_counted(count.unread, 'file')} that cannot be read"
+    cost = f", read once whole and in {_counted(count.windows, 'window')}"
+    print(
+        f"{out}: {_counted(count.instances, 'instance')} in {_counted(count.images, 'image')}"
+        f"{cost if options.windows else ''}{left_out if count.unread else ''}"
+    )
     return 0
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _web(options: argparse.Namespace) -> int:

@@ -85,9 +85,7 @@ class KeyValueCache:
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]
 
     def select(self, rows_b: torch.Tensor) -> None:
-        """Keep only these rows of the batch (indices), in this order; one may occur again and
-        again, to give several rows the same past.
-        """
+        """Keep only these rows of the batch (indices), in this order."""
         if self._attributes is not None:
             self._attributes = self._attributes[rows_b.to(self._attributes.device)]
         for buffers in (self._keys, self._values):

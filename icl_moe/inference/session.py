@@ -61,6 +61,9 @@ Queries = ImageLike | Query | Iterable[ImageLike | Query]
 otherwise an iterator, which reads no more images at a time than one batch.
 """
 
+Named = tuple[str, ImageLike | Query]
+"""The name of a query in messages, if it is not a file, and the query."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Shown:
@@ -168,7 +171,8 @@ class Session:
             regions = [_region(self._model, pair, size) for pair in pairs]
             return dict(zip(self.classes, regions, strict=True)) if self.classes else regions[0]
 
-        return self._answer(CAPTIONING, describe, queries, sampling, progress, None, batch)
+        asked = self._asked(CAPTIONING, sampling, None, batch)
+        return _answers(asked.each, describe, queries, progress)
 
     def _drawn(self, pairs: Sequence[Any], size: Size) -> DrawnMask | DrawnClasses:
         width, height = size
@@ -176,32 +180,6 @@ class Session:
         return (
             DrawnClasses(dict(zip(self.classes, masks, strict=True))) if self.classes else masks[0]
         )
-
-    def _answer(
-        self,
-        task: Task,
-        read: Callable[[Sequence[Any], Size], Any],
-        queries: Any,
-        sampling: Sampling,
-        progress: bool,
-        decoding: "Decoding | None",
-        batch: int,
-    ) -> Any:
-        """One answer or several (see `Queries`). read: the answer from the completed pair of each
-        class, and the query's size.
-        """
-        _check_count("batch", batch)
-        self._model.decoding(decoding, sampling)
-        ask = _Asked(self._model, self._show(task), sampling, decoding, batch)
-        if is_one_image(queries):
-            query = Query.load(queries, self._model.image_size)
-            ((pairs, size),) = ask.each([query], progress)
-            return read(pairs, size)
-        assert isinstance(queries, Iterable)
-        total = len(queries) if isinstance(queries, Sized) else None
-        bar = tqdm(ask.each(queries), "images", total, disable=not progress, unit="", leave=False)
-        answers = (read(pairs, size) for pairs, size in bar)
-        return list(answers) if isinstance(queries, list | tuple) else answers
 
     def _find(
         self,
@@ -214,44 +192,30 @@ class Session:
         windows: bool,
     ) -> Any:
         """One answer or several. read: the answer from the mask or masks of a query."""
-        if windows:
-            return self._in_windows(read, queries, sampling, progress, decoding, batch)
-        return self._answer(
-            SEGMENTATION,
-            lambda pairs, size: read(self._drawn(pairs, size)),
-            queries,
-            sampling,
-            progress,
-            decoding,
-            batch,
-        )
+        asked = self._asked(SEGMENTATION, sampling, decoding, batch)
 
-    def _in_windows(
-        self,
-        read: Callable[[DrawnMask | DrawnClasses], Any],
-        queries: Queries,
-        sampling: Sampling,
-        progress: bool,
-        decoding: "Decoding | None",
-        batch: int,
-    ) -> Any:
-        """One answer or several. read: the answer from the mask or masks of a query. The windows of
-        one query are decoded together.
-        """
+        def from_whole(pairs: Sequence[Any], size: Size) -> Any:
+            return read(self._drawn(pairs, size))
 
-        def answer(query: Any, name: str) -> Any:
+        def from_windows(name: str, query: Any) -> Any:
             picture = load_image(query, name)
-            whole = self.draw(picture, sampling, False, decoding, batch)
+            ((pairs, size),) = asked.each([(name, picture)])
+            whole = self._drawn(pairs, size)
             boxes = windows_of(found_in(whole))
-            crops = [picture.crop(box) for box in boxes]
-            return read(fuse(whole, boxes, self.draw(crops, sampling, False, decoding, batch)))
+            # The windows of one query are decoded together.
+            crops = asked.each((name, picture.crop(box)) for box in boxes)
+            return read(fuse(whole, boxes, [self._drawn(*each) for each in crops]))
 
-        if is_one_image(queries):
-            return answer(queries, "The query")
-        assert isinstance(queries, Iterable)
-        bar = tqdm(queries, "images", disable=not progress, unit="", leave=False)
-        answers = (answer(query, f"Query {number}") for number, query in enumerate(bar, 1))
-        return list(answers) if isinstance(queries, list | tuple) else answers
+        if windows:
+            return _answers(lambda named, _: named, from_windows, queries, progress)
+        return _answers(asked.each, from_whole, queries, progress)
+
+    def _asked(
+        self, task: Task, sampling: Sampling, decoding: "Decoding | None", batch: int
+    ) -> "_Asked":
+        _check_count("batch", batch)
+        self._model.decoding(decoding, sampling)
+        return _Asked(self._model, self._show(task), sampling, decoding, batch)
 
     def _show(self, task: Task) -> list[_Shown]:
         """The examples of each class for a task, read when they are needed for the first time."""
@@ -294,15 +258,12 @@ class _Asked(NamedTuple):
     batch: int
 
     def each(
-        self, queries: Iterable[ImageLike | Query], progress: bool = False
+        self, queries: Iterable[Named], progress: bool = False
     ) -> Iterator[tuple[list[Any], Size]]:
         """The completed pair of each class, and the size, of each query in turn."""
         started = 0
-        for some in in_batches(enumerate(queries, 1), max(1, self.batch // len(self.shown))):
-            loaded = [
-                Query.load(query, self.model.image_size, f"Query {number}")
-                for number, query in some
-            ]
+        for some in in_batches(queries, max(1, self.batch // len(self.shown))):
+            loaded = [Query.load(query, self.model.image_size, name) for name, query in some]
             codes = self.model.encode([query.pixels_3HW for query in loaded])
             asked = [(each, image_N) for image_N in codes for each in self.shown]
             pairs: list[Any] = []
@@ -325,6 +286,26 @@ class _Asked(NamedTuple):
             self.decoding,
             read if len(read) == len(asked) else None,
         )
+
+
+def _answers(
+    prepare: Callable[[Iterable[Named], bool], Iterable[tuple[Any, Any]]],
+    read: Callable[[Any, Any], Any],
+    queries: Any,
+    progress: bool,
+) -> Any:
+    """One answer or several, as `Queries` says. prepare: what `read` makes the answers of, of each
+    query in turn; its second argument is whether to show the progress within a query.
+    """
+    if is_one_image(queries):
+        (prepared,) = prepare([("The query", queries)], progress)
+        return read(*prepared)
+    assert isinstance(queries, Iterable)
+    total = len(queries) if isinstance(queries, Sized) else None
+    named = ((f"Query {number}", query) for number, query in enumerate(queries, 1))
+    bar = tqdm(prepare(named, False), "images", total, disable=not progress, unit="", leave=False)
+    answers = (read(*prepared) for prepared in bar)
+    return list(answers) if isinstance(queries, list | tuple) else answers
 
 
 def _class_names(examples: Examples, category: str | None) -> tuple[str, ...] | None:

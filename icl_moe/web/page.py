@@ -107,11 +107,11 @@ class _Tab:
                 self.marker = self._marker("all")
             with gr.Tab("Upload a mask", id="files"):
                 self.photograph = gr.File(
-                    file_types=["image"], height=120, label="The photograph of the example"
+                    file_types=["image"], height=160, label="The photograph of the example"
                 )
                 self.mask = gr.File(
                     file_types=["image"],
-                    height=120,
+                    height=160,
                     label="Its mask: white on black, of the same size",
                 )
 

@@ -123,9 +123,10 @@ class Kept:
         """
         return {
             "info": {"description": "Masks that icl-moe wrote."},
+            "licenses": [],  # CVAT refuses files without this list.
             "images": self.images,
             "annotations": self.annotations,
-            "categories": [{"id": 1, "name": self.category}],
+            "categories": [{"id": 1, "name": self.category, "supercategory": ""}],
         }
 
 
@@ -326,7 +327,7 @@ def find(
     """
     queries = check_queries(paths)
     if not examples and not model.format.class_prompt:
-        raise InputError("There is no example yet: show one first.")
+        raise InputError("There is no example yet: mark an object in a photograph and add it.")
     session = model.session([example.pair for example in examples], category.strip() or None)
     captions = bool(examples) and examples[0].region is not None
     answer = session.caption if captions else partial(session.draw, windows=closer)

@@ -147,7 +147,7 @@ def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_pat
     said = capsys.readouterr().out
     assert f"skipped: The image {images / 'moving.gif'} is animated" in said
     assert f"skipped: The image {images / 'broken.jpg'} cannot be read" in said
-    assert "instances in 1 images; 2 files cannot be read and were left out" in said
+    assert "in 1 image; left out: 2 files that cannot be read" in said
     assert [image["file_name"] for image in json.loads(out.read_text())["images"]] == ["good.png"]
     assert "good.png" in page.read_text() and "data:image/jpeg;base64," in page.read_text()
     assert "http" not in page.read_text()

@@ -100,12 +100,13 @@ def test_gradios_client_gets_the_masks_of_segment(page, demo, scenes):
 
 def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
     folder, masks = scenes
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab = browser.new_page(viewport={"width": 1010, "height": 900})
     asked, failed = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: failed.append(str(error)))
     tab.goto(page)
     find = tab.get_by_role("button", name="Find it in all of them")
+    assert tab.locator(".icl-head").bounding_box()["width"] > 900
     find.click()
     tab.get_by_role("alert").filter(has_text="no photographs to search").wait_for()
 
@@ -201,6 +202,7 @@ def test_by_keyboard_alone_at_the_width_of_a_phone(both_page, browser, scenes):
     tab.keyboard.press("Enter")
     panel.get_by_text("No example yet.").wait_for()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert tab.locator(".icl-head").bounding_box()["width"] > 350
     tab.close()
 
 
@@ -228,7 +230,17 @@ def test_files_of_the_server_cannot_be_fetched(page, scenes):
             urllib.request.urlopen(f"{page}gradio_api/file={path}", timeout=10)
 
 
-def test_ctrl_c_ends_the_command_and_its_files(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Programs that are started can be interrupted, also if these tests run in the background of a
+    shell, where SIGINT is ignored.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_command_and_its_files(tmp_path, interruptible):
     command = [sys.executable, "-m", "icl_moe", "web", "demo", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

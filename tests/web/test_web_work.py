@@ -142,6 +142,7 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     coco = COCO(tmp_path / "instances.json")
     assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1.png"]
     assert coco.cats[1]["name"] == "gear"
+    assert coco.dataset["licenses"] == []
     for annotation in coco.dataset["annotations"]:
         mask_HW = found[annotation["image_id"] - 1].drawn.mask_HW
         assert (decode_rle(annotation["segmentation"]) == mask_HW).all()
