@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CLIPImageProcessorPil,
+    CLIPProcessor,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     Idefics2ImageProcessorPil,
@@ -72,6 +74,13 @@ def save_idefics3(folder: Path, context: int = 600) -> Path:
         image_token_id=processor.image_token_id,
     )
     return _save(folder, processor, Idefics3ForConditionalGeneration, config)
+
+
+def save_clip_processor(folder: Path) -> None:
+    """A processor that reads pictures and texts apart from each other."""
+    for path in folder.glob("*processor_config.json"):
+        path.unlink()
+    CLIPProcessor(CLIPImageProcessorPil(), _tokenizer()).save_pretrained(folder)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

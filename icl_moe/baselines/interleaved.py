@@ -19,13 +19,13 @@ the examples are left out as well: such a model has no notation for them, and wr
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from icl_moe.baselines.weights import load_published
 from icl_moe.data.shards import ShardSet
 from icl_moe.devices import find_device
 from icl_moe.errors import InputError
@@ -40,6 +40,7 @@ MOST_TOKENS = 20
 """Of an answer, as in OpenFlamingo's evaluation of captions."""
 
 _ASKED = "Caption:"
+_WHAT = "The vision-language model"
 
 
 def predict_captions(
@@ -77,31 +78,27 @@ class InterleavedModel:
     def __init__(self, weights: str, device: str | None = None) -> None:
         self._weights = weights
         place = find_device(device)
-        self._processor = self._load(AutoProcessor)
+        self._check_files()
+        self._processor = load_published(AutoProcessor, weights, _WHAT)
         self._check_processor()
-        self._model = self._load(AutoModelForImageTextToText)
+        self._model = load_published(AutoModelForImageTextToText, weights, _WHAT)
         self._model.eval().to(place)
 
-    def _load(self, kind: Any) -> Any:
-        try:
-            return kind.from_pretrained(self._weights)
-        except (OSError, ValueError) as error:
+    def _check_files(self) -> None:
+        folder = Path(self._weights)
+        names = ("preprocessor_config.json", "processor_config.json")
+        if folder.is_dir() and not any((folder / name).is_file() for name in names):
             raise InputError(
-                f"The vision-language model {self._weights} cannot be loaded; name a folder or a "
-                "Hub id of the Idefics family with --weights "
-                f"({' '.join(str(error).split())[:200]})."
-            ) from error
+                f"{folder} holds no image processor ({' or '.join(names)}), which a "
+                "vision-language model needs beside its weights and its tokenizer."
+            )
 
     def _check_processor(self) -> None:
-        if getattr(self._processor, "image_processor", None) is None:
+        has_images = getattr(self._processor, "image_processor", None) is not None
+        if not has_images or not isinstance(getattr(self._processor, "image_token", None), str):
             raise InputError(
-                f"{self._weights} holds no image processor (preprocessor_config.json), which a "
-                "vision-language model needs beside its tokenizer."
-            )
-        if not isinstance(getattr(self._processor, "image_token", None), str):
-            raise InputError(
-                f"The processor of {self._weights} has no mark for an image in a text; take a "
-                "model that reads images and texts in turns, such as those of the Idefics family."
+                f"{self._weights} has no processor that places images in a text; take a model that "
+                "reads images and texts in turns, such as those of the Idefics family."
             )
 
     @torch.inference_mode()
