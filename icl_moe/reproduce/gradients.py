@@ -68,16 +68,16 @@ class Measured:
         return [(step, square**0.5) for step, square in sorted(squares.items())]
 
 
-def measure(name: str, run: Path, recipe: TrainingRecipe) -> Measured:
-    """Measure a run in its folder. Raises InputError if it has no report of gradients, or no
-    checkpoint.
+def measure(name: str, run: Path, recipe: TrainingRecipe, batches: int = 8) -> Measured:
+    """Measure a run in its folder, over so many batches of each task at each checkpoint. Raises
+    InputError if it has no report of gradients, or no checkpoint.
     """
     report = run / "gradients.csv"
     if not report.is_file():
         raise InputError(f"{report} is missing; delete {run.parent} to train that model again.")
     with report.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    at = [task_gradients(recipe, folder) for folder in checkpoint.whole_checkpoints(run)]
+    at = [task_gradients(recipe, folder, batches) for folder in checkpoint.whole_checkpoints(run)]
     if not at:
         raise InputError(f"{run} holds no whole checkpoint; delete {run.parent} to train again.")
     return Measured(name, rows, at)
