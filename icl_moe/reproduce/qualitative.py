@@ -24,7 +24,7 @@ from icl_moe.evaluation.template import Photographs
 from icl_moe.files import write_whole
 from icl_moe.inputs import read_json
 from icl_moe.pictures import Cell
-from icl_moe.reproduce.figures import PaperFigure
+from icl_moe.reproduce.figures import Choice, PaperFigure
 from icl_moe.reproduce.output import write_figure
 from icl_moe.reproduce.tables import CAPTIONING, SEGMENTATION
 from icl_moe.rle import decode_rle
@@ -39,7 +39,10 @@ _FAILS = 0.5
 _NOTHING = 0.1
 """The highest IoU with any object at which a mask is taken to mark none."""
 
-_SIDE, _GAP, _LEFT, _TOP, _LINES = 168, 14, 24, 56, 4
+_SIDE, _GAP, _LEFT, _TOP, _LINES = 150, 12, 24, 56, 4
+_HEAD, _APART, _LEAST_WIDTH = 48, 40, 760
+_SHORT = 5
+"""The most pictures of a row that has room for another one beside it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def write_pictures(folder: Path, figure: PaperFigure, sets: Sequence[Evaluated])
     """
     shown = sets[0]
     chosen = _failing(shown) if figure.choice == "failures" else _spaced(shown)
-    rows = [(_title(query), _cells(query, shown)) for query in chosen]
+    rows = [(_title(query, figure.choice), _cells(query, shown)) for query in chosen]
     table = scores_table(sets)
     tables = [("Agreement with the truth, times 100", table)]
     if figure.choice == "failures":
@@ -136,29 +139,49 @@ def failures_table(of: Evaluated) -> Table:
 
 
 def draw_rows(title: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
-    """A row of pictures under each title, each with a heading above it and its text below."""
+    """A row of pictures under each title, each picture with a heading above it and its text below;
+    two rows beside each other where they are short.
+    """
     columns = max((len(cells) for _, cells in rows), default=1)
-    width = max(2 * _LEFT + columns * (_SIDE + _GAP) - _GAP, 760)
-    heights = [_height(cells) for _, cells in rows]
+    beside = 2 if columns <= _SHORT and len(rows) > 1 else 1
+    block = columns * (_SIDE + _GAP) - _GAP
+    lines = [rows[start : start + beside] for start in range(0, len(rows), beside)]
+    titled = max((len(wrap(name, block, 2, 13)) for name, _ in rows), default=1)
+    head = _HEAD + 18 * (titled - 1)
+    heights = [head + max(_height(cells) for _, cells in line) for line in lines]
+    width = max(2 * _LEFT + beside * (block + _APART) - _APART, _LEAST_WIDTH)
     canvas = Canvas(title, width, _TOP + sum(heights) + _LEFT)
-    top = float(_TOP)
-    for (name, cells), height in zip(rows, heights, strict=True):
-        canvas.line([(_LEFT, top), (width - _LEFT, top)], "#d0d7de", 1)
-        canvas.wrapped((_LEFT, top + 8), name, width - 2 * _LEFT, 1, size=13)
-        for column, cell in enumerate(cells):
-            left = _LEFT + column * (_SIDE + _GAP)
-            canvas.text((left, top + 40), cell.heading, "lm", PALE, 12)
-            upper = top + 50
-            canvas.paste(cell.picture, (left, upper, left + _SIDE, upper + _SIDE))
-            canvas.wrapped((left, upper + _SIDE + 6), cell.text, _SIDE, _LINES, size=12)
+    top = _TOP
+    for line, height in zip(lines, heights, strict=True):
+        for place, (name, cells) in enumerate(line):
+            _draw_row(canvas, (_LEFT + place * (block + _APART), top), block, head, name, cells)
         top += height
     return canvas.finish_for_print()
 
 
-def _height(cells: Sequence[Cell]) -> float:
-    """Of a row, with as many lines of text as its longest one has."""
+def _draw_row(
+    canvas: Canvas,
+    corner: tuple[int, int],
+    width: int,
+    head: int,
+    name: str,
+    cells: Sequence[Cell],
+) -> None:
+    """head: how far below the corner the pictures begin."""
+    left, top = corner
+    canvas.line([(left, top), (left + width, top)], "#d0d7de", 1)
+    canvas.wrapped((left, top + 8), name, width, 2)
+    for column, cell in enumerate(cells):
+        x, y = left + column * (_SIDE + _GAP), top + head
+        canvas.text((x, y - 10), cell.heading, "lm", PALE, 12)
+        canvas.paste(cell.picture, (x, y, x + _SIDE, y + _SIDE))
+        canvas.wrapped((x, y + _SIDE + 6), cell.text, _SIDE, _LINES, size=12)
+
+
+def _height(cells: Sequence[Cell]) -> int:
+    """Of a row without its title, with as many lines of text as its longest one has."""
     lines = max(len(wrap(cell.text, _SIDE, _LINES, 12)) if cell.text else 0 for cell in cells)
-    return 50 + _SIDE + 10 + 16 * lines + 14
+    return _SIDE + 16 * lines + 24
 
 
 def _query(episode: EvaluationEpisode, said: Output, judge: Judge) -> Query:
@@ -192,7 +215,7 @@ def _caption_failure(episode: EvaluationEpisode, said: Output, judge: Judge) -> 
         return "the right object, in another style"
     right = episode.task.right_outputs(episode)
     if episode.task.agreement(said, right) < _FAILS:
-        return "the right object, in other words"
+        return "the right object, described wrongly or in other words"
     return None
 
 
@@ -220,8 +243,8 @@ def _failing(of: Evaluated) -> list[Query]:
     return sorted(chosen, key=lambda q: -kinds[q.failure])
 
 
-def _title(query: Query) -> str:
-    words = [query.failure] if query.failure else []
+def _title(query: Query, choice: Choice) -> str:
+    words = [query.failure] if query.failure and choice == "failures" else []
     return " · ".join([*words, query.episode.kind.describe(), query.episode.key])
 
 

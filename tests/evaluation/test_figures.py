@@ -42,7 +42,7 @@ def test_queries_are_shown_with_their_examples_and_numbers(evaluation, toy_shard
     assert "6 of 7 queries, evenly spaced and not chosen by their scores, after 1 example" in page
     assert page.count("<article>") == 6 and page.count("<figure") == 24
     picture = Image.open(tmp_path / "spaced/figure.png")
-    assert picture.height > picture.width > 1400
+    assert picture.width > 1400 and picture.height > 1400
     write_pictures(tmp_path / "failing", failing, [found])
     values = json.loads((tmp_path / "failing/figure.json").read_text())
     counted = sum(values["sets"][0]["failures"].values())
