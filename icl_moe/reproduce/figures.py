@@ -163,8 +163,8 @@ def _out_of_domain(scale: Scale, standard: Standard, photographs: str) -> Elsewh
         shards = Shards(standard.name, "coco_vg_256", (), "val")
         return Elsewhere(shards, photographs, standard)
     what = (
-        "scenes of another drawn world, larger and on textured ground, with twelve shapes that "
-        "training never showed and other words for them"
+        "scenes of another drawn world, whose twelve classes are shapes of any colour and pattern, "
+        "with other words for them"
     )
     return Elsewhere(unlike_training(), what)
 

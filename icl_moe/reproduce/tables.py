@@ -202,10 +202,18 @@ def _demo(steps: int, *settings: str, evaluation: tuple[str, ...] = ()) -> _Base
     )
 
 
+OF_SHAPES = (
+    "synthetic.world=shapes",
+    "synthetic.classes=2000",
+    "captioning.classes=[arrow, bolt, crescent, cross, disc, flower, heart, hexagon, ring, square, "
+    "star, triangle]",
+)
+"""What the data recipe of the demo needs for scenes of the world `shapes`."""
+
+
 def unlike_training() -> Shards:
     """Scenes of a drawn world that no row of a table is trained on, for the model of Table 4."""
-    shapes = ("synthetic.world=shapes", "synthetic.classes=2000")
-    return Shards("shapes_val", "modern_demo", (*_HELD_OUT_SCENES, *shapes), "val")
+    return Shards("shapes_val", "modern_demo", (*_HELD_OUT_SCENES, *OF_SHAPES), "val")
 
 
 def _paper(recipe: str, data: str, *settings: str) -> _Base:

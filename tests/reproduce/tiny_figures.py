@@ -5,13 +5,13 @@ from pathlib import Path
 
 from icl_moe.reproduce import pipeline
 from icl_moe.reproduce.figures import Elsewhere, PaperFigure
-from icl_moe.reproduce.tables import SEGMENTATION, Row, Run, Score, Shards
+from icl_moe.reproduce.tables import OF_SHAPES, SEGMENTATION, Row, Run, Score, Shards
 
 _SCENES = ("synthetic.images=60", "synthetic.classes=8", "samples=16")
 _HELD_OUT = ("synthetic.split=val", "synthetic.seed=1", "synthetic.images=60", "samples=4")
 _TRAINED = Shards("both", "modern_demo", _SCENES, "train")
 _EVALUATED = Shards("both_val", "modern_demo", (*_SCENES, *_HELD_OUT), "val")
-_SHAPES = ("synthetic.world=shapes", "synthetic.classes=2000", "synthetic.images=100", "samples=4")
+_SHAPES = (*OF_SHAPES, "synthetic.images=100", "samples=4")
 _SETTINGS = (
     "training.steps=4",
     "training.save_every=2",
