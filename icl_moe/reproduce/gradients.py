@@ -182,7 +182,7 @@ def _by_part(canvas: Canvas, top: float, model: Measured, marks: _Marks, lowest:
         (920, top, 1340, top + _PANEL),
         f"cosine of two gradients, after {at.step:,} steps",
         (-0.6, len(parts) - 0.4),
-        (min(-0.1, lowest), 1.0),
+        (min(-0.1, lowest - 0.08), 1.05),
     )
     size = 12 if len(parts) <= 12 else 8
     for place, (label, part) in enumerate(parts):
@@ -194,8 +194,7 @@ def _by_part(canvas: Canvas, top: float, model: Measured, marks: _Marks, lowest:
         for cosines in at.between.values():
             if part in cosines:
                 panel.mark((place, cosines[part]), _BETWEEN[1], _BETWEEN[2], 5)
-    experts = ", of F the experts" if "experts" in model.name else ""
-    panel.x_title(f"all; embeddings; attention (A) and feed-forward (F) by layer{experts}")
+    panel.x_title("all; embeddings; attention (A) and feed-forward with its experts (F) by layer")
 
 
 def _shown_parts(at: TaskGradients) -> list[tuple[str, str]]:
@@ -220,13 +219,14 @@ def _lowest(at: TaskGradients) -> float:
 
 
 def _says(figure: PaperFigure, models: Sequence[Measured]) -> str:
-    runs = " and ".join(run.name for run in figure.runs)
     at = models[0].at[-1]
+    runs = " and ".join(
+        f"{run.name} ({len({row['step'] for row in model.rows})} of its training steps)"
+        for run, model in zip(figure.runs, models, strict=True)
+    )
     return (
-        f"What each task asks of each part of the model: of the runs {runs}, the gradients of "
-        f"{len({row['step'] for row in models[0].rows})} training steps of the first of them and "
-        f"as often of the other, and cosines over {at.episodes} episodes of each task at "
-        f"{len(models[0].at)} checkpoint(s) of each."
+        f"What each task asks of each part of the model: gradients of the runs {runs}, and cosines "
+        f"over {at.episodes} episodes of each task at {len(models[0].at)} checkpoint(s) of each."
     )
 
 
