@@ -156,7 +156,7 @@ def write_figure(
     values = head | dict(content) | {"notes": list(figure.notes)}
     write_whole(folder / "figure.json", json.dumps(values, indent=1) + "\n")
     png = io.BytesIO()
-    picture.save(png, "PNG", optimize=True)
+    picture.save(png, "PNG")
     write_whole(folder / "figure.png", png.getvalue())
     page = render(
         "figure.html.j2",
