@@ -65,12 +65,17 @@ def overlaid(image: Image.Image, mask_HW: np.ndarray, colour: tuple[int, int, in
 
 
 def boxed(image: Image.Image, box: Box | None) -> Image.Image:
-    """The image with a thin frame at a normalised box, enlarged so that the frame shows."""
+    """The image with a thin frame at a normalised box, enlarged so that the frame shows. Its white
+    edge shows on every ground, to colour-blind readers too.
+    """
     factor = -(-_LEAST_SIDE // image.width)
     shown = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if box is not None:
         corners = [value * (side - 1) for value, side in zip(box, shown.size * 2, strict=True)]
-        ImageDraw.Draw(shown).rectangle(corners, outline=BOX_COLOUR, width=3)
+        draw = ImageDraw.Draw(shown)
+        around = [value + (-1, -1, 1, 1)[n] for n, value in enumerate(corners)]
+        draw.rectangle(around, outline="white", width=5)
+        draw.rectangle(corners, outline=BOX_COLOUR, width=3)
     return shown
 
 

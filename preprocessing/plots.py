@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from icl_moe.canvas import GRID, PALE, Canvas, shortened
 from icl_moe.outputs import output_file, output_folder, write_output
 from preprocessing.stats import ShardFigures, area_counts, code_use, overlap
 
 WIDTH, ROW = 920, 22
-_INK, _PALE, _GRID, _PAPER = "#24292f", "#6e7781", "#e4e7eb", "#ffffff"
 _COLOURS = ("#3b73b9", "#d9822b", "#4c9f70")
 _MARGIN, _LABELS, _TOP = 24, 210, 64
-_SCALE = 2
-"""Plots are drawn at twice their size and scaled down, so that lines are smooth."""
 
 MOST_CLASSES = 40
 
@@ -76,13 +74,13 @@ def draw_bars(title: str, bars: Sequence[Bar], legend: Sequence[str] = ()) -> Im
     """Horizontal bars with their counts. legend: the names of the parts; with it, all bars are
     equally long and show shares.
     """
-    canvas = _Canvas(title, _TOP + ROW * (len(bars) + bool(legend)) + _MARGIN)
+    canvas = Canvas(title, WIDTH, _TOP + ROW * (len(bars) + bool(legend)) + _MARGIN)
     most = max((sum(bar.parts) for bar in bars), default=0) or 1
     room = WIDTH - _LABELS - 2 * _MARGIN - 70
     for row, bar in enumerate(bars):
         most = sum(bar.parts) or 1 if legend else most
         y = _TOP + row * ROW
-        canvas.text((_LABELS, y + ROW / 2), _shortened(bar.label, 28), "rm")
+        canvas.text((_LABELS, y + ROW / 2), shortened(bar.label, 28), "rm")
         x: float = _LABELS + 10
         for part, colour in zip(bar.parts, _COLOURS, strict=False):
             width = room * part / most
@@ -90,12 +88,12 @@ def draw_bars(title: str, bars: Sequence[Bar], legend: Sequence[str] = ()) -> Im
                 canvas.box((x, y + 3, x + max(width, 1), y + ROW - 3), colour)
             x += width
         total = " + ".join(f"{part:,}" for part in bar.parts)
-        canvas.text((x + 8, y + ROW / 2), total, "lm", _PALE)
+        canvas.text((x + 8, y + ROW / 2), total, "lm", PALE)
     x = _LABELS + 10
     for name, colour in zip(legend, _COLOURS, strict=False):
         y = _TOP + len(bars) * ROW + 6
         canvas.box((x, y + 4, x + 10, y + 14), colour)
-        x = canvas.text((x + 16, y + 9), _shortened(name, 40), "lm", _PALE) + 24
+        x = canvas.text((x + 16, y + 9), shortened(name, 40), "lm", PALE) + 24
     return canvas.finish()
 
 
@@ -104,7 +102,7 @@ def draw_histogram(title: str, values: np.ndarray, bins: int = 40) -> Image.Imag
     low, high = float(np.min(values)), float(np.max(values))
     bins = max(1, min(bins, int(high - low) + 1))
     counts, _ = np.histogram(values, bins=bins, range=(low, high + (low == high)))
-    canvas = _Canvas(title, 320)
+    canvas = Canvas(title, WIDTH, 320)
     plot = _Axes(canvas, most=int(counts.max()), labels=(f"{low:,.0f}", f"{high:,.0f}"))
     for number, count in enumerate(counts.tolist()):
         left, right = (number / bins, (number + 1) / bins) if bins > 1 else (0.48, 0.52)
@@ -114,7 +112,7 @@ def draw_histogram(title: str, values: np.ndarray, bins: int = 40) -> Image.Imag
 
 def draw_ranks(title: str, counts: np.ndarray) -> Image.Image:
     """The share of each code, the most frequent first, on a logarithmic scale."""
-    canvas = _Canvas(title, 320)
+    canvas = Canvas(title, WIDTH, 320)
     ranked = np.sort(counts)[::-1]
     most = max(int(ranked[0]), 1)
     plot = _Axes(canvas, most, ("most frequent", f"{len(ranked):,} codes"), logarithmic=True)
@@ -127,56 +125,22 @@ def draw_ranks(title: str, counts: np.ndarray) -> Image.Image:
     return canvas.finish()
 
 
-class _Canvas:
-    """A picture with a title; coordinates are those of the finished picture."""
-
-    def __init__(self, title: str, height: int) -> None:
-        self.height = height
-        self._image = Image.new("RGB", (WIDTH * _SCALE, height * _SCALE), _PAPER)
-        self._draw = ImageDraw.Draw(self._image)
-        self.text((_MARGIN, 28), _shortened(title, 110), "lm", size=16)
-
-    def text(
-        self,
-        place: tuple[float, float],
-        text: str,
-        anchor: str,
-        colour: str = _INK,
-        size: int = 13,
-    ) -> float:
-        """Write a text, and return where it ends."""
-        font = ImageFont.load_default(size * _SCALE)
-        at = (place[0] * _SCALE, place[1] * _SCALE)
-        self._draw.text(at, text, colour, font, anchor)
-        return float(self._draw.textbbox(at, text, font, anchor)[2]) / _SCALE
-
-    def box(self, corners: tuple[float, float, float, float], colour: str) -> None:
-        self._draw.rectangle([value * _SCALE for value in corners], colour)
-
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
-        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-        self._draw.line(scaled, colour, round(width * _SCALE), joint="curve")
-
-    def finish(self) -> Image.Image:
-        return self._image.resize((WIDTH, self.height), Image.Resampling.LANCZOS)
-
-
 class _Axes:
     """A plot within a canvas, from 0 to 1 across and 0 (or 1, if logarithmic) to `most` upwards.
     labels: what stands below its left and right end.
     """
 
     def __init__(
-        self, canvas: _Canvas, most: int, labels: tuple[str, str], logarithmic: bool = False
+        self, canvas: Canvas, most: int, labels: tuple[str, str], logarithmic: bool = False
     ) -> None:
         self._canvas, self._most, self._logarithmic = canvas, most, logarithmic
         self._left, self._right, self._top, self._bottom = 90, WIDTH - 40, _TOP, canvas.height - 44
         for level in self._levels():
             y = self._y(level)
-            canvas.line([(self._left, y), (self._right, y)], _GRID, 1)
-            canvas.text((self._left - 10, y), f"{level:,}", "rm", _PALE)
-        canvas.text((self._left, self._bottom + 18), labels[0], "lm", _PALE)
-        canvas.text((self._right, self._bottom + 18), labels[1], "rm", _PALE)
+            canvas.line([(self._left, y), (self._right, y)], GRID, 1)
+            canvas.text((self._left - 10, y), f"{level:,}", "rm", PALE)
+        canvas.text((self._left, self._bottom + 18), labels[0], "lm", PALE)
+        canvas.text((self._right, self._bottom + 18), labels[1], "rm", PALE)
 
     def column(self, left: float, right: float, count: int) -> None:
         if count:
@@ -206,10 +170,6 @@ class _Axes:
         if self._logarithmic:
             share = np.log(max(count, 1)) / np.log(max(self._most, 2))
         return float(self._bottom - share * (self._bottom - self._top))
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _png(image: Image.Image) -> bytes:

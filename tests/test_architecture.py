@@ -14,6 +14,7 @@ FLOORS = [
         "attributes",
         "auto_classes",
         "bootstrap",
+        "canvas",
         "deepspeed_internals",
         "errors",
         "ranges",

@@ -8,7 +8,7 @@ from icl_moe.errors import InputError, nearest
 from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.evaluation.matcher import Matcher
 from icl_moe.evaluation.other_systems import open_episodes, write_predictions
-from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks import CAPTIONING, SEGMENTATION
 from icl_moe.tasks.task import Output
 from icl_moe.tokenizers.features import FeaturesTokenizer
 
@@ -20,6 +20,7 @@ BASELINES = (
     "frequent_caption",
     "matcher",
     "seggpt",
+    "idefics",
 )
 
 
@@ -36,9 +37,9 @@ def predict_baseline(
     """Write the predictions of a baseline into `out`, for the tasks that it does, and return their
     names.
 
-    weights: a folder or Hub id, for seggpt. images: the folder of the images that the shards were
-    built of, for the same. Raises InputError if there is no such baseline, if it does none of the
-    tasks of the shards, or if what it needs is not there.
+    weights: a folder or Hub id, for seggpt and idefics. images: the folder of the images that the
+    shards were built of, for the same. Raises InputError if there is no such baseline, if it does
+    none of the tasks of the shards, or if what it needs is not there.
     """
     if name not in BASELINES:
         raise InputError(
@@ -52,12 +53,15 @@ def predict_baseline(
                 f"The episodes of {shards.location} have {episodes.examples} example(s): --shots "
                 f"must be at most that, not {shots}."
             )
+        outputs: Sequence[Output] | None
         if name == "seggpt" and episodes.task is SEGMENTATION:
             from icl_moe.baselines.seggpt import predict_masks
 
-            outputs: Sequence[Output] | None = predict_masks(
-                shards, episodes, shots, weights, images, device
-            )
+            outputs = predict_masks(shards, episodes, shots, weights, images, device)
+        elif name == "idefics" and episodes.task is CAPTIONING:
+            from icl_moe.baselines.interleaved import predict_captions
+
+            outputs = predict_captions(shards, episodes, shots, weights, images, device)
         else:
             outputs = _outputs(name, shards, episodes, shots)
         if outputs is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import SegGptForImageSegmentation
 
+from icl_moe.baselines.weights import load_published
 from icl_moe.data.shards import ShardSet
 from icl_moe.devices import find_device
 from icl_moe.errors import InputError
@@ -45,8 +46,8 @@ def predict_masks(
     """
     if not shots:
         raise InputError("SegGPT needs examples: --shots must be at least 1.")
-    model = _load(weights or PUBLISHED).eval()
-    model.to(find_device(device))
+    found = load_published(SegGptForImageSegmentation, weights or PUBLISHED, "SegGPT's weights")
+    model: SegGptForImageSegmentation = found.eval().to(find_device(device))
     photographs = Photographs(shards, episodes.task.name, images)
     outputs = []
     for index in tqdm(range(len(episodes)), "SegGPT", unit="episode"):
@@ -89,16 +90,6 @@ def paint(
     painted_B3HW = result.pred_masks[:, :, height:].float().cpu()
     mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _DEVIATION))
     return (painted_B3HW * deviation + mean).clamp(0, 1).mean(dim=(0, 1))
-
-
-def _load(weights: str) -> SegGptForImageSegmentation:
-    try:
-        return SegGptForImageSegmentation.from_pretrained(weights)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"SegGPT's weights {weights} cannot be loaded; name a folder or a Hub id with "
-            f"--weights ({' '.join(str(error).split())[:200]})."
-        ) from error
 
 
 def _size(model: SegGptForImageSegmentation) -> tuple[int, int]:

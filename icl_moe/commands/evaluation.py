@@ -69,10 +69,11 @@ def add_predictions(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "baseline",
         metavar="NAME",
-        help="copy, whole_image, mean_mask, every_object, frequent_caption, matcher or seggpt",
+        help="copy, whole_image, mean_mask, every_object, frequent_caption, matcher, seggpt or "
+        "idefics",
     )
     take.add_asked(parser)
-    parser.add_argument("--weights", help="of seggpt: a folder or a Hub id")
+    parser.add_argument("--weights", help="of seggpt or idefics: a folder or a Hub id")
     take.add_device(parser)
     parser.set_defaults(run=_predictions_baseline)
 

@@ -49,10 +49,16 @@ def add_demo(verbs: argparse._SubParsersAction) -> None:
 
 def add_reproduce(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser(
-        "reproduce", help="train and evaluate every row of one of the paper's tables"
+        "reproduce", help="train and evaluate every row of one of the paper's tables, or a figure"
     )
     parser.add_argument(
-        "table", choices=("table1", "table2", "table3", "table4", "table6", "table7")
+        "name",
+        metavar="NAME",
+        choices=(
+            *(f"table{number}" for number in (1, 2, 3, 4, 6, 7)),
+            *(f"figure{number}" for number in range(6, 13)),
+        ),
+        help="table1, table2, table3, table4, table6, table7, or figure6 to figure12",
     )
     parser.add_argument(
         "--scale",
@@ -69,9 +75,9 @@ def add_reproduce(verbs: argparse._SubParsersAction) -> None:
         "--out",
         type=take.folder,
         required=True,
-        help="folder for shards, models and the table; tables that share it share them",
+        help="folder for shards, models and results; tables and figures that share it share them",
     )
-    parser.add_argument("--rows", default="", help="names of rows, such as dense,gshard")
+    parser.add_argument("--rows", default="", help="names of rows of a table, such as dense,gshard")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     parser.add_argument("--yes", action="store_true", help="start --scale paper")
     parser.set_defaults(run=_reproduce)
@@ -122,7 +128,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     rows = [name for name in options.rows.split(",") if name]
     print(
         reproduce(
-            options.table,
+            options.name,
             options.scale,
             options.out,
             options.data,

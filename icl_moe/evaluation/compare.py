@@ -21,7 +21,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.other_systems import open_episodes, read_predictions
-from icl_moe.evaluation.predictions import Condition, Prediction
+from icl_moe.evaluation.predictions import Condition, read_log
 from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.rle import decode_rle
 from icl_moe.tables import Table, percent
@@ -144,7 +144,7 @@ def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _Syst
             f"{folder} is an evaluation on other shards than {shards.location}: their manifests "
             "differ."
         )
-    lines = _lines(folder / _PREDICTIONS)
+    lines = read_log(folder / _PREDICTIONS)
     taken: dict[str, dict[str, dict[str, Output]]] = {"own": {}, "swapped": {}}
     asked = {line.condition.shots for line in lines}
     most = max(asked, default=0) if shots is None else shots
@@ -158,14 +158,6 @@ def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _Syst
             if line.condition == Condition(line.condition.task, most, control):  # type: ignore[arg-type]
                 taken[kind].setdefault(line.condition.task, {})[line.key] = line.said
     return _System(folder.name, taken["own"], taken["swapped"])
-
-
-def _lines(path: Path) -> list[Prediction]:
-    try:
-        _, *lines = path.read_text(encoding="utf-8").splitlines()
-        return [Prediction.from_json(json.loads(line)) for line in lines]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged; evaluate again.") from error
 
 
 def _compare_task(

@@ -22,8 +22,7 @@ def draw_gallery(
     """Draw evenly spaced episodes, not chosen by their scores. Images are decoded from their codes;
     the codes of a features tokenizer are shown by their mean colours.
     """
-    places = np.linspace(0, len(episodes) - 1, EPISODES_SHOWN)
-    numbers = np.unique(places.round().astype(int)).tolist()
+    numbers = evenly_spaced(len(episodes), EPISODES_SHOWN)
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for number in tqdm(numbers, desc=f"drawing {condition.task}", unit="episode", leave=False):
         episode = episodes[number]
@@ -37,6 +36,12 @@ def draw_gallery(
         "episodes, evenly spaced"
     )
     return Gallery(title, tuple(rows))
+
+
+def evenly_spaced(count: int, shown: int) -> list[int]:
+    """At most `shown` of the numbers below `count`, with the first and the last among them."""
+    places = np.linspace(0, count - 1, shown)
+    return [int(number) for number in np.unique(places.round().astype(int))]
 
 
 def draw_proof(

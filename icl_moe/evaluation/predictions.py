@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.sequence import Episode
@@ -134,6 +135,17 @@ class PredictionLog:
 
     def _keep(self, prediction: Prediction) -> None:
         self._lines[prediction.condition, prediction.key] = prediction
+
+
+def read_log(path: Path) -> list[Prediction]:
+    """All lines of the predictions.jsonl of an evaluation that is finished. Raises InputError if
+    the file is damaged.
+    """
+    try:
+        _, *lines = path.read_text(encoding="utf-8").splitlines()
+        return [Prediction.from_json(json.loads(line)) for line in lines]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged; evaluate again.") from error
 
 
 def predict(

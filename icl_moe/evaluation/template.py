@@ -23,14 +23,17 @@ from icl_moe.rle import decode_rle
 class Photographs:
     """The pictures that the pairs of a shard folder show, from the files that it was built of.
 
-    images: the folder of these files; by default where the data recipe had them. Raises InputError
-    on use if a file is not there.
+    images: the folder of these files; by default where the data recipe had them, or the episodes
+    that it was built of. Raises InputError on use if a file is not there.
     """
 
     def __init__(self, shards: ShardSet, task: str, images: Path | None = None) -> None:
-        section = shards.manifest.recipe.get(task) or {}
+        recipe = shards.manifest.recipe
+        section = recipe.get(task) or {}
         keys = ("images", "examples_images")
         named = [Path(section[key]) for key in keys if section.get(key)]
+        if recipe.get("episodes_data"):
+            named.append(Path(recipe["episodes_data"]))
         made = [Path(shards.location) / name / "images" for name in ("synthetic", "composed")]
         self._folders = [images] if images else [*made, *named]
 

@@ -1,13 +1,20 @@
-"""table.json, table.md and table.html: our figures, and beside them, greyed, the published ones."""
+"""table.json, table.md and table.html: what was measured, and beside it, greyed, what is published;
+and figure.png, figure.json and figure.html.
+"""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from icl_moe.evaluation.published import FIGURES, PublishedTable, published_tables, show_figure
 from icl_moe.files import write_whole
 from icl_moe.pages import render
+from icl_moe.pictures import Cell
+from icl_moe.reproduce.figures import PaperFigure
 from icl_moe.reproduce.tables import PaperTable, Row, Score
 from icl_moe.tables import Table, as_markdown
 
@@ -127,3 +134,37 @@ def _in_italics(table: Table, ours: int) -> Table:
         [*line[:ours], *(f"*{cell}*" for cell in line[ours:])] for line in (table.head, *table.rows)
     ]
     return Table(lines[0], lines[1:])
+
+
+def write_figure(
+    folder: Path,
+    figure: PaperFigure,
+    says: str,
+    content: Mapping[str, Any],
+    picture: Image.Image,
+    tables: Sequence[tuple[str, Table]] = (),
+    rows: Sequence[tuple[str, Sequence[Cell]]] = (),
+) -> None:
+    """Write figure.png, figure.json and figure.html into `folder`.
+
+    says: what is shown, of which run. content: the numbers. tables: under their titles. rows: of
+    pictures, which the page shows in place of `picture`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{figure.title}, at {figure.scale} scale"
+    head = {"figure": figure.name, "scale": figure.scale, "title": title, "says": says}
+    values = head | dict(content) | {"notes": list(figure.notes)}
+    write_whole(folder / "figure.json", json.dumps(values, indent=1) + "\n")
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    write_whole(folder / "figure.png", png.getvalue())
+    page = render(
+        "figure.html.j2",
+        title=title,
+        says=says,
+        picture=None if rows else picture,
+        rows=rows,
+        tables=tables,
+        notes=figure.notes,
+    )
+    write_whole(folder / "figure.html", page)

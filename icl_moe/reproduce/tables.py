@@ -202,6 +202,20 @@ def _demo(steps: int, *settings: str, evaluation: tuple[str, ...] = ()) -> _Base
     )
 
 
+OF_SHAPES = (
+    "synthetic.world=shapes",
+    "synthetic.classes=2000",
+    "captioning.classes=[arrow, bolt, crescent, cross, disc, flower, heart, hexagon, ring, square, "
+    "star, triangle]",
+)
+"""What the data recipe of the demo needs for scenes of the world `shapes`."""
+
+
+def unlike_training() -> Shards:
+    """Scenes of a drawn world that no row of a table is trained on, for the model of Table 4."""
+    return Shards("shapes_val", "modern_demo", (*_HELD_OUT_SCENES, *OF_SHAPES), "val")
+
+
 def _paper(recipe: str, data: str, *settings: str) -> _Base:
     return _Base(
         data,
@@ -294,7 +308,8 @@ def _table3(scale: Scale) -> PaperTable:
         ("dense_mt", "dense", _MT),
         ("attributes_mt", "attributes", _MT),
     ):
-        model = run(name, *sampling, f"model.feed_forward={feed_forward}")
+        watched = _watched(scale) if sampling is _MT else ()
+        model = run(name, *sampling, f"model.feed_forward={feed_forward}", *watched)
         rows.append(Row(name, (Score(model, SEGMENTATION), Score(model, CAPTIONING))))
     notes = [
         "Without MT, tasks are mixed in every batch in proportion to their episodes, with AdamW. "
@@ -304,6 +319,13 @@ def _table3(scale: Scale) -> PaperTable:
     if scale == "paper":
         notes.append("20 epochs, as the paper's ablations.")
     return _table("table3", scale, rows, *notes)
+
+
+def _watched(scale: Scale) -> tuple[str, ...]:
+    """What Figure 6 needs of a run. At demo scale all of its few checkpoints are kept."""
+    if scale == "demo":
+        return ("training.gradient_report_every=10", "training.keep_checkpoints=3")
+    return ("training.gradient_report_every=100",)
 
 
 def _table4(scale: Scale) -> PaperTable:

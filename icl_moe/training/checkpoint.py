@@ -206,6 +206,11 @@ def _replacing_export(out: Path) -> Iterator[Path]:
                 out.rmdir()  # It stays if the export was written.
 
 
+def whole_checkpoints(output: Path) -> list[Path]:
+    """The folders of a run's complete checkpoints, the oldest first."""
+    return [folder for folder in _all(output / "checkpoints") if _damage(folder) is None]
+
+
 def _find(checkpoint: Path) -> Path:
     if checkpoint.name.startswith("step-") and checkpoint.is_dir():
         damage = _damage(checkpoint)

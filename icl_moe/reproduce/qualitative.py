@@ -1,0 +1,311 @@
+"""Figures 7 to 12: queries with their examples, the model's outputs and the truths, and how a
+model's outputs fail.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from icl_moe.canvas import PALE, Canvas, wrap
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import EvaluationEpisode
+from icl_moe.evaluation.gallery import evenly_spaced
+from icl_moe.evaluation.other_systems import open_episodes
+from icl_moe.evaluation.predictions import describe_shots, read_log
+from icl_moe.evaluation.template import Photographs
+from icl_moe.files import write_whole
+from icl_moe.inputs import read_json
+from icl_moe.pictures import Cell
+from icl_moe.reproduce.figures import Choice, PaperFigure
+from icl_moe.reproduce.output import write_figure
+from icl_moe.reproduce.tables import CAPTIONING, SEGMENTATION
+from icl_moe.rle import decode_rle
+from icl_moe.tables import Table, percent
+from icl_moe.tasks.task import Judge, Output
+
+SHOWN = 6
+
+_FAILS = 0.5
+"""The agreement (IoU, or ROUGE-L) below which an output fails: PASCAL VOC's border for masks."""
+
+_NOTHING = 0.1
+"""The highest IoU with any object at which a mask is taken to mark none."""
+
+_SIDE, _GAP, _LEFT, _TOP, _LINES = 150, 12, 24, 56, 4
+_HEAD, _APART, _LEAST_WIDTH = 48, 40, 760
+_SHORT = 5
+"""The most pictures of a row that has room for another one beside it."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, what the model answered, and how far that and a copy of the example agree with the
+    truth (0..1). failure: its kind; None if the answer does not fail.
+    """
+
+    episode: EvaluationEpisode
+    said: Output
+    agreement: float
+    copy: float
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The queries of a task after so many examples. what: completes "The queries are"."""
+
+    what: str
+    run: str
+    shots: int
+    measure: str
+    queries: Sequence[Query]
+    photographs: Photographs
+    image_size: int
+    scores: Mapping[str, Any]
+
+
+def open_evaluation(what: str, run: str, shards: Path, evaluation: Path, task: str) -> Evaluated:
+    """What `icl-moe evaluate` wrote into the folder `evaluation`, after the fewest examples that it
+    has, beside the shards that it was of. Raises InputError if it has no queries of the task.
+    """
+    metrics = read_json(evaluation / "metrics.json")
+    shard_set = ShardSet(shards)
+    lines = [
+        line
+        for line in read_log(evaluation / "predictions.jsonl")
+        if line.condition.task == task and line.condition.control is None
+    ]
+    sets = {each.task.name: each for each in open_episodes(shard_set, metrics.get("limit"))}
+    if not lines or task not in sets:
+        raise InputError(f"{evaluation} has no queries of {task}.")
+    shots = min(line.condition.shots for line in lines)
+    said = {line.key: line.said for line in lines if line.condition.shots == shots}
+    episodes = sets[task]
+    judge = episodes.task.judge(
+        list(map(episodes.__getitem__, range(len(episodes)))), shard_set.manifest.format
+    )
+    queries = [_query(episodes[n], said[key], judge) for n, key in enumerate(episodes.keys)]
+    return Evaluated(
+        what,
+        run,
+        shots,
+        episodes.task.measure,
+        queries,
+        Photographs(shard_set, task),
+        episodes.image_size,
+        metrics["tasks"][task],
+    )
+
+
+def write_pictures(folder: Path, figure: PaperFigure, sets: Sequence[Evaluated]) -> Table:
+    """Write the figure's files into `folder`, with pictures of the first of the sets and numbers of
+    all, and return its table.
+    """
+    shown = sets[0]
+    chosen = _failing(shown) if figure.choice == "failures" else _spaced(shown)
+    rows = [(_title(query, figure.choice), _cells(query, shown)) for query in chosen]
+    table = scores_table(sets)
+    tables = [("Agreement with the truth, times 100", table)]
+    if figure.choice == "failures":
+        tables.append(("Kinds of failures", failures_table(shown)))
+    says = _says(figure, shown, len(chosen))
+    keys = [query.episode.key for query in chosen]
+    content = {"runs": [shown.run], "sets": [_summary(each) for each in sets], "shown": keys}
+    picture = draw_rows(figure.title, rows)
+    write_figure(folder, figure, says, content, picture, tables, rows)
+    write_whole(folder / "figure.csv", _numbers(shown, keys))
+    return table
+
+
+def scores_table(sets: Sequence[Evaluated]) -> Table:
+    head = ["queries", "number", f"mean {sets[0].measure}", "of a copied example", "fail", "flips"]
+    return Table(head, [_scores(each) for each in sets])
+
+
+def failures_table(of: Evaluated) -> Table:
+    """A line for each kind of failure, the most frequent first."""
+    kinds = Counter(query.failure for query in of.queries if query.failure)
+    total = len(of.queries)
+    lines = [[kind, str(count), percent(count / total)] for kind, count in kinds.most_common()]
+    return Table(["failure", "queries", "% of all"], lines)
+
+
+def draw_rows(title: str, rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
+    """A row of pictures under each title, each picture with a heading above it and its text below;
+    two rows beside each other where they are short.
+    """
+    columns = max((len(cells) for _, cells in rows), default=1)
+    beside = 2 if columns <= _SHORT and len(rows) > 1 else 1
+    block = columns * (_SIDE + _GAP) - _GAP
+    lines = [rows[start : start + beside] for start in range(0, len(rows), beside)]
+    titled = max((len(wrap(name, block, 2, 13)) for name, _ in rows), default=1)
+    head = _HEAD + 18 * (titled - 1)
+    heights = [head + max(_height(cells) for _, cells in line) for line in lines]
+    width = max(2 * _LEFT + beside * (block + _APART) - _APART, _LEAST_WIDTH)
+    canvas = Canvas(title, width, _TOP + sum(heights) + _LEFT)
+    top = _TOP
+    for line, height in zip(lines, heights, strict=True):
+        for place, (name, cells) in enumerate(line):
+            _draw_row(canvas, (_LEFT + place * (block + _APART), top), block, head, name, cells)
+        top += height
+    return canvas.finish_for_print()
+
+
+def _draw_row(
+    canvas: Canvas,
+    corner: tuple[int, int],
+    width: int,
+    head: int,
+    name: str,
+    cells: Sequence[Cell],
+) -> None:
+    """head: how far below the corner the pictures begin."""
+    left, top = corner
+    canvas.line([(left, top), (left + width, top)], "#d0d7de", 1)
+    canvas.wrapped((left, top + 8), name, width, 2)
+    for column, cell in enumerate(cells):
+        x, y = left + column * (_SIDE + _GAP), top + head
+        canvas.text((x, y - 10), cell.heading, "lm", PALE, 12)
+        canvas.paste(cell.picture, (x, y, x + _SIDE, y + _SIDE))
+        canvas.wrapped((x, y + _SIDE + 6), cell.text, _SIDE, _LINES, size=12)
+
+
+def _height(cells: Sequence[Cell]) -> int:
+    """Of a row without its title, with as many lines of text as its longest one has."""
+    lines = max(len(wrap(cell.text, _SIDE, _LINES, 12)) if cell.text else 0 for cell in cells)
+    return _SIDE + 16 * lines + 24
+
+
+def _query(episode: EvaluationEpisode, said: Output, judge: Judge) -> Query:
+    task = episode.task
+    right = task.right_outputs(episode)
+    copied = task.agreement(task.true_output(episode, 0), right) if len(episode.pairs) > 1 else 0.0
+    agreement = task.agreement(said, right)
+    return Query(episode, said, agreement, copied, _FAILURES[task.name](episode, said, judge))
+
+
+def _mask_failure(episode: EvaluationEpisode, said: Output, judge: Judge) -> str | None:
+    task, objects = episode.task, episode.task.objects(episode)
+    if task.agreement(said, task.right_outputs(episode)) >= _FAILS:
+        return None
+    if not decode_rle(said["mask"]).any():
+        return "nothing is marked"
+    best = max((task.agreement(said, right) for right in objects.values()), default=0.0)
+    if objects and best < _NOTHING:
+        return "no object is marked"
+    if objects and not all(judge(said, episode.kind, objects).values()):
+        return "another object is marked"
+    return "the right object is marked, but coarsely"
+
+
+def _caption_failure(episode: EvaluationEpisode, said: Output, judge: Judge) -> str | None:
+    objects = episode.task.objects(episode)
+    respects = judge(said, episode.kind, objects) if objects else {}
+    if not respects.get("class", True):
+        return "another object is described, or placed elsewhere"
+    if not respects.get("style", True):
+        return "the right object, in another style"
+    right = episode.task.right_outputs(episode)
+    if episode.task.agreement(said, right) < _FAILS:
+        return "the right object, described wrongly or in other words"
+    return None
+
+
+_FAILURES: Mapping[str, Callable[[EvaluationEpisode, Output, Judge], str | None]] = {
+    SEGMENTATION: _mask_failure,
+    CAPTIONING: _caption_failure,
+}
+
+
+def _spaced(of: Evaluated) -> list[Query]:
+    return [of.queries[number] for number in evenly_spaced(len(of.queries), SHOWN)]
+
+
+def _failing(of: Evaluated) -> list[Query]:
+    """The queries of the lowest agreement of each kind of failure in turns, the most frequent kind
+    first.
+    """
+    kinds = Counter(query.failure for query in of.queries if query.failure)
+    of_kinds = [
+        sorted((q for q in of.queries if q.failure == kind), key=lambda q: q.agreement)
+        for kind, _ in kinds.most_common()
+    ]
+    in_turns = filter(None, chain.from_iterable(zip_longest(*of_kinds)))
+    chosen = list(in_turns)[:SHOWN]
+    return sorted(chosen, key=lambda q: -kinds[q.failure])
+
+
+def _title(query: Query, choice: Choice) -> str:
+    words = [query.failure] if query.failure and choice == "failures" else []
+    return " · ".join([*words, query.episode.kind.describe(), query.episode.key])
+
+
+def _cells(query: Query, of: Evaluated) -> list[Cell]:
+    episode = query.episode
+    size = of.image_size
+    numbers = [*range(of.shots), -1]
+    images = [of.photographs.show(episode, n).convert("RGB").resize((size, size)) for n in numbers]
+    return episode.task.cells(episode, images, query.said, of.shots)
+
+
+def _says(figure: PaperFigure, of: Evaluated, shown: int) -> str:
+    total = len(of.queries)
+    if figure.choice == "failures":
+        failing = sum(query.failure is not None for query in of.queries)
+        how = (
+            f"{shown} of the {failing} queries, of {total}, that fail, those of the lowest "
+            f"{of.measure} of each kind of failure in turns"
+        )
+    else:
+        how = f"{shown} of {total} queries, evenly spaced and not chosen by their scores"
+    return (
+        f"{how}, after {describe_shots(of.shots)}, by the model of the run {of.run}. The queries "
+        f"are {of.what}."
+    )
+
+
+def _scores(of: Evaluated) -> list[str]:
+    count = len(of.queries)
+    swapped = next((r for r in of.scores["swapped"] if r["prediction"] == "model"), None)
+    return [
+        of.what,
+        str(count),
+        percent(sum(query.agreement for query in of.queries) / count),
+        percent(sum(query.copy for query in of.queries) / count),
+        percent(sum(query.failure is not None for query in of.queries) / count),
+        percent(swapped["flips"]) if swapped else "–",
+    ]
+
+
+def _summary(of: Evaluated) -> dict[str, Any]:
+    kinds = Counter(query.failure for query in of.queries if query.failure)
+    return {
+        "what": of.what,
+        "shots": of.shots,
+        "measure": of.measure,
+        "queries": len(of.queries),
+        "mean": sum(query.agreement for query in of.queries) / len(of.queries),
+        "mean_of_copies": sum(query.copy for query in of.queries) / len(of.queries),
+        "failures": dict(kinds.most_common()),
+        "model": next(r for r in of.scores["rows"] if r["prediction"] == "model"),
+    }
+
+
+def _numbers(of: Evaluated, shown: Sequence[str]) -> str:
+    """A line for each query."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["query", "class", "style", "agreement", "copy", "failure", "shown"])
+    for query in of.queries:
+        key, kind = query.episode.key, query.episode.kind
+        values = [f"{query.agreement:.4f}", f"{query.copy:.4f}", query.failure or ""]
+        writer.writerow([key, *kind, *values, int(key in shown)])
+    return file.getvalue()
