@@ -114,6 +114,13 @@ def add_asked(parser: argparse.ArgumentParser) -> None:
     add_whole_number(parser, "--shots", 0, 1, "examples before each query", most=100)
     add_limit(parser)
     parser.add_argument(
+        "--control",
+        choices=["swapped", "none"],
+        default="swapped",
+        help="whether to ask also with swapped examples, where a query shows something else too "
+        "(default: swapped)",
+    )
+    parser.add_argument(
         "--images",
         type=path,
         help="folder of the images of the shards (default: where they were built from)",

@@ -7,7 +7,7 @@ interval contains the middle 95 % of these scores. The resamples depend only on 
 queries, so all scores of the same queries share them and can be compared sample by sample.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,28 +45,85 @@ def mean_intervals(*values: Sequence[float] | np.ndarray) -> list[Interval]:
     return intervals(lambda weights_BQ: weights_BQ @ values_QS / len(values_QS), len(values_QS))
 
 
-class Difference(NamedTuple):
-    """Of two systems on the same queries: the difference, its interval, and the two-sided p of the
-    hypothesis that there is none.
+class Statistic(NamedTuple):
+    """Scores of a list of outputs as a function of how often each of them counts. names: of the S
+    scores. of: weights (B, outputs) -> scores (B, S).
     """
 
+    names: tuple[str, ...]
+    of: Callable[[np.ndarray], np.ndarray]
+
+
+def mean_statistic(values: Mapping[str, Sequence[float] | np.ndarray]) -> Statistic:
+    """The means of lists with one value for each output, by their names."""
+    values_QS = np.stack([np.asarray(each, dtype=np.float64) for each in values.values()], axis=1)
+    return Statistic(
+        tuple(values),
+        lambda weights_BQ: weights_BQ @ values_QS / weights_BQ.sum(axis=1, keepdims=True),
+    )
+
+
+class Difference(NamedTuple):
+    """Of two systems on the same queries: the score of either, the difference B - A, its interval,
+    and the two-sided p of the hypothesis that there is none.
+    """
+
+    a: float
+    b: float
     value: float
     interval: Interval
     p: float
 
 
-def differences(statistic: Callable[[np.ndarray], np.ndarray], queries: int) -> list[Difference]:
-    """Paired differences of S scores. statistic: weights (B, queries) -> differences (B, S).
+SWAPS = 4096
 
-    p is twice the share of the draws in which the difference is 0 or on the other side of it
-    (Koehn 2004), where the systems as they are count as one draw, so that p is never 0.
+
+def differences(pooled: Statistic, queries: int) -> list[Difference]:
+    """Paired differences of the S scores of two systems A and B. pooled: the statistic of the
+    outputs of A for all queries and then those of B, 2 x queries in all.
+
+    The interval is that of the differences of bootstrap draws. p is that of the permutation test
+    ("approximate randomization": Noreen 1989; Riezler and Maxwell 2005): if there were no
+    difference, the two outputs for a query could as well have been exchanged, so p is the share
+    of exchanges that give a difference as large, of all 2^queries if these are at most `SWAPS`, and
+    else of `SWAPS` - 1 random ones and the systems as they are.
     """
-    values_S = statistic(np.ones((1, queries)))[0]
-    drawn_DS = np.concatenate([statistic(weights_BQ) for weights_BQ in draw_weights(queries)])
+
+    def of(weights_BQ: np.ndarray, exchanged_BQ: np.ndarray) -> np.ndarray:
+        first_BP = np.hstack([weights_BQ * (1 - exchanged_BQ), weights_BQ * exchanged_BQ])
+        second_BP = np.hstack([weights_BQ * exchanged_BQ, weights_BQ * (1 - exchanged_BQ)])
+        return np.stack([pooled.of(first_BP), pooled.of(second_BP)])
+
+    once, kept = np.ones((1, queries)), np.zeros((1, queries))
+    a_S, b_S = of(once, kept)[:, 0]
+    found_S = b_S - a_S
+    drawn_DS = np.concatenate(
+        [np.subtract(*of(weights_BQ, 0 * weights_BQ)[::-1]) for weights_BQ in draw_weights(queries)]
+    )
     low_S, high_S = np.percentile(drawn_DS, [2.5, 97.5], axis=0)
-    sides_2S = np.stack([np.sum(drawn_DS <= 0, axis=0), np.sum(drawn_DS >= 0, axis=0)])
-    p_S = np.minimum(1.0, 2 * (sides_2S.min(axis=0) + 1) / (DRAWS + 1))
+    swapped_DS = np.concatenate(
+        [np.subtract(*of(np.ones_like(swaps_BQ), swaps_BQ)[::-1]) for swaps_BQ in _swaps(queries)]
+    )
+    # Sums in another order may differ in their last digits.
+    as_large_DS = np.abs(swapped_DS) >= np.abs(found_S) - 1e-12
+    columns = (a_S, b_S, found_S, low_S, high_S, as_large_DS.mean(axis=0))
     return [
-        Difference(float(value), (float(low), float(high)), float(p))
-        for value, low, high, p in zip(values_S, low_S, high_S, p_S, strict=True)
+        Difference(a, b, value, (low, high), p)
+        for a, b, value, low, high, p in np.stack(columns, axis=1).tolist()
     ]
+
+
+def _swaps(queries: int) -> Iterator[np.ndarray]:
+    """Whether the outputs for each query are exchanged, 0 or 1, as blocks of rows (B, queries), the
+    first of which exchanges none.
+    """
+    rng = np.random.default_rng(SEED)
+    if 2**queries <= SWAPS:
+        every = np.arange(2**queries)[:, None] >> np.arange(queries) & 1
+    for begin in range(0, min(2**queries, SWAPS), _TOGETHER):
+        if 2**queries <= SWAPS:
+            yield every[begin : begin + _TOGETHER].astype(np.float64)
+            continue
+        swaps_BQ = rng.integers(2, size=(min(_TOGETHER, SWAPS - begin), queries))
+        swaps_BQ[0] *= begin > 0
+        yield swaps_BQ.astype(np.float64)

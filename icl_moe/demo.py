@@ -75,7 +75,9 @@ def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> Metrics:
         Section("Training", charts=(_loss_curve(run),)),
         Section("Experts", tables=(experts,)),
     ]
-    return evaluate(model, shards, report, shots=(1,), sections=sections)
+    metrics = evaluate(model, shards, report, shots=(1,), sections=sections)
+    assert metrics is not None, "this is the only process"
+    return metrics
 
 
 def _loss_curve(run: Path) -> Chart:

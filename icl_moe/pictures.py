@@ -104,6 +104,15 @@ def jpeg_url(picture: Image.Image) -> str:
     return _url(picture, "JPEG", quality=80)
 
 
+_DRAWN = 256
+"""Pictures up to this width are shown pixel by pixel; larger ones are photographs."""
+
+
+def picture_url(picture: Image.Image) -> str:
+    """A data URL of a small picture as it is, and of a photograph as JPEG."""
+    return data_url(picture) if picture.width < _DRAWN else jpeg_url(picture)
+
+
 def _url(picture: Image.Image, format: str, **options: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)

@@ -33,9 +33,10 @@ def predict_baseline(
     weights: str | None = None,
     images: Path | None = None,
     device: str | None = None,
+    swapped: bool = True,
 ) -> list[str]:
     """Write the predictions of a baseline into `out`, for the tasks that it does, and return their
-    names.
+    names. swapped: also with swapped examples, where a query can be asked so.
 
     weights: a folder or Hub id, for seggpt and idefics. images: the folder of the images that the
     shards were built of, for the same. Raises InputError if there is no such baseline, if it does
@@ -53,32 +54,33 @@ def predict_baseline(
                 f"The episodes of {shards.location} have {episodes.examples} example(s): --shots "
                 f"must be at most that, not {shots}."
             )
-        outputs: Sequence[Output] | None
-        if name == "seggpt" and episodes.task is SEGMENTATION:
-            from icl_moe.baselines.seggpt import predict_masks
+        for also in (False, True) if swapped and shots and episodes.swaps else (False,):
+            outputs: Sequence[Output] | None
+            if name == "seggpt" and episodes.task is SEGMENTATION:
+                from icl_moe.baselines.seggpt import predict_masks
 
-            outputs = predict_masks(shards, episodes, shots, weights, images, device)
-        elif name == "idefics" and episodes.task is CAPTIONING:
-            from icl_moe.baselines.interleaved import predict_captions
+                outputs = predict_masks(shards, episodes, shots, weights, images, device, also)
+            elif name == "idefics" and episodes.task is CAPTIONING:
+                from icl_moe.baselines.interleaved import predict_captions
 
-            outputs = predict_captions(shards, episodes, shots, weights, images, device)
-        else:
-            outputs = _outputs(name, shards, episodes, shots)
-        if outputs is not None:
-            write_predictions(out, episodes, name, shots, outputs)
-            done.append(episodes.task.name)
+                outputs = predict_captions(shards, episodes, shots, weights, images, device, also)
+            else:
+                outputs = _outputs(name, shards, episodes, shots, also)
+            if outputs is not None:
+                write_predictions(out, episodes, name, shots, outputs, also)
+                done.append(episodes.task.name)
     if not done:
         raise InputError(f"The baseline {name} does none of the tasks of {shards.location}.")
-    return done
+    return list(dict.fromkeys(done))
 
 
 def _outputs(
-    name: str, shards: ShardSet, episodes: EpisodeSet, shots: int
+    name: str, shards: ShardSet, episodes: EpisodeSet, shots: int, swapped: bool
 ) -> Sequence[Output] | None:
     """The outputs of a baseline without a model; None if it does not do the task."""
-    truths = [episodes[index] for index in range(len(episodes))]
+    truths, sources = map(list, zip(*episodes.questions(swapped), strict=True))
     if name == "copy":
-        return [episodes.task.true_output(truth, 0) for truth in truths] if shots else None
+        return [episodes.task.true_output(source, 0) for source in sources] if shots else None
     if name == "matcher":
         if episodes.task is not SEGMENTATION or not shots:
             return None
@@ -89,6 +91,6 @@ def _outputs(
             )
         folder = shards.fetch("features_tokenizer")
         features = FeaturesTokenizer.from_pretrained(str(folder))
-        return Matcher(features.codebook_KD, episodes, shots).said(truths, truths)
+        return Matcher(features.codebook_KD, episodes, shots).said(truths, sources)
     found = {each.prediction: each.outputs for each in episodes.task.baselines(truths)}
     return found.get(name.replace("_", " "))

@@ -50,8 +50,9 @@ def predict_captions(
     weights: str | None = None,
     images: Path | None = None,
     device: str | None = None,
+    swapped: bool = False,
 ) -> list[Output]:
-    """The captions of all queries, after `shots` examples each.
+    """The captions of all queries, or of those with swapped examples, after `shots` examples each.
 
     weights: a folder or Hub id, by default `PUBLISHED`. Raises InputError if they cannot be loaded,
     if there are no examples, and if there are more than the model's context holds.
@@ -64,10 +65,11 @@ def predict_captions(
     reader = InterleavedModel(weights or PUBLISHED, device)
     photographs = Photographs(shards, episodes.task.name, images)
     outputs = []
-    for index in tqdm(range(len(episodes)), "vision-language model", unit="episode"):
-        episode = episodes[index]
-        pictures = [photographs.show(episode, number) for number in (*range(shots), -1)]
-        caption = reader.describe(pictures, episode.meta["captions"][:shots])
+    questions = episodes.questions(swapped)
+    for truth, source in tqdm(questions, "vision-language model", unit="episode"):
+        pictures = [photographs.show(source, number) for number in range(shots)]
+        pictures.append(photographs.show(truth, -1))
+        caption = reader.describe(pictures, source.meta["captions"][:shots])
         outputs.append({"caption": caption, "category": None, "box": None})
     return outputs
 

@@ -37,9 +37,10 @@ def predict_masks(
     weights: str | None = None,
     images: Path | None = None,
     device: str | None = None,
+    swapped: bool = False,
 ) -> list[Output]:
-    """The masks of all queries, after `shots` examples each, whose features are averaged (SegGPT's
-    feature ensemble) if there are several.
+    """The masks of all queries, or of those with swapped examples, after `shots` examples each,
+    whose features are averaged (SegGPT's feature ensemble) if there are several.
 
     weights: a folder or Hub id, by default `PUBLISHED`. Raises InputError if they cannot be loaded,
     and if there are no examples.
@@ -50,14 +51,13 @@ def predict_masks(
     model: SegGptForImageSegmentation = found.eval().to(find_device(device))
     photographs = Photographs(shards, episodes.task.name, images)
     outputs = []
-    for index in tqdm(range(len(episodes)), "SegGPT", unit="episode"):
-        episode = episodes[index]
-        pictures = [photographs.show(episode, number) for number in range(shots)]
+    for truth, source in tqdm(episodes.questions(swapped), "SegGPT", unit="episode"):
+        pictures = [photographs.show(source, number) for number in range(shots)]
         masks = [
-            example_mask(episode, number, picture.size).convert("RGB")
+            example_mask(source, number, picture.size).convert("RGB")
             for number, picture in enumerate(pictures)
         ]
-        painted_HW = paint(model, pictures, masks, photographs.show(episode, -1))
+        painted_HW = paint(model, pictures, masks, photographs.show(truth, -1))
         outputs.append({"mask": encode_rle(_resized(painted_HW, episodes.image_size) > 0.5)})
     return outputs
 

@@ -116,6 +116,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from icl_moe.evaluation.protocol import evaluate
     from icl_moe.evaluation.report import summary
     from icl_moe.locks import locked_by_first
+    from icl_moe.processes import join_processes
 
     with locked_by_first(options.out):
         metrics = evaluate(
@@ -131,7 +132,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             predictions=predictions,
         )
-    print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
+    if metrics is not None:
+        print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")
+    join_processes().destroy_process_group()
     return 0
 
 
@@ -156,12 +159,15 @@ def _predictions_template(options: argparse.Namespace) -> int:
     shards = ShardSet(options.shards)
     sets = open_episodes(shards, options.limit)
     with writing(options.out):
-        write_template(shards, sets, options.out, options.shots, options.images)
+        swapped = options.control == "swapped"
+        write_template(shards, sets, options.out, options.shots, options.images, swapped)
     for episodes in sets:
-        print(
-            f"{options.out}: {len(episodes)} episodes of {episodes.task.name}; fill the results of "
-            f"{episodes.task.name}.json"
-        )
+        task, asked = episodes.task.name, f"{len(episodes)} episodes of {episodes.task.name}"
+        file = f"{task}.json"
+        if (options.out / f"{task}_swapped.json").is_file():
+            asked += f", {len(episodes.swaps)} of them also with swapped examples"
+            file += f" and of {task}_swapped.json, or delete the latter"
+        print(f"{options.out}: {asked}; fill the results of {file}")
     return 0
 
 
@@ -180,6 +186,7 @@ def _predictions_baseline(options: argparse.Namespace) -> int:
             options.weights,
             options.images,
             options.device,
+            options.control == "swapped",
         )
     print(f"{options.out}: predictions of {options.baseline} for {' and '.join(tasks)}")
     return 0
@@ -192,9 +199,10 @@ def _predictions_check(options: argparse.Namespace) -> int:
     for task, system in check_predictions(
         options.folder, ShardSet(options.shards), options.limit
     ).items():
+        also = "" if system.swapped is None else f" (and {len(system.swapped)} with swapped ones)"
         print(
             f"{options.folder}: {len(system.outputs)} predictions of {system.name} for {task}, "
-            f"after {system.shots} example(s), are complete"
+            f"after {system.shots} example(s){also}, are complete"
         )
     return 0
 

@@ -1,14 +1,15 @@
 """`icl-moe compare`: two models, or the predictions of two systems, on the same queries, with tests
 of significance.
 
-Scores are compared by the paired bootstrap (Efron and Tibshirani 1993; Koehn 2004, "Statistical
-Significance Tests for Machine Translation Evaluation"): queries are resampled, and both systems are
-scored on each resample. Flips, which are right or wrong query by query, are compared by the sign
-test on the queries in which exactly one of the two is right (McNemar's exact test).
+Scores are those of `icl-moe evaluate`. The interval of a difference is that of the paired
+bootstrap, in which queries are resampled and both systems are scored on each resample; its p is
+that of the permutation test, in which the two outputs for a query are exchanged (see bootstrap.py).
+Flips, which are right or wrong query by query, are compared by the sign test on the queries in
+which exactly one of the two is right (McNemar's exact test).
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -19,15 +20,12 @@ import numpy as np
 from icl_moe.bootstrap import Interval, differences
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.evaluation.other_systems import open_episodes, read_predictions
 from icl_moe.evaluation.predictions import Condition, read_log
 from icl_moe.evaluation.proof import SwappedQuery, flips
-from icl_moe.rle import decode_rle
-from icl_moe.tables import Table, percent
-from icl_moe.tasks import SEGMENTATION
-from icl_moe.tasks.caption_scores import tokenise
-from icl_moe.tasks.task import Output
+from icl_moe.tables import Table
+from icl_moe.tasks.task import Measure, Output
 
 _PREDICTIONS = "predictions.jsonl"
 
@@ -85,13 +83,20 @@ def comparison_table(found: Sequence[Compared]) -> Table:
 
 
 def _line(each: Compared) -> list[str]:
-    interval = "" if each.interval is None else " – ".join(map(_signed, each.interval))
-    shown = [percent(each.a), percent(each.b), _signed(each.difference), interval]
-    return [each.task, each.measure, str(each.queries), *shown, f"{each.p:.3f}", each.test]
+    def shown(value: float) -> str:
+        return Measure(value, is_share=each.measure not in _PLAIN).text
+
+    def signed(value: float) -> str:
+        text = shown(abs(value))
+        return f"{'-' if value < 0 and float(text) else '+'}{text}"
+
+    interval = "" if each.interval is None else " – ".join(map(signed, each.interval))
+    found = [shown(each.a), shown(each.b), signed(each.difference), interval]
+    return [each.task, each.measure, str(each.queries), *found, f"{each.p:.4f}", each.test]
 
 
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}"
+_PLAIN = ("MAE",)
+"""The measures that are not printed times 100."""
 
 
 def _common_limit(a: Path, b: Path) -> int | None:
@@ -125,17 +130,22 @@ def _header(folder: Path) -> dict[str, Any]:
 def _open(folder: Path, shards: ShardSet, sets: Sequence[EpisodeSet], shots: int | None) -> _System:
     if (folder / _PREDICTIONS).is_file():
         return _open_evaluation(folder, shards, shots)
-    own = {}
+    own, swapped = {}, {}
     for episodes in sets:
         system = read_predictions(folder, episodes)
-        if system is not None:
-            own[episodes.task.name] = dict(zip(episodes.keys, system.outputs, strict=True))
+        if system is None:
+            continue
+        task = episodes.task.name
+        own[task] = dict(zip(episodes.keys, system.outputs, strict=True))
+        if system.swapped is not None:
+            keys = [question.truth.key for question in episodes.questions(swapped=True)]
+            swapped[task] = dict(zip(keys, system.swapped, strict=True))
     if not own:
         raise InputError(
             f"{folder} holds neither an evaluation ({_PREDICTIONS}) nor predictions "
             f"({' or '.join(f'{episodes.task.name}.json' for episodes in sets)})."
         )
-    return _System(folder.name, own, {})
+    return _System(folder.name, own, swapped)
 
 
 def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _System:
@@ -174,99 +184,25 @@ def _compare_task(
                 f"first of them {missing[0]}."
             )
         outputs.append([system.own[task.name][truth.key] for truth in truths])
-    measures = _mask_measures if task is SEGMENTATION else _caption_measures
-    names, values, statistic = measures(truths, outputs)
-    found = differences(statistic, len(truths))
+    statistic = task.statistic(outputs, truths, shards.manifest.format)
     compared = [
-        Compared(task.name, name, len(truths), *of, each.value, each.interval, each.p, _BOOTSTRAP)
-        for name, of, each in zip(names, values, found, strict=True)
+        Compared(
+            task.name,
+            name,
+            len(truths),
+            found.a,
+            found.b,
+            found.value,
+            found.interval,
+            found.p,
+            _TEST,
+        )
+        for name, found in zip(statistic.names, differences(statistic, len(truths)), strict=True)
     ]
     return compared + _flips(episodes, shards, systems)
 
 
-_BOOTSTRAP = "paired bootstrap"
-
-_Statistic = Callable[[np.ndarray], np.ndarray]
-_Measures = tuple[list[str], list[tuple[float, float]], _Statistic]
-"""The names of measures; of each, the values of A and B; and from weights (draws, queries), the
-differences B - A (draws, measures).
-"""
-
-
-def _mask_measures(
-    truths: Sequence[EvaluationEpisode], outputs: Sequence[Sequence[Output]]
-) -> _Measures:
-    """mIoU (the mean over classes of the IoU of their summed pixels) and mean IoU."""
-    classes, of_Q = np.unique([truth.category for truth in truths], return_inverse=True)
-    one_QC = np.eye(len(classes))[of_Q]
-    pixels = [_pixels(truths, of_system) for of_system in outputs]
-
-    def scores(weights_BQ: np.ndarray) -> list[np.ndarray]:
-        """Of each system mIoU and mean IoU, (B, 2)."""
-        found = []
-        for both_Q, either_Q in pixels:
-            either_BC = weights_BQ * either_Q @ one_QC
-            drawn_BC = weights_BQ @ one_QC > 0
-            iou_BC = np.where(either_BC > 0, weights_BQ * both_Q @ one_QC, 1.0)
-            iou_BC = iou_BC / np.where(either_BC > 0, either_BC, 1.0)
-            miou_B = np.sum(iou_BC * drawn_BC, axis=1) / drawn_BC.sum(axis=1)
-            iou_Q = np.where(either_Q > 0, both_Q, 1.0) / np.where(either_Q > 0, either_Q, 1.0)
-            found.append(np.stack([miou_B, weights_BQ @ iou_Q / weights_BQ.sum(axis=1)], axis=1))
-        return found
-
-    return _measures(["mIoU", "mean IoU"], scores, len(truths))
-
-
-def _measures(
-    names: list[str], scores: Callable[[np.ndarray], list[np.ndarray]], queries: int
-) -> _Measures:
-    """scores: weights (B, Q) -> of A and of B, (B, measures)."""
-    a, b = (each[0].tolist() for each in scores(np.ones((1, queries))))
-
-    def statistic(weights_BQ: np.ndarray) -> np.ndarray:
-        first, second = scores(weights_BQ)
-        return second - first
-
-    return names, list(zip(a, b, strict=True)), statistic
-
-
-def _pixels(
-    truths: Sequence[EvaluationEpisode], outputs: Sequence[Output]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of each query the pixels in both masks, and in either one, float64 (Q,)."""
-    counts = []
-    for truth, output in zip(truths, outputs, strict=True):
-        said_HW = decode_rle(output["mask"])
-        true_HW = decode_rle(truth.task.true_output(truth)["mask"])
-        counts.append((np.sum(said_HW & true_HW), np.sum(said_HW | true_HW)))
-    both_Q, either_Q = np.array(counts, dtype=np.float64).T
-    return both_Q, either_Q
-
-
-def _caption_measures(
-    truths: Sequence[EvaluationEpisode], outputs: Sequence[Sequence[Output]]
-) -> _Measures:
-    """CIDEr and ROUGE-L, whose values for a query do not depend on the draw."""
-    values = [_caption_values(truths, of_system) for of_system in outputs]
-
-    def scores(weights_BQ: np.ndarray) -> list[np.ndarray]:
-        return [weights_BQ @ of_Q2 / weights_BQ.sum(axis=1, keepdims=True) for of_Q2 in values]
-
-    return _measures(["CIDEr", "ROUGE-L"], scores, len(truths))
-
-
-def _caption_values(truths: Sequence[EvaluationEpisode], outputs: Sequence[Output]) -> np.ndarray:
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    right = [truth.meta["references"][0] for truth in truths]
-    texts = [output["caption"] or "" for output in outputs]
-    tokens, _ = tokenise([*texts, *(text for of in right for text in of)])
-    rest = iter(tokens)
-    said = {str(n): [next(rest)] for n in range(len(texts))}
-    references = {str(n): [next(rest) for _ in of] for n, of in enumerate(right)}
-    columns = [scorer.compute_score(references, said)[1] for scorer in (Cider(), Rouge())]
-    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+_TEST = "permutation"
 
 
 def _flips(episodes: EpisodeSet, shards: ShardSet, systems: Sequence[_System]) -> list[Compared]:

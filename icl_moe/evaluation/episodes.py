@@ -78,6 +78,13 @@ class Swap(NamedTuple):
     source: EvaluationEpisode
 
 
+class Question(NamedTuple):
+    """A query, and the episode whose examples are shown with it."""
+
+    truth: EvaluationEpisode
+    source: EvaluationEpisode
+
+
 class EpisodeSet:
     """The first `limit` episodes of `task` (all by default), read from their shards on access."""
 
@@ -108,6 +115,14 @@ class EpisodeSet:
     def keys(self) -> list[str]:
         """The episodes' keys, in order."""
         return [sample_key(self.task.name, index) for index in range(len(self))]
+
+    def questions(self, swapped: bool = False) -> list[Question]:
+        """Every query with its own examples, or each that can be asked for something else with the
+        examples of that.
+        """
+        if swapped:
+            return [Question(self[number], swap.source) for number, swap in self.swaps.items()]
+        return [Question(episode, episode) for episode in map(self.__getitem__, range(len(self)))]
 
     def of_another_class(self, index: int) -> EvaluationEpisode | None:
         """An episode of another class than episode `index`, always the same one; None if all have

@@ -1,41 +1,116 @@
-"""Pictures of some episodes for the report: examples, query, prediction and truth, decoded from the
-model's tokens.
-"""
+"""Pictures of some episodes for the report: examples, query, prediction and truth."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap
 from icl_moe.evaluation.predictions import Condition, PredictionLog
 from icl_moe.evaluation.proof import SwappedQuery, flips
+from icl_moe.evaluation.template import Photographs
 from icl_moe.images import to_image
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import Cell, Gallery
+from icl_moe.tables import percent
 from icl_moe.tasks.task import Judge
 
-EPISODES_SHOWN = 12
+EACH_SHOWN = 3
+"""How many of the best, the middle and the worst outputs are shown."""
+
+EVENLY_SHOWN = 12
+
+
+class Images:
+    """The images of episodes, as their files show them at the model's size; or, if these are not
+    here, as decoded from their codes (those of a features tokenizer by their mean colours).
+    """
+
+    def __init__(self, model: InContextModel, shards: ShardSet, task: str) -> None:
+        self._model, self._size = model, shards.manifest.image_size
+        self._photographs: Photographs | None = Photographs(shards, task)
+
+    def show(self, episode: EvaluationEpisode, pairs: Sequence[int]) -> list[Image.Image]:
+        """The images of some of an episode's pairs."""
+        if self._photographs is not None:
+            try:
+                found = [self._photographs.show(episode, pair) for pair in pairs]
+                return [image.resize((self._size, self._size)) for image in found]
+            except InputError:
+                self._photographs = None
+        codes = np.stack([episode.pairs[pair].image for pair in pairs])
+        return [to_image(each) for each in self._model.show(codes)]
+
+    @property
+    def note(self) -> str:
+        """What the images are, in a sentence."""
+        if self._photographs is None:
+            return "Images are shown as decoded from the model's codes."
+        return f"Images are shown at the model's size, {self._size} px."
 
 
 def draw_gallery(
-    model: InContextModel, episodes: EpisodeSet, condition: Condition, log: PredictionLog
+    images: Images, episodes: EpisodeSet, condition: Condition, log: PredictionLog
 ) -> Gallery:
-    """Draw evenly spaced episodes, not chosen by their scores. Images are decoded from their codes;
-    the codes of a features tokenizer are shown by their mean colours.
-    """
-    numbers = evenly_spaced(len(episodes), EPISODES_SHOWN)
-    rows: list[tuple[str, tuple[Cell, ...]]] = []
-    for number in tqdm(numbers, desc=f"drawing {condition.task}", unit="episode", leave=False):
+    """Draw the queries with the best, the middle and the worst agreement with the truth."""
+    task, agreements = episodes.task, []
+    for number in range(len(episodes)):
         episode = episodes[number]
-        pixels = model.show(np.stack([pair.image for pair in episode.pairs]))
-        images = [to_image(each) for each in pixels]
         said = log[condition, episode.key].said
-        cells = episode.task.cells(episode, images, said, condition.shots)
-        rows.append((f"{episode.category} · {episode.key}", tuple(cells)))
+        agreements.append(task.agreement(said, task.right_outputs(episode)))
+    ranked = sorted(range(len(episodes)), key=lambda number: (-agreements[number], number))
+    found = {
+        ranked[place]: f"{words}: {task.measure} {percent(agreements[ranked[place]])} · "
+        for place, words in _places(len(episodes))
+    }
     title = (
-        f"{condition.task.capitalize()}, {condition.describe()}: {len(rows)} of {len(episodes)} "
-        "episodes, evenly spaced"
+        f"{task.name.capitalize()}, {condition.describe()}: the best, the middle and the worst of "
+        f"{len(episodes)} queries by {task.measure}. "
     )
-    return Gallery(title, tuple(rows))
+    rows = _rows(images, episodes, condition, log, found)
+    return Gallery(title + images.note, rows)
+
+
+def draw_evenly(
+    images: Images, episodes: EpisodeSet, condition: Condition, log: PredictionLog
+) -> Gallery:
+    """Draw evenly spaced episodes, which are the same whatever was predicted."""
+    numbers = evenly_spaced(len(episodes), EVENLY_SHOWN)
+    title = f"{condition.task.capitalize()}, {condition.describe()}"
+    return Gallery(title, _rows(images, episodes, condition, log, dict.fromkeys(numbers, "")))
+
+
+def _rows(
+    images: Images,
+    episodes: EpisodeSet,
+    condition: Condition,
+    log: PredictionLog,
+    numbers: Mapping[int, str],
+) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    """numbers: of the episodes to draw, each with the beginning of its title."""
+    rows = []
+    bar = tqdm(numbers.items(), desc=f"drawing {condition.task}", unit="episode", leave=False)
+    for number, words in bar:
+        episode = episodes[number]
+        said = log[condition, episode.key].said
+        shown = images.show(episode, range(len(episode.pairs)))
+        cells = episode.task.cells(episode, shown, said, condition.shots)
+        rows.append((f"{words}{episode.category} · {episode.key}", tuple(cells)))
+    return tuple(rows)
+
+
+def _places(queries: int) -> list[tuple[int, str]]:
+    """The ranks of the best, the middle and the worst, each once, with what to call them."""
+    middle = (queries - EACH_SHOWN) // 2
+    begins = ((0, "Best"), (middle, "Median"), (queries - EACH_SHOWN, "Worst"))
+    found: dict[int, str] = {}
+    for begin, words in begins:
+        for place in range(max(begin, 0), min(begin + EACH_SHOWN, queries)):
+            found.setdefault(place, f"{words} (rank {place + 1} of {queries})")
+    return sorted(found.items())
 
 
 def evenly_spaced(count: int, shown: int) -> list[int]:
@@ -45,7 +120,7 @@ def evenly_spaced(count: int, shown: int) -> list[int]:
 
 
 def draw_proof(
-    model: InContextModel,
+    images: Images,
     episodes: EpisodeSet,
     swapped: Condition,
     log: PredictionLog,
@@ -69,32 +144,28 @@ def draw_proof(
     for right, words in ((True, "right with both"), (False, "not right with both")):
         if right in found:
             episode, swap, query = found[right]
-            kinds = f"{episode.kind.describe()}; {swap.shown.describe()}"
-            name = f"the first query that is {words}: {kinds}"
-            rows.append((f"{name} · {episode.key}", _proof_cells(model, episode, swap, query)))
-    title = f"{swapped.task.capitalize()}: one query, two examples"
+            name = f"The first query that is {words} · {episode.key}"
+            rows.append((name, _proof_cells(images, episode, swap, query)))
+    title = (
+        f"{swapped.task.capitalize()}: one query, two examples. What is written must change with "
+        f"the example. {images.note}"
+    )
     return Gallery(title, tuple(rows))
 
 
 def _proof_cells(
-    model: InContextModel, episode: EvaluationEpisode, swap: Swap, query: SwappedQuery
+    images: Images, episode: EvaluationEpisode, swap: Swap, query: SwappedQuery
 ) -> tuple[Cell, ...]:
     """The query, then for each class the first example, the output after it, and the truth."""
     task, objects = episode.task, episode.task.objects(episode)
-    sources = (episode, swap.source)
-    images = [episode.query.image, *(source.pairs[0].image for source in sources)]
-    picture, *examples = (to_image(each) for each in model.show(np.stack(images)))
+    (picture,) = images.show(episode, [-1])
     cells = [Cell("query", picture)]
-    for source, example, said in zip(
-        sources, examples, (query.said, query.said_swapped), strict=True
-    ):
+    for source, said in ((episode, query.said), (swap.source, query.said_swapped)):
+        (example,) = images.show(source, [0])
         shown, right = task.true_output(source, 0), objects[source.kind][0]
+        words = filter(None, (source.kind.describe(), task.caption_of(shown)))
         cells += [
-            Cell(
-                f"example: {source.kind.describe()}",
-                task.show(example, shown),
-                task.caption_of(shown),
-            ),
+            Cell("example", task.show(example, shown), ": ".join(words)),
             Cell("prediction", task.show(picture, said), task.caption_of(said, right)),
             Cell("annotated", task.show(picture, right), task.caption_of(right)),
         ]

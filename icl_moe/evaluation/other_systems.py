@@ -1,7 +1,8 @@
 """Predictions of any system on the episodes of a shard folder: a folder with a file for each task,
 which is checked as a whole before anything is scored.
 
-TASK.json    {"episodes": HASH, "system": NAME, "shots": K, "results": [...]}
+TASK.json            {"episodes": HASH, "system": NAME, "shots": K, "results": [...]}
+TASK_swapped.json    the same, of the queries that were also asked with swapped examples; optional
 
 The results are those of COCO's results format, with an episode's key (or its number in the
 template, from 1) as the image_id:
@@ -18,14 +19,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icl_moe.boxes import Box
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError, shown
-from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.files import write_whole
 from icl_moe.inputs import read_json
 from icl_moe.rle import decode_rle
@@ -42,12 +43,14 @@ tokenizers, so that systems with different ones can be compared.
 @dataclass(frozen=True)
 class OtherSystem:
     """The predictions of a system for the episodes of one task, in their order. shots: how many
-    examples it was shown.
+    examples it was shown. swapped: its predictions with swapped examples, in the order of
+    `EpisodeSet.swaps`; None if it has none.
     """
 
     name: str
     shots: int
     outputs: Sequence[Output]
+    swapped: Sequence[Output] | None = None
 
 
 def open_episodes(shards: ShardSet, limit: int | None = None) -> list[EpisodeSet]:
@@ -61,33 +64,45 @@ def open_episodes(shards: ShardSet, limit: int | None = None) -> list[EpisodeSet
     return [EpisodeSet(shards, codec, task, limit) for task in tasks]
 
 
-def episodes_hash(episodes: EpisodeSet) -> str:
-    """A hash of all queries, examples and truths of a set of episodes, in 16 hexadecimal digits."""
+def episodes_hash(episodes: EpisodeSet, swapped: bool = False) -> str:
+    """A hash of all queries, examples and truths of a set of episodes, or of those with swapped
+    examples, in 16 hexadecimal digits.
+    """
+
+    def asked(episode: EvaluationEpisode) -> dict[str, Any]:
+        return {name: episode.meta.get(name) for name in _WHAT_IS_ASKED}
+
     digest = hashlib.sha256(f"{episodes.task.name} {episodes.image_size}".encode())
-    for index in range(len(episodes)):
-        episode = episodes[index]
-        asked = {name: episode.meta.get(name) for name in _WHAT_IS_ASKED}
-        digest.update(json.dumps([episode.key, asked], sort_keys=True).encode())
+    for truth, source in episodes.questions(swapped):
+        content = [truth.key, asked(truth), *([asked(source)] if swapped else ())]
+        digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
 def write_predictions(
-    folder: Path, episodes: EpisodeSet, name: str, shots: int, outputs: Sequence[Output]
+    folder: Path,
+    episodes: EpisodeSet,
+    name: str,
+    shots: int,
+    outputs: Sequence[Output],
+    swapped: bool = False,
 ) -> None:
-    """Write the predictions of a system for every one of the episodes, in their order."""
+    """Write the predictions of a system for every one of the episodes, in their order; swapped: for
+    every one of `EpisodeSet.swaps`, with swapped examples.
+    """
     record = _RECORDS[episodes.task.name]
     results = [
-        {"image_id": key} | record.write(output)
-        for key, output in zip(episodes.keys, outputs, strict=True)
+        {"image_id": question.truth.key} | record.write(output)
+        for question, output in zip(episodes.questions(swapped), outputs, strict=True)
     ]
     content = {
-        "episodes": episodes_hash(episodes),
+        "episodes": episodes_hash(episodes, swapped),
         "system": name,
         "shots": shots,
         "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(_file(folder, episodes), json.dumps(content) + "\n")
+    write_whole(predictions_file(folder, episodes, swapped), json.dumps(content) + "\n")
 
 
 def read_predictions(
@@ -96,41 +111,61 @@ def read_predictions(
     """The predictions of a folder for these episodes; None if it has none for their task. name: in
     place of the one in the file.
 
-    Raises InputError, in one sentence, if the file is malformed or of other episodes, or if an
-    episode is missing, is there twice or does not exist, or a result is not what its task needs.
+    Raises InputError, in one sentence, if a file is malformed or of other episodes, if an episode
+    is missing, is there twice or does not exist, if a result is not what its task needs, or if the
+    predictions with swapped examples do not belong to the others.
     """
-    path = _file(folder, episodes)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder of predictions.")
-    if not path.is_file():
+    own, swapped = (predictions_file(folder, episodes, each) for each in (False, True))
+    if not own.is_file():
+        if swapped.is_file():
+            raise InputError(f"{swapped} needs {own.name}, the predictions without swapping.")
         return None
+    system = _read_file(own, episodes, False, name or folder.name)
+    system = replace(system, name=name or system.name)
+    if not swapped.is_file():
+        return system
+    other = _read_file(swapped, episodes, True, folder.name)
+    if other.shots != system.shots:
+        raise InputError(
+            f"{swapped} is of {other.shots} example(s) and {own.name} of {system.shots}; both must "
+            "be of as many."
+        )
+    return replace(system, swapped=other.outputs)
+
+
+def _read_file(path: Path, episodes: EpisodeSet, swapped: bool, name: str) -> OtherSystem:
+    """The predictions of one file. name: of the system, if the file does not say."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("results"), list):
         raise InputError(
             f"{path} must hold the keys episodes, system, shots and results, as the template has."
         )
-    expected = episodes_hash(episodes)
+    questions = episodes.questions(swapped)
+    expected = episodes_hash(episodes, swapped)
     if content.get("episodes") != expected:
+        what = " with swapped examples" if swapped else ""
         raise InputError(
             f"{path} is of other episodes: it has the hash {shown(content.get('episodes'))}, the "
-            f"{len(episodes)} episodes that are evaluated have {expected!r}."
+            f"{len(questions)} episodes{what} that are evaluated have {expected!r}."
         )
     shots = content.get("shots")
-    if not isinstance(shots, int) or not 0 <= shots <= episodes.examples:
+    if not isinstance(shots, int) or not swapped <= shots <= episodes.examples:
         raise InputError(
-            f"{path}: shots must be a whole number from 0 to {episodes.examples}, not "
+            f"{path}: shots must be a whole number from {int(swapped)} to {episodes.examples}, not "
             f"{shown(shots)}."
         )
-    found = _by_key(path, episodes, content["results"])
+    found = _by_key(path, [question.truth.key for question in questions], content["results"])
     record = _RECORDS[episodes.task.name]
     outputs = []
-    for index, key in enumerate(episodes.keys):
+    for truth, source in questions:
         try:
-            outputs.append(record.read(found[key], episodes.image_size))
-            _check_class(found[key], episodes[index].category)
+            outputs.append(record.read(found[truth.key], episodes.image_size))
+            _check_class(found[truth.key], source.category)
         except InputError as error:
-            raise InputError(f"{path}: {key}: {error}") from error
-    return OtherSystem(name or str(content.get("system") or folder.name), shots, outputs)
+            raise InputError(f"{path}: {truth.key}: {error}") from error
+    return OtherSystem(str(content.get("system") or name), shots, outputs)
 
 
 def check_predictions(
@@ -148,13 +183,12 @@ def check_predictions(
     return whole
 
 
-def _file(folder: Path, episodes: EpisodeSet) -> Path:
-    return folder / f"{episodes.task.name}.json"
+def predictions_file(folder: Path, episodes: EpisodeSet, swapped: bool) -> Path:
+    return folder / f"{episodes.task.name}{'_swapped' if swapped else ''}.json"
 
 
-def _by_key(path: Path, episodes: EpisodeSet, results: list[Any]) -> dict[str, dict[str, Any]]:
+def _by_key(path: Path, keys: list[str], results: list[Any]) -> dict[str, dict[str, Any]]:
     """The results by their episode's key. Raises InputError unless there is one for each."""
-    keys = episodes.keys
     known = set(keys)
     found: dict[str, dict[str, Any]] = {}
     double = []
@@ -182,10 +216,10 @@ def _by_key(path: Path, episodes: EpisodeSet, results: list[Any]) -> dict[str, d
 
 
 def _check_class(result: Mapping[str, Any], category: str) -> None:
-    """A mask's class, which need not be given, is that of its episode; a caption may name any."""
+    """A mask's class, which need not be given, is that of its examples; a caption may name any."""
     if "segmentation" in result and result.get("category", category) != category:
         raise InputError(
-            f"the category is {shown(result['category'])}; the episode is of {category!r}."
+            f"the category is {shown(result['category'])}; the examples are of {category!r}."
         )
 
 
@@ -240,6 +274,7 @@ def _read_box(box: Any) -> Box | None:
 
 def _write_caption(output: Output) -> dict[str, Any]:
     found = {name: output.get(name) for name in ("caption", "category", "box")}
+    found["score"] = output.get("confidence")
     return {name: value for name, value in found.items() if value is not None}
 
 

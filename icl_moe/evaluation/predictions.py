@@ -3,17 +3,18 @@ resumes where it stopped.
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from accelerate import PartialState
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.files import write_whole
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.sequence import Episode
 from icl_moe.tasks.task import Output
@@ -55,7 +56,8 @@ class Prediction:
 
     shown: the class of the examples; shown_style: their style, "" where there are none. copied:
     whether it equals an example's output; truth_copied: whether the truth does. seconds: the time
-    of its batch / the batch's size.
+    of its batch / the batch's size, which the finished file lacks, so that equal models give equal
+    files.
     """
 
     condition: Condition
@@ -65,38 +67,48 @@ class Prediction:
     shown_style: str
     copied: bool
     truth_copied: bool
-    seconds: float
     said: Output
+    seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        own = {
-            name: value for name, value in vars(self).items() if name not in ("condition", "said")
-        }
+    def to_json(self, with_time: bool = True) -> dict[str, Any]:
+        left_out = ("condition", "said", *(() if with_time else ("seconds",)))
+        own = {name: value for name, value in vars(self).items() if name not in left_out}
         return self.condition._asdict() | own | self.said
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Prediction":
         condition = Condition(*(values.pop(name) for name in Condition._fields))
-        names = [f.name for f in fields(cls) if f.name not in ("condition", "said")]
-        own = {name: values.pop(name) for name in names}
+        names = [f.name for f in fields(cls) if f.name not in ("condition", "said", "seconds")]
+        own = {name: values.pop(name) for name in names} | {"seconds": values.pop("seconds", 0.0)}
         return cls(condition, **own, said=values)
 
 
 class PredictionLog:
-    """predictions.jsonl of the folder `out`, under a temporary name until `finish`.
+    """predictions.jsonl of the folder `out`, under a temporary name until `finish`. Each of several
+    processes that share the work has a temporary file of its own.
 
+    process: this one among these; None if it works alone, whatever others do.
     header: everything that the predictions depend on. Earlier lines are reused only if their header
     is equal.
     """
 
-    def __init__(self, out: Path, header: dict[str, Any]) -> None:
-        self._path, self._partial = out / "predictions.jsonl", out / "predictions.partial.jsonl"
+    def __init__(
+        self, out: Path, header: dict[str, Any], process: PartialState | None = None
+    ) -> None:
+        self.rank, self.ranks = 0, 1
+        if process is not None:
+            self.rank, self.ranks = process.process_index, process.num_processes
+        self._process = process
+        self.asked: list[tuple[Condition, str]] = []
+        self._out = out
         self._lines: dict[tuple[Condition, str], Prediction] = {}
         self._header = json.dumps(header)
-        kept = self._read_partial()
-        self._partial.write_text(
-            "".join(line + "\n" for line in (self._header, *kept)), encoding="utf-8"
-        )
+        if not self.rank:
+            self._gather()
+        self._wait()
+        if self.rank:
+            self._read(self._partial(0))
+            write_whole(self._partial(self.rank), self._header + "\n")
 
     def __contains__(self, place: tuple[Condition, str]) -> bool:
         return place in self._lines
@@ -106,32 +118,53 @@ class PredictionLog:
         return self._lines[place]
 
     def add(self, predictions: Sequence[Prediction]) -> None:
-        with self._partial.open("a", encoding="utf-8") as file:
+        with self._partial(self.rank).open("a", encoding="utf-8") as file:
             file.write(
                 "".join(json.dumps(prediction.to_json()) + "\n" for prediction in predictions)
             )
         for prediction in predictions:
             self._keep(prediction)
 
-    def finish(self) -> None:
-        """Rename the file to its final name."""
-        os.replace(self._partial, self._path)
+    def gather(self) -> None:
+        """Wait for all processes; the first one then has the predictions of all."""
+        self._wait()
+        if not self.rank:
+            self._gather()
 
-    def _read_partial(self) -> list[str]:
-        """The lines of an earlier run with the same header, up to the first truncated or damaged
+    def finish(self) -> None:
+        """Write the file with what was asked, in that order; in the first process alone."""
+        lines = [json.dumps(self[place].to_json(with_time=False)) for place in self.asked]
+        write_whole(self._out / "predictions.jsonl", "\n".join([self._header, *lines]) + "\n")
+        self._partial(0).unlink()
+
+    def _wait(self) -> None:
+        if self._process is not None:
+            self._process.wait_for_everyone()
+
+    def _partial(self, number: int) -> Path:
+        return self._out / f"predictions.partial{f'.{number}' if number else ''}.jsonl"
+
+    def _gather(self) -> None:
+        """Read the temporary files of all processes, and leave one file."""
+        found = sorted(self._out.glob("predictions.partial*.jsonl"))
+        for path in found:
+            self._read(path)
+        lines = [json.dumps(prediction.to_json()) for prediction in self._lines.values()]
+        write_whole(self._partial(0), "\n".join([self._header, *lines]) + "\n")
+        for path in found:
+            if path != self._partial(0):
+                path.unlink()
+
+    def _read(self, path: Path) -> None:
+        """Keep the lines of a run with the same header, up to the first truncated or damaged
         one.
         """
-        if not self._partial.is_file():
-            return []
-        header, *lines = self._partial.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = []
+        header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         for line in lines[:-1] if header == self._header else ():
             try:
                 self._keep(Prediction.from_json(json.loads(line)))
             except (ValueError, TypeError, KeyError, AttributeError):
-                break
-            kept.append(line)
-        return kept
+                return
 
     def _keep(self, prediction: Prediction) -> None:
         self._lines[prediction.condition, prediction.key] = prediction
@@ -157,19 +190,24 @@ def predict(
     decoding: Decoding | None = None,
 ) -> None:
     """Complete every episode that can be asked under a condition, greedily, in batches of fixed
-    composition, and log new predictions. decoding: see `InContextModel.complete`.
+    composition, and log new predictions. Of n processes each completes every n-th batch. decoding:
+    see `InContextModel.complete`.
     """
     asked = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
+    keys = episodes.keys
+    log.asked += [(condition, keys[number]) for number in asked]
     with tqdm(
         total=len(asked),
         desc=f"{condition.task}, {condition.describe()}",
         unit="episode",
         leave=None,
+        disable=log.rank > 0,
     ) as bar:
-        for start in range(0, len(asked), batch_size):
+        for place, start in enumerate(range(0, len(asked), batch_size)):
             numbers = asked[start : start + batch_size]
             batch = [episodes[number] for number in numbers]
-            if not all((condition, episode.key) in log for episode in batch):
+            is_mine = place % log.ranks == log.rank
+            if is_mine and not all((condition, episode.key) in log for episode in batch):
                 sources = [_source(episodes, number, condition) for number in numbers]
                 log.add(_complete(model, condition, batch, sources, decoding))
             bar.update(len(batch))
@@ -215,8 +253,8 @@ def _complete(
             *source.kind,
             copied=any(task.repeats(output, pair) for pair in pairs),
             truth_copied=any(task.repeats(episode.query, pair) for pair in pairs),
-            seconds=seconds,
             said=words,
+            seconds=seconds,
         )
         for episode, source, pairs, output, words in zip(
             batch, sources, examples, outputs, said, strict=True

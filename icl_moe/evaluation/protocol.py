@@ -3,19 +3,22 @@ then scored.
 """
 
 import json
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.devices import find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
-from icl_moe.evaluation.gallery import draw_gallery, draw_proof
+from icl_moe.evaluation.gallery import Images, draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.matcher import Matcher
 from icl_moe.evaluation.other_systems import OtherSystem, read_predictions
@@ -45,6 +48,7 @@ from icl_moe.inputs import read_json
 from icl_moe.messages import note
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
+from icl_moe.processes import join_processes
 from icl_moe.tasks import SEGMENTATION, TASKS
 from icl_moe.tasks.task import Judge, Output
 from icl_moe.versions import installed_versions
@@ -65,7 +69,7 @@ def evaluate(
     decoding: Decoding | None = None,
     dtype: str | None = None,
     predictions: Mapping[str, Path] | None = None,
-) -> Metrics:
+) -> Metrics | None:
     """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
     path or a URL (all by default).
 
@@ -74,8 +78,11 @@ def evaluate(
     the necessary data. sections: additional sections of the report. decoding: of masks, see
     `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. predictions: of
     other systems on the same episodes, name of the row -> folder (see other_systems.py). Writes
-    metrics.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
-    After an interruption, the same call resumes after the last complete batch.
+    metrics.json, speed.json, predictions.jsonl and report.html into `out`; docs/evaluation.md
+    describes them. After an interruption, the same call resumes after the last complete batch.
+
+    Processes that `accelerate launch` or torchrun started share the queries, with equal results;
+    all but the first return None.
 
     Raises InputError if the model and the shards do not match, if they do not support the requested
     numbers of examples or swapped examples, if predictions are not of exactly these episodes, or if
@@ -86,7 +93,8 @@ def evaluate(
         raise InputError(f"{out} holds a model; give --out another folder for the report.")
     _check_numbers(shots, limit, batch_size)
     _check_controls(controls)
-    place = find_device(device)
+    process = join_processes(device)
+    place = process.device if process.num_processes > 1 else find_device(device)
     shards = ShardSet(shards_dir)
     model = InContextModel.from_pretrained(model_dir, place, dtype)
     decoding = model.decoding(decoding)
@@ -112,6 +120,7 @@ def evaluate(
             sections,
             decoding,
             others,
+            process,
         )
 
 
@@ -145,7 +154,8 @@ def _evaluate(
     sections: Sequence[Section],
     decoding: Decoding,
     others: Mapping[str, Sequence[OtherSystem]],
-) -> Metrics:
+    process: PartialState,
+) -> Metrics | None:
     header: dict[str, Any] = {
         "model": model.fingerprint,
         "shards": shards.fingerprint[:16],
@@ -155,15 +165,20 @@ def _evaluate(
         **_written_how(model, decoding),
     }
     batch_size = min(batch_size, max(shards.manifest.samples.values(), default=1))
-    log = PredictionLog(out, header)
+    log = PredictionLog(out, header, process)
+    asked = {each.task.name: _conditions(each, shots, controls) for each in sets}
+    for episodes in sets:
+        for condition in asked[episodes.task.name]:
+            predict(model, episodes, condition, log, batch_size, decoding)
+    log.gather()
+    if not process.is_main_process:
+        return None
     tasks: dict[str, TaskResult] = {}
     galleries: list[Gallery] = []
     proofs: dict[str, Gallery] = {}
     for episodes in sets:
         task = episodes.task.name
-        conditions = _conditions(episodes, shots, controls)
-        for condition in conditions:
-            predict(model, episodes, condition, log, batch_size, decoding)
+        conditions = asked[task]
         swapped = [c for c in conditions if c.control == "swapped"]
         truths = list(_all(episodes, "reading"))
         matchers = _matchers(model, episodes, shots)
@@ -173,14 +188,15 @@ def _evaluate(
             held_out_loss(model, shards, task, limit, batch_size),
             _classes(model, shards, task),
             episodes.task.measure,
-            _swap_rows(episodes, swapped, log, matchers, judge),
+            _swap_rows(episodes, swapped, log, others[task], matchers, judge),
             "" if swapped else _why_not_swapped(episodes, shots, controls),
             _by_shots(episodes, truths, conditions, log),
         )
         shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
-        galleries.append(draw_gallery(model, episodes, shown, log))
+        images = Images(model, shards, task)
+        galleries.append(draw_gallery(images, episodes, shown, log))
         if swapped:
-            proofs[task] = draw_proof(model, episodes, swapped[-1], log, judge)
+            proofs[task] = draw_proof(images, episodes, swapped[-1], log, judge)
     metrics = Metrics(
         **header,
         model_folder=model_name,
@@ -188,11 +204,23 @@ def _evaluate(
         versions=installed_versions(_PACKAGES),
         tasks=tasks,
         standard=shards.manifest.standard,
+        machine=_machine(process),
     )
     log.finish()
-    write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")
+    for name, content in (("metrics", metrics.to_json()), ("speed", metrics.speed())):
+        write_whole(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
     write_report(out / "report.html", metrics, galleries, sections, proofs)
     return metrics
+
+
+def _machine(process: PartialState) -> str:
+    """What computes, in words."""
+    if process.device.type == "cuda":
+        what = torch.cuda.get_device_name(process.device)
+    else:
+        threads = torch.get_num_threads()
+        what = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({platform.machine()})"
+    return what if process.num_processes == 1 else f"{process.num_processes} processes, each {what}"
 
 
 def _check_numbers(shots: Sequence[int], limit: int | None, batch_size: int) -> None:
@@ -326,29 +354,30 @@ def _rows(
     conditions = [condition for condition in conditions if condition.control != "swapped"]
     asked = [[log[condition, truth.key] for truth in truths] for condition in conditions]
     sets = [[prediction.said for prediction in predictions] for predictions in asked]
-    names: list[tuple[str, Source]] = []
+    names: list[tuple[str, Source, int | None]] = []
     for system in others:
-        names.append((f"{system.name}, {describe_shots(system.shots)}", "predictions"))
+        name = f"{system.name}, {describe_shots(system.shots)}"
+        names.append((name, "predictions", system.shots))
         sets.append(list(system.outputs))
     if episodes.examples:
-        names.append(_FIRST_EXAMPLE)
+        names.append((*_FIRST_EXAMPLE, None))
         sets.append([task.true_output(truth, 0) for truth in truths])
     for matcher in matchers:
-        names.append(_matched(matcher))
+        names.append((*_matched(matcher), matcher.shots))
         sets.append(matcher.said(truths, truths))
     for baseline in task.baselines(truths):
-        names.append((baseline.name, baseline.prediction))
+        names.append((baseline.name, baseline.prediction, None))
         sets.append(list(baseline.outputs))
     ceiling = _ceiling(model, episodes, batch_size)
     if ceiling:
-        names.append(("the truth through the tokenizer (ceiling)", "tokenizer"))
+        names.append(("the truth through the tokenizer (ceiling)", "tokenizer", None))
         sets.append(ceiling)
     scores = iter(task.score(sets, truths, model.format))
     rows = [
         Row(condition.describe(), "model", next(scores), _asked(condition, predictions))
         for condition, predictions in zip(conditions, asked, strict=True)
     ]
-    rows += [Row(name, prediction, next(scores)) for name, prediction in names]
+    rows += [Row(name, source, next(scores), shots=shots) for name, source, shots in names]
     return tuple(rows)
 
 
@@ -375,12 +404,13 @@ def _swap_rows(
     episodes: EpisodeSet,
     conditions: Sequence[Condition],
     log: PredictionLog,
+    others: Sequence[OtherSystem],
     matchers: Sequence[Matcher],
     judge: Judge,
 ) -> tuple[SwapRow, ...]:
     """The queries that show another class, with their own and with swapped examples: of the model
-    after each number of examples, of the first example's output, of matchers, and of the task's
-    baselines, which do not depend on the examples.
+    after each number of examples, of other systems that were asked so, of the first example's
+    output, of matchers, and of the task's baselines, which do not depend on the examples.
     """
     if not conditions:
         return ()
@@ -408,6 +438,11 @@ def _swap_rows(
             [log[condition, truth.key].said for truth in truths] for condition in (own, swapped)
         )
         rows.append(row(own.describe(), "model", own.shots, said, said_swapped))
+    for system in others:
+        if system.swapped is not None:
+            own_outputs = [system.outputs[number] for number in episodes.swaps]
+            name = f"{system.name}, {describe_shots(system.shots)}"
+            rows.append(row(name, "predictions", system.shots, own_outputs, system.swapped))
     first = [task.true_output(truth, 0) for truth in truths]
     first_swapped = [task.true_output(swap.source, 0) for swap in swaps]
     rows.append(row(*_FIRST_EXAMPLE, 1, first, first_swapped))

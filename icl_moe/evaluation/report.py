@@ -3,16 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from icl_moe.bootstrap import DRAWS
+from icl_moe.evaluation.panels import (
+    group_panels,
+    main_measures,
+    model_name,
+    respects_panel,
+    scores_panel,
+    shots_panel,
+    speed_panel,
+    swapped_panel,
+    systems_panel,
+)
 from icl_moe.evaluation.published import beside
-from icl_moe.evaluation.results import Metrics, Row, TaskResult
+from icl_moe.evaluation.results import Metrics, Row, SwapRow, TaskResult
 from icl_moe.files import write_whole
 from icl_moe.pages import render
-from icl_moe.pages.chart import Chart
-from icl_moe.pictures import Gallery
+from icl_moe.pages.chart import Chart, Curve, score_chart
+from icl_moe.pictures import Cell, Gallery
 from icl_moe.tables import Table, as_text, percent, percent_range
-from icl_moe.tasks.task import GroupScore
+from icl_moe.tasks.task import Measure
 
 
 @dataclass(frozen=True)
@@ -31,36 +43,197 @@ def write_report(
     sections: Sequence[Section] = (),
     proofs: Mapping[str, Gallery] | None = None,
 ) -> None:
-    """Write the report of an evaluation. It begins with the `proofs` of each task, pictures of
-    queries with examples of two classes. `sections` follow the tables and precede the other
-    pictures.
+    """Write the report of an evaluation. proofs: of each task, pictures of queries with examples of
+    two classes. `sections` follow the tables.
     """
+    charts = shots_charts(metrics)
+    groups = {name: group_panels(metrics, name) for name in metrics.tasks}
     tasks = [
         {
-            "name": name,
-            "proof": (proofs or {}).get(name),
-            "swapped": swapped_table(result) if result.swapped else None,
-            "respects": respects_table(result),
-            "swapped_note": _swapped_note(result),
-            "by_shots": shots_table(result) if result.by_shots else None,
-            "scores": scores_table(result),
-            "notes": _notes(result),
-            "overlap": _overlap(result),
-            "groups": _group_tables(result),
-            "published": beside(name),
+            "title": name.capitalize(),
+            "proof": _pictures((proofs or {}).get(name)),
+            "swapped": swapped_panel(metrics, name, _swapped_note(result))
+            if result.swapped
+            else None,
+            "respects": respects_panel(metrics, name),
+            "swapped_note": result.swapped_note,
+            "scores": scores_panel(metrics, name, _notes(result)),
+            "groups": [each for kind, each in groups[name].items() if kind != "class"],
+            "classes": groups[name].get("class"),
         }
         for name, result in metrics.tasks.items()
     ]
+    published = [each for name in metrics.tasks for each in beside(name)]
     page = render(
         "report.html.j2",
         title=f"{metrics.model_folder} on {metrics.shards_folder}",
+        lede=_lede(metrics),
+        facts=_facts(metrics),
+        contents=[(id, name) for id, name in _CONTENTS.items() if galleries or id != "pictures"],
         metrics=metrics,
+        systems=systems_panel(metrics),
+        by_shots=shots_panel(metrics),
+        charts=charts,
+        charts_caption=_CHARTS,
         tasks=tasks,
+        speed=speed_panel(metrics),
         held_out=held_out_table(metrics),
         sections=sections,
-        galleries=galleries,
+        galleries=[_pictures(gallery) for gallery in galleries],
+        published=list({each.title: each for each in published}.values()),
+        definitions=_definitions(metrics),
     )
     write_whole(path, page)
+
+
+_CONTENTS = {
+    "results": "Results",
+    "examples": "Examples obeyed?",
+    "pictures": "Pictures",
+    "scores": "All scores",
+    "loss": "Held-out loss",
+    "definitions": "Definitions",
+}
+_CHARTS = (
+    "Scores by number of examples, times 100. Bars are 95 % intervals over queries; the model's "
+    "line is solid."
+)
+
+
+def _lede(metrics: Metrics) -> list[str]:
+    """What was asked, and whether the model has seen the classes, in a sentence each."""
+    counts = [f"{r.rows[0].scores.episodes} queries of {name}" for name, r in metrics.tasks.items()]
+    asked = (
+        f"Asked with {' and '.join(counts)}, {model_name(metrics)} saw the examples and the query "
+        "alone, and wrote each answer freely, without any part of the truth."
+    )
+    overlaps: dict[str, list[str]] = {}
+    for name, result in metrics.tasks.items():
+        overlaps.setdefault(_overlap(result), []).append(name)
+    seen = [f"{' and '.join(tasks).capitalize()}: {text}" for text, tasks in overlaps.items()]
+    return [asked, *seen]
+
+
+def _overlap(result: TaskResult) -> str:
+    evaluated, seen = result.classes
+    begin = f"{len(evaluated)} classes"
+    if seen is None:
+        return f"{begin}; the model does not record which ones it was trained on."
+    if not seen:
+        return f"{begin}, none of which was seen in training."
+    if len(seen) == len(evaluated):
+        return f"{begin}, all of which were seen in training."
+    named = f": {', '.join(seen)}" if len(seen) <= 20 else ""
+    return f"{begin}, of which {len(seen)} were seen in training{named}."
+
+
+def _facts(metrics: Metrics) -> str:
+    limit = "all episodes" if metrics.limit is None else f"the first {metrics.limit} of each task"
+    return (
+        f"Model {metrics.model}; shards {metrics.shards}, {limit}; {metrics.decoding} decoding in "
+        f"{metrics.dtype}, batches of {metrics.batch_size}; {metrics.machine}."
+    )
+
+
+def _pictures(gallery: Gallery | None) -> dict[str, Any] | None:
+    """A gallery whose cells are grouped: examples; then the query and what was written for it; and
+    in queries with several examples in turns, each example and what follows it.
+    """
+    if gallery is None:
+        return None
+    return {
+        "title": gallery.title,
+        "rows": [
+            {"name": name, "about": "· ".join(about), "groups": _cell_groups(cells)}
+            for title, cells in gallery.rows
+            for name, *about in [title.split("· ")]
+        ],
+    }
+
+
+def _cell_groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    groups: list[list[Cell]] = []
+    for before, cell in zip((None, *cells), cells, strict=False):
+        is_example = cell.heading.startswith("example")
+        follows = before is not None and before.heading.startswith("example")
+        if not groups or cell.heading == "query" or (is_example and not follows):
+            groups.append([])
+        groups[-1].append(cell)
+    return groups
+
+
+def _definitions(metrics: Metrics) -> list[tuple[str, str]]:
+    """Every measure of the tables, once."""
+    found: dict[str, str] = {}
+    for result in metrics.tasks.values():
+        for name, measure in result.rows[0].scores.measures().items():
+            if measure.definition:
+                found[name] = f"{measure.definition[:1].upper()}{measure.definition[1:]}."
+    return [*found.items(), *_DEFINITIONS.items()]
+
+
+_DEFINITIONS = {
+    "flips": "The share of the queries that show two classes for which the model is right after "
+    "examples of the one and also after examples of the other. What does not depend on its "
+    "examples never flips.",
+    "95 % interval": f"Percentile bootstrap over the queries, {DRAWS} draws. The classes, the "
+    "examples and the training are held fixed: what another seed of the training would give is not "
+    "in it.",
+}
+
+
+def shots_charts(metrics: Metrics) -> list[Chart]:
+    """A main score of each task, and flips, by number of examples; none for a single number."""
+    charts = []
+    for task, result in metrics.tasks.items():
+        own = sorted({row.asked.shots for row in _own(result) if row.asked})
+        if len(own) < 2:
+            continue
+        heading = "CIDEr" if "CIDEr" in (main := main_measures(result)) else main[0]
+        curves: dict[str, dict[int, Measure]] = {}
+        for row in result.rows:
+            shots = row.asked.shots if row.asked else row.shots
+            if shots is not None and (row.asked is None or row.asked.control is None):
+                name = _curve_name(metrics, row)
+                curves.setdefault(name, {})[shots] = row.scores.measures()[heading]
+            elif row.prediction == "first example":
+                curves["copy of the first example"] = {
+                    shots: row.scores.measures()[heading] for shots in own if shots
+                }
+        charts.append(_chart(f"{task.capitalize()}: {heading}", curves, metrics))
+        flips: dict[str, dict[int, Measure]] = {}
+        for swap in result.swapped:
+            if swap.shots is not None and swap.prediction != "first example":
+                found = Measure(swap.scores.flips, swap.scores.intervals.get("flips"))
+                flips.setdefault(_curve_name(metrics, swap), {})[swap.shots] = found
+        if flips:
+            charts.append(_chart(f"{task.capitalize()}: flips", flips, metrics))
+    return charts
+
+
+def _own(result: TaskResult) -> list[Row]:
+    return [row for row in result.rows if row.asked and row.asked.control is None]
+
+
+def _curve_name(metrics: Metrics, row: Row | SwapRow) -> str:
+    names = {"model": model_name(metrics), "matcher": "training-free matcher"}
+    return names.get(row.prediction, row.name.rsplit(", ", 1)[0])
+
+
+def _chart(title: str, curves: Mapping[str, Mapping[int, Measure]], metrics: Metrics) -> Chart:
+    found = []
+    for name, values in curves.items():
+        places = sorted(values)
+        found.append(
+            Curve(
+                name,
+                places,
+                [values[shots].value or 0.0 for shots in places],
+                [values[shots].interval for shots in places],
+                is_ours=name == model_name(metrics),
+            )
+        )
+    return score_chart(title, found, "examples")
 
 
 def summary(metrics: Metrics) -> str:
@@ -83,7 +256,7 @@ def scores_table(result: TaskResult) -> Table:
     """A task's rows. Shares, BLEU, ROUGE-L, METEOR and CIDEr are multiplied by 100, as in papers;
     MAE is not.
     """
-    columns = list(result.rows[0].scores.cells())
+    columns = list(result.rows[0].scores.measures())
     head = ["prediction", *columns, "copies", "episodes", "queries/s", "s a query"]
     return Table(head, [line for row in result.rows for line in _lines(row)])
 
@@ -162,15 +335,14 @@ _INTERVAL = "95 % interval"
 
 def _lines(row: Row) -> list[list[str]]:
     """The scores of a row and, if there are any, their intervals."""
-    cells, ranges = _cells(row), row.scores.ranges()
-    if not ranges:
-        return [cells]
-    found = [ranges.get(name, "") for name in row.scores.cells()]
-    return [cells, [_INTERVAL, *found, "", "", "", ""]]
+    measures = row.scores.measures().values()
+    if not any(measure.interval for measure in measures):
+        return [_cells(row)]
+    return [_cells(row), [_INTERVAL, *(measure.range_text for measure in measures), *[""] * 4]]
 
 
 def _cells(row: Row) -> list[str]:
-    scores = list(row.scores.cells().values())
+    scores = [measure.text for measure in row.scores.measures().values()]
     if row.asked is None:
         return [row.name, *scores, "", str(row.scores.episodes), "", ""]
     asked = row.asked
@@ -181,18 +353,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def _notes(result: TaskResult) -> str:
-    """How to read the table."""
-    notes = [
-        "Scores are times 100. Copies: how often an output equals an example's (in brackets: how "
-        "often the truth does).",
-        *result.rows[0].scores.notes(),
-    ]
-    if result.rows[0].scores.ranges():
-        notes.append(
-            f"95 % intervals: bootstrap over the queries, {DRAWS} draws; the classes and the "
-            "training are held fixed."
-        )
-    return " ".join(notes)
+    """How to read the table of a task's scores."""
+    return " ".join(["Below each number: its 95 % interval.", *result.rows[0].scores.notes()])
 
 
 def _swapped_note(result: TaskResult) -> str:
@@ -215,32 +377,3 @@ def _swapped_note(result: TaskResult) -> str:
         "the caption's words and pairs of words the most probable (naive Bayes); copying an "
         "example keeps its style."
     )
-
-
-def _overlap(result: TaskResult) -> str:
-    evaluated, seen = result.classes
-    if seen is None:
-        return f"{len(evaluated)} classes; the model does not record which ones it was trained on."
-    return f"{len(evaluated)} classes; seen in training ({len(seen)}): {', '.join(seen) or 'none'}."
-
-
-def _group_tables(result: TaskResult) -> list[Table]:
-    """The score of each class in each row, and of whatever else a task's scores are grouped by."""
-    of_rows = [row.scores.groups() for row in result.rows]
-    names = [row.name for row in result.rows]
-    return [
-        Table(
-            [grouped_by, "episodes", *names],
-            [
-                [name, str(first.episodes), *(_group_cell(of[grouped_by][name]) for of in of_rows)]
-                for name, first in groups.items()
-            ],
-        )
-        for grouped_by, groups in of_rows[0].items()
-    ]
-
-
-def _group_cell(found: GroupScore) -> str:
-    if found.interval is None:
-        return percent(found.score)
-    return f"{percent(found.score)} ({percent_range(found.interval)})"

@@ -21,7 +21,7 @@ class Asked:
 
     copy_rate: how often an output equals that of an example; truth_copy_rate: how often the truth
     does. seconds_a_query: the median over queries of the time of a query's batch / the batch's
-    size.
+    size. The times are not in metrics.json, which so depends on nothing but model and data.
     """
 
     shots: int
@@ -32,24 +32,34 @@ class Asked:
     seconds_a_query: float
 
     def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        if self.control is None:
-            del values["control"]
-        return values
+        left_out = {*_TIMES, *(("control",) if self.control is None else ())}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def times(self) -> dict[str, Any]:
+        """The content of speed.json."""
+        return {name: vars(self)[name] for name in ("shots", "control", *_TIMES)}
+
+
+_TIMES = ("queries_per_second", "seconds_a_query")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a task's table. asked: None if the outputs are not a model's."""
+    """One row of a task's table. asked: None if the outputs are not the model's. shots: the
+    examples that other outputs were made with, if that is known.
+    """
 
     name: str
     prediction: Source
     scores: Scores
     asked: Asked | None = None
+    shots: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        head = {"name": self.name, "prediction": self.prediction}
+        head: dict[str, Any] = {"name": self.name, "prediction": self.prediction}
         asked = self.asked.to_json() if self.asked else {}
+        if self.shots is not None:
+            head["shots"] = self.shots
         return head | asked | asdict(self.scores)  # type: ignore[call-overload]
 
 
@@ -111,7 +121,7 @@ class Metrics:
     decoding: `greedy`, or how masks were decoded in one pass, `parallel` or `mirrored`;
     mask_threshold: the threshold fitted for these. standard: of the episodes of a benchmark, the
     header of their file: how they were drawn, the definition of the benchmark's own score, and the
-    sha256.
+    sha256. machine: what computed, in words; it is in speed.json.
     """
 
     model: str
@@ -126,8 +136,17 @@ class Metrics:
     dtype: str = "float32"
     mask_threshold: dict[str, Any] | None = None
     standard: dict[str, Any] | None = None
+    machine: str = "an unknown machine"
 
     def to_json(self) -> dict[str, Any]:
         """The content of metrics.json; docs/evaluation.md describes it."""
         tasks = {name: result.to_json() for name, result in self.tasks.items()}
-        return vars(self) | {"tasks": tasks}
+        return {k: v for k, v in vars(self).items() if k != "machine"} | {"tasks": tasks}
+
+    def speed(self) -> dict[str, Any]:
+        """The content of speed.json: how long the model took, and where."""
+        tasks = {
+            name: [row.asked.times() for row in result.rows if row.asked]
+            for name, result in self.tasks.items()
+        }
+        return {"machine": self.machine, "batch_size": self.batch_size, "tasks": tasks}

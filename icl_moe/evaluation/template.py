@@ -3,7 +3,7 @@ file of predictions for each task.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
-from icl_moe.evaluation.other_systems import episodes_hash
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Question
+from icl_moe.evaluation.other_systems import episodes_hash, predictions_file
 from icl_moe.files import write_whole
 from icl_moe.images import load_image
 from icl_moe.rle import decode_rle
@@ -63,10 +63,12 @@ def write_template(
     out: Path,
     shots: int,
     images: Path | None = None,
+    swapped: bool = True,
 ) -> None:
     """Write into `out` for each task TASK/KEY/query.png, example1.png and so on, with
     example1_mask.png for masks; TASK_episodes.json, which lists these and what the examples say;
-    and TASK.json, predictions without a result.
+    and TASK.json, predictions without a result. swapped: also swapped1.png and so on,
+    TASK_swapped_episodes.json and TASK_swapped.json, if any query can be asked so.
 
     Raises InputError if the episodes have fewer examples, or a picture is not there.
     """
@@ -78,51 +80,61 @@ def write_template(
             )
     out.mkdir(parents=True, exist_ok=True)
     for episodes in sets:
-        task = episodes.task.name
-        photographs = Photographs(shards, task, images)
-        head = {"episodes": episodes_hash(episodes), "shots": shots}
-        listed = [
-            {"id": number} | _write_episode(episode, photographs, out, shots)
-            for number, episode in enumerate(_all(episodes), 1)
-        ]
-        size = {"image_size": episodes.image_size, "images": listed}
-        content = json.dumps(head | size, indent=1) + "\n"
-        write_whole(out / f"{task}_episodes.json", content)
-        empty = {**head, "system": "", "results": []}
-        write_whole(out / f"{task}.json", json.dumps(empty, indent=1) + "\n")
+        _write_asked(shards, episodes, out, shots, images)
+        if swapped and shots and episodes.swaps:
+            _write_asked(shards, episodes, out, shots, images, swapped=True)
 
 
-def _all(episodes: EpisodeSet) -> Iterator[EvaluationEpisode]:
-    numbers = tqdm(range(len(episodes)), f"template, {episodes.task.name}", unit="episode")
-    return (episodes[number] for number in numbers)
+def _write_asked(
+    shards: ShardSet,
+    episodes: EpisodeSet,
+    out: Path,
+    shots: int,
+    images: Path | None,
+    swapped: bool = False,
+) -> None:
+    task = episodes.task.name
+    photographs = Photographs(shards, task, images)
+    head = {"episodes": episodes_hash(episodes, swapped), "shots": shots}
+    asked = episodes.questions(swapped)
+    name = "swapped" if swapped else "example"
+    listed = [
+        {"id": number} | _write_episode(question, photographs, out, shots, name)
+        for number, question in enumerate(tqdm(asked, f"template, {task}", unit="episode"), 1)
+    ]
+    path = predictions_file(out, episodes, swapped)
+    content = head | {"image_size": episodes.image_size, "images": listed}
+    write_whole(path.with_name(f"{path.stem}_episodes.json"), json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps({**head, "system": "", "results": []}, indent=1) + "\n")
 
 
 def _write_episode(
-    episode: EvaluationEpisode, photographs: Photographs, out: Path, shots: int
+    question: Question, photographs: Photographs, out: Path, shots: int, name: str
 ) -> dict[str, Any]:
-    """Write the pictures of an episode, and return its entry. What the query is asked for is not in
-    it.
+    """Write the pictures of a question, those of its examples as `name`, and return its entry. What
+    the query is asked for is not in it.
     """
-    where = f"{episode.task.name}/{episode.key}"
+    truth, source = question
+    where = f"{truth.task.name}/{truth.key}"
     folder = out / where
     folder.mkdir(parents=True, exist_ok=True)
-    photographs.show(episode, -1).save(folder / "query.png")
+    photographs.show(truth, -1).save(folder / "query.png")
     examples = []
     for number in range(shots):
-        picture = photographs.show(episode, number)
-        name = f"example{number + 1}"
-        picture.save(folder / f"{name}.png")
-        entry: dict[str, Any] = {"image": f"{where}/{name}.png"}
-        if "masks" in episode.meta:
-            example_mask(episode, number, picture.size).save(folder / f"{name}_mask.png")
-            entry["mask"] = f"{where}/{name}_mask.png"
+        picture = photographs.show(source, number)
+        file = f"{name}{number + 1}"
+        picture.save(folder / f"{file}.png")
+        entry: dict[str, Any] = {"image": f"{where}/{file}.png"}
+        if "masks" in source.meta:
+            example_mask(source, number, picture.size).save(folder / f"{file}_mask.png")
+            entry["mask"] = f"{where}/{file}_mask.png"
         else:
-            entry["caption"] = episode.meta["captions"][number]
-            entry["box"] = episode.meta["boxes"][number]
+            entry["caption"] = source.meta["captions"][number]
+            entry["box"] = source.meta["boxes"][number]
         examples.append(entry)
     return {
-        "key": episode.key,
-        "category": episode.category,
+        "key": truth.key,
+        "category": source.category,
         "query": f"{where}/query.png",
         "examples": examples,
     }

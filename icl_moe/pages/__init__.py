@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from icl_moe.pictures import data_url, jpeg_url
+from icl_moe.pictures import data_url, jpeg_url, picture_url
 
 
 def render(template: str, **content: Any) -> str:
@@ -26,4 +26,5 @@ def _environment() -> Environment:
     )
     environment.filters["data_url"] = data_url
     environment.filters["jpeg_url"] = jpeg_url
+    environment.filters["picture_url"] = picture_url
     return environment

@@ -20,8 +20,13 @@ class Label(NamedTuple):
 
 
 class Line(NamedTuple):
+    """A line through points; `bars` is the path of the intervals at its `dots`."""
+
     points: str
     colour: str
+    dots: tuple[tuple[float, float], ...] = ()
+    bars: str = ""
+    dashes: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,71 @@ class Chart:
     lines: tuple[Line, ...]
     width: int = _WIDTH
     height: int = _HEIGHT
+    grid: str = ""
+    title: str = ""
+
+
+class Curve(NamedTuple):
+    """A value with its interval, if there is one, at each x. is_ours: of the system that the chart
+    is about; others are drawn with dashes.
+    """
+
+    name: str
+    xs: Sequence[int]
+    values: Sequence[float]
+    intervals: Sequence[tuple[float, float] | None]
+    is_ours: bool = True
+
+
+_STEPS = (1, 2, 5, 10, 20, 25, 50)
+
+
+def score_chart(title: str, curves: Sequence[Curve], x_label: str) -> Chart:
+    """Scores, times 100 and from 0 on, at whole numbers, with their intervals as bars, and the name
+    of each curve above the chart.
+    """
+    width, height, left, top, bottom = 460, 300, 40, 34 + 18 * len(curves), 250
+    xs = sorted({x for curve in curves for x in curve.xs})
+    most = max(high for curve in curves for _, high in _ends(curve))
+    step = next((s for s in _STEPS if 100 * most / s <= 6), _STEPS[-1] * 2)
+    ceiling = max(step, -(-100 * most // step) * step)
+
+    def place(x: float, value: float) -> tuple[float, float]:
+        across = (x - xs[0]) / max(xs[-1] - xs[0], 1)
+        up = bottom - 100 * value / ceiling * (bottom - top)
+        return round(left + 24 + across * (width - left - 60), 1), round(up, 1)
+
+    labels = [
+        Label(left, 16, "start", title, "#1c2430"),
+        Label(width / 2, height - 10, "middle", x_label),
+    ]
+    labels += [Label(place(x, 0)[0], bottom + 18, "middle", str(x)) for x in xs]
+    levels = [step * n for n in range(int(ceiling // step) + 1)]
+    labels += [Label(left - 6, place(0, v / 100)[1] + 4, "end", f"{v:g}") for v in levels]
+    grid = " ".join(f"M{left},{place(0, v / 100)[1]} H{width - 12}" for v in levels[1:])
+    lines = []
+    for number, curve in enumerate(curves):
+        colour = _COLOURS[number % len(_COLOURS)]
+        # Beside each other, so that no bar hides another.
+        aside = 6 * (number - (len(curves) - 1) / 2)
+        placed = map(place, curve.xs, curve.values)
+        dots = tuple((round(x + aside, 1), y) for x, y in placed)
+        bars = [
+            f"M{x},{place(0, high)[1]} V{place(0, low)[1]}"
+            for (x, _), (low, high) in zip(dots, _ends(curve), strict=True)
+            if high > low
+        ]
+        points = " ".join(f"{x},{y}" for x, y in dots)
+        lines.append(Line(points, colour, dots, " ".join(bars), "" if curve.is_ours else "5 4"))
+        labels.append(Label(left, 34 + 18 * number, "start", curve.name, colour))
+    axes = f"M{left},{top} V{bottom} H{width - 12}"
+    return Chart(axes, tuple(labels), tuple(lines), width, height, grid, title)
+
+
+def _ends(curve: Curve) -> list[tuple[float, float]]:
+    """The interval at each place, or the value twice."""
+    pairs = zip(curve.values, curve.intervals, strict=True)
+    return [(value, value) if interval is None else interval for value, interval in pairs]
 
 
 def line_chart(series: Series, x_label: str, y_label: str) -> Chart:

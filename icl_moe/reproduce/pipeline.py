@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from icl_moe.data.location import MANIFEST_FILE
-from icl_moe.data.shards import Manifest
 from icl_moe.errors import InputError
 from icl_moe.evaluation.published import published_tables
 from icl_moe.files import write_whole
@@ -27,7 +25,7 @@ from icl_moe.reproduce.cost import describe_cost
 from icl_moe.reproduce.figures import FIGURES, Elsewhere, PaperFigure
 from icl_moe.reproduce.output import write_table
 from icl_moe.reproduce.qualitative import Evaluated, open_evaluation, write_pictures
-from icl_moe.reproduce.tables import CAPTIONING, TABLES, PaperTable, Row, Run, Scale, Shards
+from icl_moe.reproduce.tables import TABLES, PaperTable, Row, Run, Scale, Shards
 from icl_moe.settings import load_recipe
 from icl_moe.stages import ON_CPU, Command, launch, verb
 from icl_moe.tables import Table, as_text
@@ -152,12 +150,10 @@ class _Line:
         self._environment = ON_CPU if scale == "demo" else {}
 
     def commands(self, run: Run) -> Iterator[Command]:
-        """The stages, in order. Each is made when it is asked for, since what is evaluated may
-        depend on the shards for training.
-        """
+        """The stages, in order."""
         folder = self.folder(run)
         yield self._build(run.trained)
-        yield self._build(run.evaluated, run.trained)
+        yield self._build(run.evaluated)
         yield self._train(run)
         fitted = ("--threshold-from", str(self._trained(run))) if _draws_at_once(run) else ()
         yield self._verb("export", folder / "run", "--out", folder / "model", *fitted)
@@ -291,14 +287,13 @@ class _Line:
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
 
-    def _build(self, shards: Shards, trained: Shards | None = None) -> Command:
-        """trained: the shards for training, if these are for evaluation."""
-        sources = self._sources(shards, trained) if self.scale == "paper" else ()
+    def _build(self, shards: Shards) -> Command:
+        sources = self._sources(shards) if self.scale == "paper" else ()
         folder = self.out / "shards" / shards.name
         settings = (*sources, *shards.settings)
         return self._verb("shards", "build", shards.recipe, *settings, "--out", folder)
 
-    def _sources(self, shards: Shards, trained: Shards | None) -> Iterator[str]:
+    def _sources(self, shards: Shards) -> Iterator[str]:
         """Overrides that name the data sets. The held-out captions are of the classes of the
         training's: fewer descriptions of a class are no reason to leave it out there.
         """
@@ -312,16 +307,7 @@ class _Line:
             yield f"captioning.{name}={genome / key}.json"
         yield f"captioning.splits={genome / 'densecap_splits.json'}"
         yield f"captioning.split={shards.split}"
-        if trained is not None:
-            yield "captioning.min_descriptions=0"
-            yield f"captioning.classes={self._classes(trained)}"
-
-    def _classes(self, trained: Shards) -> str:
-        folder = self.out / "shards" / trained.name
-        if not (folder / MANIFEST_FILE).is_file():
-            return "null"  # Only in a dry run: the classes are known when the shards are built.
-        names = Manifest.read(folder).classes.get(CAPTIONING)
-        return "null" if names is None else json.dumps(sorted(names))
+        yield "captioning.counted_split=train"
 
     def _verb(self, *arguments: str | Path) -> Command:
         return verb(*arguments, environment=self._environment)

@@ -1,19 +1,18 @@
 """Scores captions against references with the scorers of the COCO caption evaluation."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from icl_moe.bootstrap import Interval, intervals
-from icl_moe.tables import percent, percent_range
 from icl_moe.tasks.cider import cider_d
 from icl_moe.tasks.dense_captions import Matched, mean_average_precision
 from icl_moe.tasks.java import Meteor, find_java, ptb_lines, start_meteor
-from icl_moe.tasks.task import GroupScore
+from icl_moe.tasks.task import GroupScore, Measure
 
 _MARKS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _MARKS |= {"-LRB-", "-RRB-", "-LCB-", "-RCB-"}
@@ -52,28 +51,19 @@ class CaptionScores:
     mean_ap: float | None = None
     mean_ap_note: str = ""
 
-    def cells(self) -> dict[str, str]:
-        shown = dict(zip(("B@1", "B@2", "B@3", "B@4"), self.bleu, strict=True)) | {
-            "ROUGE-L": self.rouge_l,
-            "METEOR": self.meteor,
-            "CIDEr": self.cider,
-            "mAP": self.mean_ap,
-            "category": self.category_accuracy,
-            "box IoU": self.box_iou,
+    def measures(self) -> dict[str, Measure]:
+        bleus = {f"bleu_{n}": value for n, value in enumerate(self.bleu, 1)}
+        return {
+            heading: Measure(
+                bleus[name] if name in bleus else getattr(self, name),
+                self.intervals.get(name),
+                definition,
+            )
+            for heading, (name, definition) in _MEASURES.items()
         }
-        return {heading: percent(value) for heading, value in shown.items()}
 
     def figures(self) -> dict[str, float]:
         return {"bleu_4": self.bleu[3], "rouge_l": self.rouge_l, "cider": self.cider}
-
-    def ranges(self) -> dict[str, str]:
-        headings = {f"bleu_{n}": f"B@{n}" for n in range(1, 5)} | {
-            "rouge_l": "ROUGE-L",
-            "cider": "CIDEr",
-            "category_accuracy": "category",
-            "box_iou": "box IoU",
-        }
-        return {headings[name]: percent_range(found) for name, found in self.intervals.items()}
 
     def groups(self) -> dict[str, dict[str, GroupScore]]:
         return {}
@@ -82,20 +72,29 @@ class CaptionScores:
         notes = [f"Tokenizer of the texts: {self.tokenizer}."]
         if self.meteor is None:
             notes.append(f"METEOR was {self.meteor_note}.")
-        if self.mean_ap is not None:
-            notes.append(_MEAN_AP)
-        elif self.mean_ap_note:
+        if self.mean_ap is None and self.mean_ap_note:
             notes.append(f"mAP was {self.mean_ap_note}.")
         if self.intervals and self.meteor is not None:
             notes.append("METEOR and mAP have no interval.")
         return notes
 
 
-_MEAN_AP = (
-    "mAP: the mean average precision of dense captioning, over the IoU thresholds 0.3 to 0.7 and "
-    "the METEOR thresholds 0 to 0.25, as in DenseCap; the regions to find are the queries of each "
-    "image, and outputs without a confidence are all equally sure."
-)
+_BLEU = "BLEU of n-grams of up to {} words, against the closest reference length"
+_MEASURES = {
+    **{f"B@{n}": (f"bleu_{n}", _BLEU.format(n)) for n in range(1, 5)},
+    "ROUGE-L": ("rouge_l", "the F-measure of the longest common subsequence of words"),
+    "METEOR": ("meteor", "METEOR 1.5, which also matches stems, synonyms and paraphrases"),
+    "CIDEr": ("cider", "CIDEr-D, with document frequencies of the references of these queries"),
+    "mAP": (
+        "mean_ap",
+        "the mean average precision of dense captioning, over the IoU thresholds 0.3 to 0.7 and "
+        "the METEOR thresholds 0 to 0.25, as in DenseCap; the regions to find are the queries of "
+        "each image, and outputs are ranked by their confidence, those without one last, as equals",
+    ),
+    "category": ("category_accuracy", "the share of queries whose class is named rightly"),
+    "box IoU": ("box_iou", "the mean over queries of the intersection over union of the boxes"),
+}
+"""Heading -> the name in `CaptionScores` and its intervals, and what it is."""
 
 
 def score_captions(
@@ -137,27 +136,23 @@ def score_tokenised(
     matched: Sequence[Matched] | None = None,
 ) -> list[CaptionScores]:
     """The same for texts whose tokens are separated by spaces; `tokenizer` is recorded."""
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-    from pycocoevalcap.rouge.rouge import Rouge
-
     truths = {key: list(texts) for key, texts in references.items()}
     meteors, note = _meteor(predictions, truths, java, matched)
     scores = []
     for candidates, (meteor, mean_ap) in zip(predictions, meteors, strict=True):
-        answers = {key: [candidates[key]] for key in truths}
-        bleus = BleuScorer(n=4)
-        for key, texts in truths.items():
-            bleus += (candidates[key], texts)
-        bleu, _ = bleus.compute_score(option="closest")
-        rouge, rouges = Rouge().compute_score(truths, answers)
-        ciders = cider_d([candidates[key] for key in truths], list(truths.values()))
-        ranges = _intervals(bleus.ctest, rouges, ciders) if with_intervals else {}
+        texts = [candidates[key] for key in truths]
+        counts = count_captions(texts, list(truths.values()))
+        ranges: dict[str, Interval] = {}
+        if with_intervals:
+            names = [_MEASURES[heading][0] for heading in COUNTED]
+            found = intervals(counted_scores(counts.columns_QS), len(texts))
+            ranges = dict(zip(names, found, strict=True))
         scores.append(
             CaptionScores(
-                len(answers),
-                tuple(bleu),
-                float(rouge),
-                float(ciders.mean()),
+                len(texts),
+                counts.bleu,
+                counts.rouge_l,
+                counts.cider,
                 meteor,
                 note,
                 tokenizer,
@@ -169,34 +164,48 @@ def score_tokenised(
     return scores
 
 
-def rouge_l(said: str, right: Sequence[str]) -> float:
-    """ROUGE-L of one text against references, 0..1, with `tokenise_plainly`."""
+class CaptionCounts(NamedTuple):
+    """The scores of a set that do not need Java, and what they are made of: of each of its Q texts
+    ROUGE-L, CIDEr, its length and that of the closest reference, and its correct and all n-grams of
+    1 to 4 words, (Q, 12).
+    """
+
+    bleu: tuple[float, ...]
+    rouge_l: float
+    cider: float
+    columns_QS: np.ndarray
+
+
+def count_captions(texts: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionCounts:
+    """The counts of tokenised texts against the references of each."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.rouge.rouge import Rouge
 
-    texts = [tokenise_plainly(text) for text in right]
-    return float(Rouge().calc_score([tokenise_plainly(said)], texts))
-
-
-def _intervals(
-    counts: Sequence[Mapping[str, Any]], rouges: np.ndarray, ciders: np.ndarray
-) -> dict[str, Interval]:
-    """The intervals of a set. counts: of each text, as pycocoevalcap's BleuScorer stores them."""
+    numbers = range(len(texts))
+    bleus = BleuScorer(n=4)
+    for text, right in zip(texts, references, strict=True):
+        bleus += (text, list(right))
+    bleu, _ = bleus.compute_score(option="closest")
+    truths = {number: list(references[number]) for number in numbers}
+    rouge, rouges = Rouge().compute_score(truths, {number: [texts[number]] for number in numbers})
+    ciders = cider_d(texts, references)
     lengths = [
-        (text["testlen"], min((abs(n - text["testlen"]), n) for n in text["reflen"])[1])
-        for text in counts
+        (of["testlen"], min((abs(n - of["testlen"]), n) for n in of["reflen"])[1])
+        for of in bleus.ctest
     ]
-    columns_QS = np.column_stack(
-        [
-            rouges,
-            ciders,
-            np.array(lengths),
-            np.array([text["correct"] for text in counts]),
-            np.array([text["guess"] for text in counts]),
-        ]
-    ).astype(np.float64)
+    grams = [np.array([of[name] for of in bleus.ctest]) for name in ("correct", "guess")]
+    columns_QS = np.column_stack([rouges, ciders, np.array(lengths), *grams]).astype(np.float64)
+    return CaptionCounts(tuple(bleu), float(rouge), float(ciders.mean()), columns_QS)
+
+
+COUNTED = ("ROUGE-L", "CIDEr", "B@1", "B@2", "B@3", "B@4")
+"""The headings of the scores that `counted_scores` computes, in its order."""
+
+
+def counted_scores(columns_QS: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The scores of weighted texts, weights (B, Q) -> (B, 6), from `CaptionCounts.columns_QS`."""
 
     def scores(weights_BQ: np.ndarray) -> np.ndarray:
-        """ROUGE-L, CIDEr and BLEU-1 to 4, (B, 6)."""
         sums_BS = weights_BQ @ columns_QS
         written_B, wanted_B = sums_BS[:, 2], sums_BS[:, 3]
         # With the small numbers that BleuScorer adds to avoid 0 / 0.
@@ -204,10 +213,18 @@ def _intervals(
         bleu_B4 = np.cumprod(precisions_B4, axis=1) ** (1 / np.arange(1, 5))
         brevity_B = (written_B + 1e-15) / (wanted_B + 1e-9)
         penalty_B = np.exp(np.minimum(0.0, 1 - 1 / brevity_B))
-        return np.column_stack([sums_BS[:, :2] / len(counts), bleu_B4 * penalty_B[:, None]])
+        means_B2 = sums_BS[:, :2] / weights_BQ.sum(axis=1, keepdims=True)
+        return np.column_stack([means_B2, bleu_B4 * penalty_B[:, None]])
 
-    names = ("rouge_l", "cider", *(f"bleu_{n}" for n in range(1, 5)))
-    return dict(zip(names, intervals(scores, len(counts)), strict=True))
+    return scores
+
+
+def rouge_l(said: str, right: Sequence[str]) -> float:
+    """ROUGE-L of one text against references, 0..1, with `tokenise_plainly`."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    texts = [tokenise_plainly(text) for text in right]
+    return float(Rouge().calc_score([tokenise_plainly(said)], texts))
 
 
 def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:

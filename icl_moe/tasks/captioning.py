@@ -7,6 +7,7 @@ The text's template is in caption_template.py. A box drawn as an image is 0 on t
 elsewhere, as in the paper.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,21 @@ import numpy as np
 from PIL import Image
 
 from icl_moe.attributes import Modality
-from icl_moe.bootstrap import mean_intervals
+from icl_moe.bootstrap import Statistic, mean_intervals, mean_statistic
 from icl_moe.boxes import Box, box_iou, box_to_bins, brightest_box
 from icl_moe.errors import InputError
 from icl_moe.images import box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
-from icl_moe.tasks.caption_scores import CaptionScores, rouge_l, score_captions
+from icl_moe.tasks.caption_scores import (
+    COUNTED,
+    CaptionScores,
+    count_captions,
+    counted_scores,
+    rouge_l,
+    score_captions,
+    tokenise,
+)
 from icl_moe.tasks.caption_styles import StyleJudge
 from icl_moe.tasks.caption_template import (
     CaptionText,
@@ -96,8 +105,9 @@ _DARK = 2 / 3
 
 
 class Captioning(Task):
-    """Predictions: `caption`, and `category` and `box` (normalised) if the format has them.
-    KEY.json has `boxes`, `captions`, `references` and, for the query, `objects`.
+    """Predictions: `caption`, `category` and `box` (normalised) if the format has them, and the
+    `confidence` of a model: the mean log-probability of its text's tokens. KEY.json has `boxes`,
+    `captions`, `references` and, for the query, `objects`.
     """
 
     name: ClassVar[str] = "captioning"
@@ -240,7 +250,12 @@ class Captioning(Task):
 
     def said(self, model: CodeReader, pairs: Sequence[CaptionPair]) -> list[Output]:
         return [
-            {"caption": pair.caption, "category": pair.category, "box": box_of(pair, model)}
+            {
+                "caption": pair.caption,
+                "category": pair.category,
+                "box": box_of(pair, model),
+                **_confidence(pair),
+            }
             for pair in pairs
         ]
 
@@ -263,18 +278,17 @@ class Captioning(Task):
         quick: bool = False,
     ) -> list[CaptionScores]:
         references = {str(n): truth.meta["references"][0] for n, truth in enumerate(truths)}
-        texts = [{str(n): said["caption"] or "" for n, said in enumerate(of)} for of in sets]
+        texts = [{str(n): text for n, text in enumerate(_texts(of))} for of in sets]
         has_boxes = format.box != "none"
         matched = _matched(sets, truths) if has_boxes and not quick else None
         scores = score_captions(texts, references, not quick, not quick, matched)
         true = [self.true_output(truth) for truth in truths]
         found = []
         for of_set, outputs in zip(scores, sets, strict=True):
-            values = {}
-            if format.category == "written":
-                values["category_accuracy"] = _categories_right(outputs, true)
-            if format.box != "none":
-                values["box_iou"] = _box_ious(outputs, true)
+            values = {
+                _FIELDS[heading]: of_queries
+                for heading, of_queries in _of_queries(outputs, true, format).items()
+            }
             means = {name: float(np.mean(of_queries)) for name, of_queries in values.items()}
             intervals = {} if quick else {n: mean_intervals(v)[0] for n, v in values.items()}
             found.append(
@@ -287,6 +301,28 @@ class Captioning(Task):
                 )
             )
         return found
+
+    def statistic(
+        self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
+    ) -> Statistic:
+        references = [list(truth.meta["references"][0]) for truth in truths]
+        said = [text for outputs in sets for text in _texts(outputs)]
+        tokens, _ = tokenise([*said, *(text for of in references for text in of)])
+        rest = iter(tokens)
+        texts = [[next(rest) for _ in outputs] for outputs in sets]
+        right = [[next(rest) for _ in of] for of in references]
+        counts = [count_captions(of_set, right).columns_QS for of_set in texts]
+        counted = counted_scores(np.concatenate(counts))
+        true = [self.true_output(truth) for truth in truths]
+        means = [_of_queries(outputs, true, format) for outputs in sets]
+        of_queries = {name: [v for of in means for v in of[name]] for name in means[0]}
+        if not of_queries:
+            return Statistic(COUNTED, counted)
+        others = mean_statistic(of_queries)
+        return Statistic(
+            (*COUNTED, *others.names),
+            lambda weights_BQ: np.hstack([counted(weights_BQ), others.of(weights_BQ)]),
+        )
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
         """The caption and the class that are the most frequent among all examples, with the median
@@ -366,6 +402,12 @@ class Captioning(Task):
         return cells, words
 
 
+def _confidence(pair: CaptionPair) -> dict[str, float]:
+    """How sure a model is of its caption: the mean log-probability of its text's tokens."""
+    sure = pair.log_probability
+    return {} if sure is None else {"confidence": round(sure, 6)}
+
+
 def _most_frequent(texts: Iterable[str]) -> str:
     """Of several that are as frequent, the first in the alphabet."""
     counts = Counter(texts)
@@ -398,7 +440,7 @@ def _matched(sets: Sequence[Sequence[Output]], truths: Sequence[Truth]) -> list[
                     image,
                     tuple(said["box"]) if said["box"] else None,
                     said["caption"] or "",
-                    float(said.get("confidence") or 0.0),
+                    said.get("confidence", -math.inf),
                 )
                 for image, said in zip(images, outputs, strict=True)
             ],
@@ -430,6 +472,26 @@ def _box_around(drawn_HW: np.ndarray) -> Box | None:
         float((columns[-1] + 1) / width),
         float((rows[-1] + 1) / height),
     )
+
+
+_FIELDS = {"category": "category_accuracy", "box IoU": "box_iou"}
+"""Heading -> the field of `CaptionScores`, of the means that are not of the words."""
+
+
+def _of_queries(
+    outputs: Sequence[Output], true: Sequence[Output], format: SequenceFormat
+) -> dict[str, list[float]]:
+    """By their headings, the values of each query that captions of this format have."""
+    values = {}
+    if format.category == "written":
+        values["category"] = _categories_right(outputs, true)
+    if format.box != "none":
+        values["box IoU"] = _box_ious(outputs, true)
+    return values
+
+
+def _texts(outputs: Sequence[Output]) -> list[str]:
+    return [said["caption"] or "" for said in outputs]
 
 
 def _categories_right(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:

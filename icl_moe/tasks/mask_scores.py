@@ -1,14 +1,13 @@
 """Scores the agreement of predicted masks with the true ones."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from icl_moe.bootstrap import Interval, intervals
-from icl_moe.tables import percent, percent_range
-from icl_moe.tasks.task import GroupScore
+from icl_moe.bootstrap import Interval, Statistic, intervals
+from icl_moe.tasks.task import GroupScore, Measure
 
 SIZES = {"under 3 %": 0.03, "3 to 20 %": 0.2, "over 20 %": 1.0}
 """The sizes of objects, by the largest share of the picture's pixels that the true mask may mark.
@@ -21,6 +20,17 @@ class Standard(NamedTuple):
 
     name: str
     folds: tuple[int, ...]
+
+
+class MaskPair(NamedTuple):
+    """The class of an episode, and its predicted and true mask, boolean (H, W). ignored: the pixels
+    that do not count; None for none.
+    """
+
+    category: str
+    predicted: np.ndarray
+    true: np.ndarray
+    ignored: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,9 @@ class SegmentationScores:
     standard, standard_miou, fold_miou: of episodes of a published benchmark, its name and its own
         mIoU: of each fold the mean over its classes of IoU_c, where a class that is neither there
         nor marked has 0; then the mean over the folds. fold_episodes: how many a fold had.
+    standard_fb_iou: of each fold the mean of the foreground's and the background's IoU, each of the
+        pixels of all its queries, whatever their class; then the mean over the folds (HSNet's
+        FB-IoU).
     """
 
     episodes: int
@@ -57,48 +70,56 @@ class SegmentationScores:
     size_intervals: dict[str, Interval] = field(default_factory=dict)
     standard: str = ""
     standard_miou: float | None = None
+    standard_fb_iou: float | None = None
     fold_miou: dict[str, float] = field(default_factory=dict)
     fold_episodes: dict[str, int] = field(default_factory=dict)
 
-    def cells(self) -> dict[str, str]:
-        own = {f"{self.standard} mIoU": percent(self.standard_miou)} if self.standard else {}
+    def measures(self) -> dict[str, Measure]:
+        def share(name: str, definition: str) -> Measure:
+            return Measure(getattr(self, name), self.intervals.get(name), definition)
+
+        own = {
+            f"{self.standard} mIoU": share("standard_miou", _OF_STANDARD),
+            f"{self.standard} FB-IoU": share("standard_fb_iou", _FB_IOU),
+        }
         return {
-            **own,
-            "mIoU": percent(self.miou),
-            "mean IoU": percent(self.mean_iou),
-            "MAE": f"{self.mae:.3f}",
+            **(own if self.standard else {}),
+            "mIoU": share("miou", _MIOU),
+            "mean IoU": share("mean_iou", _MEAN_IOU),
+            "MAE": Measure(self.mae, self.intervals.get("mae"), _MAE, False, False),
         }
 
     def figures(self) -> dict[str, float]:
         return {"miou": self.miou, "mean_iou": self.mean_iou, "mae": self.mae}
 
-    def ranges(self) -> dict[str, str]:
-        if not self.intervals:
-            return {}
-        low, high = self.intervals["mae"]
-        of_standard = percent_range(self.intervals.get("standard_miou"))
-        return {
-            **({f"{self.standard} mIoU": of_standard} if self.standard else {}),
-            "mIoU": percent_range(self.intervals["miou"]),
-            "mean IoU": percent_range(self.intervals["mean_iou"]),
-            "MAE": f"{low:.3f} – {high:.3f}",
-        }
-
     def groups(self) -> dict[str, dict[str, GroupScore]]:
-        of_folds = _group_scores(self.fold_episodes, self.fold_miou, {})
+        of_folds = _as_groups(self.fold_episodes, self.fold_miou, {})
         return {
             **({"fold": of_folds} if self.standard else {}),
-            "class": _group_scores(self.class_episodes, self.class_iou, self.class_intervals),
-            "size of the object": _group_scores(
+            "class": _as_groups(self.class_episodes, self.class_iou, self.class_intervals),
+            "size of the object": _as_groups(
                 self.size_episodes, self.size_iou, self.size_intervals
             ),
         }
 
     def notes(self) -> list[str]:
-        return ["MAE is not multiplied by 100."]
+        return []
 
 
-def _group_scores(
+_MIOU = (
+    "the mean over classes of the intersection over union of prediction and truth, whose pixels "
+    "are summed over the queries of a class"
+)
+_MEAN_IOU = "the mean over queries of the intersection over union of prediction and truth"
+_MAE = "the mean over queries of the share of pixels where prediction and truth differ"
+_OF_STANDARD = "the mean over folds of the mean over a fold's classes, as the benchmark defines it"
+_FB_IOU = (
+    "the mean over folds of the mean of the foreground's and the background's intersection over "
+    "union, whose pixels are summed over all queries of a fold"
+)
+
+
+def _as_groups(
     episodes: dict[str, int], scores: dict[str, float], ranges: dict[str, Interval]
 ) -> dict[str, GroupScore]:
     return {
@@ -106,90 +127,199 @@ def _group_scores(
     }
 
 
-def score_masks(
-    triples: Iterable[tuple[str, np.ndarray, np.ndarray]],
-    with_intervals: bool = False,
-    standard: Standard | None = None,
-) -> SegmentationScores:
-    """The scores of (class, predicted mask (H, W), true mask (H, W)), boolean, one per episode, for
-    at least one episode. standard: the benchmark that the episodes are of.
+@dataclass(frozen=True)
+class MaskCounts:
+    """What E masks are scored by. classes: the names of the C classes, class_E the number of each
+    mask's. both_E, either_E: the pixels in the predicted and the true mask, and in either one;
+    counted_E: all that count; wrong_E: those that differ. size_E: a name of `SIZES`.
     """
-    names, pixels, errors, sizes = [], [], [], []
-    for name, predicted, true in triples:
+
+    classes: tuple[str, ...]
+    class_E: np.ndarray
+    both_E: np.ndarray
+    either_E: np.ndarray
+    counted_E: np.ndarray
+    wrong_E: np.ndarray
+    size_E: tuple[str, ...]
+
+    @property
+    def ious_E(self) -> np.ndarray:
+        return _ratios(self.both_E, self.either_E)
+
+    @property
+    def sizes(self) -> list[str]:
+        """Those of `SIZES` that occur."""
+        return [name for name in SIZES if name in self.size_E]
+
+
+_Pair = MaskPair | tuple[str, np.ndarray, np.ndarray]
+
+
+def count_masks(pairs: Iterable[_Pair]) -> MaskCounts:
+    """The counts of at least one pair of masks."""
+    names, pixels, sizes = [], [], []
+    for pair in pairs:
+        name, predicted, true, ignored = MaskPair(*pair)
+        if ignored is not None:
+            predicted, true = predicted & ~ignored, true & ~ignored
+        counted = true.size - (0 if ignored is None else int(np.sum(ignored)))
+        both, either = int(np.sum(predicted & true)), int(np.sum(predicted | true))
         names.append(name)
-        pixels.append((int(np.sum(predicted & true)), int(np.sum(predicted | true))))
-        errors.append(float(np.mean(predicted != true)))
+        pixels.append((both, either, counted, either - both))
         sizes.append(_size(true))
-    classes, of_E = np.unique(names, return_inverse=True)
-    both_E, either_E = np.array(pixels, dtype=np.float64).T
-    ious_E, counts_C = _ratios(both_E, either_E), np.bincount(of_E)
-    size_names = [name for name in SIZES if name in sizes]
-    is_size_ES = np.array(sizes)[:, None] == np.array(size_names)
-
-    def scores(weights_BE: np.ndarray) -> np.ndarray:
-        """mIoU, mean IoU, MAE, each class's IoU and each size's mean IoU, (B, 3 + C + S)."""
-        one_EC = np.eye(len(classes))[of_E]
-        drawn_BS = weights_BE @ is_size_ES
-        of_sizes_BS = weights_BE @ (ious_E[:, None] * is_size_ES) / np.where(drawn_BS, drawn_BS, 1)
-        ious_BC = _ratios(weights_BE * both_E @ one_EC, weights_BE * either_E @ one_EC)
-        ious_BC[weights_BE @ one_EC == 0] = np.nan
-        means_B2 = weights_BE @ np.stack([ious_E, errors], axis=1) / len(names)
-        of_sizes_BS[drawn_BS == 0] = np.nan
-        return np.column_stack([np.nanmean(ious_BC, axis=1), means_B2, ious_BC, of_sizes_BS])
-
-    miou, mean_iou, mae, *of_groups = scores(np.ones((1, len(names))))[0].tolist()
-    of_classes, of_sizes = of_groups[: len(classes)], of_groups[len(classes) :]
-    found = intervals(scores, len(names)) if with_intervals else []
-    of_standard = (
-        _standard_scores(standard, of_E, both_E, either_E, with_intervals) if standard else {}
-    )
-    ranges = dict(zip(("miou", "mean_iou", "mae"), found, strict=False))
-    by_name = list(map(str, classes))
-    return SegmentationScores(
-        len(names),
-        miou,
-        mean_iou,
-        mae,
-        dict(zip(by_name, of_classes, strict=True)),
-        dict(zip(by_name, counts_C.tolist(), strict=True)),
-        ranges | of_standard.pop("intervals", {}),
-        dict(zip(by_name, found[3:], strict=False)),
-        dict(zip(size_names, of_sizes, strict=True)),
-        {name: sizes.count(name) for name in size_names},
-        dict(zip(size_names, found[3 + len(classes) :], strict=False)),
-        **of_standard,
-    )
+    classes, class_E = np.unique(names, return_inverse=True)
+    both_E, either_E, counted_E, wrong_E = np.array(pixels, dtype=np.float64).T
+    names_C = tuple(map(str, classes))
+    return MaskCounts(names_C, class_E, both_E, either_E, counted_E, wrong_E, tuple(sizes))
 
 
-def _standard_scores(
-    standard: Standard,
-    of_E: np.ndarray,
-    both_E: np.ndarray,
-    either_E: np.ndarray,
-    with_intervals: bool,
-) -> dict[str, Any]:
-    """The fields of `SegmentationScores` about a benchmark, and the interval of its mIoU. of_E: the
-    number of each episode's class. both_E, either_E: pixels of its intersection and union.
+def mask_statistic(counts: MaskCounts, standard: Standard | None = None) -> Statistic:
+    """The measures of `SegmentationScores.measures`, by the same names. standard: the benchmark
+    that the masks are of.
     """
-    fold_of_E = np.array(standard.folds)
-    (fold_G, _), group_of_E = np.unique(np.stack([fold_of_E, of_E]), axis=1, return_inverse=True)
-    one_EG, folds = np.eye(len(fold_G))[group_of_E.reshape(-1)], np.unique(fold_of_E)
+    class_ious, ious_E = _class_ious(counts), counts.ious_E
+    errors_E = counts.wrong_E / np.maximum(counts.counted_E, 1)
+    of_standard = _standard_scores(counts, standard) if standard else None
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
-        """The mIoU, and that of each fold, (B, 1 + F)."""
-        unions_BG = weights_BE * either_E @ one_EG
-        ious_BG = weights_BE * both_E @ one_EG / np.maximum(unions_BG, 1)
-        ious_BG[weights_BE @ one_EG == 0] = np.nan
-        of_folds = [_mean_of_known(ious_BG[:, fold_G == fold]) for fold in folds]
-        return np.column_stack([_mean_of_known(np.stack(of_folds, axis=1)), *of_folds])
+        means_B2 = weights_BE @ np.stack([ious_E, errors_E], axis=1)
+        means_B2 /= weights_BE.sum(axis=1, keepdims=True)
+        miou_B = _mean_of_known(class_ious(weights_BE))
+        own = [of_standard(weights_BE)[:, :2]] if of_standard else []
+        return np.column_stack([*own, miou_B, means_B2])
 
-    miou, *of_folds = scores(np.ones((1, len(of_E))))[0].tolist()
+    names = (f"{standard.name} mIoU", f"{standard.name} FB-IoU") if standard else ()
+    return Statistic((*names, "mIoU", "mean IoU", "MAE"), scores)
+
+
+_FIELDS = ("miou", "mean_iou", "mae")
+_STANDARD_FIELDS = ("standard_miou", "standard_fb_iou")
+"""The fields of `SegmentationScores` in the order of `mask_statistic`."""
+
+
+def score_masks(
+    pairs: Iterable[_Pair], with_intervals: bool = False, standard: Standard | None = None
+) -> SegmentationScores:
+    """The scores of pairs of masks, one for each episode, of at least one episode. standard: the
+    benchmark that the episodes are of.
+    """
+    counts = count_masks(pairs)
+    once = np.ones((1, len(counts.class_E)))
+    fields = (*(_STANDARD_FIELDS if standard else ()), *_FIELDS)
+    statistic, of_groups = mask_statistic(counts, standard), _group_scores(counts)
+    values = dict(zip(fields, statistic.of(once)[0].tolist(), strict=True))
+    of_classes, of_sizes = _by_group(counts, of_groups(once)[0].tolist())
+    ranges: dict[str, Interval] = {}
+    class_ranges, size_ranges = dict(ranges), dict(ranges)
+    if with_intervals:
+        ranges = dict(zip(fields, intervals(statistic.of, once.size), strict=True))
+        class_ranges, size_ranges = _by_group(counts, intervals(of_groups, once.size))
+    return SegmentationScores(
+        once.size,
+        **values,
+        class_iou=of_classes,
+        class_episodes=dict(zip(counts.classes, np.bincount(counts.class_E).tolist(), strict=True)),
+        intervals=ranges,
+        class_intervals=class_ranges,
+        size_iou=of_sizes,
+        size_episodes={name: counts.size_E.count(name) for name in counts.sizes},
+        size_intervals=size_ranges,
+        **(_fold_fields(counts, standard) if standard else {}),
+    )
+
+
+def _by_group(counts: MaskCounts, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of each class, and of each size."""
+    of_classes, of_sizes = values[: len(counts.classes)], values[len(counts.classes) :]
+    return (
+        dict(zip(counts.classes, of_classes, strict=True)),
+        dict(zip(counts.sizes, of_sizes, strict=True)),
+    )
+
+
+class _Groups:
+    """Sums over groups of episodes. group_E: the number of each episode's group, 0 to G - 1, none
+    of which is empty.
+    """
+
+    def __init__(self, group_E: np.ndarray) -> None:
+        self._order_E = np.argsort(group_E, kind="stable")
+        self._begins_G = np.flatnonzero(np.diff(group_E[self._order_E], prepend=-1))
+
+    def sums(self, values_BE: np.ndarray) -> np.ndarray:
+        """(B, E) -> (B, G)"""
+        sums_BG: np.ndarray = np.add.reduceat(values_BE[:, self._order_E], self._begins_G, axis=1)
+        return sums_BG
+
+
+_Scores = Callable[[np.ndarray], np.ndarray]
+"""Of weights (B, E), the scores (B, S)."""
+
+
+def _class_ious(counts: MaskCounts) -> _Scores:
+    """IoU_c of each class; NaN where no query of it is drawn."""
+    groups = _Groups(counts.class_E)
+
+    def scores(weights_BE: np.ndarray) -> np.ndarray:
+        both_BC, either_BC = (
+            groups.sums(weights_BE * of_E) for of_E in (counts.both_E, counts.either_E)
+        )
+        return np.where(groups.sums(weights_BE) > 0, _ratios(both_BC, either_BC), np.nan)
+
+    return scores
+
+
+def _group_scores(counts: MaskCounts) -> _Scores:
+    """IoU_c of each class, and the mean IoU of each size; NaN where nothing of it is drawn."""
+    sizes, class_ious, ious_E = counts.sizes, _class_ious(counts), counts.ious_E
+    groups = _Groups(np.array([sizes.index(name) for name in counts.size_E]))
+
+    def scores(weights_BE: np.ndarray) -> np.ndarray:
+        drawn_BS, sums_BS = (groups.sums(each) for each in (weights_BE, weights_BE * ious_E))
+        means_BS = np.where(drawn_BS > 0, sums_BS / np.maximum(drawn_BS, 1), np.nan)
+        return np.column_stack([class_ious(weights_BE), means_BS])
+
+    return scores
+
+
+def _standard_scores(counts: MaskCounts, standard: Standard) -> _Scores:
+    """A benchmark's mIoU and FB-IoU, and the mIoU of each fold, (B, 2 + F)."""
+    fold_of_E = np.array(standard.folds)
+    both_E, either_E, counted_E = counts.both_E, counts.either_E, counts.counted_E
+    (fold_G, _), group_of_E = np.unique(
+        np.stack([fold_of_E, counts.class_E]), axis=1, return_inverse=True
+    )
+    of_groups, folds = _Groups(group_of_E.reshape(-1)), np.unique(fold_of_E)
+    of_folds = _Groups(np.searchsorted(folds, fold_of_E))
+
+    def ratio(
+        groups: _Groups, weights_BE: np.ndarray, inter_E: np.ndarray, union_E: np.ndarray
+    ) -> np.ndarray:
+        unions = np.maximum(groups.sums(weights_BE * union_E), 1)
+        found = groups.sums(weights_BE * inter_E) / unions
+        return np.where(groups.sums(weights_BE) > 0, found, np.nan)
+
+    def scores(weights_BE: np.ndarray) -> np.ndarray:
+        ious_BG = ratio(of_groups, weights_BE, both_E, either_E)
+        fold_mious_BF = np.stack([_mean_of_known(ious_BG[:, fold_G == fold]) for fold in folds], 1)
+        front_BF = ratio(of_folds, weights_BE, both_E, either_E)
+        back_BF = ratio(of_folds, weights_BE, counted_E - either_E, counted_E - both_E)
+        miou_B, fb_iou_B = map(_mean_of_known, (fold_mious_BF, (front_BF + back_BF) / 2))
+        return np.column_stack([miou_B, fb_iou_B, fold_mious_BF])
+
+    return scores
+
+
+def _fold_fields(counts: MaskCounts, standard: Standard) -> dict[str, Any]:
+    """The fields of `SegmentationScores` about a benchmark's folds."""
+    folds, episodes = np.unique(standard.folds, return_counts=True)
+    once = np.ones((1, len(standard.folds)))
+    of_folds = _standard_scores(counts, standard)(once)[0, 2:].tolist()
+    names = list(map(str, folds.tolist()))
     return {
         "standard": standard.name,
-        "standard_miou": miou,
-        "fold_miou": dict(zip(map(str, folds.tolist()), of_folds, strict=True)),
-        "fold_episodes": {str(fold): int((fold_of_E == fold).sum()) for fold in folds.tolist()},
-        "intervals": {"standard_miou": intervals(scores, len(of_E))[0]} if with_intervals else {},
+        "fold_miou": dict(zip(names, of_folds, strict=True)),
+        "fold_episodes": dict(zip(names, episodes.tolist(), strict=True)),
     }
 
 

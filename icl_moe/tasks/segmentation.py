@@ -6,7 +6,7 @@ The mask is an image, white on black, and its codes are the output: those of the
 of a separate mask tokenizer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from icl_moe.attributes import Modality
+from icl_moe.bootstrap import Statistic
 from icl_moe.errors import InputError
 from icl_moe.images import to_image
 from icl_moe.pictures import Cell, masked
@@ -22,7 +23,15 @@ from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.constant_masks import fitted_disc, mean_mask
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar, image_codes
-from icl_moe.tasks.mask_scores import SegmentationScores, Standard, mask_iou, score_masks
+from icl_moe.tasks.mask_scores import (
+    MaskPair,
+    SegmentationScores,
+    Standard,
+    count_masks,
+    mask_iou,
+    mask_statistic,
+    score_masks,
+)
 from icl_moe.tasks.task import (
     Baseline,
     CodeReader,
@@ -190,7 +199,7 @@ class Segmentation(Task):
         ]
 
     def true_output(self, truth: Truth, pair: int = -1) -> Output:
-        return {"mask": truth.meta["masks"][pair]}
+        return {"mask": truth.meta["masks"][pair], **(_ignored(truth) if pair == -1 else {})}
 
     def repeats(self, pair: SegmentationPair, example: SegmentationPair) -> bool:
         return np.array_equal(pair.mask, example.mask)
@@ -203,17 +212,13 @@ class Segmentation(Task):
         quick: bool = False,
     ) -> list[SegmentationScores]:
         standard = _standard(truths)
-        return [
-            score_masks(
-                (
-                    (truth.category, _counted(said, truth), _mask(self.true_output(truth)))
-                    for truth, said in zip(truths, outputs, strict=True)
-                ),
-                with_intervals=not quick,
-                standard=standard,
-            )
-            for outputs in sets
-        ]
+        return [score_masks(_mask_pairs(outputs, truths), not quick, standard) for outputs in sets]
+
+    def statistic(
+        self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
+    ) -> Statistic:
+        counts = count_masks(pair for outputs in sets for pair in _mask_pairs(outputs, truths))
+        return mask_statistic(counts, _standard([*truths] * len(sets)))
 
     def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output]:
         """The true masks, encoded and decoded: the upper bound for any model with these codes (the
@@ -255,19 +260,23 @@ class Segmentation(Task):
         return [(truth.category, _mask(self.true_output(truth, number))) for truth, number in taken]
 
     def objects(self, truth: Truth) -> Objects:
-        return by_kind(truth)
+        ignored = _ignored(truth)
+        return {
+            kind: [record | ignored for record in records]
+            for kind, records in by_kind(truth).items()
+        }
 
     def can_be_shown(self, outputs: Sequence[Output]) -> bool:
         return any(_mask(output).mean() >= LEAST_SHOWN for output in outputs)
 
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
-        return max(mask_iou(_mask(said), _mask(output)) for output in right)
+        return max(_iou(said, output) for output in right)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return masked(image, _mask(output))
 
     def caption_of(self, output: Output, truth: Output | None = None) -> str:
-        return "" if truth is None else f"IoU {100 * mask_iou(_mask(output), _mask(truth)):.1f}"
+        return "" if truth is None else f"IoU {100 * _iou(output, truth):.1f}"
 
     def preview(
         self, truth: Truth, number: int, image: Image.Image, model: CodeReader
@@ -279,10 +288,21 @@ class Segmentation(Task):
         return cells, ""
 
 
-def _counted(output: Output, truth: Truth) -> np.ndarray:
-    """An output's mask without the pixels that do not count."""
-    ignored = truth.meta.get("ignored")
-    return _mask(output) if ignored is None else _mask(output) & ~decode_rle(ignored)
+def _ignored(truth: Truth) -> dict[str, Any]:
+    """What a true output of a query has if some of its pixels do not count."""
+    return {"ignored": truth.meta["ignored"]} if "ignored" in truth.meta else {}
+
+
+def _iou(said: Output, true: Output) -> float:
+    """The IoU of an output's mask with a true one, in the pixels that count."""
+    counted = ~decode_rle(true["ignored"]) if "ignored" in true else True
+    return mask_iou(_mask(said) & counted, _mask(true) & counted)
+
+
+def _mask_pairs(outputs: Sequence[Output], truths: Sequence[Truth]) -> Iterator[MaskPair]:
+    for truth, said in zip(truths, outputs, strict=True):
+        ignored = decode_rle(truth.meta["ignored"]) if "ignored" in truth.meta else None
+        yield MaskPair(truth.category, _mask(said), decode_rle(truth.meta["masks"][-1]), ignored)
 
 
 def _standard(truths: Sequence[Truth]) -> Standard | None:

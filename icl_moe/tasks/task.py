@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from icl_moe.attributes import Modality, attribute_class
-from icl_moe.bootstrap import Interval
+from icl_moe.bootstrap import Interval, Statistic, mean_statistic
 from icl_moe.errors import InputError
 from icl_moe.pictures import Cell
 from icl_moe.sequence import Pair, Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.tables import percent, percent_range
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.grammar import Grammar
 
@@ -106,22 +107,49 @@ class GroupScore(NamedTuple):
     interval: Interval | None = None
 
 
+class Measure(NamedTuple):
+    """One number about a set of outputs; None where it was not computed. interval: 95 %, see
+    bootstrap.py. definition: what it is, as the rest of a sentence that begins with its name.
+    is_share: whether it is printed times 100; more_is_better: whether a larger one is, None if
+    neither is.
+    """
+
+    value: float | None
+    interval: Interval | None = None
+    definition: str = ""
+    is_share: bool = True
+    more_is_better: bool | None = True
+
+    @property
+    def text(self) -> str:
+        return percent(self.value) if self.is_share or self.value is None else _plain(self.value)
+
+    @property
+    def range_text(self) -> str:
+        """Both ends of the interval; empty without one."""
+        if self.is_share or self.interval is None:
+            return percent_range(self.interval)
+        return " – ".join(map(_plain, self.interval))
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3f}"
+
+
 class Scores(Protocol):
     """The scores of a set of outputs: a dataclass, whose fields go into metrics.json."""
 
     @property
     def episodes(self) -> int: ...
 
-    def cells(self) -> dict[str, str]:
-        """The columns of the report's table: heading -> text. The same headings for every row."""
+    def measures(self) -> dict[str, Measure]:
+        """The columns of the report's table: heading -> measure. The same headings for every
+        row.
+        """
         ...
 
     def figures(self) -> dict[str, float]:
         """The few numbers that the curves of a training run show, by name."""
-        ...
-
-    def ranges(self) -> dict[str, str]:
-        """The 95 % intervals (see bootstrap.py) of the columns that have one: heading -> text."""
         ...
 
     def groups(self) -> Mapping[str, Mapping[str, GroupScore]]:
@@ -280,6 +308,20 @@ class Task(ABC):
         quick: leave out intervals and scores that need another program.
         """
 
+    def statistic(
+        self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
+    ) -> Statistic:
+        """Measures of `score` as a function of how often each output counts, under the headings of
+        `Scores.measures`: of one set as there, of several as if they were one, set after set. By
+        default the mean agreement alone.
+        """
+        agreements = [
+            self.agreement(said, self.right_outputs(truth))
+            for outputs in sets
+            for truth, said in zip(truths, outputs, strict=True)
+        ]
+        return mean_statistic({f"mean {self.measure}": agreements})
+
     def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output] | None:
         """The best outputs that a model can produce with its tokenizers; None if there is no such
         bound.
@@ -359,7 +401,9 @@ class Task(ABC):
         images: those of the examples, then the query's.
         """
         *examples, query = images
-        true = self.true_output(truth)
+        right = self.right_outputs(truth)
+        closest = max(right, key=lambda each: self.agreement(said, [each]))
+        true = self.true_output(truth) | closest
         shown = [
             Cell("example", self.show(image, output), self.caption_of(output))
             for number, image in enumerate(examples[:shots])
@@ -369,7 +413,11 @@ class Task(ABC):
             *shown,
             Cell("query", query),
             Cell("prediction", self.show(query, said), self.caption_of(said, true)),
-            Cell("truth", self.show(query, true), self.caption_of(true)),
+            Cell(
+                "truth" if len(right) == 1 else f"truth, closest of {len(right)}",
+                self.show(query, true),
+                self.caption_of(true),
+            ),
         ]
 
     @abstractmethod

@@ -16,7 +16,7 @@ from icl_moe.batch import collate
 from icl_moe.data.shards import ShardSet
 from icl_moe.deepspeed_internals import tensorboard_writer
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
-from icl_moe.evaluation.gallery import draw_gallery
+from icl_moe.evaluation.gallery import Images, draw_evenly
 from icl_moe.evaluation.predictions import Condition, PredictionLog, predict
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import draw_grid
@@ -101,7 +101,8 @@ class Validation:
             condition = Condition(task, self.shards.manifest.examples)
             predict(self._model, episodes, condition, log, _DECODED_TOGETHER)
             figures[task] |= _scores(episodes, condition, log, self._model)
-            gallery = draw_gallery(self._model, episodes, condition, log)
+            images = Images(self._model, self.shards, task)
+            gallery = draw_evenly(images, episodes, condition, log)
             picture = draw_grid([cells for _, cells in gallery.rows])
             picture.save(folder / f"{task}.png")
             self._show(task, picture, step)

@@ -39,8 +39,14 @@ def truths(shards, tmp_path_factory) -> Path:
     """A folder with the true outputs of all queries."""
     folder = tmp_path_factory.mktemp("truths")
     for episodes in open_episodes(shards):
-        right = [episodes.task.true_output(episodes[n]) for n in range(len(episodes))]
+        task = episodes.task
+        right = [task.true_output(episodes[n]) for n in range(len(episodes))]
         write_predictions(folder, episodes, "the truth", 1, right)
+        swapped = [
+            task.objects(truth)[source.kind][0] | {"category": source.category}
+            for truth, source in episodes.questions(swapped=True)
+        ]
+        write_predictions(folder, episodes, "the truth", 1, swapped, swapped=True)
     return folder
 
 
@@ -70,14 +76,19 @@ def test_other_systems_are_rows_beside_the_model(evaluation):
         assert oracle["prediction"] == copy["prediction"] == "predictions"
         first = rows["the first example's output, whatever the query"]
         assert copy[score] == first[score] < oracle[score]
-        assert rows["1 example"]["seconds_a_query"] > 0
+        swapped = {row["name"]: row for row in metrics["tasks"][task]["swapped"]}
+        oracle, copy = swapped["an oracle, 1 example"], swapped["a copy, 1 example"]
+        first = swapped["the first example's output, whatever the query"]
+        assert oracle["flips"] == oracle["right_swapped"] == 1.0
+        shares = ("queries", "flips", "right", "right_swapped", "swapped_with_shown")
+        assert [copy[name] for name in shares] == [first[name] for name in shares]
     assert rows["an oracle, 1 example"]["category_accuracy"] == 1.0
     assert rows["an oracle, 1 example"]["box_iou"] == 1.0
     masks = {row["name"]: row for row in metrics["tasks"]["segmentation"]["rows"]}
     assert masks["an oracle, 1 example"]["miou"] == 1.0
     page = (evaluation / "report.html").read_text()
     assert "an oracle, 1 example" in page
-    assert "SANSA, generalist" in page and "published figures, of other queries" in page
+    assert "SANSA, generalist" in page and "Published figures, of other queries" in page
 
 
 def _damage(change):
@@ -132,7 +143,7 @@ DAMAGES = {
     ),
     "another class": (
         _result(4, category="zebra"),
-        r"segmentation-00000004: the category is 'zebra'; the episode is of '",
+        r"segmentation-00000004: the category is 'zebra'; the examples are of '",
     ),
     "no mask": (_result(4, segmentation=None), "segmentation must be run lengths, a record"),
     "no record": (
@@ -192,7 +203,7 @@ def test_numbers_of_the_template_serve_as_keys(shards, truths, tmp_path):
     found, expected = (
         check_predictions(folder, shards)["segmentation"] for folder in (tmp_path, truths)
     )
-    assert found == expected
+    assert found.outputs == expected.outputs
 
 
 def test_a_folder_without_predictions_is_refused(shards, tmp_path):
@@ -208,7 +219,7 @@ def test_the_hash_is_of_what_is_asked(shards):
 
 
 def test_a_template_has_the_pictures_of_the_episodes_and_no_answers(shards, tmp_path):
-    sets = open_episodes(shards, limit=2)
+    sets = open_episodes(shards, limit=3)
     write_template(shards, sets, tmp_path, shots=2)
     listed = json.loads((tmp_path / "segmentation_episodes.json").read_text())
     assert listed["episodes"] == episodes_hash(sets[0]) and listed["image_size"] == 64
@@ -224,6 +235,13 @@ def test_a_template_has_the_pictures_of_the_episodes_and_no_answers(shards, tmp_
     captions = json.loads((tmp_path / "captioning_episodes.json").read_text())
     assert captions["images"][1]["examples"][0]["caption"]
     assert "caption" not in captions["images"][1]
+    swapped = json.loads((tmp_path / "segmentation_swapped_episodes.json").read_text())
+    assert swapped["episodes"] == episodes_hash(sets[0], swapped=True) != listed["episodes"]
+    for entry, (number, swap) in zip(swapped["images"], sets[0].swaps.items(), strict=True):
+        assert entry["key"] == sets[0][number].key
+        assert entry["category"] == swap.shown.category != sets[0][number].category
+        assert len(entry["examples"]) == 2
+        assert all((tmp_path / example["mask"]).is_file() for example in entry["examples"])
     empty = json.loads((tmp_path / "segmentation.json").read_text())
     assert empty == {"episodes": listed["episodes"], "shots": 2, "system": "", "results": []}
     with pytest.raises(InputError, match=r"The image \d+\.jpg of segmentation-00000000 is not in"):
@@ -253,6 +271,61 @@ def test_a_baseline_that_there_is_not_is_named(shards, tmp_path):
         predict_baseline("matcher", shards, tmp_path)
 
 
+SWAPPED_DAMAGES = {
+    "alone": (
+        lambda folder: (folder / "segmentation.json").unlink(),
+        r"segmentation_swapped\.json needs segmentation\.json, the predictions without swapping",
+    ),
+    "other examples": (
+        lambda folder: shutil.copy(folder / "segmentation.json", folder / _SWAPPED),
+        r"segmentation_swapped\.json is of other episodes: .* the \d+ episodes with swapped",
+    ),
+    "other shots": (
+        lambda folder: _edit(folder / _SWAPPED, shots=2),
+        r"segmentation_swapped\.json is of 2 example\(s\) and segmentation\.json of 1",
+    ),
+    "no examples": (
+        lambda folder: _edit(folder / _SWAPPED, shots=0),
+        r"segmentation_swapped\.json: shots must be a whole number from 1 to 2, not 0",
+    ),
+    "missing": (
+        lambda folder: _edit(folder / _SWAPPED, results=[]),
+        r"segmentation_swapped\.json lacks \d+ of \d+ episodes",
+    ),
+}
+_SWAPPED = "segmentation_swapped.json"
+
+
+def _edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("damage", SWAPPED_DAMAGES)
+def test_predictions_with_swapped_examples_are_checked_too(
+    toy_shards, truths, tmp_path, damage, capsys
+):
+    folder = tmp_path / "predictions"
+    shutil.copytree(truths, folder)
+    change, message = SWAPPED_DAMAGES[damage]
+    change(folder)
+    assert main(["predictions", "check", str(folder), str(toy_shards)]) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err), printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_swapping_can_be_left_out(toy_shards, tmp_path, capsys):
+    arguments = ["baseline", "copy", str(toy_shards), "--limit", "4", "--out"]
+    assert main(["predictions", *arguments, str(tmp_path / "both")]) == 0
+    assert main(["predictions", *arguments, str(tmp_path / "own"), "--control", "none"]) == 0
+    assert not list((tmp_path / "own").glob("*_swapped.json"))
+    assert len(list((tmp_path / "both").glob("*_swapped.json"))) == 2
+    capsys.readouterr()
+    both = ["predictions", "check", str(tmp_path / "both"), str(toy_shards), "--limit", "4"]
+    assert main(both) == 0
+    assert "with swapped ones), are complete" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def seggpt(tmp_path_factory) -> Path:
     """A small SegGPT with random weights."""
@@ -278,11 +351,12 @@ def seggpt(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("shots", [1, 2])
 def test_seggpt_predicts_masks_of_the_right_size(shards, seggpt, tmp_path, shots):
     done = predict_baseline(
-        "seggpt", shards, tmp_path, shots, limit=2, weights=str(seggpt), device="cpu"
+        "seggpt", shards, tmp_path, shots, limit=3, weights=str(seggpt), device="cpu"
     )
     assert done == ["segmentation"]
-    system = check_predictions(tmp_path, shards, limit=2)["segmentation"]
-    assert (system.name, system.shots, len(system.outputs)) == ("seggpt", shots, 2)
+    system = check_predictions(tmp_path, shards, limit=3)["segmentation"]
+    assert (system.name, system.shots, len(system.outputs)) == ("seggpt", shots, 3)
+    assert len(system.swapped) == 1
 
 
 def test_seggpt_reads_its_example_as_transformers_own_processor_does(seggpt):
@@ -321,19 +395,49 @@ def test_two_systems_are_compared_on_the_same_queries(toy_shards, truths, copies
     found = {
         (each.task, each.measure): each for each in compare(copies, truths, ShardSet(toy_shards))
     }
+    bleus = [f"B@{n}" for n in range(1, 5)]
     assert set(found) == {
-        ("segmentation", "mIoU"),
-        ("segmentation", "mean IoU"),
-        ("captioning", "CIDEr"),
-        ("captioning", "ROUGE-L"),
+        *(("segmentation", name) for name in ("mIoU", "mean IoU", "MAE", "flips")),
+        *(("captioning", name) for name in ("CIDEr", "ROUGE-L", *bleus, "category", "box IoU")),
+        ("captioning", "flips"),
     }
     miou = found["segmentation", "mIoU"]
     assert miou.b == 1.0 and miou.difference == pytest.approx(1.0 - miou.a)
-    assert miou.interval[0] > 0 and miou.p == pytest.approx(2 / 1001)
+    assert miou.interval[0] > 0 and miou.p == 2 / 2**11
+    assert found["segmentation", "MAE"].b == 0.0 > found["segmentation", "MAE"].difference
+    flips = found["segmentation", "flips"]
+    assert (flips.a, flips.b, flips.test) == (0.0, 1.0, "sign test")
     assert main(["compare", str(copies), str(copies), str(toy_shards)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "bootstrap" in line]
-    assert len(lines) == 4
-    assert all(re.search(r"\+0\.0 +\+0\.0 – \+0\.0 +1\.000", line) for line in lines)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "permutation" in line]
+    assert len(lines) == 11
+    assert all(re.search(r"\+0\.0+ +\+0\.0+ – \+0\.0+ +1\.0000", line) for line in lines)
+
+
+def test_comparisons_have_the_numbers_of_evaluations(evaluation, truths, toy_shards, no_java):
+    tasks = json.loads((evaluation / "metrics.json").read_text())["tasks"]
+    names = {
+        "segmentation": {"mIoU": "miou", "mean IoU": "mean_iou", "MAE": "mae"},
+        "captioning": {
+            "CIDEr": "cider",
+            "ROUGE-L": "rouge_l",
+            "category": "category_accuracy",
+            "box IoU": "box_iou",
+        },
+    }
+    found = compare(evaluation, truths, ShardSet(toy_shards))
+    for each in found:
+        rows = {row["name"]: row for row in tasks[each.task]["rows"]}
+        swaps = {row["name"]: row for row in tasks[each.task]["swapped"]}
+        if each.measure == "flips":
+            expected = [swaps[n]["flips"] for n in ("1 example", "an oracle, 1 example")]
+        elif each.measure.startswith("B@"):
+            place = int(each.measure[2:]) - 1
+            expected = [rows[n]["bleu"][place] for n in ("1 example", "an oracle, 1 example")]
+        else:
+            name = names[each.task][each.measure]
+            expected = [rows[n][name] for n in ("1 example", "an oracle, 1 example")]
+        assert [each.a, each.b] == pytest.approx(expected), each.measure
+    assert len(found) == 13
 
 
 def test_evaluations_are_compared_with_their_flips(
@@ -346,9 +450,6 @@ def test_evaluations_are_compared_with_their_flips(
     assert flips.a == flips.b == pytest.approx(masks["swapped"][0]["flips"])
     assert (flips.test, flips.interval, flips.p) == ("sign test", None, 1.0)
     assert ("captioning", "flips") in same
-    other = compare(evaluation, truths, shards)
-    assert "flips" not in {each.measure for each in other}
-    assert other[0].a == pytest.approx(masks["rows"][0]["miou"]) and other[0].b == 1.0
     with pytest.raises(InputError, match="has no predictions after 2 examples; it has 1"):
         compare(evaluation, truths, shards, shots=2)
     header, *lines = (evaluation / "predictions.jsonl").read_text().splitlines()

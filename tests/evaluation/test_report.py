@@ -1,18 +1,20 @@
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
 from icl_moe.evaluation.held_out import HeldOutLoss
+from icl_moe.evaluation.panels import systems_panel
 from icl_moe.evaluation.report import Section, summary, write_report
 from icl_moe.evaluation.results import Asked, Classes, Metrics, Row, TaskResult
-from icl_moe.pages.chart import line_chart
+from icl_moe.pages.chart import Curve, line_chart, score_chart
 from icl_moe.pictures import Cell, Gallery
 from icl_moe.tables import Table
 from icl_moe.tasks.caption_scores import CaptionScores
 from icl_moe.tasks.mask_scores import SegmentationScores
 
-VOID = {"br", "meta", "img", "path", "polyline"}
+VOID = {"br", "meta", "img", "path", "polyline", "circle"}
 ASKED = Asked(
     1, None, copy_rate=0.25, truth_copy_rate=0.0, queries_per_second=2.0, seconds_a_query=0.5
 )
@@ -94,7 +96,8 @@ def test_the_page_shows_scores_notes_sections_and_pictures_as_text(page):
         "0.125",
         "86.9",
         "75.0",
-        "25.0 (0.0)",
+        "25.0",
+        "0.500",
         "1.250, 0.750",
         "50.0 %",
         "<model> on shards",
@@ -105,7 +108,8 @@ def test_the_page_shows_scores_notes_sections_and_pictures_as_text(page):
         assert text in page.texts, text
     everything = " ".join(page.texts)
     assert "METEOR was not computed: why" in everything
-    assert "2 classes; seen in training (1): cat" in everything
+    assert "2 classes, of which 1 were seen in training: cat." in everything
+    assert "mIoU The mean over classes of the intersection over union" in everything
     assert "does not record which ones it was trained on" in everything
 
 
@@ -119,3 +123,58 @@ def test_the_summary_has_the_same_numbers_in_columns():
 def test_a_chart_of_a_single_point_is_drawn():
     (line,) = line_chart({"loss": ([1], [2.0])}, "step", "nats").lines
     assert line.points == "360.0,150.0"
+
+
+def _scored(
+    name: str, source: str, miou: float, half: float, mae: float = 0.1, shots: int | None = None
+) -> Row:
+    scores = replace(
+        MASKS,
+        miou=miou,
+        mae=mae,
+        intervals={"miou": (miou - half, miou + half), "mae": (mae - 0.02, mae + 0.02)},
+    )
+    asked = replace(ASKED, shots=shots) if source == "model" and shots is not None else None
+    return Row(name, source, scores, asked)
+
+
+def _bold(rows: list[Row], heading: str) -> list[str]:
+    """The names of the rows whose entry in a column of the main table is bold."""
+    result = replace(METRICS.tasks["segmentation"], rows=tuple(rows))
+    panel = systems_panel(replace(METRICS, model_folder="ours", tasks={"segmentation": result}))
+    column = [each.split("\N{NO-BREAK SPACE}")[0] for each in panel.columns].index(heading) - 1
+    return [line.name for line in panel.lines if line.entries[column].is_best]
+
+
+def test_only_what_the_intervals_allow_is_bold():
+    ours = _scored("1 example", "model", 0.6, 0.05, mae=0.2, shots=1)
+    copy = _scored("a copy", "first example", 0.4, 0.05, mae=0.3)
+    near = _scored("SANSA, 1 example", "predictions", 0.5, 0.06, mae=0.1)
+    oracle = _scored("an oracle", "every object", 0.9, 0.01, mae=0.01)
+    assert _bold([ours, copy, oracle], "mIoU") == ["ours, 1 example"]
+    assert _bold([ours, copy, near, oracle], "mIoU") == []
+    assert _bold([ours, copy, near, oracle], "MAE") == ["SANSA, 1 example"]
+    assert _bold([ours, oracle], "mIoU") == [], "there is nothing to compare with"
+
+
+def test_the_main_table_has_the_papers_columns_and_one_row_for_each_system():
+    tasks = {name: replace(result) for name, result in METRICS.tasks.items()}
+    more = Row("2 examples", "model", MASKS, replace(ASKED, shots=2))
+    other = Row("1 example of another class", "model", MASKS, replace(ASKED, control="shuffled"))
+    segmentation = tasks["segmentation"]
+    tasks["segmentation"] = replace(segmentation, rows=(*segmentation.rows, more, other))
+    panel = systems_panel(replace(METRICS, tasks=tasks))
+    assert [line.name for line in panel.lines] == ["<model>, 1 example"]
+    headings = [each.split("\N{NO-BREAK SPACE}")[0] for each in panel.columns]
+    assert headings == ["", "mIoU", "MAE", "B@4", "CIDEr"]
+    assert [group.columns for group in panel.groups] == [1, 2, 2]
+
+
+def test_a_chart_of_scores_begins_at_0_and_has_a_bar_for_each_interval():
+    curve = Curve("ours", [1, 2], [0.3, 0.4], [(0.25, 0.35), None])
+    chart = score_chart("IoU", [curve], "examples")
+    (line,) = chart.lines
+    assert line.bars.count("M") == 1 and len(line.dots) == 2
+    assert {"0", "40", "1", "2", "ours", "IoU", "examples"} <= {
+        label.text for label in chart.labels
+    }

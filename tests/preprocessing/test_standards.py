@@ -11,7 +11,10 @@ import standard_data
 import toy_export
 import toy_tokenizer
 
+from icl_moe.baselines import predict_baseline
 from icl_moe.cli import main
+from icl_moe.data.shards import ShardSet
+from icl_moe.evaluation.compare import compare
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.rle import decode_rle
 from icl_moe.settings import load_recipe
@@ -382,7 +385,7 @@ def test_a_fold_out_of_range_in_a_file_is_refused(voc, tmp_path, monkeypatch):
 
 def test_the_way_to_the_scores_of_a_benchmark(voc, tmp_path, monkeypatch, settings, no_java):
     """Made, built, verified and evaluated: the report has the benchmark's own mIoU, its definition
-    and its hash. Pixels of the level 255 do not count.
+    and its hash. Pixels of the level 255 do not count; nor do they where systems are compared.
     """
     monkeypatch.setattr(standards, "QUERIES", 6)
     made = make("pascal5i", voc, tmp_path)
@@ -391,7 +394,7 @@ def test_the_way_to_the_scores_of_a_benchmark(voc, tmp_path, monkeypatch, settin
     assert (manifest.examples, manifest.standard["sha256"]) == (1, made.header()["sha256"])
     verify_shards(tmp_path / "shards")
     model = toy_export.save_toy_model(tmp_path / "model", tmp_path / "shards")
-    metrics = evaluate(model, tmp_path / "shards", tmp_path / "report", controls=()).to_json()
+    metrics = evaluate(model, tmp_path / "shards", tmp_path / "report").to_json()
     rows = {row["prediction"]: row for row in metrics["tasks"]["segmentation"]["rows"]}
     assert metrics["standard"]["sha256"] == manifest.standard["sha256"]
     for row in rows.values():
@@ -402,6 +405,25 @@ def test_the_way_to_the_scores_of_a_benchmark(voc, tmp_path, monkeypatch, settin
     edges = 2 * (80 * 60 - 72 * 52)
     whole = rows["whole image"]["standard_miou"]
     assert whole == pytest.approx(72 * 52 / (200 * 240 - edges), rel=0.05)
+    shards = ShardSet(tmp_path / "shards")
+    predict_baseline("whole_image", shards, tmp_path / "whole")
+    compared = compare(tmp_path / "report", tmp_path / "whole", shards)
+    found = {each.measure: (each.a, each.b) for each in compared}
+    for measure, name in {
+        "pascal5i mIoU": "standard_miou",
+        "pascal5i FB-IoU": "standard_fb_iou",
+        "mIoU": "miou",
+        "mean IoU": "mean_iou",
+        "MAE": "mae",
+    }.items():
+        expected = rows["model"][name], rows["whole image"][name]
+        assert found.pop(measure) == pytest.approx(expected), measure
+    swapped = {r["prediction"]: r for r in metrics["tasks"]["segmentation"]["swapped"]}
+    assert found == {"flips": (pytest.approx(swapped["model"]["flips"]), 0.0)}
+    # Every query shows two classes, so that the whole image is asked about for each of them.
+    own = swapped["whole image"]["own_with_own"]
+    assert swapped["whole image"]["queries"] == 24
+    assert own == pytest.approx(rows["whole image"]["mean_iou"])
     page = (tmp_path / "report/report.html").read_text()
     assert "pascal5i mIoU" in page and manifest.standard["sha256"] in page
     assert "the intersections of prediction and truth summed over its queries" in page

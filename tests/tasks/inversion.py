@@ -17,7 +17,7 @@ from icl_moe.images import PixelBox, crop_and_resize, load_image, to_image
 from icl_moe.pictures import Cell
 from icl_moe.tasks import register
 from icl_moe.tasks.grammar import image_codes
-from icl_moe.tasks.task import GroupScore, Task
+from icl_moe.tasks.task import GroupScore, Measure, Task
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.sources import Reading, register_source
 
@@ -46,14 +46,11 @@ class Closeness:
     episodes: int
     difference: float
 
-    def cells(self) -> dict[str, str]:
-        return {"difference": f"{self.difference:.1f}"}
+    def measures(self) -> dict[str, Measure]:
+        return {"difference": Measure(self.difference, is_share=False, more_is_better=False)}
 
     def figures(self) -> dict[str, float]:
         return {"difference": self.difference}
-
-    def ranges(self) -> dict[str, str]:
-        return {}
 
     def groups(self) -> dict[str, dict[str, GroupScore]]:
         return {}

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.constant_masks import fitted_disc
-from icl_moe.tasks.mask_scores import Standard, mask_iou, score_masks
+from icl_moe.tasks.mask_scores import MaskPair, Standard, mask_iou, score_masks
 
 MASKS = arrays.arrays(bool, (3, 4))
 TRIPLES = st.lists(
@@ -71,6 +71,16 @@ def test_the_miou_of_a_benchmark_equals_its_authors_buffers(triples):
     assert scores.fold_miou == pytest.approx(of_folds)
     assert scores.standard_miou == pytest.approx(sum(of_folds.values()) / len(of_folds))
     assert sum(scores.fold_episodes.values()) == len(triples)
+    fb_ious = []
+    for fold in sorted(set(folds)):
+        areas = np.zeros((2, 2))  # Of background and foreground, intersection and union.
+        for name, predicted, true in triples:
+            if int(name[0]) == fold:
+                for level in (False, True):
+                    p, t = predicted == level, true == level
+                    areas[int(level)] += np.sum(p & t), np.sum(p | t)
+        fb_ious.append(np.mean(areas[:, 0] / np.maximum(areas[:, 1], 1)))
+    assert scores.standard_fb_iou == pytest.approx(np.mean(fb_ious))
 
 
 def test_a_class_counts_once_and_its_large_objects_count_more():
@@ -96,6 +106,21 @@ def test_sizes_are_shares_of_the_picture():
     scores = score_masks(("cat", predicted, true) for predicted, true in pairs)
     assert scores.size_episodes == {"under 3 %": 1, "3 to 20 %": 2, "over 20 %": 2}
     assert scores.size_iou == {"under 3 %": 0.0, "3 to 20 %": 0.5, "over 20 %": 0.5}
+
+
+@given(TRIPLES, MASKS)
+@settings(max_examples=25, deadline=None)
+def test_ignored_pixels_count_in_no_score(triples, ignored):
+    """As if pictures consisted of the other pixels alone."""
+    if ignored.all():
+        return
+    cut = [(name, predicted[~ignored], true[~ignored]) for name, predicted, true in triples]
+    found = score_masks(
+        (MaskPair(*triple, ignored) for triple in triples), standard=Standard("s", (0,) * len(cut))
+    )
+    expected = score_masks(cut, standard=Standard("s", (0,) * len(cut)))
+    for name in ("miou", "mean_iou", "mae", "standard_miou", "standard_fb_iou"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name))
 
 
 def test_empty_masks_agree():

@@ -1,0 +1,445 @@
+"""The tables of report.html: numbers with their intervals, and the best of each column in bold
+where the intervals allow to call it that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from icl_moe.bootstrap import Interval
+from icl_moe.evaluation.proof import RespectScores, SwapScores
+from icl_moe.evaluation.published import FIGURES
+from icl_moe.evaluation.results import Metrics, Row, Source, SwapRow, TaskResult
+from icl_moe.tables import percent
+from icl_moe.tasks.task import Measure
+
+
+class Entry(NamedTuple):
+    """A number, and below it its interval."""
+
+    text: str = ""
+    interval: str = ""
+    is_best: bool = False
+
+
+class Line(NamedTuple):
+    """A row. kind: "model" or "bound", which are set off, and "first" of a group of rows."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    kind: str = ""
+
+
+class Group(NamedTuple):
+    """A heading above so many columns."""
+
+    name: str
+    columns: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table. columns: their headings; the first is that of the rows' names. groups: headings
+    above them, which cover all of them.
+    """
+
+    caption: str
+    groups: tuple[Group, ...]
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    notes: str = ""
+
+
+_Column = tuple[str, str]
+"""A column by the headings of its group and of itself."""
+
+
+class _Row(NamedTuple):
+    """A row before it is laid out. source: see `results.Source`."""
+
+    name: str
+    source: Source
+    measures: Mapping[_Column, Measure]
+
+
+def systems_panel(metrics: Metrics) -> Panel:
+    """The model after one example, or the next number that was asked for, beside all other systems;
+    as the paper's Table 4.
+    """
+    shots = shown_shots(metrics)
+    found: dict[tuple[Source, str], dict[_Column, Measure]] = {}
+    columns: list[_Column] = []
+    for task, result in metrics.tasks.items():
+        group = _queries(task, result)
+        columns += [(group, name) for name in main_measures(result)]
+        columns += [(group, _FLIPS)] if result.swapped else []
+        for row in result.rows:
+            if _is_shown(row, shots):
+                own = {(group, name): each for name, each in row.scores.measures().items()}
+                found.setdefault((row.prediction, _name(metrics, row)), {}).update(own)
+        for swap in result.swapped:
+            if (place := (swap.prediction, _name(metrics, swap))) in found:
+                found[place][group, _FLIPS] = _measure(swap.scores, "flips")
+    rows = [_Row(name, source, measures) for (source, name), measures in found.items()]
+    return _panel(
+        f"Systems on the same queries, the model after {_examples(shots)}.",
+        sorted(rows, key=lambda row: _rank(row.source)),
+        columns,
+        f"{_HOW_TO_READ} Definitions are at the end.",
+    )
+
+
+_HOW_TO_READ = (
+    "Below each number: its 95 % interval over queries. Bold: the best system of a column, where "
+    "its interval lies apart from that of every other. In italics: bounds, which know the "
+    "truth and are no systems. Scores are times 100, but MAE."
+)
+
+
+def shots_panel(metrics: Metrics) -> Panel | None:
+    """The model by number of examples, on the same queries; as the paper's Table 7. None if it was
+    asked with one number alone.
+    """
+    counts = _all_shots(metrics)
+    if len(counts) < 2:
+        return None
+    found: dict[int, dict[_Column, Measure]] = {shots: {} for shots in counts}
+    columns: list[_Column] = []
+    gains: set[_Column] = set()
+    for task, result in metrics.tasks.items():
+        group, gain = _queries(task, result), f"gain in mean {result.measure}"
+        columns += [(group, name) for name in main_measures(result)]
+        columns += [(group, _FLIPS)] if result.swapped else []
+        columns.append((group, gain))
+        gains.add((group, gain))
+        for row in result.rows:
+            if row.asked and row.asked.control is None:
+                own = {(group, name): each for name, each in row.scores.measures().items()}
+                found[row.asked.shots].update(own)
+        for swap in result.swapped:
+            if swap.prediction == "model" and swap.shots is not None:
+                found[swap.shots][group, _FLIPS] = _measure(swap.scores, "flips")
+        for score in result.by_shots:
+            if score.gain is not None:
+                found[score.shots][group, gain] = Measure(score.gain, score.gain_interval)
+    rows = [_Row(_examples(shots), "", measures) for shots, measures in found.items()]
+    panel = _panel(
+        f"{model_name(metrics).capitalize()} by number of examples, on the same queries.",
+        rows,
+        columns,
+        "Gain: the mean difference to the row above, query by query; bold where its 95 % interval "
+        "does not contain 0. The intervals of other columns are wider, since they contain how much "
+        "queries differ, so they do not tell whether more examples help.",
+        is_best={
+            column: {n for n, row in enumerate(rows) if _is_apart_from_0(row.measures.get(column))}
+            if column in gains
+            else set()
+            for column in columns
+        },
+    )
+    return panel
+
+
+def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
+    """Queries that show two classes, with their own and with swapped examples."""
+    result = metrics.tasks[task]
+    measure, swapped = result.measure, result.swapped
+    own, other, both = "after examples of its own class", "after swapped examples", "after both"
+    # How far an output agrees with what was not asked for is neither good nor bad by itself.
+    columns: dict[_Column, tuple[str, bool | None]] = {
+        (own, f"{measure} with own class"): ("own_with_own", True),
+        (own, "with the other"): ("own_with_other", None),
+        (own, "right"): ("right", True),
+        (other, f"{measure} with shown class"): ("swapped_with_shown", True),
+        (other, "with its own"): ("swapped_with_own", None),
+        (other, "right"): ("right_swapped", True),
+        (both, _FLIPS): ("flips", True),
+    }
+    rows = [
+        _Row(
+            _name(metrics, row),
+            row.prediction,
+            {column: _measure(row.scores, *of) for column, of in columns.items()},
+        )
+        for row in swapped
+    ]
+    return _panel(
+        f"{task.capitalize()}: {swapped[0].scores.queries} queries that show two classes, asked "
+        "with examples of either.",
+        rows,
+        list(columns),
+        notes,
+    )
+
+
+def respects_panel(metrics: Metrics, task: str) -> Panel | None:
+    """The same queries, each respect in which the examples are obeyed or not by itself; None where
+    there is only one.
+    """
+    swapped = metrics.tasks[task].swapped
+    names = dict.fromkeys(name for row in swapped for name in row.scores.respects)
+    if not names:
+        return None
+    of = {"right, own": "right", "right, swapped": "right_swapped", _FLIPS: "flips"}
+    rows = [
+        _Row(
+            _name(metrics, row),
+            row.prediction,
+            {
+                (name, heading): _measure(scores, field)
+                for name, scores in row.scores.respects.items()
+                for heading, field in of.items()
+            },
+        )
+        for row in swapped
+    ]
+    return _panel(
+        f"{task.capitalize()}: the same queries, in what respect the examples are obeyed.",
+        rows,
+        [(name, heading) for name in names for heading in of],
+    )
+
+
+def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
+    """All rows and measures of a task."""
+    result = metrics.tasks[task]
+    rows = []
+    for row in result.rows:
+        measures = {("", name): each for name, each in row.scores.measures().items()}
+        if row.asked:
+            copies = Measure(row.asked.copy_rate, more_is_better=None)
+            measures["", "copies"] = copies
+        rows.append(_Row(_name(metrics, row), row.prediction, measures))
+    columns = dict.fromkeys(column for row in rows for column in row.measures)
+    shown = [
+        column
+        for column in columns
+        if any(row.measures[column].value is not None for row in rows if column in row.measures)
+    ]
+    asked = [row.asked for row in result.rows if row.asked]
+    if asked:
+        notes += (
+            " Copies: how often an output equals an example's; the truth does in "
+            f"{percent(asked[0].truth_copy_rate)} %."
+        )
+    return _panel(
+        f"{task.capitalize()}: all scores of {result.rows[0].scores.episodes} queries.",
+        rows,
+        shown,
+        notes,
+    )
+
+
+def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
+    """By what queries are grouped by, the main score of each group, of the model, of other systems
+    and of the copy of the first example.
+    """
+    result = metrics.tasks[task]
+    shown = [row for row in result.rows if _is_of_a_system(row)]
+    of_rows = [row.scores.groups() for row in shown]
+    columns = [("", _name(metrics, row)) for row in shown]
+    found = {}
+    for grouped_by, groups in of_rows[0].items():
+        names = list(groups)
+        if grouped_by == "class":  # Those of many queries tell the most.
+            names.sort(key=lambda name: -groups[name].episodes)
+        rows = [
+            _Row(
+                f"{name} ({groups[name].episodes})",
+                "",
+                {
+                    column: Measure(of[grouped_by][name].score, of[grouped_by][name].interval, "")
+                    for column, of in zip(columns, of_rows, strict=True)
+                },
+            )
+            for name in names
+        ]
+        found[grouped_by] = _panel(
+            f"{task.capitalize()}: {result.measure} by {grouped_by}, with the number of queries.",
+            rows,
+            columns,
+            is_best={column: set() for column in columns},
+            has_arrows=False,
+        )
+    return found
+
+
+def speed_panel(metrics: Metrics) -> Panel | None:
+    """How fast the model answered; None where it was not asked."""
+    seconds, queries = ("", "seconds a query (median)"), ("", "queries a second")
+    rows = [
+        _Row(
+            f"{task}, {row.name}",
+            "",
+            {
+                seconds: Measure(row.asked.seconds_a_query, None, "", False, False),
+                queries: Measure(row.asked.queries_per_second, None, "", False),
+            },
+        )
+        for task, result in metrics.tasks.items()
+        for row in result.rows
+        if row.asked
+    ]
+    if not rows:
+        return None
+    return _panel(
+        f"Time of decoding in batches of {metrics.batch_size}, on {metrics.machine}.",
+        rows,
+        [seconds, queries],
+        "The time of a query is that of its batch, divided by the number of queries in it.",
+    )
+
+
+def main_measures(result: TaskResult) -> list[str]:
+    """The headings of the measures that the papers' tables have and that were computed; all that
+    were, where papers have none.
+    """
+    measures = [row.scores.measures() for row in result.rows]
+    computed = [n for n in measures[0] if any(m[n].value is not None for m in measures)]
+    of_papers = {*FIGURES.values(), "FB-IoU"}
+    return [name for name in computed if name.split(" ")[-1] in of_papers] or computed
+
+
+def model_name(metrics: Metrics) -> str:
+    """The name of the model's folder, unless that says nothing."""
+    return "the model" if metrics.model_folder == "model" else metrics.model_folder
+
+
+def shown_shots(metrics: Metrics) -> int:
+    """The number of examples of the main table: 1, as in the papers, or the largest."""
+    counts = _all_shots(metrics)
+    return 1 if 1 in counts else max(counts, default=0)
+
+
+_FLIPS = "flips"
+_SHORT = {
+    "first example": "copy of the first example",
+    "mean mask": "mean of the examples' masks",
+    "centred disc": "disc in the middle",
+    "frequent caption": "most frequent caption",
+    "every object": "every annotated object (oracle)",
+    "tokenizer": "ceiling of the tokenizer",
+}
+"""What produced the outputs of a row -> its name in the report."""
+
+
+def _name(metrics: Metrics, row: Row | SwapRow) -> str:
+    if row.prediction == "model":
+        return f"{model_name(metrics)}, {row.name}"
+    return _SHORT.get(row.prediction, row.name.removeprefix("the "))
+
+
+def _examples(shots: int) -> str:
+    return f"{shots} example{'' if shots == 1 else 's'}"
+
+
+def _queries(task: str, result: TaskResult) -> str:
+    flips = f", {result.swapped[0].scores.queries} for flips" if result.swapped else ""
+    return f"{task.capitalize()} ({result.rows[0].scores.episodes} queries{flips})"
+
+
+def _all_shots(metrics: Metrics) -> list[int]:
+    """The numbers of examples that the model was asked with."""
+    asked = [row.asked for result in metrics.tasks.values() for row in result.rows if row.asked]
+    return sorted({each.shots for each in asked if each.control is None})
+
+
+def _is_shown(row: Row, shots: int) -> bool:
+    if row.asked:
+        return row.asked.control is None and row.asked.shots == shots
+    return row.prediction != "matcher" or row.shots == shots
+
+
+def _is_of_a_system(row: Row) -> bool:
+    if row.asked:
+        return row.asked.control is None
+    return row.prediction in ("predictions", "matcher", "first example")
+
+
+def _measure(
+    scores: SwapScores | RespectScores, name: str, more_is_better: bool | None = True
+) -> Measure:
+    interval = scores.intervals.get(name)
+    return Measure(getattr(scores, name), interval, more_is_better=more_is_better)
+
+
+_BOUNDS = ("every object", "tokenizer")
+"""Oracles, and what the tokenizer allows: no system can be compared with them."""
+
+
+def _rank(source: Source) -> int:
+    """The model, other systems, baselines, bounds."""
+    ranks = {"model": 0, "predictions": 1, **dict.fromkeys(_BOUNDS, 3)}
+    return ranks.get(source, 2)
+
+
+def _panel(
+    caption: str,
+    rows: Sequence[_Row],
+    columns: Sequence[_Column],
+    notes: str = "",
+    is_best: Mapping[_Column, set[int]] | None = None,
+    has_arrows: bool = True,
+) -> Panel:
+    """is_best: of each column the places of the rows in bold, in place of `best_of`."""
+    if is_best is None:
+        is_best = {column: best_of(rows, column) for column in columns}
+    lines = []
+    for place, row in enumerate(rows):
+        kind = {0: "model", 3: "bound"}.get(_rank(row.source), "") if row.source else ""
+        if place and row.source and _rank(row.source) != _rank(rows[place - 1].source):
+            kind = f"{kind} first".strip()
+        entries = [_entry(row.measures.get(column), place in is_best[column]) for column in columns]
+        lines.append(Line(row.name, tuple(entries), kind))
+    groups = [Group(name, len(list(of))) for name, of in groupby(group for group, _ in columns)]
+    arrows = {
+        column: {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}[
+            measure.more_is_better
+        ]
+        for row in rows
+        for column, measure in row.measures.items()
+        if has_arrows
+    }
+    headings = [f"{heading}{arrows.get((group, heading), '')}" for group, heading in columns]
+    return Panel(caption, (Group("", 1), *groups), ("", *headings), tuple(lines), notes)
+
+
+def _entry(measure: Measure | None, is_best: bool) -> Entry:
+    if measure is None:
+        return Entry()
+    return Entry(measure.text, measure.range_text.replace(" – ", "–"), is_best)
+
+
+def best_of(rows: Sequence[_Row], column: _Column) -> set[int]:
+    """The places of the rows of the best system of a column whose intervals lie apart from those
+    of all other systems; none if there is no other. Bounds do not count. The rows of one source,
+    such as the model after more and fewer examples, are one system, except for those of other
+    systems' predictions.
+    """
+    known = [
+        (place, row.name if row.source == "predictions" else row.source, measure.interval)
+        for place, row in enumerate(rows)
+        if row.source not in _BOUNDS
+        and (measure := row.measures.get(column))
+        and measure.interval is not None
+        and measure.more_is_better is not None
+    ]
+    more = any(row.measures[column].more_is_better for row in rows if column in row.measures)
+
+    def is_apart(system: str, interval: Interval) -> bool:
+        others = [of for _, other, of in known if other != system]
+        if more:
+            return all(interval[0] > high for _, high in others)
+        return all(interval[1] < low for low, _ in others)
+
+    if len({system for _, system, _ in known}) < 2:
+        return set()
+    return {place for place, system, interval in known if is_apart(system, interval)}
+
+
+def _is_apart_from_0(measure: Measure | None) -> bool:
+    if measure is None or measure.interval is None:
+        return False
+    low, high = measure.interval
+    return low > 0 or high < 0
