@@ -32,9 +32,9 @@ def draw_gallery(
         said = log[condition, episode.key].said
         cells = episode.task.cells(episode, images, said, condition.shots)
         rows.append((f"{episode.category} · {episode.key}", tuple(cells)))
+    task = condition.task.replace("_", " ").capitalize()
     title = (
-        f"{condition.task.capitalize()}, {condition.describe()}: {len(rows)} of {len(episodes)} "
-        "episodes, evenly spaced"
+        f"{task}, {condition.describe()}: {len(rows)} of {len(episodes)} episodes, evenly spaced"
     )
     return Gallery(title, tuple(rows))
 
