@@ -102,7 +102,7 @@ def read_predictions(
     path = _file(folder, episodes)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder of predictions.")
-    if not path.is_file():
+    if not path.is_file() or episodes.task.name not in _RECORDS:
         return None
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("results"), list):

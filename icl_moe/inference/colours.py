@@ -36,6 +36,8 @@ def segment_colours(
 ) -> np.ndarray:
     """See `InContextModel.segment_colours`."""
     pairs = list_pairs(examples, "painted mask")
+    if not pairs:
+        raise InputError("Several classes in one mask need an example, which gives their colours.")
     model.check_request(SEMANTIC_SEGMENTATION, len(pairs), category)
     images = [load_image(pair[0], f"The image of example {n}") for n, pair in enumerate(pairs, 1)]
     painted = [

@@ -3,8 +3,9 @@ scored class by class, and given in the user's colours.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.build import build_shards
 from preprocessing.recipe import DataRecipe
 from preprocessing.verify import open_codec
+
+Command = Callable[..., CompletedProcess[str]]
 
 SETTINGS = (
     "captioning=null",
@@ -168,6 +171,14 @@ def test_evaluation_scores_each_class(
     assert "Semantic segmentation" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_predictions_of_other_systems_leave_it_out(
+    shards: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "semantic_segmentation.json").write_text('{"results": []}')
+    with pytest.raises(InputError, match="predictions of no task"):
+        evaluate(model_folder, shards, tmp_path / "report", predictions={"ours": tmp_path})
+
+
 def _painted(shape: tuple[int, int], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Upright bars of equal widths in these colours, between black ones."""
     painted = np.zeros((*shape, 3), dtype=np.uint8)
@@ -216,6 +227,37 @@ def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_a_model_is_trained_evaluated_and_paints(
+    shards: Path, tmp_path: Path, run_command: Command
+) -> None:
+    small = (
+        "vocabulary.text_merges=1000 vocabulary.image_codes=3578 vocabulary.mask=true "
+        "vocabulary.features=1024 model.layers=2 model.width=32 model.heads=2 "
+        "model.layers_with_experts=[1] model.positions=400 training.steps=2 training.log_every=1 "
+        "training.global_batch=2 training.micro_batch=2 training.mask_corruption=true "
+        "data.workers=0 optimizer.warmup_steps=1"
+    )
+    run, model, image = tmp_path / "run", tmp_path / "model", tmp_path / "image.png"
+    Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(image)
+    mask = tmp_path / "mask.png"
+    Image.fromarray(_painted((40, 60), [(200, 0, 0), (0, 0, 90)])).save(mask)
+    for command in (
+        f"train demo data.shards={shards} training.output={run} {small}",
+        f"export {run} --out {model}",
+        f"evaluate {model} {shards} --limit 4 --out {tmp_path / 'report'}",
+        f"segment {model} --example {image} {mask} --query {image} --colours "
+        f"--out {tmp_path / 'out.png'}",
+    ):
+        done = run_command(["icl-moe", *command.split()], timeout=900)
+        assert done.returncode == 0, done.stdout
+    assert Image.open(tmp_path / "out.png").size == (60, 40)
+    command = f"segment {model} --example {image} {mask} --query {image} --out {tmp_path / 'a.png'}"
+    done = run_command(["icl-moe", *command.split()])
+    assert done.returncode == 2
+    assert "was trained on semantic_segmentation, not segmentation" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -233,9 +275,11 @@ def test_a_mask_that_is_not_painted_in_a_few_colours_is_refused(
         model.segment_colours([(image, mask)], image)
 
 
-def test_examples_with_different_colours_are_refused(model_folder: Path) -> None:
+def test_examples_with_different_colours_and_no_examples_are_refused(model_folder: Path) -> None:
     model = InContextModel.from_pretrained(model_folder, "cpu")
     image = np.zeros((40, 60, 3), dtype=np.uint8)
+    with pytest.raises(InputError, match="need an example, which gives their colours"):
+        model.segment_colours([], image)
     masks = [_painted((40, 60), [(n, n, 0) for n in range(s, s + 4)]) for s in (1, 5)]
     with pytest.raises(InputError, match="have 8 colours besides black together"):
         model.segment_colours([(image, mask) for mask in masks], image)
