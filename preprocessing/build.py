@@ -33,7 +33,7 @@ from icl_moe.outputs import output_folder
 from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.settings import from_dict, to_dict
-from icl_moe.tasks import TASKS
+from icl_moe.tasks import SEMANTIC_SEGMENTATION, TASKS
 from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.masks import PatchTokenizer
@@ -47,6 +47,7 @@ from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_
 from preprocessing.pool import Pool
 from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
 from preprocessing.recipe import DataRecipe
+from preprocessing.several_classes import paint_episodes
 from preprocessing.sources import Reading, check_sections, read_pools
 from preprocessing.standard_pools import read_fixed_pool
 from preprocessing.workers import ordered_map
@@ -207,9 +208,15 @@ def _plan(
         folder.check_pools(pools)
     if fixed is None:
         episodes = {
-            pool.task: plan_episodes(pool, recipe.examples, recipe.samples, recipe.seed)
+            pool.task: plan_episodes(
+                pool, recipe.examples, recipe.samples, recipe.seed, recipe.balance
+            )
             for pool in pools
         }
+        for place, pool in enumerate(pools):
+            if pool.task == SEMANTIC_SEGMENTATION.name:
+                found = paint_episodes(pool, episodes[pool.task], recipe.seed)
+                pools[place], episodes[pool.task] = found
     return pools, episodes, notes
 
 
@@ -344,6 +351,13 @@ def _open_tokenizers(recipe: DataRecipe) -> ImageTokenizers:
             f"mask_tokenizer: {recipe.mask_tokenizer} has {masks.codes} codes, more than "
             f"vocabulary.image_codes ({vocabulary.image_codes})."
         )
+    paints = recipe.segmentation is not None and recipe.segmentation.classes_per_mask > 1
+    if masks is not None and paints and masks.painted_codes > vocabulary.image_codes:
+        raise InputError(
+            f"mask_tokenizer: {recipe.mask_tokenizer} has {masks.painted_codes} codes for painted "
+            f"masks, more than vocabulary.image_codes ({vocabulary.image_codes}); set it higher, "
+            "or, beside a VQ-GAN, set mask_tokenizer=null."
+        )
     if features is not None and vocabulary.features != features.codebook_size:
         raise InputError(
             f"vocabulary.features is {vocabulary.features}, but the features tokenizer "
@@ -407,6 +421,7 @@ _REMEDIES = {
     "captions_without_a_seen_class": "name classes that both the captions and the images have",
     "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
     "classes_with_too_few_images": "provide more data or set examples lower",
+    "combinations_of_small_scale": "set segmentation.least_scale lower",
     "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
     "empty_boxes": "correct the boxes",
     "empty_masks": "correct the outlines",

@@ -361,6 +361,8 @@ class _OfImage:
         if not self.source.small_objects and rle_tools.area(largest) < SMALL_AREA:
             self.skipped["small_objects"] += 1
             return None
+        if self.source.marks == "largest_instance":
+            drawn = [next((a, rle) for a, rle in drawn if rle is largest)]
         union = rle_tools.merge([rle for _, rle in drawn])
         return _ClassMask(
             self.image,

@@ -9,7 +9,7 @@ are also decoded from the sample's tokens and compared with the annotation in pi
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def _missing_source(recipe: DataRecipe, folder: Path) -> str | None:
     return None
 
 
-_CHOICES = ("object_scale", "crowds")
+_CHOICES = ("object_scale", "crowds", "marks")
 
 
 class _Existing:
@@ -194,6 +194,7 @@ class _Comparer:
         task, pairs = TASKS[sample.task], []
         for source in sample.meta["sources"]:
             region = _region_of(sample, source, regions)
+            region = replace(region, target=task.target_of(region.target, sample.meta))
             pictures = pictures_of(region, task, self._codec.format)
             drawn = [picture.draw(self._manifest.image_size) for picture in pictures]
             are_inputs = [isinstance(picture, CropPicture) for picture in pictures]

@@ -13,7 +13,9 @@ from icl_moe.errors import InputError
 from preprocessing.pool import Pool
 
 
-def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> np.ndarray:
+def plan_episodes(
+    pool: Pool, examples: int, samples: int | None, seed: int, balance: float = 0.0
+) -> np.ndarray:
     """Region numbers of each episode, int64 (samples, examples + 1), the query last.
 
     Queries are the pool's queries in shuffled order; if `samples` exceeds their number, further
@@ -21,6 +23,9 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
     style, each from a different photograph. An episode is a pure function of (pool, seed, task, its
     number). Every class must appear in enough photographs in each of its styles;
     `Pool.drop_small_classes` ensures this.
+
+    With a `balance` above 0 queries are drawn instead, each independently of the others: a class in
+    proportion to the number of its queries^(1 - balance), and one of its queries uniformly.
 
     In a share `pool.same_instance` of the episodes all regions show the same object, each in
     another image. If the next query's object does not appear in enough images, a random region
@@ -34,12 +39,15 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
     members = {kind: np.array(numbers) for kind, numbers in pool.by_kind().items()}
     photographs = _number(region.photograph for region in pool.regions)
     instances = _Instances(pool, examples)
+    balanced = _Balanced(pool, balance) if balance else None
     episodes = np.empty((count, examples + 1), dtype=np.int64)
     for index in tqdm(range(count), desc=f"planning {pool.task}", unit="episode"):
         turn, place = divmod(index, len(queries))
         if place == 0:
             order = np.random.default_rng([seed, task, 0, turn]).permutation(len(queries))
         query = queries[int(order[place])]
+        if balanced:
+            query = balanced.query(np.random.default_rng([seed, task, 4, index]))
         rng = np.random.default_rng([seed, task, 1, index])
         if pool.same_instance:
             choice = np.random.default_rng([seed, task, 2, index])
@@ -51,6 +59,22 @@ def plan_episodes(pool: Pool, examples: int, samples: int | None, seed: int) -> 
         drawn = _draw(rng, members[pool.regions[query].kind], photographs, query, examples)
         episodes[index] = (*drawn, query)
     return episodes
+
+
+class _Balanced:
+    """Draws queries by their classes, see `plan_episodes`."""
+
+    def __init__(self, pool: Pool, balance: float) -> None:
+        of_class: dict[str, list[int]] = {}
+        for number in pool.queries:
+            of_class.setdefault(pool.regions[number].category, []).append(number)
+        self._members = list(of_class.values())
+        shares = np.array([len(numbers) for numbers in self._members]) ** (1.0 - balance)
+        self._shares = shares / shares.sum()
+
+    def query(self, rng: np.random.Generator) -> int:
+        members = self._members[int(rng.choice(len(self._members), p=self._shares))]
+        return members[int(rng.integers(len(members)))]
 
 
 class _Instances:

@@ -84,6 +84,9 @@ class _CodeReader:
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
         return self._tokenizers.mask_writer.decode(codes_BN)
 
+    def decode_painted(self, codes_BN: np.ndarray) -> torch.Tensor:
+        return self._tokenizers.mask_writer.decode_painted(codes_BN)
+
     def _tensor(self, codes_BN: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(codes_BN).to(self._device)
 
@@ -109,7 +112,11 @@ class _Photographs:
         return None
 
     def _folders(self, task: str, made: bool) -> list[Path]:
-        section = {"segmentation": self._recipe.segmentation, "captioning": self._recipe.captioning}
+        section = {
+            "segmentation": self._recipe.segmentation,
+            "semantic_segmentation": self._recipe.segmentation,
+            "captioning": self._recipe.captioning,
+        }
         settings = section.get(task)
         if made:
             return [self._made / "composed/images"]

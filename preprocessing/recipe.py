@@ -62,8 +62,13 @@ class SegmentationSource(_Source):
     come, while the first provides only queries; for example, training images as examples for
     validation images (source=coco).
     composed: the settings of the compositions (source=composed).
+    classes_per_mask: 1 for masks of one class, white on black (the task segmentation); n for
+    pictures of 2 to n classes, each in a colour that the examples give (the task
+    semantic_segmentation).
     classes: the classes to use; null means all in the file.
     small_objects: keep images in which all instances of the class have less than 32^2 pixels.
+    marks: masks of the whole `class` in an image, or of its `largest_instance`; the rest of the
+    class is then background. Crowds are never an instance.
     object_scale: the part of an image that is shown; `any` is the largest square, `large` a square
     close around the class's largest instance.
     least_scale: leave out masks that cover less than this share of what the pair shows.
@@ -80,9 +85,11 @@ class SegmentationSource(_Source):
     examples_annotations: str | None = None
     classes: tuple[str, ...] | None = None
     small_objects: bool = True
+    marks: Literal["class", "largest_instance"] = "class"
     object_scale: ObjectScale = "any"
     least_scale: Share = 0.0
     crowds: Literal["join", "instances"] = "join"
+    classes_per_mask: Annotated[int, Range(1, 7)] = 1  # There are seven colours.
     composed: ComposedImages = ComposedImages()
 
 
@@ -162,6 +169,8 @@ class DataRecipe:
     tokenizer. text_tokenizer: see `TextTokenizer`'s source. image_size: side in pixels of the
     images that the tokenizers see. examples: pairs before the query in each episode.
     samples: episodes per task; null means one for each region of the pool as the query.
+    balance: 0 takes each region as the query in turn; above that, queries are drawn, a class's in
+    proportion to its regions^(1 - balance), so that 1 asks for all classes equally often.
     shard_size: samples in a shard. missing_images: `stop` at annotated images that do not exist, or
     `skip` and count them. bad_images: the same for images that cannot be read or whose size differs
     from their record; the manifest lists them.
@@ -180,6 +189,7 @@ class DataRecipe:
     examples: Natural = 3
     seed: Natural = 0
     samples: Count | None = None
+    balance: Share = 0.0
     shard_size: Count = 4096
     missing_images: Literal["stop", "skip"] = "stop"
     bad_images: Literal["stop", "skip"] = "stop"
@@ -282,6 +292,16 @@ class DataRecipe:
                 raise InputError(
                     "segmentation.examples_images and segmentation.examples_annotations go "
                     "together, with segmentation.source=coco."
+                )
+            if segmentation.marks != "class" and segmentation.source == "folder":
+                raise InputError(
+                    "segmentation.marks=largest_instance needs annotations of instances; a folder "
+                    "of masks has whole classes."
+                )
+            if segmentation.classes_per_mask > 1 and segmentation.composed.same_instance:
+                raise InputError(
+                    "segmentation.composed.same_instance must be 0 where "
+                    "segmentation.classes_per_mask is above 1."
                 )
         for name in ("classes", "hard_neighbours"):
             if self.synthetic.world == "shapes" and (

@@ -33,6 +33,7 @@ from preprocessing import (
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
+from preprocessing.several_classes import combine_classes
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,13 @@ def register_source(task: str, name: str, settings: type, read: Reader) -> None:
 def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
     """The pool of each task of a recipe. Raises InputError if anything in its files is wrong."""
     if recipe.segmentation is not None:
-        yield _SOURCES["segmentation"][recipe.segmentation.source].read(
-            recipe.segmentation, reading
+        source = recipe.segmentation
+        pool = _SOURCES["segmentation"][source.source].read(source, reading)
+        most = source.classes_per_mask
+        yield (
+            pool
+            if most == 1
+            else combine_classes(pool, most, source.least_scale, reading.image_size)
         )
     if recipe.captioning is not None:
         yield _SOURCES["captioning"][recipe.captioning.source].read(recipe.captioning, reading)

@@ -256,7 +256,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask[60:150, 40:200] = 255
     for name in ("dog", "other_dog", "dog1", "dog2", "image", "another"):
         picture.save(folder / f"{name}.jpg")
-    for name in ("dog_mask", "dog1_mask", "mask"):
+    for name in ("dog_mask", "dog1_mask", "dog1_painted", "mask"):
         Image.fromarray(mask).save(folder / f"{name}.png")
     for name in ("train", "val"):
         (folder / "shards" / name).symlink_to(shards)

@@ -12,7 +12,8 @@ from icl_moe.errors import InputError
 from icl_moe.images import load_image
 from icl_moe.inference.model import InContextModel
 from icl_moe.inputs import read_json, shipped_folders
-from icl_moe.tokenizers.vqgan import VQGAN, convert_taming
+from icl_moe.tokenizers.releases import convert_release
+from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.visual_genome import read_json_list
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -60,4 +61,4 @@ def test_a_pointer_in_the_place_of_a_checkpoint_is_called_that(tmp_path):
     config = {"model": {"params": {"embed_dim": 32, "n_embed": 16, "ddconfig": network}}}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=r"last\.ckpt is a pointer of Git LFS"):
-        convert_taming(tmp_path / "last.ckpt", tmp_path / "model.yaml", tmp_path / "out")
+        convert_release(tmp_path / "last.ckpt", tmp_path / "model.yaml", tmp_path / "out")

@@ -11,6 +11,8 @@ from icl_moe.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from icl_moe.inference.model import InContextModel
+
 
 def add_segment(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("segment", help="segment an image according to examples")
@@ -20,12 +22,17 @@ def add_segment(verbs: argparse._SubParsersAction) -> None:
         "--out",
         required=True,
         metavar="MASK.png",
-        help="the mask, white on black; it may end in .png, .bmp or .tiff",
+        help="the mask, white on black (or in colours); it may end in .png, .bmp or .tiff",
     )
     parser.add_argument(
         "--confidence",
         metavar="FILE.png",
         help="also write the confidence of each pixel (parallel decoding): black is 50%%",
+    )
+    parser.add_argument(
+        "--colours",
+        action="store_true",
+        help="the masks show several classes, each in a colour; so does the answer",
     )
     take.add_windows(parser)
     take.add_decoding(parser)
@@ -113,10 +120,14 @@ def _segment(options: argparse.Namespace) -> int:
     endings = tuple(_PICTURE_FORMATS)
     out = output_file(options.out, endings, inputs)
     sure = options.confidence and output_file(options.confidence, endings, [*inputs, out])
+    if options.colours and (sure or options.windows):
+        raise InputError("--colours goes with neither --confidence nor --windows.")
 
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    if options.colours:
+        return _segment_colours(model, options, out)
     if sure and model.decoding(options.decoding) == "autoregressive":
         raise InputError(
             "--confidence needs masks in one pass, which this model does not support or "
@@ -138,20 +149,35 @@ def _segment(options: argparse.Namespace) -> int:
     return 0
 
 
+def _segment_colours(model: "InContextModel", options: argparse.Namespace, out: Path) -> int:
+    painted_HW3 = model.segment_colours(
+        options.example,
+        query=options.query,
+        category=options.category,
+        progress=True,
+        decoding=options.decoding,
+    )
+    _write_picture(out, painted_HW3)
+    print(f"{out}: {painted_HW3.any(axis=2).mean():.1%} of the image in colours")
+    return 0
+
+
 _PICTURE_FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 """File suffixes of image formats that store a mask without loss."""
 
 
 def _write_levels(path: Path, levels_HW: "np.ndarray") -> None:
     """Write levels from 0 (black) to 1 (white) as a greyscale picture."""
+    _write_picture(path, (levels_HW * 255.0).round().astype("uint8"))
+
+
+def _write_picture(path: Path, picture: "np.ndarray") -> None:
     from PIL import Image
 
     from icl_moe.outputs import write_output
 
     content = io.BytesIO()
-    Image.fromarray((levels_HW * 255.0).round().astype("uint8")).save(
-        content, _PICTURE_FORMATS.get(path.suffix.lower(), "PNG")
-    )
+    Image.fromarray(picture).save(content, _PICTURE_FORMATS.get(path.suffix.lower(), "PNG"))
     write_output(path, content.getvalue())
 
 

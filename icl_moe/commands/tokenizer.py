@@ -67,9 +67,13 @@ def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_masks)
 
-    parser = actions.add_parser("convert", help="convert a taming-transformers checkpoint")
-    parser.add_argument("checkpoint", type=take.path, help="the release's last.ckpt")
-    parser.add_argument("--config", type=take.path, required=True, help="the release's model.yaml")
+    parser = actions.add_parser("convert", help="convert a published VQ-GAN or IBQ checkpoint")
+    parser.add_argument(
+        "checkpoint",
+        type=take.path,
+        help="the .ckpt of a release of taming-transformers or of SEED-Voken's IBQ",
+    )
+    parser.add_argument("--config", type=take.path, required=True, help="the release's YAML")
     parser.add_argument(
         "--out", type=take.folder, required=True, help="folder for the converted tokenizer"
     )
@@ -226,9 +230,9 @@ def _tokenizer_masks(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_convert(options: argparse.Namespace) -> int:
-    from icl_moe.tokenizers.vqgan import convert_taming
+    from icl_moe.tokenizers.releases import convert_release
 
-    tokenizer = convert_taming(options.checkpoint, options.config, options.out)
+    tokenizer = convert_release(options.checkpoint, options.config, options.out)
     size = f"{tokenizer.config.codebook_size} codes at downsampling {tokenizer.downsampling}"
     print(f"{options.out}: {size}, fingerprint {tokenizer.fingerprint}")
     return 0

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap
-from icl_moe.evaluation.predictions import Condition, PredictionLog
+from icl_moe.evaluation.predictions import Condition, PredictionLog, describe_task
 from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.evaluation.template import Photographs
 from icl_moe.images import to_image
@@ -67,8 +67,8 @@ def draw_gallery(
         for place, words in _places(len(episodes))
     }
     title = (
-        f"{task.name.capitalize()}, {condition.describe()}: the best, the middle and the worst of "
-        f"{len(episodes)} queries by {task.measure}. "
+        f"{describe_task(task.name)}, {condition.describe()}: the best, the middle and the worst "
+        f"of {len(episodes)} queries by {task.measure}. "
     )
     rows = _rows(images, episodes, condition, log, found)
     return Gallery(title + images.note, rows)
@@ -79,7 +79,7 @@ def draw_evenly(
 ) -> Gallery:
     """Draw evenly spaced episodes, which are the same whatever was predicted."""
     numbers = evenly_spaced(len(episodes), EVENLY_SHOWN)
-    title = f"{condition.task.capitalize()}, {condition.describe()}"
+    title = f"{describe_task(condition.task)}, {condition.describe()}"
     return Gallery(title, _rows(images, episodes, condition, log, dict.fromkeys(numbers, "")))
 
 
@@ -147,7 +147,7 @@ def draw_proof(
             name = f"The first query that is {words} · {episode.key}"
             rows.append((name, _proof_cells(images, episode, swap, query)))
     title = (
-        f"{swapped.task.capitalize()}: one query, two examples. What is written must change with "
+        f"{describe_task(swapped.task)}: one query, two examples. What is written must change with "
         f"the example. {images.note}"
     )
     return Gallery(title, tuple(rows))

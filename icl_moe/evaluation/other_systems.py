@@ -117,6 +117,8 @@ def read_predictions(
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder of predictions.")
+    if episodes.task.name not in _RECORDS:
+        return None
     own, swapped = (predictions_file(folder, episodes, each) for each in (False, True))
     if not own.is_file():
         if swapped.is_file():

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from icl_moe.bootstrap import Interval
+from icl_moe.evaluation.predictions import describe_task
 from icl_moe.evaluation.proof import RespectScores, SwapScores
 from icl_moe.evaluation.published import FIGURES
 from icl_moe.evaluation.results import Metrics, Row, Source, SwapRow, TaskResult
@@ -165,7 +166,7 @@ def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
         for row in swapped
     ]
     return _panel(
-        f"{task.capitalize()}: {swapped[0].scores.queries} queries that show two classes, asked "
+        f"{describe_task(task)}: {swapped[0].scores.queries} queries that show two classes, asked "
         "with examples of either.",
         rows,
         list(columns),
@@ -195,7 +196,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
         for row in swapped
     ]
     return _panel(
-        f"{task.capitalize()}: the same queries, in what respect the examples are obeyed.",
+        f"{describe_task(task)}: the same queries, in what respect the examples are obeyed.",
         rows,
         [(name, heading) for name in names for heading in of],
     )
@@ -224,7 +225,7 @@ def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
             f"{percent(asked[0].truth_copy_rate)} %."
         )
     return _panel(
-        f"{task.capitalize()}: all scores of {result.rows[0].scores.episodes} queries.",
+        f"{describe_task(task)}: all scores of {result.rows[0].scores.episodes} queries.",
         rows,
         shown,
         notes,
@@ -256,7 +257,7 @@ def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
             for name in names
         ]
         found[grouped_by] = _panel(
-            f"{task.capitalize()}: {result.measure} by {grouped_by}, with the number of queries.",
+            f"{describe_task(task)}: {result.measure} by {grouped_by}, with the number of queries.",
             rows,
             columns,
             is_best={column: set() for column in columns},
@@ -336,7 +337,7 @@ def _examples(shots: int) -> str:
 
 def _queries(task: str, result: TaskResult) -> str:
     flips = f", {result.swapped[0].scores.queries} for flips" if result.swapped else ""
-    return f"{task.capitalize()} ({result.rows[0].scores.episodes} queries{flips})"
+    return f"{describe_task(task)} ({result.rows[0].scores.episodes} queries{flips})"
 
 
 def _all_shots(metrics: Metrics) -> list[int]:

@@ -49,6 +49,11 @@ def describe_shots(shots: int) -> str:
     return f"{shots} example{'' if shots == 1 else 's'}"
 
 
+def describe_task(name: str) -> str:
+    """Such as "Segmentation" or "Semantic segmentation"."""
+    return name.replace("_", " ").capitalize()
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and the model's

@@ -17,6 +17,7 @@ from icl_moe.evaluation.panels import (
     swapped_panel,
     systems_panel,
 )
+from icl_moe.evaluation.predictions import describe_task
 from icl_moe.evaluation.published import beside
 from icl_moe.evaluation.results import Metrics, Row, SwapRow, TaskResult
 from icl_moe.files import write_whole
@@ -50,7 +51,7 @@ def write_report(
     groups = {name: group_panels(metrics, name) for name in metrics.tasks}
     tasks = [
         {
-            "title": name.capitalize(),
+            "title": describe_task(name),
             "proof": _pictures((proofs or {}).get(name)),
             "swapped": swapped_panel(metrics, name, _swapped_note(result))
             if result.swapped
@@ -200,14 +201,14 @@ def shots_charts(metrics: Metrics) -> list[Chart]:
                 curves["copy of the first example"] = {
                     shots: row.scores.measures()[heading] for shots in own if shots
                 }
-        charts.append(_chart(f"{task.capitalize()}: {heading}", curves, metrics))
+        charts.append(_chart(f"{describe_task(task)}: {heading}", curves, metrics))
         flips: dict[str, dict[int, Measure]] = {}
         for swap in result.swapped:
             if swap.shots is not None and swap.prediction != "first example":
                 found = Measure(swap.scores.flips, swap.scores.intervals.get("flips"))
                 flips.setdefault(_curve_name(metrics, swap), {})[swap.shots] = found
         if flips:
-            charts.append(_chart(f"{task.capitalize()}: flips", flips, metrics))
+            charts.append(_chart(f"{describe_task(task)}: flips", flips, metrics))
     return charts
 
 
@@ -249,7 +250,7 @@ def summary(metrics: Metrics) -> str:
         if result.by_shots:
             tables[f"{name} by number of examples"] = shots_table(result)
     tables["held-out loss"] = held_out_table(metrics)
-    return "\n\n".join(f"{name.capitalize()}\n{as_text(table)}" for name, table in tables.items())
+    return "\n\n".join(f"{describe_task(name)}\n{as_text(table)}" for name, table in tables.items())
 
 
 def scores_table(result: TaskResult) -> Table:

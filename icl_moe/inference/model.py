@@ -18,6 +18,7 @@ from icl_moe.errors import InputError
 from icl_moe.files import check_readable
 from icl_moe.images import ImageLike, load_image
 from icl_moe.inference.cache import KeyValueCache
+from icl_moe.inference.colours import segment_colours
 from icl_moe.inference.decode import (
     GREEDY,
     Request,
@@ -214,6 +215,26 @@ class InContextModel:
         image = Query.load(query, self.image_size)
         session = Session(self, list_pairs(examples, "region"), category, task=CAPTIONING)
         return session.caption(image, sampling, progress)
+
+    def segment_colours(
+        self,
+        examples: Iterable[tuple[ImageLike, ImageLike]],
+        query: ImageLike,
+        category: str | None = None,
+        sampling: Sampling = GREEDY,
+        progress: bool = False,
+        decoding: Decoding | None = None,
+    ) -> np.ndarray:
+        """The query painted as the examples' masks are: uint8 (H, W, 3) in the query's size, one
+        colour for each class and black elsewhere.
+
+        examples: (image, painted mask) pairs; a painted mask has its image's size and, besides
+        black, the same one to seven colours in all examples. category: the names of the classes,
+        such as "cat + dog", needed if the model's format has a class prompt. decoding: see
+        `complete`. Raises InputError for input that cannot be read or does not fit the model, and
+        for a model that was not trained on several classes in one mask.
+        """
+        return segment_colours(self, examples, query, category, sampling, progress, decoding)
 
     def complete(
         self,
@@ -423,9 +444,19 @@ class InContextModel:
         """Codes (N,) of each boolean mask (H, W) at the model's image size."""
         return list(self.tokenizers.mask_writer.encode(np.stack(masks))) if masks else []
 
+    def encode_painted(self, painted: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Codes (N,) of several masks in one picture, boolean (H, W, 3) at the model's image
+        size.
+        """
+        return list(self.tokenizers.mask_writer.encode_painted(np.stack(painted)))
+
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor:
         """The brightness of the masks' pixels, (B, H, W), float32, from about -1 (outside) to 1."""
         return self.tokenizers.mask_writer.decode(codes_BN)
+
+    def decode_painted(self, codes_BN: np.ndarray) -> torch.Tensor:
+        """The pixels of several masks in one picture, (B, 3, H, W), float32, about -1 to 1."""
+        return self.tokenizers.mask_writer.decode_painted(codes_BN)
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:

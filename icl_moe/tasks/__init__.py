@@ -15,10 +15,12 @@ from icl_moe.errors import InputError, nearest
 from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks.captioning import Captioning
 from icl_moe.tasks.segmentation import Segmentation
+from icl_moe.tasks.semantic_segmentation import SemanticSegmentation
 from icl_moe.tasks.task import Task
 
 SEGMENTATION = Segmentation()
 CAPTIONING = Captioning()
+SEMANTIC_SEGMENTATION = SemanticSegmentation()
 
 TASKS: dict[str, Task] = {}
 """All tasks by name, in the order of the tables."""
@@ -42,15 +44,17 @@ def find_task(name: str, where: str) -> Task:
 
 
 def streams(format: SequenceFormat) -> list[int]:
-    """The attribute classes that occur in sequences of a format, task by task."""
+    """The attribute classes that occur in sequences of a format, task by task, each once."""
     inputs: tuple[Modality, ...] = ("text", "image") if format.class_prompt else ("image",)
-    return [
+    found = [
         attribute_class(task.outputs(format), modality, target, format.class_prompt)
         for task in TASKS.values()
         for target, modalities in ((False, inputs), (True, task.outputs(format)))
         for modality in modalities
     ]
+    return list(dict.fromkeys(found))
 
 
 register(SEGMENTATION)
 register(CAPTIONING)
+register(SEMANTIC_SEGMENTATION)

@@ -70,7 +70,8 @@ class Picture(Protocol):
 
     def draw(self, size: int) -> np.ndarray:
         """The picture at `size` x `size` pixels: uint8 (size, size, 3), for the image tokenizer; or
-        a mask, boolean (size, size), for the tokenizer that encodes masks.
+        for the tokenizer that encodes masks a mask, boolean (size, size), or several in corners of
+        the RGB cube, boolean (size, size, 3).
         """
         ...
 
@@ -91,12 +92,14 @@ class Truth(Protocol):
 class CodeReader(Protocol):
     """The interface that reading an output needs of a model: codes (B, N) of images -> pixels (B,
     3, H, W); codes of masks -> the brightness of each pixel, (B, H, W), about -1 (outside) to 1
-    (inside).
+    (inside); codes of painted masks -> pixels (B, 3, H, W), about -1 to 1.
     """
 
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
     def decode_masks(self, codes_BN: np.ndarray) -> torch.Tensor: ...
+
+    def decode_painted(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
 
 class GroupScore(NamedTuple):
@@ -270,6 +273,12 @@ class Task(ABC):
         """The pair of a region, from its image's codes (N,), its target, and the codes of
         `pictures`.
         """
+
+    def target_of(self, target: Any, meta: Mapping[str, Any]) -> Any:
+        """A region's target as in the episode with this KEY.json, for tasks whose episodes decide
+        a part of it.
+        """
+        return target
 
     @abstractmethod
     def describe(self, targets: Sequence[Any], image_size: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
 from icl_moe.tokenizers.vqgan import VQGAN
 
-Part = Literal["pictures", "masks", "features"]
+Part = Literal["pictures", "masks", "painted", "features"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class ImageTokenizers:
         self, drawn: Sequence[np.ndarray], are_inputs: Sequence[bool], device: torch.device
     ) -> np.ndarray:
         """codes_BN of a batch of pictures of one size, each uint8 (H, W, 3), or boolean (H, W) for
-        a mask; some may be input images.
+        a mask or (H, W, 3) for several in colours; some may be input images.
         """
         groups: dict[Part, list[int]] = {}
         for number, (picture, is_input) in enumerate(zip(drawn, are_inputs, strict=True)):
@@ -161,6 +161,8 @@ class ImageTokenizers:
             pictures = [drawn[number] for number in numbers]
             if part == "masks":
                 found = self.mask_writer.encode(np.stack(pictures))
+            elif part == "painted":
+                found = self.mask_writer.encode_painted(np.stack(pictures))
             elif part == "features":
                 found = self.read(_pixels(pictures, device))
             else:
@@ -172,18 +174,18 @@ class ImageTokenizers:
     @property
     def code_type(self) -> np.dtype:
         """The smallest type that holds the codes of all tokenizers."""
-        return np.min_scalar_type(self._most_codes - 1)
+        sizes = [each.codebook_size for each in (self.pictures, self.features) if each is not None]
+        if self.masks is not None:
+            sizes.append(self.masks.painted_codes)
+        return np.min_scalar_type(max(sizes) - 1)
 
     def part_for(self, picture: np.ndarray, is_input: bool) -> Part:
         """The tokenizer that encodes a picture, drawn as for `encode`."""
         if is_input and self.features is not None:
             return "features"
-        return "masks" if picture.dtype == bool and self.masks is not None else "pictures"
-
-    @property
-    def _most_codes(self) -> int:
-        sizes = [each.codebook_size for each in (self.pictures, self.features) if each is not None]
-        return max(sizes + ([self.masks.codes] if self.masks else []))
+        if picture.dtype == bool and self.masks is not None:
+            return "masks" if picture.ndim == 2 else "painted"
+        return "pictures"
 
     @property
     def _pictures(self) -> VQGAN:
@@ -197,11 +199,10 @@ class ImageTokenizers:
 
 def _pixels(pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Pictures as pixels_B3HW in [-1, 1]; masks become white on black."""
+    levels = [each * np.uint8(255) if each.dtype == bool else each for each in pictures]
     coloured = [
-        np.broadcast_to((picture * np.uint8(255))[..., None], (*picture.shape, 3))
-        if picture.dtype == bool
-        else picture
-        for picture in pictures
+        np.broadcast_to(each[..., None], (*each.shape, 3)) if each.ndim == 2 else each
+        for each in levels
     ]
     pixels_BHW3 = torch.from_numpy(np.stack(coloured)).to(device)
     return (pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()

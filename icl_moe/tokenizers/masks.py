@@ -25,6 +25,12 @@ from icl_moe.tokenizers.vqgan import VQGAN
 
 _KIND = "patches"
 
+_COLOURS_C3 = torch.tensor(
+    [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)],
+    dtype=torch.float32,
+)
+"""The channels of the colours of painted pictures, white first."""
+
 
 class MaskTokenizer(Protocol):
     """Encodes boolean masks (B, H, W) as codes_BN of a square grid of cells, row by row, and
@@ -37,6 +43,16 @@ class MaskTokenizer(Protocol):
 
     def decode_expected(self, probabilities_BNK: Tensor) -> Tensor:
         """Decode probabilities of each cell's code instead of codes."""
+        ...
+
+    def encode_painted(self, painted_BHW3: np.ndarray) -> np.ndarray:
+        """Codes_BN of pictures in corners of the RGB cube, boolean channels, such as several masks
+        in different colours on black.
+        """
+        ...
+
+    def decode_painted(self, codes_BN: np.ndarray) -> Tensor:
+        """Pixels_B3HW of such pictures, float32, about -1 to 1."""
         ...
 
 
@@ -60,6 +76,16 @@ class PictureMasks:
         """The pixels of the expected code vectors."""
         return pixels_to_brightness(self._tokenizer.decode_expected(probabilities_BNK))
 
+    @torch.inference_mode()
+    def encode_painted(self, painted_BHW3: np.ndarray) -> np.ndarray:
+        levels_BHW3 = torch.from_numpy(np.asarray(painted_BHW3, dtype=np.float32))
+        pixels_B3HW = levels_BHW3.permute(0, 3, 1, 2).contiguous() * 2 - 1
+        return self._tokenizer.encode(pixels_B3HW.to(self._device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode_painted(self, codes_BN: np.ndarray) -> Tensor:
+        return self._tokenizer.decode(torch.as_tensor(np.asarray(codes_BN), device=self._device))
+
     @property
     def _device(self) -> torch.device:
         return next(self._tokenizer.parameters()).device
@@ -69,6 +95,9 @@ class PatchTokenizer:
     """K patches of P x P pixels, float32 in 0..1, the first one black: a mask's cell is encoded as
     the nearest patch. The expected value of a pixel is exactly the sum over codes c of p(c)
     patch_c. If a vocabulary has more codes than there are patches, the surplus codes are black.
+
+    Painted pictures have codes of their own: patch k > 0 in colour c has 1 + c (K - 1) + (k - 1).
+    White is colour 0, so that the codes of white patches are those of masks.
     """
 
     def __init__(self, patches_KPP: Tensor) -> None:
@@ -113,6 +142,11 @@ class PatchTokenizer:
         return self.patches_KPP.shape[0]
 
     @property
+    def painted_codes(self) -> int:
+        """The number of codes of painted pictures."""
+        return 1 + len(_COLOURS_C3) * (self.codes - 1)
+
+    @property
     def side(self) -> int:
         """P, pixels along a side of a cell."""
         return self.patches_KPP.shape[1]
@@ -137,6 +171,33 @@ class PatchTokenizer:
         """The patches' mean, weighted by the probabilities of their codes."""
         patches_KP = self.patches_KPP.flatten(1).to(probabilities_BNK.device)
         return self._assembled(probabilities_BNK[..., : self.codes].float() @ patches_KP)
+
+    def encode_painted(self, painted_BHW3: np.ndarray) -> np.ndarray:
+        """The nearest patch in any colour, by the squared distance over all channels. Raises
+        InputError as `encode` does.
+        """
+        patches_KP = self.patches_KPP.flatten(1).cpu().numpy()
+        lengths_K = (patches_KP**2).sum(axis=1)
+        channels = np.asarray(painted_BHW3, dtype=np.float32)
+        cells_3BNP = [mask_cells(channels[..., channel], self.side) for channel in range(3)]
+        distances_CBNK = []
+        for colour_3 in _COLOURS_C3.numpy():
+            lit_BNP = sum(on * cells for on, cells in zip(colour_3, cells_3BNP, strict=True))
+            distances_CBNK.append(colour_3.sum() * lengths_K - 2 * lit_BNP @ patches_KP.T)
+        # The black patch is the same in all colours and counts once.
+        black, rest = distances_CBNK[0][..., :1], [each[..., 1:] for each in distances_CBNK]
+        return np.concatenate([black, *rest], axis=-1).argmin(axis=-1)
+
+    def decode_painted(self, codes_BN: np.ndarray) -> Tensor:
+        codes = torch.as_tensor(np.asarray(codes_BN), device=self.patches_KPP.device)
+        codes = codes.where(codes < self.painted_codes, 0)
+        is_lit = codes > 0
+        colours = torch.where(is_lit, (codes - 1) // (self.codes - 1), 0)
+        patches = torch.where(is_lit, (codes - 1) % (self.codes - 1) + 1, 0)
+        levels_BNP = self.patches_KPP.flatten(1)[patches]
+        on_BN3 = _COLOURS_C3.to(levels_BNP.device)[colours]
+        planes = [self._assembled(levels_BNP * on_BN3[..., channel, None]) for channel in range(3)]
+        return torch.stack(planes, dim=1)
 
     def _assembled(self, levels_BNP: Tensor) -> Tensor:
         """brightness_BHW from the cells' levels in 0..1."""

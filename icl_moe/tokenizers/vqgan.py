@@ -2,35 +2,31 @@
 names of taming-transformers.
 
 The network is that of Esser et al., "Taming Transformers for High-Resolution Image Synthesis"
-(2021); `convert_taming` converts its published weights. A saved tokenizer is a folder of
-config.json and model.safetensors.
+(2021). Its published weights, and those of IBQ (Shi et al., "Scalable Image Tokenization with Index
+Backpropagation Quantization", 2024), which has the same network and another search for the nearest
+code, are converted by `releases`. A saved tokenizer is a folder of config.json and
+model.safetensors.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from icl_moe.errors import InputError
-from icl_moe.outputs import output_folder, writing
 from icl_moe.ranges import Count, ImageSide
 from icl_moe.settings import from_dict, to_dict
 from icl_moe.tokenizers.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    check_file,
-    check_free,
     check_keys,
     check_sides,
     find_tokenizer,
     first_line,
-    load_torch_weights,
     load_weights,
     read_config,
     save_folder,
@@ -38,6 +34,7 @@ from icl_moe.tokenizers.folder import (
 )
 
 Precision = Literal["fp32", "bf16"]
+Lookup = Literal["distance", "dot_product"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ class VQGANConfig:
     channel_multipliers: one per level; each level except the last halves the sides.
     attention_sizes: the sides of feature maps, for images of image_size, at which levels have
     self-attention.
+    lookup: the code of a latent z is the one whose vector e has the least distance |z - e|, as in
+    VQ-GAN, or the largest dot product z.e, as in IBQ.
     """
 
     image_size: ImageSide = 256
@@ -59,6 +58,7 @@ class VQGANConfig:
     channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)
     blocks_per_level: Count = 2
     attention_sizes: tuple[Count, ...] = (16,)
+    lookup: Lookup = "distance"
 
     def __post_init__(self) -> None:
         if not self.channel_multipliers:
@@ -84,6 +84,15 @@ class VQGANConfig:
     @property
     def codes_per_image(self) -> int:
         return (self.image_size // self.downsampling) ** 2
+
+    def settings(self) -> dict[str, Any]:
+        """The sizes as in config.json and in the fingerprint. The lookup is left out if it is the
+        default, so that tokenizers from before there was another one keep their fingerprints.
+        """
+        settings = to_dict(self)
+        if self.lookup == "distance":
+            del settings["lookup"]
+        return settings
 
 
 class VQGAN(nn.Module):
@@ -156,7 +165,7 @@ class VQGAN(nn.Module):
         }
         if all(torch.equal(value.half().to(value.dtype), value) for value in weights.values()):
             weights = {key: value.half() for key, value in weights.items()}
-        save_folder(Path(folder), "vqgan", to_dict(self.config), self.fingerprint, weights)
+        save_folder(Path(folder), "vqgan", self.config.settings(), self.fingerprint, weights)
 
     @property
     def downsampling(self) -> int:
@@ -169,7 +178,7 @@ class VQGAN(nn.Module):
     @property
     def fingerprint(self) -> str:
         """16 hex digits of a SHA-256 over the config and all weights as float32."""
-        return weights_fingerprint(to_dict(self.config), self.state_dict())
+        return weights_fingerprint(self.config.settings(), self.state_dict())
 
     @torch.inference_mode()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
@@ -225,27 +234,6 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(latents_BChw))
 
 
-def convert_taming(checkpoint: Path, config_yaml: Path, out: Path) -> VQGAN:
-    """Convert a taming-transformers release (a Lightning checkpoint and its YAML) to a tokenizer
-    folder `out`.
-
-    The loss, discriminator and averaged copies in the checkpoint are left out. Raises InputError
-    for a checkpoint that is damaged or holds anything but tensors and plain values, for keys that
-    do not fit the YAML, for another network architecture, and if `out` holds anything else.
-    """
-    out = output_folder(out)
-    config = _read_taming_config(Path(config_yaml))
-    state = load_torch_weights(Path(checkpoint), "The checkpoint")
-    weights = {
-        key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))
-    }
-    model = VQGAN.from_weights(config, weights, origin=str(checkpoint))
-    check_free(out, model.fingerprint)
-    with writing(out):
-        model.save_pretrained(out)
-    return model
-
-
 # --- The network. Attribute names are those of the published checkpoints. ---
 
 _NORM_GROUPS = 32
@@ -254,33 +242,47 @@ _MOST_LEVELS = 16
 """Sixteen levels reduce the largest images to one pixel."""
 
 
+_MOST_SCORES = 2**26
+"""The most distances or dot products that are computed at a time, a quarter of a gigabyte."""
+
+
 class _Codebook(nn.Module):
     """The code vectors and the search for the nearest one."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
+        self.lookup = config.lookup
         self.embedding = nn.Embedding(config.codebook_size, config.code_channels)
         nn.init.uniform_(
             self.embedding.weight, -1.0 / config.codebook_size, 1.0 / config.codebook_size
         )
 
     def nearest(self, latents_BChw: Tensor) -> Tensor:
-        """codes_Bhw: the code with the least |z|^2 + |e|^2 - 2 z.e, summed in this order so that
-        ties are resolved as in the published code.
-        """
+        """codes_Bhw of latents, by the config's lookup."""
         flat_NC = latents_BChw.movedim(1, -1).flatten(0, -2)
         table_KC = self.embedding.weight
-        lengths_K = (table_KC**2).sum(dim=1)
-        # In slices, since the distances of 16384 codes for a whole batch would take gigabytes.
-        codes = [
-            ((z**2).sum(dim=1, keepdim=True) + lengths_K - 2 * z @ table_KC.T).argmin(dim=1)
-            for z in flat_NC.split(4096)
-        ]
+        find = _by_dot_product if self.lookup == "dot_product" else _by_distance
+        at_once = max(1, min(4096, _MOST_SCORES // len(table_KC)))
+        codes = [find(z_nC, table_KC) for z_nC in flat_NC.split(at_once)]
         return torch.cat(codes).view(latents_BChw.shape[0], *latents_BChw.shape[2:])
 
     def vectors(self, codes_Bhw: Tensor) -> Tensor:
         """latents_BChw of codes."""
         return self.embedding(codes_Bhw).movedim(-1, 1)
+
+
+def _by_distance(z_nC: Tensor, table_KC: Tensor) -> Tensor:
+    """The code with the least |z|^2 + |e|^2 - 2 z.e, summed in this order so that ties are resolved
+    as in the published code.
+    """
+    lengths_K = (table_KC**2).sum(dim=1)
+    distances_nK = (z_nC**2).sum(dim=1, keepdim=True) + lengths_K - 2 * z_nC @ table_KC.T
+    return distances_nK.argmin(dim=1)
+
+
+def _by_dot_product(z_nC: Tensor, table_KC: Tensor) -> Tensor:
+    """The code with the largest z.e. The published code takes the largest softmax of these."""
+    return (z_nC @ table_KC.T).argmax(dim=1)
 
 
 class _ResnetBlock(nn.Module):
@@ -468,106 +470,3 @@ def _channels_last(weight: Tensor) -> Tensor:
     return weight.contiguous(
         memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format
     )
-
-
-# Name in the published YAML -> name here; the first group is in model.params, the second in
-# model.params.ddconfig.
-_TAMING_PARAMS = {"n_embed": "codebook_size", "embed_dim": "code_channels"}
-_TAMING_NETWORK = {
-    "resolution": "image_size",
-    "z_channels": "latent_channels",
-    "ch": "channels",
-    "ch_mult": "channel_multipliers",
-    "num_res_blocks": "blocks_per_level",
-    "attn_resolutions": "attention_sizes",
-}
-
-
-# Other keys, which must have this value, since another value would mean another network.
-_TAMING_FIXED_PARAMS = {"remap": None}
-_TAMING_FIXED_NETWORK = {
-    "in_channels": 3,
-    "out_ch": 3,
-    "double_z": False,
-    "tanh_out": False,
-    "give_pre_end": False,
-    "resamp_with_conv": True,
-    "use_timestep": False,
-    "use_linear_attn": False,
-    "attn_type": "vanilla",
-}
-# Keys that affect only training, or the layout of codes in a tensor.
-_TAMING_IDLE_PARAMS = (
-    "ddconfig",
-    "lossconfig",
-    "ckpt_path",
-    "ignore_keys",
-    "image_key",
-    "colorize_nlabels",
-    "monitor",
-    "sane_index_shape",
-    "scheduler_config",
-    "lr_g_factor",
-    "learning_rate",
-    "batch_resize_range",
-    "use_ema",
-)
-_TAMING_IDLE_NETWORK = ("dropout",)
-
-
-def _read_taming_config(path: Path) -> VQGANConfig:
-    check_file(path, "The config")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The config {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML.") from error
-    params = _section(path, content, ("model", "params"))
-    network = _section(path, params, ("ddconfig",), "model.params.")
-    values = {}
-    for section, names, fixed, idle, where in (
-        (params, _TAMING_PARAMS, _TAMING_FIXED_PARAMS, _TAMING_IDLE_PARAMS, "model.params"),
-        (
-            network,
-            _TAMING_NETWORK,
-            _TAMING_FIXED_NETWORK,
-            _TAMING_IDLE_NETWORK,
-            "model.params.ddconfig",
-        ),
-    ):
-        for theirs, ours in names.items():
-            if theirs not in section:
-                raise InputError(
-                    f"{path} is not a config of a taming-transformers VQModel: {where} lacks "
-                    f"'{theirs}'."
-                )
-            values[ours] = section[theirs]
-        for key, value in section.items():
-            if key in fixed and value != fixed[key]:
-                raise InputError(
-                    f"{path}: only networks with {where}.{key}: {json.dumps(fixed[key])} are "
-                    f"supported, not {value!r}."
-                )
-            if key not in names and key not in fixed and key not in idle:
-                raise InputError(
-                    f"{path}: the key {where}.{key} is unknown; remove it if it does not change "
-                    "the network."
-                )
-    return from_dict(VQGANConfig, values, origin=str(path))
-
-
-def _section(
-    path: Path, values: object, keys: tuple[str, ...], prefix: str = ""
-) -> dict[str, object]:
-    """The mapping that lies within `values` under one key after the other."""
-    for key in keys:
-        inner = values.get(key) if isinstance(values, dict) else None
-        if not isinstance(inner, dict):
-            raise InputError(
-                f"{path} is not a config of a taming-transformers VQModel: it lacks the section "
-                f"{prefix}{key}."
-            )
-        values, prefix = inner, f"{prefix}{key}."
-    assert isinstance(values, dict)
-    return values

@@ -76,3 +76,10 @@ class TokenizerRecipe:
     seed: Natural = 0
     log_every: Count = 100
     save_every: Count = 500
+
+    def __post_init__(self) -> None:
+        if self.network.lookup != "distance":
+            raise InputError(
+                "network.lookup must be distance for training, whose losses move a code to the "
+                "latents that are nearest to it; dot_product is for converted IBQ tokenizers."
+            )

@@ -97,6 +97,18 @@ def test_small_objects_are_left_out_on_demand(coco_folder):
     assert pool.skipped["small_objects"] == 3
 
 
+def test_a_mask_may_mark_the_largest_instance_alone(coco_folder):
+    """In an episode all masks then mark one object each, and the crop is chosen by it."""
+    pool = read(coco_folder, marks="largest_instance")
+    cat = next(region for region in pool.regions if region.category == "cat")
+    assert cat.annotations == (2,)
+    assert cat.crop == (20, 0, 100, 80)
+    expected = np.zeros((SIZE, SIZE), dtype=bool)
+    expected[10:30, 40:60] = True
+    np.testing.assert_array_equal(mask_of(cat), expected)
+    assert len(pool.regions) == len(read(coco_folder).regions)
+
+
 def test_classes_can_be_chosen(coco_folder):
     assert list(read(coco_folder, classes=("cat",)).by_class()) == ["cat"]
     with pytest.raises(InputError, match=r"segmentation.classes names 'horse'"):

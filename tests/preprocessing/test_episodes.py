@@ -58,6 +58,17 @@ def test_examples_are_drawn_uniformly_from_the_class():
     assert all(700 < drawn[number] < 900 for number in range(5))
 
 
+@pytest.mark.parametrize(("balance", "share"), [(0.5, 2 / 3), (1.0, 0.5)])
+def test_a_balance_asks_for_rare_classes_more_often(balance, share):
+    """By regions^(1 - balance): 400 dogs and 100 cats are 0.8 and 0.2 of the pool."""
+    pool = make_pool({"dog": list(range(400)), "cat": list(range(400, 500))})
+    queries = plan_episodes(pool, examples=1, samples=3000, seed=0, balance=balance)[:, -1]
+    assert np.mean(queries < 400) == pytest.approx(share, abs=0.03)
+    assert len(np.unique(queries)) > 450
+    again = plan_episodes(pool, examples=1, samples=30, seed=0, balance=balance)[:, -1]
+    np.testing.assert_array_equal(again, queries[:30])
+
+
 def test_classes_seen_in_too_few_images_are_left_out_and_counted():
     pool = make_pool({"cat": [1, 1, 1, 2], "dog": [1, 2, 3]})
     pool.drop_small_classes(images=3)

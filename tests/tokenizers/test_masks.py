@@ -109,3 +109,32 @@ def test_a_damaged_folder_is_refused(tokenizer, tmp_path, harm, sentence):
     harm(tmp_path)
     with pytest.raises(InputError, match=sentence):
         PatchTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_painted_cell_is_the_nearest_patch_in_any_colour() -> None:
+    """Against a plain search over all patches in all seven colours; white masks keep their codes,
+    and a code beyond them is black.
+    """
+    rng = np.random.default_rng(0)
+    patches = rng.integers(0, 5, (6, 2, 2)) / 4
+    patches[0] = 0
+    tokenizer = PatchTokenizer(torch.from_numpy(patches))
+    assert tokenizer.painted_codes == 1 + 7 * 5
+    coloured = {}
+    for code in range(tokenizer.painted_codes + 1):
+        pixels_3HW = tokenizer.decode_painted(np.array([[code]]))[0]
+        coloured[code] = (pixels_3HW.movedim(0, -1).numpy() + 1) / 2
+    assert not coloured[0].any() and not coloured[tokenizer.painted_codes].any()
+    assert len({picture.tobytes() for picture in coloured.values()}) == tokenizer.painted_codes
+
+    painted_BHW3 = rng.random((4, 4, 4, 3)) < 0.4
+    codes_BN = tokenizer.encode_painted(painted_BHW3)
+    for picture_HW3, codes_N in zip(painted_BHW3, codes_BN, strict=True):
+        for cell, code in enumerate(codes_N.tolist()):
+            top, left = 2 * (cell // 2), 2 * (cell % 2)
+            part = picture_HW3[top : top + 2, left : left + 2]
+            distances = {c: float(((part - each) ** 2).sum()) for c, each in coloured.items()}
+            assert distances[code] == pytest.approx(min(distances.values()))
+    masks_BHW = rng.random((4, 4, 4)) < 0.5
+    white_BHW3 = np.repeat(masks_BHW[..., None], 3, axis=-1)
+    assert np.array_equal(tokenizer.encode_painted(white_BHW3), tokenizer.encode(masks_BHW))

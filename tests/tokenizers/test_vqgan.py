@@ -17,7 +17,8 @@ from torch import Tensor
 
 from icl_moe.errors import InputError
 from icl_moe.images import to_pixels
-from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig, convert_taming
+from icl_moe.tokenizers.releases import convert_release
+from icl_moe.tokenizers.vqgan import VQGAN, VQGANConfig
 from preprocessing.synthetic import draw_scene
 
 SMALL = VQGANConfig(
@@ -121,7 +122,7 @@ def test_a_converted_release_gives_the_published_numbers(
         config.codebook_size,
         config.code_channels,
     )
-    convert_taming(*release, tmp_path / "out")
+    convert_release(*release, tmp_path / "out")
     ours = VQGAN.from_pretrained(tmp_path / "out")
     assert ours.config == config
     pixels_B3HW = torch.rand(3, 3, config.image_size, config.image_size) * 2 - 1
@@ -226,7 +227,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     checkpoint, config = _tiny_release(tmp_path)
     torch.save({"state_dict": {"encoder.conv_in.weight": Hostile()}}, checkpoint)
     with pytest.raises(InputError, match="could run code"):
-        convert_taming(checkpoint, config, tmp_path / "out")
+        convert_release(checkpoint, config, tmp_path / "out")
     assert not (tmp_path / MARK).exists() and not (tmp_path / "out").exists()
     torch.load(
         checkpoint, weights_only=False
@@ -239,10 +240,10 @@ def test_surplus_and_missing_keys_are_listed(tmp_path: Path) -> None:
         tmp_path, extra={"encoder.conv_extra.weight": torch.zeros(1)}
     )
     with pytest.raises(InputError, match=r"surplus encoder\.conv_extra\.weight"):
-        convert_taming(checkpoint, config, tmp_path / "out")
+        convert_release(checkpoint, config, tmp_path / "out")
     checkpoint, config = _tiny_release(tmp_path, without="quant_conv.bias")
     with pytest.raises(InputError, match=r"lacks quant_conv\.bias"):
-        convert_taming(checkpoint, config, tmp_path / "out")
+        convert_release(checkpoint, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -253,7 +254,7 @@ def test_a_config_that_contradicts_its_weights_is_refused(tmp_path: Path) -> Non
         InputError,
         match=r"quantize\.embedding\.weight is \(16, 8\) there and \(32, 8\) by the config",
     ):
-        convert_taming(checkpoint, config, tmp_path / "out")
+        convert_release(checkpoint, config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_a_release_of_another_kind_is_refused(
     checkpoint, config = _tiny_release(tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=message):
-        convert_taming(checkpoint, config, tmp_path / "out")
+        convert_release(checkpoint, config, tmp_path / "out")
 
 
 def test_a_folder_that_was_tampered_with_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Several classes in one picture: examples whose masks are painted, one colour for each class, and
+a query that is painted in the same colours.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from icl_moe.errors import InputError
+from icl_moe.images import ImageLike, crop_and_resize_mask, load_image, to_square_pixels
+from icl_moe.inference.decode import GREEDY, Sampling
+from icl_moe.inference.examples import list_pairs
+from icl_moe.sequence import Episode
+from icl_moe.tasks import SEMANTIC_SEGMENTATION
+from icl_moe.tasks.semantic_segmentation import COLOURS, PaintedPair, find_colours, paint
+
+if TYPE_CHECKING:
+    from icl_moe.inference.model import Decoding, InContextModel
+
+_Colour = tuple[int, int, int]
+
+
+def segment_colours(
+    model: "InContextModel",
+    examples: Iterable[tuple[ImageLike, ImageLike]],
+    query: ImageLike,
+    category: str | None = None,
+    sampling: Sampling = GREEDY,
+    progress: bool = False,
+    decoding: "Decoding | None" = None,
+) -> np.ndarray:
+    """See `InContextModel.segment_colours`."""
+    pairs = list_pairs(examples, "painted mask")
+    if not pairs:
+        raise InputError("Several classes in one mask need an example, which gives their colours.")
+    model.check_request(SEMANTIC_SEGMENTATION, len(pairs), category)
+    images = [load_image(pair[0], f"The image of example {n}") for n, pair in enumerate(pairs, 1)]
+    painted = [
+        _load_painted(pair[1], image, f"The mask of example {n}")
+        for n, (pair, image) in enumerate(zip(pairs, images, strict=True), 1)
+    ]
+    names = _names([colours for _, colours in painted])
+    drawn = [
+        _repainted(painted_HW3, names, image, model.image_size)
+        for image, (painted_HW3, _) in zip(images, painted, strict=True)
+    ]
+    picture = load_image(query, "The query")
+    *shown, asked = model.encode(
+        [to_square_pixels(each, model.image_size) for each in (*images, picture)]
+    )
+    codes = model.encode_painted(drawn)
+    episode = Episode(
+        SEMANTIC_SEGMENTATION,
+        category or "",
+        tuple(PaintedPair(image, code) for image, code in zip(shown, codes, strict=True)),
+    )
+    (pair,) = model.complete([(episode, asked)], sampling, progress, decoding)
+    (pixels_3HW,) = model.decode_painted(pair.painted[None])
+    return _in_their_colours(pixels_3HW, names, picture)
+
+
+def _load_painted(
+    mask: ImageLike, image: Image.Image, what: str
+) -> tuple[np.ndarray, list[_Colour]]:
+    """A painted mask, uint8 (H, W, 3), and its colours besides black."""
+    name = f"The mask {mask}" if isinstance(mask, str | os.PathLike) else what
+    painted = load_image(mask, what)
+    if painted.size != image.size:
+        raise InputError(
+            f"{name} is {painted.width} x {painted.height} pixels, but its image is "
+            f"{image.width} x {image.height}."
+        )
+    painted_HW3 = np.asarray(painted)
+    colours = [tuple(each) for each in np.unique(painted_HW3.reshape(-1, 3), axis=0).tolist()]
+    colours = [colour for colour in colours if any(colour)]
+    if not colours:
+        raise InputError(f"{name} is black: each class must be painted in a colour.")
+    if len(colours) > len(COLOURS):
+        raise InputError(
+            f"{name} has {len(colours)} colours besides black, and may have {len(COLOURS)}: each "
+            "class must be painted in one colour, without soft edges, in a file without loss such "
+            "as PNG."
+        )
+    return painted_HW3, colours
+
+
+def _names(of_masks: list[list[_Colour]]) -> dict[_Colour, str]:
+    """The users' colours -> those that the model was trained with, in a fixed order. Raises
+    InputError if there are too many.
+    """
+    colours = sorted({colour for colours in of_masks for colour in colours})
+    if len(colours) > len(COLOURS):
+        raise InputError(
+            f"The masks of the examples have {len(colours)} colours besides black together, and "
+            f"may have {len(COLOURS)}: a class must have the same colour in all of them."
+        )
+    return dict(zip(colours, COLOURS, strict=False))
+
+
+def _repainted(
+    painted_HW3: np.ndarray, names: dict[_Colour, str], image: Image.Image, size: int
+) -> np.ndarray:
+    """A mask in the model's colours, at its image size, boolean (size, size, 3)."""
+    whole = (0, 0, *image.size)
+    masks = {
+        name: crop_and_resize_mask((painted_HW3 == colour).all(axis=-1), whole, size)
+        for colour, name in names.items()
+    }
+    return paint(masks, (size, size)) > 0
+
+
+def _in_their_colours(
+    pixels_3HW: torch.Tensor, names: dict[_Colour, str], picture: Image.Image
+) -> np.ndarray:
+    """A picture of the model, uint8 (H, W, 3), in the users' colours and the query's size."""
+    size = picture.height, picture.width
+    resized = F.interpolate(pixels_3HW[None].clamp(-1, 1), size, mode="bilinear")[0]
+    found = find_colours(resized)
+    painted_HW3 = np.zeros((*size, 3), dtype=np.uint8)
+    for colour, name in names.items():
+        if name in found:
+            painted_HW3[found[name]] = colour
+    return painted_HW3

@@ -1,0 +1,92 @@
+"""Which classes of an image make a picture of several classes, on a data set whose masks are
+known.
+"""
+
+from typing import Any
+
+import pytest
+from accelerate import PartialState
+from conftest import CocoFolder, rectangle
+
+from icl_moe.rle import decode_rle
+from preprocessing import several_classes
+from preprocessing.image_check import ImageCheck
+from preprocessing.pool import Pool
+from preprocessing.recipe import DataRecipe, SegmentationSource
+from preprocessing.sources import Reading, read_pools
+
+
+def _add_birds(content: dict[str, Any]) -> None:
+    """In images 1 to 3 a bird of 10 x 10 pixels on the dog."""
+    content["categories"].append({"id": 19, "name": "bird"})
+    for image in (1, 2, 3):
+        number = len(content["annotations"]) + 1
+        content["annotations"].append(
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": 19,
+                "iscrowd": 0,
+                "bbox": [20, 25, 10, 10],
+                "segmentation": [rectangle(20, 25, 10, 10)],
+                "area": 100,
+            }
+        )
+
+
+def _read(coco_folder: CocoFolder, **settings: Any) -> Pool:
+    source = SegmentationSource(
+        images=str(coco_folder.images), annotations=str(coco_folder.file), **settings
+    )
+    recipe = DataRecipe(tokenizer="demo", segmentation=source)
+    process = PartialState()
+    check = ImageCheck("stop", "stop", coco_folder.folder / "work", 0, process)
+    (pool,) = read_pools(recipe, Reading(80, check, 0, coco_folder.folder, process))
+    return pool
+
+
+def test_a_region_shows_the_classes_of_an_image_that_have_a_region(
+    coco_folder: CocoFolder,
+) -> None:
+    """Image 4 shows dogs, and a crowd of cats, which makes no region. A bird hides a part of its
+    dog.
+    """
+    coco_folder.write(_add_birds)
+    pool = _read(coco_folder, classes_per_mask=3)
+    shown = [(region.image.name, region.category) for region in pool.regions]
+    combinations = {"bird + cat", "bird + cat + dog", "bird + dog", "cat + dog"}
+    assert len(shown) == len(set(shown)) == 12
+    assert {name for name, _ in shown} == {"1.jpg", "2.jpg", "3.jpg"}
+    assert {category for _, category in shown} == combinations
+    for region in pool.regions:
+        left, _, right, _ = region.crop
+        assert right - left == 80
+        sizes = {
+            name: int(decode_rle({"size": [80, 80], "counts": counts}).sum())
+            for name, counts in region.target.masks
+        }
+        names = region.category.split(" + ")
+        assert list(sizes) == names
+        assert sizes.get("bird", 100) == 100
+        if "dog" in names:
+            assert sizes["dog"] == (1100 if "bird" in names else 1200)
+        assert region.scale == pytest.approx(sum(sizes.values()) / 80**2)
+        of_names = {"bird": 1, "cat": 2, "dog": 1}
+        assert len(region.annotations) == sum(of_names[name] for name in names)
+
+
+def test_two_classes_at_most_and_large_ones_alone(coco_folder: CocoFolder) -> None:
+    coco_folder.write(_add_birds)
+    pool = _read(coco_folder, classes_per_mask=2, least_scale=0.02)
+    assert {region.category for region in pool.regions} == {"cat + dog"}
+
+
+def test_combinations_of_a_crowded_image_are_limited_and_counted(
+    coco_folder: CocoFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest classes come first."""
+    coco_folder.write(_add_birds)
+    monkeypatch.setattr(several_classes, "MOST_COMBINATIONS", 1)
+    pool = _read(coco_folder, classes_per_mask=2)
+    assert [region.category for region in pool.regions] == ["cat + dog"] * 3
+    assert pool.skipped["combinations_of_an_image_with_many"] > 0

@@ -1,0 +1,313 @@
+"""Several classes in one mask: every episode has its own colours, and what is painted is read back,
+scored class by class, and given in the user's colours.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+import torch
+import toy_export
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+
+from icl_moe.cli import main
+from icl_moe.data.shards import Sample, ShardSet
+from icl_moe.errors import InputError
+from icl_moe.evaluation.protocol import evaluate
+from icl_moe.images import crop_and_resize_mask
+from icl_moe.inference.model import InContextModel
+from icl_moe.rle import decode_rle
+from icl_moe.settings import load_recipe
+from icl_moe.tasks import SEMANTIC_SEGMENTATION
+from icl_moe.tasks.semantic_segmentation import COLOURS, find_colours
+from icl_moe.tokenizers.vqgan import VQGAN
+from preprocessing.build import build_shards
+from preprocessing.recipe import DataRecipe
+from preprocessing.verify import open_codec
+
+Command = Callable[..., CompletedProcess[str]]
+
+SETTINGS = (
+    "captioning=null",
+    "vocabulary.mask=true",
+    "synthetic.images=60",
+    "segmentation.object_scale=any",
+    "examples=1",
+)
+PATCHES = (
+    "tokenizer=null",
+    "mask_tokenizer=demo_masks",
+    "features_tokenizer=demo_colours",
+    "vocabulary.features=1024",
+    "vocabulary.image_codes=3578",
+)
+
+
+def _build(folder: Path, *settings: str) -> Path:
+    recipe = load_recipe(DataRecipe, "demo", [*SETTINGS, *settings], package="preprocessing")
+    build_shards(recipe, folder, workers=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classes") / "shards"
+    return _build(folder, *PATCHES, "segmentation.classes_per_mask=3", "samples=24")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return toy_export.save_toy_model(folder, shards, mask_corruption=True)
+
+
+def _samples(shards: Path) -> list[Sample]:
+    opened = ShardSet(shards)
+    assert list(opened.manifest.samples) == ["semantic_segmentation"]
+    count = opened.count("semantic_segmentation")
+    return [opened.sample("semantic_segmentation", index) for index in range(count)]
+
+
+def test_the_pairs_of_an_episode_show_the_same_classes_and_masks_are_the_annotations(
+    shards: Path,
+) -> None:
+    """A pixel of several classes belongs to the smallest one."""
+    instances = COCO(next((shards / "synthetic").glob("instances_*.json")))
+    ids = {record["file_name"]: number for number, record in instances.imgs.items()}
+    sizes = set()
+    for sample in _samples(shards):
+        names = set(sample.meta["colours"])
+        sizes.add(len(names))
+        assert sample.category == " + ".join(sorted(names))
+        for source, masks in zip(sample.meta["sources"], sample.meta["class_masks"], strict=True):
+            assert set(masks) == names
+            of_class = {name: [] for name in names}
+            for annotation in instances.imgToAnns[ids[source["image"]]]:
+                name = instances.cats[annotation["category_id"]]["name"]
+                if name in names:
+                    assert annotation["id"] in source["annotations"]
+                    of_class[name].append(instances.annToMask(annotation).astype(bool))
+            whole = {
+                name: crop_and_resize_mask(np.any(parts, axis=0), tuple(source["crop"]), 64)
+                for name, parts in of_class.items()
+            }
+            covered = np.zeros((64, 64), dtype=bool)
+            for name in sorted(names, key=lambda name: whole[name].sum()):
+                assert np.array_equal(decode_rle(masks[name]), whole[name] & ~covered)
+                covered |= whole[name]
+    assert sizes == {2, 3}
+
+
+def test_colours_are_fixed_within_an_episode_and_drawn_anew_for_each(shards: Path) -> None:
+    """So a class says nothing about its colour, and all seven colours occur."""
+    samples = _samples(shards)
+    of_class: dict[str, set[str]] = {}
+    for sample in samples:
+        colours = sample.meta["colours"]
+        assert len(set(colours.values())) == len(colours)
+        for name, colour in colours.items():
+            of_class.setdefault(name, set()).add(colour)
+    assert max(map(len, of_class.values())) > 2
+    assert set().union(*of_class.values()) == set(COLOURS)
+
+
+def test_verify_reads_the_shards_and_makes_samples_anew(
+    shards: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["shards", "verify", str(shards), "--samples", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "semantic_segmentation: 6 samples (12 pairs) made anew" in said
+    page = tmp_path / "preview.html"
+    assert main(["shards", "preview", str(shards), f"--out={page}"]) == 0
+    assert "classes as tokens" in page.read_text()
+
+
+def test_a_vqgan_paints_where_masks_have_no_tokenizer_of_their_own(tmp_path: Path) -> None:
+    """And a mask tokenizer must have room for its patches in all colours."""
+    settings = ("segmentation.classes_per_mask=2", "samples=2")
+    folder = _build(tmp_path / "vqgan", *settings)
+    tokenizer = VQGAN.from_pretrained("demo")
+    for sample in _samples(folder):
+        codec = open_codec(ShardSet(folder))
+        pairs = codec.decode(sample.sequence, SEMANTIC_SEGMENTATION).pairs
+        for pair, masks in zip(pairs, sample.meta["class_masks"], strict=True):
+            painted = torch.full((1, 3, 64, 64), -1.0)
+            for name, rle in masks.items():
+                colour = torch.tensor(COLOURS[sample.meta["colours"][name]]) / 127.5 - 1
+                painted[0, :, torch.from_numpy(decode_rle(rle).copy())] = colour[:, None]
+            assert np.array_equal(tokenizer.encode(painted)[0].numpy(), pair.painted)
+    with pytest.raises(InputError, match="has 3578 codes for painted masks, more than"):
+        _build(tmp_path / "small", *settings, "mask_tokenizer=demo_masks")
+
+
+def test_with_one_class_per_mask_nothing_changes(tmp_path: Path) -> None:
+    plain = _build(tmp_path / "plain", "samples=4")
+    one = _build(tmp_path / "one", "samples=4", "segmentation.classes_per_mask=1")
+    (name,) = (path.name for path in plain.glob("*.tar"))
+    assert name == "segmentation-000000.tar"
+    assert (plain / name).read_bytes() == (one / name).read_bytes()
+
+
+@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
+def test_evaluation_scores_each_class(
+    shards: Path, model_folder: Path, tmp_path: Path, decoding: str
+) -> None:
+    evaluate(model_folder, shards, tmp_path / "report", limit=12, decoding=decoding)
+    tasks = json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]
+    rows = {row["name"]: row for row in tasks["semantic_segmentation"]["rows"]}
+    ceiling = rows["the truth through the tokenizer (ceiling)"]
+    copied = rows["the first example's output, whatever the query"]
+    assert ceiling["episodes"] == 12
+    names = {name for sample in _samples(shards)[:12] for name in sample.meta["colours"]}
+    assert set(ceiling["class_iou"]) == names
+    assert ceiling["miou"] > 0.6 > 0.3 > copied["miou"]
+    assert ceiling["miou"] == pytest.approx(np.mean(list(ceiling["class_iou"].values())))
+    assert "Semantic segmentation" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_predictions_of_other_systems_leave_it_out(
+    shards: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "semantic_segmentation.json").write_text('{"results": []}')
+    with pytest.raises(InputError, match="predictions of no task"):
+        evaluate(model_folder, shards, tmp_path / "report", predictions={"ours": tmp_path})
+
+
+def _painted(shape: tuple[int, int], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Upright bars of equal widths in these colours, between black ones."""
+    painted = np.zeros((*shape, 3), dtype=np.uint8)
+    width = shape[1] // (2 * len(colours) + 1)
+    for number, colour in enumerate(colours):
+        start = (2 * number + 1) * width
+        painted[:, start : start + width] = colour
+    return painted
+
+
+def test_the_answer_is_in_the_colours_of_the_examples(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that writes what its example shows gives back the example's own picture, in any
+    colours, grey and nearly black ones among them.
+    """
+    colours = [(10, 20, 30), (128, 128, 128), (1, 1, 1)]
+    painted = _painted((70, 140), colours)
+    image = np.random.default_rng(0).integers(0, 256, painted.shape, dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(painted).save(tmp_path / "painted.png")
+
+    def copy(model, requests, *_):
+        return [episode.pairs[0] for episode, _ in requests]
+
+    monkeypatch.setattr(InContextModel, "complete", copy)
+    command = ["segment", str(model_folder), "--query", str(tmp_path / "image.png"), "--colours"]
+    command += ["--example", str(tmp_path / "image.png"), str(tmp_path / "painted.png")]
+    assert main([*command, f"--out={tmp_path / 'out.png'}"]) == 0
+    found = np.asarray(Image.open(tmp_path / "out.png"))
+    assert found.shape == painted.shape
+    assert (found == painted).all(axis=2).mean() > 0.9
+    assert {tuple(each) for each in found.reshape(-1, 3).tolist()} == {(0, 0, 0), *colours}
+
+
+def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
+    model = InContextModel.from_pretrained(model_folder, "cpu")
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    painted = _painted((40, 60), [(200, 0, 0), (0, 0, 90)])
+    found = model.segment_colours([(image, painted)] * 2, np.zeros((50, 30, 3), dtype=np.uint8))
+    assert found.shape == (50, 30, 3)
+    assert {tuple(each) for each in found.reshape(-1, 3).tolist()} <= {
+        (0, 0, 0),
+        (200, 0, 0),
+        (0, 0, 90),
+    }
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_evaluated_and_paints(
+    shards: Path, tmp_path: Path, run_command: Command
+) -> None:
+    small = (
+        "vocabulary.text_merges=1000 vocabulary.image_codes=3578 vocabulary.mask=true "
+        "vocabulary.features=1024 model.layers=2 model.width=32 model.heads=2 "
+        "model.layers_with_experts=[1] model.positions=400 training.steps=2 training.log_every=1 "
+        "training.global_batch=2 training.micro_batch=2 training.mask_corruption=true "
+        "data.workers=0 optimizer.warmup_steps=1"
+    )
+    run, model, image = tmp_path / "run", tmp_path / "model", tmp_path / "image.png"
+    Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(image)
+    mask = tmp_path / "mask.png"
+    Image.fromarray(_painted((40, 60), [(200, 0, 0), (0, 0, 90)])).save(mask)
+    for command in (
+        f"train demo data.shards={shards} training.output={run} {small}",
+        f"export {run} --out {model}",
+        f"evaluate {model} {shards} --limit 4 --out {tmp_path / 'report'}",
+        f"segment {model} --example {image} {mask} --query {image} --colours "
+        f"--out {tmp_path / 'out.png'}",
+    ):
+        done = run_command(["icl-moe", *command.split()], timeout=900)
+        assert done.returncode == 0, done.stdout
+    assert Image.open(tmp_path / "out.png").size == (60, 40)
+    command = f"segment {model} --example {image} {mask} --query {image} --out {tmp_path / 'a.png'}"
+    done = run_command(["icl-moe", *command.split()])
+    assert done.returncode == 2
+    assert "was trained on semantic_segmentation, not segmentation" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((40, 60, 3), dtype=np.uint8), "mask of example 1 is black"),
+        (_painted((40, 50), [(9, 9, 9)]), "is 50 x 40 pixels, but its image is 60 x 40"),
+        (_painted((40, 60), [(n, 0, 0) for n in range(1, 9)]), "has 8 colours besides black, and"),
+    ],
+)
+def test_a_mask_that_is_not_painted_in_a_few_colours_is_refused(
+    model_folder: Path, mask: np.ndarray, message: str
+) -> None:
+    model = InContextModel.from_pretrained(model_folder, "cpu")
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    with pytest.raises(InputError, match=message):
+        model.segment_colours([(image, mask)], image)
+
+
+def test_examples_with_different_colours_and_no_examples_are_refused(model_folder: Path) -> None:
+    model = InContextModel.from_pretrained(model_folder, "cpu")
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    with pytest.raises(InputError, match="need an example, which gives their colours"):
+        model.segment_colours([], image)
+    masks = [_painted((40, 60), [(n, n, 0) for n in range(s, s + 4)]) for s in (1, 5)]
+    with pytest.raises(InputError, match="have 8 colours besides black together"):
+        model.segment_colours([(image, mask) for mask in masks], image)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["segmentation.source=composed", "segmentation.images=a", "segmentation.annotations=b",
+             "segmentation.composed.same_instance=0.5"],
+            "same_instance must be 0",
+        ),
+        (["segmentation.classes_per_mask=8"], "must lie in 1..7"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused(settings: list[str], message: str) -> None:
+    chosen = ["segmentation.classes_per_mask=2", *settings]
+    with pytest.raises(InputError, match=message):
+        load_recipe(DataRecipe, "demo", chosen, package="preprocessing")
+
+
+@given(st.permutations([*COLOURS.values(), (0, 0, 0)]), st.floats(0, 0.49))
+def test_a_mixture_of_two_colours_is_read_as_the_nearer_one(
+    corners: list[tuple[int, int, int]], share: float
+) -> None:
+    """Wherever their levels differ; so a soft edge between two classes looks like no third one."""
+    near, far = (torch.tensor(corner) / 127.5 - 1 for corner in corners[:2])
+    found = find_colours(((1 - share) * near + share * far)[:, None, None])
+    expected = [name for name, colour in COLOURS.items() if colour == corners[0]]
+    assert list(found) == expected
