@@ -42,7 +42,8 @@ image of COCO.
 BATCH = 4
 WIDTH, HEIGHT = 640, 480
 PER_IMAGE = 3
-LAUNCH = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no --num_processes"
+# With --cpu it would start one process, whatever the number.
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ def _run(
     """Encode in `processes` processes. Returns the seconds of the slowest and the sum of the
     others' figures.
     """
-    launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
+    launch = [*LAUNCH.split(), "--num_processes", str(processes)] if processes > 1 else []
     options = {"encode": folder, "tokenizer": tokenizer, "size": size, "pictures": pictures}
     options["workers"] = workers
     command = [f"--{name}={value}" for name, value in options.items()]
