@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
     tokenizer = args.tokenizer or str(_random_tokenizer(folder / "tokenizer"))
     _write_photographs(folder / "images", -(-max(args.pictures, 128) // PER_IMAGE))
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "size": args.size}
-    figures["TFLOP a picture"] = _flops(tokenizer, args.size) / 1e12
+    figures["GFLOP a picture"] = _flops(tokenizer, args.size) / 1e9
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for repeat in range(args.repeats):
         for processes, of_processes in runs.items():
