@@ -42,7 +42,8 @@ image of COCO.
 BATCH = 4
 WIDTH, HEIGHT = 640, 480
 PER_IMAGE = 3
-LAUNCH = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no --num_processes"
+# With --cpu it would start one process, whatever the number.
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
     tokenizer = args.tokenizer or str(_random_tokenizer(folder / "tokenizer"))
     _write_photographs(folder / "images", -(-max(args.pictures, 128) // PER_IMAGE))
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "size": args.size}
-    figures["TFLOP a picture"] = _flops(tokenizer, args.size) / 1e12
+    figures["GFLOP a picture"] = _flops(tokenizer, args.size) / 1e9
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for repeat in range(args.repeats):
         for processes, of_processes in runs.items():
@@ -101,7 +102,7 @@ def _run(
     """Encode in `processes` processes. Returns the seconds of the slowest and the sum of the
     others' figures.
     """
-    launch = [*LAUNCH.split(), str(processes)] if processes > 1 else []
+    launch = [*LAUNCH.split(), "--num_processes", str(processes)] if processes > 1 else []
     options = {"encode": folder, "tokenizer": tokenizer, "size": size, "pictures": pictures}
     options["workers"] = workers
     command = [f"--{name}={value}" for name, value in options.items()]

@@ -504,8 +504,9 @@ def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
 @pytest.mark.parametrize(
     "launch",
     [
-        # All options are set, so that the machine's accelerate configuration has no effect.
-        "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        # All options are set, so that the machine's accelerate configuration has no effect. With
+        # --cpu it would start one process, whatever the number.
+        "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no -m icl_moe",
         "torchrun --standalone --nproc_per_node 2 -m icl_moe",
     ],
@@ -520,4 +521,5 @@ def test_two_launched_processes_make_the_bytes_of_one(
     )
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("25 segmentation samples and 25 captioning samples in 6 shards") == 1
+    assert re.search(r"packing samples: 100%\S* 25/25 ", result.stdout), "half of the 50 samples"
     assert hashes(out) == hashes(demo)

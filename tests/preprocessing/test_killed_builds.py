@@ -72,7 +72,7 @@ def test_a_build_killed_at_random_points_goes_on_where_it_was(
 def launched() -> list[str]:
     """The beginning of a command that two processes run."""
     launch = (
-        "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no"
     )
     return launch.split()
