@@ -78,10 +78,11 @@ def _figure6(scale: Scale) -> PaperFigure:
         "one task.",
         "Normalised: the L2 norm of a part's gradient / that of the whole gradient, in steps of "
         "the training itself.",
-        "Cosines are of gradients at equal weights, those of the newest checkpoint, each over half "
-        "of the batches that training would take next. Between tasks: the mean over the four pairs "
-        "of a half of either task; within a task: its two halves, which is what two gradients of "
-        "one task reach with so many episodes. 1: the tasks want the same change; 0: neither "
+        "Cosines are of gradients at equal weights, those of the newest checkpoint, of the batches "
+        "that training would take next, in four groups for each task, and without the auxiliary "
+        "loss of gates. Between tasks: the mean over the pairs of a group of either task; within a "
+        "task: over the pairs of its own groups, which is what two gradients of one task reach "
+        "with so many episodes. 1: the tasks want the same change; 0: neither "
         "helps nor hinders the other; below 0: they are in conflict. "
         "Where the experts of two tasks are different ones, their cosine is 0 by construction.",
     )

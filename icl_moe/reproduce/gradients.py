@@ -68,7 +68,7 @@ class Measured:
         return [(step, square**0.5) for step, square in sorted(squares.items())]
 
 
-def measure(name: str, run: Path, recipe: TrainingRecipe, batches: int = 8) -> Measured:
+def measure(name: str, run: Path, recipe: TrainingRecipe, batches: int = 16) -> Measured:
     """Measure a run in its folder, over so many batches of each task at each checkpoint. Raises
     InputError if it has no report of gradients, or no checkpoint.
     """

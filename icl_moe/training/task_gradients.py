@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations, count, islice, product
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ from icl_moe.training.preflight import make_schedule
 WHOLE = "all parameters"
 """The name of the whole model among the parts."""
 
+GROUPS = 4
+
 Gradient = dict[str, Tensor]
 
 
@@ -32,10 +35,11 @@ Gradient = dict[str, Tensor]
 class TaskGradients:
     """Of a checkpoint after `step` steps.
 
-    norms: task -> part -> L2 norm of the mean gradient over all its batches. within: task -> part
-    -> cosine of the gradients of the two halves of its batches. between: two tasks -> part -> the
-    mean cosine of a half of the one and a half of the other, four pairs. A part that a task's
-    gradient does not reach has no cosine.
+    The batches of each task are `GROUPS` groups. norms: task -> part -> L2 norm of the mean
+    gradient over all its batches. within: task -> part -> the mean cosine of the gradients of two
+    of its groups, over all pairs. between: two tasks -> part -> the mean cosine of a group of the
+    one and a group of the other, over all pairs. A part that a task's gradient does not reach has
+    no cosine.
     """
 
     step: int
@@ -46,38 +50,38 @@ class TaskGradients:
 
 
 def task_gradients(
-    recipe: TrainingRecipe, checkpoint: Path, batches: int = 8, device: Device | None = None
+    recipe: TrainingRecipe, checkpoint: Path, batches: int = 16, device: Device | None = None
 ) -> TaskGradients:
     """The gradients at the weights of a checkpoint's folder, of the next `batches` global batches
-    (an even number) of each task that training would take after it, with the loss of training,
-    without dropout and without noise of gates.
+    (a multiple of `GROUPS`) of each task that training would take after it, without dropout and
+    without noise of gates.
 
-    The recipe's schedule must draw one task a step (training.sampling=unmixed).
+    The loss is that of training without the auxiliary loss of gates: that is no task's, hardly
+    depends on the batch, and would make any two gradients of a gate agree. The recipe's schedule
+    must draw one task a step (training.sampling=unmixed).
     """
     config = DecoderConfig.from_pretrained(checkpoint.parent.parent / "model")
     weights, step = training_state.read_weights(checkpoint, config)
-    decoder = InContextDecoder(
-        config, auxiliary_weight=recipe.training.auxiliary_loss_weight
-    ).eval()
+    decoder = InContextDecoder(config, auxiliary_weight=0.0).eval()
     decoder.load_state_dict(weights)
     decoder.float().to(find_device(device))
     shards = ShardSet(recipe.data.shards)
     schedule = make_schedule(recipe, shards.manifest)
-    halves = {
-        task: _halves(decoder, recipe, shards, schedule, task, step, batches)
+    groups = {
+        task: _groups(decoder, recipe, shards, schedule, task, step, batches)
         for task in schedule.probabilities
     }
-    means = {task: _mean(*of_task) for task, of_task in halves.items()}
+    means = {task: _mean(of_task) for task, of_task in groups.items()}
     return TaskGradients(
         step,
         batches * recipe.training.global_batch,
         {task: _norms(mean) for task, mean in means.items()},
-        {task: _cosines([of_task]) for task, of_task in halves.items()},
-        {(a, b): _cosines(list(product(halves[a], halves[b]))) for a, b in combinations(halves, 2)},
+        {task: _cosines(list(combinations(of_task, 2))) for task, of_task in groups.items()},
+        {(a, b): _cosines(list(product(groups[a], groups[b]))) for a, b in combinations(groups, 2)},
     )
 
 
-def _halves(
+def _groups(
     decoder: InContextDecoder,
     recipe: TrainingRecipe,
     shards: ShardSet,
@@ -85,8 +89,8 @@ def _halves(
     task: str,
     start: int,
     batches: int,
-) -> tuple[Gradient, Gradient]:
-    """The mean gradients of a task over its next batches, every other one."""
+) -> list[Gradient]:
+    """The mean gradient of each group of a task's next batches, which are dealt out in turns."""
     training = recipe.training
     part = RankSlice.of(0, 1, training.global_batch, training.micro_batch)
     dataset = MicroBatches(
@@ -100,11 +104,10 @@ def _halves(
         training.input_loss,
     )
     steps = list(islice((t for t in count(start) if schedule.task(t) == task), batches))
-    first, second = (
-        _gradient(decoder, _micro_batches(dataset, steps[half::2], part.micro_steps, task))
-        for half in (0, 1)
-    )
-    return first, second
+    return [
+        _gradient(decoder, _micro_batches(dataset, steps[group::GROUPS], part.micro_steps, task))
+        for group in range(GROUPS)
+    ]
 
 
 def _micro_batches(
@@ -129,9 +132,12 @@ def _gradient(decoder: InContextDecoder, batches: Iterator[TokenBatch]) -> Gradi
     }
 
 
-def _mean(a: Gradient, b: Gradient) -> Gradient:
-    names = dict.fromkeys([*a, *b])
-    return {name: sum(g[name] for g in (a, b) if name in g) / 2 for name in names}  # type: ignore[misc]
+def _mean(gradients: list[Gradient]) -> Gradient:
+    names = dict.fromkeys(name for gradient in gradients for name in gradient)
+    return {
+        name: torch.stack([g[name] for g in gradients if name in g]).sum(dim=0) / len(gradients)
+        for name in names
+    }
 
 
 def _norms(gradient: Gradient) -> dict[str, float]:

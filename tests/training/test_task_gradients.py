@@ -5,6 +5,7 @@ every number.
 import csv
 import json
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def trained(shards, rank_group, tmp_path_factory) -> tuple[Path, TrainingRecipe]
 def _plain(folder: Path, recipe: TrainingRecipe, steps: list[int]) -> dict[str, Tensor]:
     """The mean gradient of these steps' global batches, each as one micro-batch."""
     config = DecoderConfig.from_pretrained(folder.parent.parent / "model")
-    decoder = InContextDecoder(config).eval()
+    decoder = InContextDecoder(config, auxiliary_weight=0.0).eval()
     decoder.load_state_dict(training_state.read_weights(folder, config)[0])
     shards = ShardSet(recipe.data.shards)
     part = RankSlice.of(0, 1, 4, 4)
@@ -71,29 +72,30 @@ def _cosine(a: dict[str, Tensor], b: dict[str, Tensor], begins: str = "") -> flo
 def test_gradients_at_a_checkpoint_are_those_of_plain_autograd(trained):
     output, recipe = trained
     folder = whole_checkpoints(output)[0]
-    found = task_gradients(recipe, folder, batches=2, device="cpu")
-    assert (found.step, found.episodes) == (2, 8)
+    found = task_gradients(recipe, folder, batches=4, device="cpu")
+    assert (found.step, found.episodes) == (2, 16)
     schedule = make_schedule(recipe, ShardSet(recipe.data.shards).manifest)
     steps = {
-        task: [t for t in range(2, 200) if schedule.task(t) == task][:2] for task in found.norms
+        task: [t for t in range(2, 200) if schedule.task(t) == task][:4] for task in found.norms
     }
-    halves = {
+    groups = {
         task: [_plain(folder, recipe, [step]) for step in of_task]
         for task, of_task in steps.items()
     }
-    for task, (first, second) in halves.items():
-        assert found.within[task][WHOLE] == pytest.approx(_cosine(first, second), abs=1e-4)
-        means = torch.cat([((first[n] + second[n]) / 2).flatten() for n in first])
-        assert found.norms[task][WHOLE] == pytest.approx(float(means.norm()), rel=1e-3)
+    for task, of_task in groups.items():
+        cosines = [_cosine(a, b) for a, b in combinations(of_task, 2)]
+        assert found.within[task][WHOLE] == pytest.approx(sum(cosines) / 6, abs=1e-4)
+        mean = torch.cat([sum(g[name] for g in of_task).flatten() / 4 for name in of_task[0]])
+        assert found.norms[task][WHOLE] == pytest.approx(float(mean.norm()), rel=1e-3)
     ((tasks, between),) = found.between.items()
     for part in ("layers.0.attention", "layers.1.feed_forward"):
-        expected = [_cosine(a, b, f"{part}.") for a in halves[tasks[0]] for b in halves[tasks[1]]]
-        assert between[part] == pytest.approx(sum(expected) / 4, abs=1e-4)
+        expected = [_cosine(a, b, f"{part}.") for a, b in product(*(groups[t] for t in tasks))]
+        assert between[part] == pytest.approx(sum(expected) / 16, abs=1e-4)
 
 
 def test_the_figure_has_every_number(trained, tmp_path):
     output, recipe = trained
-    dense = measure("dense", output, recipe, batches=2)
+    dense = measure("dense", output, recipe, batches=4)
     models = [dense, replace(dense, name="attribute experts")]
     assert [at.step for at in models[0].at] == [2, 4]
     table = write_gradients(tmp_path, FIGURES["figure6"]("demo"), models)
