@@ -184,9 +184,10 @@ def _entries_of_list(file: Path, stream: TextIO, progress: Any) -> Iterator[Any]
             elif count >= 0 and text.startswith("]", position):
                 break
             else:
-                entry, position = decoder.raw_decode(text, position)
+                entry, end = decoder.raw_decode(text, position)
                 count += 1
-                yield with_whole_characters(entry, text)
+                yield with_whole_characters(entry, text, position, end)
+                position = end
         except json.JSONDecodeError:
             # The entry is incomplete or malformed; more text will tell. The text is at least
             # doubled, so that a long entry is not decoded over and over.
