@@ -11,7 +11,7 @@ import io
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,6 +32,7 @@ from preprocessing.json_stream import NotPlainError, object_members
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ObjectScale, SegmentationSource
 from preprocessing.records import image_file, is_id, kinds_of_id, local_name, unaugmented
+from preprocessing.region_table import RegionTable, TableWriter
 from preprocessing.workers import ordered_map
 
 SMALL_AREA = 32**2
@@ -64,20 +65,45 @@ def read_instances(
     unsure: image id -> classes of which not all instances in the image are annotated. The image has
     no mask of them, whose background would show the others.
     """
-    pool = Pool("segmentation", [])
-    found = _class_masks(coco, source, pool.skipped, unsure or {})
-    masks = usable.keep(found, source.path("images"), pool)
-    chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
-    with tqdm(total=len(masks), desc="cutting masks", unit="mask") as progress:
-        for regions in ordered_map(_cut_masks, (image_size, source.object_scale), chunks, workers):
-            seen = [region for region in regions if region is not None]
-            large = [region for region in seen if region.scale >= source.least_scale]
-            pool.regions += large
-            pool.skipped["empty_masks"] += regions.count(None)
-            pool.skipped["masks_of_small_scale"] += len(seen) - len(large)
-            progress.update(len(regions))
+    cutter = _Cutter(coco, source, image_size, unsure or {})
+    cutter.check()
+    pool, parts = Pool("segmentation", []), list[_Cut]()
+    images = list(coco.imgs)
+    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    ids: dict[str, Any] = {}
+    with tqdm(total=len(images), desc="reading masks", unit="image") as progress:
+        for part, chunk in zip(
+            ordered_map(_cut_images, cutter, chunks, workers), chunks, strict=True
+        ):
+            for image_id, name in part.names:
+                if ids.setdefault(name, image_id) != image_id:
+                    raise _same_name(coco.file, ids[name], image_id, name)
+            if part.error is not None:
+                raise part.error
+            pool.skipped.update(part.skipped)
+            parts.append(part)
+            progress.update(len(chunk))
+    table = RegionTable.concatenate([part.table for part in parts])
+    shown = [_Shown(image) for image in table.images()]
+    usable_images = {item.image.name for item in usable.keep(shown, source.path("images"), pool)}
+    is_usable = np.array([item.image.name in usable_images for item in shown], dtype=bool)
+    for reason in ("empty_masks", "masks_of_small_scale"):
+        counts = [part.left_out[reason] for part in parts]
+        pool.skipped[reason] += int(np.concatenate(counts or [np.zeros(0)])[is_usable].sum())
+    pool.regions = table.select(is_usable[table.image_numbers()])
     pool.count_classes_without_a_region(source.classes)
     return pool
+
+
+_CHUNK = 64
+"""Images whose masks a process cuts at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """An image that shows masks."""
+
+    image: ImageFile
 
 
 class CheckedCOCO(COCO):
@@ -300,35 +326,86 @@ class _ClassMask:
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _class_masks(
-    coco: CheckedCOCO,
-    source: SegmentationSource,
-    skipped: Counter[str],
-    unsure: Mapping[Any, Set[str]],
-) -> Iterator[_ClassMask]:
-    """The masks of the wanted classes in each image."""
-    names = {number: record["name"] for number, record in coco.cats.items()}
-    wanted = set(names.values()) if source.classes is None else set(source.classes)
-    check_classes("segmentation.classes", wanted, coco)
-    annotations = [a for a in coco.anns.values() if names[a["category_id"]] in wanted]
-    if source.crowds == "join" and annotations and all(a.get("iscrowd") for a in annotations):
-        raise InputError(
-            f"{coco.file}: all instances are crowds (iscrowd=1), which make no region; set "
-            "segmentation.crowds=instances to treat each as an instance."
-        )
-    of_image: dict[Any, dict[str, list[dict[str, Any]]]] = {number: {} for number in coco.imgs}
-    for annotation in coco.anns.values():
-        of_class = of_image[annotation["image_id"]]
-        of_class.setdefault(names[annotation["category_id"]], []).append(annotation)
-    names_seen: dict[str, Any] = {}
-    for image_id, of_class in tqdm(of_image.items(), desc="reading masks", unit="image"):
-        for name in unsure.get(image_id, ()):
-            skipped["masks_not_exhaustive"] += of_class.pop(name, None) is not None
-        if not wanted.isdisjoint(of_class):
-            image = coco_image(coco, source.path("images"), image_id)
-            if names_seen.setdefault(image.name, image_id) != image_id:
-                raise _same_name(coco.file, names_seen[image.name], image_id, image.name)
-            yield from _masks_of_image(coco.file, image, source, skipped, of_class, wanted)
+class _Cutter:
+    """Cuts the masks of the wanted classes out of images."""
+
+    def __init__(
+        self,
+        coco: CheckedCOCO,
+        source: SegmentationSource,
+        image_size: int,
+        unsure: Mapping[Any, Set[str]],
+    ) -> None:
+        self.coco, self.source, self.image_size, self.unsure = coco, source, image_size, unsure
+        self.names = {number: record["name"] for number, record in coco.cats.items()}
+        self.wanted = set(self.names.values()) if source.classes is None else set(source.classes)
+
+    def check(self) -> None:
+        """Raise InputError if the file has no such class, or none but crowds."""
+        check_classes("segmentation.classes", self.wanted, self.coco)
+        crowds = [
+            bool(annotation.get("iscrowd"))
+            for annotation in self.coco.anns.values()
+            if self.names[annotation["category_id"]] in self.wanted
+        ]
+        if self.source.crowds == "join" and crowds and all(crowds):
+            raise InputError(
+                f"{self.coco.file}: all instances are crowds (iscrowd=1), which make no region; "
+                "set segmentation.crowds=instances to treat each as an instance."
+            )
+
+    def of_class(self, image_id: Any, skipped: Counter[str]) -> dict[str, list[dict[str, Any]]]:
+        """Class -> its annotations in an image; empty if none is wanted."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for annotation in self.coco.imgToAnns.get(image_id, ()):
+            found.setdefault(self.names[annotation["category_id"]], []).append(annotation)
+        for name in self.unsure.get(image_id, ()):
+            skipped["masks_not_exhaustive"] += found.pop(name, None) is not None
+        return {} if self.wanted.isdisjoint(found) else found
+
+
+@dataclass
+class _Cut:
+    """The regions of some images. names: of the images that were looked at, by id. left_out: reason
+    -> how many masks of each image of the table have no region for it. error: what stopped it.
+    """
+
+    table: RegionTable
+    names: list[tuple[Any, str]]
+    skipped: Counter[str]
+    left_out: dict[str, np.ndarray]
+    error: InputError | None = None
+
+
+def _cut_images(cutter: _Cutter, image_ids: list[Any]) -> _Cut:
+    """The regions of images, or of those before the first that is wrong."""
+    writer, source, error = TableWriter(), cutter.source, None
+    cut = _Cut(RegionTable.of([]), [], Counter(), {})
+    empty, small = array("q"), array("q")
+    try:
+        for image_id in image_ids:
+            of_class = cutter.of_class(image_id, cut.skipped)
+            if not of_class:
+                continue
+            image = coco_image(cutter.coco, source.path("images"), image_id)
+            cut.names.append((image_id, image.name))
+            masks = _masks_of_image(
+                cutter.coco.file, image, source, cut.skipped, of_class, cutter.wanted
+            )
+            if not masks:
+                continue
+            writer.add_image(image)
+            regions = _cut_masks(cutter.image_size, source.object_scale, masks)
+            seen = [region for region in regions if region is not None]
+            large = [region for region in seen if region.scale >= source.least_scale]
+            for region in large:
+                writer.add(region)
+            empty.append(regions.count(None))
+            small.append(len(seen) - len(large))
+    except InputError as found:
+        error = found
+    left_out = {"empty_masks": np.array(empty), "masks_of_small_scale": np.array(small)}
+    return replace(cut, table=writer.table(), left_out=left_out, error=error)
 
 
 def _masks_of_image(
@@ -338,7 +415,7 @@ def _masks_of_image(
     skipped: Counter[str],
     of_class: dict[str, list[dict[str, Any]]],
     wanted: set[str],
-) -> Iterator[_ClassMask]:
+) -> list[_ClassMask]:
     """The masks of the wanted classes in one image, each with the masks of all its classes."""
     masks = _OfImage(file, image, source, skipped)
     found = {
@@ -353,7 +430,7 @@ def _masks_of_image(
         for name, annotations in of_class.items()
         if (mask := found.get(name) or beside.of_class(name, annotations)) is not None
     }
-    yield from (replace(mask, seen=seen) for mask in found.values())
+    return [replace(mask, seen=seen) for mask in found.values()]
 
 
 def check_classes(key: str, wanted: set[str], coco: CheckedCOCO) -> None:
@@ -486,17 +563,18 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
 
 
 def _cut_masks(
-    settings: tuple[int, ObjectScale], masks: list[_ClassMask]
+    image_size: int, scale: ObjectScale, masks: list[_ClassMask]
 ) -> list[PoolRegion | None]:
-    """Each mask cropped and scaled to image_size; None if no pixel of it remains."""
-    image_size, scale = settings
+    """The masks of one image, each cropped and scaled to image_size; None if no pixel of it
+    remains. None at all of an image that is too large, which cannot be used.
+    """
+    image = masks[0].image
+    if image.is_too_large:
+        return []
+    # pycocotools has made these run lengths, so they need no check.
+    whole = {name: rle_tools.decode(rle).view(bool) for name, rle in masks[0].seen.items()}
     regions: list[PoolRegion | None] = []
-    image, whole = None, {}  # The masks of one image are consecutive.
     for mask in masks:
-        if mask.image is not image:
-            # pycocotools has made these run lengths, so they need no check.
-            image = mask.image
-            whole = {name: rle_tools.decode(rle).view(bool) for name, rle in mask.seen.items()}
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
         cut = {
             name: cut_HW

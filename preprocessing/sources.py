@@ -33,6 +33,7 @@ from preprocessing import (
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
+from preprocessing.region_table import RegionTable
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
         return pool
     others = replace(source, images=source.examples_images, annotations=source.examples_annotations)
     shown = coco.read_segmentation(others, reading.image_size, reading.usable, reading.workers)
-    pool.regions = [
-        *(replace(region, role="query") for region in pool.regions),
-        *(replace(region, role="example") for region in shown.regions),
-    ]
+    queries, examples = (RegionTable.of(each.regions) for each in (pool, shown))
+    pool.regions = RegionTable.concatenate(
+        [queries.with_role("query"), examples.with_role("example")]
+    )
     pool.skipped += shown.skipped
     pool.bad_images |= shown.bad_images
     return pool

@@ -78,7 +78,7 @@ class CaptionTarget:
     box: Box
     caption: str
     references: tuple[str, ...] = ()
-    objects: tuple[tuple[str, str, str, Box], ...] = field(default=(), repr=False)
+    objects: Sequence[tuple[str, str, str, Box]] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
