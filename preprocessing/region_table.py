@@ -230,7 +230,7 @@ class TableWriter:
         self._texts: dict[str, list[bytes]] = {name: [] for name in _TEXTS}
         self._names: dict[str, int] = {}
         self._images: dict[ImageFile, int] = {}
-        self._described: Any = None
+        self._described: dict[int, tuple[int, Any]] = {}
 
     def add(self, region: PoolRegion) -> None:
         objects = -1
@@ -280,12 +280,14 @@ class TableWriter:
         return RegionTable(columns, list(self._names), np.arange(len(columns["image"])))
 
     def _add_described(self, objects: Sequence[Any]) -> int:
-        """The number of what is described in an image; its regions share one object."""
+        """The number of what is described in an image; its regions share one object, which is kept
+        so that no other can have its identity.
+        """
         described = self._texts["described"]
-        if objects is not self._described or not described:
+        number, _ = self._described.setdefault(id(objects), (len(described), objects))
+        if number == len(described):
             described.append(_json(list(objects)))
-            self._described = objects
-        return len(described) - 1
+        return number
 
 
 class Described(Sequence[tuple[str, str, str, Box]]):

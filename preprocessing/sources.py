@@ -148,7 +148,7 @@ def _read_composed(source: SegmentationSource, reading: Reading) -> Pool:
 
 
 def _read_visual_genome(source: CaptioningSource, reading: Reading) -> Pool:
-    return visual_genome.read_captioning(source, reading.usable)
+    return visual_genome.read_captioning(source, reading.usable, reading.workers)
 
 
 def _read_coco_captions(source: CaptioningSource, reading: Reading) -> Pool:
