@@ -6,9 +6,12 @@ DeepSpeed.
 """
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
@@ -25,8 +28,9 @@ def join_processes(device: Device | None = None) -> PartialState:
     each would do all of the work.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    patience = {"timeout": _PATIENCE} if launched else {}
     if device is None:
-        return PartialState(cpu=launched and not torch.cuda.is_available())
+        return PartialState(cpu=launched and not torch.cuda.is_available(), **patience)
     place = find_device(device)
     if place.type == "cuda" and place.index is not None:
         if launched:
@@ -35,4 +39,36 @@ def join_processes(device: Device | None = None) -> PartialState:
                 "its own."
             )
         torch.cuda.set_device(place)
-    return PartialState(cpu=place.type == "cpu")
+    return PartialState(cpu=place.type == "cpu", **patience)
+
+
+_PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: as long as the first one reads a data set, or the slowest
+one encodes. The launcher ends all of them if one fails.
+"""
+
+
+def on_first(process: PartialState, function: Callable[[], str]) -> str:
+    """What `function` returns in the first process, in all of them. If it raises InputError there,
+    this raises that error in all of them.
+    """
+    if process.num_processes == 1:
+        return function()
+    answer: list[str | None] = [None, None]
+    error = None
+    if process.is_main_process:
+        try:
+            answer[0] = function()
+        except InputError as found:
+            error, answer[1] = found, str(found)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise error or InputError(answer[1])
+    return str(answer[0])
+
+
+def share_of(workers: int) -> int:
+    """This process's share of the worker processes of its machine; at least one, if there are
+    any.
+    """
+    return min(workers, max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -93,7 +93,7 @@ def compare_with_sources(
         return [f"The sources are not here ({gone}), so samples were not compared with them."]
     process = join_processes(device)
     existing = _Existing()
-    reading = Reading(recipe.image_size, existing, workers, folder, process)
+    reading = Reading(recipe.image_size, existing, workers, folder)
     pools = read_pools(recipe.with_scenes_in(folder / "synthetic"), reading)
     regions = {pool.task: _by_source(pool) for pool in pools}
     comparer = _Comparer(shards, process, existing.missing)

@@ -172,7 +172,7 @@ class Pool:
         if isinstance(self.regions, StoredRegions):
             self.regions = self.regions.select(chosen)
         else:
-            self.regions = [self.regions[number] for number in np.flatnonzero(chosen)]
+            self.regions = [self.regions[number] for number in np.flatnonzero(chosen).tolist()]
 
     def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
         """Count the classes that a recipe names but the source lacks."""

@@ -8,6 +8,7 @@ content of a batch does not depend on the number of processes, so neither do the
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from icl_moe.tasks.task import Picture
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile, PoolRegion
+from preprocessing.region_table import mapped
 from preprocessing.workers import ordered_map
 
 BATCH = 32
@@ -54,10 +56,7 @@ class CodeStore:
     """Memory-mapped codes of all pictures: `store[n]` is int64 (codes_per_image,)."""
 
     def __init__(self, folder: Path, pictures: int) -> None:
-        self._chunks = [
-            np.load(_chunk_file(folder, n), mmap_mode="r", allow_pickle=False)
-            for n in range(_chunk_count(pictures))
-        ]
+        self._chunks = [mapped(_chunk_file(folder, n)) for n in range(_chunk_count(pictures))]
 
     def __getitem__(self, number: int) -> np.ndarray:
         chunk, row = divmod(number, CHUNK)
@@ -65,7 +64,7 @@ class CodeStore:
 
 
 def quantize(
-    pictures: list[Picture],
+    pictures: Sequence[Picture],
     tokenizers: ImageTokenizers,
     size: int,
     folder: Path,
@@ -102,7 +101,7 @@ def quantize(
                 done = []
 
 
-def _draw_batch(context: tuple[list[Picture], int], numbers: range) -> list[np.ndarray]:
+def _draw_batch(context: tuple[Sequence[Picture], int], numbers: range) -> list[np.ndarray]:
     pictures, size = context
     return [pictures[number].draw(size) for number in numbers]
 

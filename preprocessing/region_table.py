@@ -132,7 +132,7 @@ class RegionTable(StoredRegions):
     def open(cls, folder: Path) -> "RegionTable":
         """A table that `save` wrote; its arrays stay on the disk and are shared by processes."""
         names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
-        columns = {path.stem: _mapped(path) for path in sorted(folder.glob("*.npy"))}
+        columns = {path.stem: mapped(path) for path in sorted(folder.glob("*.npy"))}
         return cls(columns, names, columns.pop("chosen"))
 
     @classmethod
@@ -331,7 +331,8 @@ class _Texts:
         return bytes(self._data[start : int(self._ends[number])])
 
 
-def _mapped(path: Path) -> np.ndarray:
+def mapped(path: Path) -> np.ndarray:
+    """The array in a file of NumPy, which stays on the disk."""
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except ValueError:  # An empty array cannot be mapped.

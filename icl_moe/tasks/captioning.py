@@ -28,6 +28,7 @@ from icl_moe.tasks.caption_template import (
     CaptionText,
     caption_grammar,
     given_category,
+    longest_caption,
     read_caption,
     write_caption,
 )
@@ -200,6 +201,9 @@ class Captioning(Task):
             target.box if format.box == "text" else None,
             drawn[0] if drawn else None,
         )
+
+    def surely_fits(self, codec: SequenceCodec, category: str, target: CaptionTarget) -> bool:
+        return longest_caption(codec, category, target.caption) <= codec.format.codes_per_image
 
     def describe(self, targets: Sequence[CaptionTarget], image_size: int) -> dict[str, Any]:
         references = targets[-1].references
