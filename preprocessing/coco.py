@@ -22,9 +22,9 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
-from icl_moe.images import crop_and_resize_mask
+from icl_moe.images import PixelBox, crop_and_resize_mask
 from icl_moe.inputs import check_is_file, read_json
-from icl_moe.rle import decode_rle, encode_rle, run_lengths
+from icl_moe.rle import decode_rle, run_lengths
 from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
@@ -573,20 +573,19 @@ def _cut_masks(
         return []
     # pycocotools has made these run lengths, so they need no check.
     whole = {name: rle_tools.decode(rle).view(bool) for name, rle in masks[0].seen.items()}
+    around = {name: _bounds(rle) for name, rle in masks[0].seen.items()}
     regions: list[PoolRegion | None] = []
     for mask in masks:
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
         cut = {
             name: cut_HW
             for name, mask_HW in whole.items()
-            if (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
+            if (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size, around[name])).any()
         }
         if mask.category not in cut:
             regions.append(None)
             continue
-        counts = {
-            name: encode_rle(cut_HW)["counts"].encode("ascii") for name, cut_HW in cut.items()
-        }
+        counts = {name: _counts(cut_HW) for name, cut_HW in cut.items()}
         regions.append(
             PoolRegion(
                 image,
@@ -599,3 +598,14 @@ def _cut_masks(
             )
         )
     return regions
+
+
+def _bounds(rle: dict[str, Any]) -> PixelBox:
+    x, y, width, height = map(int, rle_tools.toBbox(rle))
+    return x, y, x + width, y + height
+
+
+def _counts(mask_HW: np.ndarray) -> bytes:
+    """A mask's compressed run lengths: those of `encode_rle`, in C."""
+    counts: bytes = rle_tools.encode(np.asfortranarray(mask_HW.view(np.uint8)))["counts"]
+    return counts
