@@ -3,12 +3,10 @@ share this module, so both see the same pixels.
 """
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,65 +128,13 @@ def crop_and_resize(image: Image.Image, box: PixelBox, size: int) -> Image.Image
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def crop_and_resize_mask(
-    mask_HW: np.ndarray, box: PixelBox, size: int, within: PixelBox | None = None
-) -> np.ndarray:
+def crop_and_resize_mask(mask_HW: np.ndarray, box: PixelBox, size: int) -> np.ndarray:
     """`box` of a boolean mask, resized to (size, size): a pixel is set if at least half of its area
     was.
-
-    within: a box outside of which the mask is empty, which saves resizing the rest.
     """
     left, top, right, bottom = box
-    is_square = right - left == bottom - top
-    exact = not size & (size - 1) and max(mask_HW.shape) * size <= _EXACT
-    if within is None or not (is_square and exact):
-        crop = Image.fromarray(mask_HW[top:bottom, left:right].astype(np.uint8) * 255)
-        return np.asarray(crop.resize((size, size), Image.Resampling.BOX)) >= 128
-    # The sides are whole numbers and `size` is a power of two, so the places of all pixels are
-    # exact in float32, and a part of the picture becomes what it becomes in the whole one. (Of a
-    # long picture Pillow may resize the columns first, of its part the rows, and round otherwise.)
-    resized_HW = np.zeros((size, size), dtype=bool)
-    x, y = (_span(box[n], box[n + 2], within[n], within[n + 2], size) for n in (0, 1))
-    if x is not None and y is not None:
-        part = Image.fromarray(mask_HW[y.source, x.source].astype(np.uint8) * 255)
-        corners = (x.first, y.first, x.last, y.last)
-        shape = (x.target.stop - x.target.start, y.target.stop - y.target.start)
-        levels = part.resize(shape, Image.Resampling.BOX, box=corners)
-        resized_HW[y.target, x.target] = np.asarray(levels) >= 128
-    return resized_HW
-
-
-_EXACT = 1 << 24
-"""Whole numbers up to this one are exact in float32, in which Pillow keeps the corners of a box."""
-
-
-class _Span(NamedTuple):
-    """A part of a resized axis: its pixels, the pixels of the source that they are made of (and
-    some more), and where in these the part begins and ends.
-    """
-
-    target: slice
-    source: slice
-    first: float
-    last: float
-
-
-def _span(start: int, stop: int, first: int, last: int, size: int) -> _Span | None:
-    """The part of the axis start..stop, resized to `size`, that first..last can reach; None if it
-    reaches none.
-    """
-    scale = (stop - start) / size
-    low = max(math.floor((first - start) / scale) - 1, 0)
-    high = min(math.ceil((last - start) / scale) + 1, size)
-    if low >= high:
-        return None
-    margin = math.ceil(scale) + 1
-    source = slice(
-        max(math.floor(start + low * scale) - margin, start),
-        min(math.ceil(start + high * scale) + margin, stop),
-    )
-    origin = start - source.start
-    return _Span(slice(low, high), source, origin + low * scale, origin + high * scale)
+    crop = Image.fromarray(mask_HW[top:bottom, left:right].astype(np.uint8) * 255)
+    return np.asarray(crop.resize((size, size), Image.Resampling.BOX)) >= 128
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

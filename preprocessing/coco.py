@@ -580,7 +580,8 @@ def _cut_masks(
         cut = {
             name: cut_HW
             for name, mask_HW in whole.items()
-            if (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size, around[name])).any()
+            if _overlap(around[name], crop)
+            and (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
         }
         if mask.category not in cut:
             regions.append(None)
@@ -603,6 +604,10 @@ def _cut_masks(
 def _bounds(rle: dict[str, Any]) -> PixelBox:
     x, y, width, height = map(int, rle_tools.toBbox(rle))
     return x, y, x + width, y + height
+
+
+def _overlap(one: PixelBox, other: PixelBox) -> bool:
+    return all(max(one[n], other[n]) < min(one[n + 2], other[n + 2]) for n in (0, 1))
 
 
 def _counts(mask_HW: np.ndarray) -> bytes:
