@@ -97,7 +97,8 @@ class _Text:
     def __init__(self, stream: BinaryIO, progress: Any) -> None:
         self._stream, self._progress = stream, progress
         self._data, self._at = b"", 0
-        self._fill()
+        while len(self._data) < 4 and self._fill():
+            pass  # The first four bytes tell the encoding.
         encoding = json_encoding(self._data)
         if encoding not in ("utf-8", "utf-8-sig"):
             raise NotPlainError

@@ -119,7 +119,7 @@ class RegionTable(StoredRegions):
         digest = hashlib.sha256(json.dumps(self._names).encode())
         for name, column in (*sorted(self._columns.items()), ("chosen", self._chosen)):
             digest.update(f"{name} {len(column)}".encode())
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -324,7 +324,7 @@ class _Texts:
     """Texts of one array, and the end of each."""
 
     def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
-        self._data, self._ends = memoryview(np.asarray(data)), ends
+        self._data, self._ends = np.asarray(data).data, ends
 
     def __getitem__(self, number: int) -> bytes:
         start = int(self._ends[number - 1]) if number else 0

@@ -294,11 +294,16 @@ def _image_name(folder: Path, url: Any, where: str) -> str:
 
 
 class _RecordReader(Protocol):
-    """Reads the records of a file, one for each image."""
+    """Reads the records of a file, one for each image. key: that of an image's list of entries."""
 
-    file: Path
-    key: str
-    images: dict[Any, ImageFile]
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def images(self) -> dict[Any, ImageFile]: ...
 
     def read(self, records: Iterable[_Record], skipped: Counter[str]) -> Any:
         """What some records hold. skipped: counts what is left out."""
