@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from icl_moe import __version__
 from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
-from icl_moe.processes import on_first
+from icl_moe.processes import on_first, share_of
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.settings import to_dict
 from icl_moe.tasks import TASKS
@@ -165,7 +165,9 @@ class Planner:
 
         if on_first(process, first) == "stored":
             return Plan.open(self._folder)
-        return made[0] if made else self._make(self._image_check)
+        # Such a task's regions exist only in the process that has read them.
+        other = replace(self, workers=share_of(self.workers))
+        return made[0] if made else other._make(other._image_check)
 
     @property
     def _folder(self) -> Path:
