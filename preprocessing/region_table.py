@@ -295,7 +295,7 @@ class Described(Sequence[tuple[str, str, str, Box]]):
 
     __slots__ = ("_text",)
 
-    def __init__(self, text: bytes) -> None:
+    def __init__(self, text: str) -> None:
         self._text = text
 
     def _all(self) -> tuple[tuple[str, str, str, Box], ...]:
@@ -326,9 +326,9 @@ class _Texts:
     def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
         self._data, self._ends = np.asarray(data).data, ends
 
-    def __getitem__(self, number: int) -> bytes:
+    def __getitem__(self, number: int) -> str:
         start = int(self._ends[number - 1]) if number else 0
-        return bytes(self._data[start : int(self._ends[number])])
+        return str(self._data[start : int(self._ends[number])], "ascii")
 
 
 def mapped(path: Path) -> np.ndarray:
