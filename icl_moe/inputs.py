@@ -128,9 +128,12 @@ def json_error(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} cannot be read: its JSON has a number with too many digits.")
 
 
-def with_whole_characters(content: Any, text: str) -> Any:
-    """`content`, which was decoded from the JSON `text`, with `whole_characters` in its texts."""
-    return _whole(content) if _SURROGATE_ESCAPE.search(text) else content
+def with_whole_characters(content: Any, text: str, start: int = 0, end: int | None = None) -> Any:
+    """`content`, which was decoded from the JSON `text[start:end]`, with `whole_characters` in its
+    texts.
+    """
+    found = _SURROGATE_ESCAPE.search(text, start, len(text) if end is None else end)
+    return _whole(content) if found else content
 
 
 def whole_characters(text: str) -> str:

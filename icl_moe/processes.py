@@ -6,18 +6,20 @@ DeepSpeed.
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 
 _PATIENCE = timedelta(days=14)
 """How long a process waits for the others. By torch's default of minutes a build would end because
-one of its machines is some percent slower, or because the first process draws scenes for the
-others. A process that ends is noticed by its launcher, which ends the others.
+one of its machines is some percent slower, or because the first process draws scenes or plans for
+the others. A process that ends is noticed by its launcher, which ends the others.
 """
 
 
@@ -43,3 +45,29 @@ def join_processes(device: Device | None = None) -> PartialState:
             )
         torch.cuda.set_device(place)
     return PartialState(cpu=place.type == "cpu", timeout=_PATIENCE)
+
+
+def on_first(process: PartialState, function: Callable[[], str]) -> str:
+    """What `function` returns in the first process, in all of them. If it raises InputError there,
+    this raises that error in all of them.
+    """
+    if process.num_processes == 1:
+        return function()
+    answer: list[str | None] = [None, None]
+    error = None
+    if process.is_main_process:
+        try:
+            answer[0] = function()
+        except InputError as found:
+            error, answer[1] = found, str(found)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise error or InputError(answer[1])
+    return str(answer[0])
+
+
+def share_of(workers: int) -> int:
+    """This process's share of the worker processes of its machine; at least one, if there are
+    any.
+    """
+    return min(workers, max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -19,6 +19,7 @@ interface of tasks. If the format has a class prompt, the sequence begins with i
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -315,6 +316,9 @@ def _pairs(sequence: TokenSequence) -> list[list[Part]]:
     return pairs
 
 
+_attributes = lru_cache(attribute_class)
+
+
 class SequenceWriter:
     """Appends spans to a sequence. Tasks write their outputs with it."""
 
@@ -323,7 +327,7 @@ class SequenceWriter:
         self.format = codec.format
         self._vocabulary = codec.format.vocabulary
         self._task = task
-        self._outputs = task.outputs(codec.format)
+        self._outputs = tuple(task.outputs(codec.format))
         self._tokens: list[np.ndarray] = []
         self._spans: list[Span] = []
         self._length = 0
@@ -377,7 +381,7 @@ class SequenceWriter:
         self._pad(room)
 
     def finish(self) -> TokenSequence:
-        tokens_L = np.concatenate(self._tokens).astype(np.int64)
+        tokens_L = np.concatenate(self._tokens)
         return TokenSequence(tokens_L, np.arange(len(tokens_L)), tuple(self._spans))
 
     def _check_count(self, codes: np.ndarray) -> None:
@@ -390,7 +394,7 @@ class SequenceWriter:
     def _append(
         self, tokens: Sequence[int] | np.ndarray, modality: Modality, role: Role, target: bool
     ) -> None:
-        attributes = attribute_class(self._outputs, modality, target, self.format.class_prompt)
+        attributes = _attributes(self._outputs, modality, target, self.format.class_prompt)
         self._add(np.asarray(tokens, dtype=np.int64), attributes, role)
 
     def _pad(self, stop: int) -> None:

@@ -198,7 +198,7 @@ class Vocabulary:
 
 def _to_tokens(codes: np.ndarray, ids: range, what: str) -> np.ndarray:
     codes = np.asarray(codes, dtype=np.int64)
-    if codes.size and (codes.min() < 0 or codes.max() >= len(ids)):
+    if codes.size and codes.view(np.uint64).max() >= len(ids):  # Negative ones are large then.
         raise InputError(f"{what} must lie in 0..{len(ids) - 1}, not {codes.min()}..{codes.max()}.")
     return codes + ids.start
 

@@ -9,11 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -30,10 +29,10 @@ from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
 from icl_moe.outputs import output_folder
-from icl_moe.processes import join_processes
-from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TooLongError
+from icl_moe.processes import join_processes, share_of
+from icl_moe.sequence import SequenceCodec, SequenceFormat
 from icl_moe.settings import from_dict, to_dict
-from icl_moe.tasks import SEMANTIC_SEGMENTATION, TASKS
+from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.masks import PatchTokenizer
@@ -41,15 +40,13 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
 from preprocessing.episode_file import EpisodeFile, read_episodes
-from preprocessing.episodes import plan_episodes
-from preprocessing.image_check import ImageCheck
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
-from preprocessing.pool import Pool
-from preprocessing.quantize import BATCH, CodeStore, Picture, pictures_of, quantize
+from preprocessing.plan import Pictures, Planner
+from preprocessing.pool import Pool, PoolRegion
+from preprocessing.quantize import BATCH, CodeStore, quantize
 from preprocessing.recipe import DataRecipe
-from preprocessing.several_classes import paint_episodes
-from preprocessing.sources import Reading, check_sections, read_pools
-from preprocessing.standard_pools import read_fixed_pool
+from preprocessing.region_table import RegionTable
+from preprocessing.sources import check_sections
 from preprocessing.workers import ordered_map
 
 
@@ -110,9 +107,20 @@ def _build(
         if process.is_main_process:
             folder.open()
             _draw_scenes(recipe, out, workers)
-    pools, episodes, notes = _plan(process, folder, recipe, codec, workers, fixed)
-    pictures, tasks = _number_pictures(pools, episodes, codec, notes)
-    rank, ranks = process.process_index, process.num_processes
+    planner = Planner(recipe, codec, out, folder.work, workers, fixed, folder.check_pools)
+    plan = planner.plan(process)
+    pictures = Pictures(plan, codec.format)
+    tasks = {
+        task: TaskEpisodes(
+            TASKS[task],
+            pool.regions,
+            plan.episodes[task],
+            plan.pictures[task],
+            [] if fixed is None else fixed.notes(),
+        )
+        for task, pool in plan.pools.items()
+    }
+    rank, ranks, workers = process.process_index, process.num_processes, share_of(workers)
     quantize(
         pictures,
         tokenizers,
@@ -156,68 +164,25 @@ def _build(
             **tokenizers.fingerprints,
             text_tokenizer=codec.text.fingerprint,
             recipe=to_dict(recipe),
-            samples={task: len(episodes[task]) for task in tasks},
+            samples={task: len(plan.episodes[task]) for task in tasks},
             classes=classes,
             shards=shards,
             files=tuple(FileInfo.of(out, name) for name in _companions(out, tasks)),
             skipped={
                 f"{pool.task}.{reason}": count
-                for pool in pools
+                for pool in plan.pools.values()
                 for reason, count in sorted(pool.skipped.items())
                 if count
             },
-            bad_images={pool.task: pool.bad_images for pool in pools if pool.bad_images},
+            bad_images={
+                pool.task: pool.bad_images for pool in plan.pools.values() if pool.bad_images
+            },
             standard=None if fixed is None else fixed.header(),
         )
         manifest.write(out)
         shutil.rmtree(folder.work)
     process.wait_for_everyone()
     return Manifest.read(out)
-
-
-_Plan = tuple[list[Pool], dict[str, np.ndarray], Sequence[dict[str, Any]]]
-"""The pools, the numbers of each task's regions in its episodes, and what KEY.json says besides."""
-
-
-def _plan(
-    process: PartialState,
-    folder: "_WorkFolder",
-    recipe: DataRecipe,
-    codec: SequenceCodec,
-    workers: int,
-    fixed: EpisodeFile | None,
-) -> _Plan:
-    """Draw the episodes that a recipe describes, or take those of a file."""
-    choices = (recipe.missing_images, recipe.bad_images) if fixed is None else ("skip", "skip")
-    check = ImageCheck(*choices, folder.work, workers, process)
-    if fixed is not None:
-        data = Path(str(recipe.episodes_data))
-        pool, of_file, notes = read_fixed_pool(fixed, data, recipe.image_size, check, workers)
-        _drop_texts_without_room(pool, codec)
-        if count := pool.skipped["texts_without_room"]:
-            raise InputError(
-                f"{recipe.episodes}: {count} of its descriptions are longer than a sequence has "
-                "room for; set image_size higher."
-            )
-        pools, episodes = [pool], {pool.task: of_file}
-    else:
-        reading = Reading(recipe.image_size, check, workers, folder.out, process)
-        pools = _read_pools(recipe.with_scenes_in(folder.out / "synthetic"), codec, reading)
-        notes = []
-    with process.main_process_first():
-        folder.check_pools(pools)
-    if fixed is None:
-        episodes = {
-            pool.task: plan_episodes(
-                pool, recipe.examples, recipe.samples, recipe.seed, recipe.balance
-            )
-            for pool in pools
-        }
-        for place, pool in enumerate(pools):
-            if pool.task == SEMANTIC_SEGMENTATION.name:
-                found = paint_episodes(pool, episodes[pool.task], recipe.seed)
-                pools[place], episodes[pool.task] = found
-    return pools, episodes, notes
 
 
 class _WorkFolder:
@@ -277,8 +242,7 @@ class _WorkFolder:
         """Raise InputError if the sources have changed since the first results of the build."""
         digest = hashlib.sha256(f"batches of {BATCH}, filled".encode())
         for pool in pools:
-            for region in pool.regions:
-                digest.update(repr(region).encode())
+            digest.update(_digest_of(pool.regions))
         state = self._read_state()
         if state.get("pools", digest.hexdigest()) != digest.hexdigest() and self._has_results():
             raise InputError(
@@ -311,6 +275,12 @@ class _WorkFolder:
         partial = self._state_file.with_suffix(f".partial{os.getpid()}")
         partial.write_text(json.dumps(state), encoding="utf-8")
         os.replace(partial, self._state_file)
+
+
+def _digest_of(regions: Sequence[PoolRegion]) -> bytes:
+    if isinstance(regions, RegionTable):
+        return regions.digest().encode()
+    return b"".join(hashlib.sha256(repr(region).encode()).digest() for region in regions)
 
 
 def _settings(
@@ -401,106 +371,6 @@ def _draw_scenes(recipe: DataRecipe, out: Path, workers: int) -> None:
         else:
             synthetic.write_dataset(partial, scenes.images, scenes.seed, scenes.split)
         os.replace(partial, folder)
-
-
-def _read_pools(recipe: DataRecipe, codec: SequenceCodec, reading: Reading) -> list[Pool]:
-    """The pool of each task, without regions that no episode can use. Raises InputError if a task
-    has none left.
-    """
-    pools = list(read_pools(recipe, reading))
-    for pool in pools:
-        _drop_texts_without_room(pool, codec)
-        pool.drop_small_classes(images=recipe.examples + 1)
-        if not pool.regions:
-            raise _nothing_left(pool, recipe.examples)
-    return pools
-
-
-_REMEDIES = {
-    "boxes_of_negative_size": "correct the boxes",
-    "captions_without_a_seen_class": "name classes that both the captions and the images have",
-    "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
-    "classes_with_too_few_images": "provide more data or set examples lower",
-    "combinations_of_small_scale": "set segmentation.least_scale lower",
-    "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
-    "empty_boxes": "correct the boxes",
-    "empty_masks": "correct the outlines",
-    "images_without_a_mask": "give the images masks of their names",
-    "lines_without_a_caption": "give the lines captions",
-    "lines_without_a_mask": "give the lines masks",
-    "masks_of_small_scale": "set segmentation.least_scale lower",
-    "masks_lacking_an_instance": "give all instances an outline",
-    "masks_that_mark_nothing": "mark objects in white",
-    "missing_images": "add the missing images",
-    "regions_without_a_class": "name classes that both the regions and the objects have",
-    "small_objects": "set segmentation.small_objects=true",
-    "texts_without_room": "shorten the texts or set image_size higher",
-}
-"""Reason for leaving something out -> what the user can do about it."""
-
-
-def _nothing_left(pool: Pool, examples: int) -> InputError:
-    reasons = {reason: count for reason, count in sorted(pool.skipped.items()) if count}
-    left_out = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    remedies = [_REMEDIES[reason] for reason in reasons if reason in _REMEDIES]
-    if pool.bad_images:
-        remedies.append("replace the unusable images")
-    if not remedies:
-        remedies.append("provide more data")
-    return InputError(
-        f"No class of {pool.task} appears in the {examples + 1} images that an episode "
-        f"needs{f' (left out: {left_out})' if left_out else ''}; "
-        f"{', or '.join(dict.fromkeys(remedies))}."
-    )
-
-
-def _drop_texts_without_room(pool: Pool, codec: SequenceCodec) -> None:
-    task, image = TASKS[pool.task], np.zeros(codec.format.codes_per_image, dtype=np.int64)
-    fits = []
-    for region in tqdm(pool.regions, desc=f"measuring {pool.task}", unit="region"):
-        try:
-            drawn = [image] * len(task.pictures(region.target, codec.format))
-            pair = task.pair(codec.format, region.category, image, region.target, drawn)
-            codec.encode(Episode(task, region.category, (pair,)))
-            fits.append(region)
-        except TooLongError:
-            pool.skipped["texts_without_room"] += 1
-    pool.regions = fits
-
-
-def _number_pictures(
-    pools: list[Pool],
-    episodes: dict[str, np.ndarray],
-    codec: SequenceCodec,
-    notes: Sequence[dict[str, Any]],
-) -> tuple[list[Picture], dict[str, TaskEpisodes]]:
-    """All distinct pictures that the episodes need, in the order of the pools, those of images
-    first, so that nearly all batches are of one tokenizer; and the numbers of each region's
-    pictures.
-    """
-
-    def used(pool: Pool) -> Iterator[tuple[int, tuple[Picture, ...]]]:
-        task = TASKS[pool.task]
-        for number in np.unique(episodes[pool.task]).tolist():
-            yield number, pictures_of(pool.regions[number], task, codec.format)
-
-    numbers: dict[Picture, int] = {}
-    for pool in pools:
-        for _, (image, *_) in used(pool):
-            numbers.setdefault(image, len(numbers))
-    tasks = {}
-    for pool in pools:
-        places = {
-            number: [numbers.setdefault(picture, len(numbers)) for picture in pictures]
-            for number, pictures in used(pool)
-        }
-        width = max(map(len, places.values()), default=1)
-        of_region = np.full((len(pool.regions), width), -1, dtype=np.int64)
-        for number, of_pictures in places.items():
-            of_region[number, : len(of_pictures)] = of_pictures
-        task = TASKS[pool.task]
-        tasks[pool.task] = TaskEpisodes(task, pool.regions, episodes[pool.task], of_region, notes)
-    return list(numbers), tasks
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

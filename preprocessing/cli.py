@@ -25,7 +25,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=take.whole_number(0),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="worker processes; 0 works in this process (default: %(default)s)",
+        help="worker processes, which all processes of a machine share under accelerate launch; 0 "
+        "works in this process (default: %(default)s)",
     )
     build.add_argument(
         "--codes-cache",

@@ -9,8 +9,9 @@ since its outline is coarse, and crops are never chosen by a crowd.
 import contextlib
 import io
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,15 +22,17 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
-from icl_moe.images import crop_and_resize_mask
-from icl_moe.inputs import read_json
-from icl_moe.rle import decode_rle, encode_rle, run_lengths
+from icl_moe.images import PixelBox, crop_and_resize_mask
+from icl_moe.inputs import check_is_file, read_json
+from icl_moe.rle import decode_rle, run_lengths
 from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
+from preprocessing.json_stream import NotPlainError, object_members
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ObjectScale, SegmentationSource
 from preprocessing.records import image_file, is_id, kinds_of_id, local_name, unaugmented
+from preprocessing.region_table import RegionTable, TableWriter
 from preprocessing.workers import ordered_map
 
 SMALL_AREA = 32**2
@@ -62,20 +65,45 @@ def read_instances(
     unsure: image id -> classes of which not all instances in the image are annotated. The image has
     no mask of them, whose background would show the others.
     """
-    pool = Pool("segmentation", [])
-    found = _class_masks(coco, source, pool.skipped, unsure or {})
-    masks = usable.keep(found, source.path("images"), pool)
-    chunks = [masks[start : start + 64] for start in range(0, len(masks), 64)]
-    with tqdm(total=len(masks), desc="cutting masks", unit="mask") as progress:
-        for regions in ordered_map(_cut_masks, (image_size, source.object_scale), chunks, workers):
-            seen = [region for region in regions if region is not None]
-            large = [region for region in seen if region.scale >= source.least_scale]
-            pool.regions += large
-            pool.skipped["empty_masks"] += regions.count(None)
-            pool.skipped["masks_of_small_scale"] += len(seen) - len(large)
-            progress.update(len(regions))
+    cutter = _Cutter(coco, source, image_size, unsure or {})
+    cutter.check()
+    pool, parts = Pool("segmentation", []), list[_Cut]()
+    images = list(coco.imgs)
+    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    ids: dict[str, Any] = {}
+    with tqdm(total=len(images), desc="reading masks", unit="image") as progress:
+        for part, chunk in zip(
+            ordered_map(_cut_images, cutter, chunks, workers), chunks, strict=True
+        ):
+            for image_id, name in part.names:
+                if ids.setdefault(name, image_id) != image_id:
+                    raise _same_name(coco.file, ids[name], image_id, name)
+            if part.error is not None:
+                raise part.error
+            pool.skipped.update(part.skipped)
+            parts.append(part)
+            progress.update(len(chunk))
+    table = RegionTable.concatenate([part.table for part in parts])
+    shown = [_Shown(image) for image in table.images()]
+    usable_images = {item.image.name for item in usable.keep(shown, source.path("images"), pool)}
+    is_usable = np.array([item.image.name in usable_images for item in shown], dtype=bool)
+    for reason in ("empty_masks", "masks_of_small_scale"):
+        counts = [part.left_out[reason] for part in parts]
+        pool.skipped[reason] += int(np.concatenate(counts or [np.zeros(0)])[is_usable].sum())
+    pool.regions = table.select(is_usable[table.image_numbers()])
     pool.count_classes_without_a_region(source.classes)
     return pool
+
+
+_CHUNK = 64
+"""Images whose masks a process cuts at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """An image that shows masks."""
+
+    image: ImageFile
 
 
 class CheckedCOCO(COCO):
@@ -131,7 +159,7 @@ def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]
     the file.
     """
     tqdm.write(f"reading {file}", file=sys.stderr)
-    content = read_json(file)
+    content = _read(file, lists)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(kind), list) for kind in ("images", "annotations")
     ):
@@ -148,6 +176,42 @@ def _load(file: Path, lists: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]
         _check_records(file, kind, content[kind])
     _check_references(file, content, "image_id", "images")
     return {kind: content[kind] for kind in lists}
+
+
+def _read(file: Path, lists: tuple[str, ...]) -> Any:
+    """The content of a file, of which lists other than the named ones may be missing."""
+    check_is_file(file)
+    content: dict[str, Any] = {}
+    try:
+        for key, value in object_members(file):
+            if key not in lists or not isinstance(value, list):
+                content[key] = value if key in lists else None
+                continue
+            if key == "annotations":
+                _pack_polygons(value)
+            content.setdefault(key, []).extend(value)
+        return content
+    except NotPlainError:
+        return read_json(file)
+    except OSError as error:
+        raise InputError(f"The file {file} cannot be read: {error.strerror}.") from error
+
+
+def _pack_polygons(annotations: list[Any]) -> None:
+    """Hold polygons as arrays of floats, which take a fifth of the memory of lists. What is no list
+    of numbers stays as it is, for `_check_polygon`.
+    """
+    for annotation in annotations:
+        outline = annotation.get("segmentation") if isinstance(annotation, dict) else None
+        if isinstance(outline, list):
+            annotation["segmentation"] = [_packed(polygon) for polygon in outline]
+
+
+def _packed(polygon: Any) -> Any:
+    if isinstance(polygon, list) and {*map(type, polygon)} <= {int, float}:
+        with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+            return array("d", polygon)
+    return polygon
 
 
 def index_records(file: Path, content: dict[str, list[dict[str, Any]]]) -> CheckedCOCO:
@@ -262,35 +326,86 @@ class _ClassMask:
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _class_masks(
-    coco: CheckedCOCO,
-    source: SegmentationSource,
-    skipped: Counter[str],
-    unsure: Mapping[Any, Set[str]],
-) -> Iterator[_ClassMask]:
-    """The masks of the wanted classes in each image."""
-    names = {number: record["name"] for number, record in coco.cats.items()}
-    wanted = set(names.values()) if source.classes is None else set(source.classes)
-    check_classes("segmentation.classes", wanted, coco)
-    annotations = [a for a in coco.anns.values() if names[a["category_id"]] in wanted]
-    if source.crowds == "join" and annotations and all(a.get("iscrowd") for a in annotations):
-        raise InputError(
-            f"{coco.file}: all instances are crowds (iscrowd=1), which make no region; set "
-            "segmentation.crowds=instances to treat each as an instance."
-        )
-    of_image: dict[Any, dict[str, list[dict[str, Any]]]] = {number: {} for number in coco.imgs}
-    for annotation in coco.anns.values():
-        of_class = of_image[annotation["image_id"]]
-        of_class.setdefault(names[annotation["category_id"]], []).append(annotation)
-    names_seen: dict[str, Any] = {}
-    for image_id, of_class in tqdm(of_image.items(), desc="reading masks", unit="image"):
-        for name in unsure.get(image_id, ()):
-            skipped["masks_not_exhaustive"] += of_class.pop(name, None) is not None
-        if not wanted.isdisjoint(of_class):
-            image = coco_image(coco, source.path("images"), image_id)
-            if names_seen.setdefault(image.name, image_id) != image_id:
-                raise _same_name(coco.file, names_seen[image.name], image_id, image.name)
-            yield from _masks_of_image(coco.file, image, source, skipped, of_class, wanted)
+class _Cutter:
+    """Cuts the masks of the wanted classes out of images."""
+
+    def __init__(
+        self,
+        coco: CheckedCOCO,
+        source: SegmentationSource,
+        image_size: int,
+        unsure: Mapping[Any, Set[str]],
+    ) -> None:
+        self.coco, self.source, self.image_size, self.unsure = coco, source, image_size, unsure
+        self.names = {number: record["name"] for number, record in coco.cats.items()}
+        self.wanted = set(self.names.values()) if source.classes is None else set(source.classes)
+
+    def check(self) -> None:
+        """Raise InputError if the file has no such class, or none but crowds."""
+        check_classes("segmentation.classes", self.wanted, self.coco)
+        crowds = [
+            bool(annotation.get("iscrowd"))
+            for annotation in self.coco.anns.values()
+            if self.names[annotation["category_id"]] in self.wanted
+        ]
+        if self.source.crowds == "join" and crowds and all(crowds):
+            raise InputError(
+                f"{self.coco.file}: all instances are crowds (iscrowd=1), which make no region; "
+                "set segmentation.crowds=instances to treat each as an instance."
+            )
+
+    def of_class(self, image_id: Any, skipped: Counter[str]) -> dict[str, list[dict[str, Any]]]:
+        """Class -> its annotations in an image; empty if none is wanted."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for annotation in self.coco.imgToAnns.get(image_id, ()):
+            found.setdefault(self.names[annotation["category_id"]], []).append(annotation)
+        for name in self.unsure.get(image_id, ()):
+            skipped["masks_not_exhaustive"] += found.pop(name, None) is not None
+        return {} if self.wanted.isdisjoint(found) else found
+
+
+@dataclass
+class _Cut:
+    """The regions of some images. names: of the images that were looked at, by id. left_out: reason
+    -> how many masks of each image of the table have no region for it. error: what stopped it.
+    """
+
+    table: RegionTable
+    names: list[tuple[Any, str]]
+    skipped: Counter[str]
+    left_out: dict[str, np.ndarray]
+    error: InputError | None = None
+
+
+def _cut_images(cutter: _Cutter, image_ids: list[Any]) -> _Cut:
+    """The regions of images, or of those before the first that is wrong."""
+    writer, source, error = TableWriter(), cutter.source, None
+    cut = _Cut(RegionTable.of([]), [], Counter(), {})
+    empty, small = array("q"), array("q")
+    try:
+        for image_id in image_ids:
+            of_class = cutter.of_class(image_id, cut.skipped)
+            if not of_class:
+                continue
+            image = coco_image(cutter.coco, source.path("images"), image_id)
+            cut.names.append((image_id, image.name))
+            masks = _masks_of_image(
+                cutter.coco.file, image, source, cut.skipped, of_class, cutter.wanted
+            )
+            if not masks:
+                continue
+            writer.add_image(image)
+            regions = _cut_masks(cutter.image_size, source.object_scale, masks)
+            seen = [region for region in regions if region is not None]
+            large = [region for region in seen if region.scale >= source.least_scale]
+            for region in large:
+                writer.add(region)
+            empty.append(regions.count(None))
+            small.append(len(seen) - len(large))
+    except InputError as found:
+        error = found
+    left_out = {"empty_masks": np.array(empty), "masks_of_small_scale": np.array(small)}
+    return replace(cut, table=writer.table(), left_out=left_out, error=error)
 
 
 def _masks_of_image(
@@ -300,7 +415,7 @@ def _masks_of_image(
     skipped: Counter[str],
     of_class: dict[str, list[dict[str, Any]]],
     wanted: set[str],
-) -> Iterator[_ClassMask]:
+) -> list[_ClassMask]:
     """The masks of the wanted classes in one image, each with the masks of all its classes."""
     masks = _OfImage(file, image, source, skipped)
     found = {
@@ -315,7 +430,7 @@ def _masks_of_image(
         for name, annotations in of_class.items()
         if (mask := found.get(name) or beside.of_class(name, annotations)) is not None
     }
-    yield from (replace(mask, seen=seen) for mask in found.values())
+    return [replace(mask, seen=seen) for mask in found.values()]
 
 
 def check_classes(key: str, wanted: set[str], coco: CheckedCOCO) -> None:
@@ -394,7 +509,9 @@ class _OfImage:
 
 def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
     """Check polygons: pycocotools accepts any numbers, and for some of them uses all memory."""
-    if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
+    if not isinstance(polygon, array) and (
+        not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}
+    ):
         raise InputError(f"{where} has a segmentation that is not lists of numbers.")
     if len(polygon) % 2:
         raise InputError(
@@ -415,7 +532,7 @@ def _check_polygon(polygon: Any, image: ImageFile, where: str) -> None:
             )
 
 
-def _is_within(values: list[float], reach: int) -> bool:
+def _is_within(values: Sequence[float], reach: int) -> bool:
     """Whether no value is farther from 0 than `reach`; not so for NaN."""
     try:
         return bool((np.abs(np.array(values, dtype=np.float64)) <= reach).all())
@@ -448,29 +565,30 @@ def _checked_rle(segmentation: dict[str, Any], image: ImageFile, where: str) -> 
 
 
 def _cut_masks(
-    settings: tuple[int, ObjectScale], masks: list[_ClassMask]
+    image_size: int, scale: ObjectScale, masks: list[_ClassMask]
 ) -> list[PoolRegion | None]:
-    """Each mask cropped and scaled to image_size; None if no pixel of it remains."""
-    image_size, scale = settings
+    """The masks of one image, each cropped and scaled to image_size; None if no pixel of it
+    remains. None at all of an image that is too large, which cannot be used.
+    """
+    image = masks[0].image
+    if image.is_too_large:
+        return []
+    # pycocotools has made these run lengths, so they need no check.
+    whole = {name: rle_tools.decode(rle).view(bool) for name, rle in masks[0].seen.items()}
+    around = {name: _bounds(rle) for name, rle in masks[0].seen.items()}
     regions: list[PoolRegion | None] = []
-    image, whole = None, {}  # The masks of one image are consecutive.
     for mask in masks:
-        if mask.image is not image:
-            # pycocotools has made these run lengths, so they need no check.
-            image = mask.image
-            whole = {name: rle_tools.decode(rle).view(bool) for name, rle in mask.seen.items()}
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
         cut = {
             name: cut_HW
             for name, mask_HW in whole.items()
-            if (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
+            if _overlap(around[name], crop)
+            and (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
         }
         if mask.category not in cut:
             regions.append(None)
             continue
-        counts = {
-            name: encode_rle(cut_HW)["counts"].encode("ascii") for name, cut_HW in cut.items()
-        }
+        counts = {name: _counts(cut_HW) for name, cut_HW in cut.items()}
         regions.append(
             PoolRegion(
                 image,
@@ -483,3 +601,18 @@ def _cut_masks(
             )
         )
     return regions
+
+
+def _bounds(rle: dict[str, Any]) -> PixelBox:
+    x, y, width, height = map(int, rle_tools.toBbox(rle))
+    return x, y, x + width, y + height
+
+
+def _overlap(one: PixelBox, other: PixelBox) -> bool:
+    return all(max(one[n], other[n]) < min(one[n + 2], other[n + 2]) for n in (0, 1))
+
+
+def _counts(mask_HW: np.ndarray) -> bytes:
+    """A mask's compressed run lengths: those of `encode_rle`, in C."""
+    counts: bytes = rle_tools.encode(np.asfortranarray(mask_HW.view(np.uint8)))["counts"]
+    return counts

@@ -39,7 +39,7 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     if source.classes is not None:
         check_classes("captioning.classes", set(source.classes), instances)
     finder = ClassFinder(source.classes or COCO_CLASSES)
-    pool = Pool("captioning", [])
+    pool, found = Pool("captioning", []), list[PoolRegion]()
     for image_id, annotations in tqdm(
         captions.imgToAnns.items(), desc="reading captions", unit="image"
     ):
@@ -50,8 +50,8 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
             )
         image = coco_image(instances, source.path("images"), image_id)
         seen = _boxes(instances, image, image_id, pool.skipped)
-        pool.regions += _regions(image, annotations, seen, finder, pool)
-    pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
+        found += _regions(image, annotations, seen, finder, pool)
+    pool.regions = with_objects(usable.keep(found, source.path("images"), pool))
     pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool

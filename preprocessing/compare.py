@@ -93,16 +93,21 @@ def compare_with_sources(
         return [f"The sources are not here ({gone}), so samples were not compared with them."]
     process = join_processes(device)
     existing = _Existing()
-    reading = Reading(recipe.image_size, existing, workers, folder, process)
+    reading = Reading(recipe.image_size, existing, workers, folder)
+    chosen = {
+        task: np.sort(
+            np.random.default_rng([seed, count]).choice(count, min(samples, count), replace=False)
+        ).tolist()
+        for task, count in shards.manifest.samples.items()
+    }
+    wanted = {task: _keys(shards, task, numbers) for task, numbers in chosen.items()}
     pools = read_pools(recipe.with_scenes_in(folder / "synthetic"), reading)
-    regions = {pool.task: _by_source(pool) for pool in pools}
+    regions = {pool.task: _by_source(pool, wanted[pool.task]) for pool in pools}
     comparer = _Comparer(shards, process, existing.missing)
-    lines = []
-    for task, count in shards.manifest.samples.items():
-        rng = np.random.default_rng([seed, count])
-        chosen = np.sort(rng.choice(count, size=min(samples, count), replace=False)).tolist()
-        lines.append(comparer.compare(regions[task], task, chosen).sentence(task))
-    return lines
+    return [
+        comparer.compare(regions[task], task, numbers).sentence(task)
+        for task, numbers in chosen.items()
+    ]
 
 
 def _missing_source(recipe: DataRecipe, folder: Path) -> str | None:
@@ -142,14 +147,27 @@ Regions = dict[tuple[Any, ...], list[PoolRegion]]
 """The regions of a pool by `_key`; several where two folders of images have a name in common."""
 
 
-def _by_source(pool: Pool) -> Regions:
+def _keys(shards: ShardSet, task: str, numbers: list[int]) -> set[tuple[Any, ...]]:
+    """The keys of the regions of some samples."""
+    samples = (shards.sample(task, number) for number in numbers)
+    return {_key_of(sample, source) for sample in samples for source in sample.meta["sources"]}
+
+
+def _by_source(pool: Pool, wanted: set[tuple[Any, ...]]) -> Regions:
+    """The regions of the wanted keys; a large pool has far more than memory holds as objects."""
     found: Regions = {}
     for region in pool.regions:
         key = _key(
             region.image.name, region.category, region.style, region.annotations, region.provenance
         )
-        found.setdefault(key, []).append(region)
+        if key in wanted:
+            found.setdefault(key, []).append(region)
     return found
+
+
+def _key_of(sample: Sample, source: dict[str, Any]) -> tuple[Any, ...]:
+    style, annotations = str(sample.meta.get("style", "")), source["annotations"]
+    return _key(source["image"], sample.category, style, annotations, source.get("provenance"))
 
 
 def _key(
@@ -233,9 +251,7 @@ class _Comparer:
 
 
 def _region_of(sample: Sample, source: dict[str, Any], regions: Regions) -> PoolRegion:
-    style, annotations = str(sample.meta.get("style", "")), source["annotations"]
-    key = _key(source["image"], sample.category, style, annotations, source.get("provenance"))
-    found = regions.get(key, [])
+    annotations, found = source["annotations"], regions.get(_key_of(sample, source), [])
     if not found:
         raise InputError(
             f"the sources have no region of {sample.category} in {source['image']} with the "

@@ -70,11 +70,12 @@ def read_segmentation(
     pool = album.pool
     pool.same_instance = source.composed.same_instance
     pool.skipped += compositions.skipped
-    pool.regions += [_with_provenance(made, region) for region in compositions.regions]
+    regions = [_with_provenance(made, region) for region in compositions.regions]
     if source.composed.photographs:
         of_images = coco.read_instances(album.coco, source, image_size, album, workers)
         pool.skipped += of_images.skipped
-        pool.regions += [_of_photograph(album, region) for region in of_images.regions]
+        regions += [_of_photograph(album, region) for region in of_images.regions]
+    pool.regions = regions
     return pool
 
 

@@ -132,6 +132,10 @@ class EpisodeFile:
     def classes(self) -> list[str]:
         return sorted({episode.category for episode in self.episodes})
 
+    def notes(self) -> list[dict[str, Any]]:
+        """What KEY.json says about each episode besides."""
+        return [{"standard": self.name, "fold": episode.fold} for episode in self.episodes]
+
     def header(self) -> dict[str, Any]:
         """Everything but the episodes, with their number and the hash of all."""
         values = {"format": FORMAT, **to_dict(replace(self, episodes=()))}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
-from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
@@ -52,8 +51,8 @@ class ImageCheck:
     missing_images, bad_images: whether images that are missing, or cannot be used, stop the build
     or are left out and counted.
     notes: a folder for the results, so that a resumed build need not read the images again; an
-    image that has changed since is read again. workers: processes that read. Several `processes`
-    share the notes, and each reads its part of the images.
+    image that has changed since is read again. workers: processes that read. seen: the files that
+    were looked for.
     """
 
     def __init__(
@@ -62,11 +61,10 @@ class ImageCheck:
         bad_images: Choice,
         notes: Path,
         workers: int = 1,
-        processes: PartialState | None = None,
     ) -> None:
         self._missing_images, self._bad_images = missing_images, bad_images
         self._notes, self._workers = notes, workers
-        self._processes = processes
+        self.seen: set[Path] = set()
         self._faults: dict[ImageFile, ImageError | None] = {}
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
@@ -100,6 +98,7 @@ class ImageCheck:
         for image in images:
             check_inside(folder, image.path)
         found = {image: _file_status(image.path) for image in images}
+        self.seen |= {image.path for image in images}
         missing = sorted(image.name for image, status in found.items() if status is None)
         if missing and self._missing_images == "stop":
             raise InputError(
@@ -111,28 +110,21 @@ class ImageCheck:
         return {image: status for image, status in found.items() if status is not None}
 
     def _read(self, present: dict[ImageFile, os.stat_result]) -> None:
-        """Check the images that have no result yet, on all workers of all processes."""
+        """Check the images that have no result yet, on all workers."""
         self._notes.mkdir(parents=True, exist_ok=True)
         new = [image for image in present if image not in self._faults]
         chunks = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
         files = [self._notes / f"images-{_digest(chunk, present)}.json" for chunk in chunks]
-        rank, ranks = (
-            (self._processes.process_index, self._processes.num_processes)
-            if self._processes
-            else (0, 1)
-        )
-        mine = list(zip(files, chunks, strict=True))[rank::ranks]
-        todo = [(file, chunk) for file, chunk in mine if not file.is_file()]
+        todo = [
+            (file, chunk) for file, chunk in zip(files, chunks, strict=True) if not file.is_file()
+        ]
         with tqdm(
             total=sum(len(chunk) for _, chunk in todo),
             desc="checking images",
             unit="image",
-            disable=rank != 0,
         ) as progress:
             for count in ordered_map(_note_faults, None, todo, self._workers):
                 progress.update(count)
-        if self._processes:
-            self._processes.wait_for_everyone()
         for file, chunk in zip(files, chunks, strict=True):
             faults = {place: ImageError(*fault) for place, *fault in read_json(file)}
             self._faults |= {image: faults.get(place) for place, image in enumerate(chunk)}
@@ -209,6 +201,15 @@ def _note_faults(_: None, work: tuple[Path, list[ImageFile]]) -> int:
             faults.append((place, str(error), error.reason))
     write_whole(notes, json.dumps(faults))
     return len(images)
+
+
+def image_states(paths: Iterable[Path]) -> dict[str, list[int] | None]:
+    """Path -> size and time of the last change, in nanoseconds; None if there is no such file."""
+    states = {str(path): _file_status(path) for path in paths}
+    return {
+        path: None if status is None else [status.st_size, status.st_mtime_ns]
+        for path, status in states.items()
+    }
 
 
 def _digest(images: list[ImageFile], present: dict[ImageFile, os.stat_result]) -> str:

@@ -43,13 +43,13 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
                 f"captioning.styles names '{style}'{nearest(style, sorted(styles))}; the styles in "
                 f"{captions.file} are {', '.join(sorted(styles))}."
             )
-    pool = Pool("captioning", [])
+    pool, found = Pool("captioning", []), list[PoolRegion]()
     for (number, style), of_instance in tqdm(
         texts.items(), desc="reading captions", unit="instance"
     ):
         if source.styles is None or style in source.styles:
-            pool.regions += _regions(instances, number, style, of_instance, source, pool)
-    pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
+            found += _regions(instances, number, style, of_instance, source, pool)
+    pool.regions = with_objects(usable.keep(found, source.path("images"), pool))
     pool.count_classes_without_a_region(source.classes)
     drop_rare_classes(pool, source.min_descriptions)
     return pool

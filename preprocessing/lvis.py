@@ -10,7 +10,6 @@ evaluation it does not count as showing it either. A region's group is the frequ
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from preprocessing.coco import CheckedCOCO, load_instances, read_instances
 from preprocessing.image_check import UsableImages, is_file
 from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource
+from preprocessing.region_table import RegionTable
 
 _FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
 
@@ -30,7 +30,7 @@ def read_segmentation(
     lvis = load_lvis(source.path("annotations"), source.path("images"))
     frequencies = {name: _frequency(lvis, record) for name, record in _by_name(lvis).items()}
     pool = read_instances(lvis, source, image_size, usable, workers, _not_exhaustive(lvis))
-    pool.regions = [replace(region, group=frequencies[region.category]) for region in pool.regions]
+    pool.regions = RegionTable.of(pool.regions).with_groups(frequencies)
     return pool
 
 

@@ -3,12 +3,14 @@ episodes are drawn.
 """
 
 import math
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 from PIL import Image
 
 from icl_moe.images import PixelBox
@@ -33,6 +35,8 @@ class ImageFile:
 
 Role = Literal["both", "query", "example"]
 """Whether a region may be a query, an example or both."""
+
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,60 @@ class PoolRegion:
         return self.category, self.style
 
 
+class RegionKeys(NamedTuple):
+    """What episodes are drawn by, as numbers of each region, int64 (regions,): two regions have the
+    same number if they have the same value. names: the name of each class and style.
+    """
+
+    names: Sequence[str]
+    categories: np.ndarray
+    styles: np.ndarray
+    photographs: np.ndarray
+    roles: np.ndarray
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """Class and style in one number."""
+        return self.categories * len(self.names) + self.styles
+
+
+class StoredRegions(Sequence[PoolRegion]):
+    """Regions that are kept in a compact form, and made when they are asked for."""
+
+    @abstractmethod
+    def keys(self) -> RegionKeys: ...
+
+    @abstractmethod
+    def select(self, numbers: np.ndarray) -> "StoredRegions":
+        """The regions of these numbers, or those that a boolean array marks."""
+
+
+def region_keys(regions: Sequence[PoolRegion]) -> RegionKeys:
+    """The keys of regions in either form."""
+    if isinstance(regions, StoredRegions):
+        return regions.keys()
+    numbers: dict[str, int] = {}
+    photographs: dict[str, int] = {}
+    found = [
+        (
+            numbers.setdefault(region.category, len(numbers)),
+            numbers.setdefault(region.style, len(numbers)),
+            photographs.setdefault(region.photograph, len(photographs)),
+            ROLES.index(region.role),
+        )
+        for region in regions
+    ]
+    columns = np.array(found, dtype=np.int64).reshape(-1, 4).T
+    return RegionKeys(list(numbers), *columns)
+
+
+def groups_of(values: np.ndarray) -> dict[int, np.ndarray]:
+    """Value -> the places where it stands, in ascending order."""
+    order = np.argsort(values, kind="stable")
+    found, first = np.unique(values[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, first[1:]), strict=True)) if len(values) else {}
+
+
 @dataclass
 class Pool:
     """The regions of one task in the order of their source. skipped: reason -> how many things were
@@ -86,57 +144,74 @@ class Pool:
     """
 
     task: str
-    regions: list[PoolRegion]
+    regions: Sequence[PoolRegion]
     skipped: Counter[str] = field(default_factory=Counter)
     bad_images: dict[str, str] = field(default_factory=dict)
     same_instance: float = 0.0
 
     def by_class(self) -> dict[str, list[int]]:
         """Class -> numbers of its regions, with classes in alphabetical order."""
-        numbers: dict[str, list[int]] = {}
-        for number, region in enumerate(self.regions):
-            numbers.setdefault(region.category, []).append(number)
-        return dict(sorted(numbers.items()))
+        keys = region_keys(self.regions)
+        found = {keys.names[n]: group.tolist() for n, group in groups_of(keys.categories).items()}
+        return dict(sorted(found.items()))
 
     def by_kind(self) -> dict[tuple[str, str], list[int]]:
         """Class and style -> numbers of the regions that examples can be drawn from."""
-        numbers: dict[tuple[str, str], list[int]] = {}
-        for number, region in enumerate(self.regions):
-            if region.role != "query":
-                numbers.setdefault(region.kind, []).append(number)
-        return numbers
+        keys = region_keys(self.regions)
+        shown = np.flatnonzero(keys.roles != ROLES.index("query"))
+        found = {}
+        for kind, places in groups_of(keys.kinds[shown]).items():
+            category, style = divmod(kind, len(keys.names))
+            found[keys.names[category], keys.names[style]] = shown[places].tolist()
+        return found
 
-    @property
-    def queries(self) -> list[int]:
-        """Numbers of the regions that can be queries."""
-        return [n for n, region in enumerate(self.regions) if region.role != "example"]
+    def keep(self, chosen: np.ndarray) -> None:
+        """Leave out all regions but those that a boolean array (regions,) marks."""
+        if chosen.all():
+            return
+        if isinstance(self.regions, StoredRegions):
+            self.regions = self.regions.select(chosen)
+        else:
+            self.regions = [self.regions[number] for number in np.flatnonzero(chosen).tolist()]
 
     def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
         """Count the classes that a recipe names but the source lacks."""
-        unseen = set(asked or ()) - {region.category for region in self.regions}
-        self.skipped["classes_without_a_region"] += len(unseen)
+        self.skipped["classes_without_a_region"] += len(
+            set(asked or ()) - self.class_counts().keys()
+        )
+
+    def class_counts(self) -> Counter[str]:
+        """Class -> how many regions it has."""
+        keys = region_keys(self.regions)
+        found, counts = np.unique(keys.categories, return_counts=True)
+        names = [keys.names[number] for number in found.tolist()]
+        return Counter(dict(zip(names, counts.tolist(), strict=True)))
 
     def drop_small_classes(self, images: int) -> None:
         """Leave out each class and style that has no query with examples from `images` - 1 other
         images. A class counts once for each such style.
         """
-        shown: dict[tuple[str, str], set[str]] = {}
-        asked: dict[tuple[str, str], set[str]] = {}
-        for region in self.regions:
-            for names, other in ((shown, "query"), (asked, "example")):
-                of_kind = names.setdefault(region.kind, set())
-                if region.role != other:
-                    of_kind.add(region.photograph)
-        small = {
-            kind
-            for kind, names in shown.items()
-            if not asked[kind] or len(names) < images - names.isdisjoint(asked[kind])
-        }
-        if small:
-            self.regions = [region for region in self.regions if region.kind not in small]
-            self.skipped["classes_with_too_few_images"] += len(small)
+        if not len(self.regions):
+            return
+        keys = region_keys(self.regions)
+        kinds, of_region = np.unique(keys.kinds, return_inverse=True)
+        pairs = of_region * (int(keys.photographs.max()) + 1) + keys.photographs
+
+        def photographs(pairs: np.ndarray) -> np.ndarray:
+            """How many of these pairs of kind and photograph each kind has."""
+            of_kind = pairs // (int(keys.photographs.max()) + 1)
+            return np.bincount(of_kind, minlength=len(kinds))
+
+        shown = np.unique(pairs[keys.roles != ROLES.index("query")])
+        asked = np.unique(pairs[keys.roles != ROLES.index("example")])
+        both = photographs(np.intersect1d(shown, asked, assume_unique=True)) > 0
+        small = (photographs(asked) == 0) | (photographs(shown) < images - ~both)
+        self.keep(~small[of_region])
+        self.skipped["classes_with_too_few_images"] += int(small.sum())
 
     def drop_classes(self, classes: set[str], reason: str) -> None:
-        if classes:
-            self.regions = [region for region in self.regions if region.category not in classes]
+        if classes and len(self.regions):
+            keys = region_keys(self.regions)
+            dropped = np.array([name in classes for name in keys.names], dtype=bool)
+            self.keep(~dropped[keys.categories])
             self.skipped[reason] += len(classes)

@@ -15,6 +15,7 @@ this process encodes on its device, and a thread writes.
 """
 
 import io
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,7 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.code_cache import CodeCache, arithmetic, key_of
 from preprocessing.image_check import open_image
 from preprocessing.pool import ImageFile, PoolRegion
+from preprocessing.region_table import mapped
 from preprocessing.workers import ordered_map
 
 BATCH = 32
@@ -65,10 +67,7 @@ class CodeStore:
     """Memory-mapped codes of all pictures: `store[n]` is int64 (codes_per_image,)."""
 
     def __init__(self, folder: Path, pictures: int) -> None:
-        self._chunks = [
-            np.load(_chunk_file(folder, n), mmap_mode="r", allow_pickle=False)
-            for n in range(_chunk_count(pictures))
-        ]
+        self._chunks = [mapped(_chunk_file(folder, n)) for n in range(_chunk_count(pictures))]
 
     def __getitem__(self, number: int) -> np.ndarray:
         chunk, row = divmod(number, CHUNK)
@@ -76,7 +75,7 @@ class CodeStore:
 
 
 def quantize(
-    pictures: list[Picture],
+    pictures: Sequence[Picture],
     tokenizers: ImageTokenizers,
     size: int,
     folder: Path,
@@ -162,13 +161,13 @@ def _open_caches(
 
 
 def _draw_batch(
-    context: tuple[list[Picture], int, ImageTokenizers, _Caches], numbers: range
+    context: tuple[Sequence[Picture], int, ImageTokenizers, _Caches], numbers: range
 ) -> list[_Drawn]:
     pictures, size, tokenizers, caches = context
     batch = []
     for number in numbers:
-        pixels = pictures[number].draw(size)
-        is_input = isinstance(pictures[number], CropPicture)
+        picture = pictures[number]
+        pixels, is_input = picture.draw(size), isinstance(picture, CropPicture)
         drawn = _Drawn(tokenizers.part_for(pixels, is_input), is_input, pixels)
         if drawn.part in caches:
             drawn.key = key_of(pixels)

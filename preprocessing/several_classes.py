@@ -14,6 +14,7 @@ from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
 from icl_moe.tasks.semantic_segmentation import COLOURS, ClassesTarget
 from preprocessing.pool import Pool, PoolRegion
+from preprocessing.region_table import RegionTable
 
 MOST_COMBINATIONS = 64
 """Of an image's classes; an image of a dozen classes has hundreds."""
@@ -28,15 +29,21 @@ def combine_classes(pool: Pool, most: int, least_scale: float, image_size: int) 
     taken, and of its combinations those of the largest classes. Where masks overlap, a pixel
     belongs to the smaller one.
     """
-    of_image: dict[tuple[str, str], list[PoolRegion]] = {}
-    for region in pool.regions:
-        of_image.setdefault((str(region.image.path), region.role), []).append(region)
-    combined = [
+    of_image: dict[tuple[str, str], list[int]] = {}
+    for number, region in enumerate(pool.regions):
+        of_image.setdefault((str(region.image.path), region.role), []).append(number)
+    combined = (
         region
-        for regions in of_image.values()
-        for region in _combinations(regions, most, least_scale, image_size, pool.skipped)
-    ]
-    return replace(pool, task=SEMANTIC_SEGMENTATION.name, regions=combined)
+        for numbers in of_image.values()
+        for region in _combinations(
+            [pool.regions[number] for number in numbers],
+            most,
+            least_scale,
+            image_size,
+            pool.skipped,
+        )
+    )
+    return replace(pool, task=SEMANTIC_SEGMENTATION.name, regions=RegionTable.of(combined))
 
 
 def _combinations(
@@ -106,12 +113,12 @@ def paint_episodes(pool: Pool, episodes: np.ndarray, seed: int) -> tuple[Pool, n
         drawn = rng.permutation(len(names))[:count].tolist()
         colours = tuple(names[place] for place in drawn)
         painted[index] = [numbers.setdefault((number, colours), len(numbers)) for number in members]
-    regions = [
+    regions = (
         replace(region, target=replace(region.target, colours=colours))
         for number, colours in numbers
         for region in [pool.regions[number]]
-    ]
-    return replace(pool, regions=regions), painted
+    )
+    return replace(pool, regions=RegionTable.of(regions)), painted
 
 
 def _decoded(counts: bytes, image_size: int) -> np.ndarray:

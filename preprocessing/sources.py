@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-
 from icl_moe.errors import InputError, nearest
 from icl_moe.settings import from_dict
 from icl_moe.tasks import find_task
@@ -33,6 +31,7 @@ from preprocessing import (
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool
 from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
+from preprocessing.region_table import RegionTable
 from preprocessing.several_classes import combine_classes
 
 
@@ -42,15 +41,13 @@ class Reading:
 
     image_size: side in pixels of the model's images. usable: which images can be used. workers:
     processes that may read. folder: the shard folder, in which a source may keep files that it
-    generates. processes: the processes that share the build; all of them read, after the main one
-    has generated such files.
+    generates.
     """
 
     image_size: int
     usable: UsableImages
     workers: int
     folder: Path
-    processes: PartialState
 
 
 Reader = Callable[[Any, Reading], Pool]
@@ -60,16 +57,37 @@ Reader = Callable[[Any, Reading], Pool]
 class _Source(NamedTuple):
     settings: type
     read: Reader
+    files: tuple[str, ...] | None
 
 
 _SOURCES: dict[str, dict[str, _Source]] = {}
 
 
-def register_source(task: str, name: str, settings: type, read: Reader) -> None:
+def register_source(
+    task: str, name: str, settings: type, read: Reader, files: tuple[str, ...] | None = None
+) -> None:
     """Register a source of a task. settings: a frozen dataclass, the keys of the recipe's section
-    besides `source`. The first source of a task is its default.
+    besides `source`. files: the keys that name all that it reads besides images; a build that is
+    resumed reads it again only if one of these files has changed, otherwise (None) each time. The
+    first source of a task is its default.
     """
-    _SOURCES.setdefault(task, {})[name] = _Source(settings, read)
+    _SOURCES.setdefault(task, {})[name] = _Source(settings, read, files)
+
+
+def named_files(recipe: DataRecipe) -> list[Path] | None:
+    """The files that the sources of a recipe read besides images; None if they are not known."""
+    found = []
+    for task, section in (
+        ("segmentation", recipe.segmentation),
+        ("captioning", recipe.captioning),
+    ):
+        if section is not None:
+            keys = _SOURCES[task][section.source].files
+            if keys is None:
+                return None
+            values = [getattr(section, key) for key in keys]
+            found += [Path(value) for value in values if value is not None]
+    return found if not recipe.tasks and all(map(Path.is_file, found)) else None
 
 
 def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
@@ -118,10 +136,10 @@ def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
         return pool
     others = replace(source, images=source.examples_images, annotations=source.examples_annotations)
     shown = coco.read_segmentation(others, reading.image_size, reading.usable, reading.workers)
-    pool.regions = [
-        *(replace(region, role="query") for region in pool.regions),
-        *(replace(region, role="example") for region in shown.regions),
-    ]
+    queries, examples = (RegionTable.of(each.regions) for each in (pool, shown))
+    pool.regions = RegionTable.concatenate(
+        [queries.with_role("query"), examples.with_role("example")]
+    )
     pool.skipped += shown.skipped
     pool.bad_images |= shown.bad_images
     return pool
@@ -145,15 +163,14 @@ def _read_captioned_lines(source: CaptioningSource, reading: Reading) -> Pool:
 
 def _read_composed(source: SegmentationSource, reading: Reading) -> Pool:
     album = composed.open_album(source, reading.usable, reading.workers)
-    with reading.processes.main_process_first():
-        made = composed.compose_images(
-            album, source.composed, reading.image_size, reading.folder / "composed", reading.workers
-        )
+    made = composed.compose_images(
+        album, source.composed, reading.image_size, reading.folder / "composed", reading.workers
+    )
     return composed.read_segmentation(album, source, reading.image_size, made, reading.workers)
 
 
 def _read_visual_genome(source: CaptioningSource, reading: Reading) -> Pool:
-    return visual_genome.read_captioning(source, reading.usable)
+    return visual_genome.read_captioning(source, reading.usable, reading.workers)
 
 
 def _read_coco_captions(source: CaptioningSource, reading: Reading) -> Pool:
@@ -164,12 +181,18 @@ def _read_instance_captions(source: CaptioningSource, reading: Reading) -> Pool:
     return instance_captions.read_captioning(source, reading.usable)
 
 
-register_source("segmentation", "coco", SegmentationSource, _read_coco)
-register_source("segmentation", "lvis", SegmentationSource, _read_lvis)
+_GENOME = ("regions", "objects", "image_data", "splits")
+_CAPTIONS = ("annotations", "instances")
+register_source(
+    "segmentation", "coco", SegmentationSource, _read_coco, ("annotations", "examples_annotations")
+)
+register_source("segmentation", "lvis", SegmentationSource, _read_lvis, ("annotations",))
 register_source("segmentation", "folder", SegmentationSource, _read_folder)
 register_source("segmentation", "jsonl", SegmentationSource, _read_lines)
 register_source("segmentation", "composed", SegmentationSource, _read_composed)
-register_source("captioning", "visual_genome", CaptioningSource, _read_visual_genome)
-register_source("captioning", "coco_captions", CaptioningSource, _read_coco_captions)
-register_source("captioning", "instance_captions", CaptioningSource, _read_instance_captions)
+register_source("captioning", "visual_genome", CaptioningSource, _read_visual_genome, _GENOME)
+register_source("captioning", "coco_captions", CaptioningSource, _read_coco_captions, _CAPTIONS)
+register_source(
+    "captioning", "instance_captions", CaptioningSource, _read_instance_captions, _CAPTIONS
+)
 register_source("captioning", "jsonl", CaptioningSource, _read_captioned_lines)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,13 +24,10 @@ Shown = tuple[FixedPair, str]
 
 
 class FixedPool(NamedTuple):
-    """A pool and its episodes: the numbers of their regions (episodes, shots + 1), and what
-    KEY.json says about each of them besides.
-    """
+    """A pool and its episodes: the numbers of their regions (episodes, shots + 1)."""
 
     pool: Pool
     episodes: np.ndarray
-    notes: list[dict[str, Any]]
 
 
 def read_fixed_pool(
@@ -63,8 +60,7 @@ def read_fixed_pool(
             "every model is asked the same."
         )
     pool.regions = regions
-    notes = [{"standard": file.name, "fold": episode.fold} for episode in file.episodes]
-    return FixedPool(pool, episodes, notes)
+    return FixedPool(pool, episodes)
 
 
 class _Cutter(NamedTuple):

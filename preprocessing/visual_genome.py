@@ -11,13 +11,15 @@ since the largest has 0.7 GB.
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 from urllib.parse import unquote
 
+import numpy as np
 from tqdm import tqdm
 
 from icl_moe.boxes import Box, box_iou, normalise_box
@@ -34,18 +36,24 @@ from icl_moe.inputs import (
 from icl_moe.tasks.captioning import CaptionTarget
 from preprocessing.classes import COCO_CLASSES, ClassFinder, plural
 from preprocessing.image_check import UsableImages, is_file
+from preprocessing.json_stream import NotPlainError, decode_piece, list_pieces
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.records import image_file, is_id, kinds_of_id, read_rect
+from preprocessing.region_table import RegionTable, TableWriter
+from preprocessing.workers import ordered_map
+
+_Record = tuple[str, Any, list[Any]]
+"""The record of an image: its name for error messages, the image's id, and the list of entries."""
 
 LEAST_OVERLAP = 0.5
 _READ_CHARACTERS = 1 << 22
 _GAP = re.compile(r"[\s,]*")
 
 
-def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
-    """The captioning pool of Visual Genome's image_data, objects and region_descriptions. Raises
-    InputError for bad input.
+def read_captioning(source: CaptioningSource, usable: UsableImages, workers: int = 0) -> Pool:
+    """The captioning pool of Visual Genome's image_data, objects and region_descriptions, read by
+    `workers` processes. Raises InputError for bad input.
     """
     finder = ClassFinder(source.classes or COCO_CLASSES)
     pool = Pool("captioning", [])
@@ -55,24 +63,35 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
         used = counted = _read_split(source, source.split, images, pool.skipped)
     if source.counted_split is not None:
         counted = _read_split(source, source.counted_split, images, Counter())
-    objects = _read_objects(source.path("objects"), images, finder, pool.skipped)
-    regions = list(
-        _read_regions(source.path("regions"), images, used, counted, objects, finder, pool.skipped)
-    )
+    objects = _Objects()
+    reader = _ObjectsReader(source.path("objects"), images, finder)
+    for found in _read_records(reader, workers, pool.skipped):
+        objects.add(found)
+    regions = _RegionsReader(source.path("regions"), images, finder, used, counted, objects)
+    table = RegionTable.concatenate(list(_read_records(regions, workers, pool.skipped)))
+    of_image = table.images()
+    names = {images[number].name for number in counted}
+    is_counted = np.array([image.name in names for image in of_image], dtype=bool)
     names = {images[number].name for number in used}
-    pool.regions = [region for region in regions if region.image.name in names]
-    pool.regions = with_objects(usable.keep(pool.regions, source.path("images"), pool))
+    items = [_Shown(image) for image in of_image if image.name in names]
+    kept = {item.image.name for item in usable.keep(items, source.path("images"), pool)}
+    is_kept = np.array([image.name in kept for image in of_image], dtype=bool)
+    pool.regions = table.select(is_kept[table.image_numbers()])
     pool.count_classes_without_a_region(source.classes)
     if source.counted_split is None:
         drop_rare_classes(pool, source.min_descriptions)
     else:
-        names = {images[number].name for number in counted}
-        frequent = _frequent_classes(
-            (region for region in regions if region.image.name in names), source.min_descriptions
-        )
-        rare = {region.category for region in pool.regions} - frequent
+        whole = Pool("captioning", table.select(is_counted[table.image_numbers()]))
+        rare = set(pool.class_counts()) - _frequent_classes(whole, source.min_descriptions)
         pool.drop_classes(rare, "classes_with_too_few_descriptions")
     return pool
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """An image that has regions."""
+
+    image: ImageFile
 
 
 def clean_phrase(text: Any) -> str:
@@ -122,14 +141,13 @@ def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
 
 def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
     """Leave out classes with at most `min_descriptions` regions."""
-    rare = {region.category for region in pool.regions}
-    rare -= _frequent_classes(pool.regions, min_descriptions)
+    rare = set(pool.class_counts()) - _frequent_classes(pool, min_descriptions)
     pool.drop_classes(rare, "classes_with_too_few_descriptions")
 
 
-def _frequent_classes(regions: Iterable[PoolRegion], min_descriptions: int) -> set[str]:
+def _frequent_classes(pool: Pool, min_descriptions: int) -> set[str]:
     """The classes with more than `min_descriptions` regions."""
-    counts = Counter(region.category for region in regions)
+    counts = pool.class_counts()
     return {category for category, count in counts.items() if count > min_descriptions}
 
 
@@ -184,9 +202,10 @@ def _entries_of_list(file: Path, stream: TextIO, progress: Any) -> Iterator[Any]
             elif count >= 0 and text.startswith("]", position):
                 break
             else:
-                entry, position = decoder.raw_decode(text, position)
+                entry, end = decoder.raw_decode(text, position)
                 count += 1
-                yield with_whole_characters(entry, text)
+                yield with_whole_characters(entry, text, position, end)
+                position = end
         except json.JSONDecodeError:
             # The entry is incomplete or malformed; more text will tell. The text is at least
             # doubled, so that a long entry is not decoded over and over.
@@ -271,13 +290,93 @@ def _image_name(folder: Path, url: Any, where: str) -> str:
     return name
 
 
-def _read_objects(
-    file: Path, images: dict[Any, ImageFile], finder: ClassFinder, skipped: Counter[str]
-) -> dict[Any, list[tuple[str, Box]]]:
-    """Image id -> (class, box) of the objects that have a class."""
-    objects: dict[Any, list[tuple[str, Box]]] = {}
-    for where, number, entries in _records(file, "objects", images):
-        kept = objects.setdefault(number, [])
+# --- Records of images, on several processes -----------------------------------------------------
+
+
+class _RecordReader(Protocol):
+    """Reads the records of a file, one for each image. key: that of an image's list of entries."""
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def images(self) -> dict[Any, ImageFile]: ...
+
+    def read(self, records: Iterable[_Record], skipped: Counter[str]) -> Any:
+        """What some records hold. skipped: counts what is left out."""
+        ...
+
+
+def _read_records(reader: _RecordReader, workers: int, skipped: Counter[str]) -> Iterator[Any]:
+    """What the records of a file hold, part by part.
+
+    Processes read pieces of the file. If one of them finds anything wrong, the file is read again
+    from its beginning, one record after another, which tells what is wrong first.
+    """
+    check_is_file(reader.file)
+    found, left_out, seen = [], Counter[str](), set[Any]()
+    try:
+        for part in ordered_map(_read_piece, reader, list_pieces(reader.file), workers):
+            if part is None or not seen.isdisjoint(part.numbers):
+                raise NotPlainError
+            seen.update(part.numbers)
+            left_out.update(part.skipped)
+            found.append(part.content)
+    except (NotPlainError, OSError):
+        left_out = Counter()
+        found = [reader.read(_records(reader), left_out)]
+    skipped.update(left_out)
+    yield from found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a piece holds, the ids of its images, and what is left out."""
+
+    content: Any
+    numbers: list[Any]
+    skipped: Counter[str]
+
+
+def _read_piece(reader: _RecordReader, piece: bytes) -> _Part | None:
+    """What a piece of a file holds; None if anything in it is wrong."""
+    skipped = Counter[str]()
+    try:
+        records = [_record(reader, record) for record in decode_piece(piece)]
+        numbers = [number for _, number, _ in records]
+        if len({*numbers}) < len(numbers):
+            return None
+        return _Part(reader.read(records, skipped), numbers, skipped)
+    except (NotPlainError, InputError):
+        return None
+
+
+@dataclass(frozen=True)
+class _ObjectsReader:
+    """Reads the objects that have a class."""
+
+    file: Path
+    images: dict[Any, ImageFile]
+    finder: ClassFinder
+    key: str = "objects"
+
+    def read(
+        self, records: Iterable[_Record], skipped: Counter[str]
+    ) -> list[tuple[Any, tuple[str, ...], np.ndarray]]:
+        """For each image its id, and the classes and boxes (objects, 4) of its objects."""
+        found = []
+        for where, number, entries in records:
+            kept = list(self._objects(where, entries, self.images[number], skipped))
+            boxes = np.array([box for _, box in kept], dtype=np.float64).reshape(-1, 4)
+            found.append((number, tuple(category for category, _ in kept), boxes))
+        return found
+
+    def _objects(
+        self, where: str, entries: list[Any], image: ImageFile, skipped: Counter[str]
+    ) -> Iterator[tuple[str, Box]]:
         for entry in entries:
             names = entry.get("names") if isinstance(entry, dict) else None
             if not isinstance(names, list):
@@ -285,32 +384,63 @@ def _read_objects(
                     f"{where} has an object without 'names'; it must have the layout of Visual "
                     "Genome 1.2 or 1.4."
                 )
-            category = next((found for name in names if (found := finder.exact(str(name)))), None)
+            exact = self.finder.exact
+            category = next((found for name in names if (found := exact(str(name)))), None)
             if category is not None:
                 where_object = f"{where}, object {shown(entry.get('object_id'))}"
-                box = _box(where_object, entry, ("w", "h"), images[number], skipped)
+                box = _box(where_object, entry, ("w", "h"), image, skipped)
                 if box is not None:
-                    kept.append((category, box))
-    return objects
+                    yield category, box
 
 
-def _read_regions(
-    file: Path,
-    images: dict[Any, ImageFile],
-    used: set[Any],
-    counted: set[Any],
-    objects: dict[Any, list[tuple[str, Box]]],
-    finder: ClassFinder,
-    skipped: Counter[str],
-) -> Iterator[PoolRegion]:
-    """The regions of `used` and `counted` images that have a class. skipped: what is left out of
-    `used` ones.
+class _Objects:
+    """The classes and boxes of the objects of each image."""
+
+    def __init__(self) -> None:
+        self._of_image: dict[Any, tuple[tuple[str, ...], np.ndarray]] = {}
+
+    def add(self, found: list[tuple[Any, tuple[str, ...], np.ndarray]]) -> None:
+        for number, classes, boxes in found:
+            self._of_image[number] = (tuple(map(sys.intern, classes)), boxes)
+
+    def of_image(self, number: Any) -> list[tuple[str, Box]]:
+        classes, boxes = self._of_image.get(number, ((), _NO_BOXES))
+        return [
+            (category, (x1, y1, x2, y2))
+            for category, (x1, y1, x2, y2) in zip(classes, boxes.tolist(), strict=True)
+        ]
+
+
+_NO_BOXES = np.zeros((0, 4))
+
+
+@dataclass(frozen=True)
+class _RegionsReader:
+    """Reads the regions of `used` and `counted` images that have a class, and counts what is left
+    out of `used` ones.
     """
-    for where, number, entries in _records(file, "regions", images):
-        if number not in used and number not in counted:
-            continue
-        image, seen = images[number], set()
-        left_out = skipped if number in used else Counter[str]()
+
+    file: Path
+    images: dict[Any, ImageFile]
+    finder: ClassFinder
+    used: set[Any]
+    counted: set[Any]
+    objects: _Objects
+    key: str = "regions"
+
+    def read(self, records: Iterable[_Record], skipped: Counter[str]) -> RegionTable:
+        writer = TableWriter()
+        for where, number, entries in records:
+            if number in self.used or number in self.counted:
+                left_out = skipped if number in self.used else Counter[str]()
+                for region in with_objects(self._regions(where, number, entries, left_out)):
+                    writer.add(region)
+        return writer.table()
+
+    def _regions(
+        self, where: str, number: Any, entries: list[Any], left_out: Counter[str]
+    ) -> Iterator[PoolRegion]:
+        image, objects, seen = self.images[number], self.objects.of_image(number), set()
         for entry in entries:
             region_id = entry.get("region_id") if isinstance(entry, dict) else None
             if not is_id(region_id):
@@ -327,7 +457,7 @@ def _read_regions(
                 left_out["regions_with_the_id_of_another"] += 1
             elif box is not None:
                 seen.add(region_id)
-                category = _class_of(finder.find(phrase), box, objects.get(number, []))
+                category = _class_of(self.finder.find(phrase), box, objects)
                 if category is None:
                     left_out["regions_without_a_class"] += 1
                     continue
@@ -342,31 +472,34 @@ def _class_of(named: dict[str, bool], box: Box, objects: list[tuple[str, Box]]) 
     return category if overlap >= LEAST_OVERLAP else None
 
 
-def _records(
-    file: Path, key: str, images: dict[Any, ImageFile]
-) -> Iterator[tuple[str, Any, list[Any]]]:
-    """For each image's record: its name for error messages, the image's id, and the list under
-    `key`.
-    """
+def _records(reader: _RecordReader) -> Iterator[_Record]:
+    """The records of a file, one after another."""
     seen = set()
-    for record in read_json_list(file):
-        number = record.get("image_id", record.get("id")) if isinstance(record, dict) else None
-        if not is_id(number) or not isinstance(record.get(key), list):
-            raise InputError(
-                f"{file} has a record without an image's id and its list of {key}; it must have "
-                "Visual Genome's layout."
-            )
-        if number not in images:
-            raise InputError(
-                f"{file} has {key} of image {shown(number)}, which image_data "
-                f"lacks{kinds_of_id(images, number)}."
-            )
+    for record in read_json_list(reader.file):
+        where, number, entries = _record(reader, record)
         if number in seen:
             raise InputError(
-                f"{file} has two records of image {number}; each image may have only one record."
+                f"{reader.file} has two records of image {number}; each image may have only one "
+                "record."
             )
         seen.add(number)
-        yield f"{file}: image {number}", number, record[key]
+        yield where, number, entries
+
+
+def _record(reader: _RecordReader, record: Any) -> _Record:
+    file, key, images = reader.file, reader.key, reader.images
+    number = record.get("image_id", record.get("id")) if isinstance(record, dict) else None
+    if not is_id(number) or not isinstance(record.get(key), list):
+        raise InputError(
+            f"{file} has a record without an image's id and its list of {key}; it must have "
+            "Visual Genome's layout."
+        )
+    if number not in images:
+        raise InputError(
+            f"{file} has {key} of image {shown(number)}, which image_data "
+            f"lacks{kinds_of_id(images, number)}."
+        )
+    return f"{file}: image {number}", number, record[key]
 
 
 def _phrase(entry: dict[str, Any], where: str) -> str:

@@ -37,6 +37,12 @@ class CaptionPart:
     tokens: tuple[int, ...] = ()
 
 
+@lru_cache(maxsize=4096)
+def _name(text: TextTokenizer, category: str) -> tuple[int, ...]:
+    """The tokens of a class's name."""
+    return tuple(text.encode(category))
+
+
 def template(codec: SequenceCodec) -> tuple[CaptionPart, ...]:
     """The parts of a format's captions. The last two are the caption and its full stop."""
     return _template(codec.format, codec.text)
@@ -54,7 +60,7 @@ def write_caption(codec: SequenceCodec, said: CaptionText) -> list[int]:
         elif part.kind == "category":
             if said.category is None:
                 raise InputError("This caption format names the category, but none was given.")
-            tokens += codec.text.encode(said.category)
+            tokens += _name(codec.text, said.category)
         elif part.kind == "box":
             if said.box is None:
                 raise InputError("This caption format writes the box, but none was given.")
@@ -67,6 +73,12 @@ def write_caption(codec: SequenceCodec, said: CaptionText) -> list[int]:
             f"The caption '{said.caption}' takes {len(tokens)} tokens; there is room for {room}."
         )
     return tokens
+
+
+def longest_caption(codec: SequenceCodec, category: str, caption: str) -> int:
+    """The most tokens that `write_caption` can write: a token stands for at least one byte."""
+    lengths = {"category": len(category.encode()), "box": 4, "caption": 1 + len(caption.encode())}
+    return sum(lengths.get(part.kind, len(part.tokens)) for part in template(codec))
 
 
 def given_category(codec: SequenceCodec, category: str | None) -> list[int]:

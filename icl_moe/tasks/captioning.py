@@ -37,6 +37,7 @@ from icl_moe.tasks.caption_template import (
     CaptionText,
     caption_grammar,
     given_category,
+    longest_caption,
     read_caption,
     write_caption,
 )
@@ -87,7 +88,7 @@ class CaptionTarget:
     box: Box
     caption: str
     references: tuple[str, ...] = ()
-    objects: tuple[tuple[str, str, str, Box], ...] = field(default=(), repr=False)
+    objects: Sequence[tuple[str, str, str, Box]] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,9 @@ class Captioning(Task):
             target.box if format.box == "text" else None,
             drawn[0] if drawn else None,
         )
+
+    def surely_fits(self, codec: SequenceCodec, category: str, target: CaptionTarget) -> bool:
+        return longest_caption(codec, category, target.caption) <= codec.format.codes_per_image
 
     def describe(self, targets: Sequence[CaptionTarget], image_size: int) -> dict[str, Any]:
         references = targets[-1].references

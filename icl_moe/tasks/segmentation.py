@@ -161,6 +161,9 @@ class Segmentation(Task):
         (mask,) = drawn
         return SegmentationPair(image, mask)
 
+    def surely_fits(self, codec: SequenceCodec, category: str, target: MaskTarget) -> bool:
+        return True
+
     def describe(self, targets: Sequence[MaskTarget], image_size: int) -> dict[str, Any]:
         def rle(counts: bytes) -> dict[str, Any]:
             return {"size": [image_size, image_size], "counts": counts.decode("ascii")}

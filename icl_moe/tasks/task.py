@@ -280,6 +280,10 @@ class Task(ABC):
         """
         return target
 
+    def surely_fits(self, codec: SequenceCodec, category: str, target: Any) -> bool:
+        """Whether the texts of a pair have room by their length alone, without encoding them."""
+        return False
+
     @abstractmethod
     def describe(self, targets: Sequence[Any], image_size: int) -> dict[str, Any]:
         """The entries of KEY.json about the targets of an episode, the query's last; see

@@ -30,7 +30,7 @@ from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import build as build_module
-from preprocessing import cli, quantize
+from preprocessing import cli, plan, quantize
 from preprocessing.recipe import DataRecipe
 from preprocessing.verify import verify_shards
 
@@ -112,6 +112,8 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
         "encode",
         lambda *args, real=ImageTokenizers.encode: encoded.append(1) or real(*args),
     )
+    # The plan is in the folder, so the annotations are not read again.
+    monkeypatch.setattr(plan, "read_pools", None)
     build(out)
     assert hashes(out) == hashes(demo)
     assert all(
@@ -522,4 +524,5 @@ def test_two_launched_processes_make_the_bytes_of_one(
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("25 segmentation samples and 25 captioning samples in 6 shards") == 1
     assert re.search(r"packing samples: 100%\S* 25/25 ", result.stdout), "half of the 50 samples"
+    assert result.stdout.count("planning segmentation:   0%") == 1, "one process plans for both"
     assert hashes(out) == hashes(demo)

@@ -5,7 +5,6 @@ known.
 from typing import Any
 
 import pytest
-from accelerate import PartialState
 from conftest import CocoFolder, rectangle
 
 from icl_moe.rle import decode_rle
@@ -39,9 +38,8 @@ def _read(coco_folder: CocoFolder, **settings: Any) -> Pool:
         images=str(coco_folder.images), annotations=str(coco_folder.file), **settings
     )
     recipe = DataRecipe(tokenizer="demo", segmentation=source)
-    process = PartialState()
-    check = ImageCheck("stop", "stop", coco_folder.folder / "work", 0, process)
-    (pool,) = read_pools(recipe, Reading(80, check, 0, coco_folder.folder, process))
+    check = ImageCheck("stop", "stop", coco_folder.folder / "work", 0)
+    (pool,) = read_pools(recipe, Reading(80, check, 0, coco_folder.folder))
     return pool
 
 
