@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icl_moe.tasks.semantic_segmentation import ClassesTarget
 from preprocessing.crops import square_crop
 from preprocessing.episodes import plan_episodes
 from preprocessing.pool import ImageFile, Pool, PoolRegion
+from preprocessing.region_table import RegionTable
 
 
 def make_pool(images_of: dict[str, list[int]]) -> Pool:
@@ -67,6 +69,20 @@ def test_a_balance_asks_for_rare_classes_more_often(balance, share):
     assert len(np.unique(queries)) > 450
     again = plan_episodes(pool, examples=1, samples=30, seed=0, balance=balance)[:, -1]
     np.testing.assert_array_equal(again, queries[:30])
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_regions_in_a_table_give_the_same_episodes(balance):
+    """However the table numbers the classes, of which there are several in a mask here."""
+    target = ClassesTarget((("cat", b"04"), ("dog", b"4")), ("red", "blue"))
+    pool = replace(POOL, regions=[replace(region, target=target) for region in POOL.regions])
+    bird = [region for region in pool.regions if region.category == "bird"]
+    table = RegionTable.of([*bird, *pool.regions]).select(np.arange(len(pool.regions)) + len(bird))
+    assert table == pool.regions
+    asked = {"examples": 2, "samples": 200, "seed": 1, "balance": balance}
+    np.testing.assert_array_equal(
+        plan_episodes(replace(pool, regions=table), **asked), plan_episodes(pool, **asked)
+    )
 
 
 def test_classes_seen_in_too_few_images_are_left_out_and_counted():
