@@ -255,14 +255,16 @@ class InContextModel:
         Raises InputError where the model cannot decode so, or cannot read so many examples.
         """
         decoding = self.decoding(decoding, sampling)
-        at_once = partial(self._at_once, mirrored=decoding == "mirrored")
+        at_once, mirrored = self._at_once, partial(self._at_once, mirrored=True)
         image_first = partial(self._image_first, progress=progress)
         in_turn = partial(self._in_turn, sampling=sampling, progress=progress)
 
         def way(task: Task) -> Callable[..., list[Any]]:
             if not self._image_at_once(task, decoding):
                 return in_turn
-            return at_once if task.is_one_image(self.format) else image_first
+            if not task.is_one_image(self.format):
+                return image_first
+            return mirrored if decoding == "mirrored" and task.mirrors else at_once
 
         numbers_of: dict[Callable[..., list[Any]], list[int]] = {}
         for number, (episode, _) in enumerate(requests):
@@ -284,7 +286,7 @@ class InContextModel:
         read = partial(
             read_examples, self.decoder, self.codec, together=self._together if at_once else None
         )
-        if decoding != "mirrored" or not episode.task.is_one_image(self.format):
+        if decoding != "mirrored" or not episode.task.mirrors:
             return Read(read(episode))
         mirror = self._mirrored(episode)
         return Read(read(episode), mirror, read(mirror))

@@ -97,6 +97,7 @@ class Segmentation(Task):
     name: ClassVar[str] = "segmentation"
     pair_type: ClassVar[type] = SegmentationPair
     measure: ClassVar[str] = "IoU"
+    mirrors: ClassVar[bool] = True
 
     def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
         return ("image",)

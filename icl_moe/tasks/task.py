@@ -168,12 +168,14 @@ class Scores(Protocol):
 
 class Task(ABC):
     """A task; `name` is its name in recipes, shards and tables. `pair_type`: the class of its
-    pairs. `measure`: the name of `agreement` in tables.
+    pairs. `measure`: the name of `agreement` in tables. `mirrors`: whether its pairs are an image
+    and a mask, so that a mirrored pair is one as well (see `InContextModel.complete`).
     """
 
     name: ClassVar[str]
     pair_type: ClassVar[type]
     measure: ClassVar[str] = "exact matches"
+    mirrors: ClassVar[bool] = False
 
     # The sequence ------------------------------------------------------------------------------
 
