@@ -144,7 +144,10 @@ def _best(detection: Detection, regions: Sequence[Region]) -> tuple[float, int]:
     """The IoU with the region that a detection overlaps most, and its number; the first of
     several.
     """
-    overlaps = [box_iou(detection.box, region.box) if detection.box else 0.0 for region in regions]
+    # Rounded, so that an IoU of exactly a threshold reaches it, whatever its last bits.
+    overlaps = [
+        round(box_iou(detection.box, region.box), 9) if detection.box else 0.0 for region in regions
+    ]
     most = max(overlaps, default=0.0)
     return most, overlaps.index(most) if overlaps else -1
 

@@ -3,9 +3,10 @@ threshold by itself, and against cases computed by hand. tests/real_data has rea
 """
 
 from fractions import Fraction
+from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icl_moe.tasks.caption_scores import score_captions
@@ -90,6 +91,11 @@ def slowly(detections, regions) -> float:
     return float(sum(total) / len(total))
 
 
+@example(  # An IoU of exactly a threshold, which is less than that in floating point.
+    [Detection("2.jpg", (0.0, 0.2, 0.8, 0.6), "a cat", 0.0)],
+    [Region("2.jpg", (0.0, 0.0, 0.4, 0.6), ("a dog",))],
+    Random(0),
+)
 @given(DETECTIONS, REGIONS, st.randoms())
 @settings(max_examples=50, deadline=None)
 def test_the_score_equals_the_slow_one_in_any_order(detections, regions, random):
