@@ -8,12 +8,8 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap
-from icl_moe.evaluation.predictions import (
-    Condition,
-    PredictionLog,
-    describe_task,
-)
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap, evenly_spaced
+from icl_moe.evaluation.predictions import Condition, PredictionLog, describe_task
 from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.evaluation.template import Photographs
 from icl_moe.images import to_image
@@ -115,12 +111,6 @@ def _places(queries: int) -> list[tuple[int, str]]:
         for place in range(max(begin, 0), min(begin + EACH_SHOWN, queries)):
             found.setdefault(place, f"{words} (rank {place + 1} of {queries})")
     return sorted(found.items())
-
-
-def evenly_spaced(count: int, shown: int) -> list[int]:
-    """At most `shown` of the numbers below `count`, with the first and the last among them."""
-    places = np.linspace(0, count - 1, shown)
-    return [int(number) for number in np.unique(places.round().astype(int))]
 
 
 def draw_proof(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, evenly_spaced
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.task import Output
 
@@ -115,8 +115,7 @@ class Matcher:
         """Evenly spaced episodes, each with another episode of its class whose examples are from
         other images than its first example.
         """
-        places = np.linspace(0, len(episodes) - 1, _EPISODES_FITTED)
-        for number in np.unique(places.round().astype(int)).tolist():
+        for number in evenly_spaced(len(episodes), _EPISODES_FITTED):
             episode = episodes[number]
             image = episode.meta["sources"][0]["image"]
             numbers = episodes.by_kind[episode.kind]

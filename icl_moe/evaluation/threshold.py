@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, check_same_kind
+from icl_moe.evaluation.episodes import EpisodeSet, check_same_kind, evenly_spaced
 from icl_moe.inference.model import InContextModel
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION
@@ -39,10 +39,10 @@ def fit_threshold(
     check_same_kind(model, shards)
     model.decoding("parallel")
     numbered = EpisodeSet(shards, model.codec, task.name)
-    numbers = np.unique(np.linspace(0, len(numbered) - 1, episodes).round().astype(int))
+    numbers = evenly_spaced(len(numbered), episodes)
     sure: list[float] = []
     for start in tqdm(range(0, len(numbers), _BATCH), desc="fitting the threshold", unit="batch"):
-        batch = [numbered[number] for number in numbers[start : start + _BATCH].tolist()]
+        batch = [numbered[number] for number in numbers[start : start + _BATCH]]
         pairs = model.complete(
             [(Episode(task, e.category, e.pairs[:-1]), e.query.image) for e in batch]
         )

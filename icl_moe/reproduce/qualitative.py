@@ -16,8 +16,7 @@ from PIL import Image
 from icl_moe.canvas import PALE, Canvas, wrap
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EvaluationEpisode
-from icl_moe.evaluation.gallery import evenly_spaced
+from icl_moe.evaluation.episodes import EvaluationEpisode, evenly_spaced
 from icl_moe.evaluation.other_systems import open_episodes
 from icl_moe.evaluation.predictions import describe_shots, read_log
 from icl_moe.evaluation.template import Photographs

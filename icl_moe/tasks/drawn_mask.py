@@ -91,14 +91,18 @@ class DrawnMask:
         """
         if not self.at_once:
             return None if self.log_probability is None else math.exp(self.log_probability)
-        mask_HW = self.mask_HW
-        part_HW = mask_HW if part_HW is None else part_HW
+        part_HW = self.mask_HW if part_HW is None else part_HW
         if not part_HW.any():
             return float(self._confidence(self.brightness_HW.max()))
-        levels_HW = _levels(self.brightness_HW)
-        outside = levels_HW[~mask_HW].sum(dtype=np.float64)
+        mean = _levels(self.brightness_HW[part_HW]).mean(dtype=np.float64)
+        return float(mean * self._marked_of_union)
+
+    @cached_property
+    def _marked_of_union(self) -> float:
+        """The marked pixels over those of the expected union; for all parts of a mask the same."""
+        levels_HW, mask_HW = _levels(self.brightness_HW), self.mask_HW
         marked = np.count_nonzero(mask_HW)
-        return float(levels_HW[part_HW].mean(dtype=np.float64) * marked / (marked + outside))
+        return marked / (marked + levels_HW[~mask_HW].sum(dtype=np.float64))
 
     def _confidence(self, brightness: np.ndarray) -> np.ndarray:
         levels, t = _levels(brightness), self.level
