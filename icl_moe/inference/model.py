@@ -37,7 +37,6 @@ from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.drawn_mask import DrawnMask
-from icl_moe.tasks.segmentation import SegmentationPair
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 
@@ -292,12 +291,12 @@ class InContextModel:
         return Read(read(episode), mirror, read(mirror))
 
     def _mirrored(self, episode: Episode) -> Episode:
-        """The examples of a segmentation episode as if they were mirrored."""
+        """The examples of an episode of a task that mirrors, as if they were mirrored."""
         if not episode.pairs:
             return episode
         images_EN = self.tokenizers.mirror_inputs(np.stack([p.image for p in episode.pairs]))
         masks_EN = self.tokenizers.mirror_masks(np.stack([p.mask for p in episode.pairs]))
-        return replace(episode, pairs=tuple(map(SegmentationPair, images_EN, masks_EN)))
+        return replace(episode, pairs=tuple(map(episode.task.pair_type, images_EN, masks_EN)))
 
     def decoding(self, asked: Decoding | None = None, sampling: Sampling = GREEDY) -> Decoding:
         """How masks are decoded if `asked` for this decoding. Raises InputError if the model does

@@ -13,16 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from icl_moe.attributes import Modality
 from icl_moe.bootstrap import Statistic
 from icl_moe.errors import InputError
 from icl_moe.images import to_image
 from icl_moe.pictures import Cell, masked
 from icl_moe.rle import decode_rle, encode_rle
-from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
+from icl_moe.sequence import SequenceCodec, SequenceFormat
 from icl_moe.tasks.constant_masks import fitted_disc, mean_mask
 from icl_moe.tasks.drawn_mask import DrawnMask
-from icl_moe.tasks.grammar import Grammar, image_codes
 from icl_moe.tasks.mask_scores import (
     MaskPair,
     SegmentationScores,
@@ -32,12 +30,12 @@ from icl_moe.tasks.mask_scores import (
     mask_statistic,
     score_masks,
 )
+from icl_moe.tasks.one_image import OneImageTask
 from icl_moe.tasks.task import (
     Baseline,
     CodeReader,
     Objects,
     Output,
-    Task,
     Truth,
     by_kind,
     check_objects,
@@ -89,7 +87,7 @@ class MaskPicture:
         return decode_rle({"size": [size, size], "counts": self.counts}).astype(bool)
 
 
-class Segmentation(Task):
+class Segmentation(OneImageTask):
     """Predictions: `codes` (N numbers) and `mask` (COCO's RLE). KEY.json has `masks` and, for the
     query, `objects`.
     """
@@ -98,33 +96,10 @@ class Segmentation(Task):
     pair_type: ClassVar[type] = SegmentationPair
     measure: ClassVar[str] = "IoU"
     mirrors: ClassVar[bool] = True
+    one_output: ClassVar[str] = "A segmentation pair must have one output, its mask."
 
-    def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
-        return ("image",)
-
-    def write_output(self, writer: SequenceWriter, pair: SegmentationPair) -> None:
-        vocabulary = writer.format.vocabulary
-        writer.marker(vocabulary.boi, "image")
-        writer.drawn(pair.mask)
-        writer.marker(vocabulary.eoc, "image")
-
-    def open_output(self, writer: SequenceWriter, category: str) -> None:
-        writer.marker(writer.format.vocabulary.boi, "image")
-
-    def read_pair(
-        self, codec: SequenceCodec, image: np.ndarray, outputs: Sequence[Part]
-    ) -> SegmentationPair:
-        if len(outputs) != 1:
-            raise InputError("A segmentation pair must have one output, its mask.")
-        return SegmentationPair(image, codec.format.vocabulary.to_codes(outputs[0][1]))
-
-    def grammar(self, codec: SequenceCodec, category: str) -> Grammar:
-        return image_codes(codec.format)
-
-    def read_output(
-        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]
-    ) -> SegmentationPair:
-        return SegmentationPair(image, codec.format.vocabulary.to_codes(np.array(tokens)))
+    def output_codes(self, pair: SegmentationPair) -> np.ndarray:
+        return pair.mask
 
     def scored(
         self, pair: SegmentationPair, log_probabilities: Sequence[float | None]
@@ -150,17 +125,6 @@ class Segmentation(Task):
 
     def pictures(self, target: MaskTarget, format: SequenceFormat) -> tuple[MaskPicture, ...]:
         return (MaskPicture(target.counts),)
-
-    def pair(
-        self,
-        format: SequenceFormat,
-        category: str,
-        image: np.ndarray,
-        target: MaskTarget,
-        drawn: Sequence[np.ndarray],
-    ) -> SegmentationPair:
-        (mask,) = drawn
-        return SegmentationPair(image, mask)
 
     def surely_fits(self, codec: SequenceCodec, category: str, target: MaskTarget) -> bool:
         return True
@@ -205,9 +169,6 @@ class Segmentation(Task):
     def true_output(self, truth: Truth, pair: int = -1) -> Output:
         return {"mask": truth.meta["masks"][pair], **(_ignored(truth) if pair == -1 else {})}
 
-    def repeats(self, pair: SegmentationPair, example: SegmentationPair) -> bool:
-        return np.array_equal(pair.mask, example.mask)
-
     def score(
         self,
         sets: Sequence[Sequence[Output]],
@@ -223,12 +184,6 @@ class Segmentation(Task):
     ) -> Statistic:
         counts = count_masks(pair for outputs in sets for pair in _mask_pairs(outputs, truths))
         return mask_statistic(counts, _standard([*truths] * len(sets)))
-
-    def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output]:
-        """The true masks, encoded and decoded: the upper bound for any model with these codes (the
-        mask ceiling).
-        """
-        return self.said(model, [truth.pairs[-1] for truth in truths])
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
         """Marking the whole image; two masks that are the same for all queries, the mean of the

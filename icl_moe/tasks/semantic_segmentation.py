@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from icl_moe.attributes import Modality
 from icl_moe.errors import InputError
 from icl_moe.images import to_image
 from icl_moe.pictures import Cell, overlaid
 from icl_moe.rle import decode_rle, encode_rle
-from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
-from icl_moe.tasks.grammar import Grammar, image_codes
+from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks.mask_scores import SegmentationScores, mask_iou, score_masks
-from icl_moe.tasks.task import CodeReader, Output, Task, Truth
+from icl_moe.tasks.one_image import OneImageTask
+from icl_moe.tasks.task import CodeReader, Output, Truth
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -97,7 +96,7 @@ def find_colours(pixels_3HW: torch.Tensor) -> dict[str, np.ndarray]:
     return {name: mask_HW for name, mask_HW in masks.items() if mask_HW.any()}
 
 
-class SemanticSegmentation(Task):
+class SemanticSegmentation(OneImageTask):
     """Predictions: `codes` (N numbers) and `colours`, the mask of each colour that occurs (COCO's
     RLE). KEY.json has `colours`, class -> colour, and for each pair `class_masks`, class -> RLE.
     """
@@ -105,33 +104,10 @@ class SemanticSegmentation(Task):
     name: ClassVar[str] = "semantic_segmentation"
     pair_type: ClassVar[type] = PaintedPair
     measure: ClassVar[str] = "IoU"
+    one_output: ClassVar[str] = "A pair of semantic segmentation must have one output, its picture."
 
-    def outputs(self, format: SequenceFormat) -> tuple[Modality, ...]:
-        return ("image",)
-
-    def write_output(self, writer: SequenceWriter, pair: PaintedPair) -> None:
-        vocabulary = writer.format.vocabulary
-        writer.marker(vocabulary.boi, "image")
-        writer.drawn(pair.painted)
-        writer.marker(vocabulary.eoc, "image")
-
-    def open_output(self, writer: SequenceWriter, category: str) -> None:
-        writer.marker(writer.format.vocabulary.boi, "image")
-
-    def read_pair(
-        self, codec: SequenceCodec, image: np.ndarray, outputs: Sequence[Part]
-    ) -> PaintedPair:
-        if len(outputs) != 1:
-            raise InputError("A pair of semantic segmentation must have one output, its picture.")
-        return PaintedPair(image, codec.format.vocabulary.to_codes(outputs[0][1]))
-
-    def grammar(self, codec: SequenceCodec, category: str) -> Grammar:
-        return image_codes(codec.format)
-
-    def read_output(
-        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int]
-    ) -> PaintedPair:
-        return PaintedPair(image, codec.format.vocabulary.to_codes(np.array(tokens)))
+    def output_codes(self, pair: PaintedPair) -> np.ndarray:
+        return pair.painted
 
     def pictures(self, target: ClassesTarget, format: SequenceFormat) -> tuple[PaintedPicture, ...]:
         counts = (counts for _, counts in target.masks)
@@ -139,17 +115,6 @@ class SemanticSegmentation(Task):
 
     def target_of(self, target: ClassesTarget, meta: Mapping[str, Any]) -> ClassesTarget:
         return replace(target, colours=tuple(meta["colours"][name] for name, _ in target.masks))
-
-    def pair(
-        self,
-        format: SequenceFormat,
-        category: str,
-        image: np.ndarray,
-        target: ClassesTarget,
-        drawn: Sequence[np.ndarray],
-    ) -> PaintedPair:
-        (painted,) = drawn
-        return PaintedPair(image, painted)
 
     def describe(self, targets: Sequence[ClassesTarget], image_size: int) -> dict[str, Any]:
         size, query = [image_size, image_size], targets[-1]
@@ -208,9 +173,6 @@ class SemanticSegmentation(Task):
         masks, colours = truth.meta["class_masks"][pair], truth.meta["colours"]
         return {"colours": {colours[name]: rle for name, rle in masks.items()}}
 
-    def repeats(self, pair: PaintedPair, example: PaintedPair) -> bool:
-        return np.array_equal(pair.painted, example.painted)
-
     def score(
         self,
         sets: Sequence[Sequence[Output]],
@@ -223,10 +185,6 @@ class SemanticSegmentation(Task):
             score_masks(_class_masks(outputs, truths), with_intervals=not quick) for outputs in sets
         ]
         return [replace(scores, episodes=len(truths)) for scores in found]
-
-    def ceiling(self, model: CodeReader, truths: Sequence[Truth]) -> list[Output]:
-        """The true pictures, encoded and decoded."""
-        return self.said(model, [truth.pairs[-1] for truth in truths])
 
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
         return max(_mean_iou(said, output) for output in right)
