@@ -90,7 +90,7 @@ def test_the_exported_model_writes_masks_in_one_pass(trained, shards, tmp_path, 
     assert main(command) == 0
     assert Image.open(out).size == Image.open(confidence).size == (60, 40)
     assert main([*command, "--decoding", "autoregressive"]) == 2
-    assert "--confidence needs parallel decoding" in capsys.readouterr().err
+    assert "--confidence needs masks in one pass" in capsys.readouterr().err
 
 
 def test_a_new_models_image_codes_start_from_the_codebook_of_the_shards(
