@@ -120,9 +120,14 @@ def add_asked(parser: argparse.ArgumentParser) -> None:
         help="whether to ask also with swapped examples, where a query shows something else too "
         "(default: swapped)",
     )
+    add_images(parser)
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         type=path,
+        metavar="DIR",
         help="folder of the images of the shards (default: where they were built from)",
     )
 
@@ -146,6 +151,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         choices=["autoregressive", "parallel", "mirrored"],
         help="decode masks code by code, in one pass, or in one pass and once more mirrored "
         "(default: the last of these that the model can do)",
+    )
+    parser.add_argument(
+        "--no-edges",
+        dest="edges",
+        action="store_false",
+        help="leave masks in one pass as coarse as the model draws them (default: their outlines "
+        "follow the edges of the image, if this was fitted when the model was exported)",
     )
 
 

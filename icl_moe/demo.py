@@ -47,7 +47,7 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     verb("shards", "build", _RECIPE, *_VALIDATION, "--out", validation).run()
     _say(f"2/5 Train on {RANKS} ranks")
     launch(RANKS, _RECIPE, f"data.shards={train}", f"training.output={run}", *settings).run()
-    _say("3/5 Export the model, and fit the threshold of its masks on training episodes")
+    _say("3/5 Export the model, and fit how its masks are read on training episodes")
     verb("export", run, "--out", model, "--threshold-from", train).run()
     _say("4/5 Segment and caption scenes of held-out classes with one example; swap the examples")
     metrics = _evaluate(model, validation, run, report)

@@ -30,8 +30,8 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.devices import find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import describe_shots
-from icl_moe.evaluation.template import Photographs
 from icl_moe.tasks.task import Output
 
 PUBLISHED = "HuggingFaceM4/idefics2-8b-base"

@@ -20,7 +20,8 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.devices import find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet
-from icl_moe.evaluation.template import Photographs, example_mask
+from icl_moe.evaluation.photographs import Photographs
+from icl_moe.evaluation.template import example_mask
 from icl_moe.rle import encode_rle
 from icl_moe.tasks.task import Output
 

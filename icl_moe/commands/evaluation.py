@@ -50,6 +50,7 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
         help="also score the predictions of another system; may be repeated",
     )
     take.add_decoding(parser)
+    take.add_images(parser)
     take.add_place(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -131,6 +132,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             decoding=options.decoding,
             dtype=options.dtype,
             predictions=predictions,
+            images=options.images,
+            edges=options.edges,
         )
     if metrics is not None:
         print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")

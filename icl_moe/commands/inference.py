@@ -126,6 +126,8 @@ def _segment(options: argparse.Namespace) -> int:
     from icl_moe.inference.model import InContextModel
 
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    if not options.edges:
+        model.edges = None
     if options.colours:
         return _segment_colours(model, options, out)
     if sure and model.decoding(options.decoding) == "autoregressive":
@@ -216,6 +218,8 @@ def _label(options: argparse.Namespace) -> int:
     from icl_moe.labelling.run import Labelling, label
 
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    if not options.edges:
+        model.edges = None
     labelling = Labelling(
         examples,
         options.images,

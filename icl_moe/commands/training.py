@@ -29,8 +29,8 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--threshold-from",
         metavar="SHARDS",
-        help="training shards for fitting how sure of a mask a model that decodes in parallel must "
-        "be to mark anything",
+        help="training shards for fitting, for a model that decodes masks in one pass, how sure of "
+        "a mask it must be to mark anything, and how outlines follow the edges of images",
     )
     take.add_device(parser)
     parser.set_defaults(run=_export)

@@ -9,9 +9,9 @@ from tqdm import tqdm
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap, evenly_spaced
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import Condition, PredictionLog, describe_task
 from icl_moe.evaluation.proof import SwappedQuery, flips
-from icl_moe.evaluation.template import Photographs
 from icl_moe.images import to_image
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import Cell, Gallery

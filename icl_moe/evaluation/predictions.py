@@ -5,7 +5,7 @@ resumes where it stopped.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.files import write_whole
+from icl_moe.inference.edges import follow_edges
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.sequence import Episode
 from icl_moe.tasks.task import Output
@@ -193,10 +195,12 @@ def predict(
     log: PredictionLog,
     batch_size: int,
     decoding: Decoding | None = None,
+    photographs: Photographs | None = None,
 ) -> None:
     """Complete every episode that can be asked under a condition, greedily, in batches of fixed
     composition, and log new predictions. Of n processes each completes every n-th batch. decoding:
-    see `InContextModel.complete`.
+    see `InContextModel.complete`. photographs: those of the queries, if the outlines of masks are
+    to follow their edges. Raises InputError if one of them is not there.
     """
     asked = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     keys = episodes.keys
@@ -214,7 +218,7 @@ def predict(
             is_mine = place % log.ranks == log.rank
             if is_mine and not all((condition, episode.key) in log for episode in batch):
                 sources = [_source(episodes, number, condition) for number in numbers]
-                log.add(_complete(model, condition, batch, sources, decoding))
+                log.add(_complete(model, condition, batch, sources, decoding, photographs))
             bar.update(len(batch))
 
 
@@ -233,6 +237,7 @@ def _complete(
     batch: Sequence[EvaluationEpisode],
     sources: Sequence[EvaluationEpisode],
     decoding: Decoding | None,
+    photographs: Photographs | None,
 ) -> list[Prediction]:
     started = time.perf_counter()
     task = batch[0].task
@@ -248,6 +253,12 @@ def _complete(
         for name, episode, pairs in zip(given, batch, examples, strict=True)
     ]
     outputs = model.complete(requests, decoding=decoding)
+    if photographs is not None and model.edges is not None:
+        guides = [photographs.guide(episode) for episode in batch]
+        outputs = [
+            replace(output, drawn=follow_edges(output.drawn, guide, model.edges))
+            for output, guide in zip(outputs, guides, strict=True)
+        ]
     said = task.said(model, outputs)
     seconds = round((time.perf_counter() - started) / len(batch), 4)
     return [

@@ -22,6 +22,7 @@ from icl_moe.evaluation.gallery import Images, draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.matcher import Matcher
 from icl_moe.evaluation.other_systems import OtherSystem, read_predictions
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import (
     Condition,
     Control,
@@ -69,6 +70,8 @@ def evaluate(
     decoding: Decoding | None = None,
     dtype: str | None = None,
     predictions: Mapping[str, Path] | None = None,
+    images: Path | None = None,
+    edges: bool = True,
 ) -> Metrics | None:
     """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
     path or a URL (all by default).
@@ -77,16 +80,18 @@ def evaluate(
     controls: how examples are exchanged for comparison; by default `swapped` if the shards contain
     the necessary data. sections: additional sections of the report. decoding: of masks, see
     `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. predictions: of
-    other systems on the same episodes, name of the row -> folder (see other_systems.py). Writes
-    metrics.json, speed.json, predictions.jsonl and report.html into `out`; docs/evaluation.md
-    describes them. After an interruption, the same call resumes after the last complete batch.
+    other systems on the same episodes, name of the row -> folder (see other_systems.py). edges:
+    whether the outlines of masks follow the edges of images, if the model has `edges`. images: the
+    folder of these images, by default where the shards were built of them. Writes metrics.json,
+    speed.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
+    After an interruption, the same call resumes after the last complete batch.
 
     Processes that `accelerate launch` or torchrun started share the queries, with equal results;
     all but the first return None.
 
     Raises InputError if the model and the shards do not match, if they do not support the requested
-    numbers of examples or swapped examples, if predictions are not of exactly these episodes, or if
-    `out` cannot be written.
+    numbers of examples or swapped examples, if predictions are not of exactly these episodes, if
+    the images are not there, or if `out` cannot be written.
     """
     out, shots = output_folder(out), list(shots)
     if (out / "model.safetensors").exists():
@@ -97,12 +102,15 @@ def evaluate(
     place = process.device if process.num_processes > 1 else find_device(device)
     shards = ShardSet(shards_dir)
     model = InContextModel.from_pretrained(model_dir, place, dtype)
+    if not edges:
+        model.edges = None
     decoding = model.decoding(decoding)
     _check(model, shards, shots, decoding)
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
     others = _other_systems(sets, predictions or {})
+    photographs = _photographs(model, shards, sets, decoding, images)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         model_name = Path(model_dir).resolve().name
@@ -121,7 +129,34 @@ def evaluate(
             decoding,
             others,
             process,
+            photographs,
         )
+
+
+def _photographs(
+    model: InContextModel,
+    shards: ShardSet,
+    sets: Sequence[EpisodeSet],
+    decoding: Decoding,
+    images: Path | None,
+) -> dict[str, Photographs]:
+    """Task -> the photographs whose edges the outlines of its masks follow. Raises InputError if
+    that of the first query is not there.
+    """
+    if model.edges is None or decoding == "autoregressive":
+        return {}
+    found = {}
+    for episodes in sets:
+        if episodes.task is SEGMENTATION and len(episodes):
+            found[episodes.task.name] = Photographs(shards, episodes.task.name, images)
+            try:
+                found[episodes.task.name].guide(episodes[0])
+            except InputError as error:
+                raise InputError(
+                    f"{str(error).removesuffix('.')}, or leave masks as the model draws them with "
+                    "--no-edges."
+                ) from error
+    return found
 
 
 def _other_systems(
@@ -155,6 +190,7 @@ def _evaluate(
     decoding: Decoding,
     others: Mapping[str, Sequence[OtherSystem]],
     process: PartialState,
+    photographs: Mapping[str, Photographs],
 ) -> Metrics | None:
     header: dict[str, Any] = {
         "model": model.fingerprint,
@@ -168,8 +204,9 @@ def _evaluate(
     log = PredictionLog(out, header, process)
     asked = {each.task.name: _conditions(each, shots, controls) for each in sets}
     for episodes in sets:
+        of_task = photographs.get(episodes.task.name)
         for condition in asked[episodes.task.name]:
-            predict(model, episodes, condition, log, batch_size, decoding)
+            predict(model, episodes, condition, log, batch_size, decoding, of_task)
     log.gather()
     if not process.is_main_process:
         return None
@@ -294,11 +331,17 @@ def _trained_on(model: InContextModel) -> str | None:
 
 def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
     """greedy: every token is the most probable one. parallel and mirrored: masks are decoded in one
-    pass, and nothing is marked where the expected IoU is less than a threshold.
+    pass; nothing is marked where the expected IoU is less than a threshold; and where outlines
+    follow the edges of images, how.
     """
     if decoding == "autoregressive":
         return {"decoding": "greedy"}
-    return {"decoding": decoding, "mask_threshold": model.decoder.config.mask_threshold}
+    config = model.decoder.config
+    return {
+        "decoding": decoding,
+        "mask_threshold": config.mask_threshold,
+        "mask_edges": config.mask_edges if model.edges else None,
+    }
 
 
 def _conditions(

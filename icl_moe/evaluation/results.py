@@ -119,7 +119,8 @@ class TaskResult:
 class Metrics:
     """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
     decoding: `greedy`, or how masks were decoded in one pass, `parallel` or `mirrored`;
-    mask_threshold: the threshold fitted for these. standard: of the episodes of a benchmark, the
+    mask_threshold, mask_edges: what was fitted for these (icl_moe/evaluation/fitting.py); edges are
+    None if outlines do not follow those of images. standard: of the episodes of a benchmark, the
     header of their file: how they were drawn, the definition of the benchmark's own score, and the
     sha256. machine: what computed, in words; it is in speed.json.
     """
@@ -135,6 +136,7 @@ class Metrics:
     tasks: dict[str, TaskResult]
     dtype: str = "float32"
     mask_threshold: dict[str, Any] | None = None
+    mask_edges: dict[str, Any] | None = None
     standard: dict[str, Any] | None = None
     machine: str = "an unknown machine"
 

@@ -15,39 +15,9 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Question
 from icl_moe.evaluation.other_systems import episodes_hash, predictions_file
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.files import write_whole
-from icl_moe.images import load_image
 from icl_moe.rle import decode_rle
-
-
-class Photographs:
-    """The pictures that the pairs of a shard folder show, from the files that it was built of.
-
-    images: the folder of these files; by default where the data recipe had them, or the episodes
-    that it was built of. Raises InputError on use if a file is not there.
-    """
-
-    def __init__(self, shards: ShardSet, task: str, images: Path | None = None) -> None:
-        recipe = shards.manifest.recipe
-        section = recipe.get(task) or {}
-        keys = ("images", "examples_images")
-        named = [Path(section[key]) for key in keys if section.get(key)]
-        if recipe.get("episodes_data"):
-            named.append(Path(recipe["episodes_data"]))
-        made = [Path(shards.location) / name / "images" for name in ("synthetic", "composed")]
-        self._folders = [images] if images else [*made, *named]
-
-    def show(self, episode: EvaluationEpisode, pair: int) -> Image.Image:
-        """What a pair shows, in the pixels of its file: the crop of the image."""
-        source = episode.meta["sources"][pair]
-        for folder in self._folders:
-            path = folder / source["image"]
-            if path.is_file():
-                return load_image(path).crop(source["crop"])
-        raise InputError(
-            f"The image {source['image']} of {episode.key} is not in "
-            f"{' or '.join(map(str, self._folders))}; name its folder with --images."
-        )
 
 
 def example_mask(episode: EvaluationEpisode, pair: int, size: tuple[int, int]) -> Image.Image:

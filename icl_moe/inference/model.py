@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,6 +27,7 @@ from icl_moe.inference.decode import (
     decode_batch,
     read_examples,
 )
+from icl_moe.inference.edges import EdgeFilter
 from icl_moe.inference.examples import list_pairs
 from icl_moe.inference.hub import find_model, push_model
 from icl_moe.inference.region import Region
@@ -66,6 +67,9 @@ class InContextModel:
     mask = model.segment(examples=[("dog1.jpg", "dog1_mask.png")], query="dog2.jpg")
     example = Region("a dog on grass", "dog", (40, 60, 200, 120))
     region = model.caption(examples=[("dog1.jpg", example)], query="dog2.jpg")
+
+    edges: how the outlines of masks follow the edges of the query, as fitted when the model was
+    exported; None leaves masks as the decoder draws them, at the resolution of its cells.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class InContextModel:
         self.format = decoder.sequence_format
         self.codec = SequenceCodec(self.format, text)
         self.image_size = decoder.config.image_size
+        self.edges = EdgeFilter.of(decoder.config.mask_edges)
         self.fingerprint = fingerprint
         self.folder: Path | None = None
         _check_tokenizers(decoder.config, self.format, tokenizers)
@@ -615,6 +620,11 @@ def _read_config(config_file: Path) -> DecoderConfig:
             _is_threshold(values.get("mask_threshold")),
             "null, or hold a value in 0..1 and the shards that it was fitted on",
         ),
+        (
+            "mask_edges",
+            _are_edges(values.get("mask_edges")),
+            "null, or hold a radius in 0..1, an epsilon and a slope above 0, and an offset",
+        ),
     ):
         if not is_right:
             raise InputError(
@@ -645,6 +655,15 @@ def _is_threshold(fitted: Any) -> bool:
         return True
     value = fitted.get("value") if isinstance(fitted, dict) else None
     return isinstance(value, float) and 0 <= value <= 1 and _is_name(fitted.get("shards"))
+
+
+def _are_edges(fitted: Any) -> bool:
+    if fitted is None:
+        return True
+    values = fitted if isinstance(fitted, dict) else {}
+    if not all(isinstance(values.get(field.name), float) for field in fields(EdgeFilter)):
+        return False
+    return 0 < values["radius"] <= 1 and values["epsilon"] > 0 and values["slope"] > 0
 
 
 def _are_names(classes: Any) -> bool:

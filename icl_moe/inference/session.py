@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError
 from icl_moe.images import ImageLike, load_image, to_square_pixels
 from icl_moe.inference.decode import GREEDY, Sampling
+from icl_moe.inference.edges import follow_edges
 from icl_moe.inference.examples import (
     category_of,
     in_batches,
@@ -31,15 +33,21 @@ from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 if TYPE_CHECKING:
     from icl_moe.inference.model import Decoding, InContextModel, Read
 
+_GUIDE = 1024
+"""The most pixels of a side at which the edges of a picture are followed. It bounds the memory of a
+batch of large pictures, and a model's cells are far larger than the pixels of such a guide.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A query's picture at the model's size, pixels_3HW in [-1, 1], and its own size (width,
-    height).
+    """A query's picture at the model's size, pixels_3HW in [-1, 1]; its own size (width, height);
+    and the picture itself, reduced where it is large, whose edges the outlines of masks follow.
     """
 
     pixels_3HW: torch.Tensor
     size: tuple[int, int]
+    guide: Image.Image
 
     @classmethod
     def load(cls, image: "ImageLike | Query", side: int, name: str = "The query") -> "Query":
@@ -47,7 +55,10 @@ class Query:
         if isinstance(image, Query):
             return image
         picture = load_image(image, name)
-        return cls(to_square_pixels(picture, side), picture.size)
+        guide = (
+            ImageOps.contain(picture, (_GUIDE, _GUIDE)) if max(picture.size) > _GUIDE else picture
+        )
+        return cls(to_square_pixels(picture, side), picture.size, guide)
 
 
 Size = tuple[int, int]
@@ -167,16 +178,19 @@ class Session:
         queries, batch: see `segment`.
         """
 
-        def describe(pairs: Sequence[CaptionPair], size: Size) -> Region | dict[str, Region]:
-            regions = [_region(self._model, pair, size) for pair in pairs]
+        def describe(pairs: Sequence[CaptionPair], query: Query) -> Region | dict[str, Region]:
+            regions = [_region(self._model, pair, query.size) for pair in pairs]
             return dict(zip(self.classes, regions, strict=True)) if self.classes else regions[0]
 
         asked = self._asked(CAPTIONING, sampling, None, batch)
         return _answers(asked.each, describe, queries, progress)
 
-    def _drawn(self, pairs: Sequence[Any], size: Size) -> DrawnMask | DrawnClasses:
-        width, height = size
-        masks = [drawn.resized(height, width) for drawn in SEGMENTATION.draw(self._model, pairs)]
+    def _drawn(self, pairs: Sequence[Any], query: Query) -> DrawnMask | DrawnClasses:
+        (width, height), edges = query.size, self._model.edges
+        masks = SEGMENTATION.draw(self._model, pairs)
+        if edges is not None:
+            masks = [follow_edges(drawn, query.guide, edges) for drawn in masks]
+        masks = [drawn.resized(height, width) for drawn in masks]
         return (
             DrawnClasses(dict(zip(self.classes, masks, strict=True))) if self.classes else masks[0]
         )
@@ -194,13 +208,13 @@ class Session:
         """One answer or several. read: the answer from the mask or masks of a query."""
         asked = self._asked(SEGMENTATION, sampling, decoding, batch)
 
-        def from_whole(pairs: Sequence[Any], size: Size) -> Any:
-            return read(self._drawn(pairs, size))
+        def from_whole(pairs: Sequence[Any], query: Query) -> Any:
+            return read(self._drawn(pairs, query))
 
         def from_windows(name: str, query: Any) -> Any:
             picture = load_image(query, name)
-            ((pairs, size),) = asked.each([(name, picture)])
-            whole = self._drawn(pairs, size)
+            (pairs_and_query,) = asked.each([(name, picture)])
+            whole = self._drawn(*pairs_and_query)
             boxes = windows_of(found_in(whole))
             # The windows of one query are decoded together.
             crops = asked.each((name, picture.crop(box)) for box in boxes)
@@ -259,8 +273,8 @@ class _Asked(NamedTuple):
 
     def each(
         self, queries: Iterable[Named], progress: bool = False
-    ) -> Iterator[tuple[list[Any], Size]]:
-        """The completed pair of each class, and the size, of each query in turn."""
+    ) -> Iterator[tuple[list[Any], Query]]:
+        """The completed pair of each class of each query in turn, and the query."""
         started = 0
         for some in in_batches(queries, max(1, self.batch // len(self.shown))):
             loaded = [Query.load(query, self.model.image_size, name) for name, query in some]
@@ -272,7 +286,7 @@ class _Asked(NamedTuple):
                 started += len(part)
             rest = iter(pairs)
             for query in loaded:
-                yield [next(rest) for _ in self.shown], query.size
+                yield [next(rest) for _ in self.shown], query
 
     def _complete(
         self, asked: Sequence[tuple[_Shown, np.ndarray]], first: int, progress: bool

@@ -102,6 +102,7 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
         "dtype": str(model.decoder.dtype),
         "device": model.decoder.device.type,
         "decoding": model.decoding(labelling.decoding),
+        "edges": model.edges is not None,
         "batch": labelling.batch,
         "nearest": labelling.nearest,
         "split": labelling.split,

@@ -19,8 +19,8 @@ class DecoderConfig(PretrainedConfig):
     (SequenceFormat without its vocabulary, pixels per side, examples per episode, the fingerprints
     of the VQ-GAN, the mask tokenizer and the features tokenizer, class names by task); None before
     training, and for missing tokenizers. loss_on, mask_corruption: as in the training recipe.
-    mask_threshold: the result of `icl_moe.evaluation.threshold`; None if nothing was fitted. All
-    are plain values, so that config.json can be read without this package.
+    mask_threshold, mask_edges: the result of `icl_moe.evaluation.fitting`; None if nothing was
+    fitted. All are plain values, so that config.json can be read without this package.
 
     As in earlier exports, a format may also hold the vocabulary. Raises InputError if the two
     differ.
@@ -39,6 +39,7 @@ class DecoderConfig(PretrainedConfig):
     loss_on: LossOn = "all"
     mask_corruption: bool = False
     mask_threshold: dict[str, Any] | None = None
+    mask_edges: dict[str, Any] | None = None
     classes: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = True
 

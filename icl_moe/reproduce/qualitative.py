@@ -18,8 +18,8 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode, evenly_spaced
 from icl_moe.evaluation.other_systems import open_episodes
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import describe_shots, read_log
-from icl_moe.evaluation.template import Photographs
 from icl_moe.files import write_whole
 from icl_moe.inputs import read_json
 from icl_moe.pictures import Cell

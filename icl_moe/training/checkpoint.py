@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from icl_moe.data.shards import TOKENIZER_FOLDERS, ShardSet
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
-from icl_moe.evaluation.threshold import fit_threshold
+from icl_moe.evaluation.fitting import fit_masks
 from icl_moe.files import copy_folder, flush_to_disk, give_usual_mode, write_whole
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
@@ -123,8 +123,9 @@ def export(
 
     checkpoint: a run's output folder (its newest checkpoint), or one step's folder in it. out: may
     hold an earlier export, which is replaced. Weights keep the precision of the training.
-    threshold_from: training shards on which the threshold of masks that are written in one pass is
-    fitted, on `device` (by default a GPU where there is one). Raises InputError where there is no
+    threshold_from: training shards on which the threshold of masks that are written in one pass,
+    and how their outlines follow the edges of images, are fitted, on `device` (by default a GPU
+    where there is one). Raises InputError where there is no
     checkpoint, or one that cannot be read, where there is no such device, and where `out` cannot be
     written or holds anything else.
     """
@@ -153,7 +154,7 @@ def export(
             write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
             write_whole(temporary / CARD, model_card(config.to_dict(), trained))
         if threshold_from is not None:
-            config.mask_threshold = fit_threshold(
+            config.mask_threshold, config.mask_edges = fit_masks(
                 InContextModel.from_pretrained(temporary, place), ShardSet(threshold_from)
             )
             config.save_pretrained(temporary)

@@ -7,6 +7,8 @@ import torch
 from icl_moe import InContextModel
 from icl_moe.errors import InputError
 from icl_moe.images import to_square_pixels
+from icl_moe.inference.edges import follow_edges
+from icl_moe.inference.session import Query
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
@@ -33,6 +35,14 @@ def example(scene):
     return scene.image, scene.objects[-1].mask_HW
 
 
+def one_request(model, shown, query):
+    """A request to complete `query` after one example, which has the model's size already."""
+    image, mask_HW = shown
+    codes = model.encode([to_square_pixels(each, 64) for each in (image, query)])
+    (mask_codes,) = model.encode_masks([mask_HW])
+    return Episode(SEGMENTATION, "", (SegmentationPair(codes[0], mask_codes),)), codes[1]
+
+
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive", "mirrored"])
 def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
     shown, queries = scenes[4], [scenes[number].image for number in (1, 2)]
@@ -51,16 +61,35 @@ def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
 @torch.inference_mode()
 def test_a_session_equals_the_whole_sequence_read_at_a_time(model, scenes, decoding):
     """Without the keys and values that a session keeps."""
-    image, mask_HW, query = scenes[2].image, scenes[2].objects[-1].mask_HW, scenes[4].image
-    codes = model.encode([to_square_pixels(each, 64) for each in (image, query)])
-    (mask_codes,) = model.encode_masks([mask_HW])  # It has the model's size already.
-    episode = Episode(SEGMENTATION, "", (SegmentationPair(codes[0], mask_codes),))
-    whole = SEGMENTATION.draw(model, model.complete([(episode, codes[1])], decoding=decoding))[0]
-    drawn = model.session([(image, mask_HW)]).draw(query, decoding=decoding)
+    query = scenes[4].image
+    request = one_request(model, example(scenes[2]), query)
+    (whole,) = SEGMENTATION.draw(model, model.complete([request], decoding=decoding))
+    whole = follow_edges(whole, query, model.edges)
+    drawn = model.session([example(scenes[2])]).draw(query, decoding=decoding)
+    np.testing.assert_allclose(drawn.brightness_HW, whole.brightness_HW, atol=1e-3)
+    assert np.mean(drawn.mask_HW != whole.mask_HW) < 1e-3
+
+
+def test_without_edges_masks_are_as_coarse_as_the_model_draws_them(scenes):
+    model = InContextModel.from_pretrained("demo", device="cpu")
+    shown, query = [example(scenes[2])], scenes[4].image
+    along = model.draw_mask(shown, query)
+    model.edges = None
+    (pair,) = model.complete([one_request(model, shown[0], query)])
+    (as_drawn,) = SEGMENTATION.draw(model, [pair])
+    coarse = model.draw_mask(shown, query)
     np.testing.assert_allclose(
-        drawn.brightness_HW, whole.resized(128, 128).brightness_HW, atol=1e-4
+        coarse.brightness_HW, as_drawn.resized(128, 128).brightness_HW, atol=1e-4
     )
-    np.testing.assert_array_equal(drawn.mask_HW, whole.resized(128, 128).mask_HW)
+    assert np.abs(along.brightness_HW - coarse.brightness_HW).max() > 0.1
+
+
+def test_the_edges_of_a_large_image_are_followed_at_a_bounded_size(model, scenes):
+    large = scenes[4].image.resize((2600, 1300))
+    query = Query.load(large, model.image_size)
+    assert query.guide.size == (1024, 512) and query.size == (2600, 1300)
+    drawn = model.draw_mask([example(scenes[2])], large)
+    assert drawn.mask_HW.shape == (1300, 2600)
 
 
 def test_a_mask_comes_with_the_models_confidence(model, scenes):

@@ -1,0 +1,158 @@
+"""What is fitted on training episodes when a model is exported, for masks in one pass: the least
+expected IoU at which anything is marked, and how outlines follow the edges of images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import (
+    EpisodeSet,
+    EvaluationEpisode,
+    check_same_kind,
+    evenly_spaced,
+)
+from icl_moe.evaluation.photographs import Photographs
+from icl_moe.inference.edges import EdgeFilter, follow_edges, log_odds
+from icl_moe.inference.model import InContextModel
+from icl_moe.messages import note
+from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.sequence import Episode
+from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks.drawn_mask import DrawnMask
+
+EPISODES = 256
+"""How many training episodes are used; more hardly change the fit."""
+
+_MISSED = 0.02
+"""The share of training queries of whose mask the model may be less sure than the threshold."""
+
+_RADII = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
+_EPSILONS = (1e-4, 1e-3, 1e-2)
+"""What the edge filter is chosen from, see `EdgeFilter`."""
+
+_PIXELS = 1 << 20
+"""About how many pixels, evenly spaced, its logistic curve is fitted to."""
+
+_BATCH = 8
+
+
+class MaskFit(NamedTuple):
+    """The configuration's `mask_threshold` and `mask_edges`."""
+
+    threshold: dict[str, Any]
+    edges: dict[str, Any] | None
+
+
+def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES) -> MaskFit:
+    """Fit both on the queries of `episodes` evenly spaced training episodes, each with all its
+    examples.
+
+    threshold: its `value` is the quantile `missed` of the expected IoU (see `DrawnMask`). edges:
+    the fields of the `EdgeFilter` with the greatest mean IoU, each with the logistic curve of the
+    greatest likelihood, and this `mean_iou` beside the `mean_iou_as_drawn`; None if no filter
+    raises it, or the images are not at hand. Both name the number of episodes and the fingerprint
+    of the shards.
+
+    Raises InputError if the shards hold no segmentation or do not match the model, or the model was
+    not trained to decode masks in one pass.
+    """
+    task = SEGMENTATION
+    if not shards.count(task.name):
+        raise InputError(f"{shards.location} holds no {task.name} to fit the masks on.")
+    check_same_kind(model, shards)
+    model.decoding("parallel")
+    numbered = EpisodeSet(shards, model.codec, task.name)
+    numbers = evenly_spaced(len(numbered), episodes)
+    asked, drawn = [numbered[number] for number in numbers], list[DrawnMask]()
+    for start in tqdm(range(0, len(asked), _BATCH), desc="fitting the threshold", unit="batch"):
+        requests = [
+            (Episode(task, each.category, each.pairs[:-1]), each.query.image)
+            for each in asked[start : start + _BATCH]
+        ]
+        drawn += task.draw(model, model.complete(requests))
+    fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
+    value = float(np.quantile([mask.expected_iou for mask in drawn], _MISSED))
+    threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}
+    edges = _fit_edges(drawn, asked, Photographs(shards, task.name))
+    return MaskFit(threshold, edges and {**edges, **fitted_on})
+
+
+def _fit_edges(
+    drawn: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode], photographs: Photographs
+) -> dict[str, float] | None:
+    try:
+        guides = [photographs.guide(episode) for episode in asked]
+    except InputError as error:
+        note(f"The outlines of masks will not follow the edges of images: {error}")
+        return None
+    as_drawn = _mean_iou(drawn, asked)
+    ious = {}
+    for radius, epsilon in tqdm(
+        list(product(_RADII, _EPSILONS)), desc="fitting the edges", unit="filter"
+    ):
+        plain = EdgeFilter(radius, epsilon)
+        filtered = [follow_edges(*each, plain) for each in zip(drawn, guides, strict=True)]
+        edges = replace(plain, **_fit_curve(filtered, asked))
+        if edges.slope > 0:
+            ious[edges] = _mean_iou([edges.calibrated(mask) for mask in filtered], asked)
+    best = max(ious, key=ious.__getitem__, default=None)
+    if best is None or ious[best] <= as_drawn:
+        return None
+    return {
+        **asdict(best),
+        "mean_iou": round(ious[best], 4),
+        "mean_iou_as_drawn": round(as_drawn, 4),
+    }
+
+
+def _fit_curve(
+    filtered: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode]
+) -> dict[str, float]:
+    """The slope and offset of the logistic curve with which the true masks are most probable."""
+    truths = [SEGMENTATION.true_output(episode) for episode in asked]
+    counted = [
+        ~decode_rle(true["ignored"]) if "ignored" in true else slice(None) for true in truths
+    ]
+    brightness_P = np.concatenate(
+        [mask.brightness_HW[where].ravel() for mask, where in zip(filtered, counted, strict=True)]
+    )
+    is_inside_P = np.concatenate(
+        [
+            decode_rle(true["mask"])[where].ravel()
+            for true, where in zip(truths, counted, strict=True)
+        ]
+    )
+    every = max(1, len(brightness_P) // _PIXELS)
+    log_odds_P = log_odds(torch.from_numpy(brightness_P[::every].astype(np.float64)))
+    wanted_P = torch.from_numpy(is_inside_P[::every].astype(np.float64))
+    curve_2 = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([curve_2], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(curve_2[0] * log_odds_P + curve_2[1], wanted_P)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    slope, offset = (round(float(each), 4) for each in curve_2.detach())
+    return {"slope": slope, "offset": offset}
+
+
+def _mean_iou(masks: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode]) -> float:
+    ious = [
+        SEGMENTATION.agreement(
+            {"mask": encode_rle(mask.mask_HW)}, [SEGMENTATION.true_output(episode)]
+        )
+        for mask, episode in zip(masks, asked, strict=True)
+    ]
+    return float(np.mean(ious))
