@@ -43,7 +43,7 @@ from preprocessing.episode_file import EpisodeFile, read_episodes
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
 from preprocessing.plan import Pictures, Planner
 from preprocessing.pool import Pool, PoolRegion
-from preprocessing.quantize import BATCH, CodeStore, quantize
+from preprocessing.quantize import BATCH, CodeStore, join_chunks, quantize
 from preprocessing.recipe import DataRecipe
 from preprocessing.region_table import RegionTable
 from preprocessing.sources import check_sections
@@ -133,10 +133,11 @@ def _build(
         codes_cache,
     )
     process.wait_for_everyone()
+    if process.is_main_process:
+        join_chunks(folder.work, len(pictures))
+    process.wait_for_everyone()
 
-    packer = Packer(
-        out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size
-    )
+    packer = Packer(out, folder.work, codec, CodeStore(folder.work), tasks, recipe.image_size)
     ranges = [
         shard
         for task in tasks

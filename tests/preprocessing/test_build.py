@@ -3,7 +3,9 @@
 import argparse
 import errno
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -140,6 +142,43 @@ def test_a_chunk_is_written_while_the_next_one_is_encoded(build, demo, tmp_path,
     monkeypatch.setattr(quantize, "_write_chunk", write)
     build(tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(demo)
+
+
+def test_a_build_needs_few_open_files_however_many_pictures_it_encodes(
+    build, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(quantize, "BATCH", 1)
+    monkeypatch.setattr(quantize, "CHUNK", 1)
+    chunks = []
+
+    def write(path, codes, real=quantize._write_chunk):
+        chunks.append(path)
+        real(path, codes)
+
+    monkeypatch.setattr(quantize, "_write_chunk", write)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most + 60, hard))
+    try:
+        build(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(chunks) > 60
+
+
+def test_a_chunk_that_a_power_failure_cut_off_is_named(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "join_chunks", None)
+        with pytest.raises(TypeError):
+            build(tmp_path / "out")
+    file = tmp_path / "out/.build/codes-000001.npy"
+    for content in (b"", file.read_bytes()[:-1]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=rf"^{file} is damaged; delete it and run the same"):
+            build(tmp_path / "out")
+    file.unlink()
+    build(tmp_path / "out")
 
 
 @pytest.mark.parametrize("number", [1, 4])
