@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -41,8 +42,8 @@ from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
 from preprocessing.episode_file import EpisodeFile, read_episodes
 from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
-from preprocessing.plan import Pictures, Planner
-from preprocessing.pool import Pool, PoolRegion
+from preprocessing.plan import Pictures, Plan, Planner
+from preprocessing.pool import PoolRegion
 from preprocessing.quantize import BATCH, CodeStore, join_chunks, quantize
 from preprocessing.recipe import DataRecipe
 from preprocessing.region_table import RegionTable
@@ -107,7 +108,7 @@ def _build(
         if process.is_main_process:
             folder.open()
             _draw_scenes(recipe, out, workers)
-    planner = Planner(recipe, codec, out, folder.work, workers, fixed, folder.check_pools)
+    planner = Planner(recipe, codec, out, folder.work, workers, fixed, folder.check_plan)
     plan = planner.plan(process)
     pictures = Pictures(plan, codec.format)
     tasks = {
@@ -239,18 +240,22 @@ class _WorkFolder:
         self.work.mkdir(parents=True, exist_ok=True)
         self._write({"settings": self._settings})
 
-    def check_pools(self, pools: list[Pool]) -> None:
-        """Raise InputError if the sources have changed since the first results of the build."""
+    def check_plan(self, plan: Plan) -> None:
+        """Raise InputError if the plan is not that of the build's first results, which are known by
+        its numbers: the sources have changed, or another version plans in another way.
+        """
         digest = hashlib.sha256(f"batches of {BATCH}, filled".encode())
-        for pool in pools:
+        for pool in plan.pools.values():
             digest.update(_digest_of(pool.regions))
+        for numbers in (*plan.episodes.values(), *plan.pictures.values(), plan.places):
+            digest.update(np.ascontiguousarray(numbers).data)
         state = self._read_state()
-        if state.get("pools", digest.hexdigest()) != digest.hexdigest() and self._has_results():
+        if state.get("plan", digest.hexdigest()) != digest.hexdigest() and self._has_results():
             raise InputError(
-                f"The data's sources have changed since the build in {self.out} began; delete that "
-                "folder to start over."
+                f"The data's sources have changed since the build in {self.out} began, or another "
+                "version of icl-moe began it; delete that folder to start over."
             )
-        self._write({**state, "pools": digest.hexdigest()})
+        self._write({**state, "plan": digest.hexdigest()})
 
     def _has_results(self) -> bool:
         """Whether there are results that a build can resume from."""
