@@ -226,10 +226,11 @@ class _WorkFolder:
             if self._has_results():
                 self._check_settings(found, "unfinished shards")
             # The other recipe produced nothing, for example because it was refused. The results of
-            # its image check are kept.
-            self._state_file.unlink()
+            # its image check are kept. The state goes last, since nothing else tells that the
+            # folder is a build's.
             for made in ("synthetic", "composed"):
-                shutil.rmtree(self.out / made, ignore_errors=True)
+                self._discard(self.out / made)
+            self._state_file.unlink()
         if self.out.exists() and (
             not self.out.is_dir()
             or any(path.name not in (".build", LOCK_FILE) for path in self.out.iterdir())
@@ -239,6 +240,15 @@ class _WorkFolder:
             )
         self.work.mkdir(parents=True, exist_ok=True)
         self._write({"settings": self._settings})
+
+    @staticmethod
+    def _discard(made: Path) -> None:
+        """Remove a folder that appears completely or not at all, in the same way."""
+        partial = made.with_name(f"{made.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if made.is_dir():
+            os.replace(made, partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def check_plan(self, plan: Plan) -> None:
         """Raise InputError if the plan is not that of the build's first results, which are known by

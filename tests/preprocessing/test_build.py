@@ -293,6 +293,40 @@ def test_a_build_that_was_refused_does_not_block_its_folder(
     assert not (out / "synthetic").exists()
 
 
+def test_scenes_that_another_recipe_left_unfinished_do_not_block_the_folder(
+    build, demo, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _replace_until("synthetic"))
+        with pytest.raises(KeyboardInterrupt):
+            build(out, "synthetic.seed=3")
+    assert (out / "synthetic.partial").is_dir()
+    # Taking the folder over may be interrupted as well.
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(out)
+    build(out)
+    assert hashes(out) == hashes(demo)
+    assert not list(out.glob("*.partial"))
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def _replace_until(name):
+    """Renames files, and is interrupted at the one of this name."""
+
+    def replace(source, target, real=os.replace):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    return replace
+
+
 def test_a_source_that_was_put_right_after_a_refusal_is_read_anew(
     build, coco_folder, coco_recipe, tmp_path
 ):
