@@ -5,6 +5,7 @@ and neither overlooks what is wrong.
 import argparse
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from icl_moe.settings import load_recipe
 from preprocessing import cli, quantize
 from preprocessing.build import build_shards
 from preprocessing.compare import compare_with_sources
-from preprocessing.recipe import DataRecipe
+from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
 from preprocessing.stats import shard_stats
 
 
@@ -121,6 +122,30 @@ def test_samples_that_differ_from_their_sources_are_named(built, changed, change
     change(changed)
     with pytest.raises(InputError, match=rf"sample \S+ differs from its sources: .*({message})"):
         compare_with_sources(built, 6, workers=0)
+
+
+def test_captions_of_which_another_split_is_counted_are_compared(genome_folder, tmp_path):
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": [1, 2], "val": [2, 3, 4, 5]}))
+    files = [f"{key}={genome_folder.file(key)}" for key in ("objects", "image_data")]
+    files.append(f"regions={genome_folder.file('region_descriptions')}")
+    keys = [*files, f"images={genome_folder.images}", f"splits={splits}", "split=val"]
+    keys += ["source=visual_genome", "counted_split=train", "min_descriptions=1"]
+    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
+    settings = [*toy_tokenizer.recipe_settings(tokenizer), "segmentation=null"]
+    settings += [f"captioning.{key}" for key in keys]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, tmp_path / "shards", workers=0)
+    (line,) = compare_with_sources(tmp_path / "shards", 2, workers=0)
+    assert line.startswith("captioning: 2 samples (6 pairs) made anew from the sources"), line
+
+
+@pytest.mark.parametrize("source", [SegmentationSource, CaptioningSource])
+def test_all_keys_that_name_files_are_known_as_such(source):
+    """A key of text is a file, unless it is known to name a list in one."""
+    texts = {each.name for each in fields(source) if each.type == (str | None)}
+    given = source(**dict.fromkeys(texts, "x"))
+    assert given.paths().keys() == texts - {"split", "counted_split"}
 
 
 def test_sources_that_are_gone_are_said_so(built, changed):
