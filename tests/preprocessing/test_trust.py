@@ -182,7 +182,9 @@ def test_stats_shows_areas_codes_and_what_splits_share(built, capsys, tmp_path):
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_the_preview_shows_the_sources_while_they_are_there(built, changed, tmp_path):
+def test_the_preview_shows_the_sources_while_they_are_there(built, changed, tmp_path, monkeypatch):
+    # Other images of these names are none of the sources.
+    monkeypatch.chdir(shutil.copytree(changed.images, tmp_path / "here"))
     for images in (2, 0):
         page = tmp_path / f"{images}.html"
         assert shards("preview", built, "--out", page) == 0
