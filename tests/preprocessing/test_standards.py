@@ -111,7 +111,9 @@ def test_coco20i_without_lists_takes_images_that_show_enough_of_a_class(
     coco, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(standards, "QUERIES", 200)
+    (coco / "splits/coco/val").mkdir(parents=True, exist_ok=True)
     file = make("coco20i", coco, tmp_path, "--fold", "0")
+    assert "so the draws, are not HSNet's" in file.protocol
     assert {e.fold for e in file.episodes} == {0}
     assert len(file.episodes) == 200
     assert file.classes == sorted(COCO_CLASSES[n] for n in range(0, 80, 4))
