@@ -454,6 +454,18 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "broken.json")
 
 
+def test_records_without_a_file_name_are_no_records_of_a_picture(pictures: Path) -> None:
+    """LVIS has none."""
+    file = pictures / "without_names.json"
+    content = json.loads((pictures / "instances_train.json").read_text())
+    for record in content["images"][1:]:
+        del record["file_name"]
+    file.write_text(json.dumps(content))
+    masks = samples.ClassMasks(file)
+    names = [path.name for path in samples.image_files(pictures / "images")]
+    assert [masks.has(name) for name in names] == [True, *[False] * (len(names) - 1)]
+
+
 def test_a_picture_that_disagrees_with_its_record_is_refused(
     tmp_path: Path, pictures: Path, trained: Path
 ) -> None:
