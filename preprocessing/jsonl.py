@@ -113,7 +113,7 @@ class Lines:
 def read_lines(file: Path, images: Path) -> Lines:
     """Read and check a file of lines. Raises InputError if a line is not such a record."""
     lines = Lines(file)
-    for number, values in _objects(file):
+    for number, values in tqdm(_objects(file), desc=file.name, unit="line"):
         where = f"{file}, line {number}"
         category = values.get("class", values.get("category"))
         if not isinstance(category, str) or not category.strip():
