@@ -24,7 +24,7 @@ from icl_moe.errors import InputError, shown
 from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, TokenSequence
 from icl_moe.settings import from_dict
-from icl_moe.tasks import TASKS
+from icl_moe.tasks import SEGMENTATION, SEMANTIC_SEGMENTATION, TASKS
 from icl_moe.tasks.mask_scores import mask_iou
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from preprocessing.episode_file import read_episodes
@@ -94,7 +94,7 @@ def compare_with_sources(
     if (gone := _missing_source(recipe, folder, shards.manifest.standard)) is not None:
         return [f"The sources are not here ({gone}), so samples were not compared with them."]
     process = join_processes(device)
-    existing = _Existing()
+    existing = _Existing(shards.manifest.bad_images)
     chosen = {
         task: np.sort(
             np.random.default_rng([seed, count]).choice(count, min(samples, count), replace=False)
@@ -152,17 +152,21 @@ def _missing_source(
 
 
 class _Existing:
-    """Treats images as usable if they exist, since the build has read them, and keeps the names of
-    the others.
+    """Treats images as usable if they exist, unless the build could not use them, and keeps the
+    names of those that are missing. bad: the manifest's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bad: Mapping[str, dict[str, str]]) -> None:
         self.missing: set[str] = set()
+        # Both tasks come from one section, whose images are checked for segmentation.
+        of_masks = [bad.get(task.name, {}) for task in (SEGMENTATION, SEMANTIC_SEGMENTATION)]
+        self._bad = {**bad, SEGMENTATION.name: of_masks[0] | of_masks[1]}
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
         items = list(items)
         self.missing |= {item.image.name for item in items if not item.image.path.is_file()}
-        return [item for item in items if item.image.name not in self.missing]
+        bad = self._bad.get(pool.task, {})
+        return [item for item in items if item.image.name not in self.missing | bad.keys()]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from preprocessing.coco import (
     instance_rle,
     read_instances,
 )
-from preprocessing.image_check import UsableImages, check_inside
+from preprocessing.image_check import UNTURNED, UsableImages, check_inside
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource, SegmentationSource
 from preprocessing.records import image_file, is_inside, read_rect
@@ -202,7 +202,7 @@ def _size_of(file: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(file) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in UNTURNED
             return image.size[::-1] if turned else image.size
     except Exception:  # Pillow's readers raise many kinds.
         return 1, 1

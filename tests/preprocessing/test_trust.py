@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_tokenizer
-from conftest import CocoFolder
+from conftest import CocoFolder, write_image
 from PIL import Image
 
 from icl_moe.data.shards import ShardSet
@@ -130,14 +130,36 @@ def test_captions_of_which_another_split_is_counted_are_compared(genome_folder, 
     files = [f"{key}={genome_folder.file(key)}" for key in ("objects", "image_data")]
     files.append(f"regions={genome_folder.file('region_descriptions')}")
     keys = [*files, f"images={genome_folder.images}", f"splits={splits}", "split=val"]
-    keys += ["source=visual_genome", "counted_split=train", "min_descriptions=1"]
+    keys += ["source=visual_genome", "counted_split=train", "min_descriptions=1", "classes=[dog]"]
     tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
     settings = [*toy_tokenizer.recipe_settings(tokenizer), "segmentation=null"]
     settings += [f"captioning.{key}" for key in keys]
     recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
     build_shards(recipe, tmp_path / "shards", workers=0)
     (line,) = compare_with_sources(tmp_path / "shards", 2, workers=0)
-    assert line.startswith("captioning: 2 samples (6 pairs) made anew from the sources"), line
+    assert line.startswith("captioning: 2 samples (4 pairs) made anew from the sources"), line
+
+
+def test_images_that_the_build_left_out_are_not_compared(tmp_path):
+    """The record of an image without a size is made from its file, which is cut off here."""
+    lines = []
+    for number in range(5):
+        write_image(tmp_path / f"{number}.png", number)
+        mask_HW = np.zeros((80, 100), dtype=np.uint8)
+        mask_HW[10:50, 20:70] = 255
+        Image.fromarray(mask_HW).save(tmp_path / f"{number}_mask.png")
+        line = {"image": f"{number}.png", "class": "dog", "mask": f"{number}_mask.png"}
+        lines.append(json.dumps(line))
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    (tmp_path / "3.png").write_bytes(b"cut off")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
+    settings = [*toy_tokenizer.recipe_settings(tokenizer), "captioning=null", "bad_images=skip"]
+    settings += [f"segmentation.images={tmp_path}", "segmentation.source=jsonl"]
+    settings += [f"segmentation.annotations={tmp_path / 'lines.jsonl'}"]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    assert build_shards(recipe, tmp_path / "shards", workers=0).bad_images
+    (line,) = compare_with_sources(tmp_path / "shards", 2, workers=0)
+    assert line.startswith("segmentation: 2 samples"), line
 
 
 @pytest.mark.parametrize("source", [SegmentationSource, CaptioningSource])
