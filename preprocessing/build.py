@@ -22,6 +22,7 @@ from icl_moe.data.shards import (
     SCHEMA_VERSION,
     TOKENIZER_FOLDERS,
     Manifest,
+    ShardInfo,
     ShardSet,
     index_file,
 )
@@ -41,7 +42,14 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
 from preprocessing.episode_file import EpisodeFile, read_episodes
-from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
+from preprocessing.pack import (
+    Packer,
+    ShardRange,
+    TaskEpisodes,
+    collect,
+    pack_shard,
+    shard_ranges,
+)
 from preprocessing.plan import Pictures, Plan, Planner
 from preprocessing.pool import PoolRegion
 from preprocessing.quantize import BATCH, CodeStore, join_chunks, quantize
@@ -111,16 +119,6 @@ def _build(
     planner = Planner(recipe, codec, out, folder.work, workers, fixed, folder.check_plan)
     plan = planner.plan(process)
     pictures = Pictures(plan, codec.format)
-    tasks = {
-        task: TaskEpisodes(
-            TASKS[task],
-            pool.regions,
-            plan.episodes[task],
-            plan.pictures[task],
-            [] if fixed is None else fixed.notes(),
-        )
-        for task, pool in plan.pools.items()
-    }
     rank, ranks, workers = process.process_index, process.num_processes, share_of(workers)
     quantize(
         pictures,
@@ -138,53 +136,80 @@ def _build(
         join_chunks(folder.work, len(pictures))
     process.wait_for_everyone()
 
+    tasks = _task_episodes(plan, fixed)
     packer = Packer(out, folder.work, codec, CodeStore(folder.work), tasks, recipe.image_size)
     ranges = [
         shard
         for task in tasks
         for shard in shard_ranges(task, len(tasks[task].episodes), recipe.shard_size)
     ]
-    mine = ranges[rank::ranks]
-    with tqdm(
-        total=sum(shard.stop - shard.start for shard in mine),
-        desc="packing samples",
-        unit="sample",
-        disable=rank != 0,
-    ) as progress:
-        for count in ordered_map(pack_shard, packer, mine, workers):
-            progress.update(count)
+    _pack(packer, ranges[rank::ranks], workers, shows_progress=rank == 0)
     process.wait_for_everyone()
     if process.is_main_process:
         shards, classes = collect(packer, ranges)
         tokenizers.to("cpu").save(out)
         codec.text.save(out / "text_tokenizer")
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            format=codec.format,
-            examples=recipe.examples,
-            image_size=recipe.image_size,
-            **tokenizers.fingerprints,
-            text_tokenizer=codec.text.fingerprint,
-            recipe=to_dict(recipe),
-            samples={task: len(plan.episodes[task]) for task in tasks},
-            classes=classes,
-            shards=shards,
-            files=tuple(FileInfo.of(out, name) for name in _companions(out, tasks)),
-            skipped={
-                f"{pool.task}.{reason}": count
-                for pool in plan.pools.values()
-                for reason, count in sorted(pool.skipped.items())
-                if count
-            },
-            bad_images={
-                pool.task: pool.bad_images for pool in plan.pools.values() if pool.bad_images
-            },
-            standard=None if fixed is None else fixed.header(),
-        )
-        manifest.write(out)
+        _manifest(recipe, codec, tokenizers, plan, out, shards, classes, fixed).write(out)
         shutil.rmtree(folder.work)
     process.wait_for_everyone()
     return Manifest.read(out)
+
+
+def _task_episodes(plan: Plan, fixed: EpisodeFile | None) -> dict[str, TaskEpisodes]:
+    notes = [] if fixed is None else fixed.notes()
+    return {
+        task: TaskEpisodes(
+            TASKS[task], pool.regions, plan.episodes[task], plan.pictures[task], notes
+        )
+        for task, pool in plan.pools.items()
+    }
+
+
+def _pack(packer: Packer, mine: list[ShardRange], workers: int, shows_progress: bool) -> None:
+    """Write this process's shards."""
+    with tqdm(
+        total=sum(shard.stop - shard.start for shard in mine),
+        desc="packing samples",
+        unit="sample",
+        disable=not shows_progress,
+    ) as progress:
+        for count in ordered_map(pack_shard, packer, mine, workers):
+            progress.update(count)
+
+
+def _manifest(
+    recipe: DataRecipe,
+    codec: SequenceCodec,
+    tokenizers: ImageTokenizers,
+    plan: Plan,
+    out: Path,
+    shards: tuple[ShardInfo, ...],
+    classes: dict[str, dict[str, int]],
+    fixed: EpisodeFile | None,
+) -> Manifest:
+    """The manifest of finished shards, whose companions are in `out`."""
+    pools = plan.pools.values()
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        format=codec.format,
+        examples=recipe.examples,
+        image_size=recipe.image_size,
+        **tokenizers.fingerprints,
+        text_tokenizer=codec.text.fingerprint,
+        recipe=to_dict(recipe),
+        samples={task: len(episodes) for task, episodes in plan.episodes.items()},
+        classes=classes,
+        shards=shards,
+        files=tuple(FileInfo.of(out, name) for name in _companions(out, plan.pools)),
+        skipped={
+            f"{pool.task}.{reason}": count
+            for pool in pools
+            for reason, count in sorted(pool.skipped.items())
+            if count
+        },
+        bad_images={pool.task: pool.bad_images for pool in pools if pool.bad_images},
+        standard=None if fixed is None else fixed.header(),
+    )
 
 
 class _WorkFolder:
