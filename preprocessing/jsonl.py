@@ -118,8 +118,8 @@ def read_lines(file: Path, images: Path) -> Lines:
         category = values.get("class", values.get("category"))
         if not isinstance(category, str) or not category.strip():
             raise InputError(f"{where} has the class {shown(category)}; it must be text.")
-        caption, style = values.get("caption"), values.get("style", "")
-        if not isinstance(caption, str | None) or not isinstance(style, str):
+        caption, style = values.get("caption"), values.get("style")
+        if not isinstance(caption, str | None) or not isinstance(style, str | None):
             raise InputError(f"{where}: caption and style must be text.")
         image = _image(lines, images, values, where)
         lines.records.append(
@@ -128,7 +128,7 @@ def read_lines(file: Path, images: Path) -> Lines:
                 "image_id": image.name,
                 "category_id": lines.classes.setdefault(category.strip(), len(lines.classes) + 1),
                 "caption": caption,
-                "style": style.strip(),
+                "style": (style or "").strip(),
                 "bbox": values.get("box"),
                 "segmentation": values.get("mask"),
             }
