@@ -261,18 +261,19 @@ def test_an_unfinished_build_whose_sources_changed_is_refused(
 
 
 def test_an_unfinished_build_that_another_version_would_plan_otherwise_is_refused(
-    build, tmp_path, monkeypatch
+    build, coco_recipe, tmp_path, monkeypatch
 ):
+    recipe = str(coco_recipe)
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "pack_shard", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "out")
+            build(tmp_path / "out", recipe=recipe)
     monkeypatch.setattr(plan, "__version__", "0.0.0")
-    build(shutil.copytree(tmp_path / "out", tmp_path / "same"))
+    build(shutil.copytree(tmp_path / "out", tmp_path / "same"), recipe=recipe)
     draw = plan.plan_episodes
     monkeypatch.setattr(plan, "plan_episodes", lambda *args: draw(*args)[::-1])
     with pytest.raises(InputError, match="or another version of icl-moe began it; delete that"):
-        build(tmp_path / "out")
+        build(tmp_path / "out", recipe=recipe)
 
 
 def test_a_build_that_was_refused_does_not_block_its_folder(
