@@ -356,6 +356,7 @@ def _picture_keys(
 
 _REMEDIES = {
     "boxes_of_negative_size": "correct the boxes",
+    "captions_without_a_text": "write the captions",
     "captions_without_a_seen_class": "name classes that both the captions and the images have",
     "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
     "classes_with_too_few_images": "provide more data or set examples lower",
