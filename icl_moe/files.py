@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str, partial: Path | None = None) -> None:
     """Write `path` (text as UTF-8), replacing an existing file, or leave that unchanged if it
     fails.
+
+    partial: where the content stands until it is whole, by default `partial_of(path)`. Processes
+    that may write the same file at the same time need a place each.
     """
-    partial = partial_of(path)
+    partial = partial or partial_of(path)
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from icl_moe.data.shards import (
     SCHEMA_VERSION,
     TOKENIZER_FOLDERS,
     Manifest,
+    ShardInfo,
     ShardSet,
     index_file,
 )
@@ -40,10 +42,17 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing import synthetic, world
 from preprocessing.episode_file import EpisodeFile, read_episodes
-from preprocessing.pack import Packer, TaskEpisodes, collect, pack_shard, shard_ranges
-from preprocessing.plan import Pictures, Planner
-from preprocessing.pool import Pool, PoolRegion
-from preprocessing.quantize import BATCH, CodeStore, quantize
+from preprocessing.pack import (
+    Packer,
+    ShardRange,
+    TaskEpisodes,
+    collect,
+    pack_shard,
+    shard_ranges,
+)
+from preprocessing.plan import Pictures, Plan, Planner
+from preprocessing.pool import PoolRegion
+from preprocessing.quantize import BATCH, CodeStore, join_chunks, quantize
 from preprocessing.recipe import DataRecipe
 from preprocessing.region_table import RegionTable
 from preprocessing.sources import check_sections
@@ -107,19 +116,9 @@ def _build(
         if process.is_main_process:
             folder.open()
             _draw_scenes(recipe, out, workers)
-    planner = Planner(recipe, codec, out, folder.work, workers, fixed, folder.check_pools)
+    planner = Planner(recipe, codec, out, folder.work, workers, fixed, folder.check_plan)
     plan = planner.plan(process)
     pictures = Pictures(plan, codec.format)
-    tasks = {
-        task: TaskEpisodes(
-            TASKS[task],
-            pool.regions,
-            plan.episodes[task],
-            plan.pictures[task],
-            [] if fixed is None else fixed.notes(),
-        )
-        for task, pool in plan.pools.items()
-    }
     rank, ranks, workers = process.process_index, process.num_processes, share_of(workers)
     quantize(
         pictures,
@@ -133,56 +132,84 @@ def _build(
         codes_cache,
     )
     process.wait_for_everyone()
+    if process.is_main_process:
+        join_chunks(folder.work, len(pictures))
+    process.wait_for_everyone()
 
-    packer = Packer(
-        out, folder.work, codec, CodeStore(folder.work, len(pictures)), tasks, recipe.image_size
-    )
+    tasks = _task_episodes(plan, fixed)
+    packer = Packer(out, folder.work, codec, CodeStore(folder.work), tasks, recipe.image_size)
     ranges = [
         shard
         for task in tasks
         for shard in shard_ranges(task, len(tasks[task].episodes), recipe.shard_size)
     ]
-    mine = ranges[rank::ranks]
-    with tqdm(
-        total=sum(shard.stop - shard.start for shard in mine),
-        desc="packing samples",
-        unit="sample",
-        disable=rank != 0,
-    ) as progress:
-        for count in ordered_map(pack_shard, packer, mine, workers):
-            progress.update(count)
+    _pack(packer, ranges[rank::ranks], workers, shows_progress=rank == 0)
     process.wait_for_everyone()
     if process.is_main_process:
         shards, classes = collect(packer, ranges)
         tokenizers.to("cpu").save(out)
         codec.text.save(out / "text_tokenizer")
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            format=codec.format,
-            examples=recipe.examples,
-            image_size=recipe.image_size,
-            **tokenizers.fingerprints,
-            text_tokenizer=codec.text.fingerprint,
-            recipe=to_dict(recipe),
-            samples={task: len(plan.episodes[task]) for task in tasks},
-            classes=classes,
-            shards=shards,
-            files=tuple(FileInfo.of(out, name) for name in _companions(out, tasks)),
-            skipped={
-                f"{pool.task}.{reason}": count
-                for pool in plan.pools.values()
-                for reason, count in sorted(pool.skipped.items())
-                if count
-            },
-            bad_images={
-                pool.task: pool.bad_images for pool in plan.pools.values() if pool.bad_images
-            },
-            standard=None if fixed is None else fixed.header(),
-        )
-        manifest.write(out)
+        _manifest(recipe, codec, tokenizers, plan, out, shards, classes, fixed).write(out)
         shutil.rmtree(folder.work)
     process.wait_for_everyone()
     return Manifest.read(out)
+
+
+def _task_episodes(plan: Plan, fixed: EpisodeFile | None) -> dict[str, TaskEpisodes]:
+    notes = [] if fixed is None else fixed.notes()
+    return {
+        task: TaskEpisodes(
+            TASKS[task], pool.regions, plan.episodes[task], plan.pictures[task], notes
+        )
+        for task, pool in plan.pools.items()
+    }
+
+
+def _pack(packer: Packer, mine: list[ShardRange], workers: int, shows_progress: bool) -> None:
+    """Write this process's shards."""
+    with tqdm(
+        total=sum(shard.stop - shard.start for shard in mine),
+        desc="packing samples",
+        unit="sample",
+        disable=not shows_progress,
+    ) as progress:
+        for count in ordered_map(pack_shard, packer, mine, workers):
+            progress.update(count)
+
+
+def _manifest(
+    recipe: DataRecipe,
+    codec: SequenceCodec,
+    tokenizers: ImageTokenizers,
+    plan: Plan,
+    out: Path,
+    shards: tuple[ShardInfo, ...],
+    classes: dict[str, dict[str, int]],
+    fixed: EpisodeFile | None,
+) -> Manifest:
+    """The manifest of finished shards, whose companions are in `out`."""
+    pools = plan.pools.values()
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        format=codec.format,
+        examples=recipe.examples,
+        image_size=recipe.image_size,
+        **tokenizers.fingerprints,
+        text_tokenizer=codec.text.fingerprint,
+        recipe=to_dict(recipe),
+        samples={task: len(episodes) for task, episodes in plan.episodes.items()},
+        classes=classes,
+        shards=shards,
+        files=tuple(FileInfo.of(out, name) for name in _companions(out, plan.pools)),
+        skipped={
+            f"{pool.task}.{reason}": count
+            for pool in pools
+            for reason, count in sorted(pool.skipped.items())
+            if count
+        },
+        bad_images={pool.task: pool.bad_images for pool in pools if pool.bad_images},
+        standard=None if fixed is None else fixed.header(),
+    )
 
 
 class _WorkFolder:
@@ -224,10 +251,11 @@ class _WorkFolder:
             if self._has_results():
                 self._check_settings(found, "unfinished shards")
             # The other recipe produced nothing, for example because it was refused. The results of
-            # its image check are kept.
-            self._state_file.unlink()
+            # its image check are kept. The state goes last, since nothing else tells that the
+            # folder is a build's.
             for made in ("synthetic", "composed"):
-                shutil.rmtree(self.out / made, ignore_errors=True)
+                self._discard(self.out / made)
+            self._state_file.unlink()
         if self.out.exists() and (
             not self.out.is_dir()
             or any(path.name not in (".build", LOCK_FILE) for path in self.out.iterdir())
@@ -238,18 +266,31 @@ class _WorkFolder:
         self.work.mkdir(parents=True, exist_ok=True)
         self._write({"settings": self._settings})
 
-    def check_pools(self, pools: list[Pool]) -> None:
-        """Raise InputError if the sources have changed since the first results of the build."""
+    @staticmethod
+    def _discard(made: Path) -> None:
+        """Remove a folder that appears completely or not at all, in the same way."""
+        partial = made.with_name(f"{made.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if made.is_dir():
+            os.replace(made, partial)
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise InputError if the plan is not that of the build's first results, which are known by
+        its numbers: the sources have changed, or another version plans in another way.
+        """
         digest = hashlib.sha256(f"batches of {BATCH}, filled".encode())
-        for pool in pools:
+        for pool in plan.pools.values():
             digest.update(_digest_of(pool.regions))
+        for numbers in (*plan.episodes.values(), *plan.pictures.values(), plan.places):
+            digest.update(np.ascontiguousarray(numbers).data)
         state = self._read_state()
-        if state.get("pools", digest.hexdigest()) != digest.hexdigest() and self._has_results():
+        if state.get("plan", digest.hexdigest()) != digest.hexdigest() and self._has_results():
             raise InputError(
-                f"The data's sources have changed since the build in {self.out} began; delete that "
-                "folder to start over."
+                f"The data's sources have changed since the build in {self.out} began, or another "
+                "version of icl-moe began it; delete that folder to start over."
             )
-        self._write({**state, "pools": digest.hexdigest()})
+        self._write({**state, "plan": digest.hexdigest()})
 
     def _has_results(self) -> bool:
         """Whether there are results that a build can resume from."""

@@ -3,7 +3,7 @@ of all instances.
 
 Crowds (iscrowd=1, a group of instances under one mask) join the mask of their class; otherwise
 pixels of the class would count as background. A crowd without other instances makes no region,
-since its outline is coarse, and crops are never chosen by a crowd.
+since its outline is coarse, and is never the instance that a `large` crop surrounds.
 """
 
 import contextlib

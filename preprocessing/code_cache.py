@@ -10,11 +10,13 @@ holds the keys and the codes of a chunk and is never changed; its name is a dige
 Any number of builds may read and write at once: they write the same codes under the same key.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +31,9 @@ from icl_moe.outputs import writing
 
 _KEY_BYTES = 16
 _ABOUT = "about.json"
+
+_OLD = 24 * 3600.0
+"""Seconds after which a file that is not whole counts as left behind."""
 
 _ARITHMETIC_VARIABLES = ("ATEN_", "CUBLAS_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_")
 """Environment variables that begin so may change how a library rounds."""
@@ -47,6 +52,7 @@ class CodeCache:
         self._folder = parent / _digest(about.encode())
         with writing(parent):
             self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self._folder)
             if not (self._folder / _ABOUT).is_file():
                 _write(self._folder / _ABOUT, about.encode())
         self._files = sorted(self._folder.glob("*.npy"))
@@ -138,7 +144,10 @@ def _digest(content: bytes) -> str:
 
 def _read_keys(file: Path) -> np.ndarray:
     """The keys of a file; none, after a message, if its content is not that of its name."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:  # Somebody has just emptied the cache.
+        return np.empty(0, _key_type())
     if _digest(content) != file.stem:
         say(f"warning: the file {file} of the codes cache is damaged and is not used; delete it.")
         return np.empty(0, _key_type())
@@ -152,6 +161,15 @@ def _open_rows(file: Path) -> np.ndarray:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file as a whole, under a temporary name of this process: others may write it too."""
-    own = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
-    write_whole(own, content)
-    os.replace(own, path)
+    own = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
+    write_whole(path, content, own)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what builds that were killed have left. Builds that still run write a file within
+    seconds.
+    """
+    for partial in folder.glob("*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _OLD:
+                partial.unlink()

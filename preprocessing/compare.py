@@ -8,7 +8,7 @@ which compares captions, classes and boxes; codes may differ by rounding on anot
 are also decoded from the sample's tokens and compared with the annotation in pixels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from icl_moe.errors import InputError, shown
 from icl_moe.processes import join_processes
 from icl_moe.sequence import Episode, SequenceCodec, TokenSequence
 from icl_moe.settings import from_dict
-from icl_moe.tasks import TASKS
+from icl_moe.tasks import SEGMENTATION, SEMANTIC_SEGMENTATION, TASKS
 from icl_moe.tasks.mask_scores import mask_iou
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
+from preprocessing.episode_file import read_episodes
 from preprocessing.image_check import Item
 from preprocessing.pool import Pool, PoolRegion
 from preprocessing.quantize import CropPicture, pictures_of
 from preprocessing.recipe import DataRecipe
 from preprocessing.sources import Reading, read_pools
+from preprocessing.standard_pools import read_fixed_pool
 from preprocessing.verify import open_codec
 
 LEAST_EQUAL_CODES = 0.9
@@ -89,11 +91,10 @@ def compare_with_sources(
     shards = ShardSet(location)
     recipe = from_dict(DataRecipe, shards.manifest.recipe, MANIFEST_FILE)
     folder = Path(location)
-    if (gone := _missing_source(recipe, folder)) is not None:
+    if (gone := _missing_source(recipe, folder, shards.manifest.standard)) is not None:
         return [f"The sources are not here ({gone}), so samples were not compared with them."]
     process = join_processes(device)
-    existing = _Existing()
-    reading = Reading(recipe.image_size, existing, workers, folder)
+    existing = _Existing(shards.manifest.bad_images)
     chosen = {
         task: np.sort(
             np.random.default_rng([seed, count]).choice(count, min(samples, count), replace=False)
@@ -101,7 +102,11 @@ def compare_with_sources(
         for task, count in shards.manifest.samples.items()
     }
     wanted = {task: _keys(shards, task, numbers) for task, numbers in chosen.items()}
-    pools = read_pools(recipe.with_scenes_in(folder / "synthetic"), reading)
+    reading = Reading(recipe.image_size, existing, workers, folder)
+    if recipe.episodes is None:
+        pools = read_pools(recipe.with_scenes_in(folder / "synthetic"), reading)
+    else:
+        pools = iter([_fixed_pool(recipe, chosen, reading, existing)])
     regions = {pool.task: _by_source(pool, wanted[pool.task]) for pool in pools}
     comparer = _Comparer(shards, process, existing.missing)
     return [
@@ -110,8 +115,29 @@ def compare_with_sources(
     ]
 
 
-def _missing_source(recipe: DataRecipe, folder: Path) -> str | None:
-    """The first file or folder of a recipe's sources that is not on this machine."""
+def _fixed_pool(
+    recipe: DataRecipe, chosen: Mapping[str, list[int]], reading: Reading, existing: "_Existing"
+) -> Pool:
+    """The regions of the chosen ones of a file's episodes."""
+    fixed = read_episodes(Path(str(recipe.episodes)))
+    fixed = replace(fixed, episodes=tuple(fixed.episodes[n] for n in chosen[fixed.task]))
+    folder, usable = Path(str(recipe.episodes_data)), _Noted(existing)
+    return read_fixed_pool(fixed, folder, recipe.image_size, usable, reading.workers).pool
+
+
+def _missing_source(
+    recipe: DataRecipe, folder: Path, standard: Mapping[str, Any] | None
+) -> str | None:
+    """The first file or folder of a recipe's sources that is not on this machine, and why.
+    standard: the manifest's.
+    """
+    for name, path in (("episodes", recipe.episodes), ("episodes_data", recipe.episodes_data)):
+        if path is not None and not Path(path).exists():
+            return f"{name}: {path} does not exist"
+    if recipe.episodes is not None:
+        found = read_episodes(Path(recipe.episodes)).header()
+        if standard is None or found["sha256"] != standard.get("sha256"):
+            return f"episodes: {recipe.episodes} is not the file that the shards were built of"
     for name, section in (("segmentation", recipe.segmentation), ("captioning", recipe.captioning)):
         if section is None:
             continue
@@ -119,28 +145,40 @@ def _missing_source(recipe: DataRecipe, folder: Path) -> str | None:
             return f"{folder / 'synthetic'} does not exist"
         if section.source == "composed" and not (folder / "composed").is_dir():
             return f"{folder / 'composed'} does not exist"
-        for key, value in vars(section).items():
-            is_file = isinstance(value, str) and key not in ("source", "split", *_CHOICES)
-            if is_file and not Path(value).exists():
-                return f"{name}.{key}: {value} does not exist"
+        for key, path in section.paths().items():
+            if not path.exists():
+                return f"{name}.{key}: {path} does not exist"
     return None
 
 
-_CHOICES = ("object_scale", "crowds", "marks")
-
-
 class _Existing:
-    """Treats images as usable if they exist, since the build has read them, and keeps the names of
-    the others.
+    """Treats images as usable if they exist, unless the build could not use them, and keeps the
+    names of those that are missing. bad: the manifest's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bad: Mapping[str, dict[str, str]]) -> None:
         self.missing: set[str] = set()
+        # Both tasks come from one section, whose images are checked for segmentation.
+        of_masks = [bad.get(task.name, {}) for task in (SEGMENTATION, SEMANTIC_SEGMENTATION)]
+        self._bad = {**bad, SEGMENTATION.name: of_masks[0] | of_masks[1]}
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
         items = list(items)
         self.missing |= {item.image.name for item in items if not item.image.path.is_file()}
-        return [item for item in items if item.image.name not in self.missing]
+        bad = self._bad.get(pool.task, {})
+        return [item for item in items if item.image.name not in self.missing | bad.keys()]
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """Treats every image as usable, and has `existing` keep the names of those that are missing."""
+
+    existing: _Existing
+
+    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
+        items = list(items)
+        self.existing.keep(items, folder, pool)
+        return items
 
 
 Regions = dict[tuple[Any, ...], list[PoolRegion]]

@@ -138,7 +138,7 @@ class ImageError(InputError):
         self.reason = reason
 
 
-_UNTURNED = {
+UNTURNED = {
     5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_90,
     7: Image.Transpose.TRANSVERSE,
@@ -162,7 +162,7 @@ def open_image(file: ImageFile) -> Image.Image:
         raise ImageError(str(error), _kind_of_fault(file.path)) from error
     if image.size != size and image.size == size[::-1]:
         with Image.open(file.path) as stored:
-            undo = _UNTURNED.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
+            undo = UNTURNED.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
         image = image if undo is None else image.transpose(undo)
     if image.size != size:
         raise ImageError(

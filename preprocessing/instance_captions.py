@@ -8,6 +8,7 @@ the text describes the instance, a word chosen by the data set; an episode has o
 references of a region are all texts of its instance in its style.
 """
 
+from collections import Counter
 from typing import Any
 
 from tqdm import tqdm
@@ -35,7 +36,8 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
     instances = load_instances(source.path("instances"))
     if source.classes is not None:
         check_classes("captioning.classes", set(source.classes), instances)
-    texts = _texts(captions, instances)
+    pool, found = Pool("captioning", []), list[PoolRegion]()
+    texts = _texts(captions, instances, pool.skipped)
     styles = {style for _, style in texts}
     for style in source.styles or ():
         if style not in styles:
@@ -43,7 +45,6 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
                 f"captioning.styles names '{style}'{nearest(style, sorted(styles))}; the styles in "
                 f"{captions.file} are {', '.join(sorted(styles))}."
             )
-    pool, found = Pool("captioning", []), list[PoolRegion]()
     for (number, style), of_instance in tqdm(
         texts.items(), desc="reading captions", unit="instance"
     ):
@@ -56,9 +57,11 @@ def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:
 
 
 def _texts(
-    captions: CheckedCOCO, instances: CheckedCOCO
+    captions: CheckedCOCO, instances: CheckedCOCO, skipped: Counter[str]
 ) -> dict[tuple[Any, str], list[tuple[Any, str]]]:
-    """The ids and texts of the captions of each instance in each style, in the file's order."""
+    """The ids and texts of the captions of each instance in each style, in the file's order.
+    Captions without a text are counted.
+    """
     texts: dict[tuple[Any, str], list[tuple[Any, str]]] = {}
     for caption in captions.anns.values():
         where = f"{captions.file}: annotation {caption['id']}"
@@ -71,9 +74,10 @@ def _texts(
                 f"{where} has the instance_id {shown(number)}, which is not an annotation of image "
                 f"{shown(caption['image_id'])} in {instances.file}."
             )
-        texts.setdefault((number, style), []).append(
-            (caption["id"], clean_phrase(caption.get("caption")))
-        )
+        text = clean_phrase(caption.get("caption"))
+        skipped["captions_without_a_text"] += not text
+        if text:
+            texts.setdefault((number, style), []).append((caption["id"], text))
     return texts
 
 

@@ -42,7 +42,7 @@ from preprocessing.coco import (
     instance_rle,
     read_instances,
 )
-from preprocessing.image_check import UsableImages, check_inside
+from preprocessing.image_check import UNTURNED, UsableImages, check_inside
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource, SegmentationSource
 from preprocessing.records import image_file, is_inside, read_rect
@@ -113,13 +113,13 @@ class Lines:
 def read_lines(file: Path, images: Path) -> Lines:
     """Read and check a file of lines. Raises InputError if a line is not such a record."""
     lines = Lines(file)
-    for number, values in _objects(file):
+    for number, values in tqdm(_objects(file), desc=file.name, unit="line"):
         where = f"{file}, line {number}"
         category = values.get("class", values.get("category"))
         if not isinstance(category, str) or not category.strip():
             raise InputError(f"{where} has the class {shown(category)}; it must be text.")
-        caption, style = values.get("caption"), values.get("style", "")
-        if not isinstance(caption, str | None) or not isinstance(style, str):
+        caption, style = values.get("caption"), values.get("style")
+        if not isinstance(caption, str | None) or not isinstance(style, str | None):
             raise InputError(f"{where}: caption and style must be text.")
         image = _image(lines, images, values, where)
         lines.records.append(
@@ -128,7 +128,7 @@ def read_lines(file: Path, images: Path) -> Lines:
                 "image_id": image.name,
                 "category_id": lines.classes.setdefault(category.strip(), len(lines.classes) + 1),
                 "caption": caption,
-                "style": style.strip(),
+                "style": (style or "").strip(),
                 "bbox": values.get("box"),
                 "segmentation": values.get("mask"),
             }
@@ -202,7 +202,7 @@ def _size_of(file: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(file) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in UNTURNED
             return image.size[::-1] if turned else image.size
     except Exception:  # Pillow's readers raise many kinds.
         return 1, 1

@@ -7,9 +7,9 @@ Text has one class a line, in one of these forms (lines that begin with # are co
     cat: 128, 0, 0         a colour, also before the name, as #800000, or in the form of CVAT's
                            labelmap.txt (cat:128,0,0::) and of CamVid (128 0 0  cat)
 
-JSON and YAML hold a list of names, ids with names ({3: cat}), names with colours
-({cat: [128, 0, 0]}), or a list of records with `name` and `id` or `color`; all of these also under
-the key `names`, as in YOLO's data.yaml.
+JSON and YAML hold a list of names, ids with names ({3: cat}), names with ids ({cat: 3}), names with
+colours ({cat: [128, 0, 0]}), or a list of records with `name` and `id` or `color`; all of these
+also under the key `names`, as in YOLO's data.yaml.
 """
 
 import re
@@ -146,11 +146,13 @@ def _of_pair(file: Path, key: Any, value: Any) -> _Entry:
             return int(key), value
         except ValueError:
             pass
+    elif isinstance(key, str) and type(value) is int:
+        return value, key
     elif isinstance(key, str):
         return _colour(file, value), key
     raise InputError(
-        f"{file} has the entry {shown(key)}: {shown(value)}; it must be an id and a name, or a "
-        "name and a colour."
+        f"{file} has the entry {shown(key)}: {shown(value)}; it must be an id and a name, a name "
+        "and an id, or a name and a colour."
     )
 
 

@@ -136,8 +136,7 @@ class Planner:
     """Makes the plan of a recipe.
 
     out: the shard folder. work: the build's folder in it. fixed: the episodes of a file, if the
-    recipe names one. check_pools: raises InputError if the regions are not those of this build's
-    results.
+    recipe names one. check_plan: raises InputError if a plan is not that of this build's results.
     """
 
     recipe: DataRecipe
@@ -146,7 +145,7 @@ class Planner:
     work: Path
     workers: int
     fixed: EpisodeFile | None
-    check_pools: Callable[[list[Pool]], None]
+    check_plan: Callable[[Plan], None]
 
     def plan(self, process: PartialState) -> Plan:
         """The plan, which the first process makes unless an earlier build has left it."""
@@ -222,8 +221,6 @@ class Planner:
                 pool.drop_small_classes(images=recipe.examples + 1)
                 if not pool.regions:
                     raise _nothing_left(pool, recipe.examples)
-        self.check_pools(pools)
-        if self.fixed is None:
             episodes = {
                 pool.task: plan_episodes(
                     pool,
@@ -239,7 +236,9 @@ class Planner:
                 if pool.task == SEMANTIC_SEGMENTATION.name:
                     found = paint_episodes(pool, episodes[pool.task], recipe.seed)
                     pools[place], episodes[pool.task] = found
-        return self._number_pictures(pools, episodes)
+        plan = self._number_pictures(pools, episodes)
+        self.check_plan(plan)
+        return plan
 
     def _read_fixed(
         self, fixed: EpisodeFile, check: ImageCheck
@@ -357,6 +356,7 @@ def _picture_keys(
 
 _REMEDIES = {
     "boxes_of_negative_size": "correct the boxes",
+    "captions_without_a_text": "write the captions",
     "captions_without_a_seen_class": "name classes that both the captions and the images have",
     "classes_with_too_few_descriptions": "set captioning.min_descriptions lower",
     "classes_with_too_few_images": "provide more data or set examples lower",

@@ -122,7 +122,8 @@ class _Photographs:
             return [self._made / "composed/images"]
         if settings is None or settings.images is None:
             return [self._made / "synthetic/images"]
-        return [Path(settings.images), Path(getattr(settings, "examples_images", None) or ".")]
+        folders = (settings.images, getattr(settings, "examples_images", None))
+        return [Path(folder) for folder in folders if folder is not None]
 
 
 def _episode(

@@ -15,6 +15,7 @@ this process encodes on its device, and a thread writes.
 """
 
 import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_moe.files import write_whole
+from icl_moe.errors import InputError
+from icl_moe.files import partial_of, write_whole
 from icl_moe.images import PixelBox, crop_and_resize
 from icl_moe.sequence import SequenceFormat
 from icl_moe.tasks import Task
@@ -64,14 +66,39 @@ def pictures_of(region: PoolRegion, task: Task, format: SequenceFormat) -> tuple
 
 
 class CodeStore:
-    """Memory-mapped codes of all pictures: `store[n]` is int64 (codes_per_image,)."""
+    """Memory-mapped codes of all pictures, which `join_chunks` has put into one file: `store[n]` is
+    int64 (codes_per_image,).
+    """
 
-    def __init__(self, folder: Path, pictures: int) -> None:
-        self._chunks = [mapped(_chunk_file(folder, n)) for n in range(_chunk_count(pictures))]
+    def __init__(self, folder: Path) -> None:
+        self._codes = mapped(folder / _ALL_CODES)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        chunk, row = divmod(number, CHUNK)
-        return self._chunks[chunk][row].astype(np.int64)
+        return self._codes[number].astype(np.int64)
+
+
+def join_chunks(folder: Path, pictures: int) -> None:
+    """Copy the chunks of all pictures into the file that `CodeStore` maps.
+
+    A mapped file keeps a descriptor, and a data set of the size of COCO has more chunks than most
+    systems let a process open. Raises InputError for a chunk that is damaged, as after a power
+    failure.
+    """
+    target = folder / _ALL_CODES
+    partial = partial_of(target)
+    with partial.open("wb") as file:
+        for number in range(_chunk_count(pictures)):
+            rows = min(CHUNK, pictures - number * CHUNK)
+            codes = _read_chunk(_chunk_file(folder, number), rows)
+            if number == 0:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(codes.dtype),
+                    "fortran_order": False,
+                    "shape": (pictures, codes.shape[1]),
+                }
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(codes.tobytes())
+    os.replace(partial, target)
 
 
 def quantize(
@@ -85,7 +112,7 @@ def quantize(
     ranks: int = 1,
     cache: Path | None = None,
 ) -> None:
-    """Encode this rank's chunks of `pictures` that are not in `folder` yet; `CodeStore` reads them.
+    """Encode this rank's chunks of `pictures` that are not in `folder` yet; see `join_chunks`.
 
     workers: processes that load, crop and draw. cache: the folder of a `CodeCache`, from which
     codes of earlier builds are taken. Raises InputError for an image that cannot be used.
@@ -259,8 +286,22 @@ def _chunk_count(pictures: int) -> int:
     return -(-pictures // CHUNK)
 
 
+_ALL_CODES = "all_codes.npy"
+
+
 def _chunk_file(folder: Path, number: int) -> Path:
     return folder / f"codes-{number:06d}.npy"
+
+
+def _read_chunk(path: Path, rows: int) -> np.ndarray:
+    try:
+        codes: np.ndarray = np.load(path, allow_pickle=False)
+        whole = codes.ndim == 2 and len(codes) == rows
+    except (EOFError, ValueError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged; delete it and run the same command again.")
+    return codes
 
 
 def _write_chunk(path: Path, codes: np.ndarray) -> None:

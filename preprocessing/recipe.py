@@ -20,10 +20,18 @@ class CaptionText:
     box: Literal["none", "text", "image"] = "text"
 
 
+_PATHS = ("images", "annotations", "masks", "names", "examples_images", "examples_annotations")
+_PATHS += ("instances", "regions", "objects", "image_data", "splits")
+
+
 class _Source:
     def path(self, key: str) -> Path:
         """The file or folder under `key`; the recipe has checked that it is given."""
         return Path(getattr(self, key))
+
+    def paths(self) -> dict[str, Path]:
+        """Key -> the file or folder that it names, for the keys that are given."""
+        return {key: self.path(key) for key in _PATHS if getattr(self, key, None) is not None}
 
 
 @dataclass(frozen=True)

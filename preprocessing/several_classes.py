@@ -7,20 +7,37 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
 from icl_moe.tasks.semantic_segmentation import COLOURS, ClassesTarget
 from preprocessing.pool import Pool, PoolRegion
 from preprocessing.region_table import RegionTable
+from preprocessing.workers import ordered_map
 
 MOST_COMBINATIONS = 64
 """Of an image's classes; an image of a dozen classes has hundreds."""
 
+_CHUNK = 32
+"""Images whose classes a process combines at once."""
 
-def combine_classes(pool: Pool, most: int, least_scale: float, image_size: int) -> Pool:
+
+class _Combining(NamedTuple):
+    """What processes combine by."""
+
+    regions: Sequence[PoolRegion]
+    most: int
+    least_scale: float
+    image_size: int
+
+
+def combine_classes(
+    pool: Pool, most: int, least_scale: float, image_size: int, workers: int = 0
+) -> Pool:
     """The pool in which a region shows 2 to `most` classes of an image, and is of the class of
     their names, such as "cat + dog".
 
@@ -32,26 +49,35 @@ def combine_classes(pool: Pool, most: int, least_scale: float, image_size: int) 
     of_image: dict[tuple[str, str], list[int]] = {}
     for number, region in enumerate(pool.regions):
         of_image.setdefault((str(region.image.path), region.role), []).append(number)
-    combined = (
+    images = list(of_image.values())
+    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    work, tables = _Combining(pool.regions, most, least_scale, image_size), list[RegionTable]()
+    with tqdm(total=len(images), desc="combining classes", unit="image") as progress:
+        for chunk, (table, skipped) in zip(
+            chunks, ordered_map(_combine_images, work, chunks, workers), strict=True
+        ):
+            tables.append(table)
+            pool.skipped.update(skipped)
+            progress.update(len(chunk))
+    regions = RegionTable.concatenate(tables)
+    return replace(pool, task=SEMANTIC_SEGMENTATION.name, regions=regions)
+
+
+def _combine_images(work: _Combining, images: list[list[int]]) -> tuple[RegionTable, Counter[str]]:
+    """The regions of several classes of some images, of which the numbers of the regions are given,
+    and what is left out.
+    """
+    skipped = Counter[str]()
+    found = (
         region
-        for numbers in of_image.values()
-        for region in _combinations(
-            [pool.regions[number] for number in numbers],
-            most,
-            least_scale,
-            image_size,
-            pool.skipped,
-        )
+        for numbers in images
+        for region in _combinations(work, [work.regions[number] for number in numbers], skipped)
     )
-    return replace(pool, task=SEMANTIC_SEGMENTATION.name, regions=RegionTable.of(combined))
+    return RegionTable.of(found), skipped
 
 
 def _combinations(
-    regions: Sequence[PoolRegion],
-    most: int,
-    least_scale: float,
-    image_size: int,
-    skipped: Counter[str],
+    work: _Combining, regions: Sequence[PoolRegion], skipped: Counter[str]
 ) -> Iterator[PoolRegion]:
     """The regions of several classes of one image."""
     of_class = {region.category: region for region in regions}
@@ -59,9 +85,9 @@ def _combinations(
     left: set[frozenset[str]] = set()
     for region in regions:
         counts = {name: of for name, of in region.target.objects if name in of_class}
-        masks = {name: _decoded(of, image_size) for name, of in counts.items()}
+        masks = {name: _decoded(of, work.image_size) for name, of in counts.items()}
         large = sorted(masks, key=lambda name: (-int(masks[name].sum()), name))
-        for size in range(2, most + 1):
+        for size in range(2, work.most + 1):
             for names in itertools.combinations(large, size):
                 if region.category not in names or frozenset(names) in taken:
                     continue
@@ -71,7 +97,7 @@ def _combinations(
                 taken.add(frozenset(names))
                 visible = _visible({name: masks[name] for name in names})
                 shares = [float(mask_HW.mean()) for mask_HW in visible.values()]
-                if min(shares) == 0 or min(shares) < least_scale:
+                if min(shares) == 0 or min(shares) < work.least_scale:
                     skipped["combinations_of_small_scale"] += 1
                     continue
                 parts = [of_class[name] for name in sorted(names)]
@@ -107,7 +133,7 @@ def paint_episodes(pool: Pool, episodes: np.ndarray, seed: int) -> tuple[Pool, n
     task, names = zlib.crc32(pool.task.encode()), list(COLOURS)
     numbers: dict[tuple[int, tuple[str, ...]], int] = {}
     painted = np.empty_like(episodes)
-    for index, members in enumerate(episodes.tolist()):
+    for index, members in enumerate(tqdm(episodes.tolist(), desc="painting", unit="episode")):
         rng = np.random.default_rng([seed, task, 3, index])
         count = len(pool.regions[members[-1]].target.masks)
         drawn = rng.permutation(len(names))[:count].tolist()

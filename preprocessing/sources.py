@@ -95,12 +95,15 @@ def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
     if recipe.segmentation is not None:
         source = recipe.segmentation
         pool = _SOURCES["segmentation"][source.source].read(source, reading)
-        most = source.classes_per_mask
-        yield (
-            pool
-            if most == 1
-            else combine_classes(pool, most, source.least_scale, reading.image_size)
-        )
+        if source.classes_per_mask > 1:
+            pool = combine_classes(
+                pool,
+                source.classes_per_mask,
+                source.least_scale,
+                reading.image_size,
+                reading.workers,
+            )
+        yield pool
     if recipe.captioning is not None:
         yield _SOURCES["captioning"][recipe.captioning.source].read(recipe.captioning, reading)
     for task, values in recipe.tasks.items():

@@ -123,13 +123,14 @@ def _coco20i(request: Request) -> Made:
     if listed and len(listed) < len(folds):
         (missing, *_) = [fold for fold in folds if fold not in listed]
         request.need(f"splits/coco/val/fold{missing}.json", HSNET)
-    images = AnnotatedImages(request.data, _coco_files(request, bool(listed)), "painted")
+    has_lists = bool(listed)
+    images = AnnotatedImages(request.data, _coco_files(request, has_lists), "painted")
     if tuple(images.classes) != COCO_CLASSES:
         raise InputError(
             f"{request.data} does not have COCO's 80 classes in their order, by which the folds "
             "of coco20i are defined."
         )
-    if not listed:
+    if not has_lists:
         names = images.showing(LEAST_PIXELS)
         listed = {f: {c: names[COCO_CLASSES[c]] for c in _coco_fold(f)} for f in folds}
     drawn = []
@@ -148,7 +149,7 @@ def _coco20i(request: Request) -> Made:
         )
     where = (
         "the images are those of HSNet's lists, so these are the episodes of its tests"
-        if (request.data / "splits/coco/val").is_dir()
+        if has_lists
         else f"the images show the class on at least {LEAST_PIXELS} pixels, as in HSNet's lists, "
         "but the order of the lists, and so the draws, are not HSNet's"
     )

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.episodes import evenly_spaced
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.rle import decode_rle
 from icl_moe.tasks import SEGMENTATION
@@ -23,6 +24,9 @@ from preprocessing.coco import class_masks, load_instances
 _ITERATIONS = 30
 _HELD_OUT = 10
 """Every tenth mask is held out for measuring; the others are for learning."""
+
+_PIXELS = 2**28
+"""Of the masks of a shard folder at most, since they are in memory: 4,096 masks of 256 pixels."""
 
 _IMAGES = 2000
 _LEAST_AREA = 0.01
@@ -75,11 +79,15 @@ def learn_mask_tokenizer(
 
 
 def _masks_of_shards(shards: ShardSet) -> Iterator[tuple[str, np.ndarray]]:
-    """Class and mask (H, W) of each query."""
+    """Class and mask (H, W) of each query; of evenly spaced ones if there are more than memory has
+    room for.
+    """
     name = SEGMENTATION.name
     if not shards.count(name):
         raise InputError(f"{shards.location} holds no {name}, so it has no masks to learn from.")
-    for index in tqdm(range(shards.count(name)), desc="reading masks", unit="episode"):
+    most = max(_HELD_OUT, _PIXELS // shards.manifest.image_size**2)
+    numbers = evenly_spaced(shards.count(name), most)
+    for index in tqdm(numbers, desc="reading masks", unit="episode"):
         sample = shards.sample(name, index)
         yield sample.category, decode_rle(sample.meta["masks"][-1]).astype(bool)
 

@@ -108,7 +108,8 @@ class ClassMasks:
 
     def __init__(self, path: Path) -> None:
         self._coco = load_instances(path)
-        self._ids = {image["file_name"]: number for number, image in self._coco.imgs.items()}
+        names = {number: image.get("file_name") for number, image in self._coco.imgs.items()}
+        self._ids = {name: number for number, name in names.items() if isinstance(name, str)}
 
     def has(self, file_name: str) -> bool:
         return bool(self._coco.imgToAnns.get(self._ids.get(file_name)))

@@ -63,8 +63,13 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path, device: Device | None = 
     mine = range(share * accelerator.process_index, share * (accelerator.process_index + 1))
     with writing(out):
         _train(run, source, mine, out)
+        finished = run.finished()
+        if accelerator.is_main_process:
+            # The state is written first, so the last steps may have been taken by a process that
+            # was killed before it wrote the tokenizer.
+            finished.save_pretrained(out)
     accelerator.wait_for_everyone()
-    return run.finished()
+    return finished
 
 
 def _train(run: "_Run", source: Source, mine: range, out: Path) -> None:

@@ -3,7 +3,9 @@
 import argparse
 import errno
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -142,6 +144,43 @@ def test_a_chunk_is_written_while_the_next_one_is_encoded(build, demo, tmp_path,
     assert hashes(tmp_path / "out") == hashes(demo)
 
 
+def test_a_build_needs_few_open_files_however_many_pictures_it_encodes(
+    build, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(quantize, "BATCH", 1)
+    monkeypatch.setattr(quantize, "CHUNK", 1)
+    chunks = []
+
+    def write(path, codes, real=quantize._write_chunk):
+        chunks.append(path)
+        real(path, codes)
+
+    monkeypatch.setattr(quantize, "_write_chunk", write)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most + 60, hard))
+    try:
+        build(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(chunks) > 60
+
+
+def test_a_chunk_that_a_power_failure_cut_off_is_named(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "join_chunks", None)
+        with pytest.raises(TypeError):
+            build(tmp_path / "out")
+    file = tmp_path / "out/.build/codes-000001.npy"
+    for content in (b"", file.read_bytes()[:-1]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=rf"^{file} is damaged; delete it and run the same"):
+            build(tmp_path / "out")
+    file.unlink()
+    build(tmp_path / "out")
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_chunk_that_cannot_be_written_ends_the_build(build, tmp_path, monkeypatch, number):
     monkeypatch.setattr(quantize, "CHUNK", quantize.BATCH)
@@ -221,6 +260,22 @@ def test_an_unfinished_build_whose_sources_changed_is_refused(
         build(tmp_path / "out", "examples=1", recipe=str(coco_recipe))
 
 
+def test_an_unfinished_build_that_another_version_would_plan_otherwise_is_refused(
+    build, coco_recipe, tmp_path, monkeypatch
+):
+    recipe = str(coco_recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "pack_shard", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "out", recipe=recipe)
+    monkeypatch.setattr(plan, "__version__", "0.0.0")
+    build(shutil.copytree(tmp_path / "out", tmp_path / "same"), recipe=recipe)
+    draw = plan.plan_episodes
+    monkeypatch.setattr(plan, "plan_episodes", lambda *args: draw(*args)[::-1])
+    with pytest.raises(InputError, match="or another version of icl-moe began it; delete that"):
+        build(tmp_path / "out", recipe=recipe)
+
+
 def test_a_build_that_was_refused_does_not_block_its_folder(
     build, coco_folder, coco_recipe, tmp_path
 ):
@@ -237,6 +292,40 @@ def test_a_build_that_was_refused_does_not_block_its_folder(
     build(out, recipe=recipe)
     assert hashes(out) == hashes(tmp_path / "other")
     assert not (out / "synthetic").exists()
+
+
+def test_scenes_that_another_recipe_left_unfinished_do_not_block_the_folder(
+    build, demo, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _replace_until("synthetic"))
+        with pytest.raises(KeyboardInterrupt):
+            build(out, "synthetic.seed=3")
+    assert (out / "synthetic.partial").is_dir()
+    # Taking the folder over may be interrupted as well.
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(out)
+    build(out)
+    assert hashes(out) == hashes(demo)
+    assert not list(out.glob("*.partial"))
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def _replace_until(name):
+    """Renames files, and is interrupted at the one of this name."""
+
+    def replace(source, target, real=os.replace):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    return replace
 
 
 def test_a_source_that_was_put_right_after_a_refusal_is_read_anew(

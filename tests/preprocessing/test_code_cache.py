@@ -90,6 +90,21 @@ def test_a_damaged_file_of_the_cache_is_named_and_not_used(build, demo, tmp_path
     assert f"the file {file} of the codes cache is damaged" in capsys.readouterr().err
 
 
+def test_files_that_vanish_or_were_left_behind_do_no_harm(build, demo, tmp_path):
+    cache = tmp_path / "cache"
+    build(tmp_path / "first", codes_cache=cache)
+    (file,) = cache.glob("*/*.npy")
+    # As if it had been deleted between the listing of the folder and the reading.
+    file.with_name("0123456789abcdef.npy").symlink_to("nowhere")
+    old, new = (file.with_name(f"{name}.npy.host.1.partial") for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"cut off")
+    os.utime(old, (0, 0))
+    build(tmp_path / "out", codes_cache=cache)
+    assert hashes(tmp_path / "out") == hashes(demo)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 def test_the_command_takes_the_folder_and_refuses_one_that_cannot_be_written(
     tokenizer, demo, tmp_path, capsys
 ):

@@ -105,6 +105,7 @@ NAMES = {
     "_classes.csv": "Pixel Value, Class\n0, background\n1, cat\n2, dog\n",
     "list.json": '["cat", "dog"]',
     "ids.json": '{"1": "cat", "2": "dog"}',
+    "names.json": '{"background": 0, "cat": 1, "dog": 2}',
     "records.json": '[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog", "supercategory": "x"}]',
     "ids.yaml": "1: cat\n2: dog\n",
     "data.yaml": "nc: 3\nnames:\n  0: background\n  1: cat\n  2: dog\n",

@@ -63,6 +63,14 @@ def test_a_region_has_its_instances_class_and_box_and_the_references_of_its_styl
     assert set(read(coco_folder, captions, classes=("cat",)).by_kind()) == {("cat", "place")}
 
 
+def test_captions_without_a_text_are_left_out_and_counted(coco_folder, captions):
+    captions[0]["caption"], captions[1]["caption"] = None, " . "
+    pool = read(coco_folder, captions)
+    assert pool.skipped["captions_without_a_text"] == 2
+    assert [region.annotations for region in pool.regions][:2] == [(3,), (4,)]
+    assert all(region.target.caption for region in pool.regions)
+
+
 def test_an_episode_is_of_one_style(coco_folder, captions):
     pool = read(coco_folder, captions)
     pool.drop_small_classes(images=5)

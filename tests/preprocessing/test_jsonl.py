@@ -123,7 +123,11 @@ def test_captions_of_one_box_are_its_references_and_styles_stay_apart(coco_folde
     line = lines_of(coco_folder)[0]
     pool = captions(
         coco_folder,
-        [line, {**line, "caption": "Woof"}, {**line, "caption": "below", "style": "place"}],
+        [
+            line,
+            {**line, "caption": "Woof", "style": None},
+            {**line, "caption": "below", "style": "place"},
+        ],
     )
     assert [region.style for region in pool.regions] == ["", "", "place"]
     assert pool.regions[0].target.references == ("A dog of image 1", "Woof")

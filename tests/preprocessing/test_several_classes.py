@@ -33,13 +33,13 @@ def _add_birds(content: dict[str, Any]) -> None:
         )
 
 
-def _read(coco_folder: CocoFolder, **settings: Any) -> Pool:
+def _read(coco_folder: CocoFolder, workers: int = 0, **settings: Any) -> Pool:
     source = SegmentationSource(
         images=str(coco_folder.images), annotations=str(coco_folder.file), **settings
     )
     recipe = DataRecipe(tokenizer="demo", segmentation=source)
     check = ImageCheck("stop", "stop", coco_folder.folder / "work", 0)
-    (pool,) = read_pools(recipe, Reading(80, check, 0, coco_folder.folder))
+    (pool,) = read_pools(recipe, Reading(80, check, workers, coco_folder.folder))
     return pool
 
 
@@ -71,6 +71,21 @@ def test_a_region_shows_the_classes_of_an_image_that_have_a_region(
         assert region.scale == pytest.approx(sum(sizes.values()) / 80**2)
         of_names = {"bird": 1, "cat": 2, "dog": 1}
         assert len(region.annotations) == sum(of_names[name] for name in names)
+
+
+def test_processes_combine_as_one_does(
+    coco_folder: CocoFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coco_folder.write(_add_birds)
+    monkeypatch.setattr(several_classes, "MOST_COMBINATIONS", 2)
+    expected = _read(coco_folder, classes_per_mask=3)
+    assert len(expected.regions) == 6
+    assert expected.skipped["combinations_of_an_image_with_many"] == 6
+    monkeypatch.setattr(several_classes, "_CHUNK", 1)
+    for workers in (0, 2):
+        found = _read(coco_folder, workers, classes_per_mask=3)
+        assert found.regions == expected.regions
+        assert found.skipped == expected.skipped
 
 
 def test_two_classes_at_most_and_large_ones_alone(coco_folder: CocoFolder) -> None:

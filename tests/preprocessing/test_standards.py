@@ -21,6 +21,7 @@ from icl_moe.settings import load_recipe
 from preprocessing import standards
 from preprocessing.build import build_shards
 from preprocessing.classes import COCO_CLASSES
+from preprocessing.compare import compare_with_sources
 from preprocessing.episode_file import EpisodeFile, FixedEpisode, FixedPair, read_episodes
 from preprocessing.recipe import DataRecipe
 from preprocessing.standard_masks import mask_source
@@ -110,7 +111,9 @@ def test_coco20i_without_lists_takes_images_that_show_enough_of_a_class(
     coco, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(standards, "QUERIES", 200)
+    (coco / "splits/coco/val").mkdir(parents=True, exist_ok=True)
     file = make("coco20i", coco, tmp_path, "--fold", "0")
+    assert "so the draws, are not HSNet's" in file.protocol
     assert {e.fold for e in file.episodes} == {0}
     assert len(file.episodes) == 200
     assert file.classes == sorted(COCO_CLASSES[n] for n in range(0, 80, 4))
@@ -374,6 +377,27 @@ def test_a_changed_file_is_refused(voc, tmp_path, monkeypatch, capsys, settings,
     file.write_text(edit(file.read_text()))
     command = ["shards", "build", "demo", f"episodes={file}", f"episodes_data={voc}", *settings]
     assert message in answer(capsys, *command, "--out", tmp_path / "shards")
+
+
+@pytest.mark.parametrize("name", ["pascal5i", "paper_vg"])
+def test_samples_of_fixed_episodes_are_compared_while_their_files_are_there(
+    name, voc, genome, tmp_path, monkeypatch, capsys, settings
+):
+    monkeypatch.setattr(standards, "QUERIES", 3)
+    data = {"pascal5i": voc, "paper_vg": genome}[name]
+    make(name, data, tmp_path)
+    file, out = tmp_path / f"{name}.jsonl", tmp_path / "shards"
+    build(file, data, out, settings)
+    capsys.readouterr()
+    assert main(["shards", "verify", str(out), "--samples", "2"]) == 0
+    assert "2 samples (4 pairs) made anew from the sources" in capsys.readouterr().out
+    changed = EpisodeFile(**{**vars(read_episodes(file)), "name": "another"})
+    changed.write(file)
+    (line,) = compare_with_sources(out, 2, workers=0)
+    assert f"episodes: {file} is not the file that the shards were built of" in line
+    file.unlink()
+    (line,) = compare_with_sources(out, 2, workers=0)
+    assert f"episodes: {file} does not exist" in line
 
 
 def test_a_fold_out_of_range_in_a_file_is_refused(voc, tmp_path, monkeypatch):

@@ -5,12 +5,13 @@ and neither overlooks what is wrong.
 import argparse
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy_tokenizer
-from conftest import CocoFolder
+from conftest import CocoFolder, write_image
 from PIL import Image
 
 from icl_moe.data.shards import ShardSet
@@ -19,7 +20,7 @@ from icl_moe.settings import load_recipe
 from preprocessing import cli, quantize
 from preprocessing.build import build_shards
 from preprocessing.compare import compare_with_sources
-from preprocessing.recipe import DataRecipe
+from preprocessing.recipe import CaptioningSource, DataRecipe, SegmentationSource
 from preprocessing.stats import shard_stats
 
 
@@ -123,6 +124,52 @@ def test_samples_that_differ_from_their_sources_are_named(built, changed, change
         compare_with_sources(built, 6, workers=0)
 
 
+def test_captions_of_which_another_split_is_counted_are_compared(genome_folder, tmp_path):
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": [1, 2], "val": [2, 3, 4, 5]}))
+    files = [f"{key}={genome_folder.file(key)}" for key in ("objects", "image_data")]
+    files.append(f"regions={genome_folder.file('region_descriptions')}")
+    keys = [*files, f"images={genome_folder.images}", f"splits={splits}", "split=val"]
+    keys += ["source=visual_genome", "counted_split=train", "min_descriptions=1", "classes=[dog]"]
+    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
+    settings = [*toy_tokenizer.recipe_settings(tokenizer), "segmentation=null"]
+    settings += [f"captioning.{key}" for key in keys]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, tmp_path / "shards", workers=0)
+    (line,) = compare_with_sources(tmp_path / "shards", 2, workers=0)
+    assert line.startswith("captioning: 2 samples (4 pairs) made anew from the sources"), line
+
+
+def test_images_that_the_build_left_out_are_not_compared(tmp_path):
+    """The record of an image without a size is made from its file, which is cut off here."""
+    lines = []
+    for number in range(5):
+        write_image(tmp_path / f"{number}.png", number)
+        mask_HW = np.zeros((80, 100), dtype=np.uint8)
+        mask_HW[10:50, 20:70] = 255
+        Image.fromarray(mask_HW).save(tmp_path / f"{number}_mask.png")
+        line = {"image": f"{number}.png", "class": "dog", "mask": f"{number}_mask.png"}
+        lines.append(json.dumps(line))
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    (tmp_path / "3.png").write_bytes(b"cut off")
+    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
+    settings = [*toy_tokenizer.recipe_settings(tokenizer), "captioning=null", "bad_images=skip"]
+    settings += [f"segmentation.images={tmp_path}", "segmentation.source=jsonl"]
+    settings += [f"segmentation.annotations={tmp_path / 'lines.jsonl'}"]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    assert build_shards(recipe, tmp_path / "shards", workers=0).bad_images
+    (line,) = compare_with_sources(tmp_path / "shards", 2, workers=0)
+    assert line.startswith("segmentation: 2 samples"), line
+
+
+@pytest.mark.parametrize("source", [SegmentationSource, CaptioningSource])
+def test_all_keys_that_name_files_are_known_as_such(source):
+    """A key of text is a file, unless it is known to name a list in one."""
+    texts = {each.name for each in fields(source) if each.type == (str | None)}
+    given = source(**dict.fromkeys(texts, "x"))
+    assert given.paths().keys() == texts - {"split", "counted_split"}
+
+
 def test_sources_that_are_gone_are_said_so(built, changed):
     (changed.images / "1.jpg").unlink()
     lines = compare_with_sources(built, 9, workers=0)
@@ -157,7 +204,9 @@ def test_stats_shows_areas_codes_and_what_splits_share(built, capsys, tmp_path):
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_the_preview_shows_the_sources_while_they_are_there(built, changed, tmp_path):
+def test_the_preview_shows_the_sources_while_they_are_there(built, changed, tmp_path, monkeypatch):
+    # Other images of these names are none of the sources.
+    monkeypatch.chdir(shutil.copytree(changed.images, tmp_path / "here"))
     for images in (2, 0):
         page = tmp_path / f"{images}.html"
         assert shards("preview", built, "--out", page) == 0

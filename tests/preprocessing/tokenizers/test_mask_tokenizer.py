@@ -26,6 +26,7 @@ from icl_moe.tokenizers.masks import PatchTokenizer
 from icl_moe.tokenizers.text import TextTokenizer
 from preprocessing.build import build_shards
 from preprocessing.recipe import DataRecipe
+from preprocessing.tokenizers import masks as learning
 from preprocessing.tokenizers.masks import learn_patches
 from preprocessing.verify import verify_shards
 
@@ -90,6 +91,20 @@ def test_a_model_reads_and_writes_its_masks_with_them(folders, tmp_path, monkeyp
     half_HW = np.arange(64)[None] < np.full((64, 1), 32)
     (codes,) = model.encode_masks([half_HW])
     assert codes.tolist() == masks.encode(half_HW[None])[0].tolist()
+
+
+def test_of_many_episodes_evenly_spaced_ones_are_learned_from(folders, monkeypatch):
+    """Of the numbers 0, 2, 4, 7, ..., 24 every tenth, beginning with the first, is held out."""
+    monkeypatch.setattr(learning, "_PIXELS", 12 * 64**2)
+    read = []
+
+    def sample(self, task, index, real=ShardSet.sample):
+        read.append(index)
+        return real(self, task, index)
+
+    monkeypatch.setattr(ShardSet, "sample", sample)
+    _, report = learning.learn_mask_tokenizer(folders["plain"], codes=4)
+    assert (len(read), read[0], read[-1], report.masks) == (12, 0, 24, 2)
 
 
 def test_a_page_shows_the_masks_that_the_patches_draw(folders, tmp_path):

@@ -4,6 +4,7 @@ a tokenizer are correct.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def test_an_interrupted_training_ends_where_an_unbroken_one_does(
         train_tokenizer(RECIPE, tmp_path).fingerprint == VQGAN.from_pretrained(trained).fingerprint
     )
     assert _rows(tmp_path) == _rows(trained)
+
+
+def test_a_training_that_was_killed_before_it_wrote_its_tokenizer_writes_it_when_run_again(
+    trained: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(trained, tmp_path / "out")
+    expected = VQGAN.from_pretrained(out).fingerprint
+    VQGAN(RECIPE.network).save_pretrained(out)  # As it was at the save before the last one.
+    assert VQGAN.from_pretrained(out).fingerprint != expected
+    train_tokenizer(RECIPE, out)
+    assert VQGAN.from_pretrained(out).fingerprint == expected
 
 
 SHARED = dataclasses.replace(
@@ -430,6 +442,18 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match="is not valid JSON"):
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "broken.json")
+
+
+def test_records_without_a_file_name_are_no_records_of_a_picture(pictures: Path) -> None:
+    """LVIS has none."""
+    file = pictures / "without_names.json"
+    content = json.loads((pictures / "instances_train.json").read_text())
+    for record in content["images"][1:]:
+        del record["file_name"]
+    file.write_text(json.dumps(content))
+    masks = samples.ClassMasks(file)
+    names = [path.name for path in samples.image_files(pictures / "images")]
+    assert [masks.has(name) for name in names] == [True, *[False] * (len(names) - 1)]
 
 
 def test_a_picture_that_disagrees_with_its_record_is_refused(
