@@ -43,6 +43,7 @@ def check(content: dict, names: set[str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_toy_size_and_is_rendered(tmp_path):
     parts = [
         "device",

@@ -60,6 +60,7 @@ def test_python_can_read_pretrain_without_a_warning() -> None:
         compile(source, "pretrain.sh", "exec")
 
 
+@pytest.mark.slow
 def test_eight_ranks_say_once_that_the_shards_are_missing(run: Run) -> None:
     code, output = run("deepspeed", "--num_gpus", "8", "launch_scripts/pretrain.sh")
     assert code == 2, output
@@ -69,6 +70,7 @@ def test_eight_ranks_say_once_that_the_shards_are_missing(run: Run) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_bash_starts_the_launcher(run: Run) -> None:
     code, output = run("bash", "launch_scripts/pretrain.sh", "data.shards=nowhere", NUM_GPUS="2")
     assert code == 2, output
@@ -78,6 +80,7 @@ def test_bash_starts_the_launcher(run: Run) -> None:
     assert "nowhere" in sentence
 
 
+@pytest.mark.slow
 def test_rank_0_is_left_the_time_to_say_what_all_ranks_find(run: Run, tmp_path: Path) -> None:
     """The launcher ends rank 0, which starts last here, when another rank ends before it."""
     slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"

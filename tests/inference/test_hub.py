@@ -118,7 +118,9 @@ print(type(model).__name__, type(config).__name__)
 """
 
 
-@pytest.mark.parametrize("before", ["", "from transformers import AutoModel"])
+@pytest.mark.parametrize(
+    "before", ["", pytest.param("from transformers import AutoModel", marks=pytest.mark.slow)]
+)
 def test_the_auto_classes_know_the_decoder(model, before):
     program = AUTO if not before else f"{before}\n{AUTO.replace('assert not', 'not')}"
     done = run(program, model)

@@ -65,7 +65,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "segment model --example image.png mask.png --query image.png --out out.png",
+        pytest.param(
+            "segment model --example image.png mask.png --query image.png --out out.png",
+            marks=pytest.mark.slow,  # What it loads, `label` loads too.
+        ),
         "caption model --example image.png region.json --query image.png",
         "label model --examples examples --images examples/images --out labels.json "
         "--review page.html",

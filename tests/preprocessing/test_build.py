@@ -599,7 +599,7 @@ def test_preview_is_one_page_with_every_picture_inside(demo, tmp_path):
         # --cpu it would start one process, whatever the number.
         "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no -m icl_moe",
-        "torchrun --standalone --nproc_per_node 2 -m icl_moe",
+        pytest.param("torchrun --standalone --nproc_per_node 2 -m icl_moe", marks=pytest.mark.slow),
     ],
 )
 def test_two_launched_processes_make_the_bytes_of_one(

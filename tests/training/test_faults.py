@@ -197,6 +197,7 @@ def printed(folder: Path) -> str:
     return "".join((folder / f"rank-{rank}.log").read_text() for rank in (0, 1))
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     damaged = tmp_path / "run/checkpoints/step-00000006/exp_avg-00000.safetensors"

@@ -221,6 +221,7 @@ def test_a_run_of_two_ranks_goes_on_alone(command, shards, whole_run, tmp_path):
     assert "step 7/8" in done.stdout and "step 8/8" in done.stdout and "step 6/8" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(train, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     printed = train(tmp_path / "run", "training.steps=8", "model.width=64", expect=2)
@@ -322,6 +323,7 @@ metadata.Distribution.from_name = classmethod(hide)
 """
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(shards, tmp_path):
     """Of two runs that start together, one is refused. The other, without its package's metadata,
     trains, and saves and ends at a signal.

@@ -154,7 +154,7 @@ def new_state() -> Iterator[None]:
     AcceleratorState._reset_state()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("new_state")
 def test_auto_is_the_precision_that_the_device_computes_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
