@@ -180,9 +180,13 @@ class SemanticSegmentation(OneImageTask):
         format: SequenceFormat,
         quick: bool = False,
     ) -> list[SegmentationScores]:
-        """As masks of single classes, one for each class of each episode."""
+        """As masks of single classes, one for each class of each episode; intervals are over
+        episodes, since the masks of one query are not independent.
+        """
+        queries = [n for n, truth in enumerate(truths) for _ in truth.meta["class_masks"][-1]]
         found = [
-            score_masks(_class_masks(outputs, truths), with_intervals=not quick) for outputs in sets
+            score_masks(_class_masks(outputs, truths), not quick, queries=queries)
+            for outputs in sets
         ]
         return [replace(scores, episodes=len(truths)) for scores in found]
 
