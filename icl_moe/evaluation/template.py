@@ -17,6 +17,7 @@ from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Question
 from icl_moe.evaluation.other_systems import episodes_hash, predictions_file
 from icl_moe.files import write_whole
 from icl_moe.images import load_image
+from icl_moe.inputs import read_json
 from icl_moe.rle import decode_rle
 
 
@@ -28,26 +29,38 @@ class Photographs:
     """
 
     def __init__(self, shards: ShardSet, task: str, images: Path | None = None) -> None:
-        recipe = shards.manifest.recipe
-        section = recipe.get(task) or {}
-        keys = ("images", "examples_images")
-        named = [Path(section[key]) for key in keys if section.get(key)]
-        if recipe.get("episodes_data"):
-            named.append(Path(recipe["episodes_data"]))
-        made = [Path(shards.location) / name / "images" for name in ("synthetic", "composed")]
-        self._folders = [images] if images else [*made, *named]
+        self._recipe, self._images = shards.manifest.recipe, images
+        self._made = Path(shards.location)
+        section = self._recipe.get(_SECTIONS.get(task, task))
+        self._section = section or self._recipe.get("tasks", {}).get(task) or {}
 
     def show(self, episode: EvaluationEpisode, pair: int) -> Image.Image:
         """What a pair shows, in the pixels of its file: the crop of the image."""
         source = episode.meta["sources"][pair]
-        for folder in self._folders:
-            path = folder / source["image"]
-            if path.is_file():
-                return load_image(path).crop(source["crop"])
-        raise InputError(
-            f"The image {source['image']} of {episode.key} is not in "
-            f"{' or '.join(map(str, self._folders))}; name its folder with --images."
-        )
+        is_query = pair in (-1, len(episode.meta["sources"]) - 1)
+        folder = self._images or self._folder(is_query, "provenance" in source)
+        if not (folder / source["image"]).is_file():
+            raise InputError(
+                f"The image {source['image']} of {episode.key} is not in {folder}; name its folder "
+                "with --images."
+            )
+        return load_image(folder / source["image"]).crop(source["crop"])
+
+    def _folder(self, is_query: bool, is_composed: bool) -> Path:
+        """Where the image of a pair is. Folders may have files of equal names, so that one must not
+        stand in for another.
+        """
+        if is_composed:
+            return self._made / "composed/images"
+        if self._recipe.get("episodes_data"):
+            return Path(self._recipe["episodes_data"])
+        examples = None if is_query else self._section.get("examples_images")
+        named = examples or self._section.get("images")
+        return Path(named) if named else self._made / "synthetic/images"
+
+
+_SECTIONS = {"semantic_segmentation": "segmentation"}
+"""The section of a data recipe that a task's episodes are from, where it has another name."""
 
 
 def example_mask(episode: EvaluationEpisode, pair: int, size: tuple[int, int]) -> Image.Image:
@@ -70,9 +83,12 @@ def write_template(
     and TASK.json, predictions without a result. swapped: also swapped1.png and so on,
     TASK_swapped_episodes.json and TASK_swapped.json, if any query can be asked so.
 
-    Raises InputError if the episodes have fewer examples, or a picture is not there.
+    Raises InputError if the episodes have fewer examples, if a file of predictions was filled
+    already, which would be lost, or if a picture is not there.
     """
     for episodes in sets:
+        for also in (False, True):
+            _check_not_filled(predictions_file(out, episodes, also))
         if shots > episodes.examples:
             raise InputError(
                 f"The episodes of {shards.location} have {episodes.examples} example(s): --shots "
@@ -83,6 +99,14 @@ def write_template(
         _write_asked(shards, episodes, out, shots, images)
         if swapped and shots and episodes.swaps:
             _write_asked(shards, episodes, out, shots, images, swapped=True)
+
+
+def _check_not_filled(path: Path) -> None:
+    content = read_json(path) if path.exists() else None
+    if isinstance(content, dict) and content.get("results") == []:
+        return
+    if content is not None:
+        raise InputError(f"{path} holds predictions already; give --out another folder.")
 
 
 def _write_asked(
