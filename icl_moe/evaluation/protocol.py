@@ -21,7 +21,7 @@ from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_sam
 from icl_moe.evaluation.gallery import Images, draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.matcher import Matcher
-from icl_moe.evaluation.other_systems import OtherSystem, read_predictions
+from icl_moe.evaluation.other_systems import OtherSystem, no_predictions, read_predictions
 from icl_moe.evaluation.predictions import (
     Condition,
     Control,
@@ -134,8 +134,7 @@ def _other_systems(
     for name, folder in predictions.items():
         systems = [read_predictions(folder, episodes, name) for episodes in sets]
         if not any(systems):
-            files = " nor ".join(f"{task}.json" for task in found)
-            raise InputError(f"{folder} holds neither {files}: predictions of no task.")
+            raise no_predictions(folder, list(found))
         for task, system in zip(found, systems, strict=True):
             found[task] += [system] if system else []
     return found
@@ -206,10 +205,13 @@ def _evaluate(
         standard=shards.manifest.standard,
         machine=_machine(process),
     )
-    log.finish()
-    for name, content in (("metrics", metrics.to_json()), ("speed", metrics.speed())):
-        write_whole(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
-    write_report(out / "report.html", metrics, galleries, sections, proofs)
+    told = [each.task.name for each in sets if each.task.needs_category(model.format)]
+    write_report(out / "report.html", metrics, galleries, sections, proofs, told)
+    write_whole(out / "speed.json", json.dumps(metrics.speed(), indent=1) + "\n")
+    log.write()
+    # Where it is, the evaluation is complete.
+    write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")
+    log.end()
     return metrics
 
 

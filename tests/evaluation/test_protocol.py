@@ -75,6 +75,8 @@ def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
     header, *lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
     assert json.loads(header)["model"] == metrics["model"]
     assert len(lines) == 2 * 5 * 11
+    page = (tmp_path / "out/report.html").read_text()
+    assert "saw the examples, the name of the class and the query" in page, "class_prompt is true"
     times = json.loads((tmp_path / "out/speed.json").read_text())["tasks"]["captioning"]
     assert [(each["shots"], each["control"]) for each in times][2:4] == [(2, None), (1, "shuffled")]
     assert all(each["seconds_a_query"] > 0 for each in times)
@@ -160,6 +162,22 @@ def test_an_interrupted_evaluation_goes_on_with_the_batch_it_was_at(run, tmp_pat
     assert again == whole
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_evaluation_whose_report_fails_is_not_complete_and_asks_nothing_again(
+    run, tmp_path, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("icl_moe.evaluation.protocol.write_report", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(limit=4)
+    assert not (tmp_path / "out/metrics.json").exists(), "it says that all else is there"
+    monkeypatch.setattr(InContextModel, "complete", fail)
+    run(limit=4)
+    assert not list((tmp_path / "out").glob("*partial*"))
 
 
 def test_captions_have_the_confidence_of_the_model(run, toy_shards, toy_model_folder, tmp_path):
