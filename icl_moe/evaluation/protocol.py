@@ -185,7 +185,7 @@ def _evaluate(
         tasks[task] = TaskResult(
             _rows(model, episodes, truths, conditions, log, batch_size, matchers, others[task]),
             held_out_loss(model, shards, task, limit, batch_size),
-            _classes(model, shards, task),
+            _classes(model, truths, task),
             episodes.task.measure,
             _swap_rows(episodes, swapped, log, others[task], matchers, judge),
             "" if swapped else _why_not_swapped(episodes, shots, controls),
@@ -492,8 +492,8 @@ def _ceiling(model: InContextModel, episodes: EpisodeSet, batch_size: int) -> li
     return outputs
 
 
-def _classes(model: InContextModel, shards: ShardSet, task: str) -> Classes:
-    evaluated = sorted(shards.manifest.classes[task])
+def _classes(model: InContextModel, truths: Sequence[EvaluationEpisode], task: str) -> Classes:
+    evaluated = sorted({truth.category for truth in truths})
     trained = getattr(model.decoder.config, "classes", None)
     seen = None if trained is None else sorted(set(evaluated) & set(trained.get(task, ())))
     return Classes(evaluated, seen)

@@ -111,16 +111,20 @@ def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
     assert model["copy_rate"] == model["truth_copy_rate"]
 
 
-def test_a_model_that_copies_its_example_is_found_out(run, monkeypatch):
+def test_a_model_that_copies_its_example_is_found_out(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         InContextModel,
         "complete",
         lambda _, requests, **options: [episode.pairs[-1] for episode, _ in requests],
     )
-    for results in run(limit=5)["tasks"].values():
+    tasks = run(limit=5)["tasks"]
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()][1:]
+    for task, results in tasks.items():
         assert results["rows"][0]["copy_rate"] == 1.0
         assert results["rows"][0]["truth_copy_rate"] < 1.0
         assert results["rows"][0]["episodes"] == 5
+        asked = {line["true_category"] for line in lines if line["task"] == task}
+        assert results["classes"]["evaluated"] == sorted(asked), "of these five queries alone"
 
 
 def test_the_control_shows_examples_of_another_class_for_the_same_query(run, monkeypatch):
