@@ -21,7 +21,7 @@ from icl_moe.bootstrap import Interval, differences
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet
-from icl_moe.evaluation.other_systems import open_episodes, read_predictions
+from icl_moe.evaluation.other_systems import no_predictions, open_episodes, read_predictions
 from icl_moe.evaluation.predictions import Condition, read_log
 from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.tables import Table
@@ -74,7 +74,7 @@ def compare(
     are not of the same queries of these shards.
     """
     limit = limit or _common_limit(a, b, shards)
-    sets = open_episodes(shards, limit)
+    sets = open_episodes(shards, limit, every_task=True)
     systems = [_open(folder, shards, sets, shots) for folder in (a, b)]
     found: list[Compared] = []
     for episodes in sets:
@@ -156,10 +156,8 @@ def _open(folder: Path, shards: ShardSet, sets: Sequence[EpisodeSet], shots: int
             keys = [question.truth.key for question in episodes.questions(swapped=True)]
             swapped[task] = dict(zip(keys, system.swapped, strict=True))
     if not own:
-        raise InputError(
-            f"{folder} holds neither an evaluation ({_PREDICTIONS}) nor predictions "
-            f"({' or '.join(f'{episodes.task.name}.json' for episodes in sets)})."
-        )
+        problem = str(no_predictions(folder, list(shards.manifest.samples))).rstrip(".")
+        raise InputError(f"{problem}; nor is there the {_PREDICTIONS} of an evaluation.")
     return _System(folder.name, asked, own, swapped)
 
 

@@ -53,14 +53,16 @@ class OtherSystem:
     swapped: Sequence[Output] | None = None
 
 
-def open_episodes(shards: ShardSet, limit: int | None = None) -> list[EpisodeSet]:
-    """The episodes of each task of a shard folder whose predictions can be read, without a
-    model.
+def open_episodes(
+    shards: ShardSet, limit: int | None = None, every_task: bool = False
+) -> list[EpisodeSet]:
+    """The episodes of each task of a shard folder whose predictions can be read, or of every task,
+    without a model.
     """
     folder = shards.fetch("text_tokenizer")
     format = shards.manifest.format
     codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges, str(folder)))
-    tasks = [task for task in shards.manifest.samples if task in _RECORDS]
+    tasks = [task for task in shards.manifest.samples if every_task or task in _RECORDS]
     return [EpisodeSet(shards, codec, task, limit) for task in tasks]
 
 

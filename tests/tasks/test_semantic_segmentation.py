@@ -20,6 +20,7 @@ from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.cli import main
 from icl_moe.data.shards import Sample, ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.compare import compare
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.inference.model import InContextModel
@@ -171,6 +172,11 @@ def test_evaluation_scores_each_class(
     assert ceiling["miou"] > 0.6 > 0.3 > copied["miou"]
     assert ceiling["miou"] == pytest.approx(np.mean(list(ceiling["class_iou"].values())))
     assert "Semantic segmentation" in (tmp_path / "report" / "report.html").read_text()
+    found = compare(tmp_path / "report", tmp_path / "report", ShardSet(shards))
+    (model,) = [row for row in rows.values() if row["prediction"] == "model"]
+    expected = {"mIoU": model["miou"], "mean IoU": model["mean_iou"], "MAE": model["mae"]}
+    assert {each.measure: each.a for each in found} == pytest.approx(expected)
+    assert all((each.queries, each.difference, each.p) == (12, 0, 1) for each in found)
 
 
 def test_intervals_are_over_queries_not_over_their_classes(shards: Path) -> None:
