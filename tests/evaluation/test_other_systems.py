@@ -484,14 +484,13 @@ def test_evaluations_are_compared_with_their_flips(
 
 def test_fewer_queries_are_compared_with_a_limit(evaluation, shards, tmp_path, no_java, capsys):
     """Predictions that were made of some episodes alone, and evaluations that have more."""
-    for name in ("copy", "whole_image"):
-        predict_baseline(name, shards, tmp_path / name, limit=5)
-    words = ["compare", str(tmp_path / "copy"), str(tmp_path / "whole_image"), shards.location]
+    predict_baseline("copy", shards, tmp_path / "copy", limit=5)
+    words = ["compare", str(evaluation), str(tmp_path / "copy"), shards.location]
     assert main(words) == 2
     assert "is of other episodes" in capsys.readouterr().err
-    assert main([*words, "--limit", "5"]) == 0
-    found = compare(evaluation, tmp_path / "copy", shards, limit=5)
-    assert {each.queries for each in found if each.measure != "flips"} == {5}
+    assert main([*words, "--limit", "5", "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {each["queries"] for each in found if each["measure"] != "flips"} == {5}
     header, *lines = (evaluation / "predictions.jsonl").read_text().splitlines()
     for name, limit in (("some", 7), ("more", 1000)):
         (tmp_path / name).mkdir()
