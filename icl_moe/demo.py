@@ -6,7 +6,7 @@ This module is at the top of the package, because it uses all the others.
 import csv
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from icl_moe.evaluation.protocol import evaluate
@@ -26,12 +26,12 @@ _RECIPE = "modern_demo"
 _VALIDATION = ("synthetic.split=val", "synthetic.seed=1", "synthetic.images=160", "samples=200")
 
 
-def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
+def run_demo(out: Path) -> None:
     """Draw data, build shards, train on two ranks, export, evaluate with one example, and print the
     path of the report.
 
-    settings: overrides of the training recipe. The finished stages of an interrupted demo are kept.
-    Raises InputError if `out` cannot be written or a stage fails.
+    The finished stages of an interrupted demo are kept. Raises InputError if `out` cannot be
+    written or a stage fails.
     """
     out = output_folder(out)
     train, validation, run, model, report = (
@@ -46,7 +46,7 @@ def run_demo(out: Path, settings: Sequence[str] = ()) -> None:
     verb("shards", "build", _RECIPE, "--out", train).run()
     verb("shards", "build", _RECIPE, *_VALIDATION, "--out", validation).run()
     _say(f"2/5 Train on {RANKS} ranks")
-    launch(RANKS, _RECIPE, f"data.shards={train}", f"training.output={run}", *settings).run()
+    launch(RANKS, _RECIPE, f"data.shards={train}", f"training.output={run}").run()
     _say("3/5 Export the model, and fit how its masks are read on training episodes")
     verb("export", run, "--out", model, "--threshold-from", train).run()
     _say("4/5 Segment and caption scenes of held-out classes with one example; swap the examples")
@@ -81,18 +81,27 @@ def _evaluate(model: Path, shards: Path, run: Path, report: Path) -> Metrics:
 
 
 def _loss_curve(run: Path) -> Chart:
-    """A chart of what DeepSpeed's CSV monitor wrote."""
+    """A chart of what DeepSpeed's CSV monitor wrote. A resumed run takes the steps after its
+    checkpoint again, so the last value of a step counts.
+    """
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for name in ("image_loss", "text_loss"):
         with (run / "csv_monitor" / f"train_{name}.csv").open(encoding="utf-8", newline="") as file:
-            rows = [
-                row for row in csv.reader(file) if row[0] != "step"
-            ]  # A resumed run writes the header again.
-        series[name.replace("_", " ")] = (
-            [float(samples) for samples, _ in rows],
-            [float(value) for _, value in rows],
-        )
+            values = dict(_numbers(file))
+        series[name.replace("_", " ")] = (sorted(values), [values[x] for x in sorted(values)])
     return line_chart(series, "episodes seen", "nats per target")
+
+
+def _numbers(file: Iterable[str]) -> Iterator[tuple[float, float]]:
+    """The pairs of numbers in CSV, without the headers, which a resumed run writes again, and
+    without a line that was cut off.
+    """
+    for row in csv.reader(file):
+        try:
+            samples, value = map(float, row)
+        except ValueError:
+            continue
+        yield samples, value
 
 
 def _say(stage: str) -> None:

@@ -32,7 +32,7 @@ def load_recipe(
     value has another type.
     """
     path = find_recipe(source, package)
-    values = _read_yaml(path)
+    values = read_recipe(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -129,7 +129,10 @@ def read_yaml(path: Path, what: str) -> Any:
         ) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, without overrides and defaults. Raises InputError if it is not
+    YAML.
+    """
     values = read_yaml(path, "The recipe")
     if values is None:
         return {}

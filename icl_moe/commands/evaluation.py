@@ -3,13 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from icl_moe import arguments as take
 from icl_moe.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_evaluate(verbs: argparse._SubParsersAction) -> None:
@@ -102,6 +98,7 @@ def add_compare(verbs: argparse._SubParsersAction) -> None:
         type=take.whole_number(0),
         help="number of examples to compare, of evaluations (default: the largest)",
     )
+    take.add_limit(parser)
     parser.add_argument("--out", metavar="FILE.json", help="also write the figures")
     parser.set_defaults(run=_compare)
 
@@ -220,7 +217,8 @@ def _compare(options: argparse.Namespace) -> int:
     from icl_moe.tables import as_text
 
     out = options.out and output_file(options.out, (".json",))
-    found = compare(options.a, options.b, ShardSet(options.shards), options.shots)
+    shards = ShardSet(options.shards)
+    found = compare(options.a, options.b, shards, options.shots, options.limit)
     print(f"A: {options.a}\nB: {options.b}\n\n{as_text(comparison_table(found))}")
     if out:
         values = [dataclasses.asdict(each) for each in found]

@@ -21,7 +21,7 @@ from icl_moe.bootstrap import Interval, differences
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet
-from icl_moe.evaluation.other_systems import open_episodes, read_predictions
+from icl_moe.evaluation.other_systems import no_predictions, open_episodes, read_predictions
 from icl_moe.evaluation.predictions import Condition, read_log
 from icl_moe.evaluation.proof import SwappedQuery, flips
 from icl_moe.tables import Table
@@ -32,12 +32,14 @@ _PREDICTIONS = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Compared:
-    """One measure of two systems A and B on the same queries. difference: B - A. p: of the
-    hypothesis that there is none, two-sided; test: how it was found. interval: 95 %, of the
-    difference; None for a test that has none.
+    """One measure of two systems A and B on the same queries. shots_a, shots_b: the examples that
+    each was shown. difference: B - A. p: of the hypothesis that there is none, two-sided; test: how
+    it was found. interval: 95 %, of the difference; None for a test that has none.
     """
 
     task: str
+    shots_a: int
+    shots_b: int
     measure: str
     queries: int
     a: float
@@ -50,22 +52,29 @@ class Compared:
 
 @dataclass(frozen=True)
 class _System:
-    """The outputs of a system for each task by key, and with swapped examples where it has them."""
+    """The outputs of a system for each task by key, and with swapped examples where it has them.
+    shots: how many examples it was shown, for each task.
+    """
 
     name: str
+    shots: Mapping[str, int]
     own: Mapping[str, Mapping[str, Output]]
     swapped: Mapping[str, Mapping[str, Output]]
 
 
-def compare(a: Path, b: Path, shards: ShardSet, shots: int | None = None) -> list[Compared]:
+def compare(
+    a: Path, b: Path, shards: ShardSet, shots: int | None = None, limit: int | None = None
+) -> list[Compared]:
     """Compare two folders, each of an evaluation (`icl-moe evaluate --out`) or of predictions, on
     the episodes of `shards`.
 
     shots: of evaluations with several numbers of examples, the one to compare; by default the
-    largest. Raises InputError if they are not of the same queries of these shards.
+    largest. limit: only so many episodes of each task, which predictions must be of, and
+    evaluations must have; by default those of the evaluations, or all. Raises InputError if they
+    are not of the same queries of these shards.
     """
-    limit = _common_limit(a, b)
-    sets = open_episodes(shards, limit)
+    limit = limit or _common_limit(a, b, shards)
+    sets = open_episodes(shards, limit, every_task=True)
     systems = [_open(folder, shards, sets, shots) for folder in (a, b)]
     found: list[Compared] = []
     for episodes in sets:
@@ -78,8 +87,8 @@ def compare(a: Path, b: Path, shards: ShardSet, shots: int | None = None) -> lis
 
 
 def comparison_table(found: Sequence[Compared]) -> Table:
-    head = ["task", "measure", "queries", "A", "B", "B - A", "95 % interval", "p", "test"]
-    return Table(head, [_line(each) for each in found])
+    head = ["task", "examples", "measure", "queries", "A", "B", "B - A", "95 % interval", "p"]
+    return Table([*head, "test"], [_line(each) for each in found])
 
 
 def _line(each: Compared) -> list[str]:
@@ -92,27 +101,32 @@ def _line(each: Compared) -> list[str]:
 
     interval = "" if each.interval is None else " – ".join(map(signed, each.interval))
     found = [shown(each.a), shown(each.b), signed(each.difference), interval]
-    return [each.task, each.measure, str(each.queries), *found, f"{each.p:.4f}", each.test]
+    a, b = each.shots_a, each.shots_b
+    shots = str(a) if a == b else f"A {a}, B {b}"
+    p = f"{each.p:.4f}" if each.p >= _LEAST_P else f"< {_LEAST_P}"
+    return [each.task, shots, each.measure, str(each.queries), *found, p, each.test]
+
+
+_LEAST_P = 0.0001
+"""The least p that is printed as a number."""
 
 
 _PLAIN = ("MAE",)
 """The measures that are not printed times 100."""
 
 
-def _common_limit(a: Path, b: Path) -> int | None:
-    """How many episodes of each task the evaluations among the two folders have."""
+def _common_limit(a: Path, b: Path, shards: ShardSet) -> int | None:
+    """How many episodes of each task the evaluations among the two folders have; None for all."""
+    every = max(shards.manifest.samples.values(), default=0)
     headers = [_header(folder) for folder in (a, b) if (folder / _PREDICTIONS).is_file()]
-    limits = {header.get("limit") for header in headers}
-    if len(limits) > 1:
+    counts = [min(header.get("limit") or every, every) for header in headers]
+    if len(set(counts)) > 1:
+        first, second = ("all" if each == every else f"the first {each}" for each in counts)
         raise InputError(
-            f"{a} and {b} are of other queries: the first {_limit_words(headers[0])} and "
-            f"{_limit_words(headers[1])} of each task."
+            f"{a} is of {first} episodes of each task and {b} of {second}; compare them on "
+            f"those that both have with --limit {min(counts)}."
         )
-    return limits.pop() if limits else None
-
-
-def _limit_words(header: Mapping[str, Any]) -> str:
-    return "all" if header.get("limit") is None else str(header["limit"])
+    return counts[0] if counts and counts[0] < every else None
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -130,22 +144,21 @@ def _header(folder: Path) -> dict[str, Any]:
 def _open(folder: Path, shards: ShardSet, sets: Sequence[EpisodeSet], shots: int | None) -> _System:
     if (folder / _PREDICTIONS).is_file():
         return _open_evaluation(folder, shards, shots)
-    own, swapped = {}, {}
+    own, swapped, asked = {}, {}, {}
     for episodes in sets:
         system = read_predictions(folder, episodes)
         if system is None:
             continue
         task = episodes.task.name
+        asked[task] = system.shots
         own[task] = dict(zip(episodes.keys, system.outputs, strict=True))
         if system.swapped is not None:
             keys = [question.truth.key for question in episodes.questions(swapped=True)]
             swapped[task] = dict(zip(keys, system.swapped, strict=True))
     if not own:
-        raise InputError(
-            f"{folder} holds neither an evaluation ({_PREDICTIONS}) nor predictions "
-            f"({' or '.join(f'{episodes.task.name}.json' for episodes in sets)})."
-        )
-    return _System(folder.name, own, swapped)
+        problem = str(no_predictions(folder, list(shards.manifest.samples))).rstrip(".")
+        raise InputError(f"{problem}; nor is there the {_PREDICTIONS} of an evaluation.")
+    return _System(folder.name, asked, own, swapped)
 
 
 def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _System:
@@ -167,7 +180,8 @@ def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _Syst
         for kind, control in (("own", None), ("swapped", "swapped")):
             if line.condition == Condition(line.condition.task, most, control):  # type: ignore[arg-type]
                 taken[kind].setdefault(line.condition.task, {})[line.key] = line.said
-    return _System(folder.name, taken["own"], taken["swapped"])
+    own, swapped = taken["own"], taken["swapped"]
+    return _System(folder.name, dict.fromkeys(own, most), own, swapped)
 
 
 def _compare_task(
@@ -185,9 +199,12 @@ def _compare_task(
             )
         outputs.append([system.own[task.name][truth.key] for truth in truths])
     statistic = task.statistic(outputs, truths, shards.manifest.format)
+    shots_a, shots_b = (system.shots[task.name] for system in systems)
     compared = [
         Compared(
             task.name,
+            shots_a,
+            shots_b,
             name,
             len(truths),
             found.a,
@@ -223,9 +240,23 @@ def _flips(episodes: EpisodeSet, shards: ShardSet, systems: Sequence[_System]) -
         rights.append(np.array([flips(task, query, judge) for query in queries]))
     a, b = rights
     p = sign_test(int(np.sum(a & ~b)), int(np.sum(b & ~a)))
-    means = float(a.mean()), float(b.mean())
-    difference = means[1] - means[0]
-    return [Compared(task.name, "flips", len(a), *means, difference, None, p, "sign test")]
+    share_a, share_b = float(a.mean()), float(b.mean())
+    shots_a, shots_b = (system.shots[task.name] for system in systems)
+    return [
+        Compared(
+            task.name,
+            shots_a,
+            shots_b,
+            "flips",
+            len(a),
+            share_a,
+            share_b,
+            share_b - share_a,
+            None,
+            p,
+            "sign test",
+        )
+    ]
 
 
 def sign_test(first: int, second: int) -> float:

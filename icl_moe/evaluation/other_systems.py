@@ -53,14 +53,16 @@ class OtherSystem:
     swapped: Sequence[Output] | None = None
 
 
-def open_episodes(shards: ShardSet, limit: int | None = None) -> list[EpisodeSet]:
-    """The episodes of each task of a shard folder whose predictions can be read, without a
-    model.
+def open_episodes(
+    shards: ShardSet, limit: int | None = None, every_task: bool = False
+) -> list[EpisodeSet]:
+    """The episodes of each task of a shard folder whose predictions can be read, or of every task,
+    without a model.
     """
     folder = shards.fetch("text_tokenizer")
     format = shards.manifest.format
     codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges, str(folder)))
-    tasks = [task for task in shards.manifest.samples if task in _RECORDS]
+    tasks = [task for task in shards.manifest.samples if every_task or task in _RECORDS]
     return [EpisodeSet(shards, codec, task, limit) for task in tasks]
 
 
@@ -180,9 +182,20 @@ def check_predictions(
     found = {each.task.name: read_predictions(folder, each) for each in sets}
     whole = {task: system for task, system in found.items() if system is not None}
     if not whole:
-        files = " nor ".join(f"{task}.json" for task in found)
-        raise InputError(f"{folder} holds neither {files}: predictions of no task.")
+        raise no_predictions(folder, list(shards.manifest.samples))
     return whole
+
+
+def no_predictions(folder: Path, tasks: Sequence[str]) -> InputError:
+    """The error for a folder without predictions for any of the tasks of a shard folder."""
+    files = [f"{task}.json" for task in tasks if task in _RECORDS]
+    if not files:
+        return InputError(
+            f"{folder}: these shards hold {' and '.join(tasks)}; predictions can be read of "
+            f"{' and '.join(_RECORDS)} alone."
+        )
+    what = f"neither {' nor '.join(files)}" if len(files) > 1 else f"no {files[0]}"
+    return InputError(f"{folder} holds {what}: predictions of no task.")
 
 
 def predictions_file(folder: Path, episodes: EpisodeSet, swapped: bool) -> Path:
@@ -200,7 +213,7 @@ def _by_key(path: Path, keys: list[str], results: list[Any]) -> dict[str, dict[s
         key = result["image_id"]
         if isinstance(key, int) and 1 <= key <= len(keys):
             key = keys[key - 1]
-        if key not in known:
+        if not isinstance(key, str) or key not in known:
             raise InputError(
                 f"{path}: result {number} is of the episode {shown(key)}, which is not among the "
                 f"{len(keys)} that are evaluated, {keys[0]} to {keys[-1]}."

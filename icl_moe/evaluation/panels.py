@@ -288,7 +288,8 @@ def speed_panel(metrics: Metrics) -> Panel | None:
         f"Time of decoding in batches of {metrics.batch_size}, on {metrics.machine}.",
         rows,
         [seconds, queries],
-        "The time of a query is that of its batch, divided by the number of queries in it.",
+        "The time of a query is that of its batch, divided by the number of queries in it. Both "
+        "figures are of one process.",
     )
 
 

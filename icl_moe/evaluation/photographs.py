@@ -9,6 +9,9 @@ from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
 from icl_moe.images import crop_and_resize, load_image
 
+_SECTIONS = {"semantic_segmentation": "segmentation"}
+"""The section of a data recipe that a task's episodes are from, where it has another name."""
+
 
 class Photographs:
     """The pictures that the pairs of a shard folder show, from the files that it was built of.
@@ -18,27 +21,22 @@ class Photographs:
     """
 
     def __init__(self, shards: ShardSet, task: str, images: Path | None = None) -> None:
-        self._size = shards.manifest.image_size
-        recipe = shards.manifest.recipe
-        section = recipe.get(task) or {}
-        keys = ("images", "examples_images")
-        named = [Path(section[key]) for key in keys if section.get(key)]
-        if recipe.get("episodes_data"):
-            named.append(Path(recipe["episodes_data"]))
-        made = [Path(shards.location) / name / "images" for name in ("synthetic", "composed")]
-        self._folders = [images] if images else [*made, *named]
+        self._recipe, self._images = shards.manifest.recipe, images
+        self._made, self._size = Path(shards.location), shards.manifest.image_size
+        section = self._recipe.get(_SECTIONS.get(task, task))
+        self._section = section or self._recipe.get("tasks", {}).get(task) or {}
 
     def show(self, episode: EvaluationEpisode, pair: int) -> Image.Image:
         """What a pair shows, in the pixels of its file: the crop of the image."""
         source = episode.meta["sources"][pair]
-        for folder in self._folders:
-            path = folder / source["image"]
-            if path.is_file():
-                return load_image(path).crop(source["crop"])
-        raise InputError(
-            f"The image {source['image']} of {episode.key} is not in "
-            f"{' or '.join(map(str, self._folders))}; name its folder with --images."
-        )
+        is_query = pair in (-1, len(episode.meta["sources"]) - 1)
+        folder = self._images or self._folder(is_query, "provenance" in source)
+        if not (folder / source["image"]).is_file():
+            raise InputError(
+                f"The image {source['image']} of {episode.key} is not in {folder}; name its folder "
+                "with --images."
+            )
+        return load_image(folder / source["image"]).crop(source["crop"])
 
     def guide(self, episode: EvaluationEpisode) -> Image.Image:
         """The picture of an episode's query at the model's size, whose edges the outline of its
@@ -46,3 +44,15 @@ class Photographs:
         """
         picture = self.show(episode, -1)
         return crop_and_resize(picture, (0, 0, *picture.size), self._size)
+
+    def _folder(self, is_query: bool, is_composed: bool) -> Path:
+        """Where the image of a pair is. Folders may have files of equal names, so that one must not
+        stand in for another.
+        """
+        if is_composed:
+            return self._made / "composed/images"
+        if self._recipe.get("episodes_data"):
+            return Path(self._recipe["episodes_data"])
+        examples = None if is_query else self._section.get("examples_images")
+        named = examples or self._section.get("images")
+        return Path(named) if named else self._made / "synthetic/images"

@@ -139,9 +139,17 @@ class PredictionLog:
             self._gather()
 
     def finish(self) -> None:
-        """Write the file with what was asked, in that order; in the first process alone."""
+        """Write the file, and end what could be resumed; in the first process alone."""
+        self.write()
+        self.end()
+
+    def write(self) -> None:
+        """Write the file with what was asked, in that order."""
         lines = [json.dumps(self[place].to_json(with_time=False)) for place in self.asked]
         write_whole(self._out / "predictions.jsonl", "\n".join([self._header, *lines]) + "\n")
+
+    def end(self) -> None:
+        """Remove the temporary file, after which nothing can be resumed."""
         self._partial(0).unlink()
 
     def _wait(self) -> None:

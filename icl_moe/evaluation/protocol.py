@@ -21,7 +21,7 @@ from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_sam
 from icl_moe.evaluation.gallery import Images, draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.matcher import Matcher
-from icl_moe.evaluation.other_systems import OtherSystem, read_predictions
+from icl_moe.evaluation.other_systems import OtherSystem, no_predictions, read_predictions
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import (
     Condition,
@@ -169,8 +169,7 @@ def _other_systems(
     for name, folder in predictions.items():
         systems = [read_predictions(folder, episodes, name) for episodes in sets]
         if not any(systems):
-            files = " nor ".join(f"{task}.json" for task in found)
-            raise InputError(f"{folder} holds neither {files}: predictions of no task.")
+            raise no_predictions(folder, list(found))
         for task, system in zip(found, systems, strict=True):
             found[task] += [system] if system else []
     return found
@@ -223,7 +222,7 @@ def _evaluate(
         tasks[task] = TaskResult(
             _rows(model, episodes, truths, conditions, log, batch_size, matchers, others[task]),
             held_out_loss(model, shards, task, limit, batch_size),
-            _classes(model, shards, task),
+            _classes(model, truths, task),
             episodes.task.measure,
             _swap_rows(episodes, swapped, log, others[task], matchers, judge),
             "" if swapped else _why_not_swapped(episodes, shots, controls),
@@ -243,10 +242,13 @@ def _evaluate(
         standard=shards.manifest.standard,
         machine=_machine(process),
     )
-    log.finish()
-    for name, content in (("metrics", metrics.to_json()), ("speed", metrics.speed())):
-        write_whole(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
-    write_report(out / "report.html", metrics, galleries, sections, proofs)
+    told = [each.task.name for each in sets if each.task.needs_category(model.format)]
+    write_report(out / "report.html", metrics, galleries, sections, proofs, told)
+    write_whole(out / "speed.json", json.dumps(metrics.speed(), indent=1) + "\n")
+    log.write()
+    # Where it is, the evaluation is complete.
+    write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")
+    log.end()
     return metrics
 
 
@@ -533,8 +535,8 @@ def _ceiling(model: InContextModel, episodes: EpisodeSet, batch_size: int) -> li
     return outputs
 
 
-def _classes(model: InContextModel, shards: ShardSet, task: str) -> Classes:
-    evaluated = sorted(shards.manifest.classes[task])
+def _classes(model: InContextModel, truths: Sequence[EvaluationEpisode], task: str) -> Classes:
+    evaluated = sorted({truth.category for truth in truths})
     trained = getattr(model.decoder.config, "classes", None)
     seen = None if trained is None else sorted(set(evaluated) & set(trained.get(task, ())))
     return Classes(evaluated, seen)

@@ -43,9 +43,11 @@ def write_report(
     galleries: Sequence[Gallery],
     sections: Sequence[Section] = (),
     proofs: Mapping[str, Gallery] | None = None,
+    told: Sequence[str] = (),
 ) -> None:
     """Write the report of an evaluation. proofs: of each task, pictures of queries with examples of
-    two classes. `sections` follow the tables.
+    two classes. `sections` follow the tables. told: the tasks in which the model is given the name
+    of the class.
     """
     charts = shots_charts(metrics)
     groups = {name: group_panels(metrics, name) for name in metrics.tasks}
@@ -53,7 +55,7 @@ def write_report(
         {
             "title": describe_task(name),
             "proof": _pictures((proofs or {}).get(name)),
-            "swapped": swapped_panel(metrics, name, _swapped_note(result))
+            "swapped": swapped_panel(metrics, name, _swapped_note(result, name in told))
             if result.swapped
             else None,
             "respects": respects_panel(metrics, name),
@@ -68,7 +70,7 @@ def write_report(
     page = render(
         "report.html.j2",
         title=f"{metrics.model_folder} on {metrics.shards_folder}",
-        lede=_lede(metrics),
+        lede=_lede(metrics, told),
         facts=_facts(metrics),
         contents=[(id, name) for id, name in _CONTENTS.items() if galleries or id != "pictures"],
         metrics=metrics,
@@ -101,12 +103,16 @@ _CHARTS = (
 )
 
 
-def _lede(metrics: Metrics) -> list[str]:
+def _lede(metrics: Metrics, told: Sequence[str]) -> list[str]:
     """What was asked, and whether the model has seen the classes, in a sentence each."""
     counts = [f"{r.rows[0].scores.episodes} queries of {name}" for name, r in metrics.tasks.items()]
+    saw, other = "the examples and the query alone", ""
+    if told:
+        of_tasks = "" if len(told) == len(metrics.tasks) else f" (in {' and '.join(told)})"
+        saw, other = f"the examples, the name of the class{of_tasks} and the query", "other "
     asked = (
-        f"Asked with {' and '.join(counts)}, {model_name(metrics)} saw the examples and the query "
-        "alone, and wrote each answer freely, without any part of the truth."
+        f"Asked with {' and '.join(counts)}, {model_name(metrics)} saw {saw}, and wrote each "
+        f"answer freely, without any {other}part of the truth."
     )
     overlaps: dict[str, list[str]] = {}
     for name, result in metrics.tasks.items():
@@ -358,8 +364,10 @@ def _notes(result: TaskResult) -> str:
     return " ".join(["Below each number: its 95 % interval.", *result.rows[0].scores.notes()])
 
 
-def _swapped_note(result: TaskResult) -> str:
-    """How to read the table of swapped examples."""
+def _swapped_note(result: TaskResult, is_told: bool) -> str:
+    """How to read the table of swapped examples. is_told: whether the model is given the name of
+    the class that the examples show.
+    """
     if not result.swapped:
         return result.swapped_note
     note = (
@@ -370,6 +378,11 @@ def _swapped_note(result: TaskResult) -> str:
         "it writes these). Flips: the share of queries that are right with both. An output that "
         "does not depend on the examples never flips."
     )
+    if is_told:
+        note += (
+            " This model is also given the name of the class that the examples show, so flips do "
+            "not tell whether it followed the examples or the name."
+        )
     if not respects_table(result):
         return note
     return (

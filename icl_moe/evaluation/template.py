@@ -17,6 +17,7 @@ from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Question
 from icl_moe.evaluation.other_systems import episodes_hash, predictions_file
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.files import write_whole
+from icl_moe.inputs import read_json
 from icl_moe.rle import decode_rle
 
 
@@ -40,9 +41,12 @@ def write_template(
     and TASK.json, predictions without a result. swapped: also swapped1.png and so on,
     TASK_swapped_episodes.json and TASK_swapped.json, if any query can be asked so.
 
-    Raises InputError if the episodes have fewer examples, or a picture is not there.
+    Raises InputError if the episodes have fewer examples, if a file of predictions was filled
+    already, which would be lost, or if a picture is not there.
     """
     for episodes in sets:
+        for also in (False, True):
+            _check_not_filled(predictions_file(out, episodes, also))
         if shots > episodes.examples:
             raise InputError(
                 f"The episodes of {shards.location} have {episodes.examples} example(s): --shots "
@@ -53,6 +57,14 @@ def write_template(
         _write_asked(shards, episodes, out, shots, images)
         if swapped and shots and episodes.swaps:
             _write_asked(shards, episodes, out, shots, images, swapped=True)
+
+
+def _check_not_filled(path: Path) -> None:
+    content = read_json(path) if path.exists() else None
+    if isinstance(content, dict) and content.get("results") == []:
+        return
+    if content is not None:
+        raise InputError(f"{path} holds predictions already; give --out another folder.")
 
 
 def _write_asked(

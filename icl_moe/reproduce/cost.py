@@ -11,7 +11,7 @@ from icl_moe.batch import collate
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.reproduce.tables import CAPTIONING, EPISODES, SEGMENTATION, Row, Run
+from icl_moe.reproduce.tables import CAPTIONING, EPISODES, SEGMENTATION, Row, Run, Shards
 from icl_moe.sequence import Episode, SequenceCodec, SequenceFormat, TokenSequence
 from icl_moe.settings import load_recipe, to_dict
 from icl_moe.tables import Table
@@ -37,7 +37,7 @@ _QUERIES_PER_SECOND = 2.0
 """The paper decodes 1.4 to 2.8 images a second."""
 
 _BYTES_PER_EPISODE = 14_000
-"""Of a shard: 2,060 tokens of two bytes, and masks, boxes and texts as JSON."""
+"""Of a shard: at most 2,060 tokens of two bytes, and masks, boxes and texts as JSON."""
 
 _BYTES_PER_PARAMETER = 12 * 2 + 4
 """Weights and two moments in float32, in the two checkpoints that are kept; and the export."""
@@ -86,22 +86,32 @@ def describe_cost(rows: Sequence[Row]) -> tuple[Table, list[str]]:
     head = ["run", "steps", "G tokens", "EFLOP", *(f"hours, {n} x {g}" for g, n in GPUS.items())]
     lines = [_line(cost.name, cost.steps, [cost]) for cost in costs]
     lines.append(_line("all", sum(cost.steps for cost in costs), costs))
-    shards = {run.trained.name for run in runs}
-    gigabytes = (
-        len(shards) * sum(EPISODES.values()) * _BYTES_PER_EPISODE
-        + sum(cost.parameters for cost in costs) * _BYTES_PER_PARAMETER
-    ) / 1e9
-    queries = sum(_QUERIES * len(run.shots) * 2 for run in runs)
+    shards = {run.trained for run in runs}
+    episodes = sum(EPISODES[task] for each in shards for task in _tasks_of(each))
+    parameters = sum(cost.parameters for cost in costs)
+    gigabytes = (episodes * _BYTES_PER_EPISODE + parameters * _BYTES_PER_PARAMETER) / 1e9
+    queries = sum(map(_queries, runs))
     return Table(head, lines), [
         f"Hours assume {MFU:.0%} of the GPUs' dense bf16 peak (MFU) and count training alone; "
         "building shards, which one GPU encodes, comes on top.",
         f"Episodes of a task are drawn as if there were {EPISODES[CAPTIONING]:,} captions and "
         f"{EPISODES[SEGMENTATION]:,} masks.",
-        f"Evaluation: about {queries:,} queries at {_QUERIES_PER_SECOND:g} a second, the paper's "
-        f"speed, {queries / _QUERIES_PER_SECOND / 3600:.0f} hours of one GPU.",
+        f"Evaluation: up to {queries:,} queries, those with swapped examples too, at "
+        f"{_QUERIES_PER_SECOND:g} a second, the paper's speed, "
+        f"{queries / _QUERIES_PER_SECOND / 3600:.0f} hours of one GPU.",
         f"Disk: about {gigabytes:.0f} GB for {len(shards)} shard folder(s), checkpoints and "
         "models, besides the data sets.",
     ]
+
+
+def _tasks_of(shards: Shards) -> list[str]:
+    return [task for task in EPISODES if f"{task}=null" not in shards.settings]
+
+
+def _queries(run: Run) -> int:
+    """How many queries a run is asked, at most: after examples also with swapped ones."""
+    asked = sum(2 if shots else 1 for shots in run.shots)
+    return _QUERIES * len(_tasks_of(run.evaluated)) * asked
 
 
 def _line(name: str, steps: int, costs: Sequence[Cost]) -> list[str]:
@@ -128,11 +138,7 @@ def format_of(run: Run, recipe: TrainingRecipe) -> tuple[SequenceFormat, int]:
 
 def _shares(run: Run, recipe: TrainingRecipe) -> dict[str, float]:
     """The share of each task in the episodes that a run trains on."""
-    left = {
-        task: float(count)
-        for task, count in EPISODES.items()
-        if f"{task}=null" not in run.trained.settings
-    }
+    left = {task: float(EPISODES[task]) for task in _tasks_of(run.trained)}
     weights = recipe.training.task_weights
     if weights is not None:
         left = {task: weights[task] for task in left if task in weights}

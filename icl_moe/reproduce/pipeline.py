@@ -26,7 +26,7 @@ from icl_moe.reproduce.figures import FIGURES, Elsewhere, PaperFigure
 from icl_moe.reproduce.output import write_table
 from icl_moe.reproduce.qualitative import Evaluated, open_evaluation, write_pictures
 from icl_moe.reproduce.tables import TABLES, PaperTable, Row, Run, Scale, Shards
-from icl_moe.settings import load_recipe
+from icl_moe.settings import find_recipe, load_recipe, read_recipe
 from icl_moe.stages import ON_CPU, Command, launch, verb
 from icl_moe.tables import Table, as_text
 
@@ -314,8 +314,16 @@ class _Line:
 
 
 def _settings_of(run: Run) -> dict[str, Any]:
-    """All that a run's results depend on, as JSON gives it back."""
-    found: dict[str, Any] = json.loads(json.dumps(run, default=vars))
+    """All that a run's results depend on, besides the data, as JSON gives it back: the run and what
+    its recipes say, which may be edited or come in another version.
+    """
+    used = [(run.recipe, "icl_moe")]
+    used += [(shards.recipe, "preprocessing") for shards in (run.trained, run.evaluated)]
+    recipes = {
+        f"{package}: {name}": read_recipe(find_recipe(name, package)) for name, package in used
+    }
+    content = vars(run) | {"recipes": recipes}
+    found: dict[str, Any] = json.loads(json.dumps(content, default=vars))
     return found
 
 

@@ -73,10 +73,16 @@ class Evaluated:
 
 def open_evaluation(what: str, run: str, shards: Path, evaluation: Path, task: str) -> Evaluated:
     """What `icl-moe evaluate` wrote into the folder `evaluation`, after the fewest examples that it
-    has, beside the shards that it was of. Raises InputError if it has no queries of the task.
+    has, beside the shards that it was of. Raises InputError if it has no queries of the task, or is
+    of other shards.
     """
     metrics = read_json(evaluation / "metrics.json")
     shard_set = ShardSet(shards)
+    if metrics.get("shards") != shard_set.fingerprint[:16]:
+        raise InputError(
+            f"{evaluation} is an evaluation on other shards than those in {shards}; delete it to "
+            "evaluate again."
+        )
     lines = [
         line
         for line in read_log(evaluation / "predictions.jsonl")

@@ -291,9 +291,8 @@ def _table3(scale: Scale) -> PaperTable:
         )
 
     single = []
-    for task, other in ((SEGMENTATION, CAPTIONING), (CAPTIONING, SEGMENTATION)):
-        # The same episodes of the one task as in the shards of both.
-        evaluated = base.hold_out(f"{_both(scale)}_val_{task}", (f"{other}=null",))
+    for task in (SEGMENTATION, CAPTIONING):
+        evaluated = _hold_out_one(base, scale, task)
         alone: tuple[str, ...]
         alone = (f"training.task_weights={{{task}: 1}}", "model.feed_forward=dense")
         if scale == "paper":
@@ -347,15 +346,17 @@ def _table4(scale: Scale) -> PaperTable:
 
 def _table6(scale: Scale) -> PaperTable:
     alone: tuple[str, ...]
+    evaluated: Shards | None
     if scale == "demo":
         base = _demo(300, "training.loss_on=all", "training.task_weights=null", evaluation=_PLAIN)
         data: tuple[str, ...] = ("segmentation=null", "examples=3")
-        data_name, alone = "captions_three", ()
+        data_name, alone, evaluated = "captions_three", (), None
     else:
         steps = _epochs(40, CAPTIONING)
         base = _paper("paper_256", "coco_vg_256", *_SINGLE_TASK, steps)
         data, data_name = (), _both(scale)
         alone = (f"training.task_weights={{{CAPTIONING}: 1}}",)
+        evaluated = _hold_out_one(base, scale, CAPTIONING)
     rows = []
     for name, weight in (("output", "0"), ("input", "1"), ("half", "0.5")):
         settings = (
@@ -363,9 +364,7 @@ def _table6(scale: Scale) -> PaperTable:
             f"training.input_loss_weight={weight}",
             "training.input_loss=mean",
         )
-        run = base.run(
-            f"table6_{name}", "three", data, settings, shots=(1, 2, 3), data_name=data_name
-        )
+        run = base.run(f"table6_{name}", "three", data, settings, (1, 2, 3), data_name, evaluated)
         rows += [Row(f"{name}_{shots}", (Score(run, CAPTIONING, shots),)) for shots in run.shots]
     note = (
         "The paper does not say how its two losses are averaged; here the step's mean loss of "
@@ -408,6 +407,12 @@ def _with_category(scale: Scale) -> Run:
     """The paper's model, which Tables 4 and 7 share."""
     base = _paper("paper_256", "coco_vg_256")
     return base.run("paper_256", "three", shots=(1, 2, 3), data_name=_both(scale))
+
+
+def _hold_out_one(base: _Base, scale: Scale, task: str) -> Shards:
+    """The same held-out episodes of one task as in the shards of both."""
+    other = {SEGMENTATION: CAPTIONING, CAPTIONING: SEGMENTATION}[task]
+    return base.hold_out(f"{_both(scale)}_val_{task}", (f"{other}=null",))
 
 
 def _both(scale: Scale) -> str:

@@ -144,10 +144,7 @@ def _best(detection: Detection, regions: Sequence[Region]) -> tuple[float, int]:
     """The IoU with the region that a detection overlaps most, and its number; the first of
     several.
     """
-    # Rounded, so that an IoU of exactly a threshold reaches it, whatever its last bits.
-    overlaps = [
-        round(box_iou(detection.box, region.box), 9) if detection.box else 0.0 for region in regions
-    ]
+    overlaps = [_iou(detection.box, region.box) if detection.box else 0.0 for region in regions]
     most = max(overlaps, default=0.0)
     return most, overlaps.index(most) if overlaps else -1
 
@@ -156,7 +153,7 @@ def _merged(regions: Sequence[Region]) -> list[Region]:
     """The regions of an image, where those that overlap are one. The box that most others overlap
     is the first to take these.
     """
-    overlaps = np.array([[box_iou(a.box, b.box) for b in regions] for a in regions])
+    overlaps = np.array([[_iou(a.box, b.box) for b in regions] for a in regions])
     np.fill_diagonal(overlaps, 1.0)
     merged = []
     left_RR = overlaps >= MERGED
@@ -168,3 +165,10 @@ def _merged(regions: Sequence[Region]) -> list[Region]:
         texts = tuple(text for number in group for text in regions[number].texts)
         merged.append(Region(regions[group[0]].image, (x1, y1, x2, y2), texts))
     return merged
+
+
+def _iou(a: Box, b: Box) -> float:
+    """The intersection over union, rounded, so that exactly a threshold reaches it, whatever its
+    last bits.
+    """
+    return round(box_iou(a, b), 9)

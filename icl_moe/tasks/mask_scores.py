@@ -46,7 +46,7 @@ class SegmentationScores:
     class_iou: IoU_c of each class, and class_episodes how many episodes it had.
     size_iou: mean_iou of the episodes of each of `SIZES` that occurs, and size_episodes how many
         there were.
-    intervals, class_intervals, size_intervals: 95 % intervals over episodes (see bootstrap.py), by
+    intervals, class_intervals, size_intervals: 95 % intervals over queries (see bootstrap.py), by
         score, by class and by size; empty where they were not asked for. A class or a size that a
         draw lacks is left out of that draw.
     standard, standard_miou, fold_miou: of episodes of a published benchmark, its name and its own
@@ -198,12 +198,18 @@ _STANDARD_FIELDS = ("standard_miou", "standard_fb_iou")
 
 
 def score_masks(
-    pairs: Iterable[_Pair], with_intervals: bool = False, standard: Standard | None = None
+    pairs: Iterable[_Pair],
+    with_intervals: bool = False,
+    standard: Standard | None = None,
+    queries: Sequence[int] | None = None,
 ) -> SegmentationScores:
     """The scores of pairs of masks, one for each episode, of at least one episode. standard: the
-    benchmark that the episodes are of.
+    benchmark that the episodes are of. queries: where a query has several masks, the number of each
+    mask's query, from 0 on without gaps; intervals are over queries, whose masks are drawn
+    together.
     """
     counts = count_masks(pairs)
+    query_E = np.arange(len(counts.class_E)) if queries is None else np.array(queries)
     once = np.ones((1, len(counts.class_E)))
     fields = (*(_STANDARD_FIELDS if standard else ()), *_FIELDS)
     statistic, of_groups = mask_statistic(counts, standard), _group_scores(counts)
@@ -212,8 +218,8 @@ def score_masks(
     ranges: dict[str, Interval] = {}
     class_ranges, size_ranges = dict(ranges), dict(ranges)
     if with_intervals:
-        ranges = dict(zip(fields, intervals(statistic.of, once.size), strict=True))
-        class_ranges, size_ranges = _by_group(counts, intervals(of_groups, once.size))
+        ranges = dict(zip(fields, _over_queries(statistic.of, query_E), strict=True))
+        class_ranges, size_ranges = _by_group(counts, _over_queries(of_groups, query_E))
     return SegmentationScores(
         once.size,
         **values,
@@ -226,6 +232,11 @@ def score_masks(
         size_intervals=size_ranges,
         **(_fold_fields(counts, standard) if standard else {}),
     )
+
+
+def _over_queries(scores: "_Scores", query_E: np.ndarray) -> list[Interval]:
+    """The intervals of scores of masks, from draws of the masks' queries."""
+    return intervals(lambda weights_BQ: scores(weights_BQ[:, query_E]), int(query_E.max()) + 1)
 
 
 def _by_group(counts: MaskCounts, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

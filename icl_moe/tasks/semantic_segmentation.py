@@ -16,12 +16,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from icl_moe.bootstrap import Statistic
 from icl_moe.errors import InputError
 from icl_moe.images import to_image
 from icl_moe.pictures import Cell, overlaid
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import SequenceFormat
-from icl_moe.tasks.mask_scores import SegmentationScores, mask_iou, score_masks
+from icl_moe.tasks.mask_scores import (
+    SegmentationScores,
+    count_masks,
+    mask_iou,
+    mask_statistic,
+    score_masks,
+)
 from icl_moe.tasks.one_image import OneImageTask
 from icl_moe.tasks.task import CodeReader, Output, Truth
 
@@ -180,11 +187,24 @@ class SemanticSegmentation(OneImageTask):
         format: SequenceFormat,
         quick: bool = False,
     ) -> list[SegmentationScores]:
-        """As masks of single classes, one for each class of each episode."""
+        """As masks of single classes, one for each class of each episode; intervals are over
+        episodes, since the masks of one query are not independent.
+        """
+        queries = _queries(truths)
         found = [
-            score_masks(_class_masks(outputs, truths), with_intervals=not quick) for outputs in sets
+            score_masks(_class_masks(outputs, truths), not quick, queries=queries)
+            for outputs in sets
         ]
         return [replace(scores, episodes=len(truths)) for scores in found]
+
+    def statistic(
+        self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
+    ) -> Statistic:
+        masks = mask_statistic(
+            count_masks(pair for outputs in sets for pair in _class_masks(outputs, truths))
+        )
+        output_E = np.array(_queries([*truths] * len(sets)))
+        return Statistic(masks.names, lambda weights_BO: masks.of(weights_BO[:, output_E]))
 
     def agreement(self, said: Output, right: Sequence[Output]) -> float:
         return max(_mean_iou(said, output) for output in right)
@@ -214,6 +234,11 @@ class SemanticSegmentation(OneImageTask):
         ]
         words = (f"{name}: {colour}" for name, colour in truth.meta["colours"].items())
         return cells, ", ".join(words)
+
+
+def _queries(truths: Sequence[Truth]) -> list[int]:
+    """The number of the query of each class mask."""
+    return [n for n, truth in enumerate(truths) for _ in truth.meta["class_masks"][-1]]
 
 
 def _class_masks(

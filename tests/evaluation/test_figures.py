@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,3 +56,11 @@ def test_queries_are_shown_with_their_examples_and_numbers(evaluation, toy_shard
 def test_an_evaluation_without_the_task_is_named(evaluation, toy_shards):
     with pytest.raises(InputError, match="has no queries of counting"):
         open_evaluation("", "both", toy_shards, evaluation, "counting")
+
+
+def test_an_evaluation_on_other_shards_is_not_drawn_beside_these(evaluation, toy_shards, tmp_path):
+    other = shutil.copytree(evaluation, tmp_path / "evaluation")
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(metrics | {"shards": "0" * 16}))
+    with pytest.raises(InputError, match="is an evaluation on other shards than those in"):
+        open_evaluation("", "both", toy_shards, other, "captioning")

@@ -17,7 +17,7 @@ from icl_moe.cli import main
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.other_systems import check_predictions, open_episodes
-from icl_moe.evaluation.template import Photographs
+from icl_moe.evaluation.photographs import Photographs
 
 SAVED = {"idefics2": toy_interleaved.save_idefics2, "idefics3": toy_interleaved.save_idefics3}
 

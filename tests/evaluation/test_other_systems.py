@@ -18,7 +18,7 @@ from icl_moe.baselines.seggpt import paint
 from icl_moe.cli import main
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.compare import compare, sign_test
+from icl_moe.evaluation.compare import Compared, compare, comparison_table, sign_test
 from icl_moe.evaluation.other_systems import (
     check_predictions,
     episodes_hash,
@@ -146,6 +146,10 @@ DAMAGES = {
         r"segmentation-00000004: the category is 'zebra'; the examples are of '",
     ),
     "no mask": (_result(4, segmentation=None), "segmentation must be run lengths, a record"),
+    "a list of episodes": (
+        _result(4, image_id=[12]),
+        r"result 5 is of the episode \[12\], which is not among the 11 that are evaluated",
+    ),
     "no record": (
         _damage(lambda content: content["results"].insert(0, 3)),
         "result 1 must be a record with an image_id",
@@ -248,6 +252,17 @@ def test_a_template_has_the_pictures_of_the_episodes_and_no_answers(shards, tmp_
         write_template(shards, sets, tmp_path, 1, images=tmp_path)
 
 
+def test_a_template_does_not_replace_predictions(shards, tmp_path):
+    sets = open_episodes(shards, limit=2)
+    for _ in range(2):
+        write_template(shards, sets, tmp_path, shots=1)
+    _edit(tmp_path / "captioning.json", results=[{"image_id": 1, "caption": "a"}])
+    filled = (tmp_path / "captioning.json").read_text()
+    with pytest.raises(InputError, match=r"captioning\.json holds predictions already; give --out"):
+        write_template(shards, sets, tmp_path, shots=1)
+    assert (tmp_path / "captioning.json").read_text() == filled
+
+
 @pytest.mark.parametrize(
     ("name", "tasks"),
     [
@@ -262,6 +277,14 @@ def test_baselines_write_whole_predictions(shards, tmp_path, name, tasks):
     assert list(found) == tasks
     outputs = found[tasks[0]].outputs
     assert all(output == outputs[0] for output in outputs)
+
+
+def test_a_constant_baseline_is_the_same_with_swapped_examples(shards, tmp_path):
+    """So it cannot flip, and is the constant of the table of all queries."""
+    assert predict_baseline("mean_mask", shards, tmp_path) == ["segmentation"]
+    system = check_predictions(tmp_path, shards)["segmentation"]
+    assert system.swapped
+    assert all(output == system.outputs[0] for output in (*system.outputs, *system.swapped))
 
 
 def test_a_baseline_that_there_is_not_is_named(shards, tmp_path):
@@ -457,6 +480,43 @@ def test_evaluations_are_compared_with_their_flips(
     (tmp_path / "predictions.jsonl").write_text("\n".join([elsewhere, *lines]))
     with pytest.raises(InputError, match="is an evaluation on other shards than"):
         compare(tmp_path, truths, shards)
+
+
+def test_fewer_queries_are_compared_with_a_limit(evaluation, shards, tmp_path, no_java, capsys):
+    """Predictions that were made of some episodes alone, and evaluations that have more."""
+    predict_baseline("copy", shards, tmp_path / "copy", limit=5)
+    words = ["compare", str(evaluation), str(tmp_path / "copy"), shards.location]
+    assert main(words) == 2
+    assert "is of other episodes" in capsys.readouterr().err
+    assert main([*words, "--limit", "5", "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {each["queries"] for each in found if each["measure"] != "flips"} == {5}
+    header, *lines = (evaluation / "predictions.jsonl").read_text().splitlines()
+    for name, limit in (("some", 7), ("more", 1000)):
+        (tmp_path / name).mkdir()
+        content = [json.dumps(json.loads(header) | {"limit": limit}), *lines]
+        (tmp_path / name / "predictions.jsonl").write_text("\n".join(content))
+    assert compare(evaluation, tmp_path / "more", shards)[0].queries == 11, "there are no more"
+    message = "is of all episodes of each task and .* of the first 7; compare them on .*--limit 7"
+    with pytest.raises(InputError, match=message):
+        compare(evaluation, tmp_path / "some", shards)
+
+
+def test_a_comparison_says_how_many_examples_each_was_shown(
+    evaluation, shards, tmp_path, no_java, capsys
+):
+    predict_baseline("copy", shards, tmp_path / "two", shots=2)
+    out = tmp_path / "found.json"
+    words = ["compare", str(evaluation), str(tmp_path / "two"), shards.location]
+    assert main([*words, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("A 1, B 2") == 13
+    assert all((each["shots_a"], each["shots_b"]) == (1, 2) for each in json.loads(out.read_text()))
+
+
+def test_a_p_is_never_printed_as_0():
+    found = Compared("t", 1, 1, "flips", 90, 0.1, 0.9, 0.8, None, sign_test(0, 72), "sign test")
+    (line,) = comparison_table([found]).rows
+    assert line[-2:] == ["< 0.0001", "sign test"]
 
 
 def test_the_sign_test_is_exact():

@@ -75,6 +75,8 @@ def test_an_evaluation_writes_metrics_predictions_and_a_report(run, tmp_path):
     header, *lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
     assert json.loads(header)["model"] == metrics["model"]
     assert len(lines) == 2 * 5 * 11
+    page = (tmp_path / "out/report.html").read_text()
+    assert "saw the examples, the name of the class and the query" in page, "class_prompt is true"
     times = json.loads((tmp_path / "out/speed.json").read_text())["tasks"]["captioning"]
     assert [(each["shots"], each["control"]) for each in times][2:4] == [(2, None), (1, "shuffled")]
     assert all(each["seconds_a_query"] > 0 for each in times)
@@ -109,16 +111,20 @@ def test_the_truth_scores_as_the_truth_and_its_ceiling(run, truth, monkeypatch):
     assert model["copy_rate"] == model["truth_copy_rate"]
 
 
-def test_a_model_that_copies_its_example_is_found_out(run, monkeypatch):
+def test_a_model_that_copies_its_example_is_found_out(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         InContextModel,
         "complete",
         lambda _, requests, **options: [episode.pairs[-1] for episode, _ in requests],
     )
-    for results in run(limit=5)["tasks"].values():
+    tasks = run(limit=5)["tasks"]
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()][1:]
+    for task, results in tasks.items():
         assert results["rows"][0]["copy_rate"] == 1.0
         assert results["rows"][0]["truth_copy_rate"] < 1.0
         assert results["rows"][0]["episodes"] == 5
+        asked = {line["true_category"] for line in lines if line["task"] == task}
+        assert results["classes"]["evaluated"] == sorted(asked), "of these five queries alone"
 
 
 def test_the_control_shows_examples_of_another_class_for_the_same_query(run, monkeypatch):
@@ -160,6 +166,22 @@ def test_an_interrupted_evaluation_goes_on_with_the_batch_it_was_at(run, tmp_pat
     assert again == whole
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_evaluation_whose_report_fails_is_not_complete_and_asks_nothing_again(
+    run, tmp_path, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("icl_moe.evaluation.protocol.write_report", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(limit=4)
+    assert not (tmp_path / "out/metrics.json").exists(), "it says that all else is there"
+    monkeypatch.setattr(InContextModel, "complete", fail)
+    run(limit=4)
+    assert not list((tmp_path / "out").glob("*partial*"))
 
 
 def test_captions_have_the_confidence_of_the_model(run, toy_shards, toy_model_folder, tmp_path):

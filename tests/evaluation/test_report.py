@@ -113,6 +113,30 @@ def test_the_page_shows_scores_notes_sections_and_pictures_as_text(page):
     assert "does not record which ones it was trained on" in everything
 
 
+@pytest.mark.parametrize(
+    ("told", "saw"),
+    [
+        (
+            (),
+            "saw the examples and the query alone, and wrote each answer freely, without any part",
+        ),
+        (
+            ("captioning",),
+            "saw the examples, the name of the class (in captioning) and the query, and wrote each "
+            "answer freely, without any other part",
+        ),
+        (
+            ("segmentation", "captioning"),
+            "saw the examples, the name of the class and the query, and wrote each answer freely, "
+            "without any other part",
+        ),
+    ],
+)
+def test_the_report_says_what_the_model_saw(tmp_path, told, saw):
+    write_report(tmp_path / "report.html", METRICS, [], told=told)
+    assert saw in (tmp_path / "report.html").read_text()
+
+
 def test_the_summary_has_the_same_numbers_in_columns():
     lines = summary(METRICS).splitlines()
     head, row = lines[1:3]

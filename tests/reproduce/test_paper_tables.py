@@ -3,6 +3,7 @@ recipes.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,10 +11,11 @@ from icl_moe.cli import main
 from icl_moe.errors import InputError
 from icl_moe.evaluation.published import FIGURES, beside, published_tables
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.reproduce.cost import cost_of, format_of
+from icl_moe.reproduce import pipeline
+from icl_moe.reproduce.cost import cost_of, describe_cost, format_of
 from icl_moe.reproduce.output import write_table
 from icl_moe.reproduce.pipeline import DATA_SETS, reproduce
-from icl_moe.reproduce.tables import SCALES, TABLES
+from icl_moe.reproduce.tables import EPISODES, SCALES, TABLES
 from icl_moe.settings import load_recipe
 from preprocessing.recipe import DataRecipe
 
@@ -61,6 +63,24 @@ def test_a_run_fits_its_recipes(scale, name):
             assert format_of(run, recipe) == (format, data.examples)
 
 
+@pytest.mark.parametrize(("scale", "name"), RUNS)
+def test_a_run_is_evaluated_on_the_tasks_of_its_figures_alone(scale, name):
+    run = RUNS[scale, name]
+    scores = [s for (_, of), t in MADE.items() if of == scale for row in t.rows for s in row.scores]
+    tasks = {score.task for score in scores if score.run == run}
+    evaluated = {t for t in EPISODES if f"{t}=null" not in run.evaluated.settings}
+    assert evaluated == tasks
+
+
+def test_the_cost_counts_the_queries_and_episodes_of_the_tasks_of_each_run():
+    """Table 2: three models and three folders of captions alone, each query asked twice."""
+    _, notes = describe_cost(MADE["table2", "paper"].rows)
+    assert "up to 12,000 queries, those with swapped examples too" in " ".join(notes)
+    (disk,) = [note for note in notes if note.startswith("Disk")]
+    shards = 3 * 460_000 * 14_000 / 1e9
+    assert shards < int(disk.split()[2]) < 2.5 * shards and "3 shard folder(s)" in disk
+
+
 def test_the_papers_model_costs_what_its_arithmetic_says():
     """914 MFLOP a token of segmentation with experts; 20 epochs of 280,000 masks."""
     cost = cost_of(RUNS["paper", "table3_segmentation_alone"])
@@ -94,6 +114,24 @@ def test_a_dry_run_prints_each_command_once_and_does_nothing(tmp_path, capsys):
     assert len(lines) == len(set(lines)) == 8  # Both rows have the same shards.
     assert sum("model.feed_forward=token" in line for line in lines) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_recipe_has_changed_is_not_taken_for_the_same(tmp_path):
+    """Another comment is no change."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("training: {steps: 5}\n")
+    run = replace(RUNS["demo", "both"], recipe=str(recipe))
+    line = pipeline._Line("demo", tmp_path / "out", tmp_path)
+    line._claim(run)
+    (line.folder(run) / "evaluation").mkdir()
+    (line.folder(run) / "evaluation/metrics.json").write_text("{}")
+    recipe.write_text("training: {steps: 5}  # Few.\n")
+    line._claim(run)
+    assert line.metrics(run) == {}, "it is finished"
+    recipe.write_text("training: {steps: 6}\n")
+    assert line.metrics(run) is None
+    with pytest.raises(InputError, match="holds a run of other settings; choose another --out"):
+        line._claim(run)
 
 
 def test_a_row_that_there_is_not_is_named(tmp_path, capsys):

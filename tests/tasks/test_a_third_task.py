@@ -41,6 +41,7 @@ def test_a_task_from_outside_the_package_goes_from_build_to_evaluate(tmp_path):
         f"train demo data.shards=shards training.output=run {training}",
         "export run --out model",
         "evaluate model shards --shots 1,2 --control shuffled --limit 4 --out result",
+        "compare result result shards --out compared.json",
     ]
     done = subprocess.run(
         [sys.executable, PROGRAM],
@@ -62,3 +63,5 @@ def test_a_task_from_outside_the_package_goes_from_build_to_evaluate(tmp_path):
     assert result["held_out"]["targets"] == 4 * 3 * toy_tokenizer.CODES
     assert "Differences are in levels of 255." in (tmp_path / "result/report.html").read_text()
     assert (tmp_path / "preview.html").read_text().count("<article>") == 12
+    (compared,) = json.loads((tmp_path / "compared.json").read_text())
+    assert compared["measure"] == "mean exact matches" and compared["queries"] == 4

@@ -141,6 +141,15 @@ def test_regions_that_overlap_are_one_with_the_descriptions_of_all():
     assert found.overlap == pytest.approx(0.49 / 0.5)
 
 
+def test_regions_with_an_iou_of_exactly_the_threshold_are_one():
+    """In floating point it is a little less than 0.7."""
+    regions = [
+        Region("1.jpg", (0.0, 0.5, 0.6, 1.0), ("a dog",)),
+        Region("1.jpg", (0.0, 0.5, 0.6, 0.85), ("a hound",)),
+    ]
+    assert match([], regions).regions == 1
+
+
 def test_without_java_it_says_why(no_java):
     (scores,) = score_captions([{"1": "a dog"}], {"1": ["a dog"]}, matched=[match([], TWO)])
     assert (scores.mean_ap, scores.mean_ap_note) == (None, no_java)

@@ -161,6 +161,25 @@ def test_intervals_are_those_of_scores_of_plain_draws():
     assert found.intervals["miou"][0] <= found.miou <= found.intervals["miou"][1]
 
 
+def test_intervals_are_over_queries_whose_masks_are_drawn_together():
+    """Queries that have each of their masks twice have the intervals of those with one: the second
+    mask tells nothing new.
+    """
+    rng = np.random.default_rng(4)
+    triples = [(str(rng.choice(["cat", "dog"])), *(rng.random((2, 4, 4)) < 0.5)) for _ in range(9)]
+    alone = score_masks(triples, with_intervals=True)
+    twice = [triple for triple in triples for _ in range(2)]
+    queries = [number for number in range(9) for _ in range(2)]
+    together = score_masks(twice, with_intervals=True, queries=queries)
+    for name in ("intervals", "class_intervals", "size_intervals"):
+        found, expected = getattr(together, name), getattr(alone, name)
+        assert found.keys() == expected.keys()
+        for key, interval in expected.items():
+            assert found[key] == pytest.approx(interval)
+    apart = score_masks(twice, with_intervals=True)
+    assert np.ptp(apart.intervals["mean_iou"]) < 0.9 * np.ptp(alone.intervals["mean_iou"])
+
+
 def test_a_disc_in_the_middle_is_fitted_to_masks_of_any_class():
     rows, columns = np.mgrid[:40, :40] - 19.5
     circle = rows**2 + columns**2 <= 12**2

@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
+from icl_moe.bootstrap import DRAWS, SEED
 from icl_moe.cli import main
 from icl_moe.data.shards import Sample, ShardSet
 from icl_moe.errors import InputError
+from icl_moe.evaluation.compare import compare
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.rle import decode_rle
 from icl_moe.settings import load_recipe
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
+from icl_moe.tasks.mask_scores import mask_iou
 from icl_moe.tasks.semantic_segmentation import COLOURS, find_colours
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.build import build_shards
@@ -169,13 +172,41 @@ def test_evaluation_scores_each_class(
     assert ceiling["miou"] > 0.6 > 0.3 > copied["miou"]
     assert ceiling["miou"] == pytest.approx(np.mean(list(ceiling["class_iou"].values())))
     assert "Semantic segmentation" in (tmp_path / "report" / "report.html").read_text()
+    found = compare(tmp_path / "report", tmp_path / "report", ShardSet(shards))
+    (model,) = [row for row in rows.values() if row["prediction"] == "model"]
+    expected = {"mIoU": model["miou"], "mean IoU": model["mean_iou"], "MAE": model["mae"]}
+    assert {each.measure: each.a for each in found} == pytest.approx(expected)
+    assert all(each.b == pytest.approx(each.a) for each in found)
+    assert all((each.queries, each.p) == (12, 1) for each in found)
+
+
+def test_intervals_are_over_queries_not_over_their_classes(shards: Path) -> None:
+    samples = _samples(shards)
+    copies = [SEMANTIC_SEGMENTATION.true_output(sample, 0) for sample in samples]
+    format = ShardSet(shards).manifest.format
+    (found,) = SEMANTIC_SEGMENTATION.score([copies], samples, format)
+    ious = [
+        [
+            mask_iou(decode_rle(said["colours"][colour]), decode_rle(masks[name]))
+            for name, colour in sample.meta["colours"].items()
+        ]
+        for sample, said in zip(samples, copies, strict=True)
+        for masks in [sample.meta["class_masks"][-1]]
+    ]
+    draws = np.random.default_rng(SEED)
+    means = [
+        np.mean(np.concatenate([ious[n] for n in draws.integers(len(ious), size=len(ious))]))
+        for _ in range(DRAWS)
+    ]
+    expected = np.percentile(means, [2.5, 97.5])
+    assert found.intervals["mean_iou"] == pytest.approx(expected)
 
 
 def test_predictions_of_other_systems_leave_it_out(
     shards: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "semantic_segmentation.json").write_text('{"results": []}')
-    with pytest.raises(InputError, match="predictions of no task"):
+    with pytest.raises(InputError, match="hold semantic_segmentation; predictions can be read of"):
         evaluate(model_folder, shards, tmp_path / "report", predictions={"ours": tmp_path})
 
 
