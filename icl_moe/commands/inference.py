@@ -50,7 +50,7 @@ def add_caption(verbs: argparse._SubParsersAction) -> None:
 
 def add_label(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("label", help="label a folder of images according to examples")
-    parser.add_argument("model", type=take.path, help=take.MODEL)
+    parser.add_argument("model", type=take.model, help=take.MODEL)
     parser.add_argument(
         "--examples",
         type=take.path,
@@ -98,7 +98,7 @@ def add_web(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        type=take.path,
+        type=take.model,
         default="photographs",
         help=f"{take.MODEL} (%(default)s)",
     )

@@ -15,6 +15,7 @@ from inference.hub_server import REPOSITORY, REVISION, hub
 from PIL import Image
 
 from icl_moe import InContextModel
+from icl_moe.cli import parse_arguments
 from icl_moe.errors import InputError
 from icl_moe.inference.hub import find_model
 from icl_moe.inference.model import Region
@@ -102,6 +103,27 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path):
             find_model(name)
     with pytest.raises(InputError, match="A model is a folder or a name, not NoneType"):
         find_model(None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "segment ./demo --query a.png --out b.png",
+        "caption ./demo --query a.png",
+        "label ./demo --images a --out b.json",
+        "evaluate ./demo shards --out report",
+        "web ./demo",
+    ],
+)
+def test_a_folder_of_a_shipped_models_name_is_meant_by_its_path(command, tmp_path, monkeypatch):
+    """`icl-moe demo` makes a folder demo, and `icl-moe export --out demo` too."""
+    monkeypatch.chdir(tmp_path)
+    shipped = find_model("demo")
+    assert shipped.is_absolute() and find_model(Path("demo")) == shipped
+    (tmp_path / "demo").mkdir()
+    assert find_model("demo") == shipped
+    assert find_model(parse_arguments(command.split()).model) == Path("demo")
+    assert find_model(Path("demo")) == Path("demo")
 
 
 AUTO = """
