@@ -196,7 +196,12 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _label(options: argparse.Namespace) -> int:
-    from icl_moe.labelling.folders import find_examples, find_images, label_output
+    from icl_moe.labelling.folders import (
+        are_of_one_class,
+        find_examples,
+        find_images,
+        label_output,
+    )
 
     out = label_output(options.out, ".json", options.images)
     review = options.review and label_output(options.review, ".html", options.images)
@@ -210,12 +215,16 @@ def _label(options: argparse.Namespace) -> int:
         if options.examples is None
         else find_examples(options.examples, options.category)
     )
-    files = find_images(options.images)
+    files = find_images(options.images, examples)
 
     from icl_moe.inference.model import InContextModel
     from icl_moe.labelling.run import Labelling, label
+    from icl_moe.tasks import SEGMENTATION
 
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    if options.category is None and are_of_one_class(options.examples):
+        # The name that the output file gives their class would be a wrong one for a class prompt.
+        model.check_request(SEGMENTATION, examples=1, category=None)
     labelling = Labelling(
         examples,
         options.images,
