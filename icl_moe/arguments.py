@@ -24,8 +24,8 @@ def path(text: str) -> Path:
 
 
 def model(text: str) -> str:
-    """A model, as `find_model` takes it, with ~ expanded. It remains text, because a path would drop
-    the ./ by which a folder is told from the shipped model of its name.
+    """A model, as `find_model` takes it, with ~ expanded. It remains text, because a path would
+    drop the ./ by which a folder is told from the shipped model of its name.
     """
     path(text)
     return os.path.expanduser(text)  # noqa: PTH111  as in `path`
