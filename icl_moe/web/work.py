@@ -154,10 +154,10 @@ def marked_example(marked: str | None, caption: str | None = None, category: str
         return _captioned(name, image, box, caption, category)
     if not mask:
         raise InputError(f"Nothing is marked in {name} yet: draw a box or brush over the object.")
-    drawing = _from_data_url(mask, f"the mask of {name}").convert("L")
+    drawing = load_image(_from_data_url(mask, f"the mask of {name}"), f"The mask of {name}")
     if drawing.size != image.size:
         raise InputError(f"The mask of {name} has another size than its photograph.")
-    mask_HW = np.asarray(drawing) >= 128
+    mask_HW = np.asarray(drawing.convert("L")) >= 128
     if not mask_HW.any():
         raise InputError(f"Nothing is marked in {name} yet: draw a box or brush over the object.")
     return Example(name, image, mask_HW)
@@ -172,7 +172,7 @@ def uploaded_example(image: str | None, mask: str | None) -> Example:
         raise InputError(f"The {missing} is missing: choose both the photograph and its mask.")
     name = _file_name(image)
     picture = open_photograph(image)
-    _check_pixels(mask)
+    _check_file(mask)
     with _without_folders(mask):
         return Example(name, picture, load_mask(mask, picture.size))
 
@@ -181,7 +181,7 @@ def open_photograph(path: str | os.PathLike[str]) -> Image.Image:
     """The photograph as RGB. Raises InputError, which names the file without its folder, if it
     cannot be read or has more than `MEGAPIXELS`.
     """
-    _check_pixels(path)
+    _check_file(path)
     with _without_folders(path):
         return load_image(path)
 
@@ -213,29 +213,37 @@ def _from_data_url(url: Any, name: str) -> Image.Image:
     if len(url) > MEGABYTES * 1e6 * 4 / 3:
         raise InputError(f"{name} is larger than {MEGABYTES} megabytes.")
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True)))
+        content = base64.b64decode(url.partition(",")[2], validate=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has more than {MEGAPIXELS} million pixels.") from error
     except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
         raise InputError(f"What the page sent of {name} is not an image.") from error
-    _check_size(image, name)
+    _check_header(image, name)
     return image
 
 
-def _check_pixels(path: str | os.PathLike[str]) -> None:
-    """Raise InputError if a file's image is too large. What is no image passes: reading it says
-    so.
+def _check_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError if a file's image is too large, or would run a program. What is no image
+    passes: reading it says so.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                _check_size(image, _file_name(path))
+                _check_header(image, _file_name(path))
     except InputError:
         raise
     except Exception:  # Damaged files raise many kinds of exceptions in Pillow.
         return
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_header(image: Image.Image, name: str) -> None:
+    if image.format == "EPS":
+        # Pillow would start Ghostscript with it, whatever the name of the file is.
+        raise InputError(f"{name} is PostScript, which is not taken here: use a JPEG or PNG file.")
     millions = image.width * image.height / 1e6
     if millions > MEGAPIXELS:
         raise InputError(

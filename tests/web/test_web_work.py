@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -25,12 +27,27 @@ def url(levels):
     return "data:image/png;base64," + base64.b64encode(png_of(levels)).decode()
 
 
+def huge_png() -> bytes:
+    """A PNG file of 400 million pixels, whose data are missing."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
 def marked(picture, mask=None, **values):
+    """What the marker sends. mask: boolean (H, W), or a data URL."""
+    drawn = url(mask.astype(np.uint8) * 255) if isinstance(mask, np.ndarray) else mask
     return json.dumps(
         {
             "name": "scene.png",
             "picture": url(np.asarray(Image.open(picture))),
-            "mask": None if mask is None else url(mask.astype(np.uint8) * 255),
+            "mask": drawn,
             **values,
         }
     )
@@ -61,7 +78,11 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
     Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
     Image.new("L", (160, 160)).save(tmp_path / "black.png")
     (tmp_path / "no.png").write_text("no image")
+    Image.new("RGB", (160, 160)).save(tmp_path / "script.png", "EPS")
+    script = str(tmp_path / "script.png")
     empty = np.zeros_like(masks[0])
+    cut = "data:image/png;base64," + base64.b64encode(png_of(empty)[:-40]).decode()
+    bomb = "data:image/png;base64," + base64.b64encode(huge_png()).decode()
     for told, make in (
         ("no photograph to mark", lambda: work.marked_example("")),
         ("no photograph to mark", lambda: work.marked_example(None)),
@@ -72,6 +93,11 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
         ("Nothing is marked in scene.png", lambda: work.marked_example(marked(image))),
         ("Nothing is marked in scene.png", lambda: work.marked_example(marked(image, empty))),
         ("another size", lambda: work.marked_example(marked(image, empty[1:] + 1))),
+        ("mask of scene.png cannot", lambda: work.marked_example(marked(image, mask=cut))),
+        ("50 million pixels", lambda: work.marked_example(marked(image, mask=bomb))),
+        ("script.png is PostScript", lambda: work.uploaded_example(script, image)),
+        ("script.png is PostScript", lambda: work.uploaded_example(image, script)),
+        ("script.png is PostScript", lambda: work.open_photograph(script)),
         ("caption of scene.png is empty", lambda: work.marked_example(marked(image), " ")),
         ("outside", lambda: work.marked_example(marked(image, box=[900, 9, 5, 5]), "a thing")),
         ("damaged", lambda: work.marked_example(marked(image, box=[1, "x"]), "a thing")),
