@@ -140,12 +140,8 @@ def marked_example(marked: str | None, caption: str | None = None, category: str
     caption: None for an example with a mask; otherwise the text of its region. Raises InputError
     if there is no picture, if nothing is marked, or if the content is damaged.
     """
-    try:
-        values = json.loads(marked or "{}")
-        name, picture, mask = (values.get(key) for key in ("name", "picture", "mask"))
-        box = values.get("box")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError("What the page sent of the example is damaged: load it again.") from error
+    values = _values_of(marked)
+    name, picture, mask, box = (values.get(key) for key in ("name", "picture", "mask", "box"))
     if not picture:
         raise InputError("There is no photograph to mark yet: choose one first.")
     name = _file_name(name) if isinstance(name, str) else "example"
@@ -161,6 +157,20 @@ def marked_example(marked: str | None, caption: str | None = None, category: str
     if not mask_HW.any():
         raise InputError(f"Nothing is marked in {name} yet: draw a box or brush over the object.")
     return Example(name, image, mask_HW)
+
+
+def example_of(marked: str | None, image: str | None, mask: str | None) -> Example:
+    """The example that was marked, see `marked_example`, or the one that was uploaded, see
+    `uploaded_example`. Raises InputError also if it is not clear which one is meant.
+    """
+    if not image and not mask:
+        return marked_example(marked)
+    if _values_of(marked).get("mask"):
+        raise InputError(
+            "There are two examples, a marked one and an uploaded one: clear the marks, or remove "
+            "the uploaded files."
+        )
+    return uploaded_example(image, mask)
 
 
 def uploaded_example(image: str | None, mask: str | None) -> Example:
@@ -184,6 +194,17 @@ def open_photograph(path: str | os.PathLike[str]) -> Image.Image:
     _check_file(path)
     with _without_folders(path):
         return load_image(path)
+
+
+def _values_of(marked: str | None) -> dict[str, Any]:
+    """What the page's marker wrote; empty if it holds no photograph."""
+    try:
+        values = json.loads(marked or "{}")
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError("What the page sent of the example is damaged: load it again.")
+    return values
 
 
 def _captioned(name: str, image: Image.Image, box: Any, caption: str, category: str) -> Example:
@@ -328,16 +349,16 @@ def find(
     paths: Sequence[str] | None,
     category: str = "",
     closer: bool = False,
+    captions: bool = False,
 ) -> Iterator[Found | InputError]:
-    """The results of the photographs, in their order. A photograph that cannot be read is an
-    InputError among the results. closer: whether masks are read again in windows, see
+    """The results of the photographs, in their order: masks, or captions. A photograph that cannot
+    be read is an InputError among the results. closer: whether masks are read again in windows, see
     `Session.segment`. Raises InputError if the model cannot use these examples.
     """
     queries = check_queries(paths)
     if not examples and not model.format.class_prompt:
         raise InputError("There is no example yet: mark an object in a photograph and add it.")
     session = model.session([example.pair for example in examples], category.strip() or None)
-    captions = bool(examples) and examples[0].region is not None
     answer = session.caption if captions else partial(session.draw, windows=closer)
     for start in range(0, len(queries), BATCH):
         batch = queries[start : start + BATCH]

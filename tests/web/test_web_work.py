@@ -6,6 +6,7 @@ import json
 import struct
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from icl_moe.errors import InputError
+from icl_moe.inference.region import Region
 from icl_moe.rle import decode_rle
 from icl_moe.web import cards, work
 
@@ -114,6 +116,29 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
         assert str(tmp_path) not in sentence and str(folder) not in sentence
 
 
+def test_an_uploaded_example_and_a_marked_one_are_not_confused(scenes, tmp_path):
+    folder, masks = scenes
+    image, mask = str(folder / "0.png"), str(tmp_path / "mask.png")
+    Image.fromarray(masks[0]).save(mask)
+    chosen_only = marked(folder / "1.png")
+    assert work.example_of(chosen_only, image, mask).name == "0.png"
+    assert work.example_of("", image, mask).name == "0.png"
+    assert work.example_of(marked(folder / "1.png", masks[1]), None, None).name == "scene.png"
+    with pytest.raises(InputError, match="a marked one and an uploaded one"):
+        work.example_of(marked(folder / "1.png", masks[1]), image, mask)
+
+
+def test_captions_are_written_without_an_example_if_the_model_reads_names(scenes):
+    folder, _ = scenes
+    written = Region("a thing", "star", (1, 2, 3, 4))
+    session = SimpleNamespace(caption=lambda queries: (written for _ in queries))
+    model = SimpleNamespace(
+        format=SimpleNamespace(class_prompt=True), session=lambda pairs, category: session
+    )
+    (found,) = work.find(model, (), [str(folder / "1.png")], "star", captions=True)
+    assert found.region is written
+
+
 def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
     demo, scenes, example, tmp_path
 ):
@@ -186,7 +211,7 @@ def test_captions_come_with_the_box_in_the_photograph(both_tasks, scenes):
     example = work.marked_example(text, "a thing", "star" if category else "")
     assert example.region.box == (10, 20, 60, 50)
     path = str(folder / "1.png")
-    (found,) = work.find(both_tasks, (example,), [path], "star" if category else "")
+    (found,) = work.find(both_tasks, (example,), [path], "star" if category else "", captions=True)
     single = both_tasks.caption([example.pair], path, "star" if category else None)
     assert found.region == single
     kept = work.Kept()
