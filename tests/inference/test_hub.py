@@ -60,8 +60,9 @@ print(fetched.push_to_hub("someone/model", metrics=sys.argv[3], token="secret"))
 
 def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card_in_one_commit(model, tmp_path):
     row = {"name": "1 example", "prediction": "model", "shots": 1, "miou": 0.4321}
+    without = {"name": "0 examples", "prediction": "model", "shots": 0, "miou": 0.2}
     metrics = tmp_path / "metrics.json"
-    metrics.write_text(json.dumps({"tasks": {"segmentation": {"rows": [row]}}}))
+    metrics.write_text(json.dumps({"tasks": {"segmentation": {"rows": [row, without]}}}))
     uploaded = tmp_path / "uploaded"
     with hub(model, uploaded) as (address, commits):
         done = run(
@@ -81,6 +82,7 @@ def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card_in_one_commi
     card = (uploaded / "README.md").read_text()
     assert card.startswith("---\n")
     assert "| segmentation | 1 example | 1 | miou | 0.4321 |" in card
+    assert "| segmentation | 0 examples | 0 | miou | 0.2 |" in card
     assert "| optimizer steps | 7 |" in card
 
 
