@@ -59,8 +59,10 @@ def load_mask(mask: ImageLike, size: tuple[int, int] | None, what: str = "The ma
         levels_HWC, format = _levels(mask, name)
     height, width = levels_HWC.shape[:2]
     if size is not None and (width, height) != size:
+        hint = "; if EXIF data turn the image, the mask must be turned too"
         raise InputError(
-            f"{name} is {width} x {height} pixels, but its image is {size[0]} x {size[1]}."
+            f"{name} is {width} x {height} pixels, but its image is {size[0]} x {size[1]}"
+            f"{hint if (height, width) == size else ''}."
         )
     brightness_HW = _brightness(levels_HWC)
     least, most = float(brightness_HW.min()), float(brightness_HW.max())
