@@ -1,12 +1,8 @@
 """`icl-moe shards` and `icl-moe episodes`: training data and the episodes of benchmarks."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from icl_moe import arguments as take
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_shards(verbs: argparse._SubParsersAction) -> None:

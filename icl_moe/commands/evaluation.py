@@ -3,13 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from icl_moe import arguments as take
 from icl_moe.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_evaluate(verbs: argparse._SubParsersAction) -> None:

@@ -1,14 +1,11 @@
 """`icl-moe tokenizer`: training, making, measuring and converting image tokenizers."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icl_moe import arguments as take
 from icl_moe.errors import InputError
 from icl_moe.ranges import LARGEST_SIDE
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
