@@ -125,6 +125,12 @@ def middle_square(size: tuple[int, int]) -> PixelBox:
     return left, top, left + side, top + side
 
 
+def box_of_mask(mask_HW: np.ndarray) -> PixelBox:
+    """The box around the pixels of a boolean mask, of which there is at least one."""
+    rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def crop_and_resize(image: Image.Image, box: PixelBox, size: int) -> Image.Image:
     """`box` of an RGB image, resized to size x size: bicubic, antialiased."""
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from icl_moe.errors import InputError
-from icl_moe.images import load_image, load_mask
+from icl_moe.images import box_of_mask, load_image, load_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.region import Region
 from icl_moe.rle import encode_rle
@@ -96,6 +96,7 @@ class Kept:
             {"id": number, "file_name": found.name, "width": width, "height": height}
         )
         if mask_HW.any():
+            left, top, right, bottom = box_of_mask(mask_HW)
             self.annotations.append(
                 {
                     "id": len(self.annotations) + 1,
@@ -103,7 +104,7 @@ class Kept:
                     "category_id": 1,
                     "segmentation": encode_rle(mask_HW),
                     "area": int(mask_HW.sum()),
-                    "bbox": box_of_mask(mask_HW),
+                    "bbox": [left, top, right - left, bottom - top],
                     "iscrowd": 0,
                     **({} if (score := found.drawn.score()) is None else {"score": score}),
                 }
@@ -386,13 +387,6 @@ def _open_or_error(path: str) -> Image.Image | InputError:
 
 
 # --- Of one mask ---
-
-
-def box_of_mask(mask_HW: np.ndarray) -> list[float]:
-    """x, y, width, height in pixels of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-    top, left = int(rows[0]), int(columns[0])
-    return [float(left), float(top), float(columns[-1] + 1 - left), float(rows[-1] + 1 - top)]
 
 
 def png(mask_HW: np.ndarray) -> bytes:
