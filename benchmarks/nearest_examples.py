@@ -10,7 +10,7 @@ Random examples are drawn several times for each query, and count with their mea
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     model = InContextModel.from_pretrained(options.model)
-    examples = by_class(model, list(photographs(model, options.coco, "train2017")))
+    examples = by_class(model, photographs(model, options.coco, "train2017"))
     queries = [
         (photograph, number)
         for photograph in photographs(model, options.coco, "val2017")
@@ -101,7 +101,9 @@ def class_masks(coco: COCO, image: int, least: float = LEAST_SHOWN) -> dict[int,
     return {number: mask_HW for number, mask_HW in masks.items() if mask_HW.mean() >= least}
 
 
-def by_class(model: InContextModel, shown: list[Photograph]) -> dict[int, list[SegmentationPair]]:
+def by_class(
+    model: InContextModel, shown: Iterable[Photograph]
+) -> dict[int, list[SegmentationPair]]:
     pairs: dict[int, list[SegmentationPair]] = {}
     for codes_N, masks in shown:
         for number, mask_HW in masks.items():

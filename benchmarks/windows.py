@@ -12,6 +12,7 @@ class, in which the class covers at least 3 %.
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import Goal, report
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from icl_moe.bootstrap import mean_intervals
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.session import Session
+from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.mask_scores import mask_iou
 
 SIZES = {"small": (0.005, 0.03), "medium": (0.03, 0.2)}
@@ -39,9 +41,9 @@ def main() -> None:
     options = parser.parse_args()
     model = InContextModel.from_pretrained(options.model)
     rng = np.random.default_rng(0)
-    shown: dict[int, list[Object]] = {}
-    for each in objects(options.coco, "train2017", SIZES["medium"][0], 1.0):
-        shown.setdefault(each[1], []).append(each)
+    shown: dict[int, list[tuple[Path, dict[str, Any]]]] = {}
+    for image, number, mask_HW in objects(options.coco, "train2017", SIZES["medium"][0], 1.0):
+        shown.setdefault(number, []).append((image, encode_rle(mask_HW)))
     sessions: dict[int, Session] = {}
     figures: dict[str, float] = {}
     goals = []
@@ -51,8 +53,8 @@ def main() -> None:
         ious_Q2, windows = [], 0
         for file, number, true_HW in tqdm([queries[n] for n in chosen], size):
             if number not in sessions:
-                image, _, mask_HW = shown[number][rng.integers(len(shown[number]))]
-                sessions[number] = model.session([(image, mask_HW)])
+                image, rle = shown[number][rng.integers(len(shown[number]))]
+                sessions[number] = model.session([(image, decode_rle(rle))])
             whole = sessions[number].draw(file)
             close = sessions[number].draw(file, windows=True)
             windows += close.windows

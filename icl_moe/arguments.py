@@ -23,6 +23,14 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  unlike pathlib's, this never raises
 
 
+def model(text: str) -> str:
+    """A model, as `find_model` takes it, with ~ expanded. It remains text, because a path would
+    drop the ./ by which a folder is told from the shipped model of its name.
+    """
+    path(text)
+    return os.path.expanduser(text)  # noqa: PTH111  as in `path`
+
+
 def folder(text: str) -> Path:
     """A folder to write into (see `output_folder`)."""
     try:
@@ -94,7 +102,7 @@ def add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 def add_examples(parser: argparse.ArgumentParser, output: str) -> None:
     """A model, examples of an image and its `output`, and a query."""
-    parser.add_argument("model", type=path, help=MODEL)
+    parser.add_argument("model", type=model, help=MODEL)
     parser.add_argument(
         "--example",
         nargs=2,

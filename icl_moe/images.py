@@ -59,8 +59,10 @@ def load_mask(mask: ImageLike, size: tuple[int, int] | None, what: str = "The ma
         levels_HWC, format = _levels(mask, name)
     height, width = levels_HWC.shape[:2]
     if size is not None and (width, height) != size:
+        hint = "; if EXIF data turn the image, the mask must be turned too"
         raise InputError(
-            f"{name} is {width} x {height} pixels, but its image is {size[0]} x {size[1]}."
+            f"{name} is {width} x {height} pixels, but its image is {size[0]} x {size[1]}"
+            f"{hint if (height, width) == size else ''}."
         )
     brightness_HW = _brightness(levels_HWC)
     least, most = float(brightness_HW.min()), float(brightness_HW.max())
@@ -121,6 +123,12 @@ def middle_square(size: tuple[int, int]) -> PixelBox:
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return left, top, left + side, top + side
+
+
+def box_of_mask(mask_HW: np.ndarray) -> PixelBox:
+    """The box around the pixels of a boolean mask, of which there is at least one."""
+    rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def crop_and_resize(image: Image.Image, box: PixelBox, size: int) -> Image.Image:

@@ -60,11 +60,16 @@ _KINDS = {  # by how such files begin, in lower case
     b"pk\x03\x04": "a ZIP archive; unpack it first",
 }
 
+_HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
+"""The fifth to twelfth byte of the photographs of phones."""
+
 
 def other_kind(start: bytes) -> str | None:
     """What a file that begins with `start` is, where it is none of data but what people often have
     in its place; as the end of a sentence, with what to do.
     """
+    if start[4:12] in _HEIC:
+        return "in the format HEIC, which cannot be read here; convert it to JPEG or PNG first"
     head = start[:64].lstrip().lower()
     return next((kind for magic, kind in _KINDS.items() if head.startswith(magic)), None)
 

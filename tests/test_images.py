@@ -417,6 +417,10 @@ def test_a_mask_is_turned_upright_as_its_image_is(tmp_path: Path) -> None:
     mask_HW = disc()[:50]
     Image.fromarray(mask_HW).convert("L").save(tmp_path / "side.png", exif=exif)
     np.testing.assert_array_equal(load_mask(tmp_path / "side.png", (50, 64)), np.rot90(mask_HW, -1))
+    with pytest.raises(
+        InputError, match=r"64 x 50 .* is 50 x 64; if EXIF data turn the image, the"
+    ):
+        load_mask(mask_HW, (50, 64))
 
 
 @pytest.mark.parametrize(

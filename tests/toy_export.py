@@ -18,12 +18,12 @@ from preprocessing.build import build_shards
 from preprocessing.recipe import DataRecipe
 
 
-def build_toy_line(folder: Path, images: int = 12, samples: int = 2) -> Path:
+def build_toy_line(folder: Path, images: int = 12, samples: int = 2, *others: str) -> Path:
     """Write a tokenizer, shards of drawn scenes in its codes, and a model for these into `folder`.
-    Returns the model's folder, `folder/model`.
+    Returns the model's folder, `folder/model`. others: further settings of the data recipe.
     """
     tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
-    settings = (f"synthetic.images={images}", f"samples={samples}")
+    settings = (f"synthetic.images={images}", f"samples={samples}", *others)
     recipe = load_recipe(
         DataRecipe,
         "demo",

@@ -10,7 +10,7 @@ from icl_moe.errors import InputError
 
 def add_evaluate(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("evaluate", help="measure a model on the episodes of a shard folder")
-    parser.add_argument("model", type=take.path, help=take.MODEL)
+    parser.add_argument("model", type=take.model, help=take.MODEL)
     parser.add_argument(
         "shards", help="a shard folder: a path, or a URL such as s3://bucket/folder"
     )

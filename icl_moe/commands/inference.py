@@ -50,7 +50,7 @@ def add_caption(verbs: argparse._SubParsersAction) -> None:
 
 def add_label(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("label", help="label a folder of images according to examples")
-    parser.add_argument("model", type=take.path, help=take.MODEL)
+    parser.add_argument("model", type=take.model, help=take.MODEL)
     parser.add_argument(
         "--examples",
         type=take.path,
@@ -98,7 +98,7 @@ def add_web(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        type=take.path,
+        type=take.model,
         default="photographs",
         help=f"{take.MODEL} (%(default)s)",
     )
@@ -198,7 +198,12 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _label(options: argparse.Namespace) -> int:
-    from icl_moe.labelling.folders import find_examples, find_images, label_output
+    from icl_moe.labelling.folders import (
+        are_of_one_class,
+        find_examples,
+        find_images,
+        label_output,
+    )
 
     out = label_output(options.out, ".json", options.images)
     review = options.review and label_output(options.review, ".html", options.images)
@@ -212,14 +217,18 @@ def _label(options: argparse.Namespace) -> int:
         if options.examples is None
         else find_examples(options.examples, options.category)
     )
-    files = find_images(options.images)
+    files = find_images(options.images, examples)
 
     from icl_moe.inference.model import InContextModel
     from icl_moe.labelling.run import Labelling, label
+    from icl_moe.tasks import SEGMENTATION
 
     model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
     if not options.edges:
         model.edges = None
+    if options.category is None and are_of_one_class(options.examples):
+        # The name that the output file gives their class would be a wrong one for a class prompt.
+        model.check_request(SEGMENTATION, examples=1, category=None)
     labelling = Labelling(
         examples,
         options.images,

@@ -2,12 +2,8 @@
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
 from icl_moe import arguments as take
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_train(verbs: argparse._SubParsersAction) -> None:

@@ -431,14 +431,16 @@ def _mean_of_groups(logits_BV: torch.Tensor, outputs: Sequence[_Output]) -> torc
     """For each output, the logarithm of the mean of the probabilities after all groups of examples
     of its request, weighted by the sizes of the groups.
     """
-    requests = sorted({output.request for output in outputs})
-    weights_RB = logits_BV.new_tensor(
-        [[output.examples * (output.request == n) for output in outputs] for n in requests]
-    )
-    weights_RB /= weights_RB.sum(dim=1, keepdim=True)
-    mean_RV = weights_RB @ logits_BV.softmax(dim=1)
-    rows = [requests.index(output.request) for output in outputs]
-    return mean_RV.log()[rows]
+    rows_of: dict[int, list[int]] = {}
+    for row, output in enumerate(outputs):
+        rows_of.setdefault(output.request, []).append(row)
+    # A request without examples is one group, whose size must not be 0.
+    sizes_B = logits_BV.new_tensor([max(1, output.examples) for output in outputs])
+    mean_BV = torch.empty_like(logits_BV)
+    for rows in rows_of.values():
+        weights_G1 = sizes_B[rows, None] / sizes_B[rows].sum()
+        mean_BV[rows] = (logits_BV[rows].log_softmax(dim=1) + weights_G1.log()).logsumexp(dim=0)
+    return mean_BV
 
 
 def _choose(

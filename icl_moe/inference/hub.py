@@ -22,15 +22,15 @@ def find_model(source: str | Path) -> Path:
 
     source: the name of a shipped model; a folder; or a model of the Hugging Face Hub, OWNER/NAME or
     OWNER/NAME@REVISION, which is fetched into the Hub's cache. A shipped name takes precedence over
-    a folder (write ./demo for a folder), and a folder over the Hub. Raises InputError if none of
-    these exists.
+    a folder (write ./demo, or give a Path, for a folder), and a folder over the Hub. Raises
+    InputError if none of these exists.
     """
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"A model is a folder or a name, not {type(source).__name__}.")
     name, shipped = str(source), shipped_folders("models", "config.json")
-    if name in shipped:
-        return shipped[name]
     folder = Path(source)
+    if name in shipped and (isinstance(source, str) or not folder.exists()):
+        return shipped[name]
     if folder.exists():
         return folder
     if not _HUB_ID.fullmatch(name):

@@ -82,10 +82,15 @@ def _scores(metrics: Path | None) -> str:
     content = json.loads(metrics.read_text(encoding="utf-8"))
     about = ("name", "prediction", "shots", "control", "copy_rate", "truth_copy_rate")
     rows = [
-        (task, row["name"], str(row.get("shots") or "–"), name, f"{value:.4g}")
+        (task, row["name"], _shots(row), name, f"{value:.4g}")
         for task, result in content["tasks"].items()
         for row in [*result["rows"], *result.get("swapped", [])]
         for name, value in row.items()
         if name not in about and isinstance(value, int | float)
     ]
     return as_markdown(Table(("task", "row", "examples", "score", "value"), rows))
+
+
+def _shots(row: Mapping[str, Any]) -> str:
+    shots = row.get("shots")
+    return "–" if shots is None else str(shots)

@@ -12,6 +12,9 @@ import torch
 
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 
+_TOGETHER = 16
+"""How many images are described at a time."""
+
 
 class Shelf:
     """Examples, as pairs of codes, of which each query gets the `count` nearest ones."""
@@ -38,7 +41,9 @@ def describe(tokenizers: ImageTokenizers, codes_BN: np.ndarray) -> np.ndarray:
     """
     codes = torch.as_tensor(codes_BN).cpu()
     if tokenizers.features is not None:
-        points_BD = tokenizers.input_vectors_KC.cpu()[codes].mean(dim=1)
+        vectors_KD = tokenizers.input_vectors_KC.cpu()
+        # A few images at a time: the vectors of their cells take much more memory than their means.
+        points_BD = torch.cat([vectors_KD[some].mean(dim=1) for some in codes.split(_TOGETHER)])
     else:
         size = len(tokenizers.input_vectors_KC)
         points_BD = torch.stack([each.bincount(minlength=size) for each in codes]).float().sqrt()

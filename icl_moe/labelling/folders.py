@@ -17,12 +17,17 @@ _PARTS = ("images", "masks")
 _UNNAMED = "object"
 """The class of examples without a name."""
 
+_PHOTOGRAPHS_OF_PHONES = (".heic", ".heif")
+"""Pillow does not read them. They count as images so that they are named among those that cannot be
+read, and are not silently missing.
+"""
 
-def find_images(folder: Path) -> list[str]:
+
+def find_images(folder: Path, examples: ExampleFiles) -> list[str]:
     """The images in a folder and in those within it, as sorted paths below it with /.
 
-    Hidden ones, and files that no image is called like, are left out. Raises InputError if there
-    are none.
+    Hidden ones, files that no image is called like, and the masks of the examples are left out.
+    Raises InputError if there are none.
     """
     _check_folder(folder)
     found = [
@@ -30,8 +35,12 @@ def find_images(folder: Path) -> list[str]:
         for path in folder.rglob("*")
         if _is_called_like_an_image(path) and path.is_file()
     ]
+    masks = {os.path.realpath(mask) for pairs in examples.values() for _, mask in pairs}
     names = sorted(
-        path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)
+        path.as_posix()
+        for path in found
+        if not any(part.startswith(".") for part in path.parts)
+        and os.path.realpath(folder / path) not in masks
     )
     if not names:
         raise InputError(f"{folder} holds no images, such as .jpg or .png files.")
@@ -46,7 +55,7 @@ def find_examples(folder: Path, category: str | None = None) -> ExampleFiles:
     mask, or a mask its image, and if there are no examples.
     """
     _check_folder(folder)
-    if any((folder / part).is_dir() for part in _PARTS):
+    if are_of_one_class(folder):
         return {category or _UNNAMED: _pairs(folder)}
     classes = sorted(
         path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
@@ -61,6 +70,11 @@ def find_examples(folder: Path, category: str | None = None) -> ExampleFiles:
             f"{folder} has a folder for each class, which names it: leave --category out."
         )
     return {path.name: _pairs(path) for path in classes}
+
+
+def are_of_one_class(folder: Path) -> bool:
+    """Whether a folder of examples has no folder for each class, so that nothing names theirs."""
+    return any((folder / part).is_dir() for part in _PARTS)
 
 
 def label_output(path: str, suffix: str, images: Path) -> Path:
@@ -125,7 +139,8 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _is_called_like_an_image(path: Path) -> bool:
-    return path.suffix.lower() in Image.registered_extensions()
+    suffix = path.suffix.lower()
+    return suffix in Image.registered_extensions() or suffix in _PHOTOGRAPHS_OF_PHONES
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The journal of a labelling run: what is finished, so that a killed run goes on where it was."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -63,7 +64,9 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._file.close()
+        # Closing tries again to write what the system has just refused, which was reported.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _append(self, content: Any) -> None:
         self._file.write(_line(content))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from icl_moe.errors import InputError
 from icl_moe.images import load_image
+from icl_moe.inputs import whole_characters
 from icl_moe.labelling.journal import Journal
 from icl_moe.outputs import write_output
 from icl_moe.pages import render
@@ -42,7 +43,7 @@ def write_review(page: Path, folder: Path, classes: Sequence[str], journal: Jour
         classes=[(name, COLOURS[n % len(COLOURS)]) for n, name in enumerate(classes)],
         images=[_shown(folder, classes, entry) for _, _, entry in least],
     )
-    write_output(page, content)
+    write_output(page, whole_characters(content))  # Names of files may hold bytes of any kind.
 
 
 def _shown(folder: Path, classes: Sequence[str], entry: Mapping[str, Any]) -> _Shown:

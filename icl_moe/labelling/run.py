@@ -15,6 +15,7 @@ from tqdm import tqdm
 from icl_moe import __version__
 from icl_moe.errors import InputError
 from icl_moe.files import partial_of
+from icl_moe.images import box_of_mask
 from icl_moe.inference.examples import in_batches
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.inference.session import Query, Session
@@ -178,10 +179,9 @@ def _score(drawn: DrawnMask, part_HW: np.ndarray) -> float:
 
 
 def _outline(mask_HW: np.ndarray) -> dict[str, Any]:
-    rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
-    left, top = int(columns[0]), int(rows[0])
+    left, top, right, bottom = box_of_mask(mask_HW)
     return {
-        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "bbox": [left, top, right - left, bottom - top],
         "area": int(mask_HW.sum()),
         "counts": encode_rle(mask_HW)["counts"],
     }

@@ -20,7 +20,7 @@ from icl_moe.attributes import Modality
 from icl_moe.bootstrap import Statistic, mean_intervals, mean_statistic
 from icl_moe.boxes import Box, box_iou, box_to_bins, brightest_box
 from icl_moe.errors import InputError
-from icl_moe.images import box_to_mask, to_image
+from icl_moe.images import box_of_mask, box_to_mask, to_image
 from icl_moe.pictures import Cell, boxed
 from icl_moe.sequence import Part, SequenceCodec, SequenceFormat, SequenceWriter
 from icl_moe.tasks.caption_scores import (
@@ -467,15 +467,9 @@ def _box_around(drawn_HW: np.ndarray) -> Box | None:
     """The box around what is True; None where nothing is."""
     if not drawn_HW.any():
         return None
-    rows = np.flatnonzero(drawn_HW.any(axis=1))
-    columns = np.flatnonzero(drawn_HW.any(axis=0))
+    left, top, right, bottom = box_of_mask(drawn_HW)
     height, width = drawn_HW.shape
-    return (
-        float(columns[0] / width),
-        float(rows[0] / height),
-        float((columns[-1] + 1) / width),
-        float((rows[-1] + 1) / height),
-    )
+    return left / width, top / height, right / width, bottom / height
 
 
 _FIELDS = {"category": "category_accuracy", "box IoU": "box_iou"}

@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from icl_moe.errors import InputError
+from icl_moe.images import box_of_mask
 from icl_moe.pages import render
 from icl_moe.pictures import BOX_COLOUR, boxed
 from icl_moe.tasks.drawn_mask import DrawnMask
-from icl_moe.web.work import Example, Found, Kept, box_of_mask, png, shrunk
+from icl_moe.web.work import Example, Found, Kept, png, shrunk
 
 SIDE = 720
 """Pixels along the longer side of a picture on the page."""
@@ -181,8 +182,8 @@ def _where(mask_HW: np.ndarray) -> str:
     """The place of a mask in words, for those who do not see it."""
     if not mask_HW.any():
         return ""
-    x, y, width, height = (round(value) for value in box_of_mask(mask_HW))
-    return f", in the box from ({x}, {y}) to ({x + width}, {y + height}) pixels"
+    left, top, right, bottom = box_of_mask(mask_HW)
+    return f", in the box from ({left}, {top}) to ({right}, {bottom}) pixels"
 
 
 _TINT = np.array([(12, 14, 18, 70), (*MASK_COLOUR, 70), (255, 255, 255, 240)], dtype=np.uint8)

@@ -59,6 +59,8 @@ async function open(source, title) {
     each.height = Math.max(1, Math.round(image.naturalHeight * factor));
   }
   const paint = picture.getContext("2d");
+  paint.fillStyle = "black"; // What is transparent is black for the model.
+  paint.fillRect(0, 0, picture.width, picture.height);
   paint.imageSmoothingQuality = "high";
   paint.drawImage(image, 0, 0, picture.width, picture.height);
   pictureUrl = picture.toDataURL("image/png");

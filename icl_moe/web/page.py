@@ -102,10 +102,10 @@ class _Tab:
             )
             self.category = self._category()
             return
-        with gr.Tabs(selected="mark") as self.ways:
-            with gr.Tab("Mark it here", id="mark"):
+        with gr.Tabs():
+            with gr.Tab("Mark it here"):
                 self.marker = self._marker("all")
-            with gr.Tab("Upload a mask", id="files"):
+            with gr.Tab("Upload a mask"):
                 self.photograph = gr.File(
                     file_types=["image"], height=160, label="The photograph of the example"
                 )
@@ -178,9 +178,7 @@ class _Tab:
             caption, category = others
             return work.marked_example(marked, caption or "", category or "")
         photograph, mask = others
-        if not marked and (photograph or mask):
-            return work.uploaded_example(photograph, mask)
-        return work.marked_example(marked)
+        return work.example_of(marked, photograph, mask)
 
     def remove_example(
         self, examples: Sequence[Example], event: gr.EventData
@@ -200,7 +198,7 @@ class _Tab:
         total = len(paths or ())
         try:
             name = category if self.named else ""
-            for each in work.find(self.model, examples, paths, name, closer):
+            for each in work.find(self.model, examples, paths, name, closer, self.captions):
                 if isinstance(each, work.Found):
                     kept.add(each)
                 done.append(cards.card_of(each) if isinstance(each, work.Found) else each)

@@ -181,8 +181,10 @@ def _is_too_much(length: int) -> bool:
 
 
 async def _refuse(send: Send) -> None:
-    """Answer that a request is too large. The server holds its sender to the length it gave."""
-    text = f"At most {MOST_AT_ONCE} megabytes are allowed at once."
+    """Answer that a request is too large, or of unknown length. The server holds its sender to the
+    length it gave.
+    """
+    text = f"A request must say its length, of at most {MOST_AT_ONCE} megabytes."
     start = {"type": "http.response.start", "status": 413}
     await send({**start, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
     await send({"type": "http.response.body", "body": text.encode()})

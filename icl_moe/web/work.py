@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from icl_moe.errors import InputError
-from icl_moe.images import load_image, load_mask
+from icl_moe.images import box_of_mask, load_image, load_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.region import Region
 from icl_moe.rle import encode_rle
@@ -96,6 +96,7 @@ class Kept:
             {"id": number, "file_name": found.name, "width": width, "height": height}
         )
         if mask_HW.any():
+            left, top, right, bottom = box_of_mask(mask_HW)
             self.annotations.append(
                 {
                     "id": len(self.annotations) + 1,
@@ -103,7 +104,7 @@ class Kept:
                     "category_id": 1,
                     "segmentation": encode_rle(mask_HW),
                     "area": int(mask_HW.sum()),
-                    "bbox": box_of_mask(mask_HW),
+                    "bbox": [left, top, right - left, bottom - top],
                     "iscrowd": 0,
                     **({} if (score := found.drawn.score()) is None else {"score": score}),
                 }
@@ -140,12 +141,8 @@ def marked_example(marked: str | None, caption: str | None = None, category: str
     caption: None for an example with a mask; otherwise the text of its region. Raises InputError
     if there is no picture, if nothing is marked, or if the content is damaged.
     """
-    try:
-        values = json.loads(marked or "{}")
-        name, picture, mask = (values.get(key) for key in ("name", "picture", "mask"))
-        box = values.get("box")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError("What the page sent of the example is damaged: load it again.") from error
+    values = _values_of(marked)
+    name, picture, mask, box = (values.get(key) for key in ("name", "picture", "mask", "box"))
     if not picture:
         raise InputError("There is no photograph to mark yet: choose one first.")
     name = _file_name(name) if isinstance(name, str) else "example"
@@ -154,13 +151,27 @@ def marked_example(marked: str | None, caption: str | None = None, category: str
         return _captioned(name, image, box, caption, category)
     if not mask:
         raise InputError(f"Nothing is marked in {name} yet: draw a box or brush over the object.")
-    drawing = _from_data_url(mask, f"the mask of {name}").convert("L")
+    drawing = load_image(_from_data_url(mask, f"the mask of {name}"), f"The mask of {name}")
     if drawing.size != image.size:
         raise InputError(f"The mask of {name} has another size than its photograph.")
-    mask_HW = np.asarray(drawing) >= 128
+    mask_HW = np.asarray(drawing.convert("L")) >= 128
     if not mask_HW.any():
         raise InputError(f"Nothing is marked in {name} yet: draw a box or brush over the object.")
     return Example(name, image, mask_HW)
+
+
+def example_of(marked: str | None, image: str | None, mask: str | None) -> Example:
+    """The example that was marked, see `marked_example`, or the one that was uploaded, see
+    `uploaded_example`. Raises InputError also if it is not clear which one is meant.
+    """
+    if not image and not mask:
+        return marked_example(marked)
+    if _values_of(marked).get("mask"):
+        raise InputError(
+            "There are two examples, a marked one and an uploaded one: clear the marks, or remove "
+            "the uploaded files."
+        )
+    return uploaded_example(image, mask)
 
 
 def uploaded_example(image: str | None, mask: str | None) -> Example:
@@ -172,7 +183,7 @@ def uploaded_example(image: str | None, mask: str | None) -> Example:
         raise InputError(f"The {missing} is missing: choose both the photograph and its mask.")
     name = _file_name(image)
     picture = open_photograph(image)
-    _check_pixels(mask)
+    _check_file(mask)
     with _without_folders(mask):
         return Example(name, picture, load_mask(mask, picture.size))
 
@@ -181,9 +192,20 @@ def open_photograph(path: str | os.PathLike[str]) -> Image.Image:
     """The photograph as RGB. Raises InputError, which names the file without its folder, if it
     cannot be read or has more than `MEGAPIXELS`.
     """
-    _check_pixels(path)
+    _check_file(path)
     with _without_folders(path):
         return load_image(path)
+
+
+def _values_of(marked: str | None) -> dict[str, Any]:
+    """What the page's marker wrote; empty if it holds no photograph."""
+    try:
+        values = json.loads(marked or "{}")
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError("What the page sent of the example is damaged: load it again.")
+    return values
 
 
 def _captioned(name: str, image: Image.Image, box: Any, caption: str, category: str) -> Example:
@@ -213,29 +235,37 @@ def _from_data_url(url: Any, name: str) -> Image.Image:
     if len(url) > MEGABYTES * 1e6 * 4 / 3:
         raise InputError(f"{name} is larger than {MEGABYTES} megabytes.")
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True)))
+        content = base64.b64decode(url.partition(",")[2], validate=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has more than {MEGAPIXELS} million pixels.") from error
     except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
         raise InputError(f"What the page sent of {name} is not an image.") from error
-    _check_size(image, name)
+    _check_header(image, name)
     return image
 
 
-def _check_pixels(path: str | os.PathLike[str]) -> None:
-    """Raise InputError if a file's image is too large. What is no image passes: reading it says
-    so.
+def _check_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError if a file's image is too large, or would run a program. What is no image
+    passes: reading it says so.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                _check_size(image, _file_name(path))
+                _check_header(image, _file_name(path))
     except InputError:
         raise
     except Exception:  # Damaged files raise many kinds of exceptions in Pillow.
         return
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_header(image: Image.Image, name: str) -> None:
+    if image.format == "EPS":
+        # Pillow would start Ghostscript with it, whatever the name of the file is.
+        raise InputError(f"{name} is PostScript, which is not taken here: use a JPEG or PNG file.")
     millions = image.width * image.height / 1e6
     if millions > MEGAPIXELS:
         raise InputError(
@@ -320,16 +350,16 @@ def find(
     paths: Sequence[str] | None,
     category: str = "",
     closer: bool = False,
+    captions: bool = False,
 ) -> Iterator[Found | InputError]:
-    """The results of the photographs, in their order. A photograph that cannot be read is an
-    InputError among the results. closer: whether masks are read again in windows, see
+    """The results of the photographs, in their order: masks, or captions. A photograph that cannot
+    be read is an InputError among the results. closer: whether masks are read again in windows, see
     `Session.segment`. Raises InputError if the model cannot use these examples.
     """
     queries = check_queries(paths)
     if not examples and not model.format.class_prompt:
         raise InputError("There is no example yet: mark an object in a photograph and add it.")
     session = model.session([example.pair for example in examples], category.strip() or None)
-    captions = bool(examples) and examples[0].region is not None
     answer = session.caption if captions else partial(session.draw, windows=closer)
     for start in range(0, len(queries), BATCH):
         batch = queries[start : start + BATCH]
@@ -357,13 +387,6 @@ def _open_or_error(path: str) -> Image.Image | InputError:
 
 
 # --- Of one mask ---
-
-
-def box_of_mask(mask_HW: np.ndarray) -> list[float]:
-    """x, y, width, height in pixels of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-    top, left = int(rows[0]), int(columns[0])
-    return [float(left), float(top), float(columns[-1] + 1 - left), float(rows[-1] + 1 - top)]
 
 
 def png(mask_HW: np.ndarray) -> bytes:

@@ -15,6 +15,7 @@ from inference.hub_server import REPOSITORY, REVISION, hub
 from PIL import Image
 
 from icl_moe import InContextModel
+from icl_moe.cli import parse_arguments
 from icl_moe.errors import InputError
 from icl_moe.inference.hub import find_model
 from icl_moe.inference.model import Region
@@ -59,8 +60,9 @@ print(fetched.push_to_hub("someone/model", metrics=sys.argv[3], token="secret"))
 
 def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card_in_one_commit(model, tmp_path):
     row = {"name": "1 example", "prediction": "model", "shots": 1, "miou": 0.4321}
+    without = {"name": "0 examples", "prediction": "model", "shots": 0, "miou": 0.2}
     metrics = tmp_path / "metrics.json"
-    metrics.write_text(json.dumps({"tasks": {"segmentation": {"rows": [row]}}}))
+    metrics.write_text(json.dumps({"tasks": {"segmentation": {"rows": [row, without]}}}))
     uploaded = tmp_path / "uploaded"
     with hub(model, uploaded) as (address, commits):
         done = run(
@@ -80,6 +82,7 @@ def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card_in_one_commi
     card = (uploaded / "README.md").read_text()
     assert card.startswith("---\n")
     assert "| segmentation | 1 example | 1 | miou | 0.4321 |" in card
+    assert "| segmentation | 0 examples | 0 | miou | 0.2 |" in card
     assert "| optimizer steps | 7 |" in card
 
 
@@ -102,6 +105,27 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path):
             find_model(name)
     with pytest.raises(InputError, match="A model is a folder or a name, not NoneType"):
         find_model(None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "segment ./demo --query a.png --out b.png",
+        "caption ./demo --query a.png",
+        "label ./demo --images a --out b.json",
+        "evaluate ./demo shards --out report",
+        "web ./demo",
+    ],
+)
+def test_a_folder_of_a_shipped_models_name_is_meant_by_its_path(command, tmp_path, monkeypatch):
+    """`icl-moe demo` makes a folder demo, and `icl-moe export --out demo` too."""
+    monkeypatch.chdir(tmp_path)
+    shipped = find_model("demo")
+    assert shipped.is_absolute() and find_model(Path("demo")) == shipped
+    (tmp_path / "demo").mkdir()
+    assert find_model("demo") == shipped
+    assert find_model(parse_arguments(command.split()).model) == Path("demo")
+    assert find_model(Path("demo")) == Path("demo")
 
 
 AUTO = """

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_export
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -138,6 +141,7 @@ def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_pat
     images.mkdir()
     Image.open(folder / "images/00.png").save(images / "good.png")
     (images / "broken.jpg").write_bytes(b"nothing")
+    (images / "phone.HEIC").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
     (images / "notes.txt").write_text("not for us")
     colours = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
     colours[0].save(images / "moving.gif", save_all=True, append_images=colours[1:])
@@ -147,7 +151,8 @@ def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_pat
     said = capsys.readouterr().out
     assert f"skipped: The image {images / 'moving.gif'} is animated" in said
     assert f"skipped: The image {images / 'broken.jpg'} cannot be read" in said
-    assert "in 1 image; left out: 2 files that cannot be read" in said
+    assert f"skipped: The image {images / 'phone.HEIC'} is in the format HEIC" in said
+    assert "in 1 image; left out: 3 files that cannot be read" in said
     assert [image["file_name"] for image in json.loads(out.read_text())["images"]] == ["good.png"]
     assert "good.png" in page.read_text() and "data:image/jpeg;base64," in page.read_text()
     assert "http" not in page.read_text()
@@ -155,6 +160,55 @@ def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_pat
     assert main([*common, str(images), "--out", str(tmp_path / "none.json")]) == 2
     assert "None of the images can be read" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
+
+
+def test_names_may_hold_bytes_of_any_kind(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")  # Latin-1, which is no UTF-8.
+    (tmp_path / "images").mkdir()
+    Image.open(folder / "images/00.png").save(tmp_path / "images" / name)
+    arguments = ["--examples", folder / "flat", "--images", tmp_path / "images"]
+    outputs = ["--out", tmp_path / "out.json", "--review", tmp_path / "page.html"]
+    assert main(["label", "demo", *map(str, arguments + outputs), "--device", "cpu"]) == 0
+    (image,) = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert (tmp_path / "images" / image["file_name"]).is_file()
+    assert "<b>caf\ufffd.png</b>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_masks_of_examples_within_the_images_are_not_labelled(folder, tmp_path):
+    shutil.copytree(folder / "flat", tmp_path / "all/examples")
+    Image.open(folder / "images/00.png").save(tmp_path / "all/00.png")
+    where = ["--examples", tmp_path / "all/examples", "--images", tmp_path / "all"]
+    arguments = [*map(str, where), "--out", str(tmp_path / "out.json"), "--device", "cpu"]
+    assert main(["label", "demo", *arguments]) == 0
+    images = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert [each["file_name"] for each in images] == ["00.png", "examples/images/shown.png"]
+
+
+def test_a_full_disk_is_named_and_nothing_that_is_finished_is_lost(folder, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert run(folder, "full.json", "--batch", "2") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    journal = folder / "full.json.journal"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"icl-moe: Writing {journal} failed: File too large."
+    assert run(folder, "full.json", "--batch", "2") == 0
+    assert len(COCO(folder / "full.json").imgs) == SCENES
+
+
+def test_a_model_that_reads_the_names_of_classes_is_not_given_another_name(
+    folder, tmp_path, capsys
+):
+    model = toy_export.build_toy_line(tmp_path, 12, 2, "class_prompt=true")
+    (tmp_path / "images").mkdir()
+    Image.open(folder / "images/00.png").save(tmp_path / "images/00.png")
+    where = ["--examples", folder / "flat", "--images", tmp_path / "images"]
+    arguments = ["label", model, *where, "--out", tmp_path / "out.json", "--device", "cpu"]
+    assert main(list(map(str, arguments))) == 2
+    assert "needs the class's name: set the category" in capsys.readouterr().err
+    assert main([*map(str, arguments), "--category", "thing"]) == 0
 
 
 def test_the_page_shows_the_least_sure_first(folder):

@@ -143,6 +143,22 @@ def test_examples_are_read_in_groups_whose_probabilities_are_averaged(together, 
 
 
 @torch.inference_mode()
+def test_a_query_without_examples_may_stand_beside_one_with_several_groups():
+    """Code by code; a decoder that was trained with a class prompt."""
+    rng = np.random.default_rng(1)
+    decoder, codec = decoder_of(link=True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
+    codes = rng.integers(0, VOCABULARY.image_codes, (6, CODES))
+    shown = tuple(SegmentationPair(*pair) for pair in codes[:4].reshape(2, 2, CODES))
+    many, none = Episode(SEGMENTATION, "cat", shown), Episode(SEGMENTATION, "dog", ())
+    requests = [(many, codes[4]), (none, codes[5])]
+    both = decode_batch(decoder, codec, requests, together=1)
+    for written, request in zip(both, requests, strict=True):
+        (alone,) = decode_batch(decoder, codec, [request], together=1)
+        assert written.tokens == alone.tokens
+        assert np.isfinite([each for each in written.log_probabilities if each is not None]).all()
+
+
+@torch.inference_mode()
 def test_examples_that_all_queries_share_change_no_probability():
     rng = np.random.default_rng(1)
     decoder, codec = decoder_of(True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))

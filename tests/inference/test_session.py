@@ -1,5 +1,7 @@
 """Sessions: examples that are read once, for one query or many, of one class or several."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from icl_moe import InContextModel
 from icl_moe.errors import InputError
 from icl_moe.images import to_square_pixels
 from icl_moe.inference.edges import follow_edges
+from icl_moe.inference.retrieval import describe
 from icl_moe.inference.session import Query
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION
@@ -182,6 +185,31 @@ def test_the_nearest_examples_are_those_whose_images_are_most_alike(model, scene
         np.testing.assert_array_equal(mask_HW, alone_HW)
     with pytest.raises(InputError, match=r"5 examples are more than this model can read.*nearest"):
         model.session(examples).segment(queries[0], decoding="autoregressive")
+
+
+class Watched(torch.Tensor):
+    """Knows how many numbers the largest tensor had that came from it."""
+
+    largest = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        result = super().__torch_function__(function, types, arguments, options or {})
+        if isinstance(result, torch.Tensor):
+            cls.largest = max(cls.largest, result.numel())
+        return result
+
+
+def test_many_examples_are_described_in_the_memory_of_a_few():
+    rng = np.random.default_rng(0)
+    vectors_KC = torch.from_numpy(rng.random((8, 5), dtype=np.float32)).as_subclass(Watched)
+    tokenizers = SimpleNamespace(features=object(), input_vectors_KC=vectors_KC)
+    codes_BN = rng.integers(0, 8, (500, 64))
+    points_BD = describe(tokenizers, codes_BN)
+    assert Watched.largest <= 16 * 64 * 5
+    for place in (0, 250, 499):
+        alone_D = vectors_KC.numpy()[codes_BN[place]].mean(axis=0)
+        np.testing.assert_allclose(points_BD[place], alone_D / np.linalg.norm(alone_D), rtol=1e-5)
 
 
 def test_windows_read_again_what_was_found(model, scenes):

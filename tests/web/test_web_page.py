@@ -165,6 +165,17 @@ def pixel_in_the_middle(canvas) -> list[int]:
     )
 
 
+def test_what_is_transparent_is_shown_black_as_the_model_reads_it(page, browser, tmp_path):
+    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    tab = browser.new_page()
+    tab.goto(page)
+    tab.locator(".icl-drop input").set_input_files(tmp_path / "clear.png")
+    canvas = tab.locator(".icl-marker canvas")
+    canvas.wait_for()
+    assert pixel_in_the_middle(canvas) == [0, 0, 0, 255]
+    tab.close()
+
+
 def test_by_keyboard_alone_at_the_width_of_a_phone(both_page, browser, scenes):
     folder, _ = scenes
     tab = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)

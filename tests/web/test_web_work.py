@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import struct
 import zipfile
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from icl_moe.errors import InputError
+from icl_moe.inference.region import Region
 from icl_moe.rle import decode_rle
 from icl_moe.web import cards, work
 
@@ -25,12 +29,27 @@ def url(levels):
     return "data:image/png;base64," + base64.b64encode(png_of(levels)).decode()
 
 
+def huge_png() -> bytes:
+    """A PNG file of 400 million pixels, whose data are missing."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
 def marked(picture, mask=None, **values):
+    """What the marker sends. mask: boolean (H, W), or a data URL."""
+    drawn = url(mask.astype(np.uint8) * 255) if isinstance(mask, np.ndarray) else mask
     return json.dumps(
         {
             "name": "scene.png",
             "picture": url(np.asarray(Image.open(picture))),
-            "mask": None if mask is None else url(mask.astype(np.uint8) * 255),
+            "mask": drawn,
             **values,
         }
     )
@@ -61,7 +80,11 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
     Image.new("L", (9, 9), 255).save(tmp_path / "small.png")
     Image.new("L", (160, 160)).save(tmp_path / "black.png")
     (tmp_path / "no.png").write_text("no image")
+    Image.new("RGB", (160, 160)).save(tmp_path / "script.png", "EPS")
+    script = str(tmp_path / "script.png")
     empty = np.zeros_like(masks[0])
+    cut = "data:image/png;base64," + base64.b64encode(png_of(empty)[:-40]).decode()
+    bomb = "data:image/png;base64," + base64.b64encode(huge_png()).decode()
     for told, make in (
         ("no photograph to mark", lambda: work.marked_example("")),
         ("no photograph to mark", lambda: work.marked_example(None)),
@@ -72,6 +95,11 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
         ("Nothing is marked in scene.png", lambda: work.marked_example(marked(image))),
         ("Nothing is marked in scene.png", lambda: work.marked_example(marked(image, empty))),
         ("another size", lambda: work.marked_example(marked(image, empty[1:] + 1))),
+        ("mask of scene.png cannot", lambda: work.marked_example(marked(image, mask=cut))),
+        ("50 million pixels", lambda: work.marked_example(marked(image, mask=bomb))),
+        ("script.png is PostScript", lambda: work.uploaded_example(script, image)),
+        ("script.png is PostScript", lambda: work.uploaded_example(image, script)),
+        ("script.png is PostScript", lambda: work.open_photograph(script)),
         ("caption of scene.png is empty", lambda: work.marked_example(marked(image), " ")),
         ("outside", lambda: work.marked_example(marked(image, box=[900, 9, 5, 5]), "a thing")),
         ("damaged", lambda: work.marked_example(marked(image, box=[1, "x"]), "a thing")),
@@ -86,6 +114,29 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
         sentence = str(error.value)
         assert told in sentence and sentence.endswith(".") and "\n" not in sentence
         assert str(tmp_path) not in sentence and str(folder) not in sentence
+
+
+def test_an_uploaded_example_and_a_marked_one_are_not_confused(scenes, tmp_path):
+    folder, masks = scenes
+    image, mask = str(folder / "0.png"), str(tmp_path / "mask.png")
+    Image.fromarray(masks[0]).save(mask)
+    chosen_only = marked(folder / "1.png")
+    assert work.example_of(chosen_only, image, mask).name == "0.png"
+    assert work.example_of("", image, mask).name == "0.png"
+    assert work.example_of(marked(folder / "1.png", masks[1]), None, None).name == "scene.png"
+    with pytest.raises(InputError, match="a marked one and an uploaded one"):
+        work.example_of(marked(folder / "1.png", masks[1]), image, mask)
+
+
+def test_captions_are_written_without_an_example_if_the_model_reads_names(scenes):
+    folder, _ = scenes
+    written = Region("a thing", "star", (1, 2, 3, 4))
+    session = SimpleNamespace(caption=lambda queries: (written for _ in queries))
+    model = SimpleNamespace(
+        format=SimpleNamespace(class_prompt=True), session=lambda pairs, category: session
+    )
+    (found,) = work.find(model, (), [str(folder / "1.png")], "star", captions=True)
+    assert found.region is written
 
 
 def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
@@ -160,7 +211,7 @@ def test_captions_come_with_the_box_in_the_photograph(both_tasks, scenes):
     example = work.marked_example(text, "a thing", "star" if category else "")
     assert example.region.box == (10, 20, 60, 50)
     path = str(folder / "1.png")
-    (found,) = work.find(both_tasks, (example,), [path], "star" if category else "")
+    (found,) = work.find(both_tasks, (example,), [path], "star" if category else "", captions=True)
     single = both_tasks.caption([example.pair], path, "star" if category else None)
     assert found.region == single
     kept = work.Kept()
