@@ -145,9 +145,9 @@ def _missing_source(
             return f"{folder / 'synthetic'} does not exist"
         if section.source == "composed" and not (folder / "composed").is_dir():
             return f"{folder / 'composed'} does not exist"
-        for key, path in section.paths().items():
-            if not path.exists():
-                return f"{name}.{key}: {path} does not exist"
+        for key, source in section.paths().items():
+            if not source.exists():
+                return f"{name}.{key}: {source} does not exist"
     return None
 
 

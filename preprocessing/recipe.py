@@ -20,8 +20,11 @@ class CaptionText:
     box: Literal["none", "text", "image"] = "text"
 
 
-_PATHS = ("images", "annotations", "masks", "names", "examples_images", "examples_annotations")
-_PATHS += ("instances", "regions", "objects", "image_data", "splits")
+_PATHS = (
+    *("images", "annotations", "masks", "names", "examples_images", "examples_annotations"),
+    *("instances", "regions", "objects", "image_data", "splits"),
+)
+"""The keys of a source that name files or folders."""
 
 
 class _Source:

@@ -23,7 +23,7 @@ def shown(tmp_path):
         Image.new("RGB", (8, 8), colour).save(folder / "1.png")
 
     def show(recipe, task, *sources, images: Path | None = None) -> list[str]:
-        manifest = SimpleNamespace(recipe={"tasks": {}, **recipe})
+        manifest = SimpleNamespace(recipe={"tasks": {}, **recipe}, image_size=8)
         shards = SimpleNamespace(location=str(tmp_path), manifest=manifest)
         photographs = Photographs(shards, task, images)
         whole = {"image": "1.png", "crop": [0, 0, 8, 8]}
