@@ -1,6 +1,6 @@
 """Masks whose outlines follow the edges of the image: the guided filter (He, Sun and Tang 2013,
-"Guided Image Filtering"), computed at the model's size and applied at the image's own size, as in
-the "Fast Guided Filter" (He and Sun 2015).
+"Guided Image Filtering"), computed at a small size and applied at the image's own size, as in the
+"Fast Guided Filter" (He and Sun 2015).
 
 A model decides cell by cell, so the outlines that it draws are as coarse as its cells. The filter
 assumes that the brightness of the mask is a linear function of the image's colours in each window:
@@ -27,6 +27,9 @@ from PIL import Image
 
 from icl_moe.images import to_pixels, to_square_pixels
 from icl_moe.tasks.drawn_mask import DrawnMask
+
+_SIDE = 128
+"""The most pixels of a side at which the lines of windows are computed."""
 
 _MOST = 0.9998
 """The brightness of a pixel that counts as sure; 1 would have infinite log odds."""
@@ -69,9 +72,10 @@ def follow_edges(drawn: DrawnMask, guide: Image.Image, edges: EdgeFilter) -> Dra
     """
     if not drawn.at_once or drawn.level == 1:
         return drawn.resized(guide.height, guide.width)
+    side = min(drawn.brightness_HW.shape[0], _SIDE)
     brightness_HW = torch.from_numpy(drawn.brightness_HW).clamp(-1, 1)
-    small_3HW = to_square_pixels(guide, brightness_HW.shape[0])
-    line_4HW = _fitted_lines(brightness_HW, _colours(small_3HW), edges)
+    brightness_HW = F.adaptive_avg_pool2d(brightness_HW[None], side)[0]
+    line_4HW = _fitted_lines(brightness_HW, _colours(to_square_pixels(guide, side)), edges)
     size = (guide.height, guide.width)
     line_4HW = F.interpolate(line_4HW[None], size, mode="bilinear", align_corners=False)[0]
     filtered_HW = _on_line(line_4HW, _colours(to_pixels(guide))).clamp(-1, 1)
