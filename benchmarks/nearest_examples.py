@@ -24,7 +24,7 @@ from icl_moe.images import crop_and_resize_mask
 from icl_moe.inference.examples import in_batches
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.retrieval import Shelf
-from icl_moe.inference.session import Query
+from icl_moe.inference.session import Query, in_own_size
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.mask_scores import mask_iou
@@ -34,8 +34,9 @@ DRAWS, BATCH = 3, 8
 
 
 class Photograph(NamedTuple):
-    """A picture's codes, and the masks (H, W) of the classes that cover enough of it."""
+    """A picture's file and codes, and the masks (H, W) of the classes that cover enough of it."""
 
+    file: Path
     codes_N: np.ndarray
     masks: dict[int, np.ndarray]
 
@@ -86,8 +87,8 @@ def photographs(model: InContextModel, folder: Path, split: str) -> Iterator[Pho
         files = [folder / split / coco.imgs[number]["file_name"] for number in some]
         queries = [Query.load(file, model.image_size) for file in files]
         codes = model.encode([query.pixels_3HW for query in queries])
-        for number, codes_N in zip(some, codes, strict=True):
-            yield Photograph(codes_N, class_masks(coco, number))
+        for number, file, codes_N in zip(some, files, codes, strict=True):
+            yield Photograph(file, codes_N, class_masks(coco, number))
 
 
 def class_masks(coco: COCO, image: int, least: float = LEAST_SHOWN) -> dict[int, np.ndarray]:
@@ -136,7 +137,9 @@ def ious(
         drawn = SEGMENTATION.draw(model, model.complete(requests))
         for ((photograph, number), _), mask in zip(some, drawn, strict=True):
             true_HW = photograph.masks[number]
-            found.append(mask_iou(mask.resized(*true_HW.shape).mask_HW, true_HW))
+            query = Query.load(photograph.file, model.image_size)
+            mask_HW = in_own_size(mask, query, model.edges).mask_HW
+            found.append(mask_iou(mask_HW, true_HW))
     return np.array(found)
 
 

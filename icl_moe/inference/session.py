@@ -13,7 +13,7 @@ from icl_moe.boxes import Box
 from icl_moe.errors import InputError
 from icl_moe.images import ImageLike, load_image, to_square_pixels
 from icl_moe.inference.decode import GREEDY, Sampling
-from icl_moe.inference.edges import follow_edges
+from icl_moe.inference.edges import EdgeFilter, follow_edges
 from icl_moe.inference.examples import (
     category_of,
     in_batches,
@@ -186,11 +186,8 @@ class Session:
         return _answers(asked.each, describe, queries, progress)
 
     def _drawn(self, pairs: Sequence[Any], query: Query) -> DrawnMask | DrawnClasses:
-        (width, height), edges = query.size, self._model.edges
-        masks = SEGMENTATION.draw(self._model, pairs)
-        if edges is not None:
-            masks = [follow_edges(drawn, query.guide, edges) for drawn in masks]
-        masks = [drawn.resized(height, width) for drawn in masks]
+        drawn = SEGMENTATION.draw(self._model, pairs)
+        masks = [in_own_size(mask, query, self._model.edges) for mask in drawn]
         return (
             DrawnClasses(dict(zip(self.classes, masks, strict=True))) if self.classes else masks[0]
         )
@@ -320,6 +317,14 @@ def _answers(
     bar = tqdm(prepare(named, False), "images", total, disable=not progress, unit="", leave=False)
     answers = (read(*prepared) for prepared in bar)
     return list(answers) if isinstance(queries, list | tuple) else answers
+
+
+def in_own_size(drawn: DrawnMask, query: Query, edges: EdgeFilter | None) -> DrawnMask:
+    """The mask of a query in the query's size, with outlines that follow its edges."""
+    if edges is not None:
+        drawn = follow_edges(drawn, query.guide, edges)
+    width, height = query.size
+    return drawn.resized(height, width)
 
 
 def _class_names(examples: Examples, category: str | None) -> tuple[str, ...] | None:
