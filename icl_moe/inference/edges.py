@@ -21,9 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from icl_moe.images import to_pixels, to_square_pixels
 from icl_moe.tasks.drawn_mask import DrawnMask
@@ -78,9 +79,12 @@ def follow_edges(drawn: DrawnMask, guide: Image.Image, edges: EdgeFilter) -> Dra
     line_4HW = _fitted_lines(brightness_HW, _colours(to_square_pixels(guide, side)), edges)
     size = (guide.height, guide.width)
     line_4HW = F.interpolate(line_4HW[None], size, mode="bilinear", align_corners=False)[0]
-    filtered_HW = _on_line(line_4HW, _colours(to_pixels(guide))).clamp(-1, 1)
-    filtered = replace(drawn, brightness_HW=filtered_HW.numpy(), threshold=0.0)
-    return edges.calibrated(filtered)
+    filtered_HW = _on_line(line_4HW, _colours(to_pixels(guide))).clamp(-1, 1).numpy()
+    if min(guide.size) > side:
+        # The lines are of a smaller image, in which noise is weaker than in this one.
+        median = Image.fromarray(filtered_HW).filter(ImageFilter.MedianFilter(3))
+        filtered_HW = np.array(median)
+    return edges.calibrated(replace(drawn, brightness_HW=filtered_HW, threshold=0.0))
 
 
 def _colours(pixels_3HW: torch.Tensor) -> torch.Tensor:

@@ -60,9 +60,9 @@ def test_the_logistic_curve_acts_on_the_log_odds():
     )
 
 
-def disc(side: int) -> np.ndarray:
+def disc(side: int, squared_radius: float = 0.08) -> np.ndarray:
     y, x = np.mgrid[:side, :side] / side
-    return (x - 0.52) ** 2 + (y - 0.45) ** 2 < 0.08
+    return (x - 0.52) ** 2 + (y - 0.45) ** 2 < squared_radius
 
 
 def picture_of_a_disc(side: int) -> Image.Image:
@@ -88,6 +88,16 @@ def test_a_mask_of_coarse_cells_gets_the_outline_of_the_object(size):
     found = follow_edges(drawn, picture, EdgeFilter(1 / 8, 1e-3))
     assert found.brightness_HW.shape == (height, width)
     assert coarse < 0.92 and mask_iou(found.mask_HW, true_HW) > 0.98
+
+
+def test_noise_of_a_large_image_leaves_no_holes():
+    drawn, picture = drawn_in_cells(64, cell=8), picture_of_a_disc(300)
+    levels_HW3 = np.array(picture)
+    rows, columns = np.random.default_rng(0).integers(0, 300, (2, 500))
+    levels_HW3[rows, columns] = 255 - levels_HW3[rows, columns]
+    found = follow_edges(drawn, Image.fromarray(levels_HW3), EdgeFilter(1 / 8, 1e-3))
+    assert mask_iou(found.mask_HW, disc(300)) > 0.98
+    assert np.mean(~found.mask_HW[disc(300, 0.06)]) < 1e-3
 
 
 def test_a_picture_without_edges_leaves_the_mask_where_it_is():
