@@ -106,7 +106,7 @@ def by_class(
     model: InContextModel, shown: Iterable[Photograph]
 ) -> dict[int, list[SegmentationPair]]:
     pairs: dict[int, list[SegmentationPair]] = {}
-    for codes_N, masks in shown:
+    for _, codes_N, masks in shown:
         for number, mask_HW in masks.items():
             whole = (0, 0, mask_HW.shape[1], mask_HW.shape[0])
             square_HW = crop_and_resize_mask(mask_HW, whole, model.image_size)
