@@ -139,6 +139,8 @@ class Session:
         """The mask of each query, boolean (H, W), in the query's size. If the examples were given
         by class: its label map, see `DrawnClasses.labels_HW`.
 
+        The outlines of masks in one pass follow the edges of the query if the model has `edges`.
+
         queries: see `Queries`. decoding: see `InContextModel.complete`. batch: how many sequences
         are decoded together, one for each query and class. windows: what is found in an image is
         read again in windows of half its size, up to nine of them (icl_moe/inference/windows.py);
