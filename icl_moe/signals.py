@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import enum
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -194,7 +195,9 @@ def end_with_parent() -> None:
     """Have this process, a child of multiprocessing, killed when its parent dies in any way."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
+    # It may have died before. Siblings that were forked hold the pipe that `is_alive` looks at.
+    forked = isinstance(multiprocessing.current_process(), multiprocessing.context.ForkProcess)
+    if parent is not None and (os.getppid() != parent.pid if forked else not parent.is_alive()):
         os._exit(1)
 
 

@@ -92,7 +92,7 @@ def test_launched_processes_of_which_one_is_killed_go_on_where_they_were(
     def run(out: Path, log: Path, event: int, seconds: float) -> int:
         watched = [REPOSITORY / "tests/watched_build.py", out, log, event, seconds]
         command = [*launched, *map(str, watched), *arguments, "--out", str(out)]
-        return run_command(command).returncode
+        return run_command(command, PYTHONSAFEPATH="1").returncode
 
     check_kills(run, demo, tmp_path, points=4, seed=0)
 
