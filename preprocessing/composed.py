@@ -26,7 +26,7 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
-from icl_moe.images import crop_and_resize, crop_and_resize_mask
+from icl_moe.images import box_of_mask, crop_and_resize, crop_and_resize_mask
 from icl_moe.rle import decode_rle, encode_rle
 from preprocessing import coco
 from preprocessing.folder import load_folder
@@ -34,7 +34,7 @@ from preprocessing.image_check import Item, UsableImages, open_image
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ComposedImages, SegmentationSource
 from preprocessing.records import unaugmented
-from preprocessing.synthetic import box_of_mask, window, write_json
+from preprocessing.synthetic import window, write_json
 from preprocessing.workers import ordered_map
 
 LEAST_CUT = 0.01

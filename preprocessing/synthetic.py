@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
-from icl_moe.images import PixelBox
+from icl_moe.images import PixelBox, box_of_mask
 
 DEFAULT_SIZE = (160, 128)
 
@@ -490,11 +490,6 @@ def _caption(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> str:
         " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts).capitalize()
         + "."
     )
-
-
-def box_of_mask(mask_HW: np.ndarray) -> PixelBox:
-    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 Slices = tuple[slice, slice]

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from icl_moe.images import PixelBox
+from icl_moe.images import PixelBox, box_of_mask
 from icl_moe.rle import encode_rle
 from icl_moe.seeds import stable_seed
 from preprocessing.recipe import SyntheticScenes
@@ -29,7 +29,6 @@ from preprocessing.styles import SeenObject, describe
 from preprocessing.synthetic import (
     COLOURS,
     OUTLINES,
-    box_of_mask,
     circle,
     polygon,
     window,

@@ -123,11 +123,7 @@ def _segment(options: argparse.Namespace) -> int:
     if options.colours and (sure or options.windows):
         raise InputError("--colours goes with neither --confidence nor --windows.")
 
-    from icl_moe.inference.model import InContextModel
-
-    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
-    if not options.edges:
-        model.edges = None
+    model = _load_for_masks(options)
     if options.colours:
         return _segment_colours(model, options, out)
     if sure and model.decoding(options.decoding) == "autoregressive":
@@ -149,6 +145,15 @@ def _segment(options: argparse.Namespace) -> int:
     cost = f", read once whole and in {_counted(drawn.windows, 'window')}"
     print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{cost if options.windows else ''}")
     return 0
+
+
+def _load_for_masks(options: argparse.Namespace) -> "InContextModel":
+    from icl_moe.inference.model import InContextModel
+
+    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
+    if not options.edges:
+        model.edges = None
+    return model
 
 
 def _segment_colours(model: "InContextModel", options: argparse.Namespace, out: Path) -> int:
@@ -219,13 +224,10 @@ def _label(options: argparse.Namespace) -> int:
     )
     files = find_images(options.images, examples)
 
-    from icl_moe.inference.model import InContextModel
     from icl_moe.labelling.run import Labelling, label
     from icl_moe.tasks import SEGMENTATION
 
-    model = InContextModel.from_pretrained(options.model, options.device, options.dtype)
-    if not options.edges:
-        model.edges = None
+    model = _load_for_masks(options)
     if options.category is None and are_of_one_class(options.examples):
         # The name that the output file gives their class would be a wrong one for a class prompt.
         model.check_request(SEGMENTATION, examples=1, category=None)

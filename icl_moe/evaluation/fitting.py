@@ -24,10 +24,11 @@ from icl_moe.evaluation.photographs import Photographs
 from icl_moe.inference.edges import EdgeFilter, follow_edges, log_odds
 from icl_moe.inference.model import InContextModel
 from icl_moe.messages import note
-from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.rle import decode_rle
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnMask
+from icl_moe.tasks.mask_scores import mask_iou
 
 EPISODES = 256
 """How many training episodes are used; more hardly change the fit."""
@@ -43,6 +44,21 @@ _PIXELS = 1 << 20
 """About how many pixels, evenly spaced, its logistic curve is fitted to."""
 
 _BATCH = 8
+
+
+class _Truth(NamedTuple):
+    """A true mask, and the pixels that count; both boolean (H, W)."""
+
+    mask_HW: np.ndarray
+    counted_HW: np.ndarray
+
+    @classmethod
+    def of(cls, episode: EvaluationEpisode) -> "_Truth":
+        true = SEGMENTATION.true_output(episode)
+        mask_HW = decode_rle(true["mask"]).astype(bool)
+        if "ignored" not in true:
+            return cls(mask_HW, np.ones_like(mask_HW))
+        return cls(mask_HW, ~decode_rle(true["ignored"]).astype(bool))
 
 
 class MaskFit(NamedTuple):
@@ -94,16 +110,17 @@ def _fit_edges(
     except InputError as error:
         note(f"The outlines of masks will not follow the edges of images: {error}")
         return None
-    as_drawn = _mean_iou(drawn, asked)
+    truths = [_Truth.of(episode) for episode in asked]
+    as_drawn = _mean_iou(drawn, truths)
     ious = {}
     for radius, epsilon in tqdm(
         list(product(_RADII, _EPSILONS)), desc="fitting the edges", unit="filter"
     ):
         plain = EdgeFilter(radius, epsilon)
         filtered = [follow_edges(*each, plain) for each in zip(drawn, guides, strict=True)]
-        edges = replace(plain, **_fit_curve(filtered, asked))
+        edges = replace(plain, **_fit_curve(filtered, truths))
         if edges.slope > 0:
-            ious[edges] = _mean_iou([edges.calibrated(mask) for mask in filtered], asked)
+            ious[edges] = _mean_iou([edges.calibrated(mask) for mask in filtered], truths)
     best = max(ious, key=ious.__getitem__, default=None)
     if best is None or ious[best] <= as_drawn:
         return None
@@ -114,23 +131,12 @@ def _fit_edges(
     }
 
 
-def _fit_curve(
-    filtered: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode]
-) -> dict[str, float]:
+def _fit_curve(filtered: Sequence[DrawnMask], truths: Sequence[_Truth]) -> dict[str, float]:
     """The slope and offset of the logistic curve with which the true masks are most probable."""
-    truths = [SEGMENTATION.true_output(episode) for episode in asked]
-    counted = [
-        ~decode_rle(true["ignored"]) if "ignored" in true else slice(None) for true in truths
-    ]
     brightness_P = np.concatenate(
-        [mask.brightness_HW[where].ravel() for mask, where in zip(filtered, counted, strict=True)]
+        [mask.brightness_HW[true.counted_HW] for mask, true in zip(filtered, truths, strict=True)]
     )
-    is_inside_P = np.concatenate(
-        [
-            decode_rle(true["mask"])[where].ravel()
-            for true, where in zip(truths, counted, strict=True)
-        ]
-    )
+    is_inside_P = np.concatenate([true.mask_HW[true.counted_HW] for true in truths])
     every = max(1, len(brightness_P) // _PIXELS)
     log_odds_P = log_odds(torch.from_numpy(brightness_P[::every].astype(np.float64)))
     wanted_P = torch.from_numpy(is_inside_P[::every].astype(np.float64))
@@ -148,11 +154,9 @@ def _fit_curve(
     return {"slope": slope, "offset": offset}
 
 
-def _mean_iou(masks: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode]) -> float:
+def _mean_iou(masks: Sequence[DrawnMask], truths: Sequence[_Truth]) -> float:
     ious = [
-        SEGMENTATION.agreement(
-            {"mask": encode_rle(mask.mask_HW)}, [SEGMENTATION.true_output(episode)]
-        )
-        for mask, episode in zip(masks, asked, strict=True)
+        mask_iou(mask.mask_HW & true.counted_HW, true.mask_HW & true.counted_HW)
+        for mask, true in zip(masks, truths, strict=True)
     ]
     return float(np.mean(ious))

@@ -125,9 +125,8 @@ def export(
     hold an earlier export, which is replaced. Weights keep the precision of the training.
     threshold_from: training shards on which the threshold of masks that are written in one pass,
     and how their outlines follow the edges of images, are fitted, on `device` (by default a GPU
-    where there is one). Raises InputError where there is no
-    checkpoint, or one that cannot be read, where there is no such device, and where `out` cannot be
-    written or holds anything else.
+    where there is one). Raises InputError where there is no checkpoint, or one that cannot be read,
+    where there is no such device, and where `out` cannot be written or holds anything else.
     """
     out, place = output_folder(out).resolve(), find_device(device)
     _check_free(out)
