@@ -10,7 +10,7 @@ weights.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -87,13 +87,8 @@ class FeaturesTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        channels = sum(config.channels)
-        self.register_buffer("mean_C", torch.zeros(channels))
-        self.register_buffer("deviation_C", torch.ones(channels))
-        self.register_buffer("centre_C", torch.zeros(channels))
-        self.register_buffer("projection_CD", torch.zeros(channels, config.dimensions))
-        self.register_buffer("codebook_KD", torch.zeros(config.codebook_size, config.dimensions))
-        self.register_buffer("colours_K3", torch.zeros(config.codebook_size, 3))
+        for name, table in _empty_tables(config).items():
+            self.register_buffer(name, table)
         self.eval()
 
     @classmethod
@@ -104,28 +99,16 @@ class FeaturesTokenizer(nn.Module):
         Raises InputError if files are missing, damaged or inconsistent, or if the backbone is
         missing or has other weights than at the tokenizer's creation.
         """
-        folder = find_tokenizer(source, "features_tokenizer")
-        settings, fingerprint = read_config(
-            folder / CONFIG_FILE, "features", "a features tokenizer"
-        )
-        backbone_fingerprint = settings.pop("backbone_fingerprint", None)
-        config = from_dict(FeaturesConfig, settings, origin=str(folder / CONFIG_FILE))
-        tables = load_weights(folder / WEIGHTS_FILE)
-        backbone = open_backbone(config.backbone, config.weights)
-        if backbone.fingerprint != backbone_fingerprint:
+        stored = _Stored.read(source)
+        backbone = open_backbone(stored.config.backbone, stored.config.weights)
+        if backbone.fingerprint != stored.backbone_fingerprint:
             raise InputError(
-                f"The backbone {config.backbone} has other weights (fingerprint "
+                f"The backbone {stored.config.backbone} has other weights (fingerprint "
                 f"{backbone.fingerprint}) than the tokenizer {source} was made with "
-                f"({backbone_fingerprint})."
+                f"({stored.backbone_fingerprint})."
             )
-        model = cls(config, backbone)
-        check_keys(model.tables(), tables, str(folder / WEIGHTS_FILE))
-        model.load_state_dict(tables, strict=False)
-        if model.fingerprint != fingerprint:
-            raise InputError(
-                f"The tables in {folder} are not those of the fingerprint {fingerprint} in its "
-                f"{CONFIG_FILE}."
-            )
+        model = cls(stored.config, backbone)
+        model.load_state_dict(stored.tables, strict=False)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -151,10 +134,7 @@ class FeaturesTokenizer(nn.Module):
         """16 hexadecimal digits of a SHA-256 over everything that determines a code: configuration,
         tables, and the backbone's fingerprint, but not the path of the backbone.
         """
-        settings = to_dict(self.config)
-        del settings["backbone"], settings["weights"]
-        settings["backbone_fingerprint"] = self.backbone.fingerprint
-        return weights_fingerprint(settings, self.tables())
+        return _fingerprint(self.config, self.backbone.fingerprint, self.tables())
 
     @torch.inference_mode()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
@@ -204,6 +184,60 @@ class FeaturesTokenizer(nn.Module):
         side = round(codes_BN.shape[1] ** 0.5)
         cells_B3hw = self.colours_K3[codes_BN].transpose(1, 2).unflatten(2, (side, side))
         return F.interpolate(cells_B3hw, scale_factor=float(self.downsampling), mode="nearest")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a tokenizer's folder holds: everything but the backbone."""
+
+    config: FeaturesConfig
+    backbone_fingerprint: Any
+    tables: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, source: str | Path) -> "_Stored":
+        """Raises InputError if files are missing, damaged or inconsistent."""
+        folder = find_tokenizer(source, "features_tokenizer")
+        settings, fingerprint = read_config(
+            folder / CONFIG_FILE, "features", "a features tokenizer"
+        )
+        backbone_fingerprint = settings.pop("backbone_fingerprint", None)
+        config = from_dict(FeaturesConfig, settings, origin=str(folder / CONFIG_FILE))
+        tables = load_weights(folder / WEIGHTS_FILE)
+        check_keys(_empty_tables(config), tables, str(folder / WEIGHTS_FILE))
+        if _fingerprint(config, backbone_fingerprint, tables) != fingerprint:
+            raise InputError(
+                f"The tables in {folder} are not those of the fingerprint {fingerprint} in its "
+                f"{CONFIG_FILE}."
+            )
+        return cls(config, backbone_fingerprint, tables)
+
+
+def _empty_tables(config: FeaturesConfig) -> dict[str, Tensor]:
+    channels = sum(config.channels)
+    return {
+        "mean_C": torch.zeros(channels),
+        "deviation_C": torch.ones(channels),
+        "centre_C": torch.zeros(channels),
+        "projection_CD": torch.zeros(channels, config.dimensions),
+        "codebook_KD": torch.zeros(config.codebook_size, config.dimensions),
+        "colours_K3": torch.zeros(config.codebook_size, 3),
+    }
+
+
+def _fingerprint(config: FeaturesConfig, backbone: Any, tables: dict[str, Tensor]) -> str:
+    settings = to_dict(config)
+    del settings["backbone"], settings["weights"]
+    return weights_fingerprint({**settings, "backbone_fingerprint": backbone}, tables)
+
+
+def read_centroids(source: str | Path) -> Tensor:
+    """The centroids codebook_KD of the tokenizer `source`, float32, without its backbone, whose
+    weights a machine that only trains need not have.
+
+    Raises InputError if files are missing, damaged or inconsistent.
+    """
+    return _Stored.read(source).tables["codebook_KD"].float()
 
 
 @torch.inference_mode()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from icl_moe.data.shards import ShardSet
-from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
+from icl_moe.tokenizers.features import read_centroids
+from icl_moe.tokenizers.vqgan import VQGAN
 
 _SAMPLES = 256
 """The number of evenly spaced episodes per task in which codes are counted: tens of thousands of
@@ -45,6 +46,8 @@ def read_codebook(shards: ShardSet) -> Codebook:
                 if span.role == "input":
                     codes = vocabulary.to_input_codes(sequence.tokens_L[span.start : span.stop])
                     counts_K += np.bincount(codes, minlength=len(counts_K))
-    tokenizers = ImageTokenizers.from_folders(folders)
     frequencies_K = torch.from_numpy(counts_K).float()
-    return Codebook(tokenizers.input_vectors_KC, frequencies_K, tokenizers.features is None)
+    if "features_tokenizer" in folders:
+        return Codebook(read_centroids(folders["features_tokenizer"]), frequencies_K, whiten=False)
+    tokenizer = VQGAN.from_pretrained(folders["image_tokenizer"])
+    return Codebook(tokenizer.quantize.embedding.weight.detach().float(), frequencies_K)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import toy_features
+from safetensors.torch import save_file
 
 from icl_moe.cli import main
 from icl_moe.errors import InputError
 from icl_moe.images import load_image, to_square_pixels
 from icl_moe.tokenizers.backbones import open_backbone
-from icl_moe.tokenizers.features import FeaturesTokenizer
+from icl_moe.tokenizers.features import FeaturesTokenizer, read_centroids
 from icl_moe.tokenizers.folder import load_weights
 from preprocessing import synthetic
 from preprocessing.tokenizers.features import fit_features_tokenizer, k_means, principal_axes
@@ -193,3 +194,16 @@ def test_the_command_makes_a_tokenizer_and_measures_it(place, tmp_path, capsys):
     assert "codes_1.miou" in capsys.readouterr().out
     assert main([str(part) for part in evaluate]) == 2
     assert "set --annotations for the images, and --examples" in capsys.readouterr().err
+
+
+def test_centroids_are_read_without_the_backbone(tokenizer, tmp_path):
+    """A machine that only trains starts from them and need not have the backbone's weights."""
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "backbone": "/nowhere"}))
+    assert torch.equal(read_centroids(tmp_path), tokenizer.codebook_KD)
+
+    weights = load_weights(tmp_path / "model.safetensors")
+    save_file({**weights, "mean_C": weights["mean_C"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="are not those of the fingerprint"):
+        read_centroids(tmp_path)
