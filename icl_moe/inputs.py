@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
 from collections import Counter
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from icl_moe.errors import InputError, shown
@@ -92,6 +93,28 @@ def check_is_file(path: Path) -> None:
     if exists:
         raise InputError(f"{path} is not a file; it must be one, not a folder or a device.")
     raise InputError(f"The file {path} does not exist.")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name is a path that stays within its folder."""
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    )
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise InputError if a link leads from a file in a folder to another place, which whoever made
+    the data set has no business to read.
+    """
+    try:
+        inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # not a valid name, so there is no such file
+        return
+    if not inside:
+        raise InputError(
+            f"{file} is a link that leads out of the folder {folder}; put the file itself there."
+        )
 
 
 class JSONDecoder(json.JSONDecoder):

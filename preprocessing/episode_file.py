@@ -16,10 +16,10 @@ from typing import Any, Literal
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError, shown
 from icl_moe.files import write_whole
-from icl_moe.inputs import check_is_file
+from icl_moe.inputs import check_is_file, is_inside
 from icl_moe.ranges import Count
 from icl_moe.settings import from_dict, to_dict
-from preprocessing.records import is_id, is_inside
+from preprocessing.records import is_id
 
 FORMAT = "icl-moe episodes 1"
 

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
 from icl_moe.images import EmptyMaskError, SeveralLevelsError, load_colours, load_labels, load_mask
+from icl_moe.inputs import check_inside
 from icl_moe.rle import encode_rle
 from preprocessing.coco import CheckedCOCO, index_records, read_instances
-from preprocessing.image_check import UsableImages, check_inside
+from preprocessing.image_check import UsableImages
 from preprocessing.labels import VOID, LabelTable, read_labels
 from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import load_image
-from icl_moe.inputs import read_json
+from icl_moe.inputs import check_inside, read_json
 from preprocessing.pool import ImageFile, Pool
 from preprocessing.workers import ordered_map
 
@@ -226,20 +226,6 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"The folder of images {folder} does not exist{hint}.")
     if not stat.S_ISDIR(status.st_mode):
         raise InputError(f"{folder} is not a folder; it must be the folder of the images.")
-
-
-def check_inside(folder: Path, file: Path) -> None:
-    """Raise InputError if a link leads from a file in a folder to another place, which whoever made
-    the data set has no business to read.
-    """
-    try:
-        inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
-    except ValueError:  # not a valid name, so there is no such file
-        return
-    if not inside:
-        raise InputError(
-            f"{file} is a link that leads out of the folder {folder}; put the file itself there."
-        )
 
 
 def is_file(path: Path) -> bool:

@@ -27,7 +27,9 @@ from icl_moe.errors import InputError, shown
 from icl_moe.images import EmptyMaskError, load_mask
 from icl_moe.inputs import (
     JSONDecoder,
+    check_inside,
     check_is_file,
+    is_inside,
     json_encoding,
     json_error,
     other_kind_of,
@@ -42,10 +44,10 @@ from preprocessing.coco import (
     instance_rle,
     read_instances,
 )
-from preprocessing.image_check import UNTURNED, UsableImages, check_inside
+from preprocessing.image_check import UNTURNED, UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource, SegmentationSource
-from preprocessing.records import image_file, is_inside, read_rect
+from preprocessing.records import image_file, read_rect
 from preprocessing.visual_genome import (
     caption_region,
     clean_phrase,

@@ -1,31 +1,25 @@
 """`icl-moe shards preview`: a page of samples as the model sees them, decoded from tokens."""
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from icl_moe.data.location import MANIFEST_FILE
 from icl_moe.data.shards import Manifest, Sample, ShardSet
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
-from icl_moe.images import crop_and_resize, load_image, to_image
+from icl_moe.evaluation.photographs import Photographs
+from icl_moe.images import to_image
 from icl_moe.outputs import output_file, write_output
 from icl_moe.pages import render
 from icl_moe.pictures import Cell
 from icl_moe.sequence import SequenceCodec
-from icl_moe.settings import from_dict
 from icl_moe.tasks import TASKS
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
-from preprocessing.image_check import check_inside
-from preprocessing.recipe import DataRecipe
-from preprocessing.records import is_inside
 from preprocessing.verify import open_codec
 
 SAMPLES_PER_TASK = 12
@@ -40,11 +34,12 @@ def write_preview(location: str | Path, out: Path, device: Device | None = None)
     place = find_device(device)
     shards = ShardSet(location)
     codec = open_codec(shards)
-    reader, photographs = _CodeReader(shards, place), _Photographs(shards)
+    reader = _CodeReader(shards, place)
     tasks = []
     for task, count in shards.manifest.samples.items():
         places = np.linspace(0, count - 1, SAMPLES_PER_TASK)
         numbers = np.unique(places.astype(int)).tolist()
+        photographs = Photographs(shards, task)
         episodes = [
             _episode(shards.sample(task, number), codec, reader, photographs)
             for number in tqdm(numbers, desc=f"drawing {task}", unit="sample")
@@ -91,43 +86,8 @@ class _CodeReader:
         return torch.from_numpy(codes_BN).to(self._device)
 
 
-class _Photographs:
-    """The images that samples were made from, where they are still on this machine."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        self._recipe = from_dict(DataRecipe, shards.manifest.recipe, MANIFEST_FILE)
-        self._made = Path(shards.location)
-        self._size = shards.manifest.image_size
-
-    def show(self, task: str, source: Mapping[str, Any]) -> Image.Image | None:
-        """The part of an image that a pair shows; None if the image is gone."""
-        for folder in self._folders(task, made="provenance" in source):
-            if not is_inside(source["image"]):
-                continue
-            with contextlib.suppress(InputError):
-                check_inside(folder, folder / source["image"])
-                image, box = load_image(folder / source["image"]), source["crop"]
-                if box[2] <= image.width and box[3] <= image.height:
-                    return crop_and_resize(image, tuple(box), self._size)
-        return None
-
-    def _folders(self, task: str, made: bool) -> list[Path]:
-        section = {
-            "segmentation": self._recipe.segmentation,
-            "semantic_segmentation": self._recipe.segmentation,
-            "captioning": self._recipe.captioning,
-        }
-        settings = section.get(task)
-        if made:
-            return [self._made / "composed/images"]
-        if settings is None or settings.images is None:
-            return [self._made / "synthetic/images"]
-        folders = (settings.images, getattr(settings, "examples_images", None))
-        return [Path(folder) for folder in folders if folder is not None]
-
-
 def _episode(
-    sample: Sample, codec: SequenceCodec, reader: _CodeReader, photographs: _Photographs
+    sample: Sample, codec: SequenceCodec, reader: _CodeReader, photographs: Photographs
 ) -> dict[str, Any]:
     """The values that the template shows for a sample."""
     task, meta = TASKS[sample.task], sample.meta
@@ -138,8 +98,8 @@ def _episode(
         image = to_image(reader.show(pair.image[None])[0])
         cells, words = task.preview(truth, number, image, reader)
         source, scale = meta["sources"][number], meta["scale"][number]
-        photograph = photographs.show(sample.task, source)
-        if photograph is not None:
+        with contextlib.suppress(InputError):  # The images may no longer be there.
+            photograph = photographs.at_model_size(truth, number)
             shown_here = task.show(photograph, task.true_output(truth, number))
             cells = [Cell("source", shown_here), *cells]
         lines = [

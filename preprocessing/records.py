@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from icl_moe.errors import InputError, shown
+from icl_moe.inputs import is_inside
 from preprocessing.crops import PixelRect
 from preprocessing.image_check import is_file
 from preprocessing.pool import ImageFile
@@ -125,11 +126,3 @@ def unaugmented(name: str) -> str:
     """
     match = _AUGMENTED.fullmatch(name)
     return match[1] if match else ""
-
-
-def is_inside(name: str) -> bool:
-    """Whether a file name is a path that stays within its folder."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
-    )

@@ -106,7 +106,7 @@ def _fit_edges(
     drawn: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode], photographs: Photographs
 ) -> dict[str, float] | None:
     try:
-        guides = [photographs.guide(episode) for episode in asked]
+        guides = [photographs.at_model_size(episode, -1) for episode in asked]
     except InputError as error:
         note(f"The outlines of masks will not follow the edges of images: {error}")
         return None

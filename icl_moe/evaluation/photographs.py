@@ -8,6 +8,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
 from icl_moe.images import crop_and_resize, load_image
+from icl_moe.inputs import check_inside, is_inside
 
 _SECTIONS = {"semantic_segmentation": "segmentation"}
 """The section of a data recipe that a task's episodes are from, where it has another name."""
@@ -17,7 +18,7 @@ class Photographs:
     """The pictures that the pairs of a shard folder show, from the files that it was built of.
 
     images: the folder of these files; by default where the data recipe had them, or the episodes
-    that it was built of. Raises InputError on use if a file is not there.
+    that it was built of. Raises InputError on use if a file is not there or is another.
     """
 
     def __init__(self, shards: ShardSet, task: str, images: Path | None = None) -> None:
@@ -31,18 +32,24 @@ class Photographs:
         source = episode.meta["sources"][pair]
         is_query = pair in (-1, len(episode.meta["sources"]) - 1)
         folder = self._images or self._folder(is_query, "provenance" in source)
-        if not (folder / source["image"]).is_file():
+        name, file = source["image"], folder / source["image"]
+        if not is_inside(name) or not file.is_file():
             raise InputError(
-                f"The image {source['image']} of {episode.key} is not in {folder}; name its folder "
-                "with --images."
+                f"The image {name} of {episode.key} is not in {folder}; name its folder with "
+                "--images."
             )
-        return load_image(folder / source["image"]).crop(source["crop"])
+        check_inside(folder, file)
+        image, (_, _, right, bottom) = load_image(file), source["crop"]
+        if right > image.width or bottom > image.height:
+            raise InputError(
+                f"{file} is not the image that {episode.key} was made from: it has "
+                f"{image.width} x {image.height} pixels, too few for the crop {source['crop']}."
+            )
+        return image.crop(source["crop"])
 
-    def guide(self, episode: EvaluationEpisode) -> Image.Image:
-        """The picture of an episode's query at the model's size, whose edges the outline of its
-        mask can follow.
-        """
-        picture = self.show(episode, -1)
+    def at_model_size(self, episode: EvaluationEpisode, pair: int) -> Image.Image:
+        """What a pair shows, resized to the square that the model reads."""
+        picture = self.show(episode, pair)
         return crop_and_resize(picture, (0, 0, *picture.size), self._size)
 
     def _folder(self, is_query: bool, is_composed: bool) -> Path:

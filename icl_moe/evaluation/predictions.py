@@ -262,7 +262,7 @@ def _complete(
     ]
     outputs = model.complete(requests, decoding=decoding)
     if photographs is not None and model.edges is not None:
-        guides = [photographs.guide(episode) for episode in batch]
+        guides = [photographs.at_model_size(episode, -1) for episode in batch]
         outputs = [
             replace(output, drawn=follow_edges(output.drawn, guide, model.edges))
             for output, guide in zip(outputs, guides, strict=True)

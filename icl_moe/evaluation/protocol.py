@@ -150,7 +150,7 @@ def _photographs(
         if episodes.task is SEGMENTATION and len(episodes):
             found[episodes.task.name] = Photographs(shards, episodes.task.name, images)
             try:
-                found[episodes.task.name].guide(episodes[0])
+                found[episodes.task.name].at_model_size(episodes[0], -1)
             except InputError as error:
                 raise InputError(
                     f"{str(error).removesuffix('.')}, or leave masks as the model draws them with "

@@ -164,7 +164,9 @@ def test_an_evaluation_lets_outlines_follow_the_edges_of_the_queries(
         episode = episodes[number]
         asked = Episode(episode.task, episode.category, episode.pairs[:1])
         (pair,) = model.complete([(asked, episode.query.image)])
-        mask_HW = follow_edges(pair.drawn, photographs.guide(episode), model.edges).mask_HW
+        mask_HW = follow_edges(
+            pair.drawn, photographs.at_model_size(episode, -1), model.edges
+        ).mask_HW
         assert np.mean(along[episode.key] == mask_HW) > 0.999
 
     plain = evaluate(along_edges_folder, toy_shards, tmp_path / "plain", limit=5, edges=False)
@@ -214,7 +216,7 @@ def test_the_edges_are_those_with_the_best_masks_of_training_episodes(
     best, photographs = EdgeFilter.of(fitted), Photographs(shards, "segmentation")
 
     def masks_of(edges):
-        guides = [photographs.guide(episode) for episode in asked]
+        guides = [photographs.at_model_size(episode, -1) for episode in asked]
         return [follow_edges(mask, guide, edges) for mask, guide in zip(drawn, guides, strict=True)]
 
     def mean_iou(masks):

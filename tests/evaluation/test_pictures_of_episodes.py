@@ -73,3 +73,18 @@ def test_a_missing_picture_is_named(shown, tmp_path):
             "segmentation",
             {"image": "2.png"},
         )
+
+
+@pytest.mark.parametrize("name", ["../queries/1.png", "link.png"])
+def test_a_picture_outside_the_folder_is_not_read(shown, tmp_path, name):
+    """Shards of a stranger must not show, in a report, files that are none of their pictures."""
+    (tmp_path / "examples/link.png").symlink_to(tmp_path / "queries/1.png")
+    recipe = {"segmentation": {"images": str(tmp_path / "examples")}}
+    with pytest.raises(InputError, match=r"is not in .*examples|is a link that leads out of"):
+        shown(recipe, "segmentation", {"image": name})
+
+
+def test_a_picture_too_small_for_its_crop_is_refused(shown, tmp_path):
+    recipe = {"segmentation": {"images": str(tmp_path / "queries")}}
+    with pytest.raises(InputError, match=r"has 8 x 8 pixels, too few for the crop \[0, 0, 9, 8\]"):
+        shown(recipe, "segmentation", {"crop": [0, 0, 9, 8]})
