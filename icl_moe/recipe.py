@@ -162,7 +162,9 @@ class TrainingSettings:
     task_weights: with `unmixed` sampling, a task is drawn with probability proportional to its
     weight here, and never if it is not named; null for the square root of its number of samples.
     stop_after: save and stop at that step, as an interruption would; schedules still aim at
-    `steps`. loss_on: the pairs that have a loss, `all` of an episode or only the `query`.
+    `steps`. init_from: the exported model from whose weights a new run starts (a folder, a shipped
+    name, or OWNER/NAME of the Hub); its optimizer and schedule start anew. loss_on: the pairs that
+    have a loss, `all` of an episode or only the `query`.
     mask_corruption: whether codes of the query's mask are hidden from the model as [MASK], in a
     share that is drawn for each episode (icl_moe.data.corruption); parallel decoding needs it.
     input_loss_weight: w_in, the loss weight of the input image's codes (0.5 in the paper's
@@ -184,6 +186,7 @@ class TrainingSettings:
     steps: Count
     output: str
     stop_after: Count | None = None
+    init_from: str | None = None
     global_batch: Count = 512
     micro_batch: Count = 8
     seed: Natural = 0

@@ -48,6 +48,9 @@ def model_card(
         "seed": recipe["training"]["seed"],
         "shards, by the sha256 of their manifest": training["shards"]["manifest_sha256"],
     }
+    if started := training.get("initial_model"):
+        name, digest = started["name"], started["weights_sha256"]
+        facts["started from the weights of"] = f"{name} (sha256 {digest[:16]}...)"
     for task, names in (config.get("classes") or {}).items():
         facts[f"classes in training, {task}"] = len(names)
     facts |= training["versions"]

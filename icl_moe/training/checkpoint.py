@@ -31,7 +31,7 @@ from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
 from icl_moe.training import training_state
-from icl_moe.training.run_folder import how_it_was_trained
+from icl_moe.training.run_folder import how_it_was_trained, saved_steps
 
 _TAG = "step-{:08d}"
 _NAME = re.compile(r"step-\d{8,}")
@@ -110,6 +110,13 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
     config.save_pretrained(folder)
     for name in shards.manifest.tokenizer_folders:
         copy_folder(shards.fetch(name), folder / name)
+
+
+def classes_so_far(output: Path) -> dict[str, list[str]]:
+    """The classes that the run in a folder has been trained on so far, by task."""
+    path = output / "model" / _CONFIG
+    config = read_json(path) if saved_steps(output) and path.is_file() else {}
+    return dict(config.get("classes") or {})
 
 
 def export(

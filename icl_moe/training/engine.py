@@ -7,7 +7,7 @@ their own.
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,13 +38,15 @@ from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
 from icl_moe.training.codebook import Codebook
 from icl_moe.training.distributed import ModelParallelUnit, Place
+from icl_moe.training.initial_model import InitialModel
 from icl_moe.training.partitions import refresh_gates
 from icl_moe.training.preflight import zero_stage
 
 
 class TrainingEngine:
-    """A freshly initialised decoder on DeepSpeed. codebook: the initial embeddings for a recipe
-    with model.codebook_init.
+    """A new decoder on DeepSpeed. codebook: the initial embeddings for a recipe with
+    model.codebook_init. initial: the model whose weights it starts with, in place of new ones.
+    classes: those that it has been trained on, besides those of the manifest, by task.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last complete step
     before clipping, None if the step was skipped.
@@ -58,6 +60,8 @@ class TrainingEngine:
         part: RankSlice,
         place: Place,
         codebook: Codebook | None = None,
+        initial: InitialModel | None = None,
+        classes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._recipe = recipe
         self._device = place.device
@@ -65,7 +69,17 @@ class TrainingEngine:
         tp_size = recipe.parallel.tp_size
         unit = ModelParallelUnit(tp_size) if tp_size > 1 else None
         set_model_parallel_unit(unit)
-        model = _build_model(recipe, manifest, place, zero_stage(engine_config), codebook)
+        config = DecoderConfig.from_recipe(
+            recipe,
+            format=to_dict(manifest.format),
+            image_size=manifest.image_size,
+            examples=manifest.examples,
+            image_tokenizer=manifest.image_tokenizer,
+            mask_tokenizer=manifest.mask_tokenizer,
+            features_tokenizer=manifest.features_tokenizer,
+            classes=_joined(manifest.classes, classes or {}),
+        )
+        model = _build_model(recipe, config, place, zero_stage(engine_config), codebook, initial)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
         with contextlib.redirect_stdout(
             io.StringIO()
@@ -185,24 +199,15 @@ def _guarded(
 
 def _build_model(
     recipe: TrainingRecipe,
-    manifest: Manifest,
+    config: DecoderConfig,
     place: Place,
     stage: int,
     codebook: Codebook | None,
+    initial: InitialModel | None,
 ) -> InContextDecoder:
     """This rank's part of a new model. At ZeRO stage 3 its experts are plain modules: DeepSpeed
     refuses its own layers there.
     """
-    config = DecoderConfig.from_recipe(
-        recipe,
-        format=to_dict(manifest.format),
-        image_size=manifest.image_size,
-        examples=manifest.examples,
-        image_tokenizer=manifest.image_tokenizer,
-        mask_tokenizer=manifest.mask_tokenizer,
-        features_tokenizer=manifest.features_tokenizer,
-        classes={task: sorted(classes) for task, classes in manifest.classes.items()},
-    )
     ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size
     sparse_layer = (
         SparseFeedForward
@@ -215,7 +220,7 @@ def _build_model(
         exported_name, first_expert=first_expert(place.rank, ep_size, recipe.model.experts)
     )
     initialise(model, recipe.training.seed, name)
-    if recipe.model.codebook_init:
+    if recipe.model.codebook_init and initial is None:
         assert codebook is not None, "the recipe starts from a codebook"
         first = recipe.vocabulary.input_range.start
         start_from_codebook(
@@ -226,6 +231,8 @@ def _build_model(
             recipe.training.seed,
             codebook.whiten,
         )
+    if initial is not None:
+        initial.load_into(model, name)
     if tp_size > 1:
         spread(model)
         gradient_norm.mark_parts(model)
@@ -234,6 +241,14 @@ def _build_model(
         # would wait for each other forever.
         set_z3_leaf_modules(model, [Experts])
     return model
+
+
+def _joined(
+    classes: Mapping[str, Iterable[str]], others: Mapping[str, Iterable[str]]
+) -> dict[str, list[str]]:
+    """The classes of both, by task."""
+    tasks = [*classes, *(task for task in others if task not in classes)]
+    return {task: sorted({*classes.get(task, ()), *others.get(task, ())}) for task in tasks}
 
 
 def _build_optimizer(recipe: TrainingRecipe, model: nn.Module, norm: Any) -> torch.optim.Optimizer:

@@ -16,7 +16,8 @@ from icl_moe.errors import InputError, shown
 from icl_moe.outputs import output_folder
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
-from icl_moe.training.run_folder import check_same_run
+from icl_moe.training.initial_model import InitialModel
+from icl_moe.training.run_folder import check_same_run, saved_steps
 
 # Keys of a DeepSpeed configuration that follow from the recipe; an engine file must leave them out.
 _RECIPE_KEYS = (
@@ -41,8 +42,8 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
 
     Raises InputError, before any rank starts, for an output that cannot be written, shards that are
     missing or of another vocabulary or tokenizer, positions that do not suffice, validation shards
-    of another kind, batches that do not divide, layouts that are not supported, precision that the
-    device lacks, and an engine file that DeepSpeed cannot read.
+    of another kind, an initial model of another kind, batches that do not divide, layouts that are
+    not supported, precision that the device lacks, and an engine file that DeepSpeed cannot read.
     """
     _check_output(recipe.training.output)
     shards = _open(recipe, "shards", recipe.data.shards)
@@ -51,6 +52,9 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
         _check_validation(recipe, shards.manifest, open_validation(recipe).manifest)
     _check_earlier_run(recipe, shards.manifest)
     check_same_run(recipe, shards)
+    initial = open_initial_model(recipe)
+    if initial is not None:
+        initial.check(recipe, shards.manifest)
     engine_config = read_engine(recipe.engine)
     _check_layout(recipe, world, zero_stage(engine_config))
     _check_reduction(recipe, engine_config)
@@ -95,6 +99,14 @@ def make_schedule(recipe: TrainingRecipe, manifest: Manifest) -> Schedule:
         training.sampling,
         training.task_weights,
     )
+
+
+def open_initial_model(recipe: TrainingRecipe) -> InitialModel | None:
+    """The model from whose weights the run starts. None if the recipe names none, or if the run has
+    a checkpoint already, from which it goes on; the model need not be there any more.
+    """
+    source, output = recipe.training.init_from, Path(recipe.training.output)
+    return None if source is None or saved_steps(output) else InitialModel.open(source)
 
 
 def open_validation(recipe: TrainingRecipe) -> ShardSet:

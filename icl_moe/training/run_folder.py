@@ -32,17 +32,24 @@ _CHECKPOINTS = "checkpoints/step-*/complete.json"
 
 _PACKAGES = ("icl-moe", "torch", "deepspeed", "transformers", "webdataset", "numpy")
 
-_SAME = ("seed", "global_batch", "sampling", "task_weights")
-"""Settings of `training` that decide, with the shards, which samples a step takes."""
+_SAME = ("init_from", "seed", "global_batch", "sampling", "task_weights")
+"""Settings of `training` that decide, with the shards, where a run starts and which samples a step
+takes.
+"""
+
+
+def saved_steps(output: Path) -> int:
+    """The steps of the newest checkpoint in a run's folder, 0 if there is none."""
+    names = (file.parent.name.removeprefix("step-") for file in output.glob(_CHECKPOINTS))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
     """Raise InputError, naming the differences, if the run in training.output has checkpoints and
-    takes other samples than this recipe would.
+    started from another model, or takes other samples, than this recipe would.
     """
     output = Path(recipe.training.output)
-    names = (file.parent.name.removeprefix("step-") for file in output.glob(_CHECKPOINTS))
-    saved = max((int(name) for name in names if name.isdigit()), default=0)
+    saved = saved_steps(output)
     trained = [stretch for stretch in _read(output) if stretch["from_step"] < saved]
     if not trained:
         return
@@ -63,7 +70,7 @@ def check_same_run(recipe: TrainingRecipe, shards: ShardSet) -> None:
     ]
     if named and not recipe.training.accept_changes:
         raise InputError(
-            f"training.output: {output} holds a run on other samples ({'; '.join(named)}); make "
+            f"training.output: {output} holds another run ({'; '.join(named)}); make "
             "them equal, set training.output to a new folder, or training.accept_changes=true to "
             "continue anyway."
         )
@@ -94,16 +101,22 @@ def record_stretch(
     engine_config: dict[str, Any],
     place: "Place",
     start: int,
+    initial_model: dict[str, str] | None = None,
 ) -> None:
     """Write into run.json everything that decides what is computed after step `start`.
 
-    Earlier stretches are kept, except those of which no step remains.
+    initial_model: which model's weights the run started from; that of the earlier stretches by
+    default. Earlier stretches are kept, except those of which no step remains.
     """
+    earlier = [known for known in _read(output) if known["from_step"] < start]
+    if initial_model is None and earlier:
+        initial_model = earlier[-1].get("initial_model")
     stretch = {
         "from_step": start,
         "recipe": to_dict(recipe),
         "engine": engine_config,
         "shards": {"folder": shards.location, "manifest_sha256": shards.fingerprint},
+        "initial_model": initial_model,
         "revision": _git_revision(),
         "versions": installed_versions(_PACKAGES),
         "ranks": place.world,
@@ -111,7 +124,6 @@ def record_stretch(
         if place.device.type == "cuda"
         else platform.processor() or platform.machine(),
     }
-    earlier = [known for known in _read(output) if known["from_step"] < start]
     content = json.dumps(stretch | {"earlier": earlier}, indent=2)
     write_whole(output / _FILE, content + "\n")
 
@@ -126,6 +138,7 @@ def how_it_was_trained(output: Path, steps: int) -> dict[str, Any] | None:
         return None
     last = stretches[-1]
     last["recipe"]["training"].pop("output", None)
+    last["recipe"]["training"].pop("init_from", None)
     last["recipe"]["data"].pop("shards", None)
     last["shards"].pop("folder", None)
     return {"steps": steps, "stretches": len(stretches), **last}

@@ -32,8 +32,14 @@ from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.expert_table import Choice, choices_table, expert_choices
 from icl_moe.training.faults import Watchdog, agreed_to_stop, any_rank
 from icl_moe.training.gradients import GradientReport
+from icl_moe.training.initial_model import InitialModel
 from icl_moe.training.monitor import ProgressMonitor, tolerate_unwritten
-from icl_moe.training.preflight import make_schedule, open_checked, open_validation
+from icl_moe.training.preflight import (
+    make_schedule,
+    open_checked,
+    open_initial_model,
+    open_validation,
+)
 from icl_moe.training.run_folder import alone_in, record_stretch
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
 from icl_moe.training.validation import Validation
@@ -114,9 +120,17 @@ class Trainer:
             training.micro_batch,
             self.recipe.parallel.tp_size,
         )
-        codebook = read_codebook(self.shards) if self.recipe.model.codebook_init else None
+        initial = open_initial_model(self.recipe)
+        is_from_codebook = self.recipe.model.codebook_init and initial is None
         engine = TrainingEngine(
-            self.recipe, self.shards.manifest, self.engine_config, part, place, codebook
+            self.recipe,
+            self.shards.manifest,
+            self.engine_config,
+            part,
+            place,
+            read_codebook(self.shards) if is_from_codebook else None,
+            initial,
+            checkpoint.classes_so_far(output) if initial is None else initial.classes,
         )
         silence_own_events(engine.deepspeed)
         self.state.step = checkpoint.resume(engine.deepspeed, output)
@@ -132,6 +146,7 @@ class Trainer:
             make_schedule(self.recipe, self.shards.manifest),
             part,
             place,
+            initial,
         )
 
 
@@ -170,6 +185,7 @@ class _Run:
     schedule: Schedule
     part: RankSlice
     place: Place
+    initial: InitialModel | None
 
     def go_on(self, stop: int) -> None:
         """From the step of the state to step `stop`."""
@@ -231,6 +247,7 @@ class _Run:
                 self.engine_config,
                 self.place,
                 self.state.step,
+                self.initial.record() if self.initial is not None else None,
             )
         if optimizer.warmup_steps > training.steps:
             self._note(

@@ -25,6 +25,7 @@ from icl_moe.recipe import OptimizerSettings, ParallelSettings
 from icl_moe.training import checkpoint, training_state
 from icl_moe.training import engine as engine_module
 from icl_moe.training.engine import TrainingEngine
+from icl_moe.training.initial_model import InitialModel
 
 SAVED_AT, STEPS = 2, 4
 RATE = 1e-3
@@ -55,10 +56,15 @@ LAYOUTS = {
 
 
 def train(
-    place: Any, layout: Layout, optimizer: str, output: Path, stop: int
+    place: Any,
+    layout: Layout,
+    optimizer: str,
+    output: Path,
+    stop: int,
+    start_from: Path | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Resume from the newest checkpoint of `output`, train to step `stop` and save. Returns the
-    losses of global batches and this rank's parameters.
+    """Resume from the newest checkpoint of `output`, or start from an exported model, train to step
+    `stop` and save. Returns the losses of global batches and this rank's parameters.
     """
     recipe = replace(
         make_recipe(
@@ -76,7 +82,8 @@ def train(
         "zero_optimization": {"stage": layout.stage, "reduce_scatter": True},
         "bf16": {"enabled": layout.bf16},
     }
-    engine = TrainingEngine(recipe, MANIFEST, config, part, place)
+    initial = None if start_from is None else InitialModel.open(str(start_from))
+    engine = TrainingEngine(recipe, MANIFEST, config, part, place, initial=initial)
     try:
         start = checkpoint.resume(engine.deepspeed, output)
         losses = [_step(engine, part, step) for step in range(start, stop)]
@@ -171,6 +178,14 @@ def test_a_run_goes_on_under_any_layout_as_if_it_had_never_stopped(
         losses[SAVED_AT:], abs=1e-5
     )
     assert_equal_parameters(exported(tmp_path / "run", tmp_path / "model"), parameters)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_starts_from_an_exported_model_under_any_layout(run, saved, tmp_path, layout):
+    """Its weights are the model's, whole and in their places, before the first step."""
+    wanted = dict(exported(saved["1 rank"], tmp_path / "initial").named_parameters())
+    run(LAYOUTS[layout], "adamw", tmp_path / "run", 0, tmp_path / "initial")
+    assert_equal_parameters(exported(tmp_path / "run", tmp_path / "model"), wanted, tolerance=1e-9)
 
 
 @pytest.mark.parametrize(("stage", "ep_size"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1)])

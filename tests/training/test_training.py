@@ -254,7 +254,7 @@ def test_a_run_does_not_go_on_with_other_samples_in_silence(
     before = (whole_run / "run.json").read_text()
     assert main(goes_on(shards, whole_run, *settings)) == 2
     said = capsys.readouterr().err
-    assert f"training.output: {whole_run} holds a run on other samples ({difference});" in said
+    assert f"training.output: {whole_run} holds another run ({difference});" in said
     assert "training.accept_changes=true to continue anyway" in said
     assert len(said.strip().splitlines()) == 1
     assert (whole_run / "run.json").read_text() == before

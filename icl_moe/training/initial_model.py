@@ -1,0 +1,146 @@
+"""The exported model from whose weights a new run starts, training.init_from."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from icl_moe.data.shards import TOKENIZER_FOLDERS, Manifest
+from icl_moe.errors import InputError
+from icl_moe.files import check_readable
+from icl_moe.inference.hub import find_model
+from icl_moe.inputs import read_json
+from icl_moe.recipe import ModelSettings, TrainingRecipe
+from icl_moe.settings import from_dict, to_dict
+from icl_moe.vocabulary import Vocabulary
+
+_KEY = "training.init_from"
+
+_FREE = (
+    "positions",
+    "dropout",
+    "attention_dropout",
+    "initialisation",
+    "codebook_init",
+    "gate_noise",
+    "experts_per_token",
+)
+"""Settings of a model in which a run may differ from the model that it starts from."""
+
+_POSITIONS = "position_embedding.weight"
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """source: as the recipe names it. config: the content of its config.json."""
+
+    source: str
+    folder: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, source: str) -> "InitialModel":
+        """The model `source`: a folder that `icl-moe export` wrote, a shipped name, or a model of
+        the Hub. Raises InputError if there is none, or if its configuration cannot be read.
+        """
+        try:
+            folder = find_model(source)
+            for name in ("config.json", "model.safetensors"):
+                check_readable(folder / name)
+            config = read_json(folder / "config.json")
+        except InputError as error:
+            raise InputError(f"{_KEY}: {error}") from error
+        except OSError as error:
+            raise InputError(
+                f"{_KEY}: {error.filename} cannot be read ({error.strerror}); name a folder that "
+                "`icl-moe export` wrote."
+            ) from error
+        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+            raise InputError(f"{_KEY}: {folder} is not an exported model.")
+        return cls(source, folder, config)
+
+    def check(self, recipe: TrainingRecipe, manifest: Manifest) -> None:
+        """Raise InputError, naming the difference, if the recipe's model or the codes of the shards
+        are not those of this model. The number of positions may differ.
+        """
+        origin = f"{_KEY}: {self.folder / 'config.json'}"
+        theirs = to_dict(from_dict(ModelSettings, dict(self.config["model"]), origin))
+        ours = to_dict(recipe.model)
+        self._compare(
+            "the recipe's",
+            {name: (ours[name], theirs[name]) for name in ours if name not in _FREE},
+            "model.{}",
+        )
+        known = from_dict(Vocabulary, self.config.get("vocabulary") or {}, origin)
+        if known != recipe.vocabulary:
+            raise InputError(
+                f"{_KEY}: the vocabulary of {self.source} is {to_dict(known)}, and the recipe's is "
+                f"{to_dict(recipe.vocabulary)}; make them equal."
+            )
+        names = ("image_size", *TOKENIZER_FOLDERS)
+        data = {
+            name: (getattr(manifest, name), self.config[name])
+            for name in names
+            if name in self.config
+        }
+        self._compare("that of the shards", data, "{}")
+        shape = {**to_dict(manifest.format)}
+        described = self.config.get("format") or {}
+        self._compare(
+            "that of the shards",
+            {name: (shape[name], described[name]) for name in shape if name in described},
+            "format.{}",
+        )
+
+    def _compare(self, whose: str, pairs: Mapping[str, tuple[Any, Any]], key: str) -> None:
+        for name, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise InputError(
+                    f"{_KEY}: {key.format(name)} of {self.source} is {theirs}, and {whose} is "
+                    f"{ours}; make them equal."
+                )
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module, exported_name: Callable[[str], str]) -> None:
+        """Set the parameters of this rank's part of a new model, before it is spread over tensor
+        ranks. exported_name: a parameter's name in the model's file.
+
+        Positions that this model lacks keep their new embeddings. Raises InputError if the file is
+        damaged or does not hold the tensors of its configuration.
+        """
+        file = self.folder / "model.safetensors"
+        try:
+            with safe_open(file, framework="pt") as stored:
+                known = set(stored.keys())
+                for name, parameter in model.named_parameters():
+                    name = exported_name(name)
+                    value = stored.get_tensor(name) if name in known else None
+                    rows = len(parameter)
+                    if value is not None and name == _POSITIONS:
+                        rows = min(rows, len(value))
+                        value = value[:rows]
+                    if value is None or value.shape != parameter[:rows].shape:
+                        raise InputError(
+                            f"{_KEY}: {file} does not fit its config.json: it lacks {name} of "
+                            f"{list(parameter.shape)} numbers."
+                        )
+                    parameter[:rows] = value
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{_KEY}: {file} cannot be read ({error}).") from error
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """The classes that it was trained on, by task."""
+        return dict(self.config.get("classes") or {})
+
+    def record(self) -> dict[str, str]:
+        """Which model it is, for the record of a run; a folder by its name alone."""
+        name = self.folder.resolve().name if Path(self.source).exists() else self.source
+        with (self.folder / "model.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": name, "weights_sha256": digest}

@@ -1,0 +1,123 @@
+"""A run that starts from the weights of an exported model."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_run import SETTINGS
+
+from icl_moe.cli import main
+
+POSITIONS = "position_embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def model(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("initial") / "my model"
+    assert main(["export", str(undisturbed), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def begin(shards: Path, model: Path, tmp_path: Path, command: Callable) -> Callable:
+    """Trains by one process from the model, at a rate that leaves it as it is. Returns the exit
+    code and what was printed.
+    """
+
+    def run(*settings: str, start: Path | None = None) -> tuple[int, str]:
+        arguments = (
+            *("train", "demo", *SETTINGS, f"data.shards={shards}", "engine=zero0_fp32"),
+            *(f"training.output={tmp_path / 'run'}", "optimizer.name=adamw"),
+            *("optimizer.learning_rate=1e-12", "optimizer.weight_decay=0", "training.steps=1"),
+            *("training.dry_run=false", f"training.init_from={start or model}", *settings),
+        )
+        done = command(sys.executable, "-m", "icl_moe", *arguments)
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_the_weights_are_those_of_the_model_and_positions_may_be_added(begin, model, tmp_path):
+    recipe = json.loads((model / "training.json").read_text())["recipe"]
+    positions = recipe["model"]["positions"]
+    code, printed = begin(f"model.positions={positions + 40}")
+    assert code == 0, printed
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    was, now = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert was.keys() == now.keys() and len(now[POSITIONS]) == positions + 40
+    for name, value in was.items():
+        torch.testing.assert_close(now[name][: len(value)], value, rtol=0, atol=1e-9)
+    assert now[POSITIONS][positions:].std() > 0.001
+
+
+def test_the_record_names_the_model_and_the_run_goes_on_without_it(begin, model, tmp_path):
+    moved = Path(shutil.copytree(model, tmp_path / "given"))
+    config = json.loads((moved / "config.json").read_text())
+    config["classes"]["segmentation"].append("a class of its own")
+    (moved / "config.json").write_text(json.dumps(config))
+    assert begin(start=moved)[0] == 0
+    shutil.rmtree(moved)
+    code, printed = begin("training.steps=2", start=moved)
+    assert code == 0, printed
+    code, printed = begin("training.steps=3", start=model)
+    assert code == 2 and f"training.init_from is {moved} there and {model} here" in printed
+
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    trained = json.loads((tmp_path / "out/training.json").read_text())
+    assert trained["stretches"] == 2 and trained["initial_model"]["name"] == "given"
+    assert str(tmp_path) not in (tmp_path / "out/training.json").read_text()
+    assert "| started from the weights of | given (sha256 " in (
+        (tmp_path / "out/README.md").read_text()
+    )
+    classes = json.loads((tmp_path / "out/config.json").read_text())["classes"]
+    assert "a class of its own" in classes["segmentation"] and len(classes["segmentation"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["model.width=64"], "model.width of {} is 32, and the recipe's is 64"),
+        (["model.feed_forward=dense"], "model.feed_forward of {} is attributes, and the"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(begin, model, settings, reason):
+    code, printed = begin(*settings)
+    assert code == 2 and f"training.init_from: {reason.format(model)}" in printed
+    assert printed.count("\n") == 1
+
+
+def _other_tokenizer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "image_tokenizer": "0123456789abcdef"})
+    )
+
+
+def _one_tensor_less(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_other_tokenizer, "image_tokenizer of {} is 0123456789abcdef, and that of the shards"),
+        (_one_tensor_less, "does not fit its config.json: it lacks norm.weight of [32] numbers"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+        (shutil.rmtree, "There is no model folder {}"),
+    ],
+)
+def test_a_damaged_model_is_named(begin, model, tmp_path, damage, reason):
+    folder = Path(shutil.copytree(model, tmp_path / "damaged"))
+    damage(folder)
+    code, printed = begin(start=folder)
+    assert code == 2 and "training.init_from: " in printed and reason.format(folder) in printed
+    assert len([line for line in printed.splitlines() if line.startswith("icl-moe: train")]) == 1
+    assert "Traceback" not in printed and not list((tmp_path / "run").glob("checkpoints/*"))
