@@ -234,6 +234,18 @@ def test_evaluation_while_training_scores_as_the_evaluation_of_the_exported_mode
         }
 
 
+def test_the_predictions_of_an_evaluation_are_kept_beside_its_pictures(observed):
+    folder = observed[0] / f"samples/step-0000000{EVALUATED}"
+    assert {path.name for path in folder.iterdir()} == {
+        "predictions.jsonl",
+        "segmentation.png",
+        "captioning.png",
+    }
+    header, *lines = (folder / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(header)["step"] == EVALUATED
+    assert len(lines) == 2 * 3  # Three episodes of each task.
+
+
 def gradient_rows(output: Path) -> list[dict[str, str]]:
     with (output / "gradients.csv").open() as file:
         return list(csv.DictReader(file))
