@@ -13,10 +13,10 @@ def test_twenty_steps_of_a_matrix_are_those_of_torch(shape, monkeypatch):
     monkeypatch.setattr(muon, "computes_in_bf16", lambda _: True)
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    settings = dict(lr=0.02, weight_decay=0.1, momentum=0.95)
+    settings = dict(lr=0.02, weight_decay=0.1)
     optimizers = (
         Muon([{"params": [ours], "matrices_in_one": 1}], **settings),
-        torch.optim.Muon([theirs], **settings),
+        torch.optim.Muon([theirs], momentum=0.95, **settings),
     )
     for _ in range(20):
         ours.grad = theirs.grad = torch.randn(shape)

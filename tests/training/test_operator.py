@@ -6,11 +6,15 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import training_on_ranks
 
 from icl_moe.attributes import describe_attributes
@@ -230,6 +234,18 @@ def test_evaluation_while_training_scores_as_the_evaluation_of_the_exported_mode
         }
 
 
+def test_the_predictions_of_an_evaluation_are_kept_beside_its_pictures(observed):
+    folder = observed[0] / f"samples/step-0000000{EVALUATED}"
+    assert {path.name for path in folder.iterdir()} == {
+        "predictions.jsonl",
+        "segmentation.png",
+        "captioning.png",
+    }
+    header, *lines = (folder / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(header)["step"] == EVALUATED
+    assert len(lines) == 2 * 3  # Three episodes of each task.
+
+
 def gradient_rows(output: Path) -> list[dict[str, str]]:
     with (output / "gradients.csv").open() as file:
         return list(csv.DictReader(file))
@@ -317,6 +333,37 @@ def test_without_any_micro_batch_that_fits_other_ways_are_named(rank_group, shar
     ranks = rank_group(2).run(training_on_ranks.run, shards, tmp_path, settings, 0)
     (sentence,) = (rank["ended"] for rank in ranks if rank["ended"] != "exit code 2")
     assert "no smaller one does: set training.activation_checkpointing=true" in sentence
+
+
+class _Reserved(TorchDispatchMode):
+    """Counts the numbers of empty tensors that hold two of something, as of two moments."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.empty.memory_format:
+            shape = list(args[0])
+            self.count += math.prod(shape) if len(shape) > 1 and shape[0] == 2 else 0
+        return function(*args, **(kwargs or {}))
+
+
+def reserved(place: Any, *arguments: Any) -> int:
+    with _Reserved() as mode:
+        assert training_on_ranks.run(place, *arguments)["ended"] == "well"
+    return mode.count
+
+
+def test_memory_is_reserved_for_the_state_of_a_new_optimizer_and_not_for_one_that_is_there(
+    rank_group, shards, tmp_path
+):
+    def of_a_run_to(step: int) -> list[int]:
+        settings = (*PLAIN, "training.dry_run=true", f"training.stop_after={step}")
+        return rank_group(2).run(reserved, shards, tmp_path, settings)
+
+    new, resumed = of_a_run_to(1), of_a_run_to(2)
+    weights = load_file(tmp_path / "checkpoints/step-00000001/weight-00000.safetensors")
+    assert new[0] >= 2 * sum(weight.numel() for weight in weights.values())
+    assert resumed == [0, 0]
 
 
 def test_evaluation_needs_validation_shards_of_the_same_kind(shards, tmp_path):

@@ -46,6 +46,8 @@ def test_a_gradient_that_is_not_finite_costs_what_a_loss_that_is_not_does(
     assert [rank["ended"] for rank in loss + gradient] == ["well"] * 4
     assert [rank["state"] for rank in loss] == [rank["state"] for rank in gradient]
     assert "step 2 is skipped, its loss is not finite (1 of at most 5)" in loss[0]["printed"]
+    assert "step 2: the loss is not finite on rank 1 in " in loss[1]["printed"]
+    assert "the loss is not finite on rank" not in loss[0]["printed"]
     said = "step 2 is skipped, its gradient is zero or not finite (1 of at most 5)"
     assert said in gradient[0]["printed"]
     assert "the loss is not finite on rank" not in gradient[0]["printed"]

@@ -294,6 +294,8 @@ def test_a_run_goes_on_with_other_shards_only_where_that_is_asked_for(
     assert train_on(other, "training.steps=2", *changed) == "well"
     assert train_on(other, "training.steps=3", *changed) == "well"
     assert train_on(other, "training.steps=3", *changed) == "well"  # There is nothing left to do.
+    shutil.rmtree(output / "checkpoints/step-00000003")
+    assert train_on(other, "training.steps=3", *changed) == "well"  # The same stretch once more.
 
     last = json.loads((output / "run.json").read_text())
     stretches = [*last["earlier"], last]
