@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import SETTINGS
 
 from icl_moe.cli import main
+from icl_moe.inference.model import InContextModel
 
 POSITIONS = "position_embedding.weight"
 
@@ -121,3 +124,57 @@ def test_a_damaged_model_is_named(begin, model, tmp_path, damage, reason):
     assert code == 2 and "training.init_from: " in printed and reason.format(folder) in printed
     assert len([line for line in printed.splitlines() if line.startswith("icl-moe: train")]) == 1
     assert "Traceback" not in printed and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def draw_horizons(folder: Path, count: int, seed: int) -> None:
+    """Pictures of two colours, one above the other, and masks of the upper part."""
+    rng = np.random.default_rng(seed)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number in range(count):
+        above_HW = np.arange(96)[:, None].repeat(96, axis=1) < rng.integers(28, 68)
+        colours = rng.integers(30, 226, (2, 3))
+        picture = np.where(above_HW[..., None], *colours) + rng.normal(0, 6, (96, 96, 3))
+        for kind, pixels in (("images", picture.clip(0, 255)), ("masks", above_HW * 255)):
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / kind / f"{number}.png")
+
+
+def test_twenty_pictures_of_a_new_kind_teach_the_shipped_model(tmp_path, command):
+    """What marks are of, here a place and not a colour, is new to it; it is asked about pictures
+    that it was not trained on.
+    """
+
+    def icl_moe(*arguments: object) -> None:
+        done = command(sys.executable, "-m", "icl_moe", *arguments)
+        assert done.returncode == 0, done.stdout
+
+    for split, count, samples in (("train", 20, 320), ("held_out", 10, "null")):
+        draw_horizons(tmp_path / split, count, seed=count)
+        source = ("segmentation.source=folder", f"segmentation.images={tmp_path / split}/images")
+        masks = (f"segmentation.masks={tmp_path / split}/masks", "captioning=null")
+        out = ("--out", tmp_path / f"shards_{split}")
+        build = ("shards", "build", "modern_demo", *source, *masks, f"samples={samples}")
+        icl_moe(*build, *out)
+    settings = (
+        *("training.init_from=demo", f"data.shards={tmp_path / 'shards_train'}"),
+        *("training.steps=40", "training.global_batch=8", "training.micro_batch=8"),
+        *("training.task_weights=null", f"training.output={tmp_path / 'run'}"),
+        *("optimizer.learning_rate=1.0e-3", "optimizer.matrix_learning_rate=0.005"),
+        "optimizer.warmup_steps=10",
+    )
+    icl_moe("train", "modern_64", *settings)
+    icl_moe("export", tmp_path / "run", "--out", tmp_path / "mine")
+
+    def mean_iou(model: str | Path) -> float:
+        loaded = InContextModel.from_pretrained(model)
+        folder, ious = tmp_path / "held_out", []
+        for number in range(10):
+            shown = (number + 1) % 10
+            example = (folder / f"images/{shown}.png", folder / f"masks/{shown}.png")
+            mask_HW = loaded.segment([example], folder / f"images/{number}.png")
+            true_HW = np.asarray(Image.open(folder / f"masks/{number}.png")) > 0
+            ious.append((mask_HW & true_HW).sum() / (mask_HW | true_HW).sum())
+        return float(np.mean(ious))
+
+    before, after = mean_iou("demo"), mean_iou(tmp_path / "mine")
+    assert before < 0.6 and after > before + 0.25, (before, after)
