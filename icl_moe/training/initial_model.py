@@ -69,41 +69,27 @@ class InitialModel:
         are not those of this model. The number of positions may differ.
         """
         origin = f"{_KEY}: {self.folder / 'config.json'}"
-        theirs = to_dict(from_dict(ModelSettings, dict(self.config["model"]), origin))
-        ours = to_dict(recipe.model)
-        self._compare(
-            "the recipe's",
-            {name: (ours[name], theirs[name]) for name in ours if name not in _FREE},
-            "model.{}",
-        )
-        known = from_dict(Vocabulary, self.config.get("vocabulary") or {}, origin)
-        if known != recipe.vocabulary:
-            raise InputError(
-                f"{_KEY}: the vocabulary of {self.source} is {to_dict(known)}, and the recipe's is "
-                f"{to_dict(recipe.vocabulary)}; make them equal."
-            )
-        names = ("image_size", *TOKENIZER_FOLDERS)
-        data = {
-            name: (getattr(manifest, name), self.config[name])
-            for name in names
-            if name in self.config
-        }
-        self._compare("that of the shards", data, "{}")
-        shape = {**to_dict(manifest.format)}
-        described = self.config.get("format") or {}
-        self._compare(
-            "that of the shards",
-            {name: (shape[name], described[name]) for name in shape if name in described},
-            "format.{}",
-        )
+        model = to_dict(from_dict(ModelSettings, dict(self.config["model"]), origin))
+        for name, ours in to_dict(recipe.model).items():
+            if name not in _FREE:
+                self._compare(f"model.{name}", model[name], "the recipe's", ours)
+        vocabulary = from_dict(Vocabulary, self.config.get("vocabulary") or {}, origin)
+        self._compare("vocabulary", to_dict(vocabulary), "the recipe's", to_dict(recipe.vocabulary))
+        known = self.config.get("format") or {}
+        for name, ours in to_dict(manifest.format).items():
+            if name in known and name != "vocabulary":
+                self._compare(f"format.{name}", known[name], "that of the shards", ours)
+        for name in ("image_size", *TOKENIZER_FOLDERS):
+            if name in self.config:
+                ours = getattr(manifest, name)
+                self._compare(name, self.config[name], "that of the shards", ours)
 
-    def _compare(self, whose: str, pairs: Mapping[str, tuple[Any, Any]], key: str) -> None:
-        for name, (ours, theirs) in pairs.items():
-            if ours != theirs:
-                raise InputError(
-                    f"{_KEY}: {key.format(name)} of {self.source} is {theirs}, and {whose} is "
-                    f"{ours}; make them equal."
-                )
+    def _compare(self, what: str, theirs: Any, whose: str, ours: Any) -> None:
+        if theirs != ours:
+            raise InputError(
+                f"{_KEY}: {what} of {self.source} is {theirs}, and {whose} is {ours}; make them "
+                "equal."
+            )
 
     @torch.no_grad()
     def load_into(self, model: nn.Module, exported_name: Callable[[str], str]) -> None:
