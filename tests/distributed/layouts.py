@@ -27,6 +27,7 @@ from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codeb
 from icl_moe.model.deepspeed_moe import exported_name, first_expert
 from icl_moe.model.router import AttributeGate
 from icl_moe.model.tensor_parallel import is_split, join
+from icl_moe.optim import muon
 from icl_moe.optim.muon import orthogonal
 from icl_moe.recipe import OptimizerSettings, ParallelSettings
 from icl_moe.training.codebook import Codebook
@@ -90,6 +91,16 @@ class Trajectory:
     choices: list[list[list[list[int]]]]
 
 
+def _computes_in_float32(device: torch.device) -> bool:
+    return False
+
+
+_muon_in_float32 = mock.patch.object(muon, "computes_in_bf16", _computes_in_float32)
+"""On a processor with bfloat16 the iteration would turn rounding errors of gradients into other
+roundings of the steps, a hundred times as large.
+"""
+
+
 def plain_trajectory(layout: Layout) -> Trajectory:
     """The run of `layout` in float32 without ranks, DeepSpeed and megatron-core: with the decoder
     for inference and autograd.
@@ -108,6 +119,7 @@ def plain_trajectory(layout: Layout) -> Trajectory:
 
 
 @functools.cache
+@_muon_in_float32
 def _plain_trajectory(layout: Layout) -> Trajectory:
     recipe = _recipe(layout)
     decoder = InContextDecoder(
@@ -151,6 +163,7 @@ def _plain_trajectory(layout: Layout) -> Trajectory:
     )
 
 
+@_muon_in_float32
 def rank_trajectory(place: Any, layout: Layout) -> Trajectory:
     """The same under the engine, on this rank of the layout; `parameters` are this rank's parts."""
     from icl_moe.training import engine as engine_module
