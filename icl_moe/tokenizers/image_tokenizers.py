@@ -134,7 +134,7 @@ class ImageTokenizers:
         """The code vectors of the tokenizer of input images, float32."""
         if self.features is not None:
             return self.features.codebook_KD.float()
-        return self._pictures.quantize.embedding.weight.detach().float()
+        return self._pictures.codebook_KC
 
     def decode(self, codes_BN: Tensor) -> Tensor:
         """The pixels of image codes, (B, 3, H, W), float32 in [-1, 1] or a little beyond."""

@@ -176,6 +176,11 @@ class VQGAN(nn.Module):
         return self.config.codebook_size
 
     @property
+    def codebook_KC(self) -> Tensor:
+        """The vector of each code, float32."""
+        return self.quantize.embedding.weight.detach().float()
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits of a SHA-256 over the config and all weights as float32."""
         return weights_fingerprint(self.config.settings(), self.state_dict())

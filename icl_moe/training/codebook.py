@@ -50,4 +50,4 @@ def read_codebook(shards: ShardSet) -> Codebook:
     if "features_tokenizer" in folders:
         return Codebook(read_centroids(folders["features_tokenizer"]), frequencies_K, whiten=False)
     tokenizer = VQGAN.from_pretrained(folders["image_tokenizer"])
-    return Codebook(tokenizer.quantize.embedding.weight.detach().float(), frequencies_K)
+    return Codebook(tokenizer.codebook_KC, frequencies_K)

@@ -28,7 +28,6 @@ from icl_moe.model.deepspeed_moe import exported_name, first_expert
 from icl_moe.model.router import AttributeGate
 from icl_moe.model.tensor_parallel import is_split, join
 from icl_moe.optim import muon
-from icl_moe.optim.muon import orthogonal
 from icl_moe.recipe import OptimizerSettings, ParallelSettings
 from icl_moe.training.codebook import Codebook
 
@@ -363,7 +362,7 @@ def _plain_muon(decoder: InContextDecoder) -> Update:
             parts = 3 if "qkv" in name else 1
             moved = [
                 matrix * (1 - 0.02 * 0.05)
-                - 0.02 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5 * orthogonal(towards)
+                - 0.02 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5 * muon.orthogonal(towards)
                 for matrix, towards in zip(
                     parameter.data.chunk(parts), ahead.chunk(parts), strict=True
                 )
