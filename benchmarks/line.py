@@ -141,17 +141,12 @@ def random_model(folder: Path) -> Any:
     from icl_moe.model.config import DecoderConfig
     from icl_moe.model.decoder import InContextDecoder, initialise
     from icl_moe.recipe import TrainingRecipe
-    from icl_moe.settings import load_recipe, to_dict
+    from icl_moe.settings import load_recipe
     from icl_moe.training.checkpoint import write_model_folder
 
     shards = ShardSet(folder / "shards")
-    manifest = shards.manifest
     config = DecoderConfig.from_recipe(
-        load_recipe(TrainingRecipe, "demo"),
-        format=to_dict(manifest.format),
-        image_size=manifest.image_size,
-        examples=manifest.examples,
-        image_tokenizer=manifest.image_tokenizer,
+        load_recipe(TrainingRecipe, "demo"), **shards.manifest.of_model
     )
     decoder = InContextDecoder(config)
     initialise(decoder, seed=0)

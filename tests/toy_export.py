@@ -3,7 +3,6 @@ evaluation.
 """
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -47,12 +46,7 @@ def save_toy_model(folder: Path, shards: Path, seed: int = 0, **config: object) 
         DecoderConfig(
             model=to_dict(settings),
             vocabulary=to_dict(manifest.format.vocabulary),
-            format=asdict(manifest.format),
-            image_size=manifest.image_size,
-            examples=manifest.examples,
-            image_tokenizer=manifest.image_tokenizer,
-            mask_tokenizer=manifest.mask_tokenizer,
-            features_tokenizer=manifest.features_tokenizer,
+            **manifest.of_model,
             **config,
         )
     )

@@ -30,7 +30,7 @@ from icl_moe.errors import InputError, SampleError
 from icl_moe.files import write_whole
 from icl_moe.ranges import ImageSide, Natural
 from icl_moe.sequence import LossOn, Role, SequenceFormat, Span, TokenSequence
-from icl_moe.settings import from_dict
+from icl_moe.settings import from_dict, to_dict
 
 SCHEMA_VERSION = 2
 
@@ -126,6 +126,20 @@ class Manifest:
     def tokenizer_folders(self) -> tuple[str, ...]:
         """The folders beside the shards that a model needs as well."""
         return tuple(name for name in TOKENIZER_FOLDERS if getattr(self, name) is not None)
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """What the configuration of a model that is trained on the shards says of them, as plain
+        values: `DecoderConfig` without what the recipe decides.
+        """
+        return {
+            "format": to_dict(self.format),
+            "image_size": self.image_size,
+            "examples": self.examples,
+            "image_tokenizer": self.image_tokenizer,
+            "mask_tokenizer": self.mask_tokenizer,
+            "features_tokenizer": self.features_tokenizer,
+        }
 
     @classmethod
     def read(cls, folder: str | Path | ShardFolder) -> "Manifest":

@@ -35,7 +35,6 @@ from icl_moe.optim.mt_adamw import MTAdamW
 from icl_moe.optim.muon import Muon
 from icl_moe.optim.parameter_groups import muon_groups, parameter_groups
 from icl_moe.recipe import TrainingRecipe
-from icl_moe.settings import to_dict
 from icl_moe.training.codebook import Codebook
 from icl_moe.training.distributed import ModelParallelUnit, Place
 from icl_moe.training.initial_model import InitialModel
@@ -71,12 +70,7 @@ class TrainingEngine:
         set_model_parallel_unit(unit)
         config = DecoderConfig.from_recipe(
             recipe,
-            format=to_dict(manifest.format),
-            image_size=manifest.image_size,
-            examples=manifest.examples,
-            image_tokenizer=manifest.image_tokenizer,
-            mask_tokenizer=manifest.mask_tokenizer,
-            features_tokenizer=manifest.features_tokenizer,
+            **manifest.of_model,
             classes=_joined(manifest.classes, classes or {}),
         )
         model = _build_model(recipe, config, place, zero_stage(engine_config), codebook, initial)
