@@ -212,7 +212,8 @@ def compose(
     turn, place = divmod(index, len(album.photographs))
     order = np.random.default_rng([composed.seed, turn]).permutation(len(album.photographs))
     canvas_HW3, objects = _background(rng, album, album.photographs[order[place]], size)
-    for _ in range(int(rng.integers(1, composed.pasted + 1))):
+    least = min(1, composed.pasted)
+    for _ in range(int(rng.integers(least, composed.pasted + 1))):
         cut = _choose(rng, album, composed.balance, {o.category_id for o in objects})
         _paste(rng, album, cut, canvas_HW3, objects)
     image = Image.fromarray(canvas_HW3.clip(0, 255).round().astype(np.uint8))

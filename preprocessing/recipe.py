@@ -42,7 +42,8 @@ class ComposedImages:
     """The compositions that `source: composed` makes of a data set's objects and images.
 
     images: how many compositions. pasted: the most objects pasted into one image; at least one is
-    pasted if any fits.
+    pasted if any fits. With 0, a composition is an augmented photograph: a random square part of
+    it, perhaps mirrored, in another light.
     balance: a class is pasted in proportion to instances^(1 - balance): 0 pastes classes as often
     as the data set has instances of them, 1 all equally often.
     same_instance: the share of episodes whose pairs all show the same object, pasted into different
@@ -52,7 +53,7 @@ class ComposedImages:
 
     images: Count = 2000
     seed: Natural = 0
-    pasted: Annotated[int, Range(1, 8)] = 3
+    pasted: Annotated[int, Range(0, 8)] = 3
     balance: Share = 0.5
     same_instance: Share = 0.0
     photographs: bool = True
@@ -298,6 +299,11 @@ class DataRecipe:
                         f"segmentation.composed.{f.name} needs segmentation.source=composed."
                     )
         if segmentation is not None:
+            if segmentation.composed.same_instance and not segmentation.composed.pasted:
+                raise InputError(
+                    "segmentation.composed.same_instance is of pasted objects; set it to 0, or "
+                    "segmentation.composed.pasted to at least 1."
+                )
             examples = (segmentation.examples_images, segmentation.examples_annotations)
             if any(examples) and (segmentation.source != "coco" or not all(examples)):
                 raise InputError(

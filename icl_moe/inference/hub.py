@@ -5,9 +5,11 @@ uploads them.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from icl_moe.errors import InputError
+from icl_moe.files import check_readable
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
 from icl_moe.inputs import shipped_folders
 
@@ -42,11 +44,26 @@ def find_model(source: str | Path) -> Path:
     return _fetch(name)
 
 
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Raise InputError if a model folder lacks one of these files or folders, or if one cannot be
+    read.
+    """
+    for name in names:
+        try:
+            check_readable(folder / name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{folder} is not an exported model: it lacks {name}; `icl-moe export` writes one."
+            ) from error
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+
+
 def push_model(
     folder: Path, repository: str, metrics: Path | None, private: bool | None, token: str | None
 ) -> str:
-    """Upload a model folder as `repository` (OWNER/NAME), in one commit, with a new card that has
-    the scores of `metrics`, if given. Returns the address of the commit.
+    """Upload a model folder as `repository` (OWNER/NAME), in one commit. Its card is the folder's
+    own, or with `metrics` a new one that has these scores. Returns the address of the commit.
 
     private: whether a repository that must be created is private; None leaves it to the owner's
     settings. Raises InputError if the Hub refuses the upload or cannot be reached.
@@ -57,11 +74,11 @@ def push_model(
         path.relative_to(folder).as_posix(): path
         for pattern in _FILES
         for path in sorted(folder.rglob(pattern))
-        if path.name != CARD
     }
-    card = _card(folder, metrics)
-    if card is not None:
-        contents[CARD] = card.encode()
+    if metrics is not None or CARD not in contents:
+        card = _card(folder, metrics)
+        if card is not None:
+            contents[CARD] = card.encode()
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)

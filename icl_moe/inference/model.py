@@ -15,7 +15,6 @@ from safetensors import safe_open
 
 from icl_moe.devices import Device, find_device, find_dtype
 from icl_moe.errors import InputError
-from icl_moe.files import check_readable
 from icl_moe.images import ImageLike, load_image
 from icl_moe.inference.cache import KeyValueCache
 from icl_moe.inference.colours import segment_colours
@@ -29,7 +28,7 @@ from icl_moe.inference.decode import (
 )
 from icl_moe.inference.edges import EdgeFilter
 from icl_moe.inference.examples import list_pairs
-from icl_moe.inference.hub import find_model, push_model
+from icl_moe.inference.hub import check_files, find_model, push_model
 from icl_moe.inference.region import Region
 from icl_moe.inference.session import Examples, Query, Session
 from icl_moe.inputs import other_kind_of
@@ -106,9 +105,9 @@ class InContextModel:
         """
         place, precision = find_device(device), find_dtype(dtype)
         folder = find_model(source)
-        _check_files(folder, ("config.json", "model.safetensors", "text_tokenizer"))
+        check_files(folder, ("config.json", "model.safetensors", "text_tokenizer"))
         decoder = _load_decoder(folder, precision)
-        _check_files(folder, [name for name in _TOKENIZERS if getattr(decoder.config, name)])
+        check_files(folder, [name for name in _TOKENIZERS if getattr(decoder.config, name)])
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
         )
@@ -509,18 +508,10 @@ class InContextModel:
         self.check_examples(examples, task)
         if not category and task.needs_category(self.format):
             raise InputError("This model needs the class's name: set the category.")
-
-
-def _check_files(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        try:
-            check_readable(folder / name)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        if category and task is not CAPTIONING and not task.needs_category(self.format):
             raise InputError(
-                f"{folder} is not an exported model: it lacks {name}; `icl-moe export` writes one."
-            ) from error
-        except OSError as error:
-            raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+                "This model reads no class names, only examples: leave the category out."
+            )
 
 
 def _load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:

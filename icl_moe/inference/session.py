@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -245,13 +245,9 @@ class Session:
         model = self._model
         category = name or (category_of(pairs) if task is CAPTIONING else None)
         count = len(pairs) if self._nearest is None else min(len(pairs), self._nearest)
-        model.check_request(task, count, category)
-        if task is SEGMENTATION and not task.needs_category(model.format):
-            if category and self.classes is None:
-                raise InputError(
-                    "This model reads no class names, only examples: leave the category out."
-                )
+        if self.classes and task is SEGMENTATION and not task.needs_category(model.format):
             category = None
+        model.check_request(task, count, category)
         of_class = name if self.classes else ""
         shown = read_pairs(model, task, pairs, category, of_class, self._progress)
         if count < len(shown):
@@ -261,37 +257,40 @@ class Session:
         return _Shown(episode, model.read_examples(episode))
 
 
-class _Asked(NamedTuple):
-    """How queries are asked about what is shown of each class."""
+@dataclass
+class _Asked:
+    """How queries are asked about what is shown of each class.
+
+    started: how many sequences were decoded so far; the next one draws as number `started`.
+    """
 
     model: "InContextModel"
     shown: Sequence[_Shown]
     sampling: Sampling
     decoding: "Decoding | None"
     batch: int
+    started: int = 0
 
     def each(
         self, queries: Iterable[Named], progress: bool = False
     ) -> Iterator[tuple[list[Any], Query]]:
         """The completed pair of each class of each query in turn, and the query."""
-        started = 0
         for some in in_batches(queries, max(1, self.batch // len(self.shown))):
             loaded = [Query.load(query, self.model.image_size, name) for name, query in some]
             codes = self.model.encode([query.pixels_3HW for query in loaded])
             asked = [(each, image_N) for image_N in codes for each in self.shown]
             pairs: list[Any] = []
             for part in in_batches(asked, self.batch):
-                pairs += self._complete(part, started, progress)
-                started += len(part)
+                pairs += self._complete(part, progress)
             rest = iter(pairs)
             for query in loaded:
                 yield [next(rest) for _ in self.shown], query
 
-    def _complete(
-        self, asked: Sequence[tuple[_Shown, np.ndarray]], first: int, progress: bool
-    ) -> list[Any]:
+    def _complete(self, asked: Sequence[tuple[_Shown, np.ndarray]], progress: bool) -> list[Any]:
         requests = [(each.episode_for(image_N), image_N) for each, image_N in asked]
         read = [each.read for each, _ in asked if each.read is not None]
+        first = self.sampling.first + self.started
+        self.started += len(asked)
         return self.model.complete(
             requests,
             replace(self.sampling, first=first),

@@ -12,8 +12,7 @@ from torch import nn
 
 from icl_moe.data.shards import TOKENIZER_FOLDERS, Manifest
 from icl_moe.errors import InputError
-from icl_moe.files import check_readable
-from icl_moe.inference.hub import find_model
+from icl_moe.inference.hub import check_files, find_model
 from icl_moe.inputs import read_json
 from icl_moe.recipe import ModelSettings, TrainingRecipe
 from icl_moe.settings import from_dict, to_dict
@@ -50,16 +49,10 @@ class InitialModel:
         """
         try:
             folder = find_model(source)
-            for name in ("config.json", "model.safetensors"):
-                check_readable(folder / name)
+            check_files(folder, ("config.json", "model.safetensors"))
             config = read_json(folder / "config.json")
         except InputError as error:
             raise InputError(f"{_KEY}: {error}") from error
-        except OSError as error:
-            raise InputError(
-                f"{_KEY}: {error.filename} cannot be read ({error.strerror}); name a folder that "
-                "`icl-moe export` wrote."
-            ) from error
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
             raise InputError(f"{_KEY}: {folder} is not an exported model.")
         return cls(source, folder, config)

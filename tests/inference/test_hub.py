@@ -4,6 +4,7 @@ Auto classes.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_a_model_is_fetched_from_the_hub_and_uploaded_with_its_card_in_one_commi
     assert "| segmentation | 1 example | 1 | miou | 0.4321 |" in card
     assert "| segmentation | 0 examples | 0 | miou | 0.2 |" in card
     assert "| optimizer steps | 7 |" in card
+
+
+def test_without_scores_the_folders_own_card_is_uploaded(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "mine"))
+    (folder / "README.md").write_text("What I wrote by hand.\n")
+    program = """
+import sys
+from icl_moe import InContextModel
+InContextModel.from_pretrained(sys.argv[1]).push_to_hub("someone/model", token="secret")
+"""
+    with hub(model, tmp_path / "uploaded") as (address, _):
+        done = run(program, folder, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "uploaded/README.md").read_text() == "What I wrote by hand.\n"
 
 
 def test_without_a_network_a_model_of_the_hub_is_refused_in_a_sentence(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from icl_moe import InContextModel
 from icl_moe.errors import InputError
 from icl_moe.images import to_square_pixels
+from icl_moe.inference.decode import Sampling
 from icl_moe.inference.edges import follow_edges
 from icl_moe.inference.retrieval import describe
 from icl_moe.inference.session import Query
@@ -235,6 +236,15 @@ def test_windows_read_again_what_was_found(model, scenes):
     by_class = model.session({"a": [example(scenes[4])], "b": [example(scenes[1])]})
     labels = by_class.segment([query, empty], windows=True)
     assert [each.shape for each in labels] == [(128, 128), (128, 160)] and labels[0].any()
+
+
+def test_with_windows_each_query_draws_its_own_samples(model, scenes):
+    session, query = model.session([example(scenes[4])]), scenes[4].image
+    sampling = Sampling(temperature=1.0, seed=3)
+    first, second = session.draw([query, query], sampling, windows=True)
+    (alone,) = session.draw([query], sampling, windows=True)
+    np.testing.assert_array_equal(first.brightness_HW, alone.brightness_HW)
+    assert (first.brightness_HW != second.brightness_HW).any()
 
 
 def cut(box: tuple[int, int, int, int]) -> tuple[slice, slice]:

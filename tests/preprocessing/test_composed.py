@@ -237,10 +237,28 @@ def test_rare_classes_can_be_balanced(recipe: Path, tmp_path: Path) -> None:
     assert balanced["red"] < 0.5 * balanced.total()
 
 
+def test_with_nothing_pasted_photographs_are_augmented(recipe: Path, tmp_path: Path) -> None:
+    """Each image is a part of one photograph, and the parts, sides and lights differ."""
+    settings = ("composed.pasted=0", "composed.same_instance=0", "composed.photographs=false")
+    build(recipe, tmp_path / "out", *(f"segmentation.{each}" for each in settings))
+    of_image = [
+        [annotation["provenance"] for annotation in annotations]
+        for annotations in read(tmp_path / "out").values()
+        if annotations
+    ]
+    assert all(not origin["pasted"] for origins in of_image for origin in origins)
+    assert all(len({origin["image"] for origin in origins}) == 1 for origins in of_image)
+    first = [origins[0] for origins in of_image]
+    assert {origin["mirrored"] for origin in first} == {False, True}
+    for name in ("crop", "light"):
+        assert len({tuple(origin[name]) for origin in first}) > 50
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("composed.pasted=0", r"segmentation.composed.pasted must lie in 1..8, not 0"),
+        ("composed.pasted=9", r"segmentation.composed.pasted must lie in 0..8, not 9"),
+        ("composed.pasted=0", r"composed.same_instance is of pasted objects; set it to 0"),
         ("composed.balance=2", r"segmentation.composed.balance must lie in 0..1, not 2"),
         ("composed.same_instance=-1", r"composed.same_instance must lie in 0..1, not -1"),
         ("least_scale=1.1", r"segmentation.least_scale must lie in 0..1, not 1.1"),

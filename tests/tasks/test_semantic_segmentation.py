@@ -314,6 +314,8 @@ def test_examples_with_different_colours_and_no_examples_are_refused(model_folde
     masks = [_painted((40, 60), [(n, n, 0) for n in range(s, s + 4)]) for s in (1, 5)]
     with pytest.raises(InputError, match="have 8 colours besides black together"):
         model.segment_colours([(image, mask) for mask in masks], image)
+    with pytest.raises(InputError, match="reads no class names, only examples"):
+        model.segment_colours([(image, masks[0])], image, category="cat + dog")
 
 
 @pytest.mark.parametrize(

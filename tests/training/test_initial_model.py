@@ -113,7 +113,7 @@ def _one_tensor_less(folder: Path) -> None:
         (_other_tokenizer, "image_tokenizer of {} is 0123456789abcdef, and that of the shards"),
         (_one_tensor_less, "does not fit its config.json: it lacks norm.weight of [32] numbers"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "cannot be read"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "it lacks model.safetensors"),
         (shutil.rmtree, "There is no model folder {}"),
     ],
 )
