@@ -4,44 +4,26 @@ then scored.
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.devices import find_device
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
+from icl_moe.evaluation.episodes import EpisodeSet, check_same_kind
 from icl_moe.evaluation.gallery import Images, draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
-from icl_moe.evaluation.matcher import Matcher
 from icl_moe.evaluation.other_systems import OtherSystem, no_predictions, read_predictions
 from icl_moe.evaluation.photographs import Photographs
-from icl_moe.evaluation.predictions import (
-    Condition,
-    Control,
-    Prediction,
-    PredictionLog,
-    describe_shots,
-    predict,
-)
-from icl_moe.evaluation.proof import ShotScores, SwappedQuery, score_shots, score_swaps
+from icl_moe.evaluation.predictions import Condition, Control, PredictionLog, predict
 from icl_moe.evaluation.report import Section, write_report
-from icl_moe.evaluation.results import (
-    Asked,
-    Classes,
-    Metrics,
-    Row,
-    Source,
-    SwapRow,
-    TaskResult,
-)
+from icl_moe.evaluation.results import Metrics, TaskResult
+from icl_moe.evaluation.task_scores import TaskScores
 from icl_moe.files import write_whole
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.inference.model_card import TRAINING
@@ -51,7 +33,6 @@ from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.processes import join_processes
 from icl_moe.tasks import SEGMENTATION, TASKS
-from icl_moe.tasks.task import Judge, Output
 from icl_moe.versions import installed_versions
 
 _PACKAGES = ("icl-moe", "torch", "transformers", "numpy", "pillow", "pycocotools", "pycocoevalcap")
@@ -109,28 +90,26 @@ def evaluate(
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
-    others = _other_systems(sets, predictions or {})
-    photographs = _photographs(model, shards, sets, decoding, images)
+    asked = ("swapped",) if controls is None else controls
+    run = _Evaluation(
+        model=model,
+        shards=shards,
+        sets=sets,
+        conditions={each.task.name: _conditions(each, shots, asked) for each in sets},
+        controls=asked,
+        limit=limit,
+        batch_size=batch_size,
+        decoding=decoding,
+        others=_other_systems(sets, predictions or {}),
+        photographs=_photographs(model, shards, sets, decoding, images),
+    )
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        model_name = Path(model_dir).resolve().name
-        asked = ("swapped",) if controls is None else controls
-        return _evaluate(
-            model,
-            model_name,
-            shards,
-            sets,
-            out,
-            shots,
-            limit,
-            batch_size,
-            asked,
-            sections,
-            decoding,
-            others,
-            process,
-            photographs,
-        )
+        log = PredictionLog(out, run.header, process)
+        run.predict(log)
+        if not process.is_main_process:
+            return None
+        return run.report(log, out, Path(model_dir).resolve().name, sections, _machine(process))
 
 
 def _photographs(
@@ -175,81 +154,94 @@ def _other_systems(
     return found
 
 
-def _evaluate(
-    model: InContextModel,
-    model_name: str,
-    shards: ShardSet,
-    sets: Sequence[EpisodeSet],
-    out: Path,
-    shots: Sequence[int],
-    limit: int | None,
-    batch_size: int,
-    controls: Sequence[Control],
-    sections: Sequence[Section],
-    decoding: Decoding,
-    others: Mapping[str, Sequence[OtherSystem]],
-    process: PartialState,
-    photographs: Mapping[str, Photographs],
-) -> Metrics | None:
-    header: dict[str, Any] = {
-        "model": model.fingerprint,
-        "shards": shards.fingerprint[:16],
-        "limit": limit,
-        "batch_size": batch_size,
-        "dtype": str(model.decoder.dtype).removeprefix("torch."),
-        **_written_how(model, decoding),
-    }
-    batch_size = min(batch_size, max(shards.manifest.samples.values(), default=1))
-    log = PredictionLog(out, header, process)
-    asked = {each.task.name: _conditions(each, shots, controls) for each in sets}
-    for episodes in sets:
-        of_task = photographs.get(episodes.task.name)
-        for condition in asked[episodes.task.name]:
-            predict(model, episodes, condition, log, batch_size, decoding, of_task)
-    log.gather()
-    if not process.is_main_process:
-        return None
-    tasks: dict[str, TaskResult] = {}
-    galleries: list[Gallery] = []
-    proofs: dict[str, Gallery] = {}
-    for episodes in sets:
-        task = episodes.task.name
-        conditions = asked[task]
-        swapped = [c for c in conditions if c.control == "swapped"]
-        truths = list(_all(episodes, "reading"))
-        matchers = _matchers(model, episodes, shots)
-        judge = episodes.task.judge(truths, model.format)
-        tasks[task] = TaskResult(
-            _rows(model, episodes, truths, conditions, log, batch_size, matchers, others[task]),
-            held_out_loss(model, shards, task, limit, batch_size),
-            _classes(model, truths, task),
-            episodes.task.measure,
-            _swap_rows(episodes, swapped, log, others[task], matchers, judge),
-            "" if swapped else _why_not_swapped(episodes, shots, controls),
-            _by_shots(episodes, truths, conditions, log),
+@dataclass(frozen=True)
+class _Evaluation:
+    """One call of `evaluate`, checked. conditions, others, photographs: by task."""
+
+    model: InContextModel
+    shards: ShardSet
+    sets: Sequence[EpisodeSet]
+    conditions: Mapping[str, Sequence[Condition]]
+    controls: Sequence[Control]
+    limit: int | None
+    batch_size: int
+    decoding: Decoding
+    others: Mapping[str, Sequence[OtherSystem]]
+    photographs: Mapping[str, Photographs]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """All that the predictions depend on."""
+        return {
+            "model": self.model.fingerprint,
+            "shards": self.shards.fingerprint[:16],
+            "limit": self.limit,
+            "batch_size": self.batch_size,
+            "dtype": str(self.model.decoder.dtype).removeprefix("torch."),
+            **_written_how(self.model, self.decoding),
+        }
+
+    def predict(self, log: PredictionLog) -> None:
+        """Complete all queries under all conditions, each process a part of them."""
+        batch_size = self._batch_size
+        for episodes in self.sets:
+            of_task = self.photographs.get(episodes.task.name)
+            for condition in self.conditions[episodes.task.name]:
+                predict(self.model, episodes, condition, log, batch_size, self.decoding, of_task)
+        log.gather()
+
+    def report(
+        self,
+        log: PredictionLog,
+        out: Path,
+        model_name: str,
+        sections: Sequence[Section],
+        machine: str,
+    ) -> Metrics:
+        """Score what was predicted, and write the files of an evaluation."""
+        tasks: dict[str, TaskResult] = {}
+        galleries: list[Gallery] = []
+        proofs: dict[str, Gallery] = {}
+        for episodes in self.sets:
+            task, conditions = episodes.task.name, self.conditions[episodes.task.name]
+            scores = TaskScores(
+                self.model, episodes, conditions, log, self.others[task], self._batch_size
+            )
+            tasks[task] = TaskResult(
+                scores.rows(),
+                held_out_loss(self.model, self.shards, task, self.limit, self._batch_size),
+                scores.classes,
+                episodes.task.measure,
+                scores.swapped_rows(),
+                _why_not_swapped(episodes, conditions, self.controls),
+                scores.by_shots(),
+            )
+            shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
+            images = Images(self.model, self.shards, task)
+            galleries.append(draw_gallery(images, episodes, shown, log))
+            if swapped := [c for c in conditions if c.control == "swapped"]:
+                proofs[task] = draw_proof(images, episodes, swapped[-1], log, scores.judge)
+        metrics = Metrics(
+            **self.header,
+            model_folder=model_name,
+            shards_folder=Path(self.shards.location).name,
+            versions=installed_versions(_PACKAGES),
+            tasks=tasks,
+            standard=self.shards.manifest.standard,
+            machine=machine,
         )
-        shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
-        images = Images(model, shards, task)
-        galleries.append(draw_gallery(images, episodes, shown, log))
-        if swapped:
-            proofs[task] = draw_proof(images, episodes, swapped[-1], log, judge)
-    metrics = Metrics(
-        **header,
-        model_folder=model_name,
-        shards_folder=Path(shards.location).name,
-        versions=installed_versions(_PACKAGES),
-        tasks=tasks,
-        standard=shards.manifest.standard,
-        machine=_machine(process),
-    )
-    told = [each.task.name for each in sets if each.task.needs_category(model.format)]
-    write_report(out / "report.html", metrics, galleries, sections, proofs, told)
-    write_whole(out / "speed.json", json.dumps(metrics.speed(), indent=1) + "\n")
-    log.write()
-    # Where it is, the evaluation is complete.
-    write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")
-    log.end()
-    return metrics
+        told = [each.task.name for each in self.sets if each.task.needs_category(self.model.format)]
+        write_report(out / "report.html", metrics, galleries, sections, proofs, told)
+        write_whole(out / "speed.json", json.dumps(metrics.speed(), indent=1) + "\n")
+        log.write()
+        # Where it is, the evaluation is complete.
+        write_whole(out / "metrics.json", json.dumps(metrics.to_json(), indent=1) + "\n")
+        log.end()
+        return metrics
+
+    @property
+    def _batch_size(self) -> int:
+        return min(self.batch_size, max(self.shards.manifest.samples.values(), default=1))
 
 
 def _machine(process: PartialState) -> str:
@@ -365,11 +357,14 @@ def _conditions(
 
 
 def _why_not_swapped(
-    episodes: EpisodeSet, shots: Sequence[int], controls: Sequence[Control]
+    episodes: EpisodeSet, conditions: Sequence[Condition], controls: Sequence[Control]
 ) -> str:
+    """Empty where they were."""
+    if any(condition.control == "swapped" for condition in conditions):
+        return ""
     if "swapped" not in controls:
         return "Examples were not swapped: the control was not asked for."
-    if not any(shots):
+    if not any(condition.shots for condition in conditions):
         return "Examples were not swapped: none were shown."
     if not episodes.keep_objects:
         return (
@@ -379,169 +374,3 @@ def _why_not_swapped(
     return (
         "Examples were not swapped: no query shows another class of which the shards have examples."
     )
-
-
-def _rows(
-    model: InContextModel,
-    episodes: EpisodeSet,
-    truths: Sequence[EvaluationEpisode],
-    conditions: Sequence[Condition],
-    log: PredictionLog,
-    batch_size: int,
-    matchers: Sequence[Matcher],
-    others: Sequence[OtherSystem],
-) -> tuple[Row, ...]:
-    """Scores of the model under each condition that asks all queries, then of other systems, of the
-    first example's output, of matchers, of the task's baselines, and of the truth through the
-    tokenizer (the mask ceiling), if that is a bound.
-    """
-    task = episodes.task
-    conditions = [condition for condition in conditions if condition.control != "swapped"]
-    asked = [[log[condition, truth.key] for truth in truths] for condition in conditions]
-    sets = [[prediction.said for prediction in predictions] for predictions in asked]
-    names: list[tuple[str, Source, int | None]] = []
-    for system in others:
-        name = f"{system.name}, {describe_shots(system.shots)}"
-        names.append((name, "predictions", system.shots))
-        sets.append(list(system.outputs))
-    if episodes.examples:
-        names.append((*_FIRST_EXAMPLE, None))
-        sets.append([task.true_output(truth, 0) for truth in truths])
-    for matcher in matchers:
-        names.append((*_matched(matcher), matcher.shots))
-        sets.append(matcher.said(truths, truths))
-    for baseline in task.baselines(truths):
-        names.append((baseline.name, baseline.prediction, None))
-        sets.append(list(baseline.outputs))
-    ceiling = _ceiling(model, episodes, batch_size)
-    if ceiling:
-        names.append(("the truth through the tokenizer (ceiling)", "tokenizer", None))
-        sets.append(ceiling)
-    scores = iter(task.score(sets, truths, model.format))
-    rows = [
-        Row(condition.describe(), "model", next(scores), _asked(condition, predictions))
-        for condition, predictions in zip(conditions, asked, strict=True)
-    ]
-    rows += [Row(name, source, next(scores), shots=shots) for name, source, shots in names]
-    return tuple(rows)
-
-
-_FIRST_EXAMPLE: tuple[str, Source] = (
-    "the first example's output, whatever the query",
-    "first example",
-)
-
-
-def _matchers(model: InContextModel, episodes: EpisodeSet, shots: Sequence[int]) -> list[Matcher]:
-    """Training-free matchers for each number of examples, if input images are features codes."""
-    features = model.tokenizers.features
-    if features is None or episodes.task is not SEGMENTATION:
-        return []
-    counts = [count for count in dict.fromkeys(shots) if count]
-    return [Matcher(features.codebook_KD, episodes, count) for count in counts]
-
-
-def _matched(matcher: Matcher) -> tuple[str, Source]:
-    return f"the training-free matcher, {describe_shots(matcher.shots)}", "matcher"
-
-
-def _swap_rows(
-    episodes: EpisodeSet,
-    conditions: Sequence[Condition],
-    log: PredictionLog,
-    others: Sequence[OtherSystem],
-    matchers: Sequence[Matcher],
-    judge: Judge,
-) -> tuple[SwapRow, ...]:
-    """The queries that show another class, with their own and with swapped examples: of the model
-    after each number of examples, of other systems that were asked so, of the first example's
-    output, of matchers, and of the task's baselines, which do not depend on the examples.
-    """
-    if not conditions:
-        return ()
-    task = episodes.task
-    truths = [episodes[number] for number in episodes.swaps]
-    swaps = list(episodes.swaps.values())
-
-    def row(
-        name: str,
-        source: Source,
-        shots: int | None,
-        said: Sequence[Output],
-        said_swapped: Sequence[Output],
-    ) -> SwapRow:
-        queries = [
-            SwappedQuery(truth, swap.shown, *outputs)
-            for truth, swap, *outputs in zip(truths, swaps, said, said_swapped, strict=True)
-        ]
-        return SwapRow(name, source, shots, score_swaps(task, queries, judge))
-
-    rows = []
-    for swapped in conditions:
-        own = swapped._replace(control=None)
-        said, said_swapped = (
-            [log[condition, truth.key].said for truth in truths] for condition in (own, swapped)
-        )
-        rows.append(row(own.describe(), "model", own.shots, said, said_swapped))
-    for system in others:
-        if system.swapped is not None:
-            own_outputs = [system.outputs[number] for number in episodes.swaps]
-            name = f"{system.name}, {describe_shots(system.shots)}"
-            rows.append(row(name, "predictions", system.shots, own_outputs, system.swapped))
-    first = [task.true_output(truth, 0) for truth in truths]
-    first_swapped = [task.true_output(swap.source, 0) for swap in swaps]
-    rows.append(row(*_FIRST_EXAMPLE, 1, first, first_swapped))
-    sources = [swap.source for swap in swaps]
-    for matcher in matchers:
-        outputs = matcher.said(truths, truths), matcher.said(truths, sources)
-        rows.append(row(*_matched(matcher), matcher.shots, *outputs))
-    for baseline in task.baselines(truths):
-        same = baseline.outputs
-        rows.append(row(baseline.name, baseline.prediction, None, same, same))
-    return tuple(rows)
-
-
-def _by_shots(
-    episodes: EpisodeSet,
-    truths: Sequence[EvaluationEpisode],
-    conditions: Sequence[Condition],
-    log: PredictionLog,
-) -> tuple[ShotScores, ...]:
-    """Empty if only one number of examples was requested."""
-    own = [condition for condition in conditions if condition.control is None]
-    if len(own) == 1:
-        return ()
-    said = {c.shots: [log[c, truth.key].said for truth in truths] for c in own}
-    return score_shots(episodes.task, truths, said)
-
-
-def _asked(condition: Condition, predictions: Sequence[Prediction]) -> Asked:
-    seconds_Q = np.array([prediction.seconds for prediction in predictions])
-    return Asked(
-        condition.shots,
-        condition.control,
-        copy_rate=float(np.mean([prediction.copied for prediction in predictions])),
-        truth_copy_rate=float(np.mean([prediction.truth_copied for prediction in predictions])),
-        queries_per_second=round(1 / max(float(seconds_Q.mean()), 1e-4), 3),
-        seconds_a_query=round(float(np.median(seconds_Q)), 4),
-    )
-
-
-def _ceiling(model: InContextModel, episodes: EpisodeSet, batch_size: int) -> list[Output]:
-    everything = _all(episodes, "tokenizer's ceiling")
-    outputs: list[Output] = []
-    while batch := list(islice(everything, batch_size)):
-        outputs += episodes.task.ceiling(model, batch) or []
-    return outputs
-
-
-def _classes(model: InContextModel, truths: Sequence[EvaluationEpisode], task: str) -> Classes:
-    evaluated = sorted({truth.category for truth in truths})
-    trained = getattr(model.decoder.config, "classes", None)
-    seen = None if trained is None else sorted(set(evaluated) & set(trained.get(task, ())))
-    return Classes(evaluated, seen)
-
-
-def _all(episodes: EpisodeSet, doing: str) -> Iterator[EvaluationEpisode]:
-    description = f"{doing}, {episodes.task.name}"
-    yield from tqdm(episodes, desc=description, unit="episode", leave=False)
