@@ -143,23 +143,9 @@ def decode_batch(
         while going:
             count = 0 if grouped else min(output.cells_ahead for output in going)
             if sampling.temperature == 0 and count and isinstance(decoder, InContextDecoder):
-                steps = []
-                for tokens_B in _codes(decoder, cache, going, count):
-                    steps.append(tokens_B)
-                    bar.update(len(going))
-                for output, tokens in zip(going, torch.stack(steps, dim=1).tolist(), strict=True):
-                    for token in tokens:
-                        output.write(token)
-                    output.skip(count)
+                _write_codes(decoder, cache, going, count, bar)
             else:
-                block = _stacked([output.read() for output in going], decoder.device, cache)
-                logits_BV = decoder.next_logits(*block)
-                if grouped:
-                    logits_BV = _mean_of_groups(logits_BV, going)
-                chosen = _choose(logits_BV, going, sampling)
-                for output, token, log_probability in zip(going, *chosen, strict=True):
-                    output.write(token, log_probability)
-                    bar.update()
+                _write_next(decoder, cache, going, sampling, grouped, bar)
             rows = [row for row, output in enumerate(going) if output.allowed]
             if len(rows) < len(going):
                 cache.select(torch.tensor(rows, dtype=torch.long))
@@ -266,6 +252,43 @@ def _read(decoder: Decoder, rows: np.ndarray) -> KeyValueCache:
 def _joined(read: Sequence[KeyValueCache], room: int) -> KeyValueCache:
     """A cache of what is `read`, with room for so many more positions."""
     return KeyValueCache.joined(read, max(cache.length for cache in read) + room)
+
+
+def _write_next(
+    decoder: Decoder,
+    cache: KeyValueCache,
+    outputs: Sequence["_Output"],
+    sampling: Sampling,
+    grouped: bool,
+    bar: tqdm,
+) -> None:
+    """The next token of each output; grouped: outputs of one request choose it together."""
+    block = _stacked([output.read() for output in outputs], decoder.device, cache)
+    logits_BV = decoder.next_logits(*block)
+    if grouped:
+        logits_BV = _mean_of_groups(logits_BV, outputs)
+    chosen = _choose(logits_BV, outputs, sampling)
+    for output, token, log_probability in zip(outputs, *chosen, strict=True):
+        output.write(token, log_probability)
+        bar.update()
+
+
+def _write_codes(
+    decoder: InContextDecoder,
+    cache: KeyValueCache,
+    outputs: Sequence["_Output"],
+    count: int,
+    bar: tqdm,
+) -> None:
+    """The next `count` codes of the images that all outputs are within."""
+    steps = []
+    for tokens_B in _codes(decoder, cache, outputs, count):
+        steps.append(tokens_B)
+        bar.update(len(outputs))
+    for output, tokens in zip(outputs, torch.stack(steps, dim=1).tolist(), strict=True):
+        for token in tokens:
+            output.write(token)
+        output.skip(count)
 
 
 def _codes(
