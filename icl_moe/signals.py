@@ -105,7 +105,9 @@ class _Requests:
         meeting_since = 0.0
         while not self._ended.is_set():
             received = signal.sigtimedwait(STOPPING, 0.5)
-            if received is not None:
+            # A process that was suspended meanwhile may get a structure that nothing has filled: in
+            # CPython, a call that is interrupted after its time was up.
+            if received is not None and received.si_signo in STOPPING:
                 self.note(received.si_signo, received.si_pid)
             if self.phase is not _Phase.MEETING or self.first is None:
                 meeting_since = time.monotonic()

@@ -40,7 +40,8 @@ class Watchdog:
 
     Every rank beats at each stage of a micro-step and publishes its number of beats. If this rank
     has not beaten for `seconds`, the rank with the fewest beats is the one that the others wait
-    for. Use it as a context; with `seconds` None there is no watchdog.
+    for. Time in which the process was suspended does not count. Use it as a context; with `seconds`
+    None there is no watchdog.
     """
 
     def __init__(self, place: Place, seconds: float | None) -> None:
@@ -96,7 +97,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        while not self._ended.wait(min(1.0, self._seconds / 4)):
+        pause, awake = min(1.0, self._seconds / 4), time.monotonic()
+        while not self._ended.wait(pause):
+            slept, awake = time.monotonic() - awake, time.monotonic()
+            if slept > pause + self._seconds / 4:
+                # This process was suspended, as SLURM does with jobs: nothing of it hung.
+                self._last = awake
             if time.monotonic() - self._last > self._seconds:
                 # The main thread is in a collective or in foreign code, and the store may be gone
                 # or hang with rank 0: nothing may prevent this process from ending.

@@ -103,3 +103,16 @@ def test_under_bash_a_run_that_a_signal_stopped_ends_with_0(shards, tmp_path):
     assert run.log.count("exits successfully") == 2
     assert "Traceback" not in run.log
     assert list((tmp_path / "run/checkpoints").glob("step-*/complete.json"))
+
+
+def test_a_run_that_was_suspended_goes_on(shards, tmp_path):
+    """As SLURM suspends jobs, for longer than a rank may hang. Its listener survives as well."""
+    command = arguments(shards, tmp_path / "run", *STEPS, "training.hang_seconds=6")
+    with session(tmp_path / "log", *launcher(), *FAULTY, *command, FAULT="slow:1:3") as run:
+        run.wait_for(lambda: "the fault begins" in run.log)
+        run.signal(signal.SIGSTOP)
+        time.sleep(9)
+        run.signal(signal.SIGCONT)
+        assert run.wait_for_end() == 0, run.log
+    assert "step 6/6" in run.log and "hangs" not in run.log
+    assert tracebacks_of_ours(run.log) == 0, run.log
