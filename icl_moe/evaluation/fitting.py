@@ -2,7 +2,7 @@
 expected IoU at which anything is marked, and how outlines follow the edges of images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from icl_moe.inference.model import InContextModel
 from icl_moe.messages import note
 from icl_moe.rle import decode_rle
 from icl_moe.sequence import Episode
-from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks import SEGMENTATION, SEMANTIC_SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.mask_scores import mask_iou
 
@@ -46,19 +46,36 @@ _PIXELS = 1 << 20
 _BATCH = 8
 
 
-class _Truth(NamedTuple):
-    """A true mask, and the pixels that count; both boolean (H, W)."""
+class _Asked(NamedTuple):
+    """A mask of a query: as the model draws it, as it truly is, and the pixels that count, boolean
+    (H, W).
+    """
 
+    episode: EvaluationEpisode
+    drawn: DrawnMask
     mask_HW: np.ndarray
     counted_HW: np.ndarray
 
-    @classmethod
-    def of(cls, episode: EvaluationEpisode) -> "_Truth":
-        true = SEGMENTATION.true_output(episode)
-        mask_HW = decode_rle(true["mask"]).astype(bool)
-        if "ignored" not in true:
-            return cls(mask_HW, np.ones_like(mask_HW))
-        return cls(mask_HW, ~decode_rle(true["ignored"]).astype(bool))
+    def iou(self, drawn: DrawnMask) -> float:
+        """Of the drawn mask in another form."""
+        return mask_iou(drawn.mask_HW & self.counted_HW, self.mask_HW & self.counted_HW)
+
+
+def _masks_of(episode: EvaluationEpisode, pair: Any) -> Iterator[_Asked]:
+    """The mask of a query, or of each of its classes whose colour the examples show."""
+    if episode.task is SEMANTIC_SEGMENTATION:
+        for name, colour in episode.meta["colours"].items():
+            if colour in pair.drawn.masks:
+                mask_HW = decode_rle(episode.meta["class_masks"][-1][name]).astype(bool)
+                drawn = pair.drawn.masks[colour]
+                yield _Asked(episode, drawn, mask_HW, np.ones_like(mask_HW))
+        return
+    true = SEGMENTATION.true_output(episode)
+    mask_HW = decode_rle(true["mask"]).astype(bool)
+    counted_HW = np.ones_like(mask_HW)
+    if "ignored" in true:
+        counted_HW = ~decode_rle(true["ignored"]).astype(bool)
+    yield _Asked(episode, pair.drawn, mask_HW, counted_HW)
 
 
 class MaskFit(NamedTuple):
@@ -81,46 +98,47 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
     Raises InputError if the shards hold no segmentation or do not match the model, or the model was
     not trained to decode masks in one pass.
     """
-    task = SEGMENTATION
-    if not shards.count(task.name):
-        raise InputError(f"{shards.location} holds no {task.name} to fit the masks on.")
+    held = [task for task in (SEGMENTATION, SEMANTIC_SEGMENTATION) if shards.count(task.name)]
+    if not held:
+        raise InputError(f"{shards.location} holds no segmentation to fit the masks on.")
+    task = held[0]
     check_same_kind(model, shards)
     model.decoding("parallel")
     numbered = EpisodeSet(shards, model.codec, task.name)
     numbers = evenly_spaced(len(numbered), episodes)
-    asked, drawn = [numbered[number] for number in numbers], list[DrawnMask]()
-    for start in tqdm(range(0, len(asked), _BATCH), desc="fitting the threshold", unit="batch"):
-        requests = [
-            (Episode(task, each.category, each.pairs[:-1]), each.query.image)
-            for each in asked[start : start + _BATCH]
-        ]
-        drawn += task.draw(model, model.complete(requests))
+    asked: list[_Asked] = []
+    for start in tqdm(range(0, len(numbers), _BATCH), desc="fitting the threshold", unit="batch"):
+        batch = [numbered[number] for number in numbers[start : start + _BATCH]]
+        pairs = model.complete(
+            [(Episode(task, each.category, each.pairs[:-1]), each.query.image) for each in batch]
+        )
+        for each, pair in zip(batch, pairs, strict=True):
+            asked += _masks_of(each, pair)
     fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
-    value = float(np.quantile([mask.expected_iou for mask in drawn], _MISSED))
+    value = float(np.quantile([each.drawn.expected_iou for each in asked], _MISSED))
     threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}
-    edges = _fit_edges(drawn, asked, Photographs(shards, task.name))
+    edges = _fit_edges(asked, Photographs(shards, task.name))
     return MaskFit(threshold, edges and {**edges, **fitted_on})
 
 
-def _fit_edges(
-    drawn: Sequence[DrawnMask], asked: Sequence[EvaluationEpisode], photographs: Photographs
-) -> dict[str, float] | None:
+def _fit_edges(asked: Sequence[_Asked], photographs: Photographs) -> dict[str, float] | None:
     try:
-        guides = [photographs.at_model_size(episode, -1) for episode in asked]
+        guides = [photographs.at_model_size(each.episode, -1) for each in asked]
     except InputError as error:
         note(f"The outlines of masks will not follow the edges of images: {error}")
         return None
-    truths = [_Truth.of(episode) for episode in asked]
-    as_drawn = _mean_iou(drawn, truths)
+    as_drawn = float(np.mean([each.iou(each.drawn) for each in asked]))
     ious = {}
     for radius, epsilon in tqdm(
         list(product(_RADII, _EPSILONS)), desc="fitting the edges", unit="filter"
     ):
         plain = EdgeFilter(radius, epsilon)
-        filtered = [follow_edges(*each, plain) for each in zip(drawn, guides, strict=True)]
-        edges = replace(plain, **_fit_curve(filtered, truths))
+        pairs = zip(asked, guides, strict=True)
+        filtered = [follow_edges(each.drawn, guide, plain) for each, guide in pairs]
+        edges = replace(plain, **_fit_curve(filtered, asked))
         if edges.slope > 0:
-            ious[edges] = _mean_iou([edges.calibrated(mask) for mask in filtered], truths)
+            masks = zip(asked, map(edges.calibrated, filtered), strict=True)
+            ious[edges] = float(np.mean([each.iou(mask) for each, mask in masks]))
     best = max(ious, key=ious.__getitem__, default=None)
     if best is None or ious[best] <= as_drawn:
         return None
@@ -131,12 +149,12 @@ def _fit_edges(
     }
 
 
-def _fit_curve(filtered: Sequence[DrawnMask], truths: Sequence[_Truth]) -> dict[str, float]:
+def _fit_curve(filtered: Sequence[DrawnMask], asked: Sequence[_Asked]) -> dict[str, float]:
     """The slope and offset of the logistic curve with which the true masks are most probable."""
     brightness_P = np.concatenate(
-        [mask.brightness_HW[true.counted_HW] for mask, true in zip(filtered, truths, strict=True)]
+        [mask.brightness_HW[each.counted_HW] for mask, each in zip(filtered, asked, strict=True)]
     )
-    is_inside_P = np.concatenate([true.mask_HW[true.counted_HW] for true in truths])
+    is_inside_P = np.concatenate([each.mask_HW[each.counted_HW] for each in asked])
     every = max(1, len(brightness_P) // _PIXELS)
     log_odds_P = log_odds(torch.from_numpy(brightness_P[::every].astype(np.float64)))
     wanted_P = torch.from_numpy(is_inside_P[::every].astype(np.float64))
@@ -152,11 +170,3 @@ def _fit_curve(filtered: Sequence[DrawnMask], truths: Sequence[_Truth]) -> dict[
     optimizer.step(loss)
     slope, offset = (round(float(each), 4) for each in curve_2.detach())
     return {"slope": slope, "offset": offset}
-
-
-def _mean_iou(masks: Sequence[DrawnMask], truths: Sequence[_Truth]) -> float:
-    ious = [
-        mask_iou(mask.mask_HW & true.counted_HW, true.mask_HW & true.counted_HW)
-        for mask, true in zip(masks, truths, strict=True)
-    ]
-    return float(np.mean(ious))

@@ -4,21 +4,23 @@ resumes where it stopped.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from accelerate import PartialState
+from PIL import Image
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.files import write_whole
-from icl_moe.inference.edges import follow_edges
+from icl_moe.inference.edges import EdgeFilter, follow_edges
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.sequence import Episode
+from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.task import Output
 
 Control = Literal["shuffled", "swapped"]
@@ -264,7 +266,7 @@ def _complete(
     if photographs is not None and model.edges is not None:
         guides = [photographs.at_model_size(episode, -1) for episode in batch]
         outputs = [
-            replace(output, drawn=follow_edges(output.drawn, guide, model.edges))
+            replace(output, drawn=output.drawn.each(_following(guide, model.edges)))
             for output, guide in zip(outputs, guides, strict=True)
         ]
     said = task.said(model, outputs)
@@ -284,3 +286,8 @@ def _complete(
             batch, sources, examples, outputs, said, strict=True
         )
     ]
+
+
+def _following(guide: Image.Image, edges: EdgeFilter) -> Callable[[DrawnMask], DrawnMask]:
+    """Makes the outlines of a mask follow the edges of a picture."""
+    return lambda drawn: follow_edges(drawn, guide, edges)

@@ -32,7 +32,7 @@ from icl_moe.messages import note
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.processes import join_processes
-from icl_moe.tasks import SEGMENTATION, TASKS
+from icl_moe.tasks import TASKS
 from icl_moe.versions import installed_versions
 
 _PACKAGES = ("icl-moe", "torch", "transformers", "numpy", "pillow", "pycocotools", "pycocoevalcap")
@@ -126,7 +126,7 @@ def _photographs(
         return {}
     found = {}
     for episodes in sets:
-        if episodes.task is SEGMENTATION and len(episodes):
+        if episodes.task.outlines and len(episodes):
             found[episodes.task.name] = Photographs(shards, episodes.task.name, images)
             try:
                 found[episodes.task.name].at_model_size(episodes[0], -1)

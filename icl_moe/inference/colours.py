@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -15,6 +14,7 @@ from icl_moe.errors import InputError
 from icl_moe.images import ImageLike, crop_and_resize_mask, load_image, to_square_pixels
 from icl_moe.inference.decode import GREEDY, Sampling
 from icl_moe.inference.examples import list_pairs
+from icl_moe.inference.session import Query, in_own_size
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
 from icl_moe.tasks.semantic_segmentation import COLOURS, PaintedPair, find_colours, paint
@@ -49,9 +49,9 @@ def segment_colours(
         _repainted(painted_HW3, names, image, model.image_size)
         for image, (painted_HW3, _) in zip(images, painted, strict=True)
     ]
-    picture = load_image(query, "The query")
+    asked_picture = Query.load(query, model.image_size)
     *shown, asked = model.encode(
-        [to_square_pixels(each, model.image_size) for each in (*images, picture)]
+        [*(to_square_pixels(each, model.image_size) for each in images), asked_picture.pixels_3HW]
     )
     codes = model.encode_painted(drawn)
     episode = Episode(
@@ -60,8 +60,7 @@ def segment_colours(
         tuple(PaintedPair(image, code) for image, code in zip(shown, codes, strict=True)),
     )
     (pair,) = model.complete([(episode, asked)], sampling, progress, decoding)
-    (pixels_3HW,) = model.decode_painted(pair.painted[None])
-    return _in_their_colours(pixels_3HW, names, picture)
+    return _in_their_colours(model, pair, names, asked_picture)
 
 
 def _load_painted(
@@ -115,13 +114,18 @@ def _repainted(
 
 
 def _in_their_colours(
-    pixels_3HW: torch.Tensor, names: dict[_Colour, str], picture: Image.Image
+    model: "InContextModel", pair: PaintedPair, names: dict[_Colour, str], query: Query
 ) -> np.ndarray:
-    """A picture of the model, uint8 (H, W, 3), in the users' colours and the query's size."""
-    size = picture.height, picture.width
-    resized = F.interpolate(pixels_3HW[None].clamp(-1, 1), size, mode="bilinear")[0]
-    found = find_colours(resized)
-    painted_HW3 = np.zeros((*size, 3), dtype=np.uint8)
+    """The query's painted picture, uint8 (H, W, 3), in the users' colours and the query's size."""
+    width, height = query.size
+    if pair.drawn is None:
+        (pixels_3HW,) = model.decode_painted(pair.painted[None])
+        sized = F.interpolate(pixels_3HW[None].clamp(-1, 1), (height, width), mode="bilinear")
+        found = find_colours(sized[0])
+    else:
+        drawn = pair.drawn.each(lambda mask: in_own_size(mask, query, model.edges))
+        found = drawn.disjoint_masks()
+    painted_HW3 = np.zeros((height, width, 3), dtype=np.uint8)
     for colour, name in names.items():
         if name in found:
             painted_HW3[found[name]] = colour

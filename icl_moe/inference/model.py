@@ -269,12 +269,13 @@ class InContextModel:
                 return image_first
             return mirrored if decoding == "mirrored" and task.mirrors else at_once
 
-        numbers_of: dict[Callable[..., list[Any]], list[int]] = {}
+        numbers_of: dict[Task, list[int]] = {}
         for number, (episode, _) in enumerate(requests):
             self.check_examples(len(episode.pairs), episode.task, decoding)
-            numbers_of.setdefault(way(episode.task), []).append(number)
+            numbers_of.setdefault(episode.task, []).append(number)
         by_number: dict[int, Any] = {}
-        for write, numbers in numbers_of.items():
+        for task, numbers in numbers_of.items():
+            write = way(task)
             of_these = None if read is None else [read[n] for n in numbers]
             pairs = write([requests[n] for n in numbers], read=of_these)
             by_number |= zip(numbers, pairs, strict=True)
@@ -365,10 +366,10 @@ class InContextModel:
         read: Sequence[Read] | None = None,
     ) -> list[Any]:
         """The image that each output begins with at once, then the rest token by token."""
-        _, brightness_BHW = self._expected(requests, _own(read))
+        _, brightness_BCHW = self._expected(requests, _own(read))
         drawn = [
             episode.task.settle(brightness_HW)
-            for (episode, _), brightness_HW in zip(requests, brightness_BHW, strict=True)
+            for (episode, _), (brightness_HW,) in zip(requests, brightness_BCHW, strict=True)
         ]
         openings = [
             self.format.vocabulary.from_codes(codes).tolist() for codes in self.encode_masks(drawn)
@@ -390,12 +391,14 @@ class InContextModel:
     def _expected(
         self, requests: Sequence[Request], read: Sequence[Sequence[KeyValueCache]] | None
     ) -> tuple[torch.Tensor, np.ndarray]:
-        """Of the output images of requests in one pass: how probable each code is in each cell
-        (B, N, K), and the expected brightness of each pixel (B, H, W).
+        """Of the output images of requests of one task, in one pass: how probable each code is in
+        each cell (B, N, K), and the brightness of the `Task.expected_masks` (B, C, H, W).
         """
         probabilities_BNK = decode_at_once(self.decoder, self.codec, requests, self._together, read)
-        brightness_BHW = self.tokenizers.mask_writer.decode_expected(probabilities_BNK)
-        return probabilities_BNK, brightness_BHW.cpu().numpy()
+        shown = [episode.pairs for episode, _ in requests]
+        task = requests[0][0].task
+        brightness_BCHW = task.expected_masks(self, probabilities_BNK, shown)
+        return probabilities_BNK, brightness_BCHW.cpu().numpy()
 
     def _at_once(
         self,
@@ -404,9 +407,9 @@ class InContextModel:
         mirrored: bool = False,
     ) -> list[Any]:
         groups = _own(read)
-        probabilities_BNK, brightness_BHW = self._expected(requests, groups)
+        probabilities_BNK, brightness_BCHW = self._expected(requests, groups)
         if mirrored:
-            brightness_BHW = (brightness_BHW + self._seen_mirrored(requests, read)) / 2
+            brightness_BCHW = (brightness_BCHW + self._seen_mirrored(requests, read)) / 2
         tokens_BN = self.format.vocabulary.from_codes(
             probabilities_BNK.argmax(dim=-1).cpu().numpy()
         )
@@ -414,17 +417,20 @@ class InContextModel:
         threshold = 0.0 if fitted is None else float(fitted["value"])
         return [
             episode.task.read_at_once(
-                self.codec, query, tokens.tolist(), DrawnMask(brightness_HW, True, threshold)
+                self.codec,
+                query,
+                tokens.tolist(),
+                [DrawnMask(brightness_HW, True, threshold) for brightness_HW in brightness_CHW],
             )
-            for (episode, query), tokens, brightness_HW in zip(
-                requests, tokens_BN, brightness_BHW, strict=True
+            for (episode, query), tokens, brightness_CHW in zip(
+                requests, tokens_BN, brightness_BCHW, strict=True
             )
         ]
 
     def _seen_mirrored(
         self, requests: Sequence[Request], read: Sequence[Read] | None
     ) -> np.ndarray:
-        """The expected brightness (B, H, W) where examples and queries are read mirrored, turned
+        """The expected brightness (B, C, H, W) where examples and queries are read mirrored, turned
         back.
         """
         queries_BN = self.tokenizers.mirror_inputs(np.stack([query for _, query in requests]))
@@ -432,11 +438,11 @@ class InContextModel:
             mirrors = [self._mirrored(episode) for episode, _ in requests]
         else:
             mirrors = [each.mirror for each in read if each.mirror is not None]
-        _, brightness_BHW = self._expected(
+        _, brightness_BCHW = self._expected(
             list(zip(mirrors, queries_BN, strict=True)),
             None if read is None else [each.of_mirror for each in read],
         )
-        return brightness_BHW[..., ::-1]
+        return brightness_BCHW[..., ::-1]
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -462,6 +468,16 @@ class InContextModel:
     def decode_painted(self, codes_BN: np.ndarray) -> torch.Tensor:
         """The pixels of several masks in one picture, (B, 3, H, W), float32, about -1 to 1."""
         return self.tokenizers.mask_writer.decode_painted(codes_BN)
+
+    def decode_expected(self, probabilities_BNK: torch.Tensor) -> torch.Tensor:
+        """The expected brightness of the masks' pixels, (B, H, W); see `MaskTokenizer`."""
+        return self.tokenizers.mask_writer.decode_expected(probabilities_BNK)
+
+    def decode_colours(
+        self, probabilities_BNK: torch.Tensor, colours_C3: np.ndarray
+    ) -> torch.Tensor:
+        """How probable each colour is in each pixel, (B, C, H, W); see `MaskTokenizer`."""
+        return self.tokenizers.mask_writer.decode_colours(probabilities_BNK, colours_C3)
 
     @torch.inference_mode()
     def decode(self, codes_BN: np.ndarray) -> torch.Tensor:

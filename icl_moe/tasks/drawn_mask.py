@@ -3,7 +3,7 @@ pixel belongs to the mask. And the masks of several classes in one picture.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -109,6 +109,10 @@ class DrawnMask:
         inside, outside = (levels - t) / max(1 - t, 1e-6), (t - levels) / max(t, 1e-6)
         return (0.5 + 0.5 * np.maximum(inside, outside)).astype(np.float32)
 
+    def each(self, change: "Callable[[DrawnMask], DrawnMask]") -> "DrawnMask":
+        """As `DrawnClasses.each`."""
+        return change(self)
+
     def resized(self, height: int, width: int) -> "DrawnMask":
         """The mask at another size, by bilinear interpolation."""
         brightness_11HW = torch.from_numpy(self.brightness_HW)[None, None]
@@ -132,6 +136,15 @@ class DrawnClasses:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.masks)
+
+    def each(self, change: Callable[[DrawnMask], DrawnMask]) -> "DrawnClasses":
+        """The same with changed masks."""
+        return DrawnClasses({name: change(drawn) for name, drawn in self.masks.items()})
+
+    def disjoint_masks(self) -> dict[str, np.ndarray]:
+        """The mask, boolean (H, W), of each class that the label map gives any pixel."""
+        parts = zip(self.masks, self.disjoint(), strict=True)
+        return {name: mask_HW for name, (_, mask_HW) in parts if mask_HW.any()}
 
     def disjoint(self) -> Iterator[tuple[DrawnMask, np.ndarray]]:
         """Each class's mask as it was drawn, and boolean (H, W) without the pixels that the label

@@ -96,6 +96,7 @@ class Segmentation(OneImageTask):
     pair_type: ClassVar[type] = SegmentationPair
     measure: ClassVar[str] = "IoU"
     mirrors: ClassVar[bool] = True
+    outlines: ClassVar[bool] = True
     one_output: ClassVar[str] = "A segmentation pair must have one output, its mask."
 
     def output_codes(self, pair: SegmentationPair) -> np.ndarray:
@@ -107,9 +108,14 @@ class Segmentation(OneImageTask):
         return replace(pair, log_probability=mean_log_probability(log_probabilities))
 
     def read_at_once(
-        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int], drawn: DrawnMask
+        self,
+        codec: SequenceCodec,
+        image: np.ndarray,
+        tokens: Sequence[int],
+        drawn: Sequence[DrawnMask],
     ) -> SegmentationPair:
-        return replace(self.read_output(codec, image, tokens), drawn=drawn)
+        (mask,) = drawn
+        return replace(self.read_output(codec, image, tokens), drawn=mask)
 
     def draw(self, model: CodeReader, pairs: Sequence[SegmentationPair]) -> list[DrawnMask]:
         """The masks of pairs in pixels."""

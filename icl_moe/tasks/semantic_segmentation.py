@@ -21,7 +21,8 @@ from icl_moe.errors import InputError
 from icl_moe.images import to_image
 from icl_moe.pictures import Cell, overlaid
 from icl_moe.rle import decode_rle, encode_rle
-from icl_moe.sequence import SequenceFormat
+from icl_moe.sequence import SequenceCodec, SequenceFormat
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 from icl_moe.tasks.mask_scores import (
     SegmentationScores,
     count_masks,
@@ -30,7 +31,7 @@ from icl_moe.tasks.mask_scores import (
     score_masks,
 )
 from icl_moe.tasks.one_image import OneImageTask
-from icl_moe.tasks.task import CodeReader, Output, Truth
+from icl_moe.tasks.task import CodeReader, ExpectedReader, Output, Truth
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -50,10 +51,14 @@ mixture that is nearest to a third one, so soft edges between classes look like 
 class PaintedPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the painted picture (N,), image
     codes.
+
+    drawn: of a picture that was decoded in one pass, the mask of each colour that the examples
+    show, which contain more information than its codes.
     """
 
     image: np.ndarray
     painted: np.ndarray
+    drawn: DrawnClasses | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +116,37 @@ class SemanticSegmentation(OneImageTask):
     name: ClassVar[str] = "semantic_segmentation"
     pair_type: ClassVar[type] = PaintedPair
     measure: ClassVar[str] = "IoU"
+    outlines: ClassVar[bool] = True
     one_output: ClassVar[str] = "A pair of semantic segmentation must have one output, its picture."
 
     def output_codes(self, pair: PaintedPair) -> np.ndarray:
         return pair.painted
+
+    def expected_masks(
+        self,
+        model: ExpectedReader,
+        probabilities_BNK: torch.Tensor,
+        shown: Sequence[Sequence[PaintedPair]],
+    ) -> torch.Tensor:
+        """The masks of all `COLOURS`; those of colours that no example shows are black."""
+        corners_C3 = np.array(list(COLOURS.values())) > 0
+        brightness_BCHW = 2 * model.decode_colours(probabilities_BNK, corners_C3) - 1
+        for masks_CHW, pairs in zip(brightness_BCHW, shown, strict=True):
+            painted = model.decode_painted(np.stack([pair.painted for pair in pairs]))
+            found = {name for pixels_3HW in painted for name in find_colours(pixels_3HW)}
+            masks_CHW[[name not in found for name in COLOURS]] = -1
+        return brightness_BCHW
+
+    def read_at_once(
+        self,
+        codec: SequenceCodec,
+        image: np.ndarray,
+        tokens: Sequence[int],
+        drawn: Sequence[DrawnMask],
+    ) -> PaintedPair:
+        masks = zip(COLOURS, drawn, strict=True)
+        seen = {name: mask for name, mask in masks if (mask.brightness_HW > -1).any()}
+        return replace(self.read_output(codec, image, tokens), drawn=DrawnClasses(seen))
 
     def pictures(self, target: ClassesTarget, format: SequenceFormat) -> tuple[PaintedPicture, ...]:
         counts = (counts for _, counts in target.masks)
@@ -165,15 +197,24 @@ class SemanticSegmentation(OneImageTask):
                 decode_rle(rle)
 
     def said(self, model: CodeReader, pairs: Sequence[PaintedPair]) -> list[Output]:
-        pixels_B3HW = model.decode_painted(np.stack([pair.painted for pair in pairs]))
+        masks_of = self.colour_masks(model, pairs)
         return [
             {
                 "codes": pair.painted.tolist(),
-                "colours": {
-                    name: encode_rle(mask_HW) for name, mask_HW in find_colours(pixels).items()
-                },
+                "colours": {name: encode_rle(mask_HW) for name, mask_HW in masks.items()},
             }
-            for pair, pixels in zip(pairs, pixels_B3HW, strict=True)
+            for pair, masks in zip(pairs, masks_of, strict=True)
+        ]
+
+    def colour_masks(
+        self, model: CodeReader, pairs: Sequence[PaintedPair]
+    ) -> list[dict[str, np.ndarray]]:
+        """Of each pair, the mask (H, W) of each colour in its painted picture."""
+        written = [pair.painted for pair in pairs if pair.drawn is None]
+        of_codes = iter(model.decode_painted(np.stack(written)) if written else ())
+        return [
+            find_colours(next(of_codes)) if pair.drawn is None else pair.drawn.disjoint_masks()
+            for pair in pairs
         ]
 
     def true_output(self, truth: Truth, pair: int = -1) -> Output:

@@ -102,6 +102,16 @@ class CodeReader(Protocol):
     def decode_painted(self, codes_BN: np.ndarray) -> torch.Tensor: ...
 
 
+class ExpectedReader(CodeReader, Protocol):
+    """The interface that reading an output of one pass needs of a model: see `MaskTokenizer`."""
+
+    def decode_expected(self, probabilities_BNK: torch.Tensor) -> torch.Tensor: ...
+
+    def decode_colours(
+        self, probabilities_BNK: torch.Tensor, colours_C3: np.ndarray
+    ) -> torch.Tensor: ...
+
+
 class GroupScore(NamedTuple):
     """The main score of a group of episodes, such as those of a class."""
 
@@ -169,13 +179,15 @@ class Scores(Protocol):
 class Task(ABC):
     """A task; `name` is its name in recipes, shards and tables. `pair_type`: the class of its
     pairs. `measure`: the name of `agreement` in tables. `mirrors`: whether its pairs are an image
-    and a mask, so that a mirrored pair is one as well (see `InContextModel.complete`).
+    and a mask, so that a mirrored pair is one as well (see `InContextModel.complete`). `outlines`:
+    whether a pair of one pass has what was `drawn`, whose outlines may follow the edges of images.
     """
 
     name: ClassVar[str]
     pair_type: ClassVar[type]
     measure: ClassVar[str] = "exact matches"
     mirrors: ClassVar[bool] = False
+    outlines: ClassVar[bool] = False
 
     # The sequence ------------------------------------------------------------------------------
 
@@ -218,13 +230,28 @@ class Task(ABC):
         """
         return tuple(self.outputs(format)) == ("image",)
 
+    def expected_masks(
+        self,
+        model: ExpectedReader,
+        probabilities_BNK: torch.Tensor,
+        shown: Sequence[Sequence[Any]],
+    ) -> torch.Tensor:
+        """The brightness (B, C, H, W), -1 to 1, that is expected in each pixel of the C masks that
+        an output image consists of, from the probability of each code in each cell. shown: the
+        pairs of the examples of each query.
+        """
+        return model.decode_expected(probabilities_BNK)[:, None]
+
     def read_at_once(
-        self, codec: SequenceCodec, image: np.ndarray, tokens: Sequence[int], drawn: DrawnMask
+        self,
+        codec: SequenceCodec,
+        image: np.ndarray,
+        tokens: Sequence[int],
+        drawn: Sequence[DrawnMask],
     ) -> Pair:
         """The query's pair if its output image was decoded in one pass.
 
-        tokens: the most probable one of each cell. drawn: the expected brightness of each pixel,
-        for tasks whose image is a mask.
+        tokens: the most probable one of each cell. drawn: the masks of `expected_masks`.
         """
         return self.read_output(codec, image, tokens)
 

@@ -55,6 +55,13 @@ class MaskTokenizer(Protocol):
         """Pixels_B3HW of such pictures, float32, about -1 to 1."""
         ...
 
+    def decode_colours(self, probabilities_BNK: Tensor, colours_C3: np.ndarray) -> Tensor:
+        """How probable each of these colours is in each pixel of such a picture, given the
+        probabilities of each cell's code: probabilities_BCHW, float32. colours_C3: boolean
+        channels; black is none of them.
+        """
+        ...
+
 
 class PictureMasks:
     """The image tokenizer applied to masks as pictures, white on black."""
@@ -85,6 +92,15 @@ class PictureMasks:
     @torch.inference_mode()
     def decode_painted(self, codes_BN: np.ndarray) -> Tensor:
         return self._tokenizer.decode(torch.as_tensor(np.asarray(codes_BN), device=self._device))
+
+    def decode_colours(self, probabilities_BNK: Tensor, colours_C3: np.ndarray) -> Tensor:
+        """The brightness of each channel of the expected code vectors' pixels counts as the
+        probability that the channel is on, independently of the others.
+        """
+        pixels_B3HW = self._tokenizer.decode_expected(probabilities_BNK)
+        on_B13HW = ((pixels_B3HW + 1) / 2).clamp(0, 1)[:, None]
+        is_on_C311 = torch.from_numpy(colours_C3).to(on_B13HW.device)[..., None, None]
+        return torch.where(is_on_C311, on_B13HW, 1 - on_B13HW).prod(dim=2)
 
     @property
     def _device(self) -> torch.device:
@@ -198,6 +214,16 @@ class PatchTokenizer:
         on_BN3 = _COLOURS_C3.to(levels_BNP.device)[colours]
         planes = [self._assembled(levels_BNP * on_BN3[..., channel, None]) for channel in range(3)]
         return torch.stack(planes, dim=1)
+
+    def decode_colours(self, probabilities_BNK: Tensor, colours_C3: np.ndarray) -> Tensor:
+        """The patches' mean in each colour alone, weighted by the probabilities of their codes."""
+        patches_KP = self.patches_KPP.flatten(1)[1:].to(probabilities_BNK.device)
+        lit_BNCK = probabilities_BNK[..., 1 : self.painted_codes].float()
+        levels_BNCP = lit_BNCK.unflatten(2, (len(_COLOURS_C3), -1)) @ patches_KP
+        known = [tuple(colour) for colour in (_COLOURS_C3 > 0).tolist()]
+        places = [known.index(tuple(colour)) for colour in colours_C3.tolist()]
+        planes = [self._assembled(levels_BNCP[:, :, place]) for place in places]
+        return (torch.stack(planes, dim=1) + 1) / 2
 
     def _assembled(self, levels_BNP: Tensor) -> Tensor:
         """brightness_BHW from the cells' levels in 0..1."""

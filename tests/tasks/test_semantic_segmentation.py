@@ -3,7 +3,9 @@ scored class by class, and given in the user's colours.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -21,14 +23,21 @@ from icl_moe.cli import main
 from icl_moe.data.shards import Sample, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.compare import compare
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
+from icl_moe.evaluation.fitting import fit_masks
+from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.protocol import evaluate
-from icl_moe.images import crop_and_resize_mask
+from icl_moe.images import crop_and_resize_mask, to_square_pixels
+from icl_moe.inference.decode import decode_at_once
+from icl_moe.inference.edges import EdgeFilter, follow_edges
 from icl_moe.inference.model import InContextModel
+from icl_moe.inference.session import Query, in_own_size
 from icl_moe.rle import decode_rle
+from icl_moe.sequence import Episode
 from icl_moe.settings import load_recipe
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
 from icl_moe.tasks.mask_scores import mask_iou
-from icl_moe.tasks.semantic_segmentation import COLOURS, find_colours
+from icl_moe.tasks.semantic_segmentation import COLOURS, PaintedPair, find_colours, paint
 from icl_moe.tokenizers.vqgan import VQGAN
 from preprocessing.build import build_shards
 from preprocessing.recipe import DataRecipe
@@ -256,6 +265,106 @@ def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
         (200, 0, 0),
         (0, 0, 90),
     }
+
+
+@pytest.fixture(scope="module")
+def fitted(shards: Path, model_folder: Path) -> InContextModel:
+    """With edges and a threshold of this task's own episodes."""
+    model = InContextModel.from_pretrained(model_folder, "cpu")
+    config = model.decoder.config
+    config.mask_threshold, config.mask_edges = fit_masks(model, ShardSet(shards), episodes=7)
+    if config.mask_edges is None:  # The weights are random, so edges may not help.
+        config.mask_edges = {"radius": 0.2, "epsilon": 1e-3, "slope": 1.5, "offset": 0.1}
+    model.edges = EdgeFilter.of(config.mask_edges)
+    return model
+
+
+def _completed(model: InContextModel, episode: EvaluationEpisode) -> PaintedPair:
+    asked = Episode(episode.task, episode.category, episode.pairs[:-1])
+    (pair,) = model.complete([(asked, episode.query.image)])
+    return pair
+
+
+def test_in_one_pass_each_colour_of_the_example_has_its_expected_mask(
+    shards: Path, fitted: InContextModel
+) -> None:
+    for episode in islice(EpisodeSet(ShardSet(shards), fitted.codec, "semantic_segmentation"), 5):
+        asked = Episode(episode.task, episode.category, episode.pairs[:-1])
+        probabilities_BNK = decode_at_once(
+            fitted.decoder, fitted.codec, [(asked, episode.query.image)]
+        )
+        pair = _completed(fitted, episode)
+        assert np.array_equal(pair.painted, probabilities_BNK[0].argmax(dim=-1).numpy())
+        (example,) = fitted.decode_painted(episode.pairs[0].painted[None])
+        assert set(pair.drawn.masks) == set(find_colours(example))
+        for name, drawn in pair.drawn.masks.items():
+            corner_C3 = np.array([COLOURS[name]]) > 0
+            expected = fitted.decode_colours(probabilities_BNK, corner_C3)[0, 0].numpy()
+            np.testing.assert_allclose(drawn.brightness_HW, 2 * expected - 1, atol=1e-6)
+        masks = pair.drawn.disjoint_masks()
+        assert sum(mask_HW.astype(int) for mask_HW in masks.values()).max(initial=0) <= 1
+
+
+def test_the_threshold_is_fitted_on_the_masks_of_all_classes(
+    shards: Path, fitted: InContextModel
+) -> None:
+    episodes = EpisodeSet(ShardSet(shards), fitted.codec, "semantic_segmentation")
+    expected = []
+    for number in (0, 4, 8, 12, 15, 19, 23):  # Seven at even distances.
+        drawn = _completed(fitted, episodes[number]).drawn
+        colours = episodes[number].meta["colours"].values()
+        expected += [
+            drawn.masks[colour].expected_iou for colour in colours if colour in drawn.masks
+        ]
+    found = fitted.decoder.config.mask_threshold
+    assert found["value"] == pytest.approx(np.quantile(expected, 0.02), abs=1e-4)
+
+
+def test_outlines_of_all_colours_follow_the_edges(
+    shards: Path, fitted: InContextModel, tmp_path: Path
+) -> None:
+    """In an evaluation, on other shards than those of the fit, and where a query is painted."""
+    other = shutil.copytree(shards, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert fitted.folder is not None and fitted.edges is not None
+    folder = shutil.copytree(fitted.folder, tmp_path / "fitted")
+    fitted.decoder.config.save_pretrained(folder)
+    evaluate(folder, other, tmp_path / "report", limit=5, controls=())
+    lines = (tmp_path / "report/predictions.jsonl").read_text().splitlines()[1:]
+    episodes = EpisodeSet(ShardSet(shards), fitted.codec, "semantic_segmentation")
+    photographs = Photographs(ShardSet(shards), "semantic_segmentation")
+    for line, episode in zip(map(json.loads, lines), episodes, strict=False):
+        guide = photographs.at_model_size(episode, -1)
+        drawn = _completed(fitted, episode).drawn
+        followed = drawn.each(lambda mask, guide=guide: follow_edges(mask, guide, fitted.edges))
+        said = {name: decode_rle(rle) for name, rle in line["colours"].items()}
+        assert said.keys() == followed.disjoint_masks().keys()
+        for name, mask_HW in followed.disjoint_masks().items():
+            assert np.mean(said[name] == mask_HW) > 0.999
+
+    shown, query = (photographs.at_model_size(episodes[0], n) for n in (0, -1))
+    masks = episodes[0].meta["class_masks"][0]
+    colours = {name: COLOURS[colour] for name, colour in episodes[0].meta["colours"].items()}
+    painted = np.zeros((64, 64, 3), dtype=np.uint8)
+    for name, rle in masks.items():
+        painted[decode_rle(rle)] = colours[name]
+    found = fitted.segment_colours([(shown, painted)], query)
+    session_query = Query.load(query, 64)
+    codes = fitted.encode([to_square_pixels(each, 64) for each in (shown, query)])
+    # The colours are exchanged for those of the training in a fixed order, and back.
+    exchanged = dict(zip(sorted(colours.values()), COLOURS, strict=False))
+    (example,) = fitted.encode_painted(
+        [paint({exchanged[c]: (painted == c).all(axis=2) for c in exchanged}, (64, 64)) > 0]
+    )
+    asked = Episode(SEMANTIC_SEGMENTATION, "", (PaintedPair(codes[0], example),))
+    (pair,) = fitted.complete([(asked, codes[1])])
+    own = pair.drawn.each(lambda mask: in_own_size(mask, session_query, fitted.edges))
+    expected = np.zeros_like(painted)
+    for colour, name in exchanged.items():
+        if name in own.disjoint_masks():
+            expected[own.disjoint_masks()[name]] = colour
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from icl_moe.errors import InputError
-from icl_moe.tokenizers.masks import PatchTokenizer
+from icl_moe.tokenizers.masks import PatchTokenizer, PictureMasks
+from icl_moe.tokenizers.vqgan import VQGAN
 
 SIDE = 4
 
@@ -56,6 +57,40 @@ def test_expected_pixels_are_the_mean_of_the_patches(tokenizer):
             expected = sum(p_K[code] * tokenizer.patches_KPP[code] for code in range(5))
             cell_HW = found[batch, row : row + SIDE, column : column + SIDE]
             torch.testing.assert_close(cell_HW, expected)
+
+
+def test_the_probability_of_a_colour_is_the_mean_of_its_patches():
+    """Code by code, from what each code paints; and for the VQ-GAN, the chances of each corner of
+    the RGB cube sum to 1.
+    """
+    patches = np.random.default_rng(0).integers(0, 5, (6, 2, 2)) / 4
+    patches[0] = 0
+    tokenizer = PatchTokenizer(torch.from_numpy(patches))
+    corners_C3 = np.array([(1, 0, 0), (0, 1, 1), (1, 1, 1), (0, 0, 1)], dtype=bool)
+    codes = tokenizer.painted_codes + 2  # The last two have no patch and are black.
+    generator = torch.Generator().manual_seed(0)
+    probabilities_BNK = torch.randn(2, 9, codes, generator=generator).softmax(dim=-1)
+    found_BCHW = tokenizer.decode_colours(probabilities_BNK, corners_C3)
+    assert found_BCHW.shape == (2, 4, 6, 6)
+    expected_BCHW = torch.zeros(2, 4, 6, 6)
+    for code in range(codes):
+        levels_3HW = (tokenizer.decode_painted(np.array([[code]]))[0] + 1) / 2
+        on_3 = levels_3HW.flatten(1).amax(dim=1) > 0
+        for place, corner_3 in enumerate(torch.from_numpy(corners_C3)):
+            if on_3.equal(corner_3):
+                for cell in range(9):
+                    top, left = 2 * (cell // 3), 2 * (cell % 3)
+                    p_B11 = probabilities_BNK[:, cell, code, None, None]
+                    part = p_B11 * levels_3HW.amax(dim=0)
+                    expected_BCHW[:, place, top : top + 2, left : left + 2] += part
+    torch.testing.assert_close(found_BCHW, expected_BCHW)
+
+    every_C3 = np.array(list(np.ndindex(2, 2, 2)), dtype=bool)
+    vqgan = VQGAN.from_pretrained("demo")
+    probabilities_BNK = torch.randn(1, 64, 512, generator=generator).softmax(dim=-1)
+    shares_BCHW = PictureMasks(vqgan).decode_colours(probabilities_BNK, every_C3)
+    assert shares_BCHW.min() >= 0
+    torch.testing.assert_close(shares_BCHW.sum(dim=1), torch.ones(1, 64, 64))
 
 
 def test_a_folder_gives_the_tokenizer_back(tokenizer, tmp_path):
