@@ -197,7 +197,7 @@ class SemanticSegmentation(OneImageTask):
                 decode_rle(rle)
 
     def said(self, model: CodeReader, pairs: Sequence[PaintedPair]) -> list[Output]:
-        masks_of = self.colour_masks(model, pairs)
+        masks_of = self._colour_masks(model, pairs)
         return [
             {
                 "codes": pair.painted.tolist(),
@@ -206,7 +206,7 @@ class SemanticSegmentation(OneImageTask):
             for pair, masks in zip(pairs, masks_of, strict=True)
         ]
 
-    def colour_masks(
+    def _colour_masks(
         self, model: CodeReader, pairs: Sequence[PaintedPair]
     ) -> list[dict[str, np.ndarray]]:
         """Of each pair, the mask (H, W) of each colour in its painted picture."""

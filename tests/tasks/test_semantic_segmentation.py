@@ -4,6 +4,7 @@ scored class by class, and given in the user's colours.
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -365,6 +366,18 @@ def test_outlines_of_all_colours_follow_the_edges(
         if name in own.disjoint_masks():
             expected[own.disjoint_masks()[name]] = colour
     assert np.array_equal(found, expected)
+
+
+def test_the_benchmark_of_colours_asks_twice_and_draws(
+    shards: Path, model_folder: Path, tmp_path: Path, run_command: Command
+) -> None:
+    command = [sys.executable, "benchmarks/colours.py", str(model_folder), str(shards)]
+    picture, file = tmp_path / "colours.png", tmp_path / "colours.json"
+    done = run_command([*command, "--queries", "2", "--picture", str(picture), "--json", str(file)])
+    assert done.returncode == 0, done.stdout
+    figures = json.loads(file.read_text())["figures"]
+    assert figures["queries"] == 2 and 0 <= figures["flips"] <= figures["right after the example"]
+    assert Image.open(picture).size == (5 * 136 + 8, 2 * 136 + 8)
 
 
 @pytest.mark.slow
