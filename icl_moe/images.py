@@ -37,6 +37,25 @@ def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
         return _to_rgb(_open(image, name), name)
 
 
+def load_painted(mask: ImageLike, what: str = "The mask") -> np.ndarray:
+    """A mask of several classes as uint8 (H, W, 3), read as in `load_image`, but levels of one
+    channel are ids and are not scaled. Raises InputError also for levels beyond 255.
+    """
+    name = f"The mask {mask}" if isinstance(mask, str | os.PathLike) else what
+    with _reading(mask, name):
+        levels_HWC, _ = _levels(mask, name)
+    if levels_HWC.dtype == bool:
+        levels_HWC = levels_HWC * np.uint8(255)
+    small_HWC = levels_HWC.astype(np.uint8)
+    differs_HWC = small_HWC != levels_HWC
+    if differs_HWC.any():
+        raise InputError(
+            f"{name} has the level {levels_HWC[differs_HWC][0]:g}; each class must have a colour, "
+            "or a whole number of 1..255 as its level."
+        )
+    return np.broadcast_to(small_HWC, (*small_HWC.shape[:2], 3))
+
+
 class EmptyMaskError(InputError):
     """A mask marks nothing."""
 

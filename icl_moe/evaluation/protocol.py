@@ -32,8 +32,13 @@ from icl_moe.messages import note
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.processes import join_processes
-from icl_moe.tasks import TASKS
+from icl_moe.tasks import SEMANTIC_SEGMENTATION, TASKS
 from icl_moe.versions import installed_versions
+
+_NO_SWAPS = (
+    "There are no swapped examples of several classes in one mask; benchmarks/colours.py exchanges "
+    "their colours."
+)
 
 _PACKAGES = ("icl-moe", "torch", "transformers", "numpy", "pillow", "pycocotools", "pycocoevalcap")
 
@@ -90,6 +95,8 @@ def evaluate(
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
+    if decoding == "mirrored" and not any(each.task.mirrors for each in sets):
+        decoding = "parallel"
     asked = ("swapped",) if controls is None else controls
     run = _Evaluation(
         model=model,
@@ -274,6 +281,8 @@ def _check_controls(controls: Sequence[Control] | None) -> None:
 
 def _check_swaps(shards: ShardSet, sets: Sequence[EpisodeSet]) -> None:
     """Raise InputError if no task of the shards supports swapped examples."""
+    if all(episodes.task is SEMANTIC_SEGMENTATION for episodes in sets):
+        raise InputError(_NO_SWAPS)
     if not any(episodes.keep_objects for episodes in sets):
         raise InputError(
             f"The shards in {shards.location} do not keep what else a query shows, which the "
@@ -366,6 +375,8 @@ def _why_not_swapped(
         return "Examples were not swapped: the control was not asked for."
     if not any(condition.shots for condition in conditions):
         return "Examples were not swapped: none were shown."
+    if episodes.task is SEMANTIC_SEGMENTATION:
+        return _NO_SWAPS
     if not episodes.keep_objects:
         return (
             "Examples were not swapped: these shards do not keep what else a query shows, as "

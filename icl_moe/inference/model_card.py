@@ -23,8 +23,23 @@ _USE = """\
 from icl_moe import InContextModel
 
 model = InContextModel.from_pretrained("PATH OR HUB ID OF THIS MODEL")
-mask = model.segment(examples=[("image.jpg", "mask.png")], query="another.jpg")
+{call}
 ```"""
+
+_CALLS = {
+    "segmentation": (
+        'mask = model.segment(examples=[("image.jpg", "mask.png")], query="another.jpg")'
+    ),
+    "captioning": (
+        'region = model.caption(examples=[("image.jpg", "region.json")], query="another.jpg")'
+    ),
+    "semantic_segmentation": (
+        "painted = model.segment_colours(\n"
+        '    examples=[("image.jpg", "painted.png")], query="another.jpg"\n'
+        ")"
+    ),
+}
+"""How a model is used for each task."""
 
 
 def model_card(
@@ -41,6 +56,7 @@ def model_card(
         tags=["in-context learning", "mixture of experts", "segmentation", "captioning"],
     )
     recipe = training["recipe"]
+    trained = config.get("classes") or ["segmentation"]
     facts = {
         "optimizer steps": training["steps"],
         "episodes per step": recipe["training"]["global_batch"],
@@ -60,7 +76,7 @@ def model_card(
         "Given examples, (image, mask) or (image, region caption), the model writes the output "
         "for a new image in the same form.",
         "## Use",
-        _USE,
+        _USE.format(call="\n".join(_CALLS[task] for task in trained if task in _CALLS)),
         "## Training",
         as_markdown(Table(("", ""), [(name, str(value)) for name, value in facts.items()])),
         f"The complete recipe is in {TRAINING}.",

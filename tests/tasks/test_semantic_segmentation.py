@@ -37,6 +37,7 @@ from icl_moe.rle import decode_rle
 from icl_moe.sequence import Episode
 from icl_moe.settings import load_recipe
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 from icl_moe.tasks.mask_scores import mask_iou
 from icl_moe.tasks.semantic_segmentation import COLOURS, PaintedPair, find_colours, paint
 from icl_moe.tokenizers.vqgan import VQGAN
@@ -280,6 +281,18 @@ def fitted(shards: Path, model_folder: Path) -> InContextModel:
     return model
 
 
+@pytest.fixture(scope="module")
+def eager(fitted: InContextModel) -> InContextModel:
+    """The same, but it marks something however unsure it is."""
+    assert fitted.folder is not None
+    model = InContextModel.from_pretrained(fitted.folder, "cpu")
+    config = fitted.decoder.config
+    model.decoder.config.mask_threshold = config.mask_threshold | {"value": 0.0}
+    model.decoder.config.mask_edges = config.mask_edges
+    model.edges = EdgeFilter.of(config.mask_edges)
+    return model
+
+
 def _completed(model: InContextModel, episode: EvaluationEpisode) -> PaintedPair:
     asked = Episode(episode.task, episode.category, episode.pairs[:-1])
     (pair,) = model.complete([(asked, episode.query.image)])
@@ -322,25 +335,25 @@ def test_the_threshold_is_fitted_on_the_masks_of_all_classes(
 
 
 def test_outlines_of_all_colours_follow_the_edges(
-    shards: Path, fitted: InContextModel, tmp_path: Path
+    shards: Path, eager: InContextModel, tmp_path: Path
 ) -> None:
     """In an evaluation, on other shards than those of the fit, and where a query is painted."""
     other = shutil.copytree(shards, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest))
-    assert fitted.folder is not None and fitted.edges is not None
-    folder = shutil.copytree(fitted.folder, tmp_path / "fitted")
-    fitted.decoder.config.save_pretrained(folder)
+    assert eager.folder is not None and eager.edges is not None
+    folder = shutil.copytree(eager.folder, tmp_path / "fitted")
+    eager.decoder.config.save_pretrained(folder)
     evaluate(folder, other, tmp_path / "report", limit=5, controls=())
     lines = (tmp_path / "report/predictions.jsonl").read_text().splitlines()[1:]
-    episodes = EpisodeSet(ShardSet(shards), fitted.codec, "semantic_segmentation")
+    episodes = EpisodeSet(ShardSet(shards), eager.codec, "semantic_segmentation")
     photographs = Photographs(ShardSet(shards), "semantic_segmentation")
     for line, episode in zip(map(json.loads, lines), episodes, strict=False):
         guide = photographs.at_model_size(episode, -1)
-        drawn = _completed(fitted, episode).drawn
-        followed = drawn.each(lambda mask, guide=guide: follow_edges(mask, guide, fitted.edges))
+        drawn = _completed(eager, episode).drawn
+        followed = drawn.each(lambda mask, guide=guide: follow_edges(mask, guide, eager.edges))
         said = {name: decode_rle(rle) for name, rle in line["colours"].items()}
-        assert said.keys() == followed.disjoint_masks().keys()
+        assert said and said.keys() == followed.disjoint_masks().keys()
         for name, mask_HW in followed.disjoint_masks().items():
             assert np.mean(said[name] == mask_HW) > 0.999
 
@@ -350,17 +363,17 @@ def test_outlines_of_all_colours_follow_the_edges(
     painted = np.zeros((64, 64, 3), dtype=np.uint8)
     for name, rle in masks.items():
         painted[decode_rle(rle)] = colours[name]
-    found = fitted.segment_colours([(shown, painted)], query)
+    found = eager.segment_colours([(shown, painted)], query)
     session_query = Query.load(query, 64)
-    codes = fitted.encode([to_square_pixels(each, 64) for each in (shown, query)])
+    codes = eager.encode([to_square_pixels(each, 64) for each in (shown, query)])
     # The colours are exchanged for those of the training in a fixed order, and back.
     exchanged = dict(zip(sorted(colours.values()), COLOURS, strict=False))
-    (example,) = fitted.encode_painted(
+    (example,) = eager.encode_painted(
         [paint({exchanged[c]: (painted == c).all(axis=2) for c in exchanged}, (64, 64)) > 0]
     )
     asked = Episode(SEMANTIC_SEGMENTATION, "", (PaintedPair(codes[0], example),))
-    (pair,) = fitted.complete([(asked, codes[1])])
-    own = pair.drawn.each(lambda mask: in_own_size(mask, session_query, fitted.edges))
+    (pair,) = eager.complete([(asked, codes[1])])
+    own = pair.drawn.each(lambda mask: in_own_size(mask, session_query, eager.edges))
     expected = np.zeros_like(painted)
     for colour, name in exchanged.items():
         if name in own.disjoint_masks():
@@ -411,6 +424,60 @@ def test_a_model_is_trained_evaluated_and_paints(
     assert "was trained on semantic_segmentation, not segmentation" in done.stdout
 
 
+def test_an_example_is_not_asked_about_a_colour_that_it_lacks(
+    eager: InContextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the examples that show the same colours each colour has the weighted mean."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    red, blue = (255, 0, 0), (0, 0, 255)
+    masks = [_painted((64, 64), colours) for colours in ([red, blue], [red], [red], [blue])]
+    pairs = list(zip(images, masks, strict=True))
+    query = Query.load(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), 64)
+    monkeypatch.setattr(eager, "edges", None)
+    found = eager.segment_colours(pairs, query)
+    codes = eager.encode([to_square_pixels(Image.fromarray(each), 64) for each in images])
+    (asked,) = eager.encode([query.pixels_3HW])
+    # The users' colours are exchanged for the first of the training's in a fixed order.
+    (first, second) = list(COLOURS)[:2]
+    exchanged = {blue: first, red: second}
+    brightness = []
+    for image, mask in zip(codes, masks, strict=True):
+        painted = paint({exchanged[c]: (mask == c).all(axis=2) for c in (red, blue)}, (64, 64))
+        (code,) = eager.encode_painted([painted > 0])
+        episode = Episode(SEMANTIC_SEGMENTATION, "", (PaintedPair(image, code),))
+        (pair,) = eager.complete([(episode, asked)])
+        brightness.append({n: drawn.brightness_HW for n, drawn in pair.drawn.masks.items()})
+    assert [set(each) for each in brightness] == [{first, second}, {second}, {second}, {first}]
+    mean = {
+        name: np.mean([each[name] for each in brightness if name in each], axis=0)
+        for name in (first, second)
+    }
+    expected = DrawnClasses({n: DrawnMask(b, True) for n, b in mean.items()})
+    for colour, name in exchanged.items():
+        is_colour_HW = (found == colour).all(axis=2)
+        mask_HW = expected.disjoint_masks().get(name, np.zeros((64, 64), dtype=bool))
+        assert mask_HW.any() and np.mean(is_colour_HW == mask_HW) > 0.999
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_levels_of_more_bits_are_ids_as_they_are(
+    eager: InContextModel, tmp_path: Path, kind: type
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    plain_HW = _painted((64, 64), [(1, 1, 1), (2, 2, 2)])[..., 0]
+    expected = eager.segment_colours([(image, plain_HW)], image)
+    assert expected.any()
+    ids_HW = plain_HW.astype(kind)
+    assert np.array_equal(eager.segment_colours([(image, ids_HW)], image), expected)
+    path = tmp_path / "ids.tiff"
+    Image.fromarray(ids_HW).save(path)
+    assert np.array_equal(eager.segment_colours([(image, path)], image), expected)
+    ids_HW[plain_HW == 2] = 300
+    with pytest.raises(InputError, match=r"has the level 300; each class must have a colour, or a"):
+        eager.segment_colours([(image, ids_HW)], image)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -426,6 +493,20 @@ def test_a_mask_that_is_not_painted_in_a_few_colours_is_refused(
     image = np.zeros((40, 60, 3), dtype=np.uint8)
     with pytest.raises(InputError, match=message):
         model.segment_colours([(image, mask)], image)
+
+
+def test_a_colour_of_which_nothing_remains_is_named(model_folder: Path) -> None:
+    model = InContextModel.from_pretrained(model_folder, "cpu")
+    image = np.zeros((1000, 1500, 3), dtype=np.uint8)
+    painted = _painted((1000, 1500), [(9, 9, 9)])
+    painted[:2, :2] = (255, 0, 0)
+    with pytest.raises(InputError, match=r"so little of the colour \(255, 0, 0\) that nothing"):
+        model.segment_colours([(image, painted)], image)
+
+
+def test_swapped_examples_are_of_single_classes(shards: Path, model_folder: Path, tmp_path) -> None:
+    with pytest.raises(InputError, match="no swapped examples of several classes in one mask"):
+        evaluate(model_folder, shards, tmp_path / "report", controls=("swapped",))
 
 
 def test_examples_with_different_colours_and_no_examples_are_refused(model_folder: Path) -> None:
