@@ -57,12 +57,15 @@ def open_episodes(
     shards: ShardSet, limit: int | None = None, every_task: bool = False
 ) -> list[EpisodeSet]:
     """The episodes of each task of a shard folder whose predictions can be read, or of every task,
-    without a model.
+    without a model. Raises InputError if there is no such task.
     """
+    held = list(shards.manifest.samples)
+    tasks = [task for task in held if every_task or task in _RECORDS]
+    if not tasks:
+        raise _none_can_be_read(shards.location, held)
     folder = shards.fetch("text_tokenizer")
     format = shards.manifest.format
     codec = SequenceCodec(format, TextTokenizer(format.vocabulary.text_merges, str(folder)))
-    tasks = [task for task in shards.manifest.samples if every_task or task in _RECORDS]
     return [EpisodeSet(shards, codec, task, limit) for task in tasks]
 
 
@@ -190,12 +193,16 @@ def no_predictions(folder: Path, tasks: Sequence[str]) -> InputError:
     """The error for a folder without predictions for any of the tasks of a shard folder."""
     files = [f"{task}.json" for task in tasks if task in _RECORDS]
     if not files:
-        return InputError(
-            f"{folder}: these shards hold {' and '.join(tasks)}; predictions can be read of "
-            f"{' and '.join(_RECORDS)} alone."
-        )
+        return _none_can_be_read(folder, tasks)
     what = f"neither {' nor '.join(files)}" if len(files) > 1 else f"no {files[0]}"
     return InputError(f"{folder} holds {what}: predictions of no task.")
+
+
+def _none_can_be_read(place: str | Path, tasks: Sequence[str]) -> InputError:
+    return InputError(
+        f"{place}: these shards hold {' and '.join(tasks)}; predictions can be read of "
+        f"{' and '.join(_RECORDS)} alone."
+    )
 
 
 def predictions_file(folder: Path, episodes: EpisodeSet, swapped: bool) -> Path:

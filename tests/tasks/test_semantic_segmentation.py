@@ -26,6 +26,7 @@ from icl_moe.errors import InputError
 from icl_moe.evaluation.compare import compare
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.fitting import fit_masks
+from icl_moe.evaluation.other_systems import open_episodes
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.images import crop_and_resize_mask, to_square_pixels
@@ -219,6 +220,8 @@ def test_predictions_of_other_systems_leave_it_out(
     (tmp_path / "semantic_segmentation.json").write_text('{"results": []}')
     with pytest.raises(InputError, match="hold semantic_segmentation; predictions can be read of"):
         evaluate(model_folder, shards, tmp_path / "report", predictions={"ours": tmp_path})
+    with pytest.raises(InputError, match="hold semantic_segmentation; predictions can be read of"):
+        open_episodes(ShardSet(shards))
 
 
 def _painted(shape: tuple[int, int], colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
