@@ -57,8 +57,11 @@ def test_a_run_fits_its_recipes(scale, name):
         data = load_recipe(DataRecipe, shards.recipe, [*shards.settings], package="preprocessing")
         assert data.vocabulary == recipe.vocabulary
         format = data.sequence_format((data.image_size // (8 if scale == "demo" else 16)) ** 2)
-        assert format.length(data.examples + 1) == recipe.model.positions
-        assert max(run.shots) <= data.examples
+        # A model that writes masks in one pass reads more examples than fit in groups.
+        grouped = recipe.training.mask_corruption and recipe.training.loss_on == "query"
+        if shards is run.trained or not grouped:
+            assert format.length(data.examples + 1) == recipe.model.positions
+        assert max(run.shots) <= data.examples or (shards is run.trained and grouped)
         if scale == "paper":
             assert format_of(run, recipe) == (format, data.examples)
 
