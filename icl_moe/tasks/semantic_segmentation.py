@@ -128,10 +128,14 @@ class SemanticSegmentation(OneImageTask):
         probabilities_BNK: torch.Tensor,
         shown: Sequence[Sequence[PaintedPair]],
     ) -> torch.Tensor:
-        """The masks of all `COLOURS`; those of colours that no example shows are black."""
+        """The masks of all `COLOURS`; those of colours that no example shows are black, except
+        where there are no examples.
+        """
         corners_C3 = np.array(list(COLOURS.values())) > 0
         brightness_BCHW = 2 * model.decode_colours(probabilities_BNK, corners_C3) - 1
         for masks_CHW, pairs in zip(brightness_BCHW, shown, strict=True):
+            if not pairs:
+                continue
             painted = model.decode_painted(np.stack([pair.painted for pair in pairs]))
             found = {name for pixels_3HW in painted for name in find_colours(pixels_3HW)}
             masks_CHW[[name not in found for name in COLOURS]] = -1

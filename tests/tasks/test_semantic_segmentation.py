@@ -320,6 +320,8 @@ def test_in_one_pass_each_colour_of_the_example_has_its_expected_mask(
             np.testing.assert_allclose(drawn.brightness_HW, 2 * expected - 1, atol=1e-6)
         masks = pair.drawn.disjoint_masks()
         assert sum(mask_HW.astype(int) for mask_HW in masks.values()).max(initial=0) <= 1
+        without = SEMANTIC_SEGMENTATION.expected_masks(fitted, probabilities_BNK, [()])
+        assert (without.amax(dim=(2, 3)) > -1).all(), "no example hides a colour"
 
 
 def test_the_threshold_is_fitted_on_the_masks_of_all_classes(
