@@ -123,10 +123,12 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
 
 def _fit_edges(asked: Sequence[_Asked], photographs: Photographs) -> dict[str, float] | None:
     try:
-        guides = [photographs.at_model_size(each.episode, -1) for each in asked]
+        episodes = {each.episode.key: each.episode for each in asked}
+        guide_of = {key: photographs.at_model_size(each, -1) for key, each in episodes.items()}
     except InputError as error:
         note(f"The outlines of masks will not follow the edges of images: {error}")
         return None
+    guides = [guide_of[each.episode.key] for each in asked]
     as_drawn = float(np.mean([each.iou(each.drawn) for each in asked]))
     ious = {}
     for radius, epsilon in tqdm(
