@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.rank_group import RankGroup
+from hypothesis import HealthCheck, settings
 from small_run import RANK_VARIABLES, REPOSITORY
 
 from icl_moe.tokenizers.text import TextTokenizer
@@ -16,6 +17,10 @@ from icl_moe.vocabulary import GPT2_MERGES
 
 # Several ranks and workers share the machine's few cores, so each gets one thread.
 torch.set_num_threads(1)
+
+# No test depends on how fast the machine is at the moment.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

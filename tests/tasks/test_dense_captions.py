@@ -97,7 +97,7 @@ def slowly(detections, regions) -> float:
     Random(0),
 )
 @given(DETECTIONS, REGIONS, st.randoms())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_score_equals_the_slow_one_in_any_order(detections, regions, random):
     expected = slowly(detections, regions)
     assert score(detections, regions) == pytest.approx(expected, abs=1e-12)

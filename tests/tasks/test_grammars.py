@@ -47,7 +47,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("format", FORMATS)
 @given(seed=st.integers(0, 10**6), eager=st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_walk_through_a_caption_grammar_fits_ends_and_reads_back(format, seed, eager):
     """eager: how often a tag or [EOC] is chosen if allowed, so that both short and full-length
     captions occur.

@@ -36,7 +36,7 @@ def by_loops(triples) -> tuple[float, float, float]:
 
 
 @given(TRIPLES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scores_equal_plain_loops(triples):
     scores = score_masks(triples)
     assert (scores.miou, scores.mean_iou, scores.mae) == pytest.approx(by_loops(triples))
@@ -51,7 +51,7 @@ FOLDED = st.lists(
 
 
 @given(FOLDED)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_miou_of_a_benchmark_equals_its_authors_buffers(triples):
     """As HSNet's AverageMeter: pixels of intersections and unions are added up class by class, and
     the mean is over the classes of a fold, then over folds.
@@ -109,7 +109,7 @@ def test_sizes_are_shares_of_the_picture():
 
 
 @given(TRIPLES, MASKS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ignored_pixels_count_in_no_score(triples, ignored):
     """As if pictures consisted of the other pixels alone."""
     if ignored.all():
@@ -130,7 +130,7 @@ def test_empty_masks_agree():
 
 
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_run_lengths_read_back(mask):
     assert np.array_equal(decode_rle(encode_rle(mask)), mask)
 
