@@ -20,7 +20,7 @@ interface of tasks. If the format has a class prompt, the sequence begins with i
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,8 +51,7 @@ class TooLongError(InputError):
     """A text is too long for its pair."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """`length` tokens from `start`, all of one attribute class (a byte, see attributes.py) and one
     role.
     """

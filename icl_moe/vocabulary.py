@@ -3,6 +3,7 @@ ranges of token ids.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
@@ -55,48 +56,48 @@ class Vocabulary:
         if self.features == 1:
             raise InputError("vocabulary.features must be 0, or at least 2, not 1.")
 
-    @property
+    @cached_property
     def text_size(self) -> int:
         return GPT2_SIZE if self.text_merges == GPT2_MERGES else 256 + self.text_merges
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self._feature_start + self.features
 
-    @property
+    @cached_property
     def token_dtype(self) -> np.dtype:
         """The type in which token ids are stored: uint16 for up to 65,536 ids, otherwise uint32."""
         return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
 
-    @property
+    @cached_property
     def boi(self) -> int:
         return self._special("[BOI]")
 
-    @property
+    @cached_property
     def bot(self) -> int:
         return self._special("[BOT]")
 
-    @property
+    @cached_property
     def eoc(self) -> int:
         return self._special("[EOC]")
 
-    @property
+    @cached_property
     def pad(self) -> int:
         return self._special("[PAD]")
 
-    @property
+    @cached_property
     def category_start(self) -> int:
         return self._tag("<c_st>")
 
-    @property
+    @cached_property
     def category_end(self) -> int:
         return self._tag("<c_ed>")
 
-    @property
+    @cached_property
     def box_start(self) -> int:
         return self._tag("<b_st>")
 
-    @property
+    @cached_property
     def box_end(self) -> int:
         return self._tag("<b_ed>")
 
@@ -107,24 +108,24 @@ class Vocabulary:
             raise InputError("Hidden codes need [MASK]: set vocabulary.mask=true.")
         return self._mask_start
 
-    @property
+    @cached_property
     def image_range(self) -> range:
         return range(self.text_size, self.text_size + self.image_codes)
 
-    @property
+    @cached_property
     def feature_range(self) -> range:
         return range(self._feature_start, self._feature_start + self.features)
 
-    @property
+    @cached_property
     def input_range(self) -> range:
         """The ids of input images: features codes if there are any, otherwise image codes."""
         return self.feature_range if self.features else self.image_range
 
-    @property
+    @cached_property
     def text_range(self) -> range:
         return range(self.text_size)
 
-    @property
+    @cached_property
     def bin_range(self) -> range:
         start = self._tag_start + len(TAGS)
         return range(start, start + (BIN_COUNT if self.tags else 0))
