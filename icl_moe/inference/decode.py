@@ -27,7 +27,7 @@ Request = tuple[Episode, np.ndarray]
 
 class Written(NamedTuple):
     """The tokens that complete a query, and the log-probability of each of them among those that
-    its grammar allowed; None where the model had no choice, or did not make it in this pass.
+    its grammar allowed; None where the model had no choice.
     """
 
     tokens: list[int]
@@ -282,20 +282,24 @@ def _write_codes(
 ) -> None:
     """The next `count` codes of the images that all outputs are within."""
     steps = []
-    for tokens_B in _codes(decoder, cache, outputs, count):
-        steps.append(tokens_B)
+    for chosen in _codes(decoder, cache, outputs, count):
+        steps.append(chosen)
         bar.update(len(outputs))
-    for output, tokens in zip(outputs, torch.stack(steps, dim=1).tolist(), strict=True):
-        for token in tokens:
-            output.write(token)
+    tokens_BN, log_probabilities_BN = (
+        torch.stack(column, dim=1).tolist() for column in zip(*steps, strict=True)
+    )
+    for output, *written in zip(outputs, tokens_BN, log_probabilities_BN, strict=True):
+        for token, log_probability in zip(*written, strict=True):
+            output.write(token, log_probability)
         output.skip(count)
 
 
 def _codes(
     decoder: InContextDecoder, cache: KeyValueCache, outputs: Sequence["_Output"], count: int
-) -> Iterator[torch.Tensor]:
-    """The next `count` codes of the images that all outputs are within, tokens_B at a time, each
-    the most probable one. Nothing is copied to the host, and the gates decide once for all.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The next `count` codes of the images that all outputs are within, each the most probable one:
+    tokens_B and their log-probabilities_B at a time. Nothing is copied to the host, and the gates
+    decide once for all.
 
     Only the last token of each output is unread, and it is read with the first step.
     """
@@ -319,8 +323,9 @@ def _codes(
             tokens_B, positions_B + step, None if linked_nBM is None else linked_nBM[step]
         )
         hidden_BM, _ = decoder.run(x_BM, attention, plan, decisions)
-        tokens_B = decoder.logits(hidden_BM, ids).argmax(dim=-1) + ids.start
-        yield tokens_B
+        best = decoder.logits(hidden_BM, ids).log_softmax(dim=-1).max(dim=-1)
+        tokens_B = best.indices + ids.start
+        yield tokens_B, best.values
 
 
 class _Output:

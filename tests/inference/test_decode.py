@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from icl_moe.attributes import PADDING, attribute_class
 from icl_moe.errors import InputError
-from icl_moe.inference.decode import Sampling, decode_batch, read_examples
+from icl_moe.inference.decode import Sampling, Written, decode_batch, read_examples
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder, initialise
 from icl_moe.recipe import ModelSettings
@@ -89,7 +89,7 @@ def requests(format: SequenceFormat, rng: np.random.Generator) -> list[tuple[Epi
 
 def plainly(
     decoder: InContextDecoder, codec: SequenceCodec, episode: Episode, query: np.ndarray
-) -> list[int]:
+) -> Written:
     """Greedy decoding without batch, padding or cache, with positions and attributes from the
     padded layout.
     """
@@ -97,6 +97,7 @@ def plainly(
     tokens, attributes = prompt.tokens_L.tolist(), prompt.attributes().tolist()
     given = prompt.spans[-1].length if prompt.spans[-1].role == "given" else 0
     output = tokens[len(tokens) - given :]
+    log_probabilities: list[float | None] = [None] * given
     grammar = episode.task.grammar(codec, episode.category)
     allowed = next(grammar)
     for token in output:
@@ -111,6 +112,8 @@ def plainly(
         logits = decoder.forward_logits(*everything)[0, -1]
         ids = torch.tensor([i for part in allowed for i in part])
         token = int(ids[logits[ids].argmax()])
+        forced = len(ids) == 1
+        log_probabilities.append(None if forced else logits[ids].log_softmax(0).max().item())
         modality = "image" if token in VOCABULARY.image_range else "text"
         tokens.append(token)
         output.append(token)
@@ -122,7 +125,7 @@ def plainly(
         try:
             allowed = grammar.send(token)
         except StopIteration:
-            return output
+            return Written(output, log_probabilities)
 
 
 def plain_links(tokens: list[int]) -> torch.Tensor:
@@ -163,8 +166,12 @@ def decoded(*arguments) -> list[list[int]]:
 def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward, link):
     decoder, codec = small_decoder(format, feed_forward, link), SequenceCodec(format, TEXT)
     batch = requests(format, np.random.default_rng(0))
-    together = decoded(decoder, codec, batch)
-    assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
+    written = decode_batch(decoder, codec, batch)
+    expected = [plainly(decoder, codec, episode, query) for episode, query in batch]
+    together = [each.tokens for each in written]
+    assert together == [each.tokens for each in expected]
+    for ours, plain in zip(written, expected, strict=True):
+        assert ours.log_probabilities == pytest.approx(plain.log_probabilities, abs=1e-4)
     assert len({tuple(tokens) for tokens in together}) == len(batch), (
         "outputs that do not depend on the prompt would prove nothing"
     )
@@ -172,7 +179,7 @@ def test_batched_cached_decoding_equals_plain_decoding(format, feed_forward, lin
     known = [n for n, (episode, _) in enumerate(batch) if episode.pairs or format.class_prompt]
     read = [read_examples(decoder, codec, batch[n][0]) for n in known]
     again = decode_batch(decoder, codec, [batch[n] for n in known], read=read)
-    assert [written.tokens for written in again] == [together[n] for n in known]
+    assert [each.tokens for each in again] == [together[n] for n in known]
 
 
 class Oracle:
@@ -305,4 +312,4 @@ def test_shared_examples_are_read_once_and_change_nothing(format, task, link, mo
     assert examples <= read[0] <= examples + 2, "the examples and the next marker, once"
     assert read[1] < 3 * 2 * CODES, "then an image of each query, and what is forced after it"
     monkeypatch.undo()
-    assert together == [plainly(decoder, codec, episode, query) for episode, query in batch]
+    assert together == [plainly(decoder, codec, *request).tokens for request in batch]
