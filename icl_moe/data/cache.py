@@ -3,7 +3,8 @@ least recently used files are removed.
 
 Everything that changes names happens under one lock, which is never held during a download:
 
-    NAME                   a complete file; its time of modification is the time of its last use
+    NAME                   a complete file; its time of modification is the time of its last use;
+                           locked, and so not removed, by processes that read it by its path
     NAME.SIZE.partial      a file on its way, locked by the process that fetches it; its space is
                            reserved from the start
 """
@@ -22,6 +23,8 @@ _OWN_FOLDER = "icl_moe"
 """Everything lies in this subfolder of the folder that the user names: other files there are not
 counted or removed.
 """
+
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,51 @@ class FileCache:
             )
         path = self.folder / name
         while True:
-            descriptor = _open_whole(path, size)
+            descriptor = self._open_whole(path, size)
             if descriptor is None:
                 descriptor = self._fetch(path, size, fetch)
             if descriptor is not None:
                 return descriptor
-            time.sleep(
-                0.02
-            )  # Another process fetches it, or downloads in progress take all the room.
+            # Another process fetches it, or downloads in progress take all the room.
+            time.sleep(0.02)
+
+    def keep(self, name: str, size: int, fetch: Callable[[Path], None]) -> Path:
+        """The path of the file that `open` opens. It is not removed before this process ends, so
+        the path can be given to what opens files itself.
+        """
+        path = self.folder / name
+        while path not in _kept:
+            descriptor = self.open(name, size, fetch)
+            with self._locked():
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                still_there = os.fstat(descriptor).st_nlink > 0
+            if still_there:
+                _kept[path] = descriptor
+            else:  # It was removed between opening and locking.
+                os.close(descriptor)
+        return path
+
+    def _open_whole(self, path: Path, size: int) -> int | None:
+        """A descriptor of a complete file, after recording its use; None if there is no such
+        file.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size == size:
+            os.utime(descriptor)
+            return descriptor
+        # The machine stopped before the content was on the disk.
+        os.close(descriptor)
+        with self._locked(), contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size != size:
+                path.unlink()
+        return None
 
     def _fetch(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int | None:
         """Download the file; None if that cannot begin now."""
-        partial = path.with_name(f"{path.name}.{size}.partial")
+        partial = path.with_name(f"{path.name}.{size}{_PARTIAL}")
         claim = self._claim(path, partial, size)
         if claim is None:
             return None
@@ -80,33 +116,38 @@ class FileCache:
     def _claim(self, path: Path, partial: Path, size: int) -> int | None:
         """Make room, create `partial` and lock it; the descriptor that holds the lock, or None."""
         with self._locked():
-            if (
-                path.exists()
-                or _is_being_fetched(partial)
-                or not self._make_room(size, keep=partial)
-            ):
+            if path.exists() or _is_in_use(partial) or not self._make_room(size, partial):
                 return None
             partial.parent.mkdir(parents=True, exist_ok=True)
             claim = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(claim, fcntl.LOCK_EX)
             return claim
 
-    def _make_room(self, size: int, keep: Path) -> bool:
-        """Remove files, the least recently used first, until `size` more bytes fit; returns
-        whether they do. `keep` is the file to be downloaded.
+    def _make_room(self, size: int, but: Path) -> bool:
+        """Remove files, the least recently used first, until `size` more bytes fit; returns whether
+        they do. `but` is the file to be downloaded. Raises InputError if they can never fit.
         """
         files = sorted(
             (_last_use(path), path, _room(path))
             for path in self.folder.rglob("*")
-            if path.is_file() and path != keep
+            if path.is_file() and path not in (but, self._lock_file)
         )
         excess = sum(room for _, _, room in files) + size - self.capacity
+        kept = 0
         for _, path, room in files:
             if excess <= 0:
                 break
-            if path != self._lock_file and not _is_being_fetched(path):
+            if not _is_in_use(path):
                 path.unlink(missing_ok=True)
                 excess -= room
+            elif path.suffix != _PARTIAL:
+                kept += room
+        if kept + size > self.capacity:
+            raise InputError(
+                f"data.cache_gigabytes: the cache {self.folder} may hold {self.capacity} bytes, of "
+                f"which {kept} are in use, but {but.name.removesuffix(f'.{size}{_PARTIAL}')} takes "
+                f"{size} more."
+            )
         return excess <= 0
 
     @property
@@ -134,30 +175,16 @@ def default_parent() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _open_whole(path: Path, size: int) -> int | None:
-    """A descriptor of a complete file, after recording its use; None if there is no such file."""
+_kept: dict[Path, int] = {}
+"""The files that this process keeps in their caches, and the descriptors that hold their locks."""
+
+
+def _is_in_use(path: Path) -> bool:
+    """Whether a process holds a lock on a file: it downloads or keeps it. Locks end with their
+    process, however it ends.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    if (
-        os.fstat(descriptor).st_size != size
-    ):  # The machine stopped before the content was on the disk.
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        return None
-    os.utime(descriptor)
-    return descriptor
-
-
-def _is_being_fetched(path: Path) -> bool:
-    """Whether a process holds the lock of a partial file; the partial file of a killed
-    process is not locked.
-    """
-    if path.suffix != ".partial":
-        return False
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
@@ -177,7 +204,7 @@ def _last_use(path: Path) -> int:
 
 def _room(path: Path) -> int:
     """The bytes that a file takes, or will take once it is complete."""
-    if path.suffix == ".partial":
+    if path.suffix == _PARTIAL:
         return int(path.name.split(".")[-2])
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_size

@@ -161,14 +161,16 @@ class RemoteFolder:
         """Does nothing: files are checked when they are downloaded."""
 
     def open(self, info: FileInfo) -> int:
-        return self._cache.open(
-            f"{self._subfolder}/{info.file}", info.bytes, partial(self._download, info)
-        )
+        return self._cache.open(*self._entry(info))
 
     def fetch(self, name: str, files: tuple[FileInfo, ...]) -> Path:
         for info in files:
-            os.close(self.open(info))
+            self._cache.keep(*self._entry(info))
         return self._cache.folder / self._subfolder / name
+
+    def _entry(self, info: FileInfo) -> tuple[str, int, Callable[[Path], None]]:
+        """A file's name in the cache, its size, and what downloads it."""
+        return f"{self._subfolder}/{info.file}", info.bytes, partial(self._download, info)
 
     def _url(self, file: str) -> str:
         return f"{self.name}/{file}"

@@ -156,6 +156,35 @@ def test_tokenizers_come_as_folders(folder, server, tmp_path):
         }
 
 
+def test_tokenizers_stay_in_a_cache_that_the_shards_overflow(folder, server, tmp_path):
+    manifest = ShardSet(folder).manifest
+    of_tokenizers = sum(info.bytes for info in manifest.files if "tokenizer" in info.file)
+    largest = max(shard.bytes for shard in manifest.shards)
+    cache = FileCache(tmp_path / "cache", of_tokenizers + largest)
+    shards = ShardSet(server.url, cache)
+    folders = {name: shards.fetch(name) for name in ("image_tokenizer", "text_tokenizer")}
+    for task, count in manifest.samples.items():
+        for index in range(0, count, 4):
+            shards.sample(task, index)
+    assert max(server.asked[shard.file] for shard in manifest.shards) > 1, (
+        "there is no room for all"
+    )
+    for name, fetched in folders.items():
+        names = {path.name for path in (folder / name).iterdir()}
+        assert {path.name for path in fetched.iterdir()} == names
+    assert held(cache) <= cache.capacity
+
+
+def test_a_cache_without_room_beside_what_is_in_use_says_so(tmp_path):
+    cache = FileCache(tmp_path / "cache", 100)
+    cache.keep("tokenizer/model", 60, lambda path: path.write_bytes(b"m" * 60))
+    with pytest.raises(
+        InputError, match=r"hold 100 bytes, of which 60 are in use, but a\.tar takes 50 more"
+    ):
+        cache.open("a.tar", 50, lambda path: path.write_bytes(b"a" * 50))
+    os.close(cache.open("b.tar", 40, lambda path: path.write_bytes(b"b" * 40)))
+
+
 def test_the_cache_keeps_its_bound_and_what_is_open_stays_readable(folder, server, tmp_path):
     manifest = ShardSet(folder).manifest
     cache = FileCache(
