@@ -163,8 +163,8 @@ def test_tokenizers_stay_in_a_cache_that_the_shards_overflow(folder, server, tmp
     cache = FileCache(tmp_path / "cache", of_tokenizers + largest)
     shards = ShardSet(server.url, cache)
     folders = {name: shards.fetch(name) for name in ("image_tokenizer", "text_tokenizer")}
-    for task, count in manifest.samples.items():
-        for index in range(0, count, 4):
+    for index in (0, 24, 1):
+        for task in manifest.samples:
             shards.sample(task, index)
     assert max(server.asked[shard.file] for shard in manifest.shards) > 1, (
         "there is no room for all"
