@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from icl_moe.batch import TokenBatch
+from icl_moe.launcher import free_port
 from icl_moe.model import expert_parallel
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.model.feed_forward import FeedForward
 from icl_moe.settings import to_dict
-from icl_moe.training.distributed import free_port, process_group
+from icl_moe.training.distributed import process_group
 
 WAYS: dict[str, Callable[..., list[Tensor]]] = {
     "rows": expert_parallel.run_exchanged,

@@ -5,7 +5,6 @@ Separate from training/distributed.py because those stages must not wait for the
 DeepSpeed.
 """
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -15,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
+from icl_moe.launcher import launched_ranks, ranks_of_this_machine
 
 _PATIENCE = timedelta(days=14)
 """How long a process waits for the others. By torch's default of minutes a build would end because
@@ -33,7 +33,7 @@ def join_processes(device: Device | None = None) -> PartialState:
     Without CUDA, accelerate joins torchrun's processes only if told that they use CPUs. Otherwise
     each would do all of the work.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    launched = launched_ranks() > 1
     if device is None:
         return PartialState(cpu=launched and not torch.cuda.is_available(), timeout=_PATIENCE)
     place = find_device(device)
@@ -70,4 +70,4 @@ def share_of(workers: int) -> int:
     """This process's share of the worker processes of its machine; at least one, if there are
     any.
     """
-    return min(workers, max(1, workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(workers, max(1, workers // ranks_of_this_machine()))

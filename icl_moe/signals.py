@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from icl_moe.launcher import launched_ranks
 from icl_moe.messages import say, say_on_main
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -119,8 +120,7 @@ class _Requests:
         """End before the ranks are connected. The launcher ignores a rank that ends with 0, and the
         others would wait for this one, so it ends with an error code if there are others.
         """
-        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        os._exit(0 if is_alone else 128 + number)
+        os._exit(0 if launched_ranks() == 1 else 128 + number)
 
 
 _requests = _Requests()

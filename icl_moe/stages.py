@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from icl_moe.errors import InputError
-from icl_moe.training.distributed import free_port
+from icl_moe.launcher import free_port
 
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 """Variables for several ranks on the cores of one machine: one thread for each rank, since more
@@ -46,8 +46,8 @@ class Command:
         code = subprocess.run(words, env=environment, check=False).returncode
         if code:
             raise InputError(
-                f"`{self}` ended with exit code {code}; after that is mended, the same command as "
-                "before resumes from there."
+                f"`{self}` ended with exit code {code}. Once its cause is mended, the same command "
+                "as before resumes from there."
             )
 
 

@@ -20,7 +20,7 @@ from preprocessing.region_table import RegionTable
 from preprocessing.workers import ordered_map
 
 MOST_COMBINATIONS = 64
-"""Of an image's classes; an image of a dozen classes has hundreds."""
+"""The most combinations of one image's classes; an image of a dozen classes has hundreds."""
 
 _CHUNK = 32
 """Images whose classes a process combines at once."""
@@ -81,39 +81,55 @@ def _combinations(
 ) -> Iterator[PoolRegion]:
     """The regions of several classes of one image."""
     of_class = {region.category: region for region in regions}
-    taken: set[frozenset[str]] = set()
-    left: set[frozenset[str]] = set()
+    taken, small = set[frozenset[str]](), set[frozenset[str]]()
     for region in regions:
-        counts = {name: of for name, of in region.target.objects if name in of_class}
-        masks = {name: _decoded(of, work.image_size) for name, of in counts.items()}
-        large = sorted(masks, key=lambda name: (-int(masks[name].sum()), name))
-        for size in range(2, work.most + 1):
-            for names in itertools.combinations(large, size):
-                if region.category not in names or frozenset(names) in taken:
-                    continue
-                if len(taken) == MOST_COMBINATIONS:
-                    left.add(frozenset(names))
-                    continue
-                taken.add(frozenset(names))
-                visible = _visible({name: masks[name] for name in names})
-                shares = [float(mask_HW.mean()) for mask_HW in visible.values()]
-                if min(shares) == 0 or min(shares) < work.least_scale:
-                    skipped["combinations_of_small_scale"] += 1
-                    continue
-                parts = [of_class[name] for name in sorted(names)]
-                yield replace(
-                    region,
-                    category=" + ".join(sorted(names)),
-                    annotations=tuple(number for part in parts for number in part.annotations),
-                    scale=sum(shares),
-                    target=ClassesTarget(
-                        tuple((name, _encoded(visible[name])) for name in sorted(names))
-                    ),
-                    instance=None,
-                    provenance=tuple(each for part in parts for each in part.provenance),
-                    group="",
-                )
-    skipped["combinations_of_an_image_with_many"] += len(left)
+        counts = {name: rle for name, rle in region.target.objects if name in of_class}
+        masks = {name: _decoded(rle, work.image_size) for name, rle in counts.items()}
+        # A class shows at most its whole mask, so a smaller one need not be tried with others.
+        large = sorted(
+            (name for name, mask_HW in masks.items() if _is_seen(mask_HW, work.least_scale)),
+            key=lambda name: (-int(masks[name].sum()), name),
+        )
+        small |= {
+            frozenset((region.category, name))
+            for name in masks
+            if name != region.category and not {name, region.category} <= set(large)
+        }
+        for names in _subsets(large, work.most):
+            if region.category not in names or frozenset(names) in taken:
+                continue
+            if len(taken) == MOST_COMBINATIONS:
+                skipped["images_with_more_combinations"] += 1
+                return
+            visible = _visible({name: masks[name] for name in names})
+            if not all(_is_seen(mask_HW, work.least_scale) for mask_HW in visible.values()):
+                small.add(frozenset(names))
+                continue
+            taken.add(frozenset(names))
+            parts = [of_class[name] for name in sorted(names)]
+            yield replace(
+                region,
+                category=" + ".join(sorted(names)),
+                annotations=tuple(number for part in parts for number in part.annotations),
+                scale=sum(float(mask_HW.mean()) for mask_HW in visible.values()),
+                target=ClassesTarget(
+                    tuple((name, _encoded(visible[name])) for name in sorted(names))
+                ),
+                instance=None,
+                provenance=tuple(each for part in parts for each in part.provenance),
+                group="",
+            )
+    skipped["combinations_of_small_scale"] += len(small - taken)
+
+
+def _is_seen(mask_HW: np.ndarray, least_scale: float) -> bool:
+    return bool(mask_HW.any()) and float(mask_HW.mean()) >= least_scale
+
+
+def _subsets(names: Sequence[str], most: int) -> Iterator[tuple[str, ...]]:
+    """The subsets of 2 to `most` names: small ones first, then by the order of their names."""
+    for size in range(2, most + 1):
+        yield from itertools.combinations(names, size)
 
 
 def _visible(masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

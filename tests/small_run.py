@@ -4,7 +4,7 @@ import csv
 import sys
 from pathlib import Path
 
-from icl_moe.training.distributed import free_port
+from icl_moe.launcher import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -1,7 +1,6 @@
 """`icl-moe train`, `export`, `demo` and `reproduce`."""
 
 import argparse
-import os
 
 from icl_moe import arguments as take
 
@@ -87,13 +86,14 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _train_until_stopped(options: argparse.Namespace) -> int:
+    from icl_moe.launcher import launched_ranks
     from icl_moe.recipe import TrainingRecipe
     from icl_moe.settings import load_recipe
     from icl_moe.training.preflight import open_checked
 
     recipe = load_recipe(TrainingRecipe, options.recipe, options.overrides)
     # These checks precede the import of DeepSpeed, which takes seconds.
-    checked = open_checked(recipe, world=int(os.environ.get("WORLD_SIZE", "1")))
+    checked = open_checked(recipe, launched_ranks())
 
     from icl_moe.training.trainer import Trainer
 

@@ -9,14 +9,15 @@ def components(mask_HW: np.ndarray) -> Iterator[np.ndarray]:
     """The parts of a boolean mask whose pixels touch each other, at a side or at a corner, as
     boolean (H, W); the one whose first row lies highest comes first.
 
-    Runs of marked pixels in neighbouring rows are joined with union-find, so that the work grows
-    with the outline and not with the area.
+    Runs of marked pixels in neighbouring rows are joined with union-find.
     """
     rows, starts, stops = _runs(mask_HW)
     part_of = _joined(len(rows), _touching(rows, starts, stops, mask_HW.shape[1]))
-    for part in np.unique(part_of):
+    by_part = np.argsort(part_of, kind="stable")
+    first_of_parts = np.flatnonzero(np.diff(part_of[by_part], prepend=-1))
+    for runs in np.split(by_part, first_of_parts[1:]) if len(by_part) else ():
         part_HW = np.zeros(mask_HW.shape, dtype=bool)
-        for run in np.flatnonzero(part_of == part):
+        for run in runs:
             part_HW[rows[run], starts[run] : stops[run]] = True
         yield part_HW
 

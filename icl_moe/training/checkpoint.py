@@ -107,7 +107,8 @@ def write_model_folder(output: Path, config: PretrainedConfig, shards: ShardSet)
     the shards nor a network.
     """
     folder = output / "model"
-    config.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / _CONFIG, config.to_json_string())
     for name in shards.manifest.tokenizer_folders:
         copy_folder(shards.fetch(name), folder / name)
 

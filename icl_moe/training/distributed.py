@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import distributed as dist
 
 from icl_moe.deepspeed_internals import leave_out_shared_memory_collective
 from icl_moe.errors import InputError, RankError
+from icl_moe.launcher import free_port, launched_ranks
 from icl_moe.messages import say
 from icl_moe.signals import meeting, stop_requested
 
@@ -39,16 +39,6 @@ class Place:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def launched_ranks() -> int:
-    """How many ranks the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    """This process's rank before any group exists; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 class ModelParallelUnit:
@@ -183,10 +173,3 @@ def _end_after_another(error: RuntimeError) -> None:
 def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Within this context random numbers may be drawn; afterwards the generators are restored."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -13,6 +13,7 @@ from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import TOKENIZER_FOLDERS, Manifest, ShardSet
 from icl_moe.errors import InputError, shown
+from icl_moe.inputs import read_json
 from icl_moe.outputs import output_folder
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
@@ -212,7 +213,7 @@ def _check_earlier_run(recipe: TrainingRecipe, manifest: Manifest) -> None:
     path = Path(recipe.training.output) / "model" / "config.json"
     if not path.is_file():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     for key in ("image_tokenizer", "mask_tokenizer", "features_tokenizer"):
         theirs, ours = config.get(key), getattr(manifest, key)
         if theirs != ours:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.deepspeed_internals import silence_own_events, tensorboard_writer
 from icl_moe.errors import InputError, UnsavedError
 from icl_moe.files import write_whole
+from icl_moe.launcher import launched_ranks
 from icl_moe.messages import note
 from icl_moe.model.loss import DecoderLoss
 from icl_moe.optim.learning_rate import learning_rate
@@ -26,7 +27,7 @@ from icl_moe.signals import stop_requested
 from icl_moe.tables import as_markdown, as_text
 from icl_moe.training import checkpoint
 from icl_moe.training.codebook import read_codebook
-from icl_moe.training.distributed import Place, launched_ranks, process_group
+from icl_moe.training.distributed import Place, process_group
 from icl_moe.training.dry_run import dry_run
 from icl_moe.training.engine import TrainingEngine
 from icl_moe.training.expert_table import Choice, choices_table, expert_choices
@@ -40,7 +41,7 @@ from icl_moe.training.preflight import (
     open_initial_model,
     open_validation,
 )
-from icl_moe.training.run_folder import alone_in, record_stretch
+from icl_moe.training.run_folder import alone_in, record_stretch, saved_steps
 from icl_moe.training.throughput import peak_flops, real_tokens, training_flops
 from icl_moe.training.validation import Validation
 
@@ -121,7 +122,9 @@ class Trainer:
             self.recipe.parallel.tp_size,
         )
         initial = open_initial_model(self.recipe)
-        is_from_codebook = self.recipe.model.codebook_init and initial is None
+        is_from_codebook = (
+            self.recipe.model.codebook_init and initial is None and not saved_steps(output)
+        )
         engine = TrainingEngine(
             self.recipe,
             self.shards.manifest,
@@ -186,14 +189,18 @@ class _Run:
     part: RankSlice
     place: Place
     initial: InitialModel | None
+    monitor: ProgressMonitor = field(init=False)
+    gradients: GradientReport = field(init=False)
 
     def go_on(self, stop: int) -> None:
         """From the step of the state to step `stop`."""
         self._record()
         self.monitor, self.gradients = self._monitors(stop)
-        reading = self._batches(stop)
-        hang_seconds = self.recipe.training.hang_seconds
-        with closing(reading) as batches, Watchdog(self.place, hang_seconds) as watchdog:
+        with (
+            closing(self.monitor),
+            closing(self._batches(stop)) as batches,
+            Watchdog(self.place, self.recipe.training.hang_seconds) as watchdog,
+        ):
             if self.recipe.training.dry_run:
                 dry_run(self.engine, self.recipe, self.shards, self.place, watchdog)
             validation = self._validation(watchdog)
@@ -205,7 +212,6 @@ class _Run:
                 )
                 return
             self._steps(stop, batches, watchdog, validation)
-        self.monitor.close()
 
     def _steps(
         self,

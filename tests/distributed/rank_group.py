@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from icl_moe.training.distributed import free_port
+from icl_moe.launcher import free_port
 
 PATIENCE = 20.0
 """Seconds until the other ranks are killed after one has failed, since they may wait for it

@@ -2,15 +2,19 @@
 known.
 """
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CocoFolder, rectangle
 
-from icl_moe.rle import decode_rle
+from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing import several_classes
 from preprocessing.image_check import ImageCheck
-from preprocessing.pool import Pool
+from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import DataRecipe, SegmentationSource
 from preprocessing.sources import Reading, read_pools
 
@@ -80,7 +84,7 @@ def test_processes_combine_as_one_does(
     monkeypatch.setattr(several_classes, "MOST_COMBINATIONS", 2)
     expected = _read(coco_folder, classes_per_mask=3)
     assert len(expected.regions) == 6
-    assert expected.skipped["combinations_of_an_image_with_many"] == 6
+    assert expected.skipped["images_with_more_combinations"] == 3
     monkeypatch.setattr(several_classes, "_CHUNK", 1)
     for workers in (0, 2):
         found = _read(coco_folder, workers, classes_per_mask=3)
@@ -102,4 +106,42 @@ def test_combinations_of_a_crowded_image_are_limited_and_counted(
     monkeypatch.setattr(several_classes, "MOST_COMBINATIONS", 1)
     pool = _read(coco_folder, classes_per_mask=2)
     assert [region.category for region in pool.regions] == ["cat + dog"] * 3
-    assert pool.skipped["combinations_of_an_image_with_many"] > 0
+    assert pool.skipped["images_with_more_combinations"] == 3
+
+
+def test_a_combination_that_one_crop_hides_is_taken_from_another() -> None:
+    """In the first crop, which is the dog's, the cat is a single pixel."""
+
+    def region(name: str, cat_columns: int) -> PoolRegion:
+        dog_HW, cat_HW = np.zeros((2, 80, 80), dtype=bool)
+        dog_HW[:, :40], cat_HW[0, 40 : 40 + cat_columns] = True, True
+        counts = {
+            category: encode_rle(mask_HW)["counts"].encode()
+            for category, mask_HW in (("dog", dog_HW), ("cat", cat_HW))
+        }
+        target = MaskTarget(counts[name], tuple(counts.items()))
+        image = ImageFile(Path("1.jpg"), "1.jpg", 80, 80)
+        return PoolRegion(image, name, (1,), (0, 0, 80, 80), 0.5, target)
+
+    pool = Pool("segmentation", [region("dog", 1), region("cat", 40)], Counter())
+    found = several_classes.combine_classes(pool, most=2, least_scale=0.005, image_size=80)
+    assert [region.category for region in found.regions] == ["cat + dog"]
+    assert found.skipped["combinations_of_small_scale"] == 0
+
+
+def test_a_picture_of_many_classes_takes_no_time_for_what_it_leaves_out() -> None:
+    """Forty classes have twenty million combinations of up to six."""
+    masks = np.eye(40, dtype=bool).repeat(40, axis=0).reshape(40, 40, 40)
+    counts = tuple(
+        (f"class {number}", encode_rle(mask_HW)["counts"].encode())
+        for number, mask_HW in enumerate(masks)
+    )
+    image = ImageFile(Path("1.jpg"), "1.jpg", 40, 40)
+    regions = [
+        PoolRegion(image, name, (1,), (0, 0, 40, 40), 0.5, MaskTarget(of_name, counts))
+        for name, of_name in counts
+    ]
+    pool = Pool("segmentation", regions, Counter())
+    found = several_classes.combine_classes(pool, most=6, least_scale=0.0, image_size=40)
+    assert len(found.regions) == several_classes.MOST_COMBINATIONS
+    assert found.skipped["images_with_more_combinations"] == 1

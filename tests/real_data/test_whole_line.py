@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icl_moe.training.distributed import free_port
+from icl_moe.launcher import free_port
 
 NETWORK = {
     "image_size": 64,

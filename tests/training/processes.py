@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from small_run import RANK_VARIABLES, REPOSITORY, SETTINGS
 
-from icl_moe.training.distributed import free_port
+from icl_moe.launcher import free_port
 
 PATIENCE = 240  # seconds; the machine may be busy
 

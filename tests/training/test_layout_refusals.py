@@ -179,3 +179,10 @@ def test_a_run_on_codes_of_another_tokenizer_is_refused(shards, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps({"image_tokenizer": "0ther"}))
     with pytest.raises(InputError, match="was on codes of the image tokenizer 0ther"):
         check_demo(shards, 1, f"training.output={tmp_path}")
+
+
+def test_a_run_whose_configuration_is_cut_off_is_refused(shards, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"image_tokenizer": "0the')
+    with pytest.raises(InputError, match=r"config\.json, line 1, column 21 is not valid JSON"):
+        check_demo(shards, 1, f"training.output={tmp_path}")
