@@ -44,8 +44,8 @@ from icl_moe.training.preflight import zero_stage
 
 class TrainingEngine:
     """A new decoder on DeepSpeed. codebook: the initial embeddings for a recipe with
-    model.codebook_init. initial: the model whose weights it starts with, in place of new ones.
-    classes: those that it has been trained on, besides those of the manifest, by task.
+    model.codebook_init; not needed if other weights follow, of `initial` or of a checkpoint.
+    initial: the model whose weights it starts with, in place of new ones. classes: those that it has been trained on, besides those of the manifest, by task.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last complete step
     before clipping, None if the step was skipped.
@@ -214,8 +214,7 @@ def _build_model(
         exported_name, first_expert=first_expert(place.rank, ep_size, recipe.model.experts)
     )
     initialise(model, recipe.training.seed, name)
-    if recipe.model.codebook_init and initial is None:
-        assert codebook is not None, "the recipe starts from a codebook"
+    if recipe.model.codebook_init and codebook is not None:
         first = recipe.vocabulary.input_range.start
         start_from_codebook(
             model,

@@ -122,9 +122,8 @@ class Trainer:
             self.recipe.parallel.tp_size,
         )
         initial = open_initial_model(self.recipe)
-        is_from_codebook = (
-            self.recipe.model.codebook_init and initial is None and not saved_steps(output)
-        )
+        is_new = initial is None and not saved_steps(output)
+        is_from_codebook = self.recipe.model.codebook_init and is_new
         engine = TrainingEngine(
             self.recipe,
             self.shards.manifest,
