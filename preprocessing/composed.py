@@ -28,6 +28,7 @@ from tqdm import tqdm
 from icl_moe.errors import InputError
 from icl_moe.images import box_of_mask, crop_and_resize, crop_and_resize_mask
 from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.seeds import order_of_turn
 from preprocessing import coco
 from preprocessing.folder import load_folder
 from preprocessing.image_check import Item, UsableImages, open_image
@@ -210,7 +211,7 @@ def compose(
     """
     rng = np.random.default_rng([composed.seed, zlib.crc32(b"composed"), index])
     turn, place = divmod(index, len(album.photographs))
-    order = np.random.default_rng([composed.seed, turn]).permutation(len(album.photographs))
+    order = order_of_turn(len(album.photographs), composed.seed, turn)
     canvas_HW3, objects = _background(rng, album, album.photographs[order[place]], size)
     least = min(1, composed.pasted)
     for _ in range(int(rng.integers(least, composed.pasted + 1))):

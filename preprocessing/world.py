@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from icl_moe.images import PixelBox, box_of_mask
 from icl_moe.rle import encode_rle
-from icl_moe.seeds import stable_seed
+from icl_moe.seeds import order_of_turn, stable_seed
 from preprocessing.recipe import SyntheticScenes
 from preprocessing.styles import SeenObject, describe
 from preprocessing.synthetic import (
@@ -277,7 +277,7 @@ def draw_class_scene(
     """
     turn, place = divmod(index, len(pool))
     rng = np.random.default_rng([seed, zlib.crc32(f"classes {split}".encode()), index])
-    numbers = [int(_order(len(pool), seed, turn)[place])]
+    numbers = [int(order_of_turn(len(pool), seed, turn)[place])]
     wanted = int(rng.integers(2, 5))
     if rng.random() < hard_neighbours:
         numbers.append(pool.neighbour(rng, numbers[0]))
@@ -300,11 +300,6 @@ def draw_class_scene(
         for number, mask_HW in zip(numbers, _visible(layers, side), strict=True)
     )
     return ClassScene(image, tuple(objects), ground)
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([seed, turn]).permutation(count)
 
 
 @dataclass(frozen=True)

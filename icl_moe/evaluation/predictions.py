@@ -224,12 +224,12 @@ def predict(
     ) as bar:
         for place, start in enumerate(range(0, len(asked), batch_size)):
             numbers = asked[start : start + batch_size]
-            batch = [episodes[number] for number in numbers]
             is_mine = place % log.ranks == log.rank
-            if is_mine and not all((condition, episode.key) in log for episode in batch):
+            if is_mine and not all((condition, keys[number]) in log for number in numbers):
+                batch = [episodes[number] for number in numbers]
                 sources = [_source(episodes, number, condition) for number in numbers]
                 log.add(_complete(model, condition, batch, sources, decoding, photographs))
-            bar.update(len(batch))
+            bar.update(len(numbers))
 
 
 def _source(episodes: EpisodeSet, number: int, condition: Condition) -> EvaluationEpisode:

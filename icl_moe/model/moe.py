@@ -51,10 +51,13 @@ def mix_outputs(rows_C: Sequence[Tensor], decision: Decision, run: RunRoutes) ->
     chosen_C = zip(rows_C, decision.experts, strict=True)
     outputs = iter(run([(expert, rows) for rows, chosen in chosen_C for expert in chosen]))
     weights_CK = decision.weights_CK.to(rows_C[0].dtype)
-    return [
-        torch.stack([next(outputs) * weight for weight in weights_K]).sum(dim=0)
-        for weights_K in weights_CK
-    ]
+    mixed = []
+    for first, *others in (weights_K.unbind() for weights_K in weights_CK):
+        total = next(outputs) * first
+        for weight in others:
+            total = torch.addcmul(total, next(outputs), weight)
+        mixed.append(total)
+    return mixed
 
 
 def mix_weights(

@@ -45,7 +45,8 @@ from icl_moe.training.preflight import zero_stage
 class TrainingEngine:
     """A new decoder on DeepSpeed. codebook: the initial embeddings for a recipe with
     model.codebook_init; not needed if other weights follow, of `initial` or of a checkpoint.
-    initial: the model whose weights it starts with, in place of new ones. classes: those that it has been trained on, besides those of the manifest, by task.
+    initial: the model whose weights it starts with, in place of new ones. classes: those that it
+    has been trained on, besides those of the manifest, by task.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last complete step
     before clipping, None if the step was skipped.

@@ -111,7 +111,7 @@ def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
         "pictures": len(files),
         "cells": int(use_K.sum()),
         "codes_used": float((use_K > 0).double().mean()),
-        "perplexity": perplexity(use_K),
+        "perplexity": float(perplexity(use_K)),
         "cosine_to_centroid": cosine / int(use_K.sum()),
     }
 

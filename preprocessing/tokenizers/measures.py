@@ -115,7 +115,7 @@ class _Measures:
             "psnr": float(np.mean(self._psnr)),
             "ssim": float(np.mean(self._ssim)),
             "codes_used": float((self._use_K > 0).double().mean()),
-            "perplexity": perplexity(self._use_K),
+            "perplexity": float(perplexity(self._use_K)),
         }
         if self._wrong:
             ious = [iou for group in self._iou.values() for iou in group]
@@ -182,9 +182,9 @@ def psnr_B(drawn_B3HW: Tensor, pixels_B3HW: Tensor) -> Tensor:
     return 10 * torch.log10(255.0**2 / error_B.clamp_min(1e-4))
 
 
-def perplexity(use_K: Tensor) -> float:
-    """exp of the entropy of the codes' frequencies: the number of codes in use if all were used
-    equally often.
+def perplexity(use_K: Tensor) -> Tensor:
+    """exp of the entropy of the codes' frequencies, a scalar on their device: the number of codes
+    in use if all were used equally often.
     """
     share_K = use_K.double() / use_K.sum()
-    return float(torch.exp(-(share_K * share_K.clamp_min(1e-300).log()).sum()))
+    return torch.exp(-(share_K * share_K.clamp_min(1e-300).log()).sum())

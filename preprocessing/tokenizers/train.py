@@ -194,7 +194,7 @@ class _Run:
         use_K = self.accelerator.reduce(use_K, "sum")
         if since >= 0:
             self.use_K.lerp_(use_K, max(0.01, 1 / (since + 1)))
-        return torch.tensor(perplexity(use_K), device=use_K.device)
+        return perplexity(use_K)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -233,7 +233,7 @@ class _Run:
         used = float((use_K > 0).float().mean())
         return {
             "psnr": round(psnr, 3),
-            "perplexity": round(perplexity(use_K), 1),
+            "perplexity": round(float(perplexity(use_K)), 1),
             "codes_used": round(used, 4),
         }
 
