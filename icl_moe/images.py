@@ -19,6 +19,9 @@ from icl_moe.inputs import other_kind_of
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, a Pillow image, or an array."""
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+"""The endings of images and masks in a folder; other files are ignored."""
+
 PixelBox = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels, right and bottom exclusive."""
 

@@ -14,12 +14,17 @@ from icl_moe.errors import InputError
 
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     """The RLE of a boolean mask, with counts as text, equal to that of pycocotools."""
+    return {"size": list(mask_HW.shape), "counts": _compress(count_runs(mask_HW))}
+
+
+def count_runs(mask_HW: np.ndarray) -> np.ndarray:
+    """The lengths (int64) of alternating runs of 0 and 1, column by column, as COCO's uncompressed
+    form has them: the first run is one of 0, even if it is empty.
+    """
     flat = np.asarray(mask_HW, dtype=bool).ravel(order="F")
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    # The first run is one of 0, even if it is empty.
     first = [0] if flat.size and flat[0] else []
-    runs = np.diff(np.concatenate([[0], first, edges, [flat.size]]).astype(np.int64))
-    return {"size": list(mask_HW.shape), "counts": _compress(runs)}
+    return np.diff(np.concatenate([[0], first, edges, [flat.size]]).astype(np.int64))
 
 
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:

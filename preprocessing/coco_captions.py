@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from icl_moe.boxes import Box, normalise_box
 from icl_moe.errors import InputError, shown
+from preprocessing.caption_regions import (
+    caption_region,
+    clean_phrase,
+    drop_rare_classes,
+    with_objects,
+)
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco import CheckedCOCO, check_classes, coco_image, load_captions, load_instances
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.records import kinds_of_id, read_rect
-from preprocessing.visual_genome import (
-    caption_region,
-    clean_phrase,
-    drop_rare_classes,
-    with_objects,
-)
 
 
 def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:

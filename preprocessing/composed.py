@@ -31,7 +31,7 @@ from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.seeds import order_of_turn
 from preprocessing import coco
 from preprocessing.folder import load_folder
-from preprocessing.image_check import Item, UsableImages, open_image
+from preprocessing.image_check import Item, Unchecked, UsableImages, open_image
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import ComposedImages, SegmentationSource
 from preprocessing.records import unaugmented
@@ -67,7 +67,7 @@ def read_segmentation(
         source, images=str(folder / "images"), annotations=str(folder / "instances.json")
     )
     made = coco.load_instances(files.path("annotations"))
-    compositions = coco.read_instances(made, files, image_size, _All(), workers)
+    compositions = coco.read_instances(made, files, image_size, Unchecked(), workers)
     pool = album.pool
     pool.same_instance = source.composed.same_instance
     pool.skipped += compositions.skipped
@@ -78,13 +78,6 @@ def read_segmentation(
         regions += [_of_photograph(album, region) for region in of_images.regions]
     pool.regions = regions
     return pool
-
-
-class _All:
-    """Treats every image as usable, since this build has written them."""
-
-    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
-        return list(items)
 
 
 def _with_provenance(made: coco.CheckedCOCO, region: PoolRegion) -> PoolRegion:

@@ -19,7 +19,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
-from icl_moe.images import EmptyMaskError, SeveralLevelsError, load_colours, load_labels, load_mask
+from icl_moe.images import (
+    IMAGE_SUFFIXES,
+    EmptyMaskError,
+    SeveralLevelsError,
+    load_colours,
+    load_labels,
+    load_mask,
+)
 from icl_moe.inputs import check_inside
 from icl_moe.rle import encode_rle
 from preprocessing.coco import CheckedCOCO, index_records, read_instances
@@ -28,9 +35,6 @@ from preprocessing.labels import VOID, LabelTable, read_labels
 from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource
 from preprocessing.workers import ordered_map
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""The endings of images and masks; other files are ignored."""
 
 _MASK_SUFFIXES = ("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt")
 _CHUNK = 16
@@ -136,7 +140,7 @@ def _matched(
     return sorted(found.values(), key=lambda mask: (mask.image, mask.category))
 
 
-_ENDINGS = ", ".join(SUFFIXES)
+_ENDINGS = ", ".join(IMAGE_SUFFIXES)
 
 
 def _match(name: str, by_stem: dict[str, str], has_class: bool, only: str) -> _Mask:
@@ -185,7 +189,7 @@ def _files(folder: Path, key: str) -> list[str]:
     names = [
         path.relative_to(folder).as_posix()
         for path in _walk(folder)
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     for name in names:
         try:

@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 from icl_moe.boxes import normalise_box
 from icl_moe.errors import InputError, nearest, shown
-from preprocessing.coco import CheckedCOCO, check_classes, coco_image, load_captions, load_instances
-from preprocessing.image_check import UsableImages
-from preprocessing.pool import Pool, PoolRegion
-from preprocessing.recipe import CaptioningSource
-from preprocessing.records import read_rect
-from preprocessing.visual_genome import (
+from preprocessing.caption_regions import (
     caption_region,
     clean_phrase,
     drop_rare_classes,
     with_objects,
 )
+from preprocessing.coco import CheckedCOCO, check_classes, coco_image, load_captions, load_instances
+from preprocessing.image_check import UsableImages
+from preprocessing.pool import Pool, PoolRegion
+from preprocessing.recipe import CaptioningSource
+from preprocessing.records import read_rect
 
 
 def read_captioning(source: CaptioningSource, usable: UsableImages) -> Pool:

@@ -36,6 +36,12 @@ from icl_moe.inputs import (
     with_whole_characters,
 )
 from icl_moe.rle import encode_rle
+from preprocessing.caption_regions import (
+    caption_region,
+    clean_phrase,
+    drop_rare_classes,
+    with_objects,
+)
 from preprocessing.coco import (
     CheckedCOCO,
     check_classes,
@@ -48,12 +54,6 @@ from preprocessing.image_check import UNTURNED, UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource, SegmentationSource
 from preprocessing.records import image_file, read_rect
-from preprocessing.visual_genome import (
-    caption_region,
-    clean_phrase,
-    drop_rare_classes,
-    with_objects,
-)
 from preprocessing.workers import ordered_map
 
 _LONGEST_LINE = 100_000_000

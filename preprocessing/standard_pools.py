@@ -11,12 +11,12 @@ from icl_moe.errors import InputError
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.rle import encode_rle
 from icl_moe.tasks.segmentation import MaskTarget
+from preprocessing.caption_regions import caption_region, with_objects
 from preprocessing.episode_file import EpisodeFile, FixedPair
 from preprocessing.image_check import UsableImages
 from preprocessing.pool import Pool, PoolRegion
 from preprocessing.records import image_file
 from preprocessing.standard_masks import MaskSource, mask_source
-from preprocessing.visual_genome import caption_region, with_objects
 from preprocessing.workers import ordered_map
 
 Shown = tuple[FixedPair, str]

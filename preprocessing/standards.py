@@ -22,8 +22,8 @@ from preprocessing import visual_genome
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco import SMALL_AREA
 from preprocessing.episode_file import EpisodeFile, FixedEpisode, FixedPair
-from preprocessing.image_check import Item
-from preprocessing.pool import Pool, PoolRegion
+from preprocessing.image_check import Unchecked
+from preprocessing.pool import PoolRegion
 from preprocessing.recipe import CaptioningSource
 from preprocessing.standard_masks import AnnotatedImages
 
@@ -536,9 +536,9 @@ def _genome(
         split="train",
         classes=tuple(classes),
     )
-    training = visual_genome.read_captioning(source, _Unchecked())
+    training = visual_genome.read_captioning(source, Unchecked())
     test = visual_genome.read_captioning(
-        replace(source, split="test", counted_split="train"), _Unchecked()
+        replace(source, split="test", counted_split="train"), Unchecked()
     )
     of_class: dict[str, list[PoolRegion]] = {}
     for region in test.regions:
@@ -606,13 +606,6 @@ def _described(
         for region in (*drawn, query)
     )
     return FixedEpisode(0, query.category, pairs)
-
-
-class _Unchecked:
-    """Takes every image; the build of the shards checks those that it needs."""
-
-    def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
-        return list(items)
 
 
 STANDARDS: dict[str, Callable[[Request], Made]] = {

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from icl_moe.images import PixelBox
-from preprocessing.synthetic import relation_of, with_article
-
-STYLES = ("place", "colour", "relation")
+from preprocessing.synthetic import relation_of, thirds, with_article
 
 TEXTS = 2
 """The number of texts of each style per object."""
@@ -46,9 +44,7 @@ def describe(
 
 
 def _place(rng: np.random.Generator, seen: SeenObject, side: int) -> str:
-    x, y = (seen.box[0] + seen.box[2]) / 2 / side, (seen.box[1] + seen.box[3]) / 2 / side
-    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
-    down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    down, across = thirds(seen.box, side, side)
     if across and down:
         ways = (f"in the {down} {across} corner", f"at the {down} {across}", f"{down} {across}")
     elif down:

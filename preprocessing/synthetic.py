@@ -8,7 +8,6 @@ picture.
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.images import PixelBox, box_of_mask
+from icl_moe.rle import count_runs
 
 DEFAULT_SIZE = (160, 128)
 
@@ -453,10 +454,18 @@ def with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def place_in_picture(box: PixelBox, width: int, height: int) -> str:
+def thirds(box: PixelBox, width: int, height: int) -> tuple[str, str]:
+    """In which thirds of a picture the middle of a box lies: "top", "bottom" or "", and "left",
+    "right" or "".
+    """
     x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
-    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
     down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    return down, across
+
+
+def place_in_picture(box: PixelBox, width: int, height: int) -> str:
+    down, across = thirds(box, width, height)
     if across and down:
         return f"in the {down} {across} corner"
     if down:
@@ -619,7 +628,7 @@ class _Writer:
         left, top, right, bottom = o.box
         if o.outlines is None or o.crowd:
             segmentation: Any = {
-                "counts": _run_lengths(o.mask_HW),
+                "counts": count_runs(o.mask_HW).tolist(),
                 "size": [self._height, self._width],
             }
         else:
@@ -637,16 +646,6 @@ class _Writer:
         }
 
 
-def _run_lengths(mask_HW: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: the lengths of alternating runs of 0 and 1, column by column,
-    beginning with 0.
-    """
-    flat = np.concatenate([[0], mask_HW.ravel(order="F").astype(np.int8), [-1]])
-    edges = np.flatnonzero(np.diff(flat))
-    return [int(n) for n in np.diff(np.concatenate([[0], edges]))]
-
-
 def write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(partial, path)
+    """Write `content` as compact JSON, which appears as a whole."""
+    write_whole(path, json.dumps(content, separators=(",", ":")))

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import unquote
@@ -33,7 +33,13 @@ from icl_moe.inputs import (
     read_json,
     with_whole_characters,
 )
-from icl_moe.tasks.captioning import CaptionTarget
+from preprocessing.caption_regions import (
+    caption_region,
+    clean_phrase,
+    drop_rare_classes,
+    frequent_classes,
+    with_objects,
+)
 from preprocessing.classes import COCO_CLASSES, ClassFinder, plural
 from preprocessing.image_check import UsableImages, is_file
 from preprocessing.json_stream import NotPlainError, decode_piece, list_pieces
@@ -82,7 +88,7 @@ def read_captioning(source: CaptioningSource, usable: UsableImages, workers: int
         drop_rare_classes(pool, source.min_descriptions)
     else:
         whole = Pool("captioning", table.select(is_counted[table.image_numbers()]))
-        rare = set(pool.class_counts()) - _frequent_classes(whole, source.min_descriptions)
+        rare = set(pool.class_counts()) - frequent_classes(whole, source.min_descriptions)
         pool.drop_classes(rare, "classes_with_too_few_descriptions")
     return pool
 
@@ -92,63 +98,6 @@ class _Shown:
     """An image that has regions."""
 
     image: ImageFile
-
-
-def clean_phrase(text: Any) -> str:
-    """A description without surplus whitespace and without its final full stop, which the
-    sequence's template adds.
-    """
-    return " ".join(text.split()).rstrip(" .") if isinstance(text, str) else ""
-
-
-def caption_region(
-    image: ImageFile,
-    category: str,
-    annotation: Any,
-    box: Box,
-    phrase: str,
-    references: tuple[str, ...],
-    style: str = "",
-) -> PoolRegion | None:
-    """A region of the captioning pool; None if the box is empty.
-
-    It shows the whole image, stretched to a square as in the paper: each box is exact as fractions
-    of its image, and an image is encoded once for all of its regions.
-    """
-    x1, y1, x2, y2 = box
-    area = (x2 - x1) * (y2 - y1)
-    if area <= 0:
-        return None
-    crop = (0, 0, image.width, image.height)
-    target = CaptionTarget(box, phrase, references)
-    return PoolRegion(image, category, (annotation,), crop, area, target, style)
-
-
-def with_objects(regions: Iterable[PoolRegion]) -> list[PoolRegion]:
-    """The regions, each with all objects described in its image (`CaptionTarget.objects`)."""
-    regions = list(regions)
-    of_image: dict[str, dict[tuple[str, str, str, Box], None]] = {}
-    for region in regions:
-        target = region.target
-        described = (region.category, region.style, target.caption, target.box)
-        of_image.setdefault(region.image.name, {})[described] = None
-    objects = {name: tuple(described) for name, described in of_image.items()}
-    return [
-        replace(region, target=replace(region.target, objects=objects[region.image.name]))
-        for region in regions
-    ]
-
-
-def drop_rare_classes(pool: Pool, min_descriptions: int) -> None:
-    """Leave out classes with at most `min_descriptions` regions."""
-    rare = set(pool.class_counts()) - _frequent_classes(pool, min_descriptions)
-    pool.drop_classes(rare, "classes_with_too_few_descriptions")
-
-
-def _frequent_classes(pool: Pool, min_descriptions: int) -> set[str]:
-    """The classes with more than `min_descriptions` regions."""
-    counts = pool.class_counts()
-    return {category for category, count in counts.items() if count > min_descriptions}
 
 
 def frequent_names(file: Path, more_than: int) -> list[str]:

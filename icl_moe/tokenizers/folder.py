@@ -5,7 +5,6 @@ model.safetensors. Also reads torch weights of other projects without running co
 import contextlib
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from icl_moe.errors import InputError
+from icl_moe.files import write_whole
 from icl_moe.inputs import other_kind, other_kind_of, shipped_folders
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -86,12 +86,8 @@ def save_folder(
     """Write the folder; each file appears complete, the configuration last."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"kind": kind, **config, "fingerprint": fingerprint}
-    (folder / (WEIGHTS_FILE + ".partial")).write_bytes(save(dict(weights)))
-    (folder / (CONFIG_FILE + ".partial")).write_text(
-        json.dumps(content, indent=2) + "\n", encoding="utf-8"
-    )
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        os.replace(folder / (name + ".partial"), folder / name)
+    write_whole(folder / WEIGHTS_FILE, save(dict(weights)))
+    write_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read_config(path: Path, kind: str, title: str) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icl_moe.errors import InputError
 from icl_moe.images import (
+    IMAGE_SUFFIXES,
     PixelBox,
     crop_and_resize,
     crop_and_resize_mask,
@@ -93,13 +94,12 @@ def _folder_source(
 
 
 def image_files(folder: Path) -> list[Path]:
-    files = (
-        sorted(f for f in folder.glob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        if folder.is_dir()
-        else []
-    )
+    """The images in a folder, in the order of their names. Raises InputError if there are none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; it must be one of images.")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise InputError(f"{folder} is not a folder with .jpg or .png pictures.")
+        raise InputError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
     return files
 
 
