@@ -47,8 +47,10 @@ class SegmentationScores:
     size_iou: mean_iou of the episodes of each of `SIZES` that occurs, and size_episodes how many
         there were.
     intervals, class_intervals, size_intervals: 95 % intervals over queries (see bootstrap.py), by
-        score, by class and by size; empty where they were not asked for. A class or a size that a
-        draw lacks is left out of that draw.
+        score, by class and by size; empty where they were not asked for, and without classes of one
+        query, of whose spread it tells nothing. In the mIoU of a draw a class counts in proportion
+        to how often its queries were drawn, relative to their number (see `_mean_of_classes`). A
+        class or a size that a draw lacks is left out of that draw.
     standard, standard_miou, fold_miou: of episodes of a published benchmark, its name and its own
         mIoU: of each fold the mean over its classes of IoU_c, where a class that is neither there
         nor marked has 0; then the mean over the folds. fold_episodes: how many a fold had.
@@ -178,13 +180,14 @@ def mask_statistic(counts: MaskCounts, standard: Standard | None = None) -> Stat
     that the masks are of.
     """
     class_ious, ious_E = _class_ious(counts), counts.ious_E
+    classes = _Groups(counts.class_E)
     errors_E = counts.wrong_E / np.maximum(counts.counted_E, 1)
     of_standard = _standard_scores(counts, standard) if standard else None
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
         means_B2 = weights_BE @ np.stack([ious_E, errors_E], axis=1)
         means_B2 /= weights_BE.sum(axis=1, keepdims=True)
-        miou_B = _mean_of_known(class_ious(weights_BE))
+        miou_B = _mean_of_classes(class_ious(weights_BE), classes.shares(weights_BE))
         own = [of_standard(weights_BE)[:, :2]] if of_standard else []
         return np.column_stack([*own, miou_B, means_B2])
 
@@ -220,6 +223,8 @@ def score_masks(
     if with_intervals:
         ranges = dict(zip(fields, _over_queries(statistic.of, query_E), strict=True))
         class_ranges, size_ranges = _by_group(counts, _over_queries(of_groups, query_E))
+        of_class = dict(zip(counts.classes, np.bincount(counts.class_E).tolist(), strict=True))
+        class_ranges = {name: each for name, each in class_ranges.items() if of_class[name] > 1}
     return SegmentationScores(
         once.size,
         **values,
@@ -261,6 +266,10 @@ class _Groups:
         """(B, E) -> (B, G)"""
         sums_BG: np.ndarray = np.add.reduceat(values_BE[:, self._order_E], self._begins_G, axis=1)
         return sums_BG
+
+    def shares(self, weights_BE: np.ndarray) -> np.ndarray:
+        """The mean weight of each group's episodes, (B, G)."""
+        return self.sums(weights_BE) / self.sums(np.ones((1, weights_BE.shape[1])))
 
 
 _Scores = Callable[[np.ndarray], np.ndarray]
@@ -312,7 +321,14 @@ def _standard_scores(counts: MaskCounts, standard: Standard) -> _Scores:
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
         ious_BG = ratio(of_groups, weights_BE, both_E, either_E)
-        fold_mious_BF = np.stack([_mean_of_known(ious_BG[:, fold_G == fold]) for fold in folds], 1)
+        shares_BG = of_groups.shares(weights_BE)
+        fold_mious_BF = np.stack(
+            [
+                _mean_of_classes(ious_BG[:, fold_G == fold], shares_BG[:, fold_G == fold])
+                for fold in folds
+            ],
+            axis=1,
+        )
         front_BF = ratio(of_folds, weights_BE, both_E, either_E)
         back_BF = ratio(of_folds, weights_BE, counted_E - either_E, counted_E - both_E)
         miou_B, fb_iou_B = map(_mean_of_known, (fold_mious_BF, (front_BF + back_BF) / 2))
@@ -334,12 +350,24 @@ def _fold_fields(counts: MaskCounts, standard: Standard) -> dict[str, Any]:
     }
 
 
+def _mean_of_classes(ious_BC: np.ndarray, shares_BC: np.ndarray) -> np.ndarray:
+    """The mean (B,) over classes, each of which weighs as much as the share of its queries that was
+    drawn; NaN where nothing was.
+
+    Of all queries once this is the plain mean. In bootstrap draws it keeps the spread of classes
+    with few queries: a class of one query is drawn 0, 1, 2 ... times. If it counted once in every
+    draw that has it, draws would be like ones without replacement, and intervals too narrow, by a
+    quarter where every class has one query.
+    """
+    weighed_B = np.where(shares_BC > 0, shares_BC * np.nan_to_num(ious_BC), 0.0).sum(axis=1)
+    drawn_B = shares_BC.sum(axis=1)
+    return np.where(drawn_B > 0, weighed_B / np.where(drawn_B > 0, drawn_B, 1), np.nan)
+
+
 def _mean_of_known(values_BN: np.ndarray) -> np.ndarray:
     """The mean of each row without its NaN; NaN for a row of nothing else."""
     is_known_BN = ~np.isnan(values_BN)
-    known_B = is_known_BN.sum(axis=1)
-    sums_B = np.where(is_known_BN, values_BN, 0.0).sum(axis=1)
-    return np.where(known_B, sums_B / np.maximum(known_B, 1), np.nan)
+    return _mean_of_classes(values_BN, is_known_BN.astype(np.float64))
 
 
 def _size(mask_HW: np.ndarray) -> str:

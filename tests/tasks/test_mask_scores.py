@@ -148,9 +148,19 @@ def test_intervals_are_those_of_scores_of_plain_draws():
 
     found = score_masks(triples, with_intervals=True, standard=Standard("one", (0,) * 7))
     assert found.intervals["standard_miou"] == pytest.approx(found.intervals["miou"])
-    for name in ("miou", "mean_iou", "mae"):
+    whole = found.class_episodes
+
+    def miou_of(draw) -> float:
+        """A class weighs as much as the share of its queries that was drawn."""
+        weights = {name: count / whole[name] for name, count in draw.class_episodes.items()}
+        ious = sum(weights[name] * draw.class_iou[name] for name in weights)
+        return ious / sum(weights.values())
+
+    assert found.intervals["miou"] == pytest.approx(middle([miou_of(draw) for draw in scores]))
+    for name in ("mean_iou", "mae"):
         assert found.intervals[name] == pytest.approx(middle([getattr(s, name) for s in scores]))
-    assert found.class_intervals.keys() == found.class_iou.keys()
+    several = {name for name, count in whole.items() if count > 1}
+    assert found.class_intervals.keys() == several < found.class_iou.keys()
     for name, interval in found.class_intervals.items():
         drawn = [s.class_iou[name] for s in scores if name in s.class_iou]
         assert interval == pytest.approx(middle(drawn))
@@ -159,6 +169,17 @@ def test_intervals_are_those_of_scores_of_plain_draws():
         drawn = [s.size_iou[name] for s in scores if name in s.size_iou]
         assert interval == pytest.approx(middle(drawn))
     assert found.intervals["miou"][0] <= found.miou <= found.intervals["miou"][1]
+
+
+def test_the_interval_of_the_miou_of_classes_of_one_query_is_that_of_the_mean_iou():
+    """The two are the same number, and a draw without a class is no evidence about the others."""
+    rng = np.random.default_rng(5)
+    triples = [(str(number), *(rng.random((2, 4, 4)) < 0.5)) for number in range(20)]
+    found = score_masks(triples, with_intervals=True, standard=Standard("one", (0,) * 20))
+    assert found.miou == pytest.approx(found.mean_iou)
+    for name in ("miou", "standard_miou"):
+        assert found.intervals[name] == pytest.approx(found.intervals["mean_iou"])
+    assert not found.class_intervals
 
 
 def test_intervals_are_over_queries_whose_masks_are_drawn_together():
