@@ -183,9 +183,8 @@ _DEFINITIONS = {
     "flips": "The share of the queries that show two classes for which the model is right after "
     "examples of the one and also after examples of the other. What does not depend on its "
     "examples never flips.",
-    "95 % interval": f"Percentile bootstrap over the queries, {DRAWS} draws. The classes, the "
-    "examples and the training are held fixed: what another seed of the training would give is not "
-    "in it.",
+    "95 % interval": f"Percentile bootstrap over the queries, {DRAWS} draws. The examples and "
+    "the training are held fixed: what another seed of the training would give is not in it.",
 }
 
 
