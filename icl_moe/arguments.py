@@ -1,6 +1,7 @@
 """Types of paths and numbers for argparse's `type=`, and options that several commands share."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,23 @@ def whole_number(least: int, most: int = LARGEST_INTEGER) -> Callable[[str], int
             bound = f"of at least {least}" if number < least else f"of at most {most}"
             raise argparse.ArgumentTypeError(f"must be a whole number {bound}, not {text[:60]!r}")
         return number
+
+    return read
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """Numbers from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a number from {least:g} to {most:g}, not {text[:60]!r}"
+            )
+        return value
 
     return read
 

@@ -72,8 +72,9 @@ def load_mask(mask: ImageLike, size: tuple[int, int] | None, what: str = "The ma
     None: true at the brighter of its two levels, or everywhere if it has only one level above 0.
 
     It is read as in `load_image`, but levels of one channel are not scaled, and an array of one
-    channel may hold numbers of any type. Soft edges and compression artefacts are rounded. Raises
-    InputError also if the mask has another size, marks nothing (EmptyMaskError), or has more than
+    channel may hold numbers of any type. In a picture of an object that was cut out, the mask is
+    what is not transparent. Soft edges and compression artefacts are rounded. Raises InputError
+    also if the mask has another size, marks nothing (EmptyMaskError), or has more than
     two levels, such as the ids of several objects (SeveralLevelsError).
     """
     name = f"The mask {mask}" if isinstance(mask, str | os.PathLike) else what
@@ -349,6 +350,8 @@ def _levels(mask: ImageLike, name: str) -> tuple[np.ndarray, str | None]:
             )
         return mask.reshape(*mask.shape[:2], 1), None
     image = _open(mask, name)
+    if (opacity_HW := _opacity_of_cut_out(image)) is not None:
+        return opacity_HW[..., None], image.format
     one_channel = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
     if one_channel and "transparency" not in image.info:
         levels_HWC = np.asarray(image)[..., None]
@@ -356,6 +359,23 @@ def _levels(mask: ImageLike, name: str) -> tuple[np.ndarray, str | None]:
             raise InputError(f"{name} has levels that are not finite numbers.")
         return levels_HWC, image.format
     return np.asarray(_to_rgb(image, name)), image.format
+
+
+def _opacity_of_cut_out(image: Image.Image) -> np.ndarray | None:
+    """The opacity (H, W) of a picture in which an object is cut out, as tools that remove the
+    background write it: a part is transparent, and what is left has the colours of a photograph, or
+    is black. None for any other picture, whose brightness is the mask.
+    """
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return None
+    rgba_HW4 = np.asarray(image.convert("RGBA"))
+    opacity_HW = rgba_HW4[..., 3]
+    visible_N3 = rgba_HW4[opacity_HW >= 128][:, :3]
+    if not len(visible_N3) or opacity_HW.min() >= 128:
+        return None
+    has_colours = bool((visible_N3 != visible_N3[:, :1]).any())
+    is_photograph = has_colours and len(np.unique(visible_N3, axis=0)) > _FEW_LEVELS
+    return opacity_HW if is_photograph or not visible_N3.any() else None
 
 
 def _brightness(levels_HWC: np.ndarray) -> np.ndarray:

@@ -39,6 +39,12 @@ from preprocessing.workers import ordered_map
 _MASK_SUFFIXES = ("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt")
 _CHUNK = 16
 
+_Level = tuple[int, ...]
+"""A level of grey or an id, or a colour."""
+
+_PLAIN_LEVELS = {(1,), (255,)}
+"""The levels of masks of one object as tools write them."""
+
 
 def read_segmentation(
     source: SegmentationSource, image_size: int, usable: UsableImages, workers: int
@@ -67,11 +73,14 @@ def load_folder(source: SegmentationSource, workers: int) -> tuple[CheckedCOCO, 
     numbers = {name: number for number, name in enumerate(names, start=1)}
     content["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
     sizes: dict[str, tuple[int, int]] = {}
+    levels: dict[str, dict[_Level, str]] = {}
     chunks = [found[start : start + _CHUNK] for start in range(0, len(found), _CHUNK)]
     with tqdm(total=len(found), desc="reading masks", unit="mask") as progress:
         for read in ordered_map(_read_masks, folder, chunks, workers):
-            for mask, size, of_class in read:
+            for mask, size, of_class, level in read:
                 _check_size(masks, mask, sizes.setdefault(mask.image, size), size)
+                if level is not None:
+                    _check_level(masks, mask, level, levels.setdefault(mask.category, {}))
                 skipped["masks_that_mark_nothing"] += not of_class
                 for category, rle in of_class.items():
                     content["annotations"].append(
@@ -219,6 +228,25 @@ def _check_size(masks: Path, mask: _Mask, first: tuple[int, int], size: tuple[in
         )
 
 
+def _check_level(masks: Path, mask: _Mask, level: _Level, files: dict[_Level, str]) -> None:
+    """Raise InputError if the masks of a class mark with different levels, as masks of ids or
+    colours do in which each shows another class. files: a file of each level that was seen before.
+    """
+    files.setdefault(level, mask.name)
+    if len(files) > 1 and not files.keys() <= _PLAIN_LEVELS:
+        (one, first), (other, second) = list(files.items())[:2]
+        raise InputError(
+            f"{masks}: {first} marks with the level {_shown_level(one)}, but {second} with "
+            f"{_shown_level(other)}. If levels or colours stand for classes, set "
+            "segmentation.names to the file that names them; otherwise make all masks white on "
+            "black."
+        )
+
+
+def _shown_level(level: _Level) -> str:
+    return str(level[0]) if len(level) == 1 else str(level)
+
+
 # --- Reading masks -------------------------------------------------------------------------------
 
 
@@ -229,8 +257,8 @@ class _Folders:
     table: LabelTable | None
 
 
-_Read = tuple[_Mask, tuple[int, int], dict[str, dict[str, Any]]]
-"""A mask, its width and height, and class -> run lengths."""
+_Read = tuple[_Mask, tuple[int, int], dict[str, dict[str, Any]], _Level | None]
+"""A mask, its width and height, class -> run lengths, and the level of a mask of one object."""
 
 
 def _read_masks(folders: _Folders, wanted: list[_Mask]) -> list[_Read]:
@@ -240,8 +268,10 @@ def _read_masks(folders: _Folders, wanted: list[_Mask]) -> list[_Read]:
 def _read_mask(folders: _Folders, mask: _Mask) -> _Read:
     file = folders.masks / mask.name
     check_inside(folders.masks, file)
+    level = None
     if folders.table is None:
         of_class = {mask.category: _of_object(file)}
+        level = _level_of(file, of_class[mask.category])
     elif folders.table.colours:
         of_class = _of_colours(file, folders.table)
     else:
@@ -249,7 +279,7 @@ def _read_mask(folders: _Folders, mask: _Mask) -> _Read:
     height, width = next(iter(of_class.values())).shape
     _check_fits(file, (width, height), folders.images / mask.image)
     marked = {name: encode_rle(mask_HW) for name, mask_HW in of_class.items() if mask_HW.any()}
-    return mask, (width, height), marked
+    return mask, (width, height), marked, level
 
 
 def _check_fits(mask: Path, size: tuple[int, int], image: Path) -> None:
@@ -277,6 +307,24 @@ def _of_object(file: Path) -> np.ndarray:
             f"{str(error).rstrip('.')}; for ids or colours of classes set segmentation.names to "
             "the file that names them."
         ) from error
+
+
+def _level_of(file: Path, mask_HW: np.ndarray) -> _Level | None:
+    """The commonest level or colour of the pixels that a mask marks. None where it is not exact or
+    does not matter: in lossy formats and transparent pictures, and for empty masks.
+    """
+    with Image.open(file) as opened:
+        is_plain = opened.mode in ("1", "L", "P", "I", "I;16", "RGB")
+        if opened.format in ("JPEG", "WEBP") or not is_plain or "transparency" in opened.info:
+            return None
+    levels_HW = load_labels(file)
+    if not mask_HW.any() or levels_HW.shape[:2] != mask_HW.shape:
+        return None
+    marked_NC = levels_HW[mask_HW].reshape(int(mask_HW.sum()), -1)
+    found, counts = np.unique(marked_NC, axis=0, return_counts=True)
+    level: _Level = tuple(found[counts.argmax()].tolist())
+    is_white = level == (65535,) or all(240 <= each <= 255 for each in level)
+    return (255,) if is_white else level
 
 
 def _of_ids(file: Path, table: LabelTable) -> dict[str, np.ndarray]:

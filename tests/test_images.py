@@ -458,8 +458,6 @@ def test_a_mask_of_one_level_marks_everything() -> None:
         np.zeros((64, 64)),
         palette(disc(), [0] * 768),
         MASKS["white on transparent"](disc() & False),
-        # A black object on a transparent background is composed over black, like any image.
-        Image.merge("LA", [Image.new("L", (64, 64)), MASKS["white on black"](disc())]),
     ],
 )
 def test_a_mask_that_marks_nothing_is_refused(mask: Image.Image | np.ndarray) -> None:
@@ -572,3 +570,26 @@ def test_a_mask_survives_pixels(height: int, width: int, random: np.random.Gener
     assert pixels.shape == (3, height, width)
     assert set(pixels.unique().tolist()) <= {-1.0, 1.0}
     np.testing.assert_array_equal(pixels_to_mask(pixels), mask_HW)
+
+
+def cut_out(colours_HW3: np.ndarray, mask_HW: np.ndarray) -> Image.Image:
+    opacity_HW1 = np.where(mask_HW, 255, 0).astype(np.uint8)[..., None]
+    return Image.fromarray(np.concatenate([colours_HW3, opacity_HW1], axis=2))
+
+
+def test_what_is_not_transparent_of_a_cut_out_object_is_its_mask(tmp_path: Path) -> None:
+    """As tools that remove the background write it: the photograph's own colours, dark ones too."""
+    rng = np.random.default_rng(0)
+    mask_HW = np.zeros((40, 60), dtype=bool)
+    mask_HW[5:30, 10:50] = True
+    photograph = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    photograph[:20] //= 8  # Its upper half is nearly black.
+    black, white = np.zeros_like(photograph), np.full_like(photograph, 255)
+    for colours_HW3 in (photograph, black, white):
+        cut_out(colours_HW3, mask_HW).save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", (60, 40)), mask_HW)
+    grey = Image.fromarray(np.where(mask_HW, 255, 0).astype(np.uint8))
+    black_on_transparent = Image.merge("LA", [Image.new("L", grey.size), grey])
+    np.testing.assert_array_equal(load_mask(black_on_transparent, (60, 40)), mask_HW)
+    opaque = Image.fromarray(white * mask_HW[..., None]).convert("RGBA")
+    np.testing.assert_array_equal(load_mask(opaque, (60, 40)), mask_HW)

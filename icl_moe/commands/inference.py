@@ -82,6 +82,23 @@ def add_label(verbs: argparse._SubParsersAction) -> None:
         help="each connected part of a mask is an instance (default: one for each class)",
     )
     parser.add_argument(
+        "--least-area",
+        type=take.number(0.0, 100.0),
+        default=0.05,
+        metavar="PERCENT",
+        help="leave out instances of less than so many percent of their image (%(default)s)",
+    )
+    parser.add_argument(
+        "--least-score",
+        type=take.number(0.0, 1.0),
+        default=0.0,
+        metavar="S",
+        help="leave out instances with a score below S, 0 to 1 (%(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace --out and --review if they exist"
+    )
+    parser.add_argument(
         "--batch",
         type=take.whole_number(1),
         default=8,
@@ -210,8 +227,10 @@ def _label(options: argparse.Namespace) -> int:
         label_output,
     )
 
-    out = label_output(options.out, ".json", options.images)
-    review = options.review and label_output(options.review, ".html", options.images)
+    out = label_output(options.out, ".json", options.images, options.overwrite)
+    review = options.review and label_output(
+        options.review, ".html", options.images, options.overwrite
+    )
     if options.examples is None and options.category is None:
         raise InputError(
             "There is nothing to go by: set --examples, or --category for a model with a class "
@@ -237,6 +256,8 @@ def _label(options: argparse.Namespace) -> int:
         files,
         options.nearest,
         options.split,
+        options.least_area / 100,
+        options.least_score,
         options.windows,
         options.decoding,
         options.batch,

@@ -1,11 +1,13 @@
 """Examples from a user: pairs of an image and a mask or a region, read into pairs of codes."""
 
+import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -179,6 +181,8 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def is_one_image(queries: Any) -> bool:
-    """Whether these are one image, or at least no collection of images."""
-    one = (str, bytes, os.PathLike, Image.Image, np.ndarray)
+    """Whether these are one image, or at least no collection of images, though one may iterate over
+    it.
+    """
+    one = (str, bytes, os.PathLike, Image.Image, np.ndarray, torch.Tensor, Mapping, io.IOBase)
     return isinstance(queries, one) or not isinstance(queries, Iterable)

@@ -520,7 +520,11 @@ class InContextModel:
         """Raise InputError if the model cannot do the task with so many examples of this class."""
         trained = self.decoder.config.classes
         if trained is not None and task.name not in trained:
-            raise InputError(f"This model was trained on {' and '.join(trained)}, not {task.name}.")
+            names = [name.replace("_", " ") for name in (*trained, task.name)]
+            hint = f"; the recipe {task.recipe} trains one that is" if task.recipe else ""
+            raise InputError(
+                f"This model was trained on {' and '.join(names[:-1])}, not {names[-1]}{hint}."
+            )
         self.check_examples(examples, task)
         if not category and task.needs_category(self.format):
             raise InputError("This model needs the class's name: set the category.")

@@ -118,6 +118,12 @@ class Session:
         self._model, self._nearest, self._progress = model, nearest, progress
         if isinstance(examples, Mapping):
             self._pairs = {name: list_pairs(each) for name, each in examples.items()}
+            empty = [name for name, pairs in self._pairs.items() if not pairs]
+            if empty and not model.format.class_prompt:
+                raise InputError(
+                    f"The class '{empty[0]}' has no examples; this model needs at least one of "
+                    "each class."
+                )
         else:
             self._pairs = {category or "": list_pairs(examples)}
         self._task = task or task_of([pair for pairs in self._pairs.values() for pair in pairs])

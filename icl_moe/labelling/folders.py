@@ -2,12 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from icl_moe.errors import InputError
+from icl_moe.messages import note
 from icl_moe.outputs import output_file
 
 ExampleFiles = Mapping[str, Sequence[tuple[Path, Path]]]
@@ -24,27 +26,41 @@ read, and are not silently missing.
 
 
 def find_images(folder: Path, examples: ExampleFiles) -> list[str]:
-    """The images in a folder and in those within it, as sorted paths below it with /.
+    """The images in a folder and in those within it, links included, as sorted paths below it with
+    /.
 
-    Hidden ones, files that no image is called like, and the masks of the examples are left out.
-    Raises InputError if there are none.
+    Hidden ones and the masks of the examples are left out; files that no image is called like are
+    too, and counted in a note. Raises InputError if there are no images.
     """
     _check_folder(folder)
-    found = [
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if _is_called_like_an_image(path) and path.is_file()
-    ]
     masks = {os.path.realpath(mask) for pairs in examples.values() for _, mask in pairs}
-    names = sorted(
-        path.as_posix()
-        for path in found
-        if not any(part.startswith(".") for part in path.parts)
-        and os.path.realpath(folder / path) not in masks
-    )
+    names, others = [], Counter[str]()
+    for path in _walk(folder):
+        if not _is_called_like_an_image(path):
+            others[path.suffix.lower() or "no ending"] += 1
+        elif os.path.realpath(path) not in masks:
+            names.append(path.relative_to(folder).as_posix())
+    if others:
+        named = ", ".join(f"{count} of {ending}" for ending, count in sorted(others.items()))
+        note(f"{folder}: files that are not called like images are left out ({named})")
     if not names:
         raise InputError(f"{folder} holds no images, such as .jpg or .png files.")
-    return names
+    return sorted(names)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those within it that are not hidden. Links to folders are
+    followed, each folder once.
+    """
+    seen = set[str]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def find_examples(folder: Path, category: str | None = None) -> ExampleFiles:
@@ -55,11 +71,18 @@ def find_examples(folder: Path, category: str | None = None) -> ExampleFiles:
     mask, or a mask its image, and if there are no examples.
     """
     _check_folder(folder)
-    if are_of_one_class(folder):
-        return {category or _UNNAMED: _pairs(folder)}
     classes = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name not in _PARTS
     )
+    if are_of_one_class(folder):
+        if named := [path.name for path in classes if are_of_one_class(path)]:
+            raise InputError(
+                f"{folder} has the folders images and masks, of one class, and also a folder with "
+                f"these two for the class {named[0]}; keep one of the two forms."
+            )
+        return {category or _UNNAMED: _pairs(folder)}
     if not classes:
         raise InputError(
             f"{folder} holds no examples: it must have the folders images and masks, or a folder "
@@ -77,15 +100,19 @@ def are_of_one_class(folder: Path) -> bool:
     return any((folder / part).is_dir() for part in _PARTS)
 
 
-def label_output(path: str, suffix: str, images: Path) -> Path:
+def label_output(path: str, suffix: str, images: Path, overwrite: bool) -> Path:
     """The file to write, as `output_file` approves it. Raises InputError also if it lies among the
-    images.
+    images, and if it exists and is not to be overwritten.
     """
     file = output_file(path, [suffix])
     if file.exists() and not file.is_file():
         raise InputError(f"{file} is not a file; it must be one, since it is written in pieces.")
     if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(images)):
         raise InputError(f"{file} lies in the folder of images, {images}; choose another place.")
+    if file.exists() and not overwrite:
+        raise InputError(
+            f"{file} exists, and may have been corrected by hand; --overwrite replaces it."
+        )
     return file
 
 

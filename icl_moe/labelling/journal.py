@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +28,46 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._lock()
-        self.batches = 0
-        """How many batches are finished."""
+        self._line_of: dict[str, int] = {}
+        """Where in the file the line with a file's entry begins."""
         size, others = 0, []
-        for number, line in enumerate(self._lines()):
-            if number == 0:
+        for line in self._lines():
+            if size == 0:
                 others = self._differences(line, settings)
+            else:
+                self._note(json.loads(line), size)
             size += len(line)
-            self.batches = number
         if not size:
             self._check_beginning(settings)
-        if others and self.batches:
+        if others and self._line_of:
             raise InputError(
                 f"{path} was begun with other settings (different: {', '.join(others)}); repeat "
                 "the command as it was, or delete the file to begin anew."
             )
-        self._file.truncate(size if self.batches else 0)
-        if not self.batches:
+        self._size = size if self._line_of else 0
+        self._file.truncate(self._size)
+        if not self._line_of:
             self._append(dict(settings))
+
+    def __contains__(self, file: str) -> bool:
+        """Whether the journal has the entry of a file."""
+        return file in self._line_of
 
     def add(self, entries: list[dict[str, Any]]) -> None:
         """Append the entries of the next batch, completely or not at all."""
+        begin = self._size
         self._append(entries)
-        self.batches += 1
+        self._note(entries, begin)
 
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """All entries in order, read one batch at a time."""
-        for number, line in enumerate(self._lines()):
-            if number:
-                yield from json.loads(line)
+    def entries(self, files: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """The entries of files, in their order, read one batch at a time."""
+        begin, batch = -1, dict[str, dict[str, Any]]()
+        for file in files:
+            if self._line_of[file] != begin:
+                begin = self._line_of[file]
+                self._file.seek(begin)
+                batch = {entry["file"]: entry for entry in json.loads(self._file.readline())}
+            yield batch[file]
 
     def remove(self) -> None:
         """Delete the file, whose content has become the output."""
@@ -69,8 +80,13 @@ class Journal:
             self._file.close()
 
     def _append(self, content: Any) -> None:
-        self._file.write(_line(content))
+        line = _line(content)
+        self._file.write(line)
         self._file.flush()
+        self._size += len(line)
+
+    def _note(self, entries: list[dict[str, Any]], begin: int) -> None:
+        self._line_of |= {entry["file"]: begin for entry in entries}
 
     def _lines(self) -> Iterator[bytes]:
         """The whole lines."""

@@ -1,7 +1,7 @@
 """A page of labelled images as overlays, the least sure first."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ from PIL import Image
 from icl_moe.errors import InputError
 from icl_moe.images import load_image
 from icl_moe.inputs import whole_characters
-from icl_moe.labelling.journal import Journal
 from icl_moe.outputs import write_output
 from icl_moe.pages import render
 from icl_moe.pictures import COLOURS, overlaid
@@ -30,12 +29,19 @@ class _Shown(NamedTuple):
     picture: Image.Image | None
 
 
-def write_review(page: Path, folder: Path, classes: Sequence[str], journal: Journal) -> None:
-    """Write the page, with at most `MOST_SHOWN` images, those of which the model is least sure."""
-    entries = (entry for entry in journal.entries() if "unread" not in entry)
-    numbered = ((entry["sure"], number, entry) for number, entry in enumerate(entries))
+def write_review(
+    page: Path,
+    folder: Path,
+    classes: Sequence[str],
+    entries: Callable[[], Iterator[dict[str, Any]]],
+) -> None:
+    """Write the page, with at most `MOST_SHOWN` images, those of which the model is least sure.
+    entries: reads the entries of the journal from the first one on.
+    """
+    labelled = (entry for entry in entries() if "unread" not in entry)
+    numbered = ((entry["sure"], number, entry) for number, entry in enumerate(labelled))
     least = heapq.nsmallest(MOST_SHOWN, numbered, key=lambda each: each[:2])
-    total = sum("unread" not in entry for entry in journal.entries())
+    total = sum("unread" not in entry for entry in entries())
     content = render(
         "review.html.j2",
         title="Labelled images, the least sure first",

@@ -1,11 +1,11 @@
 """Labels a folder of images: a mask of each class in each image, as a COCO instances file."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -26,7 +26,12 @@ from icl_moe.labelling.review import write_review
 from icl_moe.messages import note
 from icl_moe.outputs import writing
 from icl_moe.rle import encode_rle
-from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
+from icl_moe.tasks.drawn_mask import DrawnClasses
+
+LEAST_AREA = 0.0005
+"""An eighth of a cell of the 16 x 16 in which a decoder draws a mask. Smaller pieces come from
+outlines that follow the edges of an image, and from masks of which another class took the rest.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,10 @@ class Labelling:
 
     examples: files by class; without any, classes that the model's class prompt names. folder,
     files: the images to label, as paths below the folder. nearest: see `InContextModel.session`.
-    split: whether each connected part of a mask is an instance of its own. windows: see
-    `Session.segment`. batch: how many images are read together, and how many sequences decoded.
+    split: whether each connected part of a mask is an instance of its own. least_area: the least
+    share of an image that an instance covers; smaller ones are left out, as are those whose score
+    is below least_score. windows: see `Session.segment`. batch: how many images are read together,
+    and how many sequences decoded.
     """
 
     examples: ExampleFiles
@@ -44,6 +51,8 @@ class Labelling:
     files: Sequence[str]
     nearest: int | None = None
     split: bool = False
+    least_area: float = LEAST_AREA
+    least_score: float = 0.0
     windows: bool = False
     decoding: Decoding | None = None
     batch: int = 8
@@ -70,9 +79,9 @@ def label(
     """Label all images and write `out`, a COCO instances file, and `review`, a page of overlays.
 
     Until `out` is written there is a journal beside it: a run that was killed goes on from it, and
-    its output is equal to that of a run that was not. Files that cannot be read are named and left
-    out. Raises InputError for examples that do not fit the model, if no image can be read, and if
-    the journal was begun with other settings.
+    its output is equal to that of a run that was not. Images may come and go meanwhile. Files that
+    cannot be read are named and left out. Raises InputError for examples that do not fit the model,
+    if no image can be read, and if the journal was begun with other settings.
     """
     session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with writing(out):
@@ -80,12 +89,13 @@ def label(
     try:
         with writing(journal.path):
             _label_rest(model.image_size, session, labelling, journal)
-        if all("unread" in entry for entry in journal.entries()):
+        if all("unread" in entry for entry in journal.entries(labelling.files)):
             journal.remove()
             raise InputError("None of the images can be read; each is named above.")
         if review is not None:
-            write_review(review, labelling.folder, labelling.classes, journal)
-        count = _write_coco(out, model, labelling.classes, journal)
+            entries = partial(journal.entries, labelling.files)
+            write_review(review, labelling.folder, labelling.classes, entries)
+        count = _write_coco(out, model, labelling, journal)
     except BaseException:
         journal.close()
         raise
@@ -94,8 +104,7 @@ def label(
 
 
 def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
-    """Everything on which the output depends."""
-    files = hashlib.sha256("\n".join(labelling.files).encode(errors="surrogateescape"))
+    """Everything on which the entry of an image depends."""
     return {
         "version": __version__,
         "model": model.fingerprint,
@@ -104,22 +113,23 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
         "device": model.decoder.device.type,
         "decoding": model.decoding(labelling.decoding),
         "edges": model.edges is not None,
-        "batch": labelling.batch,
         "nearest": labelling.nearest,
         "split": labelling.split,
+        "least area": labelling.least_area,
+        "least score": labelling.least_score,
         "windows": labelling.windows,
         "examples": digest_of(labelling.examples),
-        "images": f"{len(labelling.files)} files, {files.hexdigest()[:16]}",
     }
 
 
 def _label_rest(side: int, session: Session, labelling: Labelling, journal: Journal) -> None:
-    """Label the images that the journal lacks, batch by batch. Batches always begin at the same
-    files, so that nothing depends on where an earlier run was interrupted.
+    """Label the images that the journal lacks, batch by batch. A journal holds whole batches, so
+    that those of a run that goes on are the ones that it would have had.
     """
-    first = journal.batches * labelling.batch
+    rest = [file for file in labelling.files if file not in journal]
+    first = len(labelling.files) - len(rest)
     with tqdm(total=len(labelling.files), initial=first, desc="labelling", unit="image") as bar:
-        for files in in_batches(labelling.files[first:], labelling.batch):
+        for files in in_batches(rest, labelling.batch):
             journal.add(list(_label_batch(side, session, labelling, files)))
             bar.update(len(files))
 
@@ -149,19 +159,20 @@ def _label_batch(
         if file in reasons:
             yield {"file": file, "unread": reasons[file]}
         else:
-            yield {"file": file, **_describe(next(answers), labelling.split)}
+            yield {"file": file, **_describe(next(answers), labelling)}
 
 
-def _describe(drawn: DrawnClasses, split: bool) -> dict[str, Any]:
+def _describe(drawn: DrawnClasses, labelling: Labelling) -> dict[str, Any]:
     """The entry of an image. sure: the least score of a class's mask, or of the lack of one."""
     instances, scores = [], []
     for number, (of_class, mask_HW) in enumerate(drawn.disjoint(), 1):
-        scores.append(_score(of_class, mask_HW))
+        scores.append(_rounded(of_class.score(mask_HW)))
         if not mask_HW.any():
             continue
-        for part_HW in components(mask_HW) if split else [mask_HW]:
-            score = _score(of_class, part_HW)
-            instances.append({"category": number, "score": score, **_outline(part_HW)})
+        for part_HW in components(mask_HW) if labelling.split else [mask_HW]:
+            score = _rounded(of_class.score_of_part(part_HW, mask_HW))
+            if part_HW.mean() >= labelling.least_area and score >= labelling.least_score:
+                instances.append({"category": number, "score": score, **_outline(part_HW)})
     height, width = mask_HW.shape
     return {
         "width": width,
@@ -172,8 +183,7 @@ def _describe(drawn: DrawnClasses, split: bool) -> dict[str, Any]:
     }
 
 
-def _score(drawn: DrawnMask, part_HW: np.ndarray) -> float:
-    score = drawn.score(part_HW)
+def _rounded(score: float | None) -> float:
     assert score is not None, "a session's masks have scores"
     return round(score, 4)
 
@@ -187,24 +197,28 @@ def _outline(mask_HW: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _write_coco(
-    out: Path, model: InContextModel, classes: Sequence[str], journal: Journal
-) -> Count:
+def _write_coco(out: Path, model: InContextModel, labelling: Labelling, journal: Journal) -> Count:
     """Write the file piece by piece, so that it need not fit into memory."""
-    unread = sum("unread" in entry for entry in journal.entries())
-    windows = sum(entry.get("windows", 0) for entry in journal.entries())
+    files = labelling.files
+    unread = sum("unread" in entry for entry in journal.entries(files))
+    windows = sum(entry.get("windows", 0) for entry in journal.entries(files))
     target = Path(os.path.realpath(out))
     info = {"description": f"Labelled by icl-moe {__version__} with the model {model.fingerprint}"}
     categories = [
-        {"id": number, "name": name, "supercategory": ""} for number, name in enumerate(classes, 1)
+        {"id": number, "name": name, "supercategory": ""}
+        for number, name in enumerate(labelling.classes, 1)
     ]
     with writing(out), _whole_file(target) as file:
         file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n')
         file.write(f'"categories": {json.dumps(categories)},\n')
-        images = _write_list(file, "images", (image for image, _ in _records(journal)))
+        images = _write_list(
+            file, "images", (image for image, _ in _records(journal.entries(files)))
+        )
         file.write(",\n")
         instances = _write_list(
-            file, "annotations", (each for _, those in _records(journal) for each in those)
+            file,
+            "annotations",
+            (each for _, those in _records(journal.entries(files)) for each in those),
         )
         file.write("}\n")
     return Count(images, instances, unread, windows)
@@ -234,10 +248,12 @@ def _write_list(file: TextIO, name: str, records: Iterable[dict[str, Any]]) -> i
     return count
 
 
-def _records(journal: Journal) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def _records(
+    entries: Iterable[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """COCO's record of each image that was read, and those of its annotations."""
     image_id = annotation_id = 0
-    for entry in journal.entries():
+    for entry in entries:
         if "unread" in entry:
             continue
         image_id += 1

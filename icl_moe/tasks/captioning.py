@@ -112,6 +112,7 @@ class Captioning(Task):
     """
 
     name: ClassVar[str] = "captioning"
+    recipe = "modern_64"
     pair_type: ClassVar[type] = CaptionPair
     measure: ClassVar[str] = "ROUGE-L"
 

@@ -81,28 +81,40 @@ class DrawnMask:
         """
         return self._confidence(self.brightness_HW) if self.at_once else None
 
-    def score(self, part_HW: np.ndarray | None = None) -> float | None:
-        """How sure the model is of the mask, or of the pixels `part_HW` of it, 0 to 1.
+    def score(self, marked_HW: np.ndarray | None = None) -> float | None:
+        """How sure the model is of the mask, or of the mask `marked_HW` in its place, 0 to 1.
 
-        Decoded in one pass: the mask's expected IoU; of a part, in proportion to its mean level. If
-        nothing is marked: the confidence, 0.5 to 1, of the pixel that comes closest to being
-        marked. Decoded code by code: the geometric mean of the codes' probabilities, for any part;
-        None if it is not known.
+        Decoded in one pass: the expected IoU of the marked pixels and the object (see
+        `expected_iou`). If nothing is marked: the confidence, 0.5 to 1, of the pixel that comes
+        closest to being marked; and where `marked_HW` leaves nothing of a mask, 1 less the score of
+        that mask. Decoded code by code: the geometric mean of the codes' probabilities, whatever is
+        marked; None if it is not known.
         """
         if not self.at_once:
             return None if self.log_probability is None else math.exp(self.log_probability)
-        part_HW = self.mask_HW if part_HW is None else part_HW
-        if not part_HW.any():
-            return float(self._confidence(self.brightness_HW.max()))
-        mean = _levels(self.brightness_HW[part_HW]).mean(dtype=np.float64)
-        return float(mean * self._marked_of_union)
+        marked_HW = self.mask_HW if marked_HW is None else marked_HW
+        if marked_HW.any():
+            levels_HW = _levels(self.brightness_HW)
+            inside = levels_HW[marked_HW].sum(dtype=np.float64)
+            outside = levels_HW[~marked_HW].sum(dtype=np.float64)
+            return float(inside / (np.count_nonzero(marked_HW) + outside))
+        own_HW = self.mask_HW
+        if own_HW.any():
+            return 1 - (self.score(own_HW) or 0.0)
+        return float(self._confidence(self.brightness_HW.max()))
 
-    @cached_property
-    def _marked_of_union(self) -> float:
-        """The marked pixels over those of the expected union; for all parts of a mask the same."""
-        levels_HW, mask_HW = _levels(self.brightness_HW), self.mask_HW
-        marked = np.count_nonzero(mask_HW)
-        return marked / (marked + levels_HW[~mask_HW].sum(dtype=np.float64))
+    def score_of_part(self, part_HW: np.ndarray, marked_HW: np.ndarray) -> float | None:
+        """The score of the pixels `part_HW` of the mask `marked_HW`: the mask's score, in
+        proportion to the part's mean level.
+        """
+        whole = self.score(marked_HW)
+        if whole is None or not self.at_once:
+            return whole
+        means = (
+            _levels(self.brightness_HW[each_HW]).mean(dtype=np.float64)
+            for each_HW in (part_HW, marked_HW)
+        )
+        return float(whole * next(means) / max(next(means), 1e-12))
 
     def _confidence(self, brightness: np.ndarray) -> np.ndarray:
         levels, t = _levels(brightness), self.level

@@ -93,6 +93,7 @@ class Segmentation(OneImageTask):
     """
 
     name: ClassVar[str] = "segmentation"
+    recipe = "modern_64"
     pair_type: ClassVar[type] = SegmentationPair
     measure: ClassVar[str] = "IoU"
     mirrors: ClassVar[bool] = True

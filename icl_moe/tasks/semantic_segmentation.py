@@ -114,6 +114,7 @@ class SemanticSegmentation(OneImageTask):
     """
 
     name: ClassVar[str] = "semantic_segmentation"
+    recipe = "modern_colours"
     pair_type: ClassVar[type] = PaintedPair
     measure: ClassVar[str] = "IoU"
     outlines: ClassVar[bool] = True

@@ -181,11 +181,13 @@ class Task(ABC):
     pairs. `measure`: the name of `agreement` in tables. `mirrors`: whether its pairs are an image
     and a mask, so that a mirrored pair is one as well (see `InContextModel.complete`). `outlines`:
     whether a pair of one pass has what was `drawn`, whose outlines may follow the edges of images.
+    `recipe`: a recipe of the package that trains the task, if there is one.
     """
 
     name: ClassVar[str]
     pair_type: ClassVar[type]
     measure: ClassVar[str] = "exact matches"
+    recipe: ClassVar[str] = ""
     mirrors: ClassVar[bool] = False
     outlines: ClassVar[bool] = False
 

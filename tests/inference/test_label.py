@@ -19,7 +19,9 @@ from pycocotools.coco import COCO
 from icl_moe import InContextModel
 from icl_moe.cli import main
 from icl_moe.labelling.components import components
+from icl_moe.labelling.journal import Journal
 from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
 from preprocessing.synthetic import draw_scene
 
 SCENES = 12
@@ -48,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def run(folder: Path, out: str, *options: str, examples: str = "flat") -> int:
+def run(folder: Path, out: str | Path, *options: str, examples: str = "flat") -> int:
     where = ["--examples", folder / examples, "--images", folder / "images"]
     arguments = ["label", "demo", *where, "--out", folder / out, "--device", "cpu", *options]
     return main(list(map(str, arguments)))
@@ -128,12 +130,110 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder, repository, cap
     assert 3 <= kept.count(b"\n") <= SCENES // 2, "it was killed in the middle"
     # As if the last line had been cut.
     journal.write_bytes(kept + b'[{"file": "05.png", "wid')
-    assert run(folder, "killed.json", "--batch", "3") == 2
-    assert "was begun with other settings (different: batch)" in capsys.readouterr().err
+    assert run(folder, "killed.json", "--batch", "2", "--split") == 2
+    assert "was begun with other settings (different: split)" in capsys.readouterr().err
     assert journal.read_bytes().startswith(kept)
     assert run(folder, "killed.json", "--batch", "2") == 0
     assert (folder / "killed.json").read_bytes() == (folder / "undisturbed.json").read_bytes()
     assert not journal.exists()
+
+
+def test_a_killed_run_goes_on_with_other_images_and_another_batch(folder, tmp_path, monkeypatch):
+    """What is finished is kept; images that are gone are left out, and new ones are labelled."""
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    arguments = ["label", "demo", "--examples", folder / "flat", "--images", images]
+    arguments += ["--out", tmp_path / "out.json", "--device", "cpu", "--batch"]
+    whole = Journal.add
+
+    def killed(journal: Journal, entries: list) -> None:
+        whole(journal, entries)
+        if "05.png" in journal:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", killed)
+    assert main([*map(str, arguments), "2"]) == 130
+    monkeypatch.setattr(Journal, "add", whole)
+    (images / "00.png").unlink()
+    shutil.copy(folder / "images/01.png", images / "00a.png")
+    labelled = []
+    monkeypatch.setattr(
+        Journal, "add", lambda journal, new: (labelled.extend(new), whole(journal, new))
+    )
+    assert main([*map(str, arguments), "3"]) == 0
+    assert {"00a.png", "11.png"} < {entry["file"] for entry in labelled}
+    assert not {"01.png", "05.png"} & {entry["file"] for entry in labelled}
+    files = [image["file_name"] for image in COCO(tmp_path / "out.json").imgs.values()]
+    assert files == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+
+
+def test_an_output_that_exists_is_replaced_only_if_asked(folder, tmp_path, capsys):
+    out = tmp_path / "corrected.json"
+    out.write_text("corrected by hand")
+    assert run(folder, out) == 2
+    assert (
+        f"{out} exists, and may have been corrected by hand; --overwrite" in capsys.readouterr().err
+    )
+    assert out.read_text() == "corrected by hand"
+    assert run(folder, out, "--overwrite") == 0
+    assert len(COCO(out).imgs) == SCENES
+
+
+def test_small_and_unsure_instances_are_left_out(folder, tmp_path):
+    found = {}
+    for name, options in (
+        ("all", ["--least-area", "0"]),
+        ("large", ["--least-area", "2"]),
+        ("sure", ["--least-area", "0", "--least-score", "0.8"]),
+    ):
+        assert run(folder, tmp_path / f"{name}.json", "--split", *options, examples="by_class") == 0
+        coco = COCO(tmp_path / f"{name}.json")
+        assert len(coco.imgs) == SCENES
+        found[name] = [
+            (
+                each["area"] / (coco.imgs[each["image_id"]]["width"] * 96),
+                each["score"],
+                each["counts"],
+            )
+            for each in ({**a, "counts": a["segmentation"]["counts"]} for a in coco.anns.values())
+        ]
+    assert found["large"] == [each for each in found["all"] if each[0] >= 0.02]
+    assert found["sure"] == [each for each in found["all"] if each[1] >= 0.8]
+    assert 0 < len(found["large"]) < len(found["all"]) > len(found["sure"]) > 0
+
+
+def test_what_another_class_leaves_of_a_mask_has_a_low_score():
+    """The score is that of the pixels that are left, not of the mask before overlaps."""
+    weak_HW, strong_HW = np.full((2, 20, 20), -1.0, np.float32)
+    weak_HW[5:15, 5:15], strong_HW[5:15, 5:14] = 0.4, 0.9
+    drawn = DrawnClasses(
+        {"weak": DrawnMask(weak_HW, at_once=True), "strong": DrawnMask(strong_HW, at_once=True)}
+    )
+    (weak, left_HW), (strong, whole_HW) = drawn.disjoint()
+    assert left_HW.sum() == 10 and whole_HW.sum() == 90
+    assert weak.score() > 0.6
+    assert weak.score(left_HW) == pytest.approx(10 * 0.7 / (10 + 90 * 0.7))
+    assert strong.score(whole_HW) == pytest.approx(strong.score())
+    assert weak.score(np.zeros((20, 20), bool)) == pytest.approx(1 - weak.score())
+
+
+def test_links_are_followed_and_what_is_left_out_is_said(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "linked").symlink_to(folder / "images")
+    (images / "again").symlink_to(images)
+    (images / "dead.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    for name in ("raw.CR2", "drawing.svg", "without"):
+        (images / name).write_bytes(b"0")
+    out = tmp_path / "out.json"
+    arguments = ["label", "demo", "--examples", folder / "flat", "--images", images]
+    assert main([*map(str, arguments), "--out", str(out), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "left out (1 of .cr2, 1 of .svg, 1 of no ending)" in said
+    assert f"The image {images / 'dead.jpg'} does not exist" in said
+    assert "1 file that cannot be read" in said
+    names = {image["file_name"] for image in COCO(out).imgs.values()}
+    assert len(names) == SCENES and "linked/more/03.png" in names
 
 
 def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Sessions: examples that are read once, for one query or many, of one class or several."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +106,8 @@ def test_a_mask_comes_with_the_models_confidence(model, scenes):
     expected = p_HW[mask_HW].sum() / (mask_HW.sum() + p_HW[~mask_HW].sum())
     assert drawn.score() == pytest.approx(expected, rel=1e-4)
     left_HW = mask_HW & (np.arange(mask_HW.shape[1]) < np.nonzero(mask_HW)[1].mean())
-    in_parts = [drawn.score(part) * part.sum() for part in (left_HW, mask_HW & ~left_HW)]
+    parts = (left_HW, mask_HW & ~left_HW)
+    in_parts = [drawn.score_of_part(part, mask_HW) * part.sum() for part in parts]
     assert sum(in_parts) == pytest.approx(drawn.score() * mask_HW.sum(), rel=1e-4)
     in_turn = session.draw(query, decoding="autoregressive")
     assert in_turn.confidence_HW is None
@@ -258,7 +260,7 @@ def cut(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
         (lambda m, e: m.session([]), "needs at least one example"),
         (lambda m, e: m.session({}), "at least one class"),
         (lambda m, e: m.session({"": [e]}), "names that are text"),
-        (lambda m, e: m.session({"cat": []}), "needs at least one example"),
+        (lambda m, e: m.session({"dog": [e], "cat": []}), "The class 'cat' has no examples"),
         (lambda m, e: m.session({"cat": [e]}, category="cat"), "leave category out"),
         (lambda m, e: m.session([e], nearest=0), "nearest must be a whole number of at least 1"),
         (lambda m, e: m.session([e]).segment(e[0], batch=0), "batch must be a whole number"),
@@ -297,3 +299,10 @@ def test_a_mirrored_mask_is_the_mean_of_the_image_and_its_mirror_image(model, sc
     np.testing.assert_allclose(pair.drawn.brightness_HW, (there + back) / 2, atol=1e-5)
     (again,) = model.complete([(episode, asked)], read=[model.read_examples(episode)])
     np.testing.assert_allclose(again.drawn.brightness_HW, (there + back) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("query", [torch.zeros(3, 8, 8), {"image": "1.png"}, io.BytesIO(b"1")])
+def test_what_is_neither_an_image_nor_several_is_refused_at_once(model, scenes, query):
+    session = model.session([example(scenes[0])])
+    with pytest.raises(InputError, match="The query must be a path, a Pillow image or a NumPy"):
+        session.segment(query)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle
-from preprocessing.folder import read_segmentation
+from preprocessing.folder import load_folder, read_segmentation
 from preprocessing.image_check import ImageCheck
 from preprocessing.labels import read_labels
 from preprocessing.pool import Pool
@@ -277,3 +277,23 @@ def test_a_names_file_in_no_known_form_ends_in_a_sentence(tmp_path, name, text, 
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         read_labels(file)
+
+
+@pytest.mark.parametrize(
+    ("levels", "shown"),
+    [((1, 2), "level 1, but b.png with 2"), (((255, 0, 0), (0, 255, 0)), r"\(255, 0, 0\), but")],
+)
+def test_masks_of_ids_or_colours_without_names_are_not_one_class(tmp_path, levels, shown):
+    """Each has two levels, so that none of them alone tells that there are several classes."""
+    folders = [tmp_path / part for part in ("images", "masks")]
+    for folder in folders:
+        folder.mkdir()
+    for name, level in zip("ab", levels, strict=True):
+        Image.new("RGB", (32, 32), "grey").save(folders[0] / f"{name}.png")
+        marked = np.zeros((32, 32, *np.shape(level)), dtype=np.uint8)
+        marked[8:20, 8:20] = level
+        Image.fromarray(marked).save(folders[1] / f"{name}.png")
+    source = SegmentationSource(source="folder", images=str(folders[0]), masks=str(folders[1]))
+    with pytest.raises(InputError, match=shown) as refused:
+        load_folder(source, workers=0)
+    assert "set segmentation.names" in str(refused.value)

@@ -426,7 +426,7 @@ def test_a_model_is_trained_evaluated_and_paints(
     command = f"segment {model} --example {image} {mask} --query {image} --out {tmp_path / 'a.png'}"
     done = run_command(["icl-moe", *command.split()])
     assert done.returncode == 2
-    assert "was trained on semantic_segmentation, not segmentation" in done.stdout
+    assert "was trained on semantic segmentation, not segmentation; the recipe" in done.stdout
 
 
 def test_an_example_is_not_asked_about_a_colour_that_it_lacks(
