@@ -217,13 +217,13 @@ def check_same_choices(
     logits in this cell stand, against the same weights in float64.
     """
     equal = total = 0
-    for asked in (requests, requests[:1]):
-        written = decode_batch(decoder, setting.codec, asked)
-        ours, theirs = [each.tokens for each in written], peer(asked)
-        assert len({tuple(codes) for codes in theirs}) == len(asked), (
+    for batch in (requests, requests[:1]):
+        written = decode_batch(decoder, setting.codec, batch)
+        ours, theirs = [output.tokens for output in written], peer(batch)
+        assert len({tuple(codes) for codes in theirs}) == len(batch), (
             "masks that do not depend on the query would prove nothing"
         )
-        prompts_BL = setting.prompts(asked)
+        prompts_BL = setting.prompts(batch)
         for prompt_L, mine, other in zip(prompts_BL, ours, theirs, strict=True):
             same = [a == b for a, b in zip(mine, other, strict=True)]
             equal, total = equal + sum(same), total + len(same)

@@ -396,8 +396,8 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
     # Lossy WebP shifts flat parts a level or two away from black and white.
     if not is_far and (format == "WEBP" or len(np.unique(codes_HW)) > _FEW_LEVELS):
         return None
-    shown = colours(np.unique([dark, bright, *third[:3]])).tolist()
-    named = [", ".join(f"{level:g}" for level in colour) for colour in shown]
+    examples = colours(np.unique([dark, bright, *third[:3]])).tolist()
+    named = [", ".join(f"{level:g}" for level in colour) for colour in examples]
     named = [f"({name})" if "," in name else name for name in named]
     return f"it has areas of {', '.join(named[:-1])} and {named[-1]}"
 

@@ -62,7 +62,7 @@ def output_file(
         target = Path(os.path.realpath(file))
         if len(os.fsencode(partial_of(target).name)) > _LONGEST_NAME:
             raise InputError(f"{file}: the name of the file is too long; choose a shorter one.")
-        if any(os.path.realpath(each) == str(target) for each in inputs):
+        if any(os.path.realpath(path) == str(target) for path in inputs):
             raise InputError(
                 f"{file} is also an input and would be overwritten; choose another name."
             )

@@ -84,9 +84,9 @@ def read_instances(
             parts.append(part)
             progress.update(len(chunk))
     table = RegionTable.concatenate([part.table for part in parts])
-    shown = [_Shown(image) for image in table.images()]
-    usable_images = {item.image.name for item in usable.keep(shown, source.path("images"), pool)}
-    is_usable = np.array([item.image.name in usable_images for item in shown], dtype=bool)
+    items = [_Shown(image) for image in table.images()]
+    usable_images = {item.image.name for item in usable.keep(items, source.path("images"), pool)}
+    is_usable = np.array([item.image.name in usable_images for item in items], dtype=bool)
     for reason in ("empty_masks", "masks_of_small_scale"):
         counts = [part.left_out[reason] for part in parts]
         pool.skipped[reason] += int(np.concatenate(counts or [np.zeros(0)])[is_usable].sum())

@@ -345,8 +345,8 @@ def _picture_keys(
         if isinstance(regions, RegionTable):
             found.append(
                 [
-                    hashlib.blake2b(repr(each).encode(), digest_size=_DIGEST).digest()
-                    for each in pictures
+                    hashlib.blake2b(repr(picture).encode(), digest_size=_DIGEST).digest()
+                    for picture in pictures
                 ]
             )
         else:

@@ -65,11 +65,11 @@ def ratio_statistic(pairs) -> Statistic:
     """A score that is no mean over queries, as mIoU and BLEU are none."""
     columns = np.array(pairs)
 
-    def of(weights):
+    def ratios(weights):
         sums = weights @ columns
         return sums[:, :1] / sums[:, 1:]
 
-    return Statistic(("ratio",), of)
+    return Statistic(("ratio",), ratios)
 
 
 def test_the_p_of_few_queries_is_that_of_all_exchanges():

@@ -94,6 +94,6 @@ def _outputs(
         return Matcher(features.codebook_KD, episodes, shots).said(truths, sources)
     # What does not depend on the examples is the same with swapped ones.
     every = [episodes[number] for number in range(len(episodes))]
-    found = {each.prediction: each.outputs for each in episodes.task.baselines(every)}
+    found = {baseline.prediction: baseline.outputs for baseline in episodes.task.baselines(every)}
     outputs = found.get(name.replace("_", " "))
     return [outputs[n] for n in episodes.swaps] if outputs is not None and swapped else outputs

@@ -74,12 +74,12 @@ def episodes_hash(episodes: EpisodeSet, swapped: bool = False) -> str:
     examples, in 16 hexadecimal digits.
     """
 
-    def asked(episode: EvaluationEpisode) -> dict[str, Any]:
+    def describe(episode: EvaluationEpisode) -> dict[str, Any]:
         return {name: episode.meta.get(name) for name in _WHAT_IS_ASKED}
 
     digest = hashlib.sha256(f"{episodes.task.name} {episodes.image_size}".encode())
     for truth, source in episodes.questions(swapped):
-        content = [truth.key, asked(truth), *([asked(source)] if swapped else ())]
+        content = [truth.key, describe(truth), *([describe(source)] if swapped else ())]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -124,7 +124,7 @@ def read_predictions(
         raise InputError(f"{folder} is not a folder of predictions.")
     if episodes.task.name not in _RECORDS:
         return None
-    own, swapped = (predictions_file(folder, episodes, each) for each in (False, True))
+    own, swapped = (predictions_file(folder, episodes, is_swapped) for is_swapped in (False, True))
     if not own.is_file():
         if swapped.is_file():
             raise InputError(f"{swapped} needs {own.name}, the predictions without swapping.")
@@ -182,7 +182,7 @@ def check_predictions(
     if there are none at all.
     """
     sets = open_episodes(shards, limit)
-    found = {each.task.name: read_predictions(folder, each) for each in sets}
+    found = {episodes.task.name: read_predictions(folder, episodes) for episodes in sets}
     whole = {task: system for task, system in found.items() if system is not None}
     if not whole:
         raise no_predictions(folder, list(shards.manifest.samples))

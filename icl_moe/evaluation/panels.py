@@ -77,7 +77,7 @@ def systems_panel(metrics: Metrics) -> Panel:
         columns += [(group, _FLIPS)] if result.swapped else []
         for row in result.rows:
             if _is_shown(row, shots):
-                own = {(group, name): each for name, each in row.scores.measures().items()}
+                own = {(group, name): measure for name, measure in row.scores.measures().items()}
                 found.setdefault((row.prediction, _name(metrics, row)), {}).update(own)
         for swap in result.swapped:
             if (place := (swap.prediction, _name(metrics, swap))) in found:
@@ -116,7 +116,7 @@ def shots_panel(metrics: Metrics) -> Panel | None:
         gains.add((group, gain))
         for row in result.rows:
             if row.asked and row.asked.control is None:
-                own = {(group, name): each for name, each in row.scores.measures().items()}
+                own = {(group, name): measure for name, measure in row.scores.measures().items()}
                 found[row.asked.shots].update(own)
         for swap in result.swapped:
             if swap.prediction == "model" and swap.shots is not None:
@@ -161,7 +161,7 @@ def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
         _Row(
             _name(metrics, row),
             row.prediction,
-            {column: _measure(row.scores, *of) for column, of in columns.items()},
+            {column: _measure(row.scores, *arguments) for column, arguments in columns.items()},
         )
         for row in swapped
     ]
@@ -182,7 +182,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
     names = dict.fromkeys(name for row in swapped for name in row.scores.respects)
     if not names:
         return None
-    of = {"right, own": "right", "right, swapped": "right_swapped", _FLIPS: "flips"}
+    fields = {"right, own": "right", "right, swapped": "right_swapped", _FLIPS: "flips"}
     rows = [
         _Row(
             _name(metrics, row),
@@ -190,7 +190,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
             {
                 (name, heading): _measure(scores, field)
                 for name, scores in row.scores.respects.items()
-                for heading, field in of.items()
+                for heading, field in fields.items()
             },
         )
         for row in swapped
@@ -198,7 +198,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
     return _panel(
         f"{describe_task(task)}: the same queries, in what respect the examples are obeyed.",
         rows,
-        [(name, heading) for name in names for heading in of],
+        [(name, heading) for name in names for heading in fields],
     )
 
 
@@ -207,27 +207,27 @@ def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
     result = metrics.tasks[task]
     rows = []
     for row in result.rows:
-        measures = {("", name): each for name, each in row.scores.measures().items()}
+        measures = {("", name): measure for name, measure in row.scores.measures().items()}
         if row.asked:
             copies = Measure(row.asked.copy_rate, more_is_better=None)
             measures["", "copies"] = copies
         rows.append(_Row(_name(metrics, row), row.prediction, measures))
     columns = dict.fromkeys(column for row in rows for column in row.measures)
-    shown = [
+    shown_columns = [
         column
         for column in columns
         if any(row.measures[column].value is not None for row in rows if column in row.measures)
     ]
-    asked = [row.asked for row in result.rows if row.asked]
-    if asked:
+    answers = [row.asked for row in result.rows if row.asked]
+    if answers:
         notes += (
             " Copies: how often an output equals an example's; the truth does in "
-            f"{percent(asked[0].truth_copy_rate)} %."
+            f"{percent(answers[0].truth_copy_rate)} %."
         )
     return _panel(
         f"{describe_task(task)}: all scores of {result.rows[0].scores.episodes} queries.",
         rows,
-        shown,
+        shown_columns,
         notes,
     )
 
@@ -237,11 +237,11 @@ def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
     and of the copy of the first example.
     """
     result = metrics.tasks[task]
-    shown = [row for row in result.rows if _is_of_a_system(row)]
-    of_rows = [row.scores.groups() for row in shown]
-    columns = [("", _name(metrics, row)) for row in shown]
+    shown_rows = [row for row in result.rows if _is_of_a_system(row)]
+    scores_of_rows = [row.scores.groups() for row in shown_rows]
+    columns = [("", _name(metrics, row)) for row in shown_rows]
     found = {}
-    for grouped_by, groups in of_rows[0].items():
+    for grouped_by, groups in scores_of_rows[0].items():
         names = list(groups)
         if grouped_by == "class":  # Those of many queries tell the most.
             names.sort(key=lambda name: -groups[name].episodes)
@@ -250,8 +250,10 @@ def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
                 f"{name} ({groups[name].episodes})",
                 "",
                 {
-                    column: Measure(of[grouped_by][name].score, of[grouped_by][name].interval, "")
-                    for column, of in zip(columns, of_rows, strict=True)
+                    column: Measure(
+                        scores[grouped_by][name].score, scores[grouped_by][name].interval, ""
+                    )
+                    for column, scores in zip(columns, scores_of_rows, strict=True)
                 },
             )
             for name in names
@@ -343,8 +345,8 @@ def _queries(task: str, result: TaskResult) -> str:
 
 def _all_shots(metrics: Metrics) -> list[int]:
     """The numbers of examples that the model was asked with."""
-    asked = [row.asked for result in metrics.tasks.values() for row in result.rows if row.asked]
-    return sorted({each.shots for each in asked if each.control is None})
+    answers = [row.asked for result in metrics.tasks.values() for row in result.rows if row.asked]
+    return sorted({answer.shots for answer in answers if answer.control is None})
 
 
 def _is_shown(row: Row, shots: int) -> bool:
@@ -394,7 +396,7 @@ def _panel(
             kind = f"{kind} first".strip()
         entries = [_entry(row.measures.get(column), place in is_best[column]) for column in columns]
         lines.append(Line(row.name, tuple(entries), kind))
-    groups = [Group(name, len(list(of))) for name, of in groupby(group for group, _ in columns)]
+    groups = [Group(name, len(list(part))) for name, part in groupby(group for group, _ in columns)]
     arrows = {
         column: {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}[
             measure.more_is_better
@@ -430,7 +432,7 @@ def best_of(rows: Sequence[_Row], column: _Column) -> set[int]:
     more = any(row.measures[column].more_is_better for row in rows if column in row.measures)
 
     def is_apart(system: str, interval: Interval) -> bool:
-        others = [of for _, other, of in known if other != system]
+        others = [other_interval for _, other, other_interval in known if other != system]
         if more:
             return all(interval[0] > high for _, high in others)
         return all(interval[1] < low for low, _ in others)

@@ -212,18 +212,18 @@ def predict(
     see `InContextModel.complete`. photographs: those of the queries, if the outlines of masks are
     to follow their edges. Raises InputError if one of them is not there.
     """
-    asked = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
+    selected = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     keys = episodes.keys
-    log.asked += [(condition, keys[number]) for number in asked]
+    log.asked += [(condition, keys[number]) for number in selected]
     with tqdm(
-        total=len(asked),
+        total=len(selected),
         desc=f"{condition.task}, {condition.describe()}",
         unit="episode",
         leave=None,
         disable=log.rank > 0,
     ) as bar:
-        for place, start in enumerate(range(0, len(asked), batch_size)):
-            numbers = asked[start : start + batch_size]
+        for place, start in enumerate(range(0, len(selected), batch_size)):
+            numbers = selected[start : start + batch_size]
             is_mine = place % log.ranks == log.rank
             if is_mine and not all((condition, keys[number]) in log for number in numbers):
                 batch = [episodes[number] for number in numbers]
@@ -269,7 +269,7 @@ def _complete(
             replace(output, drawn=output.drawn.each(_following(guide, model.edges)))
             for output, guide in zip(outputs, guides, strict=True)
         ]
-    said = task.said(model, outputs)
+    predicted = task.said(model, outputs)
     seconds = round((time.perf_counter() - started) / len(batch), 4)
     return [
         Prediction(
@@ -279,11 +279,11 @@ def _complete(
             *source.kind,
             copied=any(task.repeats(output, pair) for pair in pairs),
             truth_copied=any(task.repeats(episode.query, pair) for pair in pairs),
-            said=words,
+            said=prediction,
             seconds=seconds,
         )
-        for episode, source, pairs, output, words in zip(
-            batch, sources, examples, outputs, said, strict=True
+        for episode, source, pairs, output, prediction in zip(
+            batch, sources, examples, outputs, predicted, strict=True
         )
     ]
 

@@ -153,15 +153,15 @@ class ShotScores:
 
 
 def score_shots(
-    task: Task, truths: Sequence[Truth], said: Mapping[int, Sequence[Output]]
+    task: Task, truths: Sequence[Truth], predictions: Mapping[int, Sequence[Output]]
 ) -> tuple[ShotScores, ...]:
-    """Scores by number of examples, the smallest first. said: the output for each query after each
-    number of examples.
+    """Scores by number of examples, the smallest first. predictions: the output for each query
+    after each number of examples.
     """
     right = [task.right_outputs(truth) for truth in truths]
     rows: list[ShotScores] = []
     before: np.ndarray | None = None
-    for shots, outputs in sorted(said.items()):
+    for shots, outputs in sorted(predictions.items()):
         pairs = zip(outputs, right, strict=True)
         values = np.array([task.agreement(output, of_query) for output, of_query in pairs])
         gained = values if before is None else values - before

@@ -95,15 +95,17 @@ def evaluate(
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
-    if decoding == "mirrored" and not any(each.task.mirrors for each in sets):
+    if decoding == "mirrored" and not any(episodes.task.mirrors for episodes in sets):
         decoding = "parallel"
-    asked = ("swapped",) if controls is None else controls
+    chosen_controls = ("swapped",) if controls is None else controls
     run = _Evaluation(
         model=model,
         shards=shards,
         sets=sets,
-        conditions={each.task.name: _conditions(each, shots, asked) for each in sets},
-        controls=asked,
+        conditions={
+            episodes.task.name: _conditions(episodes, shots, chosen_controls) for episodes in sets
+        },
+        controls=chosen_controls,
         limit=limit,
         batch_size=batch_size,
         decoding=decoding,
@@ -223,9 +225,9 @@ class _Evaluation:
                 _why_not_swapped(episodes, conditions, self.controls),
                 scores.by_shots(),
             )
-            shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
+            condition = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
             images = Images(self.model, self.shards, task)
-            galleries.append(draw_gallery(images, episodes, shown, log))
+            galleries.append(draw_gallery(images, episodes, condition, log))
             if swapped := [c for c in conditions if c.control == "swapped"]:
                 proofs[task] = draw_proof(images, episodes, swapped[-1], log, scores.judge)
         metrics = Metrics(
@@ -237,7 +239,11 @@ class _Evaluation:
             standard=self.shards.manifest.standard,
             machine=machine,
         )
-        told = [each.task.name for each in self.sets if each.task.needs_category(self.model.format)]
+        told = [
+            episodes.task.name
+            for episodes in self.sets
+            if episodes.task.needs_category(self.model.format)
+        ]
         write_report(out / "report.html", metrics, galleries, sections, proofs, told)
         write_whole(out / "speed.json", json.dumps(metrics.speed(), indent=1) + "\n")
         log.write()

@@ -61,12 +61,12 @@ def write_report(
             "respects": respects_panel(metrics, name),
             "swapped_note": result.swapped_note,
             "scores": scores_panel(metrics, name, _notes(result)),
-            "groups": [each for kind, each in groups[name].items() if kind != "class"],
+            "groups": [panel for kind, panel in groups[name].items() if kind != "class"],
             "classes": groups[name].get("class"),
         }
         for name, result in metrics.tasks.items()
     ]
-    published = [each for name in metrics.tasks for each in beside(name)]
+    published = [panel for name in metrics.tasks for panel in beside(name)]
     page = render(
         "report.html.j2",
         title=f"{metrics.model_folder} on {metrics.shards_folder}",
@@ -83,7 +83,7 @@ def write_report(
         held_out=held_out_table(metrics),
         sections=sections,
         galleries=[_pictures(gallery) for gallery in galleries],
-        published=list({each.title: each for each in published}.values()),
+        published=list({panel.title: panel for panel in published}.values()),
         definitions=_definitions(metrics),
     )
     write_whole(path, page)
@@ -110,7 +110,7 @@ def _lede(metrics: Metrics, told: Sequence[str]) -> list[str]:
     if told:
         of_tasks = "" if len(told) == len(metrics.tasks) else f" (in {' and '.join(told)})"
         saw, other = f"the examples, the name of the class{of_tasks} and the query", "other "
-    asked = (
+    question = (
         f"Asked with {' and '.join(counts)}, {model_name(metrics)} saw {saw}, and wrote each "
         f"answer freely, without any {other}part of the truth."
     )
@@ -118,7 +118,7 @@ def _lede(metrics: Metrics, told: Sequence[str]) -> list[str]:
     for name, result in metrics.tasks.items():
         overlaps.setdefault(_overlap(result), []).append(name)
     seen = [f"{' and '.join(tasks).capitalize()}: {text}" for text, tasks in overlaps.items()]
-    return [asked, *seen]
+    return [question, *seen]
 
 
 def _overlap(result: TaskResult) -> str:

@@ -78,11 +78,11 @@ def _write_asked(
     task = episodes.task.name
     photographs = Photographs(shards, task, images)
     head = {"episodes": episodes_hash(episodes, swapped), "shots": shots}
-    asked = episodes.questions(swapped)
+    questions = episodes.questions(swapped)
     name = "swapped" if swapped else "example"
     listed = [
         {"id": number} | _write_episode(question, photographs, out, shots, name)
-        for number, question in enumerate(tqdm(asked, f"template, {task}", unit="episode"), 1)
+        for number, question in enumerate(tqdm(questions, f"template, {task}", unit="episode"), 1)
     ]
     path = predictions_file(out, episodes, swapped)
     content = head | {"image_size": episodes.image_size, "images": listed}

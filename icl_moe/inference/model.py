@@ -346,7 +346,7 @@ class InContextModel:
         read: Sequence[Read] | None = None,
     ) -> list[Any]:
         groups = _own(read)
-        if together is None and groups and any(len(each) > 1 for each in groups):
+        if together is None and groups and any(len(group) > 1 for group in groups):
             groups = None  # It was read in groups, and now is needed in one sequence.
         outputs = decode_batch(
             self.decoder, self.codec, requests, sampling, progress, openings, together, groups
@@ -395,9 +395,9 @@ class InContextModel:
         each cell (B, N, K), and the brightness of the `Task.expected_masks` (B, C, H, W).
         """
         probabilities_BNK = decode_at_once(self.decoder, self.codec, requests, self._together, read)
-        shown = [episode.pairs for episode, _ in requests]
+        examples = [episode.pairs for episode, _ in requests]
         task = requests[0][0].task
-        brightness_BCHW = task.expected_masks(self, probabilities_BNK, shown)
+        brightness_BCHW = task.expected_masks(self, probabilities_BNK, examples)
         return probabilities_BNK, brightness_BCHW.cpu().numpy()
 
     def _at_once(

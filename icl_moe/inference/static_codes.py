@@ -88,7 +88,9 @@ class StaticCodes:
         if self._plan is None:
             format = self._codec.format
             attributes = [episode.task.output_attributes(format, first) for episode, _ in requests]
-            self._plan = RoutingPlan.of_runs([[(each, 1)] for each in attributes]).to(device)
+            self._plan = RoutingPlan.of_runs([[(attribute, 1)] for attribute in attributes]).to(
+                device
+            )
             self._decisions, _ = self._decoder.decide(self._plan)
 
     @torch.no_grad()

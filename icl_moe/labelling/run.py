@@ -204,7 +204,9 @@ def _write_coco(
         images = _write_list(file, "images", (image for image, _ in _records(journal)))
         file.write(",\n")
         instances = _write_list(
-            file, "annotations", (each for _, those in _records(journal) for each in those)
+            file,
+            "annotations",
+            (annotation for _, annotations in _records(journal) for annotation in annotations),
         )
         file.write("}\n")
     return Count(images, instances, unread, windows)
@@ -244,18 +246,18 @@ def _records(journal: Journal) -> Iterator[tuple[dict[str, Any], list[dict[str, 
         height, width = entry["height"], entry["width"]
         image = {"id": image_id, "file_name": entry["file"], "width": width, "height": height}
         annotations = []
-        for each in entry["instances"]:
+        for instance in entry["instances"]:
             annotation_id += 1
             annotations.append(
                 {
                     "id": annotation_id,
                     "image_id": image_id,
-                    "category_id": each["category"],
-                    "segmentation": {"size": [height, width], "counts": each["counts"]},
-                    "area": each["area"],
-                    "bbox": each["bbox"],
+                    "category_id": instance["category"],
+                    "segmentation": {"size": [height, width], "counts": instance["counts"]},
+                    "area": instance["area"],
+                    "bbox": instance["bbox"],
                     "iscrowd": 0,
-                    "score": each["score"],
+                    "score": instance["score"],
                 }
             )
         yield image, annotations

@@ -87,7 +87,7 @@ def describe_cost(rows: Sequence[Row]) -> tuple[Table, list[str]]:
     lines = [_line(cost.name, cost.steps, [cost]) for cost in costs]
     lines.append(_line("all", sum(cost.steps for cost in costs), costs))
     shards = {run.trained for run in runs}
-    episodes = sum(EPISODES[task] for each in shards for task in _tasks_of(each))
+    episodes = sum(EPISODES[task] for folder in shards for task in _tasks_of(folder))
     parameters = sum(cost.parameters for cost in costs)
     gigabytes = (episodes * _BYTES_PER_EPISODE + parameters * _BYTES_PER_PARAMETER) / 1e9
     queries = sum(map(_queries, runs))
@@ -110,8 +110,8 @@ def _tasks_of(shards: Shards) -> list[str]:
 
 def _queries(run: Run) -> int:
     """How many queries a run is asked, at most: after examples also with swapped ones."""
-    asked = sum(2 if shots else 1 for shots in run.shots)
-    return _QUERIES * len(_tasks_of(run.evaluated)) * asked
+    askings = sum(2 if shots else 1 for shots in run.shots)
+    return _QUERIES * len(_tasks_of(run.evaluated)) * askings
 
 
 def _line(name: str, steps: int, costs: Sequence[Cost]) -> list[str]:

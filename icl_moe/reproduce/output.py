@@ -120,8 +120,10 @@ def _table(published: PublishedTable, rows: Mapping[str, Mapping[str, float]]) -
     lines = []
     for name, figures in rows.items():
         row = published.rows[name]
-        ours = [show_figure(each, figures[each]) if each in figures else "–" for each in columns]
-        theirs = [row.cell(each) or "–" for each in published.figures]
+        ours = [
+            show_figure(figure, figures[figure]) if figure in figures else "–" for figure in columns
+        ]
+        theirs = [row.cell(figure) or "–" for figure in published.figures]
         lines.append([row.system, *ours, *theirs])
     return Table(head, lines)
 

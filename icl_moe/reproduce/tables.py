@@ -389,10 +389,13 @@ def _table7(scale: Scale) -> PaperTable:
     plain = run("table7_plain", "none")
     category = run("table7_category", "written") if scale == "demo" else _with_category(scale)
     rows = [Row("label", (Score(label, SEGMENTATION, 0), Score(label, CAPTIONING, 0)))]
-    for name, of in (("plain", plain), ("category", category)):
+    for name, trained_run in (("plain", plain), ("category", category)):
         rows += [
-            Row(f"{name}_{shots}", (Score(of, SEGMENTATION, shots), Score(of, CAPTIONING, shots)))
-            for shots in of.shots
+            Row(
+                f"{name}_{shots}",
+                (Score(trained_run, SEGMENTATION, shots), Score(trained_run, CAPTIONING, shots)),
+            )
+            for shots in trained_run.shots
         ]
     return _table("table7", scale, rows)
 

@@ -80,8 +80,8 @@ def _similarity(counts: _Counts, query_T: np.ndarray, queries: int) -> np.ndarra
     texts_E, grams_E, times_E, grams = counts
     place_E = query_T[texts_E] * max(grams, 1) + grams_E  # Of an n-gram in a query.
     is_candidate_E = texts_E < queries
-    shown = np.unique(place_E[~is_candidate_E])
-    frequency_G = np.bincount(shown % max(grams, 1), minlength=grams)
+    reference_places = np.unique(place_E[~is_candidate_E])
+    frequency_G = np.bincount(reference_places % max(grams, 1), minlength=grams)
     idf_G = np.log(float(queries)) - np.log(np.maximum(1.0, frequency_G))
     weights_E = times_E * idf_G[grams_E]
     norms_T = np.sqrt(_sums(texts_E, weights_E**2, len(query_T)))

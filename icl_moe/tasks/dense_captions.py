@@ -79,11 +79,11 @@ class Matched(NamedTuple):
         """The same with other texts, such as tokenised ones."""
         return self._replace(
             matches=tuple(
-                each._replace(
-                    text=texts[each.text],
-                    references=tuple(texts[text] for text in each.references),
+                match._replace(
+                    text=texts[match.text],
+                    references=tuple(texts[text] for text in match.references),
                 )
-                for each in self.matches
+                for match in self.matches
             )
         )
 
@@ -118,9 +118,9 @@ def mean_average_precision(matched: Matched, meteors: Sequence[float]) -> float:
     matches, regions = matched
     if not matches or not regions:
         return 0.0
-    confidences_D = np.array([each.confidence for each in matches])
+    confidences_D = np.array([match.confidence for match in matches])
     ends_P = np.flatnonzero(np.append(confidences_D[1:] != confidences_D[:-1], True))
-    overlaps_D = np.array([each.overlap if each.needs_meteor else 0.0 for each in matches])
+    overlaps_D = np.array([match.overlap if match.needs_meteor else 0.0 for match in matches])
     meteors_D = np.array(meteors, dtype=np.float64)
     found = []
     for least in IOU_THRESHOLDS:

@@ -65,8 +65,8 @@ class Meteor:
         statistics = [self._ask("SCORE", *references, text) for text, references in judged]
         first = float(self._ask("EVAL", *statistics))
         # The scores of the texts come first, and that of the corpus last.
-        *each, whole = [first, *(float(self._read()) for _ in statistics)]
-        return each, whole
+        *scores, corpus = [first, *(float(self._read()) for _ in statistics)]
+        return scores, corpus
 
     def _ask(self, *fields: str) -> str:
         assert self._process.stdin is not None

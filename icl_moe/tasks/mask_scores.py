@@ -286,7 +286,7 @@ def _group_scores(counts: MaskCounts) -> _Scores:
     groups = _Groups(np.array([sizes.index(name) for name in counts.size_E]))
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
-        drawn_BS, sums_BS = (groups.sums(each) for each in (weights_BE, weights_BE * ious_E))
+        drawn_BS, sums_BS = (groups.sums(weights) for weights in (weights_BE, weights_BE * ious_E))
         means_BS = np.where(drawn_BS > 0, sums_BS / np.maximum(drawn_BS, 1), np.nan)
         return np.column_stack([class_ious(weights_BE), means_BS])
 

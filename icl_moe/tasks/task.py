@@ -28,7 +28,7 @@ Output = dict[str, Any]
 
 def mean_log_probability(of_tokens: Iterable[float | None]) -> float | None:
     """The mean over the tokens that a model chose; None if it chose none."""
-    chosen = [each for each in of_tokens if each is not None]
+    chosen = [value for value in of_tokens if value is not None]
     return sum(chosen) / len(chosen) if chosen else None
 
 
@@ -234,11 +234,11 @@ class Task(ABC):
         self,
         model: ExpectedReader,
         probabilities_BNK: torch.Tensor,
-        shown: Sequence[Sequence[Any]],
+        examples: Sequence[Sequence[Any]],
     ) -> torch.Tensor:
         """The brightness (B, C, H, W), -1 to 1, that is expected in each pixel of the C masks that
-        an output image consists of, from the probability of each code in each cell. shown: the
-        pairs of the examples of each query.
+        an output image consists of, from the probability of each code in each cell.
+        examples: the pairs of the examples of each query.
         """
         return model.decode_expected(probabilities_BNK)[:, None]
 
@@ -358,9 +358,9 @@ class Task(ABC):
         default the mean agreement alone.
         """
         agreements = [
-            self.agreement(said, self.right_outputs(truth))
+            self.agreement(output, self.right_outputs(truth))
             for outputs in sets
-            for truth, said in zip(truths, outputs, strict=True)
+            for truth, output in zip(truths, outputs, strict=True)
         ]
         return mean_statistic({f"mean {self.measure}": agreements})
 
@@ -390,9 +390,9 @@ class Task(ABC):
         """The right outputs for the query."""
         return [self.true_output(truth)]
 
-    def agreement(self, said: Output, right: Sequence[Output]) -> float:
+    def agreement(self, prediction: Output, right: Sequence[Output]) -> float:
         """The highest agreement of an output with any of the right ones, 0..1."""
-        return float(said in right)
+        return float(prediction in right)
 
     def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
         """What tells whether outputs for these queries are what examples show. By default by one
@@ -400,15 +400,15 @@ class Task(ABC):
         than with what is annotated of any other.
         """
 
-        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
-            return {"class": self.agrees_most(said, shown, objects)}
+        def judge(prediction: Output, shown_kind: Kind, objects: Objects) -> dict[str, bool]:
+            return {"class": self.agrees_most(prediction, shown_kind, objects)}
 
         return judge
 
     def agrees_most(
         self,
-        said: Output,
-        shown: Kind,
+        prediction: Output,
+        shown_kind: Kind,
         objects: Objects,
         agreement: Callable[[Output, Sequence[Output]], float] | None = None,
     ) -> bool:
@@ -419,8 +419,8 @@ class Task(ABC):
         agreement = agreement or self.agreement
         best = {True: 0.0, False: 0.0}
         for kind, right in objects.items():
-            same = kind.category == shown.category
-            best[same] = max(best[same], agreement(said, right))
+            same = kind.category == shown_kind.category
+            best[same] = max(best[same], agreement(prediction, right))
         return best[True] > best[False]
 
     # Pictures ----------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ class Task(ABC):
         """
 
     def cells(
-        self, truth: Truth, images: Sequence[Image.Image], said: Output, shots: int
+        self, truth: Truth, images: Sequence[Image.Image], prediction: Output, shots: int
     ) -> list[Cell]:
         """A row of a gallery: `shots` examples, the query, the output and the truth.
 
@@ -444,17 +444,17 @@ class Task(ABC):
         """
         *examples, query = images
         right = self.right_outputs(truth)
-        closest = max(right, key=lambda each: self.agreement(said, [each]))
+        closest = max(right, key=lambda output: self.agreement(prediction, [output]))
         true = self.true_output(truth) | closest
-        shown = [
+        example_cells = [
             Cell("example", self.show(image, output), self.caption_of(output))
             for number, image in enumerate(examples[:shots])
             for output in [self.true_output(truth, number)]
         ]
         return [
-            *shown,
+            *example_cells,
             Cell("query", query),
-            Cell("prediction", self.show(query, said), self.caption_of(said, true)),
+            Cell("prediction", self.show(query, prediction), self.caption_of(prediction, true)),
             Cell(
                 "truth" if len(right) == 1 else f"truth, closest of {len(right)}",
                 self.show(query, true),

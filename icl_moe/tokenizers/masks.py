@@ -201,7 +201,10 @@ class PatchTokenizer:
             lit_BNP = sum(on * cells for on, cells in zip(colour_3, cells_3BNP, strict=True))
             distances_CBNK.append(colour_3.sum() * lengths_K - 2 * lit_BNP @ patches_KP.T)
         # The black patch is the same in all colours and counts once.
-        black, rest = distances_CBNK[0][..., :1], [each[..., 1:] for each in distances_CBNK]
+        black, rest = (
+            distances_CBNK[0][..., :1],
+            [distances_BNK[..., 1:] for distances_BNK in distances_CBNK],
+        )
         return np.concatenate([black, *rest], axis=-1).argmin(axis=-1)
 
     def decode_painted(self, codes_BN: np.ndarray) -> Tensor:

@@ -365,12 +365,12 @@ def find(
         batch = queries[start : start + BATCH]
         opened = [_open_or_error(path) for path in batch]
         # As an iterator: masks in the photographs' own sizes are then there one at a time.
-        answers = answer(iter([each for each in opened if isinstance(each, Image.Image)]))
-        for path, each in zip(batch, opened, strict=True):
-            if isinstance(each, InputError):
-                yield each
+        answers = answer(iter([result for result in opened if isinstance(result, Image.Image)]))
+        for path, result in zip(batch, opened, strict=True):
+            if isinstance(result, InputError):
+                yield result
             else:
-                yield _found(_file_name(path), each, next(answers))
+                yield _found(_file_name(path), result, next(answers))
 
 
 def _found(name: str, picture: Image.Image, answer: Any) -> Found:

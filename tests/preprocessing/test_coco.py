@@ -340,8 +340,8 @@ def test_a_file_whose_instances_are_all_crowds_names_the_setting_that_takes_them
     expected = read(coco_folder).regions
 
     def mark_all(content):
-        for each in content["annotations"]:
-            each["iscrowd"] = 1
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
 
     coco_folder.write(mark_all)
     with pytest.raises(InputError, match=r"all instances are crowds .*segmentation.crowds=instan"):

@@ -58,9 +58,9 @@ def test_the_rule_for_images_that_show_a_class_agrees_with_the_lists(real_data, 
     files = [f"annotations/instances_{part}2017.json" for part in ("train", "val")]
     images = AnnotatedImages(real_data / "coco2017_sample", files, "painted")
     assert tuple(images.classes) == COCO_CLASSES
-    shown = {path for paths in images.with_class().values() for path in paths}
+    paths_of_all = {path for paths in images.with_class().values() for path in paths}
     agrees = []
-    for path in shown:
+    for path in paths_of_all:
         if (number := int(Path(path).stem)) in known:
             masks = images.class_masks(path)
             agrees += [

@@ -114,13 +114,13 @@ def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(
     )
     assert "step 2/60" in printed
     assert "step 60/60" not in printed
-    said = [
+    messages = [
         line
         for line in printed.splitlines()
         if line.startswith("icl-moe: ") and "cannot be read" in line
     ]
-    assert said, printed
-    for line in said:
+    assert messages, printed
+    for line in messages:
         assert re.fullmatch(
             rf"icl-moe: {copy}/(\w+)-\d{{6}}\.tar: sample \1-\d{{8}} cannot be read: {reason}\.",
             line,
@@ -170,11 +170,11 @@ def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_r
         wait_for(lambda: "the fault begins" in printed(tmp_path), lambda: printed(tmp_path))
         main.send_signal(to_rank_0)
         assert other.wait(timeout=120) == 1
-    said = (tmp_path / "rank-1.log").read_text()
-    assert "rank 1 hangs at step 2, " in said
+    messages = (tmp_path / "rank-1.log").read_text()
+    assert "rank 1 hangs at step 2, " in messages
     assert (
         ", and rank 0, which holds the store of all ranks, does not answer; no progress for 4 s"
-        in said
+        in messages
     )
 
 
@@ -186,9 +186,9 @@ def test_a_fault_that_one_rank_finds_is_said_once(shards, undisturbed, tmp_path,
     command = arguments(shards, tmp_path / "run", "training.steps=8")
     with two_ranks(tmp_path, REPOSITORY / "launch_scripts/pretrain.sh", *command) as ranks:
         codes = [process.wait() for process in ranks]
-    said = [line for line in printed(tmp_path).splitlines() if line.startswith("icl-moe: ")]
+    messages = [line for line in printed(tmp_path).splitlines() if line.startswith("icl-moe: ")]
     assert codes[rank] == 2
-    assert sum(f"The checkpoint file {damaged} cannot be read (" in line for line in said) == 1
+    assert sum(f"The checkpoint file {damaged} cannot be read (" in line for line in messages) == 1
     assert "Traceback" not in printed(tmp_path)
 
 

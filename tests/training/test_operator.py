@@ -169,8 +169,8 @@ def test_tensorboard_has_the_curves_the_table_and_the_pictures(observed):
                 curve(output, name), rel=1e-6
             )
         picture = Image.open(output / f"samples/step-0000000{EVALUATED}/{task}.png")
-        (shown,) = events.Images(f"eval/{task}")
-        assert (shown.width, shown.height) == picture.size
+        (event,) = events.Images(f"eval/{task}")
+        assert (event.width, event.height) == picture.size
         assert len(np.unique(np.asarray(picture))) > 10
     assert "experts/text_summary" in events.Tags()["tensors"]
 

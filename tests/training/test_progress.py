@@ -81,16 +81,19 @@ def expected(steps: tuple[int, ...]) -> dict[str, float]:
     line.
     """
 
-    def total(name: str, of: list[int]) -> float:
+    def total(name: str, covered: list[int]) -> float:
         return sum(
-            micro_step(s, rank, number)[name] for s in of for rank in (0, 1) for number in (0, 1)
+            micro_step(s, rank, number)[name]
+            for s in covered
+            for rank in (0, 1)
+            for number in (0, 1)
         )
 
-    def losses(of: list[int]) -> dict[str, float]:
-        found = {"auxiliary_loss": total("auxiliary", of) / (4 * len(of))}
+    def losses(covered: list[int]) -> dict[str, float]:
+        found = {"auxiliary_loss": total("auxiliary", covered) / (4 * len(covered))}
         for modality in ("image", "text"):
-            if weight := total(f"{modality}_weight", of):
-                found[f"{modality}_loss"] = total(f"{modality}_sum", of) / weight
+            if weight := total(f"{modality}_weight", covered):
+                found[f"{modality}_loss"] = total(f"{modality}_sum", covered) / weight
         return found
 
     last, seconds, of_all = steps[-1], SECONDS[steps[-1]], list(steps)
