@@ -567,7 +567,7 @@ def _synchronize() -> None:
 
 
 def _peak_memory() -> float:
-    """The peak so far in MiB: of the process on a CPU, of tensors on a GPU."""
+    """The most memory in use so far, in MiB: the process's on a CPU, the tensors' on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

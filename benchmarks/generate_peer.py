@@ -156,13 +156,15 @@ class Generate:
 
     @torch.inference_mode()
     def logits(self, tokens_BL: Tensor) -> Tensor:
-        """Of image codes, at every position (B, L, K), float32."""
+        """The logits of the image codes at every position (B, L, K), float32."""
         found: Tensor = self.model(tokens_BL).logits
         return found[..., self._ids.start : self._ids.stop].float()
 
     @torch.inference_mode()
     def exact_logits(self, tokens_L: Tensor) -> tuple[Tensor, float]:
-        """Those after the last token (K,) in float64, and the greatest error of the model's own."""
+        """The logits after the last token (K,) in float64, and the greatest error of the logits
+        that the model itself computes.
+        """
         own_K = self.logits(tokens_L[None])[0, -1].double()
         logits = copy.deepcopy(self.model).double()(tokens_L[None]).logits
         exact_K = logits[0, -1, self._ids.start : self._ids.stop]

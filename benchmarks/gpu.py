@@ -186,7 +186,7 @@ def training(bench: Bench) -> None:
 
 
 def training_compiled(bench: Bench) -> None:
-    """The same with each layer compiled, for episodes of one length."""
+    """Training with each layer compiled, for episodes of one length."""
     found: dict[str, float] = {}
     for episodes in (2,) if bench.quick else (8, 32):
         name = f"segmentation, micro-batch {episodes}, layers compiled"
@@ -320,7 +320,7 @@ def code_by_code(bench: Bench) -> None:
 
 
 def code_by_code_in_place(bench: Bench, compiled: bool = False) -> None:
-    """The same on static buffers, whose step a CUDA graph replays."""
+    """Decoding code by code on static buffers, whose step a CUDA graph replays."""
     setting, best = bench.setting(), 0.0
     decoder = setting.decoder("attributes")
     how = "compiled, CUDA graph" if compiled else "CUDA graph"
@@ -536,7 +536,7 @@ def _attention_ways(bench: Bench, lengths: Sequence[int]) -> dict[str, Attend]:
     """Name -> attention of (T, H, D) inputs within episodes of these lengths."""
 
     def by_rows(attend: Attend) -> Attend:
-        """Of a stream that is cut into rows (B, H, L, D)."""
+        """The same attention over a stream that is cut into rows (B, H, L, D)."""
 
         def attended(*inputs_THD: Tensor) -> Tensor:
             rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in inputs_THD)

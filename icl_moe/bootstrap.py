@@ -46,8 +46,8 @@ def mean_intervals(*values: Sequence[float] | np.ndarray) -> list[Interval]:
 
 
 class Statistic(NamedTuple):
-    """Scores of a list of outputs as a function of how often each of them counts. names: of the S
-    scores. of: weights (B, outputs) -> scores (B, S).
+    """Scores of a list of outputs as a function of how often each of them counts. names: the names
+    of the S scores. of: the function, from weights (B, outputs) to scores (B, S).
     """
 
     names: tuple[str, ...]
@@ -66,8 +66,8 @@ def mean_statistic(values: Mapping[str, Sequence[float] | np.ndarray]) -> Statis
 
 
 class Difference(NamedTuple):
-    """Of two systems on the same queries: the score of either, the difference B - A, its interval,
-    and the two-sided p of the hypothesis that there is none.
+    """The difference of two systems A and B on the same queries: the score of each, the difference
+    B - A, its interval, and the two-sided p of the hypothesis that there is no difference.
     """
 
     a: float

@@ -404,7 +404,7 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
 
 def _many_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray) -> str | None:
     """A message if too many pixels are far from the colours of both sides, as in a photograph;
-    otherwise None. Of a large mask only some pixels are checked.
+    otherwise None. Only some pixels of a large mask are checked.
     """
     step = max(1, round((mask_HW.size / 4e6) ** 0.5))
     levels_HWC, mask_HW = levels_HWC[::step, ::step], mask_HW[::step, ::step]

@@ -23,7 +23,7 @@ COLOURS = (
     (0, 210, 220),
     (255, 120, 190),
 )
-"""Of masks of different classes over one image."""
+"""The colours of the masks of different classes over one image."""
 
 _LEAST_SIDE = 256
 _CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3

@@ -88,6 +88,6 @@ def run_lengths(counts: str | bytes) -> list[int]:
 
 
 _MOST_GROUPS = 8
-"""Of a number, which then is under 2^40: more than the pixels of any mask, and a sum of them cannot
-overflow.
+"""The most groups of a number. The number is then less than 2^40, which is more than the pixels of
+any mask, and sums of such numbers cannot overflow.
 """

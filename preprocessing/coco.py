@@ -60,10 +60,10 @@ def read_instances(
     workers: int,
     unsure: Mapping[Any, Set[str]] | None = None,
 ) -> Pool:
-    """`read_segmentation` for records that are already loaded.
+    """The same as `read_segmentation`, for records that are already loaded.
 
-    unsure: image id -> classes of which not all instances in the image are annotated. The image has
-    no mask of them, whose background would show the others.
+    unsure: image id -> classes of which not all instances in the image are annotated. The image
+    gets no mask of such a class, since the instances without annotation would count as background.
     """
     cutter = _Cutter(coco, source, image_size, unsure or {})
     cutter.check()
@@ -341,7 +341,7 @@ class _Cutter:
         self.wanted = set(self.names.values()) if source.classes is None else set(source.classes)
 
     def check(self) -> None:
-        """Raise InputError if the file has no such class, or none but crowds."""
+        """Raise InputError if the file lacks a wanted class, or has only crowds of them."""
         check_classes("segmentation.classes", self.wanted, self.coco)
         crowds = [
             bool(annotation.get("iscrowd"))
@@ -366,8 +366,9 @@ class _Cutter:
 
 @dataclass
 class _Cut:
-    """The regions of some images. names: of the images that were looked at, by id. left_out: reason
-    -> how many masks of each image of the table have no region for it. error: what stopped it.
+    """The regions of some images. names: the names of the images that were looked at, by id.
+    left_out: reason -> how many masks of each image of the table have no region for this reason.
+    error: the error that ended the reading early.
     """
 
     table: RegionTable

@@ -136,8 +136,8 @@ class Album:
     pool: Pool
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
-        """As in `UsableImages`: the items on photographs of the album. Others were counted
-        before.
+        """The items on photographs of the album, as in `UsableImages`. The other items have been
+        counted already.
         """
         images = {photograph.image for photograph in self.photographs}
         return [item for item in items if item.image in images]

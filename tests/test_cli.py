@@ -109,7 +109,7 @@ def test_a_number_that_nobody_means_is_refused(command, tmp_path, capsys, monkey
 def test_an_empty_name_does_not_stand_for_the_current_folder(
     arguments, said, tmp_path, capsys, monkeypatch
 ):
-    """Such as that of a shell's variable that was never set."""
+    """An empty name is, for example, the value of a shell variable that was never set."""
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, capsy
 
 
 def test_what_may_not_be_read_is_named(tmp_path):
-    """Not as root, who may read everything."""
+    """The commands do not run as root, who may read everything."""
     prefix: list[str] = []
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:

@@ -39,9 +39,10 @@ class IndexRow(NamedTuple):
     """A row of TASK.index.npy, one sample.
 
     shard: its number in the manifest. *_offset, *_size: where KEY.tokens.npy and KEY.json lie in
-    it, in bytes. length: tokens without padding. inputs, outputs: tokens of these roles. crc32: of
-    KEY.tokens.npy followed by KEY.json. query_inputs, query_outputs: of the tokens of these roles,
-    those of the query; None in an index of an earlier version, which lacks the columns.
+    it, in bytes. length: the number of tokens without padding. inputs, outputs: the number of
+    tokens of these roles. crc32: the CRC-32 of KEY.tokens.npy followed by KEY.json. query_inputs,
+    query_outputs: how many of the tokens of these roles belong to the query; None in an index of an
+    earlier version, which lacks the columns.
     """
 
     shard: int

@@ -32,9 +32,10 @@ _PREDICTIONS = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Compared:
-    """One measure of two systems A and B on the same queries. shots_a, shots_b: the examples that
-    each was shown. difference: B - A. p: of the hypothesis that there is none, two-sided; test: how
-    it was found. interval: 95 %, of the difference; None for a test that has none.
+    """One measure of two systems A and B on the same queries. shots_a, shots_b: how many examples
+    each system was shown. difference: B - A. p: the two-sided p of the hypothesis that there is no
+    difference. test: the test that gave p. interval: the 95 % interval of the difference; None for
+    a test that has none.
     """
 
     task: str
@@ -68,10 +69,11 @@ def compare(
     """Compare two folders, each of an evaluation (`icl-moe evaluate --out`) or of predictions, on
     the episodes of `shards`.
 
-    shots: of evaluations with several numbers of examples, the one to compare; by default the
-    largest. limit: only so many episodes of each task, which predictions must be of, and
-    evaluations must have; by default those of the evaluations, or all. Raises InputError if they
-    are not of the same queries of these shards.
+    shots: the number of examples to compare, if an evaluation has several; by default the largest.
+    limit: how many episodes of each task to compare. Predictions must be for exactly these
+    episodes, and evaluations must contain them; by default they are the episodes of the
+    evaluations, or all. Raises InputError if the folders are not for the same queries of these
+    shards.
     """
     limit = limit or _common_limit(a, b, shards)
     sets = open_episodes(shards, limit, every_task=True)

@@ -57,7 +57,7 @@ class _Asked(NamedTuple):
     counted_HW: np.ndarray
 
     def iou(self, drawn: DrawnMask) -> float:
-        """Of the drawn mask in another form."""
+        """The IoU of the true mask with `drawn`, which is the drawn mask in any form."""
         return mask_iou(drawn.mask_HW & self.counted_HW, self.mask_HW & self.counted_HW)
 
 

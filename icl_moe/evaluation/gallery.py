@@ -90,7 +90,9 @@ def _rows(
     log: PredictionLog,
     numbers: Mapping[int, str],
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    """numbers: of the episodes to draw, each with the beginning of its title."""
+    """The rows of a gallery. numbers: the number of each episode to draw -> the beginning of the
+    row's title.
+    """
     rows = []
     bar = tqdm(numbers.items(), desc=f"drawing {condition.task}", unit="episode", leave=False)
     for number, words in bar:

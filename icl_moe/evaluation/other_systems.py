@@ -113,8 +113,8 @@ def write_predictions(
 def read_predictions(
     folder: Path, episodes: EpisodeSet, name: str | None = None
 ) -> OtherSystem | None:
-    """The predictions of a folder for these episodes; None if it has none for their task. name: in
-    place of the one in the file.
+    """The predictions of a folder for these episodes; None if it has none for their task. name: the
+    system's name, by default the name that the file says.
 
     Raises InputError, in one sentence, if a file is malformed or of other episodes, if an episode
     is missing, is there twice or does not exist, if a result is not what its task needs, or if the
@@ -143,7 +143,7 @@ def read_predictions(
 
 
 def _read_file(path: Path, episodes: EpisodeSet, swapped: bool, name: str) -> OtherSystem:
-    """The predictions of one file. name: of the system, if the file does not say."""
+    """The predictions of one file. name: the system's name, if the file does not say it."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("results"), list):
         raise InputError(
@@ -247,7 +247,9 @@ def _check_class(result: Mapping[str, Any], category: str) -> None:
 
 @dataclass(frozen=True)
 class _Record:
-    """How a task's output stands in a result. read: of a result and the image size."""
+    """How a task's output is stored in a result. read: the output, from a result and the image
+    size.
+    """
 
     write: Callable[[Output], dict[str, Any]]
     read: Callable[[Mapping[str, Any], int], Output]

@@ -65,8 +65,8 @@ class _Row(NamedTuple):
 
 
 def systems_panel(metrics: Metrics) -> Panel:
-    """The model after one example, or the next number that was asked for, beside all other systems;
-    as the paper's Table 4.
+    """The model after one example, or the next larger number that was requested, next to all other
+    systems, as in the paper's Table 4.
     """
     shots = shown_shots(metrics)
     found: dict[tuple[Source, str], dict[_Column, Measure]] = {}
@@ -175,8 +175,8 @@ def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
 
 
 def respects_panel(metrics: Metrics, task: str) -> Panel | None:
-    """The same queries, each respect in which the examples are obeyed or not by itself; None where
-    there is only one.
+    """The queries of `swapped_panel`, scored separately in each respect in which a model can follow
+    its examples, such as class and style; None if there is only one respect.
     """
     swapped = metrics.tasks[task].swapped
     names = dict.fromkeys(name for row in swapped for name in row.scores.respects)
@@ -233,8 +233,8 @@ def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
 
 
 def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
-    """By what queries are grouped by, the main score of each group, of the model, of other systems
-    and of the copy of the first example.
+    """The main score of each group of queries, for the model, for other systems and for the copy of
+    the first example; one panel for each way in which queries are grouped, by its name.
     """
     result = metrics.tasks[task]
     shown_rows = [row for row in result.rows if _is_of_a_system(row)]
@@ -386,7 +386,9 @@ def _panel(
     is_best: Mapping[_Column, set[int]] | None = None,
     has_arrows: bool = True,
 ) -> Panel:
-    """is_best: of each column the places of the rows in bold, in place of `best_of`."""
+    """A panel of these rows and columns. is_best: for each column the places of the rows in bold;
+    by default `best_of`.
+    """
     if is_best is None:
         is_best = {column: best_of(rows, column) for column in columns}
     lines = []

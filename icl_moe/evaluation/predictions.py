@@ -208,9 +208,9 @@ def predict(
     photographs: Photographs | None = None,
 ) -> None:
     """Complete every episode that can be asked under a condition, greedily, in batches of fixed
-    composition, and log new predictions. Of n processes each completes every n-th batch. decoding:
-    see `InContextModel.complete`. photographs: those of the queries, if the outlines of masks are
-    to follow their edges. Raises InputError if one of them is not there.
+    composition, and log new predictions. If there are n processes, each completes every n-th batch.
+    decoding: see `InContextModel.complete`. photographs: the photographs of the queries, if the
+    outlines of masks are to follow their edges. Raises InputError if a photograph is missing.
     """
     selected = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     keys = episodes.keys

@@ -64,13 +64,16 @@ def evaluate(
 
     shots: how many of an episode's examples to show; each number gives a row of the table.
     controls: how examples are exchanged for comparison; by default `swapped` if the shards contain
-    the necessary data. sections: additional sections of the report. decoding: of masks, see
-    `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. predictions: of
-    other systems on the same episodes, name of the row -> folder (see other_systems.py). edges:
-    whether the outlines of masks follow the edges of images, if the model has `edges`. images: the
-    folder of these images, by default where the shards were built of them. Writes metrics.json,
-    speed.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
-    After an interruption, the same call resumes after the last complete batch.
+    the necessary data. sections: additional sections of the report. decoding: how masks are
+    decoded, see `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`.
+    predictions: other systems' predictions for the same episodes, name of the row -> folder (see
+    other_systems.py). edges: whether the outlines of masks follow the edges of images, if the model
+    has `edges`. images: the folder of these images; by default the folder that the shards were
+    built from.
+
+    Writes metrics.json, speed.json, predictions.jsonl and report.html into `out`;
+    docs/evaluation.md describes them. After an interruption, the same call resumes after the last
+    complete batch.
 
     Processes that `accelerate launch` or torchrun started share the queries, with equal results;
     all but the first return None.
@@ -339,9 +342,10 @@ def _trained_on(model: InContextModel) -> str | None:
 
 
 def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
-    """greedy: every token is the most probable one. parallel and mirrored: masks are decoded in one
-    pass; nothing is marked where the expected IoU is less than a threshold; and where outlines
-    follow the edges of images, how.
+    """How the outputs were written, for metrics.json. greedy: every token is the most probable one.
+    parallel and mirrored: masks are decoded in one pass; these also have the threshold of the
+    expected IoU, below which nothing is marked, and the settings with which outlines follow the
+    edges of images, if they do.
     """
     if decoding == "autoregressive":
         return {"decoding": "greedy"}

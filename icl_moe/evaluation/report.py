@@ -45,9 +45,9 @@ def write_report(
     proofs: Mapping[str, Gallery] | None = None,
     told: Sequence[str] = (),
 ) -> None:
-    """Write the report of an evaluation. proofs: of each task, pictures of queries with examples of
-    two classes. `sections` follow the tables. told: the tasks in which the model is given the name
-    of the class.
+    """Write the report of an evaluation. proofs: for each task, pictures of queries with examples
+    of two classes. sections: what follows the tables. told: the tasks in which the model is given
+    the name of the class.
     """
     charts = shots_charts(metrics)
     groups = {name: group_panels(metrics, name) for name in metrics.tasks}
@@ -290,8 +290,8 @@ def swapped_table(result: TaskResult) -> Table:
 
 
 def respects_table(result: TaskResult) -> Table | None:
-    """The same queries, each respect in which the examples are obeyed or not by itself; None where
-    there is only one.
+    """The queries with swapped examples, scored separately in each respect in which a model can
+    follow its examples, such as class and style; None if there is only one respect.
     """
     columns = {"right": "right, own", "right_swapped": "right, swapped", "flips": "flips"}
     lines = []

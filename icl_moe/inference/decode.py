@@ -169,8 +169,8 @@ def decode_at_once(
     groups of nearly equal size, and the result is the mean of the groups' probabilities, weighted
     by their sizes. read: what the decoder has read of each group of each request already, by
     `read_examples`; otherwise what the requests begin with, such as the same examples, is read
-    once. Of tasks whose output is one image or begins with one, and a decoder that was trained with
-    mask corruption.
+    once. The tasks must be those whose output is one image or begins with one, and the decoder must
+    have been trained with mask corruption.
     """
     groups = [list(in_groups(episode, together)) for episode, _ in requests]
     means: list[Any] = [0.0] * len(requests)

@@ -391,8 +391,9 @@ class InContextModel:
     def _expected(
         self, requests: Sequence[Request], read: Sequence[Sequence[KeyValueCache]] | None
     ) -> tuple[torch.Tensor, np.ndarray]:
-        """Of the output images of requests of one task, in one pass: how probable each code is in
-        each cell (B, N, K), and the brightness of the `Task.expected_masks` (B, C, H, W).
+        """What the model expects of the output images of requests of one task, in one pass: how
+        probable each code is in each cell (B, N, K), and the brightness of the masks (B, C, H, W),
+        see `Task.expected_masks`.
         """
         probabilities_BNK = decode_at_once(self.decoder, self.codec, requests, self._together, read)
         examples = [episode.pairs for episode, _ in requests]

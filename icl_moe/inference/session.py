@@ -112,7 +112,7 @@ class Session:
         progress: bool = False,
         task: Task | None = None,
     ) -> None:
-        """See `InContextModel.session`. task: of the examples, by default the one they fit."""
+        """See `InContextModel.session`. task: the examples' task; by default the task they fit."""
         _check_count("nearest", 1 if nearest is None else nearest)
         self.classes = _class_names(examples, category)
         self._model, self._nearest, self._progress = model, nearest, progress

@@ -20,9 +20,9 @@ class StaticCodes:
     """Writes the output images of `rows` requests whose prompts have equal lengths, greedily, as
     `decode_batch` does. It holds keys and values for prompts of at most `longest` tokens.
 
-    Of tasks whose output is one image, a decoder without the link, and gates that read attributes
-    alone: everything else needs the host. As an `AttentionScope` it attends to all positions that
-    are written, over the whole of its buffers, since a graph's shapes are fixed.
+    It supports only tasks whose output is one image, decoders without the link, and gates that read
+    attributes alone: everything else needs the host. As an `AttentionScope` it attends to all
+    positions that are written, over the whole of its buffers, since a graph's shapes are fixed.
     """
 
     def __init__(

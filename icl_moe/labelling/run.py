@@ -54,8 +54,8 @@ class Labelling:
 
 
 class Count(NamedTuple):
-    """Of a finished labelling: images that were read, instances, files that were not read, and
-    windows that were read beside the whole images.
+    """The numbers that a finished labelling reports: images that were read, instances, files that
+    were not read, and windows that were read in addition to the whole images.
     """
 
     images: int
@@ -237,7 +237,7 @@ def _write_list(file: TextIO, name: str, records: Iterable[dict[str, Any]]) -> i
 
 
 def _records(journal: Journal) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """COCO's record of each image that was read, and those of its annotations."""
+    """COCO's record of each image that was read, and the records of its annotations."""
     image_id = annotation_id = 0
     for entry in journal.entries():
         if "unread" in entry:

@@ -104,7 +104,7 @@ class DeepSpeedFeedForward(MoE):
         return gate if isinstance(gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
-        """decision: of `stream_gate`, if there is one."""
+        """decision: the decision of `stream_gate`, if there is one."""
         if decision is not None:
             # MoE passes this argument on unchanged to the layer within it.
             out_TM, *_ = super().forward(x_TM, (plan, decision))
@@ -227,7 +227,7 @@ class StockTokenGate(nn.Module):
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
-    """The tensor ranks' shares, joined along `dim`; in place of DeepSpeed's own function."""
+    """The tensor ranks' shares, joined along `dim`; it replaces DeepSpeed's own function."""
     group = tensor_parallel_group()
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -116,7 +116,9 @@ class AttributeGate(StreamGate):
     def probabilities(
         self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
     ) -> Tensor:
-        """p_CE of the attribute classes, float32; with noise if (seed, step) is given."""
+        """The probabilities p_CE of the experts for each attribute class, float32; with noise if
+        (seed, step) is given.
+        """
         device = self.wg.weight.device
         with torch.autocast(device.type, enabled=False):
             bits = _bits(classes, device)
@@ -190,7 +192,7 @@ class TokenGate(nn.Module):
         self.experts_per_token = experts_per_token
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """experts_TK (int64), weights_TK (float32) and the auxiliary loss."""
+        """Returns experts_TK (int64), weights_TK (float32) and the auxiliary loss."""
         if hasattr(self, "attributes"):
             x_TM = x_TM + self.attributes(plan)
         probabilities_TE = F.linear(x_TM.float(), full_precision(self.wg.weight)).softmax(dim=-1)

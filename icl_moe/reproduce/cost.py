@@ -30,22 +30,26 @@ GPUS = {"RTX A6000": 8, "A100": 8, "H100": 8}
 """The machines for which hours are given; the paper used eight A6000."""
 
 _CAPTION = "a brown dog that lies on the green grass beside a wooden bench"
-"""As long as a region's description usually is."""
+"""A caption as long as the description of a region usually is."""
 
 _QUERIES = 2000
 _QUERIES_PER_SECOND = 2.0
 """The paper decodes 1.4 to 2.8 images a second."""
 
 _BYTES_PER_EPISODE = 14_000
-"""Of a shard: at most 2,060 tokens of two bytes, and masks, boxes and texts as JSON."""
+"""The size of an episode in a shard: at most 2,060 tokens of two bytes, and masks, boxes and texts
+as JSON.
+"""
 
 _BYTES_PER_PARAMETER = 12 * 2 + 4
-"""Weights and two moments in float32, in the two checkpoints that are kept; and the export."""
+"""The weights and two moments in float32, in the two checkpoints that are kept, and the exported
+weights.
+"""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run: tokens without padding, FLOPs of training, and bytes of its checkpoints."""
+    """The cost of one run: tokens without padding, FLOPs of training, and bytes of checkpoints."""
 
     name: str
     steps: int
@@ -54,7 +58,7 @@ class Cost:
     parameters: int
 
     def hours(self, gpu: str) -> float:
-        """On so many of a GPU as GPUS says, with the utilisation `MFU`."""
+        """The hours of training on the number of GPUs in `GPUS`, with the utilisation `MFU`."""
         peak = peak_of(gpu, "bf16")
         assert peak is not None
         return self.flops / (peak * MFU * GPUS[gpu]) / 3600

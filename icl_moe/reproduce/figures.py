@@ -44,8 +44,9 @@ class Elsewhere:
 class PaperFigure:
     """A figure of the paper at one scale.
 
-    rows: of a table, whose runs it is of. task: what its pictures show; None for the figure of the
-    gradients. elsewhere: the queries, by default those of the run's own evaluation.
+    rows: the rows of a table whose runs the figure shows. task: the task that its pictures show;
+    None for the figure of the gradients. elsewhere: where the queries are from; by default they are
+    those of the run's own evaluation.
     """
 
     name: str

@@ -191,7 +191,7 @@ def _draw_row(
 
 
 def _height(cells: Sequence[Cell]) -> int:
-    """Of a row without its title, with as many lines of text as its longest one has."""
+    """The height of a row without its title; each text has the lines that the longest one needs."""
     lines = max(len(wrap(cell.text, _SIDE, _LINES, 12)) if cell.text else 0 for cell in cells)
     return _SIDE + 16 * lines + 24
 

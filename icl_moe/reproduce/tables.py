@@ -32,8 +32,8 @@ def _epochs(epochs: int, *tasks: str) -> str:
 
 @dataclass(frozen=True)
 class Shards:
-    """A data recipe with overrides. name: of its folder, and unique among the shards of a scale.
-    split: of the data sets that a recipe reads from files.
+    """A data recipe with overrides. name: the name of the folder, unique among the shards of a
+    scale. split: the split of the data sets that a recipe reads from files.
     """
 
     name: str
@@ -129,9 +129,10 @@ class _Base:
         data_name: str | None = None,
         evaluated: Shards | None = None,
     ) -> Run:
-        """kind: of episodes, a key of `positions`. data, settings: what makes this run differ.
-        data_name: the folder of its shards, which runs with the same data share. evaluated: by
-        default held-out episodes that are made as those for training are.
+        """A run with these settings. kind: the kind of its episodes, a key of `positions`. data,
+        settings: the settings in which this run differs from others. data_name: the folder of its
+        shards, which runs with the same data share. evaluated: the episodes of the evaluation; by
+        default held-out episodes that are made in the same way as those for training.
         """
         folder = data_name or name
         trained = Shards(folder, self.data, self.train + data, "train")
@@ -401,8 +402,8 @@ def _table7(scale: Scale) -> PaperTable:
 
 
 _PLAIN = ("--control", "none", "--decoding", "autoregressive")
-"""Of models that are evaluated with fewer examples than they were trained with: they have seen
-hidden masks after all examples only, so they write masks code by code.
+"""Options of the evaluation of models with fewer examples than they were trained with: in training
+they saw hidden masks only after all examples, so they write masks code by code.
 """
 
 
@@ -413,7 +414,7 @@ def _with_category(scale: Scale) -> Run:
 
 
 def _hold_out_one(base: _Base, scale: Scale, task: str) -> Shards:
-    """The same held-out episodes of one task as in the shards of both."""
+    """Held-out episodes of one task, the same as in the shards of both tasks."""
     other = {SEGMENTATION: CAPTIONING, CAPTIONING: SEGMENTATION}[task]
     return base.hold_out(f"{_both(scale)}_val_{task}", (f"{other}=null",))
 

@@ -140,7 +140,9 @@ def score_tokenised(
     with_intervals: bool = False,
     matched: Sequence[Matched] | None = None,
 ) -> list[CaptionScores]:
-    """The same for texts whose tokens are separated by spaces; `tokenizer` is recorded."""
+    """The same as `score_captions`, for texts whose tokens are separated by spaces. tokenizer: the
+    name of the tokenizer that separated them; it is recorded.
+    """
     truths = {key: list(texts) for key, texts in references.items()}
     meteors, note = _meteor(predictions, truths, java, matched)
     scores = []
@@ -170,9 +172,12 @@ def score_tokenised(
 
 
 class CaptionCounts(NamedTuple):
-    """The scores of a set that do not need Java, and what they are made of: of each of its Q texts
-    ROUGE-L, CIDEr, its length and that of the closest reference, and its correct and all n-grams of
-    1 to 4 words, (Q, 12).
+    """The scores of a set of Q texts that do not need Java, and the counts that they are computed
+    from.
+
+    columns_QS: for each text, in 12 columns, its ROUGE-L and its CIDEr, its length and that of the
+    closest reference, the numbers of its n-grams of 1 to 4 words that are correct, and the numbers
+    of all of them.
     """
 
     bleu: tuple[float, ...]
@@ -280,7 +285,7 @@ _NOT_ASKED = "Java was not asked for"
 
 
 _Meteors = tuple[float | None, float | None]
-"""Of a set: METEOR of the corpus, and the mean average precision."""
+"""The scores of one set that need METEOR: METEOR of the corpus, and the mean average precision."""
 
 
 def _meteor(
@@ -289,7 +294,9 @@ def _meteor(
     java: bool,
     matched: Sequence[Matched] | None,
 ) -> tuple[list[_Meteors], str]:
-    """What METEOR is needed for, of each set, and ""; or None for each set, and the reason."""
+    """The scores of each set that need METEOR, and an empty text. If METEOR is not available: None
+    for each score, and the reason.
+    """
     nothing: list[_Meteors] = [(None, None)] * len(predictions)
     program, problem = find_java() if java else ("", _NOT_ASKED)
     if problem:

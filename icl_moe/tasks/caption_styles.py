@@ -42,7 +42,9 @@ class StyleJudge:
         return sum(right) / max(len(right), 1)
 
     def _best(self, terms: _Terms, left_out: str | None = None) -> str | None:
-        """left_out: the style among whose texts these terms are counted, and are not to count."""
+        """The style in which these terms are the most probable; None if several are. left_out: the
+        style whose counts contain these terms, which are then subtracted.
+        """
         scores: dict[str, float] = {}
         for style, counts in self._counts.items():
             own = terms if style == left_out else _Terms()

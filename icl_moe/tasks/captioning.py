@@ -63,9 +63,9 @@ class CaptionPair:
     """Image codes (N,), and the content of the caption. `category` and `box` are None if the format
     lacks them.
 
-    `box_image`: codes (N,) of the box drawn as an image; box=image only. Then `box` is there only
-    where a model wrote the drawing in one pass. `log_probability`: of a caption that a model wrote,
-    the mean of its text's tokens.
+    box_image: codes (N,) of the box drawn as an image, only with box=image. `box` is then known
+    only if a model wrote the drawing in one pass. log_probability: the mean log-probability of the
+    text's tokens, if a model wrote the caption.
     """
 
     image: np.ndarray
@@ -415,13 +415,13 @@ def _confidence(pair: CaptionPair) -> dict[str, float]:
 
 
 def _most_frequent(texts: Iterable[str]) -> str:
-    """Of several that are as frequent, the first in the alphabet."""
+    """The most frequent text; the first in the alphabet if several are equally frequent."""
     counts = Counter(texts)
     return min(counts, key=lambda text: (-counts[text], text))
 
 
 def style_judge(truths: Iterable[Truth]) -> StyleJudge:
-    """By all texts of each style that the truths keep."""
+    """A judge of styles that knows all texts of each style that the truths keep."""
     texts: dict[str, list[str]] = {}
     for truth in truths:
         for kind, of_kind in by_kind(truth).items():
@@ -481,7 +481,7 @@ _FIELDS = {"category": "category_accuracy", "box IoU": "box_iou"}
 def _of_queries(
     outputs: Sequence[Output], true: Sequence[Output], format: SequenceFormat
 ) -> dict[str, list[float]]:
-    """By their headings, the values of each query that captions of this format have."""
+    """The values of each query for the scores that captions of this format have, by heading."""
     values = {}
     if format.category == "written":
         values["category"] = _categories_right(outputs, true)

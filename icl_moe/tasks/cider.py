@@ -12,8 +12,9 @@ ORDERS, SIGMA = 4, 6.0
 
 
 class _Counts(NamedTuple):
-    """The n-grams of one order: of each occurrence in a text, its text, the number of its n-gram,
-    and how often it occurs there. `grams`: how many different ones there are.
+    """The n-grams of one order: for each n-gram that occurs in a text, the number of the text, the
+    number of the n-gram, and how often it occurs there. grams: how many different n-grams there
+    are.
     """
 
     texts_E: np.ndarray

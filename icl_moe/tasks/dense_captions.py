@@ -76,7 +76,7 @@ class Matched(NamedTuple):
     regions: int
 
     def with_texts(self, texts: Mapping[str, str]) -> "Matched":
-        """The same with other texts, such as tokenised ones."""
+        """The same matches with each text replaced, for example by the tokenised text."""
         return self._replace(
             matches=tuple(
                 match._replace(

@@ -49,12 +49,13 @@ class SegmentationScores:
     intervals, class_intervals, size_intervals: 95 % intervals over queries (see bootstrap.py), by
         score, by class and by size; empty where they were not asked for. A class or a size that a
         draw lacks is left out of that draw.
-    standard, standard_miou, fold_miou: of episodes of a published benchmark, its name and its own
-        mIoU: of each fold the mean over its classes of IoU_c, where a class that is neither there
-        nor marked has 0; then the mean over the folds. fold_episodes: how many a fold had.
-    standard_fb_iou: of each fold the mean of the foreground's and the background's IoU, each of the
-        pixels of all its queries, whatever their class; then the mean over the folds (HSNet's
-        FB-IoU).
+    standard, standard_miou, fold_miou: if the episodes are those of a published benchmark, its name
+        and its own mIoU. That of a fold is the mean of IoU_c over its classes, where a class that
+        is neither there nor marked has 0; that of the benchmark is the mean over the folds.
+        fold_episodes: how many episodes a fold had.
+    standard_fb_iou: HSNet's FB-IoU. That of a fold is the mean of the foreground's and the
+        background's IoU, each over the pixels of all its queries, whatever their class; that of the
+        benchmark is the mean over the folds.
     """
 
     episodes: int
@@ -148,7 +149,7 @@ class MaskCounts:
 
     @property
     def sizes(self) -> list[str]:
-        """Those of `SIZES` that occur."""
+        """The names in `SIZES` that occur among the masks."""
         return [name for name in SIZES if name in self.size_E]
 
 
@@ -264,7 +265,7 @@ class _Groups:
 
 
 _Scores = Callable[[np.ndarray], np.ndarray]
-"""Of weights (B, E), the scores (B, S)."""
+"""A function from weights (B, E) to scores (B, S)."""
 
 
 def _class_ious(counts: MaskCounts) -> _Scores:

@@ -54,7 +54,7 @@ class SegmentationPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the mask (N,), image codes.
 
     drawn: the pixels of a mask that was decoded in one pass, which contain more information than
-    its codes. log_probability: of a mask that was decoded code by code, see `DrawnMask`.
+    its codes. log_probability: that of a mask that was decoded code by code, see `DrawnMask`.
     """
 
     image: np.ndarray

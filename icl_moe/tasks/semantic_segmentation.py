@@ -52,8 +52,8 @@ class PaintedPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the painted picture (N,), image
     codes.
 
-    drawn: of a picture that was decoded in one pass, the mask of each colour that the examples
-    show, which contain more information than its codes.
+    drawn: the mask of each colour that the examples show, if the picture was decoded in one pass;
+    the masks contain more information than its codes.
     """
 
     image: np.ndarray
@@ -213,7 +213,7 @@ class SemanticSegmentation(OneImageTask):
     def _colour_masks(
         self, model: CodeReader, pairs: Sequence[PaintedPair]
     ) -> list[dict[str, np.ndarray]]:
-        """Of each pair, the mask (H, W) of each colour in its painted picture."""
+        """For each pair, the mask (H, W) of each colour in its painted picture."""
         written = [pair.painted for pair in pairs if pair.drawn is None]
         of_codes = iter(model.decode_painted(np.stack(written)) if written else ())
         return [
@@ -232,8 +232,8 @@ class SemanticSegmentation(OneImageTask):
         format: SequenceFormat,
         quick: bool = False,
     ) -> list[SegmentationScores]:
-        """As masks of single classes, one for each class of each episode; intervals are over
-        episodes, since the masks of one query are not independent.
+        """The scores of the masks of single classes, one mask for each class of each episode.
+        Intervals are over episodes, since the masks of one query are not independent.
         """
         queries = _queries(truths)
         found = [

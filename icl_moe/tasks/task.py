@@ -413,8 +413,8 @@ class Task(ABC):
         agreement: Callable[[Output, Sequence[Output]], float] | None = None,
     ) -> bool:
         """Whether an output agrees more with what is annotated of the shown kind's class than with
-        what is annotated of any other class. A tie does not count. agreement: in place of the
-        task's.
+        what is annotated of any other class. A tie does not count. agreement: the measure of
+        agreement, by default the task's own.
         """
         agreement = agreement or self.agreement
         best = {True: 0.0, False: 0.0}

@@ -23,8 +23,9 @@ Part = Literal["pictures", "masks", "painted", "features"]
 
 @dataclass(frozen=True)
 class ImageTokenizers:
-    """pictures: the VQ-GAN, for everything that the other two do not encode. masks: for masks and
-    drawn boxes. features: for input images. Each may be None.
+    """The tokenizers of a model. pictures: the VQ-GAN, which encodes everything that the other two
+    do not. masks: the tokenizer of masks and drawn boxes. features: the tokenizer of input images.
+    Each may be None.
 
     Raises InputError if no tokenizer can encode input images or masks, or if their cells differ.
     """

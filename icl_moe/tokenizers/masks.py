@@ -52,13 +52,13 @@ class MaskTokenizer(Protocol):
         ...
 
     def decode_painted(self, codes_BN: np.ndarray) -> Tensor:
-        """Pixels_B3HW of such pictures, float32, about -1 to 1."""
+        """Pixels_B3HW of pictures that `encode_painted` encoded, float32, about -1 to 1."""
         ...
 
     def decode_colours(self, probabilities_BNK: Tensor, colours_C3: np.ndarray) -> Tensor:
-        """How probable each of these colours is in each pixel of such a picture, given the
-        probabilities of each cell's code: probabilities_BCHW, float32. colours_C3: boolean
-        channels; black is none of them.
+        """How probable each of these colours is in each pixel of a painted picture, given the
+        probabilities of each cell's code: probabilities_BCHW, float32. colours_C3: the boolean
+        channels of the colours; black is not one of them.
         """
         ...
 

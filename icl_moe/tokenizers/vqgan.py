@@ -96,9 +96,9 @@ class VQGANConfig:
 
 
 class VQGAN(nn.Module):
-    """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones.
+    """An image tokenizer. A new one has random weights; `from_pretrained` loads a trained one.
 
-    precision: of the arithmetic in `encode` and `decode`. With bf16 the convolutions of the
+    precision: the precision of `encode` and `decode`. With bf16 the convolutions of the
     encoder's finest level and of all of the decoder's levels run in bfloat16, and a few codes in a
     thousand differ (docs/tokenizer.md). The weights stay float32.
     """

@@ -110,7 +110,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
 
 
 def _coming_state(engine: TrainingEngine) -> list[Tensor]:
-    """As much memory as the two moments of AdamW need, if there are none yet."""
+    """Tensors that need as much memory as the two moments of AdamW, if these do not exist yet."""
     state = engine.deepspeed.basic_optimizer.state
     masters = {id(held.master): held.master for held in held_ranges(engine.deepspeed)}
     return [

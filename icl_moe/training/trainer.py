@@ -154,7 +154,7 @@ class Trainer:
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Within this context, if wanted, torch refuses operations whose result may differ when they
+    """If `wanted`, torch refuses, within this context, operations whose result may differ when they
     are run again.
     """
     memory: Any = torch.utils.deterministic
@@ -192,7 +192,7 @@ class _Run:
     gradients: GradientReport = field(init=False)
 
     def go_on(self, stop: int) -> None:
-        """From the step of the state to step `stop`."""
+        """Train from the step of the state to step `stop`."""
         self._record()
         self.monitor, self.gradients = self._monitors(stop)
         with (

@@ -29,8 +29,8 @@ THUMBNAIL = 240
 MASK_COLOUR = (0, 196, 170)
 
 UNSURE = 0.3
-"""Below this score a card says that the model is not sure of its mask: a sign to look, since the
-overlap that a model expects is not calibrated.
+"""The score below which a card says that the model is not sure of its mask. It only advises the
+user to look, since the overlap that a model expects is not calibrated.
 """
 
 

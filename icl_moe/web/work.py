@@ -248,8 +248,8 @@ def _from_data_url(url: Any, name: str) -> Image.Image:
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
-    """Raise InputError if a file's image is too large, or would run a program. What is no image
-    passes: reading it says so.
+    """Raise InputError if a file's image is too large, or if reading it would run a program. A file
+    that is not an image passes: the error is raised when it is read.
     """
     try:
         with warnings.catch_warnings():

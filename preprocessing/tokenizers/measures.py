@@ -90,8 +90,8 @@ class _Measures:
             self._measure_pictures()
 
     def add_mask(self, mask_HW: np.ndarray, category: int, area: int) -> None:
-        """area: of the whole mask in the original picture. A mask that the crop leaves empty does
-        not count.
+        """Count a mask, unless the crop leaves it empty. area: the area of the whole mask in the
+        original picture.
         """
         if mask_HW.any():
             self._masks.append(

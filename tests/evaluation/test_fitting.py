@@ -133,7 +133,7 @@ def along_edges_folder(parallel_model_folder, tmp_path_factory) -> Path:
 
 
 def without_images(shards: Path, out: Path) -> Path:
-    """The same shards where their images are not."""
+    """A copy of the shards that has no images next to it."""
     out.mkdir()
     for file in shards.iterdir():
         if file.name != "synthetic":

@@ -280,7 +280,7 @@ def test_baselines_write_whole_predictions(shards, tmp_path, name, tasks):
 
 
 def test_a_constant_baseline_is_the_same_with_swapped_examples(shards, tmp_path):
-    """So it cannot flip, and is the constant of the table of all queries."""
+    """It therefore cannot flip, and equals the constant in the table of all queries."""
     assert predict_baseline("mean_mask", shards, tmp_path) == ["segmentation"]
     system = check_predictions(tmp_path, shards)["segmentation"]
     assert system.swapped

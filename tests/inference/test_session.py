@@ -64,7 +64,7 @@ def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive", "mirrored"])
 @torch.inference_mode()
 def test_a_session_equals_the_whole_sequence_read_at_a_time(model, scenes, decoding):
-    """Without the keys and values that a session keeps."""
+    """The whole sequence is read without the keys and values that a session keeps."""
     query = scenes[4].image
     request = one_request(model, example(scenes[2]), query)
     (whole,) = SEGMENTATION.draw(model, model.complete([request], decoding=decoding))

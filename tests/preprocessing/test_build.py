@@ -318,7 +318,7 @@ def _interrupt(*_, **__):
 
 
 def _replace_until(name):
-    """Renames files, and is interrupted at the one of this name."""
+    """Renames files, and is interrupted at the file of this name."""
 
     def replace(source, target, real=os.replace):
         if Path(target).name == name:

@@ -199,7 +199,7 @@ def make_regions() -> list[PoolRegion]:
 
 
 def everything(regions) -> list:
-    """Also the fields that regions are not compared by."""
+    """All fields of the regions, including those that are ignored when regions are compared."""
     return [(r, r.role, r.group, r.target, tuple(r.target.objects)) for r in regions]
 
 

@@ -51,7 +51,7 @@ def coco(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def listed_coco(tmp_path_factory) -> tuple[Path, dict]:
-    """The same with HSNet's lists of images."""
+    """The same data set, with HSNet's lists of images."""
     data = standard_data.write_coco(tmp_path_factory.mktemp("listed_coco"))
     return data, standard_data.write_coco_lists(data)
 

@@ -48,7 +48,7 @@ def test_a_thousand_queries_of_real_lists_are_drawn_as_hsnet_draws_them(lists):
 
 
 def test_the_rule_for_images_that_show_a_class_agrees_with_the_lists(real_data, lists):
-    """Of the images in the sample that are a part of COCO 2014's validation set."""
+    """This is compared on the images of the sample that belong to COCO 2014's validation set."""
     listed = {
         COCO_CLASSES[number]: {int(name[-16:-4]) for name in names}
         for of_fold in lists.values()

@@ -120,7 +120,7 @@ def test_the_pairs_of_an_episode_show_the_same_classes_and_masks_are_the_annotat
 
 
 def test_colours_are_fixed_within_an_episode_and_drawn_anew_for_each(shards: Path) -> None:
-    """So a class says nothing about its colour, and all seven colours occur."""
+    """A class therefore says nothing about its colour, and all seven colours occur."""
     samples = _samples(shards)
     of_class: dict[str, set[str]] = {}
     for sample in samples:
@@ -274,7 +274,7 @@ def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fitted(shards: Path, model_folder: Path) -> InContextModel:
-    """With edges and a threshold of this task's own episodes."""
+    """A model with edges and a threshold that are fitted to this task's own episodes."""
     model = InContextModel.from_pretrained(model_folder, "cpu")
     config = model.decoder.config
     config.mask_threshold, config.mask_edges = fit_masks(model, ShardSet(shards), episodes=7)
@@ -432,7 +432,9 @@ def test_a_model_is_trained_evaluated_and_paints(
 def test_an_example_is_not_asked_about_a_colour_that_it_lacks(
     eager: InContextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the examples that show the same colours each colour has the weighted mean."""
+    """The mask of a colour is the weighted mean over the groups of examples that show the same
+    colours.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     red, blue = (255, 0, 0), (0, 0, 255)

@@ -21,7 +21,9 @@ TASKS = {4: "segmentation", 5: "captioning", 6: "segmentation", 7: "captioning"}
 NORMS = {4: 0.5, 5: 2.0, 6: 3.5, 7: 4.0}
 SECONDS = {6: 10_983.0, 7: 20.0}  # since the line before
 EXPERTS = [[(0, 1), (2, 3), (3, 0)], [(1, 0), (2, 3), (3, 1)]]
-"""Of three streams at either line: the sets of the first two are the same at both."""
+"""The experts of three streams at each of two lines: the sets of the first two streams are the same
+at both lines.
+"""
 
 
 def micro_step(step: int, rank: int, number: int) -> dict[str, float]:

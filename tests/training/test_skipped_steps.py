@@ -29,7 +29,7 @@ def run(rank_group, shards):
 
 
 def curve(output: Path, name: str) -> dict[int, float]:
-    """By step."""
+    """The values of a curve by step."""
     with (output / f"csv_monitor/train_{name}.csv").open() as file:
         return {int(at) // 4: float(value) for at, value in csv.reader(file) if at != "step"}
 

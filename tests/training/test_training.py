@@ -327,7 +327,7 @@ metadata.Distribution.from_name = classmethod(hide)
 
 @pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(shards, tmp_path):
-    """Of two runs that start together, one is refused. The other, without its package's metadata,
+    """One of two runs that start together is refused. The other, without its package's metadata,
     trains, and saves and ends at a signal.
     """
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_METADATA)

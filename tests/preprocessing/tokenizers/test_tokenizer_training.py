@@ -372,8 +372,8 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
 
 
 def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> None:
-    """Two classes: of the first, a large mask is reproduced and a small one missed; of the second,
-    half of one mask is reproduced.
+    """There are two classes: a large mask of the first is reproduced and a small one missed; half
+    of one mask of the second is reproduced.
     """
     found = measures._Measures(VQGAN.from_pretrained(trained), batch_size=8)
     masks = np.zeros((3, 32, 32), dtype=bool)
