@@ -96,9 +96,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="use a toy model, to test the benchmark itself"
     )
-    parser.add_argument(
-        "--memory", choices=("ours", "stock"), help=argparse.SUPPRESS
-    )  # the system whose memory this process measures
+    # The system whose memory this process measures.
+    parser.add_argument("--memory", choices=("ours", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         print(
@@ -116,9 +115,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     goals: list[Goal] = []
-    if (
-        not options.steps
-    ):  # This precedes joining a process group, whose address child processes would inherit.
+    # This precedes joining a process group, whose address child processes would inherit.
+    if not options.steps:
         goals += [
             goal for precision in options.precision for goal in memory(precision, options, figures)
         ]

@@ -39,9 +39,8 @@ def main() -> None:
         default="demo",
         help="the trained tokenizer on which bf16 is compared with float32",
     )
-    parser.add_argument(
-        "--measure", help=argparse.SUPPRESS
-    )  # the folder of pictures that this process measures
+    # The folder of pictures that this process measures.
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(evaluate_tokenizer("demo", Path(options.measure))))

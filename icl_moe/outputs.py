@@ -95,9 +95,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         raise InputError(f"Writing {where} failed: {error.strerror or error}.") from error
     except SafetensorError as error:
-        number = re.search(
-            r"os error (\d+)", str(error)
-        )  # The number of the system's error is only in the text.
+        # The number of the system's error is only in the text.
+        number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise InputError(f"Writing {path} failed: {os.strerror(int(number[1]))}.") from error

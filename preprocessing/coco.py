@@ -457,8 +457,9 @@ class _OfImage:
 
         An instance without an outline makes no region either: its pixels would count as background.
         """
-        if self.image.is_too_large:  # The check of the images finds that out; there is no memory
-            return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))  # for it.
+        # There is no memory for the mask of such an image; the check of the images names it.
+        if self.image.is_too_large:
+            return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))
         rles = [(annotation, self.rle(annotation)) for annotation in annotations]
         drawn = [(a, rle) for a, rle in rles if rle is not None and rle_tools.area(rle)]
         if not drawn:

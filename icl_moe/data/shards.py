@@ -318,11 +318,12 @@ class ShardSet:
                 os.close(files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
+        # An open file belongs to its process.
         return {
             **self.__dict__,
             "_files": OrderedDict(),
             "_indices": {},
-        }  # an open file belongs to its process
+        }
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor failed
@@ -402,9 +403,8 @@ class ShardSet:
             return np.frombuffer(
                 raw, self.manifest.format.vocabulary.token_dtype, offset=len(self._npy_header)
             )
-        return np.load(
-            io.BytesIO(raw), allow_pickle=False
-        )  # The header is unusual, so numpy's parser must read it.
+        # The header is unusual, so numpy's parser must read it.
+        return np.load(io.BytesIO(raw), allow_pickle=False)
 
     def _open_shard(self, shard: ShardInfo) -> int:
         if shard.file not in self._files:

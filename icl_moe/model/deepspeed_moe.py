@@ -74,9 +74,8 @@ class DeepSpeedFeedForward(MoE):
         self, settings: ModelSettings, layer: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1
     ) -> None:
         level = deepspeed_logger.level
-        deepspeed_logger.setLevel(
-            logging.WARNING
-        )  # Its one line for each layer on standard output only repeats the recipe.
+        # DeepSpeed's line for each layer on standard output only repeats the recipe.
+        deepspeed_logger.setLevel(logging.WARNING)
         super().__init__(
             settings.width,
             FeedForward(settings.width),
@@ -193,9 +192,8 @@ class StockTokenGate(nn.Module):
         assert isinstance(gate, nn.Linear)
         self.wg = gate
         self._tp_size = tp_size
-        self._stock: list[Any] = [
-            stock
-        ]  # In a list, so that its parameters are not registered twice.
+        # The stock gate is in a list, so that its parameters are not registered twice.
+        self._stock: list[Any] = [stock]
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         self._stock[0]._set_ep_group(ep_group)

@@ -167,9 +167,8 @@ class AttributeEmbedding(nn.Module):
         """(T, M), float32, over the whole stream of the plan."""
         device = self.embed.weight.device
         rows_CM = _embedded(_bits(plan.classes, device), self.embed, self.norm)
-        rows = torch.cat(
-            [rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])]
-        )  # The last row, index -1, is padding's.
+        # The last row, index -1, is that of padding.
+        rows = torch.cat([rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])])
         indices, lengths = np.asarray(plan.segments).T
         indices_T = torch.from_numpy(np.repeat(indices, lengths))
         return rows[indices_T.to(device, non_blocking=True)]

@@ -123,11 +123,8 @@ def vocabulary_parallel_losses(
     logits_PV = F.linear(enter(hidden_PM), embedding_VM).float()
     real = max(0, vocabulary_size - get_tensor_model_parallel_rank() * embedding_VM.shape[0])
     if real < embedding_VM.shape[0]:
-        logits_PV[
-            :, real:
-        ] = (
-            -torch.inf
-        )  # Padding is not a token: it takes no part in the softmax and gets no gradient.
+        # Padding is not a token: it takes no part in the softmax and gets no gradient.
+        logits_PV[:, real:] = -torch.inf
     losses_P: Tensor = vocab_parallel_cross_entropy(logits_PV, labels_P)
     return (losses_P * weights_P).sum(), losses_P.detach()
 

@@ -76,9 +76,8 @@ class TrainingEngine:
         )
         model = _build_model(recipe, config, place, zero_stage(engine_config), codebook, initial)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # DeepSpeed prints a line for each process group that it creates, on every rank.
+        # DeepSpeed prints a line for each process group that it creates, on every rank.
+        with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,

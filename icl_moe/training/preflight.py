@@ -66,9 +66,8 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
     )
     make_schedule(recipe, shards.manifest)
     for task in shards.manifest.samples:
-        shards.target_counts(
-            task, (), recipe.training.loss_on
-        )  # Raises if the index lacks the counts.
+        # This raises if the index lacks the counts.
+        shards.target_counts(task, (), recipe.training.loss_on)
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config

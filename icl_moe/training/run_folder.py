@@ -22,9 +22,8 @@ from icl_moe.settings import to_dict
 from icl_moe.versions import installed_versions
 
 if TYPE_CHECKING:
-    from icl_moe.training.distributed import (
-        Place,
-    )  # This imports DeepSpeed, for which a refusal must not wait.
+    # This imports DeepSpeed, and a refusal must not wait for that.
+    from icl_moe.training.distributed import Place
 
 _FILE = "run.json"
 

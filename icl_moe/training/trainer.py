@@ -160,9 +160,8 @@ def _repeatable(wanted: bool) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if wanted:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is repeatable only with a workspace of fixed size.
+        # cuBLAS is repeatable only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Otherwise it would fill DeepSpeed's buckets, which are gigabytes, in every step.
         memory.fill_uninitialized_memory = False

@@ -80,9 +80,8 @@ class _Measures:
         self._ssim: list[float] = []
         self._iou: dict[str, list[float]] = {"small": [], "medium": [], "large": []}
         self._wrong: list[float] = []
-        self._by_class: defaultdict[int, np.ndarray] = defaultdict(
-            lambda: np.zeros(2)
-        )  # pixels of the intersection and of the union
+        # The pixels of the intersection and of the union of each class.
+        self._by_class: defaultdict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))
 
     def add_picture(self, pixels_3HW: Tensor) -> None:
         self._pictures.append(pixels_3HW)

@@ -29,11 +29,8 @@ def queries(shots: int, count: int, seed: int) -> list[tuple[Episode, np.ndarray
 def test_static_buffers_write_the_same_codes_again_and_again(feed_forward):
     decoder, codec = small_decoder(FORMATS[0], feed_forward), SequenceCodec(FORMATS[0], TEXT)
     static = StaticCodes(decoder, codec, rows=3, longest=codec.format.length(3))
-    for shots, seed in (
-        (2, 0),
-        (1, 1),
-        (2, 2),
-    ):  # A shorter prompt leaves the rest of an older one.
+    # A shorter prompt leaves the rest of an older one.
+    for shots, seed in ((2, 0), (1, 1), (2, 2)):
         requests = queries(shots, 3, seed)
         assert static.write(requests) == [
             written.tokens for written in decode_batch(decoder, codec, requests)

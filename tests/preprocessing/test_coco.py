@@ -90,9 +90,8 @@ def test_uncompressed_and_compressed_rle_give_the_mask_of_the_polygon(coco_folde
 
 
 def test_small_objects_are_left_out_on_demand(coco_folder):
-    pool = read(
-        coco_folder, small_objects=False
-    )  # cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30
+    # Cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30.
+    pool = read(coco_folder, small_objects=False)
     assert list(pool.by_class()) == ["dog"]
     assert pool.skipped["small_objects"] == 3
 

@@ -26,18 +26,16 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
         FAULT="kill:1:4",
         expect=None,
     )
-    assert (
-        time.monotonic() - started < 90
-    )  # Including the start; the launcher ends the other ranks within a second or two.
+    # This includes the start; the launcher ends the other ranks within a second or two.
+    assert time.monotonic() - started < 90
     assert "step 3/6" in printed
     assert "icl-moe: rank 0 has lost the connection to another rank and ends (" in printed
     assert "Traceback" not in printed
     train(tmp_path, "training.steps=6", "training.save_every=2")
     for name, rows in losses(undisturbed).items():
         again = losses(tmp_path)[name]
-        assert again[3:] == rows[2:], (
-            name
-        )  # Step 3 was logged before the fault; everything after the checkpoint of step 2 repeats.
+        # Step 3 was logged before the fault; everything after the checkpoint of step 2 repeats.
+        assert again[3:] == rows[2:], name
 
 
 @pytest.mark.slow

@@ -140,9 +140,8 @@ def test_two_devices_train_as_one_does(
     train_tokenizer(SHARED, tmp_path / "one")
     two, one = _rows(tmp_path / "two"), _rows(tmp_path / "one")
     assert [row["step"] for row in two] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
-    for a, b in zip(
-        two[:8], one[:8], strict=True
-    ):  # then the discriminator joins, whose batch norms use a device's share
+    # After these steps the discriminator joins, whose batch norms use a device's share.
+    for a, b in zip(two[:8], one[:8], strict=True):
         assert a == pytest.approx(b, rel=1e-3)
 
 
@@ -186,9 +185,8 @@ def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) ->
         learning_rate=1e-4,
     )
     train_tokenizer(recipe, tmp_path / "on")
-    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(
-        _rows(trained)[-1]["psnr"], abs=0.5
-    )  # from scratch it would be 10 dB less
+    # From scratch it would be 10 dB less.
+    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(_rows(trained)[-1]["psnr"], abs=0.5)
     other = dataclasses.replace(RECIPE, start_from="demo")
     with pytest.raises(
         InputError,
