@@ -108,9 +108,7 @@ class Bench:
 
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
-        """A variant whose failure is recorded in the place of its figure, and does not end the
-        part.
-        """
+        """A variant whose failure is recorded instead of its figure, and does not end the part."""
         try:
             yield
         except Exception as error:

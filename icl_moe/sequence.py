@@ -170,7 +170,7 @@ class Episode:
 
 
 PromptLength = Annotated[int, Range(4)]
-"""The least length of a class prompt: its three markers and one token of a name."""
+"""The length of a class prompt: at least 4, its three markers and one token of a name."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def systems_panel(metrics: Metrics) -> Panel:
 _HOW_TO_READ = (
     "Below each number: its 95 % interval over queries. Bold: the best system of a column, where "
     "its interval lies apart from that of every other. In italics: bounds, which know the "
-    "truth and are no systems. Scores are times 100, but MAE."
+    "truth and are no systems. All scores except MAE are multiplied by 100."
 )
 
 

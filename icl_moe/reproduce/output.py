@@ -150,7 +150,7 @@ def write_figure(
     """Write figure.png, figure.json and figure.html into `folder`.
 
     says: what is shown, of which run. content: the numbers. tables: under their titles. rows: of
-    pictures, which the page shows in place of `picture`.
+    pictures, which the page shows instead of `picture`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{figure.title}, at {figure.scale} scale"

@@ -176,14 +176,16 @@ class Captioning(Task):
         return CaptionPair(image, caption.caption, caption.category, caption.box, box_image)
 
     def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
-        """The drawing of the box that is the darkest, compared with `_DARK`. So there is a whole
-        box also where the model is unsure of its edges.
+        """Returns the drawing of the box that is the darkest, compared with `_DARK`. So the box is
+        whole even if the model is unsure of its edges.
         """
         box = brightest_box(2 * _DARK - 1 - brightness_HW)
         return ~box_to_mask(box, len(brightness_HW))
 
     def with_image(self, pair: CaptionPair, mask_HW: np.ndarray) -> CaptionPair:
-        """The pair with the box itself, which its drawing in codes may miss by some pixels."""
+        """Returns the pair with the exact box, which the drawing in codes may miss by some
+        pixels.
+        """
         return replace(pair, box=_box_around(~mask_HW))
 
     def scored(self, pair: CaptionPair, log_probabilities: Sequence[float | None]) -> CaptionPair:

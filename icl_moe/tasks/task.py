@@ -260,18 +260,23 @@ class Task(ABC):
         return len(self.outputs(format)) > 1 and self.outputs(format)[0] == "image"
 
     def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
-        """The mask, boolean (H, W), that an output begins with, of what the model expects in each
-        pixel (-1 to 1). What is written after it reads the mask.
+        """Returns the mask, boolean (H, W), that an output begins with, from the brightness that
+        the model expects in each pixel (-1 to 1). The rest of the output is written after the model
+        has read this mask.
         """
         return brightness_HW > 0
 
     def with_image(self, pair: Any, mask_HW: np.ndarray) -> Any:
-        """The query's pair, which was written after the mask that `settle` made."""
+        """Returns the query's pair, completed with what `mask_HW` tells about it: the mask that
+        `settle` returned, after which the rest of the output was written. By default the pair is
+        returned as it is.
+        """
         return pair
 
     def scored(self, pair: Any, log_probabilities: Sequence[float | None]) -> Any:
-        """The query's pair with how probable the model found it, from the log-probability of each
-        token of its output that the model chose.
+        """Returns the query's pair with how probable the model found it. log_probabilities: that of
+        each token of its output; None for tokens that the model did not choose. By default the pair
+        is returned as it is.
         """
         return pair
 
