@@ -379,7 +379,7 @@ class _Cut:
 
 
 def _cut_images(cutter: _Cutter, image_ids: list[Any]) -> _Cut:
-    """The regions of images, or of those before the first that is wrong."""
+    """The regions of images; if an image's annotations are wrong, of the images before it."""
     writer, source, error = TableWriter(), cutter.source, None
     cut = _Cut(RegionTable.of([]), [], Counter(), {})
     empty, small = array("q"), array("q")

@@ -107,7 +107,7 @@ class StoredRegions(Sequence[PoolRegion]):
 
     @abstractmethod
     def select(self, numbers: np.ndarray) -> "StoredRegions":
-        """The regions of these numbers, or those that a boolean array marks."""
+        """The regions with these numbers, or the regions that a boolean array marks."""
 
 
 def region_keys(regions: Sequence[PoolRegion]) -> RegionKeys:
@@ -166,7 +166,7 @@ class Pool:
         return found
 
     def keep(self, chosen: np.ndarray) -> None:
-        """Leave out all regions but those that a boolean array (regions,) marks."""
+        """Keep only the regions that a boolean array (regions,) marks."""
         if chosen.all():
             return
         if isinstance(self.regions, StoredRegions):

@@ -357,7 +357,9 @@ def _json(values: Any) -> bytes:
 
 
 def _packed_mask(category: str, target: MaskTarget) -> tuple[Any, ...]:
-    """A mask's run lengths are usually among those of the image's objects."""
+    """A mask target as a row of plain values. The run lengths of the mask are usually those of one
+    of the image's objects, and are then not stored again.
+    """
     counts = None if (category, target.counts) in target.objects else target.counts.decode("ascii")
     objects = [(name, counts.decode("ascii")) for name, counts in target.objects]
     return (objects, counts, target.ignored.decode("ascii"))

@@ -72,8 +72,9 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 
 class Swap(NamedTuple):
-    """What a query can be asked for instead: another class that is seen in it, in another style
-    where the query is described in several, `shown` by the examples of the episode `source`.
+    """What else a query can be asked for: another class that is seen in it, in another style if the
+    query is described in several. shown: that class and style. source: the episode whose examples
+    show it.
     """
 
     shown: Kind

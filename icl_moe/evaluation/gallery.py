@@ -25,8 +25,8 @@ EVENLY_SHOWN = 12
 
 
 class Images:
-    """The images of episodes, as their files show them at the model's size; or, if these are not
-    here, as decoded from their codes (those of a features tokenizer by their mean colours).
+    """The images of episodes, from their files at the model's size; or, if the files are missing,
+    decoded from their codes (codes of a features tokenizer are shown as their mean colours).
     """
 
     def __init__(self, model: InContextModel, shards: ShardSet, task: str) -> None:

@@ -41,8 +41,8 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """A table. columns: their headings; the first is that of the rows' names. groups: headings
-    above them, which cover all of them.
+    """A table. columns: the headings of the columns; the first heading is that of the rows' names.
+    groups: headings above these, which together cover all columns.
     """
 
     caption: str
@@ -99,8 +99,8 @@ _HOW_TO_READ = (
 
 
 def shots_panel(metrics: Metrics) -> Panel | None:
-    """The model by number of examples, on the same queries; as the paper's Table 7. None if it was
-    asked with one number alone.
+    """The model by number of examples, on the same queries, as in the paper's Table 7. None if the
+    model was evaluated with only one number of examples.
     """
     counts = _all_shots(metrics)
     if len(counts) < 2:

@@ -63,10 +63,10 @@ class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and the model's
     output, whose keys depend on the task.
 
-    shown: the class of the examples; shown_style: their style, "" where there are none. copied:
-    whether it equals an example's output; truth_copied: whether the truth does. seconds: the time
-    of its batch / the batch's size, which the finished file lacks, so that equal models give equal
-    files.
+    shown: the class of the examples. shown_style: their style, "" if captions have no styles.
+    copied: whether the output equals that of an example. truth_copied: whether the truth does.
+    seconds: the time of the query's batch / the batch's size. The finished file lacks it, so that
+    equal models give equal files.
     """
 
     condition: Condition
@@ -141,7 +141,9 @@ class PredictionLog:
             self._gather()
 
     def finish(self) -> None:
-        """Write the file, and end what could be resumed; in the first process alone."""
+        """Write the file, and remove what an interrupted evaluation would resume from. Only the
+        first process calls it.
+        """
         self.write()
         self.end()
 

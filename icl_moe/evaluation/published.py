@@ -89,7 +89,9 @@ def published_tables() -> dict[str, PublishedTable]:
 
 
 def beside(task: str) -> list[PublishedTable]:
-    """What a report on a task shows: the paper's comparison of systems, and those of today."""
+    """The published tables that a report on a task shows: the paper's comparison of systems, and
+    the results of recent systems.
+    """
     names = {
         "segmentation": ("table4", "masks_today"),
         "captioning": ("table4", "captions_today"),

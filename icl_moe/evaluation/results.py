@@ -45,8 +45,8 @@ _TIMES = ("queries_per_second", "seconds_a_query")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a task's table. asked: None if the outputs are not the model's. shots: the
-    examples that other outputs were made with, if that is known.
+    """One row of a task's table. asked: how the model was asked; None if the outputs are not the
+    model's. shots: for outputs of other systems, the number of examples, if it is known.
     """
 
     name: str

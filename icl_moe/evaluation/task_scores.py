@@ -86,10 +86,11 @@ class TaskScores:
         return tuple(rows)
 
     def swapped_rows(self) -> tuple[SwapRow, ...]:
-        """The queries that show another class, with their own and with swapped examples: of the
-        model after each number of examples, of other systems that were asked so, of the first
-        example's output, of matchers, and of the task's baselines, which do not depend on the
-        examples. Empty if the model was not asked so.
+        """Scores on the queries that show another class too, after their own and after swapped
+        examples: those of the model after each number of examples, of other systems with
+        predictions for swapped examples, of the first example's output, of matchers, and of the
+        task's baselines, which do not depend on the examples. Empty if the model was not evaluated
+        with swapped examples.
         """
         conditions = [condition for condition in self.conditions if condition.control == "swapped"]
         if not conditions:

@@ -93,8 +93,8 @@ def _write_asked(
 def _write_episode(
     question: Question, photographs: Photographs, out: Path, shots: int, name: str
 ) -> dict[str, Any]:
-    """Write the pictures of a question, those of its examples as `name`, and return its entry. What
-    the query is asked for is not in it.
+    """Write the pictures of a question and return its entry, which does not contain the answer.
+    name: how the files of the examples' pictures are called.
     """
     truth, source = question
     where = f"{truth.task.name}/{truth.key}"

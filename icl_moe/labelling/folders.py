@@ -18,16 +18,16 @@ _UNNAMED = "object"
 """The class of examples without a name."""
 
 _PHOTOGRAPHS_OF_PHONES = (".heic", ".heif")
-"""Pillow does not read them. They count as images so that they are named among those that cannot be
-read, and are not silently missing.
+"""The endings of photographs that Pillow does not read. These files count as images, so that they
+are named among the images that cannot be read and are not silently left out.
 """
 
 
 def find_images(folder: Path, examples: ExampleFiles) -> list[str]:
-    """The images in a folder and in those within it, as sorted paths below it with /.
+    """The images in a folder and its subfolders, as sorted paths below it with /.
 
-    Hidden ones, files that no image is called like, and the masks of the examples are left out.
-    Raises InputError if there are none.
+    Hidden files, files whose names are not those of images, and the masks of the examples are left
+    out. Raises InputError if there are no images.
     """
     _check_folder(folder)
     found = [

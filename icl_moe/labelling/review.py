@@ -31,7 +31,7 @@ class _Shown(NamedTuple):
 
 
 def write_review(page: Path, folder: Path, classes: Sequence[str], journal: Journal) -> None:
-    """Write the page, with at most `MOST_SHOWN` images, those of which the model is least sure."""
+    """Write the page, with at most `MOST_SHOWN` images: those with the least certain masks."""
     entries = (entry for entry in journal.entries() if "unread" not in entry)
     numbered = ((entry["sure"], number, entry) for number, entry in enumerate(entries))
     least = heapq.nsmallest(MOST_SHOWN, numbered, key=lambda item: item[:2])

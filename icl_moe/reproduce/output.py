@@ -105,7 +105,9 @@ def _model_row(rows: list[dict[str, Any]], shots: int) -> dict[str, Any]:
 
 
 def _columns(published: PublishedTable, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Our columns: those of the published table, and flips where they were measured."""
+    """The columns of our figures: the columns of the published table, and flips if they were
+    measured.
+    """
     measured = {name for figures in rows.values() for name in figures}
     return [*published.figures, *(name for name in _FLIPS.values() if name in measured)]
 
@@ -129,8 +131,8 @@ def _table(published: PublishedTable, rows: Mapping[str, Mapping[str, float]]) -
 
 
 def _in_italics(table: Table, ours: int) -> Table:
-    """The table with the published columns, those from `ours` on, in italics, since Markdown has no
-    grey.
+    """The table with the published columns in italics, since Markdown has no grey. ours: the number
+    of columns before them.
     """
     lines = [
         [*line[:ours], *(f"*{cell}*" for cell in line[ours:])] for line in (table.head, *table.rows)

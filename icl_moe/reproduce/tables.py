@@ -17,14 +17,15 @@ SCALES: tuple[Scale, ...] = ("demo", "paper")
 SEGMENTATION, CAPTIONING = "segmentation", "captioning"
 
 EPISODES = {SEGMENTATION: 280_000, CAPTIONING: 460_000}
-"""About as many as the paper's training data has: its own count of regions; and the (image, class)
-pairs of COCO's training images without those that show small objects only.
+"""About the numbers of episodes of the paper's training data: for captions its own count of
+regions; for masks the (image, class) pairs of COCO's training images, without pairs that show only
+small objects.
 """
 
 
 def _epochs(epochs: int, *tasks: str) -> str:
-    """The setting of as many steps of 512 episodes, to the nearest hundred, as so many epochs of
-    these tasks together have.
+    """The setting of the number of steps, to the nearest hundred, that this many epochs of these
+    tasks together take with 512 episodes a step.
     """
     episodes = sum(EPISODES[task] for task in tasks)
     return f"training.steps={round(epochs * episodes / 512, -2):.0f}"

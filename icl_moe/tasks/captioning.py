@@ -360,10 +360,10 @@ class Captioning(Task):
         return rouge_l(prediction["caption"] or "", [output["caption"] for output in right])
 
     def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
-        """The class: by the name that the caption writes and the box that it places, where the
-        model writes them; else by its words. The name alone could be copied off an example, the
-        box could not. The style, where queries are described in several: by the words, see
-        `StyleJudge`.
+        """Returns a judge of captions in one or two respects. The class is judged by the name that
+        the caption writes and by its box, if the model writes them, and otherwise by its words. The
+        name alone could be copied from an example, the box could not. The style is judged by the
+        words, see `StyleJudge`, if queries are described in several styles.
         """
         styles = style_judge(truths)
 
@@ -435,7 +435,7 @@ _NO_BOXES = "not computed: these captions have no boxes"
 
 
 def _matched(sets: Sequence[Sequence[Output]], truths: Sequence[Truth]) -> list[Matched]:
-    """Each set's captions assigned to regions: those of an image are its queries."""
+    """The captions of each set, assigned to regions. The regions of an image are its queries."""
     images = [str(truth.meta["sources"][-1]["image"]) for truth in truths]
     regions = [
         Region(image, tuple(truth.meta["boxes"][-1]), tuple(truth.meta["references"][0]))
@@ -507,7 +507,7 @@ def _is_category(output: Output, category: str) -> bool:
 
 
 def _best_overlap(prediction: Output, right: Sequence[Output]) -> float:
-    """The best IoU of an output's box with any of those of others; 0 without a box."""
+    """The best IoU of an output's box with the box of any right output; 0 without a box."""
     return max(
         box_iou(prediction["box"], tuple(output["box"])) if prediction["box"] else 0.0
         for output in right

@@ -58,12 +58,14 @@ class Match(NamedTuple):
 
     @property
     def needs_meteor(self) -> bool:
-        """Whether its text decides anything. An empty one has a METEOR of 0."""
+        """Whether the METEOR of its text matters and must be computed. An empty text has a METEOR
+        of 0.
+        """
         return self.is_first and self.overlap >= min(IOU_THRESHOLDS) and bool(self.text)
 
     @property
     def all_texts(self) -> tuple[str, ...]:
-        """Its own text and those of the region."""
+        """The text of the detection and the texts of the region."""
         return self.text, *self.references
 
 
@@ -150,8 +152,8 @@ def _best(detection: Detection, regions: Sequence[Region]) -> tuple[float, int]:
 
 
 def _merged(regions: Sequence[Region]) -> list[Region]:
-    """The regions of an image, where those that overlap are one. The box that most others overlap
-    is the first to take these.
+    """The regions of an image, with overlapping regions merged into one. The region that overlaps
+    the most others is merged with these first.
     """
     overlaps = np.array([[_iou(a.box, b.box) for b in regions] for a in regions])
     np.fill_diagonal(overlaps, 1.0)
@@ -168,7 +170,7 @@ def _merged(regions: Sequence[Region]) -> list[Region]:
 
 
 def _iou(a: Box, b: Box) -> float:
-    """The intersection over union, rounded, so that exactly a threshold reaches it, whatever its
-    last bits.
+    """The intersection over union, rounded, so that a value of exactly a threshold reaches it in
+    spite of rounding errors.
     """
     return round(box_iou(a, b), 9)

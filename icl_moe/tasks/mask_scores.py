@@ -130,9 +130,10 @@ def _as_groups(
 
 @dataclass(frozen=True)
 class MaskCounts:
-    """What E masks are scored by. classes: the names of the C classes, class_E the number of each
-    mask's. both_E, either_E: the pixels in the predicted and the true mask, and in either one;
-    counted_E: all that count; wrong_E: those that differ. size_E: a name of `SIZES`.
+    """The counts from which the scores of E masks are computed. classes: the names of the C
+    classes. class_E: the number of each mask's class. both_E, either_E: how many pixels are in both
+    the predicted and the true mask, and in at least one of them. counted_E: how many pixels count.
+    wrong_E: how many of these differ. size_E: the size of each mask, a name in `SIZES`.
     """
 
     classes: tuple[str, ...]

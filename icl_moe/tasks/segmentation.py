@@ -192,9 +192,10 @@ class Segmentation(OneImageTask):
         return mask_statistic(counts, _standard([*truths] * len(sets)))
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
-        """Marking the whole image; two masks that are the same for all queries, the mean of the
-        examples' masks and the disc in the middle that fits these best, which show what the place
-        of objects alone is worth; and (an oracle) marking every annotated object of the query.
+        """The whole image; two masks that are the same for all queries, namely the mean of the
+        examples' masks and the disc in the middle that fits these best, which show how far the
+        typical place of objects alone leads; and, as an oracle, every annotated object of the
+        query.
         """
         masks = [_mask(self.true_output(truth)) for truth in truths]
         whole = [{"mask": encode_rle(np.ones_like(mask_HW))} for mask_HW in masks]

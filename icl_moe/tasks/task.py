@@ -359,8 +359,8 @@ class Task(ABC):
         self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
     ) -> Statistic:
         """Measures of `score` as a function of how often each output counts, under the headings of
-        `Scores.measures`: of one set as there, of several as if they were one, set after set. By
-        default the mean agreement alone.
+        `Scores.measures`. Several sets count as one, which contains their outputs set after set. By
+        default there is only the mean agreement.
         """
         agreements = [
             self.agreement(output, self.right_outputs(truth))
@@ -445,7 +445,7 @@ class Task(ABC):
     ) -> list[Cell]:
         """A row of a gallery: `shots` examples, the query, the output and the truth.
 
-        images: those of the examples, then the query's.
+        images: the images of the examples, then the image of the query.
         """
         *examples, query = images
         right = self.right_outputs(truth)

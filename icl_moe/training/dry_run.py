@@ -137,8 +137,8 @@ def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
 def _advice(
     engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str]
 ) -> str:
-    """What to change. The advice is tried if this rank can compute alone; if ranks compute
-    together, half of the size is a guess.
+    """A sentence that says what to change. If this rank can compute alone, the advised size was
+    tried; if ranks compute together, half of the size is advised without a trial.
     """
     compute = partial(_gradients, engine)
     alone = engine.computes_alone
