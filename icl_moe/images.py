@@ -284,7 +284,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype.itemsize == 2 and channels > 1:
-        # As Pillow does for 16-bit files with several channels.
+        # Pillow does the same for 16-bit files with several channels.
         array = (array >> 8).astype(np.uint8)
     elif array.dtype.itemsize == 2:
         array = array.astype(np.uint16)  # in the byte order of this machine

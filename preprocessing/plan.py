@@ -166,7 +166,7 @@ class Planner:
 
         if on_first(process, first) == "stored":
             return Plan.open(self._folder)
-        # Such a task's regions exist only in the process that has read them.
+        # The regions of a task that is not stored exist only in the process that has read them.
         other = replace(self, workers=share_of(self.workers))
         return made[0] if made else other._make(other._image_check)
 

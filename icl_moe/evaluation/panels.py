@@ -243,7 +243,7 @@ def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
     found = {}
     for grouped_by, groups in scores_of_rows[0].items():
         names = list(groups)
-        if grouped_by == "class":  # Those of many queries tell the most.
+        if grouped_by == "class":  # Classes with many queries tell the most, so they come first.
             names.sort(key=lambda name: -groups[name].episodes)
         rows = [
             _Row(

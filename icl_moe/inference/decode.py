@@ -150,7 +150,8 @@ def decode_batch(
             if len(rows) < len(going):
                 cache.select(torch.tensor(rows, dtype=torch.long))
                 going = [going[row] for row in rows]
-    of_request = {output.request: output for output in outputs}  # Those of a request are alike.
+    # All outputs of one request are equal.
+    of_request = {output.request: output for output in outputs}
     return [Written(written.tokens, written.log_probabilities) for written in of_request.values()]
 
 

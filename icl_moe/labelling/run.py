@@ -138,7 +138,7 @@ def _label_batch(
         except InputError as error:
             note(f"skipped: {error}")
             reasons[file] = str(error)
-    # As an iterator: masks in the images' own sizes are then there one at a time.
+    # With an iterator, only one mask in an image's own size is in memory at a time.
     answers = session.draw(
         iter(queries),
         decoding=labelling.decoding,

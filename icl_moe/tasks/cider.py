@@ -79,7 +79,8 @@ def _ngrams(texts: Sequence[str]) -> list[_Counts]:
 def _similarity(counts: _Counts, query_T: np.ndarray, queries: int) -> np.ndarray:
     """The clipped cosine of each reference (T,) and the candidate of its query; 0 at candidates."""
     texts_E, grams_E, times_E, grams = counts
-    place_E = query_T[texts_E] * max(grams, 1) + grams_E  # Of an n-gram in a query.
+    # Each pair of a query and an n-gram has a number of its own.
+    place_E = query_T[texts_E] * max(grams, 1) + grams_E
     is_candidate_E = texts_E < queries
     reference_places = np.unique(place_E[~is_candidate_E])
     frequency_G = np.bincount(reference_places % max(grams, 1), minlength=grams)

@@ -364,7 +364,7 @@ def find(
     for start in range(0, len(queries), BATCH):
         batch = queries[start : start + BATCH]
         opened = [_open_or_error(path) for path in batch]
-        # As an iterator: masks in the photographs' own sizes are then there one at a time.
+        # With an iterator, only one mask in a photograph's own size is in memory at a time.
         answers = answer(iter([result for result in opened if isinstance(result, Image.Image)]))
         for path, result in zip(batch, opened, strict=True):
             if isinstance(result, InputError):
