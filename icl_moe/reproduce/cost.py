@@ -114,8 +114,8 @@ def _tasks_of(shards: Shards) -> list[str]:
 
 def _queries(run: Run) -> int:
     """How many queries a run is asked, at most: after examples also with swapped ones."""
-    askings = sum(2 if shots else 1 for shots in run.shots)
-    return _QUERIES * len(_tasks_of(run.evaluated)) * askings
+    times_asked = sum(2 if shots else 1 for shots in run.shots)
+    return _QUERIES * len(_tasks_of(run.evaluated)) * times_asked
 
 
 def _line(name: str, steps: int, costs: Sequence[Cost]) -> list[str]:
