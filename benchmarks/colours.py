@@ -67,13 +67,16 @@ def main() -> None:
     every = list(questions(model, ShardSet(options.shards), options.queries))
     for question in tqdm(every, unit="query"):
         row, rights, ious = [question.query], [], []
-        for asked in (question, question.exchanged()):
-            example_HW3 = asked.painted_example()
-            found_HW3 = model.segment_colours([(asked.example, example_HW3)], asked.query)
-            is_right, iou = judge(asked, found_HW3)
+        for variant in (question, question.exchanged()):
+            example_HW3 = variant.painted_example()
+            found_HW3 = model.segment_colours([(variant.example, example_HW3)], variant.query)
+            is_right, iou = judge(variant, found_HW3)
             rights.append(is_right)
             ious.append(iou)
-            row += [painted_over(asked.example, example_HW3), painted_over(asked.query, found_HW3)]
+            row += [
+                painted_over(variant.example, example_HW3),
+                painted_over(variant.query, found_HW3),
+            ]
         right_Q2.append(rights)
         iou_Q2.append(ious)
         rows.append(row)
@@ -86,10 +89,10 @@ def main() -> None:
         "mean IoU after exchanged colours": np.array(iou_Q2)[:, 1],
     }
     figures: dict[str, float] = {"queries": len(every)}
-    for (name, each), (low, high) in zip(
+    for (name, values_Q), (low, high) in zip(
         values.items(), mean_intervals(*values.values()), strict=True
     ):
-        figures |= {name: float(each.mean()), f"{name}, from": low, f"{name}, to": high}
+        figures |= {name: float(values_Q.mean()), f"{name}, from": low, f"{name}, to": high}
     if options.picture:
         draw(rows[:ROWS]).save(options.picture, optimize=True)
     report(figures, [Goal("flips", figures["flips"], 0.7)], options.json)
@@ -100,20 +103,20 @@ def questions(model: InContextModel, shards: ShardSet, count: int) -> Iterator[Q
     photographs = Photographs(shards, task)
     episodes = EpisodeSet(shards, model.codec, task, count)
     for episode in (episodes[number] for number in range(len(episodes))):
-        shown, true = (
+        example_masks, query_masks = (
             {name: decode_rle(rle) for name, rle in episode.meta["class_masks"][pair].items()}
             for pair in (0, -1)
         )
         example, query = (photographs.at_model_size(episode, pair) for pair in (0, -1))
-        yield Question(example, query, shown, true, episode.meta["colours"])
+        yield Question(example, query, example_masks, query_masks, episode.meta["colours"])
 
 
-def judge(asked: Question, found_HW3: np.ndarray) -> tuple[bool, float]:
+def judge(question: Question, found_HW3: np.ndarray) -> tuple[bool, float]:
     """Whether every colour is on its class, and the mean IoU of the classes."""
     is_right, ious = True, []
-    for name, colour in asked.colours.items():
+    for name, colour in question.colours.items():
         mask_HW = (found_HW3 == COLOURS[colour]).all(axis=-1)
-        of_classes = {each: mask_iou(mask_HW, true_HW) for each, true_HW in asked.true.items()}
+        of_classes = {other: mask_iou(mask_HW, true_HW) for other, true_HW in question.true.items()}
         ious.append(of_classes[name])
         is_right &= bool(mask_HW.any()) and max(of_classes, key=of_classes.__getitem__) == name
     return is_right, float(np.mean(ious))
@@ -134,8 +137,8 @@ def draw(rows: list[list[Image.Image]]) -> Image.Image:
     size = (len(rows[0]) * (SIDE + GAP) + GAP, len(rows) * (SIDE + GAP) + GAP)
     picture = Image.new("RGB", size, "white")
     for number, row in enumerate(rows):
-        for place, each in enumerate(row):
-            cell = each.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        for place, cell_picture in enumerate(row):
+            cell = cell_picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
             picture.paste(cell, (GAP + place * (SIDE + GAP), GAP + number * (SIDE + GAP)))
     return picture
 

@@ -143,7 +143,7 @@ def _pack(planned: plan.Plan, codec: SequenceCodec, out: Path, workers: int, sam
 
 
 class _Codes:
-    """In the place of the store of codes."""
+    """A substitute for the store of codes."""
 
     def __getitem__(self, number: int) -> np.ndarray:
         return _CONSTANT

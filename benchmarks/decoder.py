@@ -96,9 +96,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="use a toy model, to test the benchmark itself"
     )
-    parser.add_argument(
-        "--memory", choices=("ours", "stock"), help=argparse.SUPPRESS
-    )  # the system whose memory this process measures
+    # The system whose memory this process measures.
+    parser.add_argument("--memory", choices=("ours", "stock"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         print(
@@ -116,9 +115,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     goals: list[Goal] = []
-    if (
-        not options.steps
-    ):  # This precedes joining a process group, whose address child processes would inherit.
+    # This precedes joining a process group, whose address child processes would inherit.
+    if not options.steps:
         goals += [
             goal for precision in options.precision for goal in memory(precision, options, figures)
         ]
@@ -567,7 +565,7 @@ def _synchronize() -> None:
 
 
 def _peak_memory() -> float:
-    """The peak so far in MiB: of the process on a CPU, of tensors on a GPU."""
+    """The most memory in use so far, in MiB: the process's on a CPU, the tensors' on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -164,7 +164,7 @@ def _timed_items(function: Callable[..., Any], spent: dict[str, float]) -> Calla
 
 
 def _core_seconds() -> float:
-    """Of this process and of its workers that have ended."""
+    """The CPU time of this process and of its workers that have ended."""
     of_workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + of_workers.ru_utime + of_workers.ru_stime
 

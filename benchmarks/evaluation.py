@@ -86,29 +86,29 @@ def score_and_decode(
         for output in _decode(model, truths[first : first + BATCH])
     ]
     decoding = (time.perf_counter() - started) / len(truths) * queries
-    asked = list(islice(cycle(truths), queries))
-    said = list(islice(cycle(outputs), queries))
+    repeated = list(islice(cycle(truths), queries))
+    predictions = list(islice(cycle(outputs), queries))
     started = time.perf_counter()
-    _score(episodes.task, said, asked, model)
+    _score(episodes.task, predictions, repeated, model)
     scoring = time.perf_counter() - started
     figures[f"{task_name}: decoding {queries:,} queries, s"] = decoding
     figures[f"{task_name}: scoring {queries:,} queries, s"] = scoring
     if episodes.task is CAPTIONING and find_java()[0]:
         started = time.perf_counter()
-        episodes.task.score([said], asked, model.format)
+        episodes.task.score([predictions], repeated, model.format)
         figures[f"{task_name}: the same with Java, s"] = time.perf_counter() - started
     return scoring / decoding
 
 
 def _score(
-    task: Task, said: list[Output], asked: list[EvaluationEpisode], model: InContextModel
+    task: Task, predictions: list[Output], repeated: list[EvaluationEpisode], model: InContextModel
 ) -> None:
     """The scores with intervals, but without the Java programs."""
     if task is not CAPTIONING:
-        task.score([said], asked, model.format)
+        task.score([predictions], repeated, model.format)
         return
-    references = {str(n): truth.meta["references"][0] for n, truth in enumerate(asked)}
-    texts = {str(n): output["caption"] or "" for n, output in enumerate(said)}
+    references = {str(n): truth.meta["references"][0] for n, truth in enumerate(repeated)}
+    texts = {str(n): output["caption"] or "" for n, output in enumerate(predictions)}
     score_captions([texts], references, java=False, with_intervals=True)
 
 
@@ -131,12 +131,12 @@ def cider(captions: int) -> tuple[float, float]:
     def caption() -> str:
         return " ".join(drawn.choices(words, weights, k=drawn.randint(8, 12)))
 
-    said = [caption() for _ in range(captions)]
+    candidates = [caption() for _ in range(captions)]
     right = [[caption() for _ in range(5)] for _ in range(captions)]
     started = time.perf_counter()
-    ours_Q = cider_d(said, right)
+    ours_Q = cider_d(candidates, right)
     ours = time.perf_counter() - started
-    truths, answers = dict(enumerate(right)), {n: [text] for n, text in enumerate(said)}
+    truths, answers = dict(enumerate(right)), {n: [text] for n, text in enumerate(candidates)}
     started = time.perf_counter()
     _, theirs_Q = Cider().compute_score(truths, answers)
     theirs = time.perf_counter() - started

@@ -156,13 +156,15 @@ class Generate:
 
     @torch.inference_mode()
     def logits(self, tokens_BL: Tensor) -> Tensor:
-        """Of image codes, at every position (B, L, K), float32."""
+        """The logits of the image codes at every position (B, L, K), float32."""
         found: Tensor = self.model(tokens_BL).logits
         return found[..., self._ids.start : self._ids.stop].float()
 
     @torch.inference_mode()
     def exact_logits(self, tokens_L: Tensor) -> tuple[Tensor, float]:
-        """Those after the last token (K,) in float64, and the greatest error of the model's own."""
+        """The logits after the last token (K,) in float64, and the greatest error of the logits
+        that the model itself computes.
+        """
         own_K = self.logits(tokens_L[None])[0, -1].double()
         logits = copy.deepcopy(self.model).double()(tokens_L[None]).logits
         exact_K = logits[0, -1, self._ids.start : self._ids.stop]
@@ -217,13 +219,13 @@ def check_same_choices(
     logits in this cell stand, against the same weights in float64.
     """
     equal = total = 0
-    for asked in (requests, requests[:1]):
-        written = decode_batch(decoder, setting.codec, asked)
-        ours, theirs = [each.tokens for each in written], peer(asked)
-        assert len({tuple(codes) for codes in theirs}) == len(asked), (
+    for batch in (requests, requests[:1]):
+        written = decode_batch(decoder, setting.codec, batch)
+        ours, theirs = [output.tokens for output in written], peer(batch)
+        assert len({tuple(codes) for codes in theirs}) == len(batch), (
             "masks that do not depend on the query would prove nothing"
         )
-        prompts_BL = setting.prompts(asked)
+        prompts_BL = setting.prompts(batch)
         for prompt_L, mine, other in zip(prompts_BL, ours, theirs, strict=True):
             same = [a == b for a, b in zip(mine, other, strict=True)]
             equal, total = equal + sum(same), total + len(same)

@@ -108,9 +108,7 @@ class Bench:
 
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
-        """A variant whose failure is recorded in the place of its figure, and does not end the
-        part.
-        """
+        """A variant whose failure is recorded instead of its figure, and does not end the part."""
         try:
             yield
         except Exception as error:
@@ -186,7 +184,7 @@ def training(bench: Bench) -> None:
 
 
 def training_compiled(bench: Bench) -> None:
-    """The same with each layer compiled, for episodes of one length."""
+    """Training with each layer compiled, for episodes of one length."""
     found: dict[str, float] = {}
     for episodes in (2,) if bench.quick else (8, 32):
         name = f"segmentation, micro-batch {episodes}, layers compiled"
@@ -211,11 +209,16 @@ def attention(bench: Bench) -> None:
         "equal lengths": [70] * 2 if bench.quick else [2060] * 8,
         "different lengths": [40, 55] if bench.quick else rng.integers(1100, 1150, 8).tolist(),
     }
-    for name, of in lengths.items():
-        ways = _attention_ways(bench, of)
+    for name, episode_lengths in lengths.items():
+        ways = _attention_ways(bench, episode_lengths)
         inputs = [
             torch.randn(
-                sum(of), heads, size, device=bench.device, dtype=torch.bfloat16, requires_grad=True
+                sum(episode_lengths),
+                heads,
+                size,
+                device=bench.device,
+                dtype=torch.bfloat16,
+                requires_grad=True,
             )
             for _ in range(3)
         ]
@@ -289,11 +292,11 @@ def parallel_decoding(bench: Bench) -> None:
     setting, best = bench.setting(), 0.0
     decoder = setting.decoder("attributes")
     for batch in (1, 2) if bench.quick else (1, 16, 64, 128):
-        for shown, requests in (
+        for description, requests in (
             ("the same examples", setting.requests(batch)),
             ("own examples", [setting.requests(1, seed=n)[0] for n in range(batch)]),
         ):
-            name = f"batch {batch}, {shown}: masks/s"
+            name = f"batch {batch}, {description}: masks/s"
             with bench.variant(name):
                 run = partial(_read_codes, decoder, setting, requests)
                 best = max(best, rate := batch / bench.seconds(run, repeats=5))
@@ -315,7 +318,7 @@ def code_by_code(bench: Bench) -> None:
 
 
 def code_by_code_in_place(bench: Bench, compiled: bool = False) -> None:
-    """The same on static buffers, whose step a CUDA graph replays."""
+    """Decoding code by code on static buffers, whose step a CUDA graph replays."""
     setting, best = bench.setting(), 0.0
     decoder = setting.decoder("attributes")
     how = "compiled, CUDA graph" if compiled else "CUDA graph"
@@ -338,7 +341,9 @@ def code_by_code_in_place(bench: Bench, compiled: bool = False) -> None:
             best = max(best, rate) if batch == 1 else best
             expected = decode_batch(decoder, setting.codec, requests)
             # In bfloat16 two logits are often equal, and codes after another choice differ.
-            equal = float(np.mean(np.array(codes) == np.array([each.tokens for each in expected])))
+            equal = float(
+                np.mean(np.array(codes) == np.array([output.tokens for output in expected]))
+            )
             bench.record(f"{how}, batch {batch}: codes equal to the product's, %", 100 * equal)
     bench.record("best: masks/s", best)
 
@@ -529,7 +534,7 @@ def _attention_ways(bench: Bench, lengths: Sequence[int]) -> dict[str, Attend]:
     """Name -> attention of (T, H, D) inputs within episodes of these lengths."""
 
     def by_rows(attend: Attend) -> Attend:
-        """Of a stream that is cut into rows (B, H, L, D)."""
+        """The same attention over a stream that is cut into rows (B, H, L, D)."""
 
         def attended(*inputs_THD: Tensor) -> Tensor:
             rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in inputs_THD)
@@ -539,7 +544,7 @@ def _attention_ways(bench: Bench, lengths: Sequence[int]) -> dict[str, Attend]:
 
     def looped(*inputs_THD: Tensor) -> Tensor:
         pieces = [x.transpose(0, 1).split(list(lengths), dim=1) for x in inputs_THD]
-        attended = [causal_attention(*each) for each in zip(*pieces, strict=True)]
+        attended = [causal_attention(*piece) for piece in zip(*pieces, strict=True)]
         return torch.cat(attended, dim=1).transpose(0, 1)
 
     def varlen(*inputs_THD: Tensor) -> Tensor:
@@ -624,8 +629,8 @@ def run_part(name: str, device: str, quick: bool, limit: float, file: Path) -> d
     if limit < 1:
         return {"figures": {}, "error": "not run: no time was left", "seconds": 0.0}
     figures, log = (file.with_suffix(f".{kind}") for kind in ("figures", "log"))
-    for each in (figures, log):
-        each.write_text("", encoding="utf-8")
+    for path in (figures, log):
+        path.write_text("", encoding="utf-8")
     # A process that has used a GPU must not be forked; on a CPU that saves the imports.
     context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
     process = context.Process(target=_part_alone, args=(name, Bench(device, quick, figures), log))
@@ -644,8 +649,8 @@ def run_part(name: str, device: str, quick: bool, limit: float, file: Path) -> d
     process.kill()  # It may not have had the time to lead a group of its own.
     process.join()
     found = [json.loads(line) for line in figures.read_text("utf-8").splitlines()]
-    for each in (figures, log):
-        each.unlink()
+    for path in (figures, log):
+        path.unlink()
     return {"figures": dict(found), "error": error, "seconds": time.monotonic() - started}
 
 
@@ -692,7 +697,12 @@ def render(results: dict[str, Any]) -> str:
 
 def _goal(part: str, figure: str, value: float | str) -> str:
     bound = next(
-        (goal for (of, name), goal in GOALS.items() if name == figure and part.startswith(of)), None
+        (
+            goal
+            for (prefix, name), goal in GOALS.items()
+            if name == figure and part.startswith(prefix)
+        ),
+        None,
     )
     if bound is None or isinstance(value, str):
         return ""

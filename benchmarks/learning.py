@@ -130,8 +130,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    shown = f"{mean(values):.3f}"
-    return shown if len(values) == 1 else f"{shown} ({min(values):.3f} to {max(values):.3f})"
+    text = f"{mean(values):.3f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

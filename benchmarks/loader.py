@@ -116,9 +116,8 @@ def measure(samples: int, batches: int) -> dict[str, float]:
         )
         pipeline = PlainPipeline(folder, shards, schedule, part)
         theirs = iter(DataLoader(pipeline, batch_size=None, num_workers=1, prefetch_factor=4))
-        rates = [(_rate(ours, batches), _rate(theirs, batches)) for _ in range(ROUNDS + 1)][
-            1:
-        ]  # The first round is a warm-up.
+        # The first round is a warm-up.
+        rates = [(_rate(ours, batches), _rate(theirs, batches)) for _ in range(ROUNDS + 1)][1:]
         del ours, theirs  # Their workers must end before the folder is deleted.
     return {
         "tokens/s": statistics.median(mine for mine, _ in rates),

@@ -96,17 +96,17 @@ def class_masks(coco: COCO, image: int, least: float = LEAST_SHOWN) -> dict[int,
     crowds.
     """
     masks: dict[int, np.ndarray] = {}
-    for each in coco.loadAnns(coco.getAnnIds(image, iscrowd=False)):
-        mask_HW = coco.annToMask(each) > 0
-        masks[each["category_id"]] = masks.get(each["category_id"], False) | mask_HW
+    for annotation in coco.loadAnns(coco.getAnnIds(image, iscrowd=False)):
+        mask_HW = coco.annToMask(annotation) > 0
+        masks[annotation["category_id"]] = masks.get(annotation["category_id"], False) | mask_HW
     return {number: mask_HW for number, mask_HW in masks.items() if mask_HW.mean() >= least}
 
 
 def by_class(
-    model: InContextModel, shown: Iterable[Photograph]
+    model: InContextModel, photographs: Iterable[Photograph]
 ) -> dict[int, list[SegmentationPair]]:
     pairs: dict[int, list[SegmentationPair]] = {}
-    for _, codes_N, masks in shown:
+    for _, codes_N, masks in photographs:
         for number, mask_HW in masks.items():
             whole = (0, 0, mask_HW.shape[1], mask_HW.shape[0])
             square_HW = crop_and_resize_mask(mask_HW, whole, model.image_size)
@@ -127,12 +127,12 @@ def ious(
     examples: list[tuple[SegmentationPair, ...]],
 ) -> np.ndarray:
     """The IoU of each query, at its own size, after its examples."""
-    asked = list(zip(queries, examples, strict=True))
+    questions = list(zip(queries, examples, strict=True))
     found = []
-    for some in in_batches(tqdm(asked, "segmenting"), BATCH):
+    for some in in_batches(tqdm(questions, "segmenting"), BATCH):
         requests = [
-            (Episode(SEGMENTATION, "", shown), photograph.codes_N)
-            for (photograph, _), shown in some
+            (Episode(SEGMENTATION, "", pairs), photograph.codes_N)
+            for (photograph, _), pairs in some
         ]
         drawn = SEGMENTATION.draw(model, model.complete(requests))
         for ((photograph, number), _), mask in zip(some, drawn, strict=True):

@@ -76,12 +76,12 @@ def _seconds(shapes: list[tuple[int, ...]], device: str) -> list[float]:
         optimizer(torch.optim.AdamW, foreach=True),
     ]
 
-    def step(each: torch.optim.Optimizer) -> None:
-        each.step()
+    def step(chosen: torch.optim.Optimizer) -> None:
+        chosen.step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return in_turns(*(partial(step, each) for each in optimizers), repeats=REPEATS)
+    return in_turns(*(partial(step, chosen) for chosen in optimizers), repeats=REPEATS)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,8 @@ def main() -> None:
         default="demo",
         help="the trained tokenizer on which bf16 is compared with float32",
     )
-    parser.add_argument(
-        "--measure", help=argparse.SUPPRESS
-    )  # the folder of pictures that this process measures
+    # The folder of pictures that this process measures.
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(evaluate_tokenizer("demo", Path(options.measure))))
@@ -102,8 +101,8 @@ def agreement(source: str, figures: dict[str, float]) -> list[Goal]:
             for picture, box in zip(image, square, strict=True)
         ]
         drawn = [
-            mask_to_pixels(crop_and_resize_mask(of[0], box, size))
-            for of, box in zip(masks, square, strict=True)
+            mask_to_pixels(crop_and_resize_mask(picture_masks[0], box, size))
+            for picture_masks, box in zip(masks, square, strict=True)
         ]
         for kind, pictures in (("scenes", scenes), ("masks", drawn)):
             pixels_B3HW = torch.stack(pictures)

@@ -41,19 +41,19 @@ def main() -> None:
     options = parser.parse_args()
     model = InContextModel.from_pretrained(options.model)
     rng = np.random.default_rng(0)
-    shown: dict[int, list[tuple[Path, dict[str, Any]]]] = {}
+    examples: dict[int, list[tuple[Path, dict[str, Any]]]] = {}
     for image, number, mask_HW in objects(options.coco, "train2017", SIZES["medium"][0], 1.0):
-        shown.setdefault(number, []).append((image, encode_rle(mask_HW)))
+        examples.setdefault(number, []).append((image, encode_rle(mask_HW)))
     sessions: dict[int, Session] = {}
     figures: dict[str, float] = {}
     goals = []
     for size, (least, most) in SIZES.items():
-        queries = [q for q in objects(options.coco, "val2017", least, most) if q[1] in shown]
+        queries = [q for q in objects(options.coco, "val2017", least, most) if q[1] in examples]
         chosen = rng.permutation(len(queries))[: options.queries]
         ious_Q2, windows = [], 0
         for file, number, true_HW in tqdm([queries[n] for n in chosen], size):
             if number not in sessions:
-                image, rle = shown[number][rng.integers(len(shown[number]))]
+                image, rle = examples[number][rng.integers(len(examples[number]))]
                 sessions[number] = model.session([(image, decode_rle(rle))])
             whole = sessions[number].draw(file)
             close = sessions[number].draw(file, windows=True)

@@ -227,7 +227,7 @@ def collate(
         lengths=lengths,
         real_T=None if real_T.all() else torch.from_numpy(real_T),
         routing=RoutingPlan.of_runs(
-            [[(span.attributes, span.length) for span in each.spans] for each in sequences]
+            [[(span.attributes, span.length) for span in sequence.spans] for sequence in sequences]
         ),
         predictors_P=torch.from_numpy(targets - 1),
         labels_P=torch.from_numpy(labels.astype(np.int64)),

@@ -41,13 +41,13 @@ def intervals(statistic: Callable[[np.ndarray], np.ndarray], queries: int) -> li
 
 def mean_intervals(*values: Sequence[float] | np.ndarray) -> list[Interval]:
     """The interval of the mean of each of several lists with one value per query."""
-    values_QS = np.stack([np.asarray(each, dtype=np.float64) for each in values], axis=1)
+    values_QS = np.stack([np.asarray(column, dtype=np.float64) for column in values], axis=1)
     return intervals(lambda weights_BQ: weights_BQ @ values_QS / len(values_QS), len(values_QS))
 
 
 class Statistic(NamedTuple):
-    """Scores of a list of outputs as a function of how often each of them counts. names: of the S
-    scores. of: weights (B, outputs) -> scores (B, S).
+    """Scores of a list of outputs as a function of how often each of them counts. names: the names
+    of the S scores. of: the function, from weights (B, outputs) to scores (B, S).
     """
 
     names: tuple[str, ...]
@@ -56,7 +56,9 @@ class Statistic(NamedTuple):
 
 def mean_statistic(values: Mapping[str, Sequence[float] | np.ndarray]) -> Statistic:
     """The means of lists with one value for each output, by their names."""
-    values_QS = np.stack([np.asarray(each, dtype=np.float64) for each in values.values()], axis=1)
+    values_QS = np.stack(
+        [np.asarray(column, dtype=np.float64) for column in values.values()], axis=1
+    )
     return Statistic(
         tuple(values),
         lambda weights_BQ: weights_BQ @ values_QS / weights_BQ.sum(axis=1, keepdims=True),
@@ -64,8 +66,8 @@ def mean_statistic(values: Mapping[str, Sequence[float] | np.ndarray]) -> Statis
 
 
 class Difference(NamedTuple):
-    """Of two systems on the same queries: the score of either, the difference B - A, its interval,
-    and the two-sided p of the hypothesis that there is none.
+    """The difference of two systems A and B on the same queries: the score of each, the difference
+    B - A, its interval, and the two-sided p of the hypothesis that there is no difference.
     """
 
     a: float
@@ -89,20 +91,26 @@ def differences(pooled: Statistic, queries: int) -> list[Difference]:
     else of `SWAPS` - 1 random ones and the systems as they are.
     """
 
-    def of(weights_BQ: np.ndarray, exchanged_BQ: np.ndarray) -> np.ndarray:
+    def scores(weights_BQ: np.ndarray, exchanged_BQ: np.ndarray) -> np.ndarray:
         first_BP = np.hstack([weights_BQ * (1 - exchanged_BQ), weights_BQ * exchanged_BQ])
         second_BP = np.hstack([weights_BQ * exchanged_BQ, weights_BQ * (1 - exchanged_BQ)])
         return np.stack([pooled.of(first_BP), pooled.of(second_BP)])
 
     once, kept = np.ones((1, queries)), np.zeros((1, queries))
-    a_S, b_S = of(once, kept)[:, 0]
+    a_S, b_S = scores(once, kept)[:, 0]
     found_S = b_S - a_S
     drawn_DS = np.concatenate(
-        [np.subtract(*of(weights_BQ, 0 * weights_BQ)[::-1]) for weights_BQ in draw_weights(queries)]
+        [
+            np.subtract(*scores(weights_BQ, 0 * weights_BQ)[::-1])
+            for weights_BQ in draw_weights(queries)
+        ]
     )
     low_S, high_S = np.percentile(drawn_DS, [2.5, 97.5], axis=0)
     swapped_DS = np.concatenate(
-        [np.subtract(*of(np.ones_like(swaps_BQ), swaps_BQ)[::-1]) for swaps_BQ in _swaps(queries)]
+        [
+            np.subtract(*scores(np.ones_like(swaps_BQ), swaps_BQ)[::-1])
+            for swaps_BQ in _swaps(queries)
+        ]
     )
     # Sums in another order may differ in their last digits.
     as_large_DS = np.abs(swapped_DS) >= np.abs(found_S) - 1e-12

@@ -95,8 +95,9 @@ class Canvas:
 
 
 class Panel:
-    """A plot with axes within a canvas. corners: of the plot's area, without its labels. x_range,
-    y_range: the values at its ends. A line at zero is drawn where the range includes it.
+    """A plot with axes within a canvas. corners: the corners of the plot's area, without its
+    labels. x_range, y_range: the values at the ends of the axes. A line at zero is drawn if the
+    range includes zero.
     """
 
     def __init__(

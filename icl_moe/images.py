@@ -288,7 +288,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype.itemsize == 2 and channels > 1:
-        # As Pillow does for 16-bit files with several channels.
+        # Pillow does the same for 16-bit files with several channels.
         array = (array >> 8).astype(np.uint8)
     elif array.dtype.itemsize == 2:
         array = array.astype(np.uint16)  # in the byte order of this machine
@@ -419,15 +419,15 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
     # Lossy WebP shifts flat parts a level or two away from black and white.
     if not is_far and (format == "WEBP" or len(np.unique(codes_HW)) > _FEW_LEVELS):
         return None
-    shown = colours(np.unique([dark, bright, *third[:3]])).tolist()
-    named = [", ".join(f"{level:g}" for level in colour) for colour in shown]
+    examples = colours(np.unique([dark, bright, *third[:3]])).tolist()
+    named = [", ".join(f"{level:g}" for level in colour) for colour in examples]
     named = [f"({name})" if "," in name else name for name in named]
     return f"it has areas of {', '.join(named[:-1])} and {named[-1]}"
 
 
 def _many_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray) -> str | None:
     """A message if too many pixels are far from the colours of both sides, as in a photograph;
-    otherwise None. Of a large mask only some pixels are checked.
+    otherwise None. Only some pixels of a large mask are checked.
     """
     step = max(1, round((mask_HW.size / 4e6) ** 0.5))
     levels_HWC, mask_HW = levels_HWC[::step, ::step], mask_HW[::step, ::step]

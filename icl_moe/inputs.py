@@ -104,8 +104,8 @@ def is_inside(name: str) -> bool:
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Raise InputError if a link leads from a file in a folder to another place, which whoever made
-    the data set has no business to read.
+    """Raise InputError if a link leads from a file in a folder to another place, to which the data
+    set must not give access.
     """
     try:
         inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
@@ -165,9 +165,9 @@ def with_whole_characters(content: Any, text: str, start: int = 0, end: int | No
 
 
 def whole_characters(text: str) -> str:
-    """`text` with U+FFFD in place of each lone surrogate.
+    """`text` with U+FFFD instead of each lone surrogate.
 
-    JSON can contain such halves, if a program cut a text within an emoji, but UTF-8 cannot, so
+    JSON can contain lone surrogates, if a program cut a text within an emoji. UTF-8 cannot, so
     neither files nor tokenizers accept them.
     """
     try:

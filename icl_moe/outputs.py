@@ -62,7 +62,7 @@ def output_file(
         target = Path(os.path.realpath(file))
         if len(os.fsencode(partial_of(target).name)) > _LONGEST_NAME:
             raise InputError(f"{file}: the name of the file is too long; choose a shorter one.")
-        if any(os.path.realpath(each) == str(target) for each in inputs):
+        if any(os.path.realpath(path) == str(target) for path in inputs):
             raise InputError(
                 f"{file} is also an input and would be overwritten; choose another name."
             )
@@ -95,9 +95,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         raise InputError(f"Writing {where} failed: {error.strerror or error}.") from error
     except SafetensorError as error:
-        number = re.search(
-            r"os error (\d+)", str(error)
-        )  # The number of the system's error is only in the text.
+        # The number of the system's error is only in the text.
+        number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise InputError(f"Writing {path} failed: {os.strerror(int(number[1]))}.") from error

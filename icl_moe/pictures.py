@@ -23,7 +23,7 @@ COLOURS = (
     (0, 210, 220),
     (255, 120, 190),
 )
-"""Of masks of different classes over one image."""
+"""The colours of the masks of different classes over one image."""
 
 _LEAST_SIDE = 256
 _CELL, _TEXT_HEIGHT, _LINE_LENGTH, _LINES = 192, 48, 32, 3
@@ -69,14 +69,14 @@ def boxed(image: Image.Image, box: Box | None) -> Image.Image:
     edge shows on every ground, to colour-blind readers too.
     """
     factor = -(-_LEAST_SIDE // image.width)
-    shown = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if box is not None:
-        corners = [value * (side - 1) for value, side in zip(box, shown.size * 2, strict=True)]
-        draw = ImageDraw.Draw(shown)
+        corners = [value * (side - 1) for value, side in zip(box, enlarged.size * 2, strict=True)]
+        draw = ImageDraw.Draw(enlarged)
         around = [value + (-1, -1, 1, 1)[n] for n, value in enumerate(corners)]
         draw.rectangle(around, outline="white", width=5)
         draw.rectangle(corners, outline=BOX_COLOUR, width=3)
-    return shown
+    return enlarged
 
 
 def draw_grid(rows: Sequence[Sequence[Cell]]) -> Image.Image:

@@ -21,7 +21,7 @@ float32 would soon reach infinity or 0.
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `least` on, or those above `above`, up to `most`, or those below `below`."""
+    """The numbers of at least `least` or above `above`, and of at most `most` or below `below`."""
 
     least: float | None = None
     most: float | None = None

@@ -234,8 +234,8 @@ def _check_weights(key: str, weights: dict[str, float]) -> None:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """ep_size: over how many ranks the experts of a layer are spread. tp_size: over how many a
-    layer's matrices are split.
+    """ep_size: the number of ranks over which the experts of a layer are spread. tp_size: the
+    number of ranks over which the matrices of a layer are split.
     """
 
     ep_size: Count = 1

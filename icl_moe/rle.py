@@ -74,7 +74,7 @@ def run_lengths(counts: str | bytes) -> list[int]:
         return []
     if groups_G.min() < 0 or groups_G.max() >= 64:
         raise ValueError("not run lengths")
-    last_N = np.flatnonzero(groups_G & 0x20 == 0)  # Of each number.
+    last_N = np.flatnonzero(groups_G & 0x20 == 0)  # The last group of each number.
     if not len(last_N) or last_N[-1] != len(groups_G) - 1:
         raise IndexError("the last number is not complete")
     first_N = np.concatenate([[0], last_N[:-1] + 1])
@@ -93,6 +93,6 @@ def run_lengths(counts: str | bytes) -> list[int]:
 
 
 _MOST_GROUPS = 8
-"""Of a number, which then is under 2^40: more than the pixels of any mask, and a sum of them cannot
-overflow.
+"""The most groups of a number. The number is then less than 2^40, which is more than the pixels of
+any mask, and sums of such numbers cannot overflow.
 """

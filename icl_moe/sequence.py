@@ -41,10 +41,10 @@ Role = Literal["marker", "input", "output", "given", "prompt", "padding"]
 
 InputLoss = Literal["tokens", "mean"]
 LossOn = Literal["all", "query"]
-"""Which pairs of an episode have a loss: all, including examples, or the query alone."""
+"""Which pairs of an episode have a loss: all pairs, including examples, or only the query."""
 
 NO_LINK = -1
-"""The entry of `TokenSequence.links` for no token."""
+"""The entry of `TokenSequence.links` that stands for no token."""
 
 
 class TooLongError(InputError):
@@ -170,7 +170,7 @@ class Episode:
 
 
 PromptLength = Annotated[int, Range(4)]
-"""The least length of a class prompt: its three markers and one token of a name."""
+"""The length of a class prompt: at least 4, its three markers and one token of a name."""
 
 
 @dataclass(frozen=True)

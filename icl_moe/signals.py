@@ -171,7 +171,7 @@ def hear() -> None:
 
 
 def listen() -> None:
-    """`hear` until the very end of the process, with a separate thread."""
+    """As `hear`, but with a separate thread that listens until the process ends."""
     if not _requests.listens:
         hear()
         _requests.listen()

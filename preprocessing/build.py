@@ -276,8 +276,9 @@ class _WorkFolder:
             shutil.rmtree(partial, ignore_errors=True)
 
     def check_plan(self, plan: Plan) -> None:
-        """Raise InputError if the plan is not that of the build's first results, which are known by
-        its numbers: the sources have changed, or another version plans in another way.
+        """Raise InputError if the plan is not the plan of the build's first results, which are
+        identified by its numbers. Then the sources have changed, or another version of the package
+        plans differently.
         """
         digest = hashlib.sha256(f"batches of {BATCH}, filled".encode())
         for pool in plan.pools.values():

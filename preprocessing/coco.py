@@ -60,10 +60,10 @@ def read_instances(
     workers: int,
     unsure: Mapping[Any, Set[str]] | None = None,
 ) -> Pool:
-    """`read_segmentation` for records that are already loaded.
+    """The same as `read_segmentation`, for records that are already loaded.
 
-    unsure: image id -> classes of which not all instances in the image are annotated. The image has
-    no mask of them, whose background would show the others.
+    unsure: image id -> classes of which not all instances in the image are annotated. The image
+    gets no mask of such a class, since the instances without annotation would count as background.
     """
     cutter = _Cutter(coco, source, image_size, unsure or {})
     cutter.check()
@@ -84,9 +84,9 @@ def read_instances(
             parts.append(part)
             progress.update(len(chunk))
     table = RegionTable.concatenate([part.table for part in parts])
-    shown = [_Shown(image) for image in table.images()]
-    usable_images = {item.image.name for item in usable.keep(shown, source.path("images"), pool)}
-    is_usable = np.array([item.image.name in usable_images for item in shown], dtype=bool)
+    items = [_Shown(image) for image in table.images()]
+    usable_images = {item.image.name for item in usable.keep(items, source.path("images"), pool)}
+    is_usable = np.array([item.image.name in usable_images for item in items], dtype=bool)
     for reason in ("empty_masks", "masks_of_small_scale"):
         counts = [part.left_out[reason] for part in parts]
         pool.skipped[reason] += int(np.concatenate(counts or [np.zeros(0)])[is_usable].sum())
@@ -341,7 +341,7 @@ class _Cutter:
         self.wanted = set(self.names.values()) if source.classes is None else set(source.classes)
 
     def check(self) -> None:
-        """Raise InputError if the file has no such class, or none but crowds."""
+        """Raise InputError if the file lacks a wanted class, or has only crowds of them."""
         check_classes("segmentation.classes", self.wanted, self.coco)
         crowds = [
             bool(annotation.get("iscrowd"))
@@ -366,8 +366,9 @@ class _Cutter:
 
 @dataclass
 class _Cut:
-    """The regions of some images. names: of the images that were looked at, by id. left_out: reason
-    -> how many masks of each image of the table have no region for it. error: what stopped it.
+    """The regions of some images. names: the names of the images that were looked at, by id.
+    left_out: reason -> how many masks of each image of the table have no region for this reason.
+    error: the error that ended the reading early.
     """
 
     table: RegionTable
@@ -378,7 +379,7 @@ class _Cut:
 
 
 def _cut_images(cutter: _Cutter, image_ids: list[Any]) -> _Cut:
-    """The regions of images, or of those before the first that is wrong."""
+    """The regions of images; if an image's annotations are wrong, of the images before it."""
     writer, source, error = TableWriter(), cutter.source, None
     cut = _Cut(RegionTable.of([]), [], Counter(), {})
     empty, small = array("q"), array("q")
@@ -456,8 +457,9 @@ class _OfImage:
 
         An instance without an outline makes no region either: its pixels would count as background.
         """
-        if self.image.is_too_large:  # The check of the images finds that out; there is no memory
-            return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))  # for it.
+        # There is no memory for the mask of such an image; the check of the images names it.
+        if self.image.is_too_large:
+            return _ClassMask(self.image, category, (), {}, (0, 0, 0, 0), (0, 0, 0, 0))
         rles = [(annotation, self.rle(annotation)) for annotation in annotations]
         drawn = [(a, rle) for a, rle in rles if rle is not None and rle_tools.area(rle)]
         if not drawn:

@@ -102,12 +102,12 @@ def _boxes(
             rects.setdefault(category, []).append((bool(annotation.get("iscrowd")), rect))
     boxes = {}
     for category, of_class in rects.items():
-        each = [normalise_box(*rect, image.width, image.height) for _, rect in of_class]
+        normalised = [normalise_box(*rect, image.width, image.height) for _, rect in of_class]
         union = (
-            min(b[0] for b in each),
-            min(b[1] for b in each),
-            max(b[2] for b in each),
-            max(b[3] for b in each),
+            min(b[0] for b in normalised),
+            min(b[1] for b in normalised),
+            max(b[2] for b in normalised),
+            max(b[3] for b in normalised),
         )
         single = [rect for is_crowd, rect in of_class if not is_crowd]
         largest = max(single, key=lambda rect: rect[2] * rect[3], default=None)

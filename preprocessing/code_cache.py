@@ -143,7 +143,7 @@ def _digest(content: bytes) -> str:
 
 
 def _read_keys(file: Path) -> np.ndarray:
-    """The keys of a file; none, after a message, if its content is not that of its name."""
+    """The keys of a file. If its content does not match its name, there is a message and no key."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:  # Somebody has just emptied the cache.

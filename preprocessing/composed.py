@@ -129,8 +129,8 @@ class Album:
     pool: Pool
 
     def keep(self, items: Iterable[Item], folder: Path, pool: Pool) -> list[Item]:
-        """As in `UsableImages`: the items on photographs of the album. Others were counted
-        before.
+        """The items on photographs of the album, as in `UsableImages`. The other items have been
+        counted already.
         """
         images = {photograph.image for photograph in self.photographs}
         return [item for item in items if item.image in images]
@@ -214,9 +214,9 @@ def compose(
     return image, [_annotation(placed) for placed in objects if _is_seen(placed)]
 
 
-def _choose(rng: np.random.Generator, album: Album, balance: float, shown: set[Any]) -> _Cut:
+def _choose(rng: np.random.Generator, album: Album, balance: float, present: set[Any]) -> _Cut:
     """A cut-out of a class that the composition does not show yet, if there is one."""
-    classes = [number for number in album.cuts if number not in shown] or list(album.cuts)
+    classes = [number for number in album.cuts if number not in present] or list(album.cuts)
     weights = np.array([len(album.cuts[number]) for number in classes]) ** (1.0 - balance)
     of_class = album.cuts[classes[int(rng.choice(len(classes), p=weights / weights.sum()))]]
     return of_class[int(rng.integers(len(of_class)))]
@@ -234,8 +234,8 @@ def _background(
     top = int(rng.integers(image.height - side + 1))
     crop, mirrored, light_3 = (left, top, left + side, top + side), rng.random() < 0.5, _light(rng)
     across = slice(None, None, -1 if mirrored else 1)
-    shown = crop_and_resize(_open(image), crop, size)
-    canvas_HW3 = np.asarray(shown, dtype=np.float32)[:, across] * light_3
+    square = crop_and_resize(_open(image), crop, size)
+    canvas_HW3 = np.asarray(square, dtype=np.float32)[:, across] * light_3
     objects = []
     for annotation in album.coco.imgToAnns.get(photograph.image_id, ()):
         rle = coco.instance_rle(album.coco, image, annotation)

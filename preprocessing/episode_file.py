@@ -32,8 +32,8 @@ class FixedPair:
 
     image, width, height: the image's file, and its size in pixels. annotations: the ids of the
     class's annotations in the image, which make its mask; or the id of the region that is
-    described. mask: the file of the mask, where there is one. box, caption: of a description, the
-    box in fractions of the image.
+    described. mask: the file of the mask, where there is one. box, caption: a described region's
+    box, in fractions of the image, and its caption.
     """
 
     image: str
@@ -78,7 +78,7 @@ class FixedEpisode:
     pairs: tuple[FixedPair, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Without the values that are not set."""
+        """The episode as JSON, without the values that are not set."""
         pairs = [
             {k: v for k, v in asdict(pair).items() if v not in (None, ())} for pair in self.pairs
         ]
@@ -89,13 +89,14 @@ class FixedEpisode:
 class EpisodeFile:
     """The content of a file.
 
-    name: of the benchmark. task: of all its episodes. shots: examples before each query. folds:
-    how many there are. protocol: how the episodes were drawn, and what the pairs show. score: the
-    definition of the benchmark's own score. masks: how a mask comes about. `painted`: annotations
-    but crowds are painted in the order of their file, so that later ones of other classes cover
-    earlier ones. `union`: of all the class's annotations. `file`: the pixels of a picture with the
-    class's level (`levels`, where 255 belongs to no class and does not count), or without levels
-    those of at least 128. annotations: the files that hold the annotations.
+    name: the name of the benchmark. task: the task of all its episodes. shots: the number of
+    examples before each query. folds: the number of folds. protocol: how the episodes were drawn,
+    and what the pairs show. score: the definition of the benchmark's own score. masks: how a mask
+    is made. `painted`: all annotations except crowds are painted in the order of their file, so
+    that later ones of other classes cover earlier ones. `union`: the union of all annotations of
+    the class. `file`: the pixels of a picture that have the class's level (`levels`, where 255
+    belongs to no class and does not count), or without levels the pixels of at least 128.
+    annotations: the files that hold the annotations.
     """
 
     name: str
@@ -137,7 +138,7 @@ class EpisodeFile:
         return [{"standard": self.name, "fold": episode.fold} for episode in self.episodes]
 
     def header(self) -> dict[str, Any]:
-        """Everything but the episodes, with their number and the hash of all."""
+        """Everything except the episodes, with their number and the hash of the whole content."""
         values = {"format": FORMAT, **to_dict(replace(self, episodes=()))}
         values["episodes"] = len(self.episodes)
         return values | {"sha256": _digest(values, self._lines())}

@@ -63,10 +63,10 @@ class _Plan:
         keys = region_keys(pool.regions)
         self.seed, self.task, self.examples = seed, zlib.crc32(pool.task.encode()), examples
         self.queries = np.flatnonzero(keys.roles != ROLES.index("example"))
-        shown = np.flatnonzero(keys.roles != ROLES.index("query"))
+        as_examples = np.flatnonzero(keys.roles != ROLES.index("query"))
         self.kinds, self.photographs = keys.kinds, keys.photographs
         self.members = {
-            kind: shown[places] for kind, places in groups_of(keys.kinds[shown]).items()
+            kind: as_examples[places] for kind, places in groups_of(keys.kinds[as_examples]).items()
         }
         self.same_instance = pool.same_instance
         self.instances = _Instances(pool, examples) if pool.same_instance else None
@@ -109,7 +109,7 @@ class _Balanced:
         groups = groups_of(categories[queries]).values()
         # In the order of their first queries, so that the draws do not depend on how classes are
         # numbered.
-        self._members = [queries[places] for places in sorted(groups, key=lambda each: each[0])]
+        self._members = [queries[places] for places in sorted(groups, key=lambda group: group[0])]
         shares = np.array([len(numbers) for numbers in self._members]) ** (1.0 - balance)
         self._shares = shares / shares.sum()
 

@@ -153,7 +153,9 @@ _ENDINGS = ", ".join(IMAGE_SUFFIXES)
 
 
 def _match(name: str, by_stem: dict[str, str], has_class: bool, only: str) -> _Mask:
-    """A mask and its image: of the same path, or without the first folder, which is the class."""
+    """A mask and its image. The image has the same path as the mask, or the same path without its
+    first folder, which is the class.
+    """
     path = _stem(name)
     plain = path.removesuffix(_suffix_of(name)) if _suffix_of(name) else path
     for stem in (path, plain):

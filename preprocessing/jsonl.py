@@ -220,7 +220,7 @@ def _masks_of(source: SegmentationSource | CaptioningSource) -> Path:
 def _with_masks(
     lines: Lines, records: list[dict[str, Any]], masks: Path, workers: int
 ) -> list[dict[str, Any]]:
-    """The records, with run lengths in place of a mask's file and lists of polygons."""
+    """The records, with run lengths instead of the file of a mask or lists of polygons."""
     work = []
     for record in records:
         mask = record["segmentation"]

@@ -206,7 +206,7 @@ class _Archive:
 
 def _tar_header(name: bytes, size: int) -> bytes:
     """The header of a file of mode 444 that belongs to nobody, in the format ustar (POSIX.1): its
-    checksum is the sum of its bytes, counted with blanks in the place of the checksum.
+    checksum is the sum of its bytes, counted with blanks instead of the checksum.
     """
     assert len(name) <= tarfile.LENGTH_NAME and size < 8**11, "keys are short, and samples small"
     start = name.ljust(tarfile.LENGTH_NAME, b"\0") + _OWNER + b"%011o\0" % size + _TIME

@@ -136,7 +136,8 @@ class Planner:
     """Makes the plan of a recipe.
 
     out: the shard folder. work: the build's folder in it. fixed: the episodes of a file, if the
-    recipe names one. check_plan: raises InputError if a plan is not that of this build's results.
+    recipe names one. check_plan: raises InputError if the results of this build so far are of
+    another plan.
     """
 
     recipe: DataRecipe
@@ -165,7 +166,7 @@ class Planner:
 
         if on_first(process, first) == "stored":
             return Plan.open(self._folder)
-        # Such a task's regions exist only in the process that has read them.
+        # The regions of a task that is not stored exist only in the process that has read them.
         other = replace(self, workers=share_of(self.workers))
         return made[0] if made else other._make(other._image_check)
 
@@ -267,8 +268,8 @@ class Planner:
         pool.keep(fit)
 
     def _number_pictures(self, pools: list[Pool], episodes: dict[str, np.ndarray]) -> Plan:
-        """All distinct pictures that the episodes need, in the order of the pools, those of images
-        first, so that nearly all batches are of one tokenizer.
+        """The plan with all distinct pictures that the episodes need, in the order of the pools.
+        The pictures of images come first, so that nearly all batches are of one tokenizer.
         """
         numbers: dict[Any, int] = {}
         images: dict[int, None] = {}
@@ -345,8 +346,8 @@ def _picture_keys(
         if isinstance(regions, RegionTable):
             found.append(
                 [
-                    hashlib.blake2b(repr(each).encode(), digest_size=_DIGEST).digest()
-                    for each in pictures
+                    hashlib.blake2b(repr(picture).encode(), digest_size=_DIGEST).digest()
+                    for picture in pictures
                 ]
             )
         else:

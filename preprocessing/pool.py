@@ -107,7 +107,7 @@ class StoredRegions(Sequence[PoolRegion]):
 
     @abstractmethod
     def select(self, numbers: np.ndarray) -> "StoredRegions":
-        """The regions of these numbers, or those that a boolean array marks."""
+        """The regions with these numbers, or the regions that a boolean array marks."""
 
 
 def region_keys(regions: Sequence[PoolRegion]) -> RegionKeys:
@@ -158,15 +158,15 @@ class Pool:
     def by_kind(self) -> dict[tuple[str, str], list[int]]:
         """Class and style -> numbers of the regions that examples can be drawn from."""
         keys = region_keys(self.regions)
-        shown = np.flatnonzero(keys.roles != ROLES.index("query"))
+        examples = np.flatnonzero(keys.roles != ROLES.index("query"))
         found = {}
-        for kind, places in groups_of(keys.kinds[shown]).items():
+        for kind, places in groups_of(keys.kinds[examples]).items():
             category, style = divmod(kind, len(keys.names))
-            found[keys.names[category], keys.names[style]] = shown[places].tolist()
+            found[keys.names[category], keys.names[style]] = examples[places].tolist()
         return found
 
     def keep(self, chosen: np.ndarray) -> None:
-        """Leave out all regions but those that a boolean array (regions,) marks."""
+        """Keep only the regions that a boolean array (regions,) marks."""
         if chosen.all():
             return
         if isinstance(self.regions, StoredRegions):
@@ -174,10 +174,10 @@ class Pool:
         else:
             self.regions = [self.regions[number] for number in np.flatnonzero(chosen).tolist()]
 
-    def count_classes_without_a_region(self, asked: Iterable[str] | None) -> None:
+    def count_classes_without_a_region(self, named: Iterable[str] | None) -> None:
         """Count the classes that a recipe names but the source lacks."""
         self.skipped["classes_without_a_region"] += len(
-            set(asked or ()) - self.class_counts().keys()
+            set(named or ()) - self.class_counts().keys()
         )
 
     def class_counts(self) -> Counter[str]:
@@ -202,10 +202,10 @@ class Pool:
             of_kind = pairs // (int(keys.photographs.max()) + 1)
             return np.bincount(of_kind, minlength=len(kinds))
 
-        shown = np.unique(pairs[keys.roles != ROLES.index("query")])
-        asked = np.unique(pairs[keys.roles != ROLES.index("example")])
-        both = photographs(np.intersect1d(shown, asked, assume_unique=True)) > 0
-        small = (photographs(asked) == 0) | (photographs(shown) < images - ~both)
+        as_examples = np.unique(pairs[keys.roles != ROLES.index("query")])
+        as_queries = np.unique(pairs[keys.roles != ROLES.index("example")])
+        both = photographs(np.intersect1d(as_examples, as_queries, assume_unique=True)) > 0
+        small = (photographs(as_queries) == 0) | (photographs(as_examples) < images - ~both)
         self.keep(~small[of_region])
         self.skipped["classes_with_too_few_images"] += int(small.sum())
 

@@ -93,7 +93,7 @@ def _episode(
     task, meta = TASKS[sample.task], sample.meta
     pairs = codec.decode(sample.sequence, task).pairs
     truth = EvaluationEpisode(sample.key, task, sample.category, pairs, meta)
-    shown = []
+    rows = []
     for number, pair in enumerate(pairs):
         image = to_image(reader.show(pair.image[None])[0])
         cells, words = task.preview(truth, number, image, reader)
@@ -106,6 +106,6 @@ def _episode(
             *([words] if words else []),
             f"{source['image']}, object {scale:.1%} of the picture",
         ]
-        shown.append({"cells": cells, "words": "\n".join(lines)})
+        rows.append({"cells": cells, "words": "\n".join(lines)})
     style = str(meta.get("style", ""))
-    return {"category": sample.category, "key": sample.key, "style": style, "pairs": shown}
+    return {"category": sample.category, "key": sample.key, "style": style, "pairs": rows}

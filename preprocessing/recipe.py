@@ -68,7 +68,7 @@ class SegmentationSource(_Source):
     the file of lines (source=jsonl).
     masks, names: the folder of masks, files whose names are those of the images except for the
     ending, and the file that says which class an id or a colour of them stands for; null where each
-    mask marks one object in white (source=folder; composed in place of annotations). masks is also
+    mask marks one object in white (source=folder; composed instead of annotations). masks is also
     the folder of the mask files that lines name; null means that of the images (source=jsonl).
     examples_images, examples_annotations: the same for a second data set, from which all examples
     come, while the first provides only queries; for example, training images as examples for

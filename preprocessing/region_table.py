@@ -23,10 +23,14 @@ from icl_moe.tasks.semantic_segmentation import ClassesTarget
 from preprocessing.pool import ROLES, ImageFile, PoolRegion, RegionKeys, Role, StoredRegions
 
 _NUMBERS = ("image", "category", "style", "origin", "group", "role", "objects")
-"""A number of each region: of its image, of a name, of its role, of its row of `described`."""
+"""The columns that hold a number for each region: the number of its image, of a name, of its role,
+or of its row in `described`.
+"""
 
 _MASK, _CLASSES = -1, -2
-"""In place of a row of `described`: the target is a mask, or the masks of several classes."""
+"""These stand instead of a row of `described` if the target is a mask, or the masks of several
+classes.
+"""
 
 _TEXTS = ("rows", "images", "described")
 """Texts, one after another, with the end of each under NAME_ends."""
@@ -298,7 +302,9 @@ class TableWriter:
 
 
 class Described(Sequence[tuple[str, str, str, Box]]):
-    """`CaptionTarget.objects`, read when they are needed, which is for queries alone."""
+    """The entries of `CaptionTarget.objects`. They are read when they are needed, which is only for
+    queries.
+    """
 
     __slots__ = ("_text",)
 
@@ -351,7 +357,9 @@ def _json(values: Any) -> bytes:
 
 
 def _packed_mask(category: str, target: MaskTarget) -> tuple[Any, ...]:
-    """A mask's run lengths are usually among those of the image's objects."""
+    """A mask target as a row of plain values. The run lengths of the mask are usually those of one
+    of the image's objects, and are then not stored again.
+    """
     counts = None if (category, target.counts) in target.objects else target.counts.decode("ascii")
     objects = [(name, counts.decode("ascii")) for name, counts in target.objects]
     return (objects, counts, target.ignored.decode("ascii"))

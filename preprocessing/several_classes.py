@@ -116,7 +116,7 @@ def _combinations(
                     tuple((name, _encoded(visible[name])) for name in sorted(names))
                 ),
                 instance=None,
-                provenance=tuple(each for part in parts for each in part.provenance),
+                provenance=tuple(origin for part in parts for origin in part.provenance),
                 group="",
             )
     skipped["combinations_of_small_scale"] += len(small - taken)

@@ -138,13 +138,13 @@ def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
     if source.examples_annotations is None:
         return pool
     others = replace(source, images=source.examples_images, annotations=source.examples_annotations)
-    shown = coco.read_segmentation(others, reading.image_size, reading.usable, reading.workers)
-    queries, examples = (RegionTable.of(each.regions) for each in (pool, shown))
+    other_pool = coco.read_segmentation(others, reading.image_size, reading.usable, reading.workers)
+    queries, examples = (RegionTable.of(part.regions) for part in (pool, other_pool))
     pool.regions = RegionTable.concatenate(
         [queries.with_role("query"), examples.with_role("example")]
     )
-    pool.skipped += shown.skipped
-    pool.bad_images |= shown.bad_images
+    pool.skipped += other_pool.skipped
+    pool.bad_images |= other_pool.bad_images
     return pool
 
 

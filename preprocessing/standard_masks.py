@@ -56,7 +56,8 @@ class AnnotatedImages:
         self._places: dict[str, _Place] = {}
         for coco in self._cocos:
             for category in coco.cats.values():
-                category["name"] = category["name"].replace("_", " ")  # As in LVIS.
+                # LVIS writes names with underscores.
+                category["name"] = category["name"].replace("_", " ")
             for image_id, record in coco.imgs.items():
                 self._places[_path_of(coco.file, record)] = _Place(coco, image_id)
 

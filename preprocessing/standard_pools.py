@@ -72,20 +72,20 @@ class _Cutter(NamedTuple):
 
 
 def _mask_regions(
-    file: EpisodeFile, folder: Path, shown: Sequence[Shown], image_size: int, workers: int
+    file: EpisodeFile, folder: Path, pairs: Sequence[Shown], image_size: int, workers: int
 ) -> list[PoolRegion]:
     cutter = _Cutter(mask_source(file, folder), folder, image_size)
-    chunks = [shown[start : start + 32] for start in range(0, len(shown), 32)]
+    chunks = [pairs[start : start + 32] for start in range(0, len(pairs), 32)]
     regions: list[PoolRegion] = []
-    with tqdm(total=len(shown), desc="cutting masks", unit="mask") as progress:
+    with tqdm(total=len(pairs), desc="cutting masks", unit="mask") as progress:
         for cut in ordered_map(_cut, cutter, chunks, workers):
             regions += cut
             progress.update(len(cut))
     return regions
 
 
-def _cut(cutter: _Cutter, shown: Sequence[Shown]) -> list[PoolRegion]:
-    return [_region(cutter, pair, category) for pair, category in shown]
+def _cut(cutter: _Cutter, pairs: Sequence[Shown]) -> list[PoolRegion]:
+    return [_region(cutter, pair, category) for pair, category in pairs]
 
 
 def _region(cutter: _Cutter, pair: FixedPair, category: str) -> PoolRegion:
@@ -113,9 +113,9 @@ def _counts(mask_HW: np.ndarray) -> bytes:
     return str(encode_rle(mask_HW)["counts"]).encode("ascii")
 
 
-def _described_regions(folder: Path, shown: Sequence[Shown]) -> list[PoolRegion]:
+def _described_regions(folder: Path, pairs: Sequence[Shown]) -> list[PoolRegion]:
     regions = []
-    for pair, category in shown:
+    for pair, category in pairs:
         image = image_file(folder, pair.image, pair.width, pair.height, pair.image)
         (annotation,), text = pair.annotations, str(pair.caption)
         region = caption_region(image, category, annotation, pair.normalised_box, text, (text,))

@@ -142,9 +142,12 @@ def _coco20i(request: Request) -> Made:
                 FixedEpisode(
                     fold,
                     COCO_CLASSES[number],
-                    tuple(images.pair(images.path_of(n), COCO_CLASSES[number]) for n in shown),
+                    tuple(
+                        images.pair(images.path_of(n), COCO_CLASSES[number])
+                        for n in example_numbers
+                    ),
                 )
-                for number, *shown in draw_by_class(of_class, request.shots, QUERIES)
+                for number, *example_numbers in draw_by_class(of_class, request.shots, QUERIES)
             ]
         )
     where = (
@@ -264,8 +267,8 @@ def _pascal5i(request: Request) -> Made:
         episodes = []
         for place in range(QUERIES):
             query, number = listed[place % len(listed)]
-            shown = [*_draw_examples(rng, of_class[number], query, request.shots), query]
-            files = [(f"JPEGImages/{n}.jpg", f"SegmentationClassAug/{n}.png") for n in shown]
+            drawn_names = [*_draw_examples(rng, of_class[number], query, request.shots), query]
+            files = [(f"JPEGImages/{n}.jpg", f"SegmentationClassAug/{n}.png") for n in drawn_names]
             episodes.append(_of_files(request, fold, VOC_CLASSES[number], files))
         drawn.append(episodes)
     file = EpisodeFile(
@@ -315,8 +318,8 @@ def _fss1000(request: Request) -> Made:
                 request.need(f"{name}/{number}.{kind}", FSS)
         numbers = [str(number) for number in range(1, 11)]
         for query in sorted(numbers, key=lambda number: f"{number}.jpg"):
-            shown = [*_draw_examples(rng, numbers, query, request.shots), query]
-            files = [(f"{name}/{number}.jpg", f"{name}/{number}.png") for number in shown]
+            drawn_numbers = [*_draw_examples(rng, numbers, query, request.shots), query]
+            files = [(f"{name}/{number}.jpg", f"{name}/{number}.png") for number in drawn_numbers]
             episodes.append(_of_files(request, 0, name.replace("_", " "), files))
     file = EpisodeFile(
         "fss1000",
@@ -368,10 +371,10 @@ def _lines(file: Path) -> list[str]:
 def _lvis92i(request: Request) -> Made:
     folds = request.folds_of(10)
     images = _lvis_images(request)
-    shown = {
+    paths_of = {
         name: paths for name, paths in images.with_class().items() if len(paths) > request.shots
     }
-    names = list(shown)
+    names = list(paths_of)
     count = len(names) // 10
     if not count:
         raise InputError(
@@ -384,8 +387,8 @@ def _lvis92i(request: Request) -> Made:
         episodes = []
         for place in range(LVIS_QUERIES):
             name = names[fold + 10 * (place % count)]
-            query = shown[name][_draw(rng, len(shown[name]))]
-            paths = [*_draw_examples(rng, shown[name], query, request.shots), query]
+            query = paths_of[name][_draw(rng, len(paths_of[name]))]
+            paths = [*_draw_examples(rng, paths_of[name], query, request.shots), query]
             pairs = tuple(images.pair(path, name) for path in paths)
             episodes.append(FixedEpisode(fold, name, pairs))
         drawn.append(episodes)
@@ -420,11 +423,11 @@ def _paper_coco(request: Request) -> Made:
     request.need("annotations/instances_val2017.json", COCO_2017)
     request.need("val2017", COCO_IMAGES.format("val2017"))
     images = AnnotatedImages(request.data, ("annotations/instances_val2017.json",), "union")
-    shown = _large_enough(request, images.showing_instances(SMALL_AREA))
+    paths_of = _large_enough(request, images.showing_instances(SMALL_AREA))
     rng = np.random.default_rng(0)
-    queries = [(name, path) for name, paths in shown.items() for path in paths]
+    queries = [(name, path) for name, paths in paths_of.items() for path in paths]
     episodes = [
-        _unlike(rng, images, request.shots, shown, *queries[number])
+        _unlike(rng, images, request.shots, paths_of, *queries[number])
         for number in rng.permutation(len(queries))
     ]
     file = EpisodeFile(
@@ -450,13 +453,13 @@ def _paper_lvis(request: Request) -> Made:
     finder = ClassFinder(COCO_CLASSES)
     new = {record["name"] for record in images.categories if not _is_of(finder, record)}
     every = images.showing_instances(SMALL_AREA)
-    shown = _large_enough(request, {name: every[name] for name in images.classes if name in new})
-    rng, names = np.random.default_rng(0), list(shown)
+    paths_of = _large_enough(request, {name: every[name] for name in images.classes if name in new})
+    rng, names = np.random.default_rng(0), list(paths_of)
     episodes = []
     for _ in range(PAPER_QUERIES):
         name = names[int(rng.integers(len(names)))]
-        query = shown[name][int(rng.integers(len(shown[name])))]
-        episodes.append(_unlike(rng, images, request.shots, shown, name, query))
+        query = paths_of[name][int(rng.integers(len(paths_of[name])))]
+        episodes.append(_unlike(rng, images, request.shots, paths_of, name, query))
     file = EpisodeFile(
         "paper_lvis",
         "segmentation",
@@ -496,12 +499,12 @@ def _unlike(
     rng: np.random.Generator,
     images: AnnotatedImages,
     shots: int,
-    shown: Mapping[str, Sequence[str]],
+    paths_of: Mapping[str, Sequence[str]],
     name: str,
     query: str,
 ) -> FixedEpisode:
     """An episode with examples of different images, none of them the query's."""
-    others = [path for path in shown[name] if path != query]
+    others = [path for path in paths_of[name] if path != query]
     drawn = rng.choice(len(others), shots, replace=False)
     paths = [*(others[int(number)] for number in drawn), query]
     return FixedEpisode(0, name, tuple(images.pair(path, name) for path in paths))
@@ -546,7 +549,7 @@ def _genome(
     possible = [
         region
         for region in test.regions
-        if len({each.image.name for each in of_class[region.category]}) > request.shots
+        if len({other.image.name for other in of_class[region.category]}) > request.shots
     ]
     if not possible:
         raise InputError(

@@ -244,11 +244,12 @@ COLOURS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
+# Radius / the image's short side.
 _SIZES = {
     "small": (0.10, 0.14),
     "medium": (0.17, 0.24),
     "large": (0.28, 0.36),
-}  # radius / the image's short side
+}
 _TEXTURES = ("plain", "striped", "dotted")
 _TEXTURE_CHANCES = (0.6, 0.25, 0.15)
 

@@ -243,7 +243,9 @@ def _image_name(folder: Path, url: Any, where: str) -> str:
 
 
 class _RecordReader(Protocol):
-    """Reads the records of a file, one for each image. key: that of an image's list of entries."""
+    """Reads the records of a file, one for each image. key: the key of a record's list of
+    entries.
+    """
 
     @property
     def file(self) -> Path: ...

@@ -46,7 +46,6 @@ def losses(output: Path) -> dict[str, list[list[str]]]:
     found = {}
     for name in ("image_loss", "text_loss", "gradient_norm", "auxiliary_loss"):
         with (output / "csv_monitor" / f"train_{name}.csv").open() as file:
-            found[name] = [
-                row for row in csv.reader(file) if row[0] != "step"
-            ]  # A resumed run writes the header again.
+            # A resumed run writes the header again.
+            found[name] = [row for row in csv.reader(file) if row[0] != "step"]
     return found

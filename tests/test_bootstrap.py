@@ -65,11 +65,11 @@ def ratio_statistic(pairs) -> Statistic:
     """A score that is no mean over queries, as mIoU and BLEU are none."""
     columns = np.array(pairs)
 
-    def of(weights):
+    def ratios(weights):
         sums = weights @ columns
         return sums[:, :1] / sums[:, 1:]
 
-    return Statistic(("ratio",), of)
+    return Statistic(("ratio",), ratios)
 
 
 def test_the_p_of_few_queries_is_that_of_all_exchanges():
@@ -91,7 +91,7 @@ def test_the_p_of_few_queries_is_that_of_all_exchanges():
 
 
 def test_the_p_of_more_queries_is_near_that_of_all_exchanges():
-    """Of a mean over 18 queries, for which all 2^18 exchanges can still be made."""
+    """The score is a mean over 18 queries, for which all 2^18 exchanges can still be made."""
     rng = np.random.default_rng(10)
     a = rng.random(18)
     b = a + rng.normal(0.06, 0.12, 18)
@@ -103,8 +103,8 @@ def test_the_p_of_more_queries_is_near_that_of_all_exchanges():
 
 
 def test_chance_seldom_looks_like_a_difference():
-    """Of two systems that are equally good, p is below 0.05 about once in twenty times, also where
-    queries are few.
+    """For two systems that are equally good, p is below 0.05 about once in twenty times, also with
+    few queries.
     """
     rng = np.random.default_rng(6)
     for queries in (6, 30):

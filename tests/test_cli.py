@@ -23,8 +23,8 @@ from icl_moe.settings import find_recipe
 )
 def test_settings_may_stand_before_and_after_options(arguments, tmp_path, capsys):
     assert main([argument.format(out=tmp_path / "shards") for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert "'image_size' must be a whole number, not 'x'" in said
+    printed = capsys.readouterr().err
+    assert "'image_size' must be a whole number, not 'x'" in printed
     assert not (tmp_path / "shards").exists()
 
 
@@ -51,8 +51,8 @@ def test_settings_are_not_among_what_is_missing(arguments, missing, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.endswith(f"the following arguments are required: {missing}\n")
+    printed = capsys.readouterr().err
+    assert printed.endswith(f"the following arguments are required: {missing}\n")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_number_that_nobody_means_is_refused(command, tmp_path, capsys, monkey
 def test_an_empty_name_does_not_stand_for_the_current_folder(
     arguments, said, tmp_path, capsys, monkeypatch
 ):
-    """Such as that of a shell's variable that was never set."""
+    """An empty name is, for example, the value of a shell variable that was never set."""
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, capsy
 
 
 def test_what_may_not_be_read_is_named(tmp_path):
-    """Not as root, who may read everything."""
+    """The commands do not run as root, who may read everything."""
     prefix: list[str] = []
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -159,9 +159,9 @@ def test_what_may_not_be_read_is_named(tmp_path):
     ended = subprocess.run(
         [*prefix, sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    said = [line for line in ended.stderr.splitlines() if line.startswith("icl-moe: ")]
+    printed = [line for line in ended.stderr.splitlines() if line.startswith("icl-moe: ")]
     assert ended.returncode == 0, ended.stderr
-    assert said == [
+    assert printed == [
         f"icl-moe: The recipe {recipe} cannot be read: Permission denied.",
         f"icl-moe: The file {instances} cannot be read: Permission denied.",
         f"icl-moe: {images / '1.png'} cannot be read: Permission denied.",

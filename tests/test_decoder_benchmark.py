@@ -27,7 +27,7 @@ def run_quickly(run_command, folder, *options):
 
 @pytest.mark.slow
 def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp_path):
-    content, said = run_quickly(run_command, tmp_path, "--precision", "bf16")
+    content, printed = run_quickly(run_command, tmp_path, "--precision", "bf16")
     goals = {goal["name"]: goal for goal in content["goals"]}
     assert goals.keys() == {
         f"bf16, {kind}"
@@ -38,7 +38,7 @@ def test_the_decoder_benchmark_writes_every_ratio_with_its_goal(run_command, tmp
     for system in ("ours", "stock", "gpt2"):
         for task in ("segmentation", "captioning", "mix"):
             assert content["figures"][f"bf16, {system}, {task}: s per episode"] > 0
-    assert "goals missed" in said
+    assert "goals missed" in printed
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ def test_every_part_runs_at_toy_size_and_is_rendered(tmp_path):
         "code by code, CUDA graph",
         "generate",
     ]
-    code, said, content = run(tmp_path, "--parts", *parts)
-    assert code == 0, said
+    code, printed, content = run(tmp_path, "--parts", *parts)
+    assert code == 0, printed
     check(content, set(parts))
     assert content["parts"]["generate"]["figures"]["float32: equal codes, %"] == 100
     again = subprocess.run(
@@ -66,14 +66,14 @@ def test_every_part_runs_at_toy_size_and_is_rendered(tmp_path):
         text=True,
         check=True,
     )
-    assert again.stdout == said
-    assert "| training | segmentation, best: tokens/s |" in said
+    assert again.stdout == printed
+    assert "| training | segmentation, best: tokens/s |" in printed
 
 
 @pytest.mark.slow
 def test_the_compiled_parts_run_too(tmp_path):
-    code, said, content = run(tmp_path, "--parts", *sorted(COMPILED))
-    assert code == 0, said
+    code, printed, content = run(tmp_path, "--parts", *sorted(COMPILED))
+    assert code == 0, printed
     check(content, COMPILED)
 
 

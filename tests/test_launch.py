@@ -110,8 +110,8 @@ def test_a_hostfile_that_names_no_machines_is_refused(
         (tmp_path / "hosts").write_text(content)
     code, output = run("bash", "launch_scripts/pretrain.sh", HOSTFILE="hosts")
     assert code == 2, output
-    (said,) = output.splitlines()
-    assert said.startswith(f"icl-moe: HOSTFILE: {sentence}")
+    (printed,) = output.splitlines()
+    assert printed.startswith(f"icl-moe: HOSTFILE: {sentence}")
 
 
 def test_a_wrong_key_is_said_once_with_the_right_one(run: Run) -> None:

@@ -1,4 +1,6 @@
-"""What people often have in the place of a file is called what it is, with what to do."""
+"""If a file is of another kind that people often have instead, messages name that kind and say what
+to do.
+"""
 
 import gzip
 import shutil

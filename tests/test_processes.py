@@ -5,7 +5,7 @@ import pytest
 
 @pytest.mark.slow
 def test_a_process_waits_for_a_much_slower_one(run_command, tmp_path):
-    """With one second in the place of torch's half hour."""
+    """The timeout is one second instead of torch's half hour."""
     script = tmp_path / "script.py"
     script.write_text(
         "import time\n"

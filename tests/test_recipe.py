@@ -298,9 +298,11 @@ def test_every_number_of_every_recipe_has_a_range_that_it_is_held_to(
     for value in number.wrong_values():
         with pytest.raises(InputError) as refusal:
             load_recipe(kind, source, [number.setting(value)], package)
-        said = str(refusal.value)
-        assert re.match(rf"{source}\.yaml: '?{number.key}(\.segmentation)?'? must .*, not ", said)
-        assert "\n" not in said
+        printed = str(refusal.value)
+        assert re.match(
+            rf"{source}\.yaml: '?{number.key}(\.segmentation)?'? must .*, not ", printed
+        )
+        assert "\n" not in printed
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from icl_moe.tokenizers.text import TextTokenizer
 from icl_moe.vocabulary import Vocabulary
 
 CODES = 16
-VOCABULARY = Vocabulary(
-    text_merges=46, image_codes=32, mask=True
-)  # The number of ids is odd, so tensor ranks must pad it.
+# The number of ids is odd, so tensor ranks must pad it.
+VOCABULARY = Vocabulary(text_merges=46, image_codes=32, mask=True)
 FORMAT = SequenceFormat(VOCABULARY, codes_per_image=CODES, category="none", box="none")
 MANIFEST = Manifest(SCHEMA_VERSION, FORMAT, 2, 32, "", "", {}, {}, {}, (), {})
 

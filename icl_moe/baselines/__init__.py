@@ -35,12 +35,14 @@ def predict_baseline(
     device: str | None = None,
     swapped: bool = True,
 ) -> list[str]:
-    """Write the predictions of a baseline into `out`, for the tasks that it does, and return their
-    names. swapped: also with swapped examples, where a query can be asked so.
+    """Write the predictions of a baseline into `out`, for the tasks that it supports, and return
+    the names of these tasks. swapped: also predict with swapped examples, for the queries that have
+    them.
 
     weights: a folder or Hub id, for seggpt and idefics. images: the folder of the images that the
-    shards were built of, for the same. Raises InputError if there is no such baseline, if it does
-    none of the tasks of the shards, or if what it needs is not there.
+    shards were built from, also for seggpt and idefics. Raises InputError if there is no such
+    baseline, if it supports none of the tasks of the shards, or if something that it needs is
+    missing.
     """
     if name not in BASELINES:
         raise InputError(
@@ -94,6 +96,6 @@ def _outputs(
         return Matcher(features.codebook_KD, episodes, shots).said(truths, sources)
     # What does not depend on the examples is the same with swapped ones.
     every = [episodes[number] for number in range(len(episodes))]
-    found = {each.prediction: each.outputs for each in episodes.task.baselines(every)}
+    found = {baseline.prediction: baseline.outputs for baseline in episodes.task.baselines(every)}
     outputs = found.get(name.replace("_", " "))
     return [outputs[n] for n in episodes.swaps] if outputs is not None and swapped else outputs

@@ -37,7 +37,7 @@ from icl_moe.tasks.task import Output
 PUBLISHED = "HuggingFaceM4/idefics2-8b-base"
 
 MOST_TOKENS = 20
-"""Of an answer, as in OpenFlamingo's evaluation of captions."""
+"""The most tokens of an answer, as in OpenFlamingo's evaluation of captions."""
 
 _ASKED = "Caption:"
 _WHAT = "The vision-language model"

@@ -28,7 +28,9 @@ from icl_moe.tasks.task import Output
 PUBLISHED = "BAAI/seggpt-vit-large"
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's channels, by which SegGPT's images and masks are normalised."""
+"""The mean and deviation of ImageNet's channels, by which SegGPT's images and masks are
+normalised.
+"""
 
 
 def predict_masks(

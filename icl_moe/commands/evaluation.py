@@ -221,6 +221,6 @@ def _compare(options: argparse.Namespace) -> int:
     found = compare(options.a, options.b, shards, options.shots, options.limit)
     print(f"A: {options.a}\nB: {options.b}\n\n{as_text(comparison_table(found))}")
     if out:
-        values = [dataclasses.asdict(each) for each in found]
+        values = [dataclasses.asdict(compared) for compared in found]
         write_output(out, json.dumps(values, indent=1) + "\n")
     return 0

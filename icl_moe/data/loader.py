@@ -103,8 +103,9 @@ class MicroBatches(Dataset[TokenBatch]):
 
 
 class _GlobalBatch(NamedTuple):
-    """samples: (task, index) of each. input_weight: of each target in an input; those in outputs
-    weigh 1. total_weight: by what the weighted sum is divided.
+    """A global batch. samples: (task, index) of each sample. input_weight: the weight of each
+    target in an input; targets in outputs have the weight 1. total_weight: what the weighted sum is
+    divided by.
     """
 
     samples: list[tuple[str, int]]

@@ -53,8 +53,8 @@ class FileInfo:
 
 
 class ShardFolder(Protocol):
-    """name: the folder's name in messages. manifest_json: the content of its manifest. open_files:
-    how many files to keep open at a time.
+    """A shard folder at some place. name: the folder's name in messages. manifest_json: the content
+    of its manifest. open_files: how many files to keep open at a time.
     """
 
     name: str

@@ -72,9 +72,8 @@ class Schedule:
     def _open_caches(self) -> None:
         # The caches belong to this object; a decorated method would keep every Schedule alive.
         self._draws = lru_cache(maxsize=8)(self._draw_block)
-        self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(
-            self._draw_shuffle
-        )  # One per task, two at the end of an epoch.
+        # One shuffle for each task, and two at the end of an epoch.
+        self._shuffle = lru_cache(maxsize=len(self._pools) + 1)(self._draw_shuffle)
 
     def __getstate__(self) -> dict[str, Any]:
         # A reader that is not forked gets a pickled copy, and such a cache cannot be pickled.
@@ -128,9 +127,8 @@ class Schedule:
         generator = np.random.Generator(
             np.random.Philox(stable_seed("shuffle", self.seed, pool, epoch))
         )
-        return generator.permutation(self._pools[pool]).astype(
-            np.uint32
-        )  # A reader holds only four bytes for each sample.
+        # So a reader holds only four bytes for each sample.
+        return generator.permutation(self._pools[pool]).astype(np.uint32)
 
 
 @dataclass(frozen=True)

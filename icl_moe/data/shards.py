@@ -39,9 +39,10 @@ class IndexRow(NamedTuple):
     """A row of TASK.index.npy, one sample.
 
     shard: its number in the manifest. *_offset, *_size: where KEY.tokens.npy and KEY.json lie in
-    it, in bytes. length: tokens without padding. inputs, outputs: tokens of these roles. crc32: of
-    KEY.tokens.npy followed by KEY.json. query_inputs, query_outputs: of the tokens of these roles,
-    those of the query; None in an index of an earlier version, which lacks the columns.
+    it, in bytes. length: the number of tokens without padding. inputs, outputs: the number of
+    tokens of these roles. crc32: the CRC-32 of KEY.tokens.npy followed by KEY.json. query_inputs,
+    query_outputs: how many of the tokens of these roles belong to the query; None in an index of an
+    earlier version, which lacks the columns.
     """
 
     shard: int
@@ -317,11 +318,12 @@ class ShardSet:
                 os.close(files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
+        # An open file belongs to its process.
         return {
             **self.__dict__,
             "_files": OrderedDict(),
             "_indices": {},
-        }  # an open file belongs to its process
+        }
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor failed
@@ -401,9 +403,8 @@ class ShardSet:
             return np.frombuffer(
                 raw, self.manifest.format.vocabulary.token_dtype, offset=len(self._npy_header)
             )
-        return np.load(
-            io.BytesIO(raw), allow_pickle=False
-        )  # The header is unusual, so numpy's parser must read it.
+        # The header is unusual, so numpy's parser must read it.
+        return np.load(io.BytesIO(raw), allow_pickle=False)
 
     def _open_shard(self, shard: ShardInfo) -> int:
         if shard.file not in self._files:

@@ -32,9 +32,10 @@ _PREDICTIONS = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Compared:
-    """One measure of two systems A and B on the same queries. shots_a, shots_b: the examples that
-    each was shown. difference: B - A. p: of the hypothesis that there is none, two-sided; test: how
-    it was found. interval: 95 %, of the difference; None for a test that has none.
+    """One measure of two systems A and B on the same queries. shots_a, shots_b: how many examples
+    each system was shown. difference: B - A. p: the two-sided p of the hypothesis that there is no
+    difference. test: the test that gave p. interval: the 95 % interval of the difference; None for
+    a test that has none.
     """
 
     task: str
@@ -68,10 +69,11 @@ def compare(
     """Compare two folders, each of an evaluation (`icl-moe evaluate --out`) or of predictions, on
     the episodes of `shards`.
 
-    shots: of evaluations with several numbers of examples, the one to compare; by default the
-    largest. limit: only so many episodes of each task, which predictions must be of, and
-    evaluations must have; by default those of the evaluations, or all. Raises InputError if they
-    are not of the same queries of these shards.
+    shots: the number of examples to compare, if an evaluation has several; by default the largest.
+    limit: how many episodes of each task to compare. Predictions must be for exactly these
+    episodes, and evaluations must contain them; by default they are the episodes of the
+    evaluations, or all. Raises InputError if the folders are not for the same queries of these
+    shards.
     """
     limit = limit or _common_limit(a, b, shards)
     sets = open_episodes(shards, limit, every_task=True)
@@ -88,23 +90,23 @@ def compare(
 
 def comparison_table(found: Sequence[Compared]) -> Table:
     head = ["task", "examples", "measure", "queries", "A", "B", "B - A", "95 % interval", "p"]
-    return Table([*head, "test"], [_line(each) for each in found])
+    return Table([*head, "test"], [_line(compared) for compared in found])
 
 
-def _line(each: Compared) -> list[str]:
-    def shown(value: float) -> str:
-        return Measure(value, is_share=each.measure not in _PLAIN).text
+def _line(compared: Compared) -> list[str]:
+    def formatted(value: float) -> str:
+        return Measure(value, is_share=compared.measure not in _PLAIN).text
 
     def signed(value: float) -> str:
-        text = shown(abs(value))
+        text = formatted(abs(value))
         return f"{'-' if value < 0 and float(text) else '+'}{text}"
 
-    interval = "" if each.interval is None else " – ".join(map(signed, each.interval))
-    found = [shown(each.a), shown(each.b), signed(each.difference), interval]
-    a, b = each.shots_a, each.shots_b
+    interval = "" if compared.interval is None else " – ".join(map(signed, compared.interval))
+    found = [formatted(compared.a), formatted(compared.b), signed(compared.difference), interval]
+    a, b = compared.shots_a, compared.shots_b
     shots = str(a) if a == b else f"A {a}, B {b}"
-    p = f"{each.p:.4f}" if each.p >= _LEAST_P else f"< {_LEAST_P}"
-    return [each.task, shots, each.measure, str(each.queries), *found, p, each.test]
+    p = f"{compared.p:.4f}" if compared.p >= _LEAST_P else f"< {_LEAST_P}"
+    return [compared.task, shots, compared.measure, str(compared.queries), *found, p, compared.test]
 
 
 _LEAST_P = 0.0001
@@ -121,7 +123,7 @@ def _common_limit(a: Path, b: Path, shards: ShardSet) -> int | None:
     headers = [_header(folder) for folder in (a, b) if (folder / _PREDICTIONS).is_file()]
     counts = [min(header.get("limit") or every, every) for header in headers]
     if len(set(counts)) > 1:
-        first, second = ("all" if each == every else f"the first {each}" for each in counts)
+        first, second = ("all" if count == every else f"the first {count}" for count in counts)
         raise InputError(
             f"{a} is of {first} episodes of each task and {b} of {second}; compare them on "
             f"those that both have with --limit {min(counts)}."
@@ -144,13 +146,13 @@ def _header(folder: Path) -> dict[str, Any]:
 def _open(folder: Path, shards: ShardSet, sets: Sequence[EpisodeSet], shots: int | None) -> _System:
     if (folder / _PREDICTIONS).is_file():
         return _open_evaluation(folder, shards, shots)
-    own, swapped, asked = {}, {}, {}
+    own, swapped, shots_of = {}, {}, {}
     for episodes in sets:
         system = read_predictions(folder, episodes)
         if system is None:
             continue
         task = episodes.task.name
-        asked[task] = system.shots
+        shots_of[task] = system.shots
         own[task] = dict(zip(episodes.keys, system.outputs, strict=True))
         if system.swapped is not None:
             keys = [question.truth.key for question in episodes.questions(swapped=True)]
@@ -158,7 +160,7 @@ def _open(folder: Path, shards: ShardSet, sets: Sequence[EpisodeSet], shots: int
     if not own:
         problem = str(no_predictions(folder, list(shards.manifest.samples))).rstrip(".")
         raise InputError(f"{problem}; nor is there the {_PREDICTIONS} of an evaluation.")
-    return _System(folder.name, asked, own, swapped)
+    return _System(folder.name, shots_of, own, swapped)
 
 
 def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _System:
@@ -169,12 +171,12 @@ def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _Syst
         )
     lines = read_log(folder / _PREDICTIONS)
     taken: dict[str, dict[str, dict[str, Output]]] = {"own": {}, "swapped": {}}
-    asked = {line.condition.shots for line in lines}
-    most = max(asked, default=0) if shots is None else shots
-    if most not in asked:
+    available = {line.condition.shots for line in lines}
+    most = max(available, default=0) if shots is None else shots
+    if most not in available:
         raise InputError(
             f"{folder} has no predictions after {most} examples; it has "
-            f"{', '.join(map(str, sorted(asked)))}."
+            f"{', '.join(map(str, sorted(available)))}."
         )
     for line in lines:
         for kind, control in (("own", None), ("swapped", "swapped")):

@@ -72,8 +72,9 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 
 class Swap(NamedTuple):
-    """What a query can be asked for instead: another class that is seen in it, in another style
-    where the query is described in several, `shown` by the examples of the episode `source`.
+    """What else a query can be asked for: another class that is seen in it, in another style if the
+    query is described in several. shown: that class and style. source: the episode whose examples
+    show it.
     """
 
     shown: Kind
@@ -175,14 +176,14 @@ class EpisodeSet:
         sources = ((kind, self._source(episode, kind)) for kind in sorted(large - {own}, key=order))
         return next((Swap(kind, source) for kind, source in sources if source), None)
 
-    def _source(self, episode: EvaluationEpisode, shown: Kind) -> EvaluationEpisode | None:
-        """An episode of the kind `shown`, none of whose examples is of the query's image."""
+    def _source(self, episode: EvaluationEpisode, kind: Kind) -> EvaluationEpisode | None:
+        """An episode of this kind, none of whose examples is of the query's image."""
         image = episode.meta["sources"][-1]["image"]
-        numbers = self.by_kind.get(shown, [])
-        start = stable_seed(episode.key, *filter(None, shown), "examples") % max(len(numbers), 1)
+        numbers = self.by_kind.get(kind, [])
+        start = stable_seed(episode.key, *filter(None, kind), "examples") % max(len(numbers), 1)
         for number in numbers[start:] + numbers[:start]:
             source = self.read(number)
-            if all(of["image"] != image for of in source.meta["sources"][: self.examples]):
+            if all(origin["image"] != image for origin in source.meta["sources"][: self.examples]):
                 return source
         return None
 

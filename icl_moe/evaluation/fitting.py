@@ -57,7 +57,7 @@ class _Asked(NamedTuple):
     counted_HW: np.ndarray
 
     def iou(self, drawn: DrawnMask) -> float:
-        """Of the drawn mask in another form."""
+        """The IoU of the true mask with `drawn`, which is the drawn mask in any form."""
         return mask_iou(drawn.mask_HW & self.counted_HW, self.mask_HW & self.counted_HW)
 
 
@@ -106,41 +106,46 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
     model.decoding("parallel")
     numbered = EpisodeSet(shards, model.codec, task.name)
     numbers = evenly_spaced(len(numbered), episodes)
-    asked: list[_Asked] = []
+    masks: list[_Asked] = []
     for start in tqdm(range(0, len(numbers), _BATCH), desc="fitting the threshold", unit="batch"):
         batch = [numbered[number] for number in numbers[start : start + _BATCH]]
         pairs = model.complete(
-            [(Episode(task, each.category, each.pairs[:-1]), each.query.image) for each in batch]
+            [
+                (Episode(task, episode.category, episode.pairs[:-1]), episode.query.image)
+                for episode in batch
+            ]
         )
-        for each, pair in zip(batch, pairs, strict=True):
-            asked += _masks_of(each, pair)
+        for episode, pair in zip(batch, pairs, strict=True):
+            masks += _masks_of(episode, pair)
     fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
-    value = float(np.quantile([each.drawn.expected_iou for each in asked], _MISSED))
+    value = float(np.quantile([mask.drawn.expected_iou for mask in masks], _MISSED))
     threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}
-    edges = _fit_edges(asked, Photographs(shards, task.name))
+    edges = _fit_edges(masks, Photographs(shards, task.name))
     return MaskFit(threshold, edges and {**edges, **fitted_on})
 
 
-def _fit_edges(asked: Sequence[_Asked], photographs: Photographs) -> dict[str, float] | None:
+def _fit_edges(masks: Sequence[_Asked], photographs: Photographs) -> dict[str, float] | None:
     try:
-        episodes = {each.episode.key: each.episode for each in asked}
-        guide_of = {key: photographs.at_model_size(each, -1) for key, each in episodes.items()}
+        episodes = {mask.episode.key: mask.episode for mask in masks}
+        guide_of = {
+            key: photographs.at_model_size(episode, -1) for key, episode in episodes.items()
+        }
     except InputError as error:
         note(f"The outlines of masks will not follow the edges of images: {error}")
         return None
-    guides = [guide_of[each.episode.key] for each in asked]
-    as_drawn = float(np.mean([each.iou(each.drawn) for each in asked]))
+    guides = [guide_of[mask.episode.key] for mask in masks]
+    as_drawn = float(np.mean([mask.iou(mask.drawn) for mask in masks]))
     ious = {}
     for radius, epsilon in tqdm(
         list(product(_RADII, _EPSILONS)), desc="fitting the edges", unit="filter"
     ):
         plain = EdgeFilter(radius, epsilon)
-        pairs = zip(asked, guides, strict=True)
-        filtered = [follow_edges(each.drawn, guide, plain) for each, guide in pairs]
-        edges = replace(plain, **_fit_curve(filtered, asked))
+        pairs = zip(masks, guides, strict=True)
+        filtered = [follow_edges(mask.drawn, guide, plain) for mask, guide in pairs]
+        edges = replace(plain, **_fit_curve(filtered, masks))
         if edges.slope > 0:
-            masks = zip(asked, map(edges.calibrated, filtered), strict=True)
-            ious[edges] = float(np.mean([each.iou(mask) for each, mask in masks]))
+            calibrated = zip(masks, map(edges.calibrated, filtered), strict=True)
+            ious[edges] = float(np.mean([mask.iou(drawn) for mask, drawn in calibrated]))
     best = max(ious, key=ious.__getitem__, default=None)
     if best is None or ious[best] <= as_drawn:
         return None
@@ -151,12 +156,12 @@ def _fit_edges(asked: Sequence[_Asked], photographs: Photographs) -> dict[str, f
     }
 
 
-def _fit_curve(filtered: Sequence[DrawnMask], asked: Sequence[_Asked]) -> dict[str, float]:
+def _fit_curve(filtered: Sequence[DrawnMask], masks: Sequence[_Asked]) -> dict[str, float]:
     """The slope and offset of the logistic curve with which the true masks are most probable."""
     brightness_P = np.concatenate(
-        [mask.brightness_HW[each.counted_HW] for mask, each in zip(filtered, asked, strict=True)]
+        [drawn.brightness_HW[mask.counted_HW] for drawn, mask in zip(filtered, masks, strict=True)]
     )
-    is_inside_P = np.concatenate([each.mask_HW[each.counted_HW] for each in asked])
+    is_inside_P = np.concatenate([mask.mask_HW[mask.counted_HW] for mask in masks])
     every = max(1, len(brightness_P) // _PIXELS)
     log_odds_P = log_odds(torch.from_numpy(brightness_P[::every].astype(np.float64)))
     wanted_P = torch.from_numpy(is_inside_P[::every].astype(np.float64))
@@ -170,5 +175,5 @@ def _fit_curve(filtered: Sequence[DrawnMask], asked: Sequence[_Asked]) -> dict[s
         return value
 
     optimizer.step(loss)
-    slope, offset = (round(float(each), 4) for each in curve_2.detach())
+    slope, offset = (round(float(value), 4) for value in curve_2.detach())
     return {"slope": slope, "offset": offset}

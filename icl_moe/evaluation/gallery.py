@@ -25,8 +25,8 @@ EVENLY_SHOWN = 12
 
 
 class Images:
-    """The images of episodes, as their files show them at the model's size; or, if these are not
-    here, as decoded from their codes (those of a features tokenizer by their mean colours).
+    """The images of episodes, from their files at the model's size; or, if the files are missing,
+    decoded from their codes (codes of a features tokenizer are shown as their mean colours).
     """
 
     def __init__(self, model: InContextModel, shards: ShardSet, task: str) -> None:
@@ -59,8 +59,8 @@ def draw_gallery(
     task, agreements = episodes.task, []
     for number in range(len(episodes)):
         episode = episodes[number]
-        said = log[condition, episode.key].said
-        agreements.append(task.agreement(said, task.right_outputs(episode)))
+        prediction = log[condition, episode.key].said
+        agreements.append(task.agreement(prediction, task.right_outputs(episode)))
     ranked = sorted(range(len(episodes)), key=lambda number: (-agreements[number], number))
     found = {
         ranked[place]: f"{words}: {task.measure} {percent(agreements[ranked[place]])} · "
@@ -90,14 +90,16 @@ def _rows(
     log: PredictionLog,
     numbers: Mapping[int, str],
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    """numbers: of the episodes to draw, each with the beginning of its title."""
+    """The rows of a gallery. numbers: the number of each episode to draw -> the beginning of the
+    row's title.
+    """
     rows = []
     bar = tqdm(numbers.items(), desc=f"drawing {condition.task}", unit="episode", leave=False)
     for number, words in bar:
         episode = episodes[number]
-        said = log[condition, episode.key].said
-        shown = images.show(episode, range(len(episode.pairs)))
-        cells = episode.task.cells(episode, shown, said, condition.shots)
+        prediction = log[condition, episode.key].said
+        pictures = images.show(episode, range(len(episode.pairs)))
+        cells = episode.task.cells(episode, pictures, prediction, condition.shots)
         rows.append((f"{words}{episode.category} · {episode.key}", tuple(cells)))
     return tuple(rows)
 
@@ -126,11 +128,11 @@ def draw_proof(
     found: dict[bool, tuple[EvaluationEpisode, Swap, SwappedQuery]] = {}
     for number, swap in episodes.swaps.items():
         episode = episodes[number]
-        said, said_swapped = (
+        prediction, swapped_prediction = (
             log[condition, episode.key].said
             for condition in (swapped._replace(control=None), swapped)
         )
-        query = SwappedQuery(episode, swap.shown, said, said_swapped)
+        query = SwappedQuery(episode, swap.shown, prediction, swapped_prediction)
         found.setdefault(flips(episodes.task, query, judge), (episode, swap, query))
         if len(found) == 2:
             break
@@ -154,13 +156,13 @@ def _proof_cells(
     task, objects = episode.task, episode.task.objects(episode)
     (picture,) = images.show(episode, [-1])
     cells = [Cell("query", picture)]
-    for source, said in ((episode, query.said), (swap.source, query.said_swapped)):
+    for source, prediction in ((episode, query.said), (swap.source, query.said_swapped)):
         (example,) = images.show(source, [0])
-        shown, right = task.true_output(source, 0), objects[source.kind][0]
-        words = filter(None, (source.kind.describe(), task.caption_of(shown)))
+        example_output, right = task.true_output(source, 0), objects[source.kind][0]
+        words = filter(None, (source.kind.describe(), task.caption_of(example_output)))
         cells += [
-            Cell("example", task.show(example, shown), ": ".join(words)),
-            Cell("prediction", task.show(picture, said), task.caption_of(said, right)),
+            Cell("example", task.show(example, example_output), ": ".join(words)),
+            Cell("prediction", task.show(picture, prediction), task.caption_of(prediction, right)),
             Cell("annotated", task.show(picture, right), task.caption_of(right)),
         ]
     return tuple(cells)

@@ -85,7 +85,7 @@ class Matcher:
     def _scores(self, truth: EvaluationEpisode, pair: int, source: EvaluationEpisode) -> Tensor:
         """The scores (H, W) of the pixels of a pair's image, given the examples of `source`."""
         masks_EHW = torch.stack([_mask(source, example) for example in range(self.shots)])
-        codes_EN = np.stack([each.image for each in source.pairs[: self.shots]])
+        codes_EN = np.stack([shown_pair.image for shown_pair in source.pairs[: self.shots]])
         query_ND = self._vectors(truth.pairs[pair].image)
         grid = round(len(query_ND) ** 0.5)
         shares_EN = cell_shares(masks_EHW, grid)
@@ -122,7 +122,7 @@ class Matcher:
             start = numbers.index(number)
             for other in numbers[start + 1 :] + numbers[:start]:
                 source = episodes.read(other)
-                if all(of["image"] != image for of in source.meta["sources"][: self.shots]):
+                if all(origin["image"] != image for origin in source.meta["sources"][: self.shots]):
                     yield episode, source
                     break
 

@@ -74,12 +74,12 @@ def episodes_hash(episodes: EpisodeSet, swapped: bool = False) -> str:
     examples, in 16 hexadecimal digits.
     """
 
-    def asked(episode: EvaluationEpisode) -> dict[str, Any]:
+    def describe(episode: EvaluationEpisode) -> dict[str, Any]:
         return {name: episode.meta.get(name) for name in _WHAT_IS_ASKED}
 
     digest = hashlib.sha256(f"{episodes.task.name} {episodes.image_size}".encode())
     for truth, source in episodes.questions(swapped):
-        content = [truth.key, asked(truth), *([asked(source)] if swapped else ())]
+        content = [truth.key, describe(truth), *([describe(source)] if swapped else ())]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -113,8 +113,8 @@ def write_predictions(
 def read_predictions(
     folder: Path, episodes: EpisodeSet, name: str | None = None
 ) -> OtherSystem | None:
-    """The predictions of a folder for these episodes; None if it has none for their task. name: in
-    place of the one in the file.
+    """The predictions of a folder for these episodes; None if it has none for their task. name: the
+    system's name, by default the name that the file says.
 
     Raises InputError, in one sentence, if a file is malformed or of other episodes, if an episode
     is missing, is there twice or does not exist, if a result is not what its task needs, or if the
@@ -124,7 +124,7 @@ def read_predictions(
         raise InputError(f"{folder} is not a folder of predictions.")
     if episodes.task.name not in _RECORDS:
         return None
-    own, swapped = (predictions_file(folder, episodes, each) for each in (False, True))
+    own, swapped = (predictions_file(folder, episodes, is_swapped) for is_swapped in (False, True))
     if not own.is_file():
         if swapped.is_file():
             raise InputError(f"{swapped} needs {own.name}, the predictions without swapping.")
@@ -143,7 +143,7 @@ def read_predictions(
 
 
 def _read_file(path: Path, episodes: EpisodeSet, swapped: bool, name: str) -> OtherSystem:
-    """The predictions of one file. name: of the system, if the file does not say."""
+    """The predictions of one file. name: the system's name, if the file does not say it."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("results"), list):
         raise InputError(
@@ -182,7 +182,7 @@ def check_predictions(
     if there are none at all.
     """
     sets = open_episodes(shards, limit)
-    found = {each.task.name: read_predictions(folder, each) for each in sets}
+    found = {episodes.task.name: read_predictions(folder, episodes) for episodes in sets}
     whole = {task: system for task, system in found.items() if system is not None}
     if not whole:
         raise no_predictions(folder, list(shards.manifest.samples))
@@ -247,7 +247,9 @@ def _check_class(result: Mapping[str, Any], category: str) -> None:
 
 @dataclass(frozen=True)
 class _Record:
-    """How a task's output stands in a result. read: of a result and the image size."""
+    """How a task's output is stored in a result. read: the output, from a result and the image
+    size.
+    """
 
     write: Callable[[Output], dict[str, Any]]
     read: Callable[[Mapping[str, Any], int], Output]

@@ -41,8 +41,8 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """A table. columns: their headings; the first is that of the rows' names. groups: headings
-    above them, which cover all of them.
+    """A table. columns: the headings of the columns; the first heading is that of the rows' names.
+    groups: headings above these, which together cover all columns.
     """
 
     caption: str
@@ -65,8 +65,8 @@ class _Row(NamedTuple):
 
 
 def systems_panel(metrics: Metrics) -> Panel:
-    """The model after one example, or the next number that was asked for, beside all other systems;
-    as the paper's Table 4.
+    """The model after one example, or the next larger number that was requested, next to all other
+    systems, as in the paper's Table 4.
     """
     shots = shown_shots(metrics)
     found: dict[tuple[Source, str], dict[_Column, Measure]] = {}
@@ -77,7 +77,7 @@ def systems_panel(metrics: Metrics) -> Panel:
         columns += [(group, _FLIPS)] if result.swapped else []
         for row in result.rows:
             if _is_shown(row, shots):
-                own = {(group, name): each for name, each in row.scores.measures().items()}
+                own = {(group, name): measure for name, measure in row.scores.measures().items()}
                 found.setdefault((row.prediction, _name(metrics, row)), {}).update(own)
         for swap in result.swapped:
             if (place := (swap.prediction, _name(metrics, swap))) in found:
@@ -94,13 +94,13 @@ def systems_panel(metrics: Metrics) -> Panel:
 _HOW_TO_READ = (
     "Below each number: its 95 % interval over queries. Bold: the best system of a column, where "
     "its interval lies apart from that of every other. In italics: bounds, which know the "
-    "truth and are no systems. Scores are times 100, but MAE."
+    "truth and are no systems. All scores except MAE are multiplied by 100."
 )
 
 
 def shots_panel(metrics: Metrics) -> Panel | None:
-    """The model by number of examples, on the same queries; as the paper's Table 7. None if it was
-    asked with one number alone.
+    """The model by number of examples, on the same queries, as in the paper's Table 7. None if the
+    model was evaluated with only one number of examples.
     """
     counts = _all_shots(metrics)
     if len(counts) < 2:
@@ -116,7 +116,7 @@ def shots_panel(metrics: Metrics) -> Panel | None:
         gains.add((group, gain))
         for row in result.rows:
             if row.asked and row.asked.control is None:
-                own = {(group, name): each for name, each in row.scores.measures().items()}
+                own = {(group, name): measure for name, measure in row.scores.measures().items()}
                 found[row.asked.shots].update(own)
         for swap in result.swapped:
             if swap.prediction == "model" and swap.shots is not None:
@@ -161,7 +161,7 @@ def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
         _Row(
             _name(metrics, row),
             row.prediction,
-            {column: _measure(row.scores, *of) for column, of in columns.items()},
+            {column: _measure(row.scores, *arguments) for column, arguments in columns.items()},
         )
         for row in swapped
     ]
@@ -175,14 +175,14 @@ def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
 
 
 def respects_panel(metrics: Metrics, task: str) -> Panel | None:
-    """The same queries, each respect in which the examples are obeyed or not by itself; None where
-    there is only one.
+    """The queries of `swapped_panel`, scored separately in each respect in which a model can follow
+    its examples, such as class and style; None if there is only one respect.
     """
     swapped = metrics.tasks[task].swapped
     names = dict.fromkeys(name for row in swapped for name in row.scores.respects)
     if not names:
         return None
-    of = {"right, own": "right", "right, swapped": "right_swapped", _FLIPS: "flips"}
+    fields = {"right, own": "right", "right, swapped": "right_swapped", _FLIPS: "flips"}
     rows = [
         _Row(
             _name(metrics, row),
@@ -190,7 +190,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
             {
                 (name, heading): _measure(scores, field)
                 for name, scores in row.scores.respects.items()
-                for heading, field in of.items()
+                for heading, field in fields.items()
             },
         )
         for row in swapped
@@ -198,7 +198,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
     return _panel(
         f"{describe_task(task)}: the same queries, in what respect the examples are obeyed.",
         rows,
-        [(name, heading) for name in names for heading in of],
+        [(name, heading) for name in names for heading in fields],
     )
 
 
@@ -207,51 +207,53 @@ def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
     result = metrics.tasks[task]
     rows = []
     for row in result.rows:
-        measures = {("", name): each for name, each in row.scores.measures().items()}
+        measures = {("", name): measure for name, measure in row.scores.measures().items()}
         if row.asked:
             copies = Measure(row.asked.copy_rate, more_is_better=None)
             measures["", "copies"] = copies
         rows.append(_Row(_name(metrics, row), row.prediction, measures))
     columns = dict.fromkeys(column for row in rows for column in row.measures)
-    shown = [
+    shown_columns = [
         column
         for column in columns
         if any(row.measures[column].value is not None for row in rows if column in row.measures)
     ]
-    asked = [row.asked for row in result.rows if row.asked]
-    if asked:
+    answers = [row.asked for row in result.rows if row.asked]
+    if answers:
         notes += (
             " Copies: how often an output equals an example's; the truth does in "
-            f"{percent(asked[0].truth_copy_rate)} %."
+            f"{percent(answers[0].truth_copy_rate)} %."
         )
     return _panel(
         f"{describe_task(task)}: all scores of {result.rows[0].scores.episodes} queries.",
         rows,
-        shown,
+        shown_columns,
         notes,
     )
 
 
 def group_panels(metrics: Metrics, task: str) -> dict[str, Panel]:
-    """By what queries are grouped by, the main score of each group, of the model, of other systems
-    and of the copy of the first example.
+    """The main score of each group of queries, for the model, for other systems and for the copy of
+    the first example; one panel for each way in which queries are grouped, by its name.
     """
     result = metrics.tasks[task]
-    shown = [row for row in result.rows if _is_of_a_system(row)]
-    of_rows = [row.scores.groups() for row in shown]
-    columns = [("", _name(metrics, row)) for row in shown]
+    shown_rows = [row for row in result.rows if _is_of_a_system(row)]
+    scores_of_rows = [row.scores.groups() for row in shown_rows]
+    columns = [("", _name(metrics, row)) for row in shown_rows]
     found = {}
-    for grouped_by, groups in of_rows[0].items():
+    for grouped_by, groups in scores_of_rows[0].items():
         names = list(groups)
-        if grouped_by == "class":  # Those of many queries tell the most.
+        if grouped_by == "class":  # Classes with many queries tell the most, so they come first.
             names.sort(key=lambda name: -groups[name].episodes)
         rows = [
             _Row(
                 f"{name} ({groups[name].episodes})",
                 "",
                 {
-                    column: Measure(of[grouped_by][name].score, of[grouped_by][name].interval, "")
-                    for column, of in zip(columns, of_rows, strict=True)
+                    column: Measure(
+                        scores[grouped_by][name].score, scores[grouped_by][name].interval, ""
+                    )
+                    for column, scores in zip(columns, scores_of_rows, strict=True)
                 },
             )
             for name in names
@@ -343,8 +345,8 @@ def _queries(task: str, result: TaskResult) -> str:
 
 def _all_shots(metrics: Metrics) -> list[int]:
     """The numbers of examples that the model was asked with."""
-    asked = [row.asked for result in metrics.tasks.values() for row in result.rows if row.asked]
-    return sorted({each.shots for each in asked if each.control is None})
+    answers = [row.asked for result in metrics.tasks.values() for row in result.rows if row.asked]
+    return sorted({answer.shots for answer in answers if answer.control is None})
 
 
 def _is_shown(row: Row, shots: int) -> bool:
@@ -384,7 +386,9 @@ def _panel(
     is_best: Mapping[_Column, set[int]] | None = None,
     has_arrows: bool = True,
 ) -> Panel:
-    """is_best: of each column the places of the rows in bold, in place of `best_of`."""
+    """A panel of these rows and columns. is_best: for each column the places of the rows in bold;
+    by default `best_of`.
+    """
     if is_best is None:
         is_best = {column: best_of(rows, column) for column in columns}
     lines = []
@@ -394,7 +398,7 @@ def _panel(
             kind = f"{kind} first".strip()
         entries = [_entry(row.measures.get(column), place in is_best[column]) for column in columns]
         lines.append(Line(row.name, tuple(entries), kind))
-    groups = [Group(name, len(list(of))) for name, of in groupby(group for group, _ in columns)]
+    groups = [Group(name, len(list(part))) for name, part in groupby(group for group, _ in columns)]
     arrows = {
         column: {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}[
             measure.more_is_better
@@ -430,7 +434,7 @@ def best_of(rows: Sequence[_Row], column: _Column) -> set[int]:
     more = any(row.measures[column].more_is_better for row in rows if column in row.measures)
 
     def is_apart(system: str, interval: Interval) -> bool:
-        others = [of for _, other, of in known if other != system]
+        others = [other_interval for _, other, other_interval in known if other != system]
         if more:
             return all(interval[0] > high for _, high in others)
         return all(interval[1] < low for low, _ in others)

@@ -63,10 +63,10 @@ class Prediction:
     """A line of predictions.jsonl: the condition, the episode's key and class, and the model's
     output, whose keys depend on the task.
 
-    shown: the class of the examples; shown_style: their style, "" where there are none. copied:
-    whether it equals an example's output; truth_copied: whether the truth does. seconds: the time
-    of its batch / the batch's size, which the finished file lacks, so that equal models give equal
-    files.
+    shown: the class of the examples. shown_style: their style, "" if captions have no styles.
+    copied: whether the output equals that of an example. truth_copied: whether the truth does.
+    seconds: the time of the query's batch / the batch's size. The finished file lacks it, so that
+    equal models give equal files.
     """
 
     condition: Condition
@@ -141,7 +141,9 @@ class PredictionLog:
             self._gather()
 
     def finish(self) -> None:
-        """Write the file, and end what could be resumed; in the first process alone."""
+        """Write the file, and remove what an interrupted evaluation would resume from. Only the
+        first process calls it.
+        """
         self.write()
         self.end()
 
@@ -208,22 +210,22 @@ def predict(
     photographs: Photographs | None = None,
 ) -> None:
     """Complete every episode that can be asked under a condition, greedily, in batches of fixed
-    composition, and log new predictions. Of n processes each completes every n-th batch. decoding:
-    see `InContextModel.complete`. photographs: those of the queries, if the outlines of masks are
-    to follow their edges. Raises InputError if one of them is not there.
+    composition, and log new predictions. If there are n processes, each completes every n-th batch.
+    decoding: see `InContextModel.complete`. photographs: the photographs of the queries, if the
+    outlines of masks are to follow their edges. Raises InputError if a photograph is missing.
     """
-    asked = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
+    selected = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     keys = episodes.keys
-    log.asked += [(condition, keys[number]) for number in asked]
+    log.asked += [(condition, keys[number]) for number in selected]
     with tqdm(
-        total=len(asked),
+        total=len(selected),
         desc=f"{condition.task}, {condition.describe()}",
         unit="episode",
         leave=None,
         disable=log.rank > 0,
     ) as bar:
-        for place, start in enumerate(range(0, len(asked), batch_size)):
-            numbers = asked[start : start + batch_size]
+        for place, start in enumerate(range(0, len(selected), batch_size)):
+            numbers = selected[start : start + batch_size]
             is_mine = place % log.ranks == log.rank
             if is_mine and not all((condition, keys[number]) in log for number in numbers):
                 batch = [episodes[number] for number in numbers]
@@ -269,7 +271,7 @@ def _complete(
             replace(output, drawn=output.drawn.each(_following(guide, model.edges)))
             for output, guide in zip(outputs, guides, strict=True)
         ]
-    said = task.said(model, outputs)
+    predicted = task.said(model, outputs)
     seconds = round((time.perf_counter() - started) / len(batch), 4)
     return [
         Prediction(
@@ -279,11 +281,11 @@ def _complete(
             *source.kind,
             copied=any(task.repeats(output, pair) for pair in pairs),
             truth_copied=any(task.repeats(episode.query, pair) for pair in pairs),
-            said=words,
+            said=prediction,
             seconds=seconds,
         )
-        for episode, source, pairs, output, words in zip(
-            batch, sources, examples, outputs, said, strict=True
+        for episode, source, pairs, output, prediction in zip(
+            batch, sources, examples, outputs, predicted, strict=True
         )
     ]
 

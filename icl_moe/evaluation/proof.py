@@ -15,8 +15,8 @@ from icl_moe.tasks.task import Judge, Kind, Output, Truth, kind_of
 
 
 class SwappedQuery(NamedTuple):
-    """A query that shows something else too, `shown` by the swapped examples; what was said after
-    its own examples, and after the swapped ones.
+    """A query that shows two things, with the model's output after the query's own examples, and
+    its output after swapped examples, which are of the other thing, `shown`.
     """
 
     truth: Truth
@@ -91,7 +91,9 @@ def _agreements(task: Task, query: SwappedQuery) -> tuple[float, ...]:
 
 
 _Followed = tuple[dict[str, bool], dict[str, bool]]
-"""By respect, whether an output is what the right examples show, and the swapped ones."""
+"""For each respect, such as the class, whether the output after the query's own examples is what
+these show; and the same for the swapped examples.
+"""
 
 
 def _follow(task: Task, query: SwappedQuery, judge: Judge) -> _Followed:
@@ -103,7 +105,7 @@ def _follow(task: Task, query: SwappedQuery, judge: Judge) -> _Followed:
 
 
 def _score_respects(followed: Sequence[_Followed]) -> dict[str, RespectScores]:
-    """Of each respect, where a query has several."""
+    """The scores of each respect; empty if the queries are judged in one respect only."""
     names = dict.fromkeys(name for own, _ in followed for name in own)
     found = {}
     for name in names if len(names) > 1 else ():
@@ -114,8 +116,8 @@ def _score_respects(followed: Sequence[_Followed]) -> dict[str, RespectScores]:
 
 
 def _shares(right: Sequence[tuple[bool, bool]]) -> dict[str, Sequence[float]]:
-    """Of each query, whether it is right after the right examples, after the swapped ones, and
-    after both.
+    """Whether each query is right after its own examples, after the swapped ones, and after
+    both.
     """
     return {
         "right": [own for own, _ in right],
@@ -153,15 +155,15 @@ class ShotScores:
 
 
 def score_shots(
-    task: Task, truths: Sequence[Truth], said: Mapping[int, Sequence[Output]]
+    task: Task, truths: Sequence[Truth], predictions: Mapping[int, Sequence[Output]]
 ) -> tuple[ShotScores, ...]:
-    """Scores by number of examples, the smallest first. said: the output for each query after each
-    number of examples.
+    """Scores by number of examples, the smallest first. predictions: the output for each query
+    after each number of examples.
     """
     right = [task.right_outputs(truth) for truth in truths]
     rows: list[ShotScores] = []
     before: np.ndarray | None = None
-    for shots, outputs in sorted(said.items()):
+    for shots, outputs in sorted(predictions.items()):
         pairs = zip(outputs, right, strict=True)
         values = np.array([task.agreement(output, of_query) for output, of_query in pairs])
         gained = values if before is None else values - before

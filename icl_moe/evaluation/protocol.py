@@ -64,13 +64,16 @@ def evaluate(
 
     shots: how many of an episode's examples to show; each number gives a row of the table.
     controls: how examples are exchanged for comparison; by default `swapped` if the shards contain
-    the necessary data. sections: additional sections of the report. decoding: of masks, see
-    `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`. predictions: of
-    other systems on the same episodes, name of the row -> folder (see other_systems.py). edges:
-    whether the outlines of masks follow the edges of images, if the model has `edges`. images: the
-    folder of these images, by default where the shards were built of them. Writes metrics.json,
-    speed.json, predictions.jsonl and report.html into `out`; docs/evaluation.md describes them.
-    After an interruption, the same call resumes after the last complete batch.
+    the necessary data. sections: additional sections of the report. decoding: how masks are
+    decoded, see `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`.
+    predictions: other systems' predictions for the same episodes, name of the row -> folder (see
+    other_systems.py). edges: whether the outlines of masks follow the edges of images, if the model
+    has `edges`. images: the folder of these images; by default the folder that the shards were
+    built from.
+
+    Writes metrics.json, speed.json, predictions.jsonl and report.html into `out`;
+    docs/evaluation.md describes them. After an interruption, the same call resumes after the last
+    complete batch.
 
     Processes that `accelerate launch` or torchrun started share the queries, with equal results;
     all but the first return None.
@@ -95,15 +98,17 @@ def evaluate(
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
-    if decoding == "mirrored" and not any(each.task.mirrors for each in sets):
+    if decoding == "mirrored" and not any(episodes.task.mirrors for episodes in sets):
         decoding = "parallel"
-    asked = ("swapped",) if controls is None else controls
+    chosen_controls = ("swapped",) if controls is None else controls
     run = _Evaluation(
         model=model,
         shards=shards,
         sets=sets,
-        conditions={each.task.name: _conditions(each, shots, asked) for each in sets},
-        controls=asked,
+        conditions={
+            episodes.task.name: _conditions(episodes, shots, chosen_controls) for episodes in sets
+        },
+        controls=chosen_controls,
         limit=limit,
         batch_size=batch_size,
         decoding=decoding,
@@ -223,9 +228,9 @@ class _Evaluation:
                 _why_not_swapped(episodes, conditions, self.controls),
                 scores.by_shots(),
             )
-            shown = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
+            condition = max((c for c in conditions if c.control is None), key=lambda c: c.shots)
             images = Images(self.model, self.shards, task)
-            galleries.append(draw_gallery(images, episodes, shown, log))
+            galleries.append(draw_gallery(images, episodes, condition, log))
             if swapped := [c for c in conditions if c.control == "swapped"]:
                 proofs[task] = draw_proof(images, episodes, swapped[-1], log, scores.judge)
         metrics = Metrics(
@@ -237,7 +242,11 @@ class _Evaluation:
             standard=self.shards.manifest.standard,
             machine=machine,
         )
-        told = [each.task.name for each in self.sets if each.task.needs_category(self.model.format)]
+        told = [
+            episodes.task.name
+            for episodes in self.sets
+            if episodes.task.needs_category(self.model.format)
+        ]
         write_report(out / "report.html", metrics, galleries, sections, proofs, told)
         write_whole(out / "speed.json", json.dumps(metrics.speed(), indent=1) + "\n")
         log.write()
@@ -333,9 +342,10 @@ def _trained_on(model: InContextModel) -> str | None:
 
 
 def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
-    """greedy: every token is the most probable one. parallel and mirrored: masks are decoded in one
-    pass; nothing is marked where the expected IoU is less than a threshold; and where outlines
-    follow the edges of images, how.
+    """How the outputs were written, for metrics.json. greedy: every token is the most probable one.
+    parallel and mirrored: masks are decoded in one pass; these also have the threshold of the
+    expected IoU, below which nothing is marked, and the settings with which outlines follow the
+    edges of images, if they do.
     """
     if decoding == "autoregressive":
         return {"decoding": "greedy"}

@@ -1,4 +1,5 @@
-"""Published figures, which stand beside ours, greyed and apart, each with its source and protocol.
+"""Published figures, which reports show next to ours, in grey and set apart, each with its source
+and protocol.
 
 They are data, in published.yaml: the paper's tables, and what other systems reach on the standard
 benchmarks.
@@ -28,12 +29,14 @@ FIGURES = {
 
 
 _DECIMALS = {"miou": 2, "mae": 3}
-"""Of the figures that are printed with another number of them than one."""
+"""Figure -> the number of its decimals when it is printed, where that is not one."""
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """The figures of a system, as published. unverified: those that are only known from notes."""
+    """The figures of a system, as published. unverified: the figures that are known only from
+    notes.
+    """
 
     system: str
     figures: dict[str, float]
@@ -86,7 +89,9 @@ def published_tables() -> dict[str, PublishedTable]:
 
 
 def beside(task: str) -> list[PublishedTable]:
-    """What a report on a task shows: the paper's comparison of systems, and those of today."""
+    """The published tables that a report on a task shows: the paper's comparison of systems, and
+    the results of recent systems.
+    """
     names = {
         "segmentation": ("table4", "masks_today"),
         "captioning": ("table4", "captions_today"),

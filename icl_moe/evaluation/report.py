@@ -45,9 +45,9 @@ def write_report(
     proofs: Mapping[str, Gallery] | None = None,
     told: Sequence[str] = (),
 ) -> None:
-    """Write the report of an evaluation. proofs: of each task, pictures of queries with examples of
-    two classes. `sections` follow the tables. told: the tasks in which the model is given the name
-    of the class.
+    """Write the report of an evaluation. proofs: for each task, pictures of queries with examples
+    of two classes. sections: what follows the tables. told: the tasks in which the model is given
+    the name of the class.
     """
     charts = shots_charts(metrics)
     groups = {name: group_panels(metrics, name) for name in metrics.tasks}
@@ -61,12 +61,12 @@ def write_report(
             "respects": respects_panel(metrics, name),
             "swapped_note": result.swapped_note,
             "scores": scores_panel(metrics, name, _notes(result)),
-            "groups": [each for kind, each in groups[name].items() if kind != "class"],
+            "groups": [panel for kind, panel in groups[name].items() if kind != "class"],
             "classes": groups[name].get("class"),
         }
         for name, result in metrics.tasks.items()
     ]
-    published = [each for name in metrics.tasks for each in beside(name)]
+    published = [panel for name in metrics.tasks for panel in beside(name)]
     page = render(
         "report.html.j2",
         title=f"{metrics.model_folder} on {metrics.shards_folder}",
@@ -83,7 +83,7 @@ def write_report(
         held_out=held_out_table(metrics),
         sections=sections,
         galleries=[_pictures(gallery) for gallery in galleries],
-        published=list({each.title: each for each in published}.values()),
+        published=list({panel.title: panel for panel in published}.values()),
         definitions=_definitions(metrics),
     )
     write_whole(path, page)
@@ -110,7 +110,7 @@ def _lede(metrics: Metrics, told: Sequence[str]) -> list[str]:
     if told:
         of_tasks = "" if len(told) == len(metrics.tasks) else f" (in {' and '.join(told)})"
         saw, other = f"the examples, the name of the class{of_tasks} and the query", "other "
-    asked = (
+    question = (
         f"Asked with {' and '.join(counts)}, {model_name(metrics)} saw {saw}, and wrote each "
         f"answer freely, without any {other}part of the truth."
     )
@@ -118,7 +118,7 @@ def _lede(metrics: Metrics, told: Sequence[str]) -> list[str]:
     for name, result in metrics.tasks.items():
         overlaps.setdefault(_overlap(result), []).append(name)
     seen = [f"{' and '.join(tasks).capitalize()}: {text}" for text, tasks in overlaps.items()]
-    return [asked, *seen]
+    return [question, *seen]
 
 
 def _overlap(result: TaskResult) -> str:
@@ -289,8 +289,8 @@ def swapped_table(result: TaskResult) -> Table:
 
 
 def respects_table(result: TaskResult) -> Table | None:
-    """The same queries, each respect in which the examples are obeyed or not by itself; None where
-    there is only one.
+    """The queries with swapped examples, scored separately in each respect in which a model can
+    follow its examples, such as class and style; None if there is only one respect.
     """
     columns = {"right": "right, own", "right_swapped": "right, swapped", "flips": "flips"}
     lines = []

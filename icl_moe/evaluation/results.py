@@ -45,8 +45,8 @@ _TIMES = ("queries_per_second", "seconds_a_query")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a task's table. asked: None if the outputs are not the model's. shots: the
-    examples that other outputs were made with, if that is known.
+    """One row of a task's table. asked: how the model was asked; None if the outputs are not the
+    model's. shots: for outputs of other systems, the number of examples, if it is known.
     """
 
     name: str
@@ -120,9 +120,9 @@ class Metrics:
     """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
     decoding: `greedy`, or how masks were decoded in one pass, `parallel` or `mirrored`;
     mask_threshold, mask_edges: what was fitted for these (icl_moe/evaluation/fitting.py); edges are
-    None if outlines do not follow those of images. standard: of the episodes of a benchmark, the
-    header of their file: how they were drawn, the definition of the benchmark's own score, and the
-    sha256. machine: what computed, in words; it is in speed.json.
+    None if outlines do not follow the edges of images. standard: if the episodes are those of a
+    benchmark, the header of their file: how they were drawn, the definition of the benchmark's own
+    score, and the sha256. machine: the machine that computed, in words; it is in speed.json.
     """
 
     model: str

@@ -58,9 +58,9 @@ class TaskScores:
         the tokenizer (the mask ceiling), if that is a bound.
         """
         task, truths = self.episodes.task, self._truths
-        conditions = [each for each in self.conditions if each.control != "swapped"]
-        asked = [[self.log[condition, truth.key] for truth in truths] for condition in conditions]
-        sets = [[prediction.said for prediction in predictions] for predictions in asked]
+        conditions = [condition for condition in self.conditions if condition.control != "swapped"]
+        logged = [[self.log[condition, truth.key] for truth in truths] for condition in conditions]
+        sets = [[prediction.said for prediction in predictions] for predictions in logged]
         names: list[tuple[str, Source, int | None]] = []
         for system in self.others:
             names.append((*_other(system), system.shots))
@@ -80,18 +80,19 @@ class TaskScores:
         scores = iter(task.score(sets, truths, self.model.format))
         rows = [
             Row(condition.describe(), "model", next(scores), _asked(condition, predictions))
-            for condition, predictions in zip(conditions, asked, strict=True)
+            for condition, predictions in zip(conditions, logged, strict=True)
         ]
         rows += [Row(name, source, next(scores), shots=shots) for name, source, shots in names]
         return tuple(rows)
 
     def swapped_rows(self) -> tuple[SwapRow, ...]:
-        """The queries that show another class, with their own and with swapped examples: of the
-        model after each number of examples, of other systems that were asked so, of the first
-        example's output, of matchers, and of the task's baselines, which do not depend on the
-        examples. Empty if the model was not asked so.
+        """Scores on the queries that show another class too, after their own and after swapped
+        examples: those of the model after each number of examples, of other systems with
+        predictions for swapped examples, of the first example's output, of matchers, and of the
+        task's baselines, which do not depend on the examples. Empty if the model was not evaluated
+        with swapped examples.
         """
-        conditions = [each for each in self.conditions if each.control == "swapped"]
+        conditions = [condition for condition in self.conditions if condition.control == "swapped"]
         if not conditions:
             return ()
         episodes, task = self.episodes, self.episodes.task
@@ -100,12 +101,12 @@ class TaskScores:
         rows = []
         for swapped in conditions:
             own = swapped._replace(control=None)
-            said, said_swapped = (
+            predictions, swapped_predictions = (
                 [self.log[condition, truth.key].said for truth in truths]
                 for condition in (own, swapped)
             )
             name: tuple[str, Source] = own.describe(), "model"
-            rows.append(self._swapped_row(name, own.shots, said, said_swapped))
+            rows.append(self._swapped_row(name, own.shots, predictions, swapped_predictions))
         for system in self.others:
             if system.swapped is not None:
                 own_outputs = [system.outputs[number] for number in episodes.swaps]
@@ -126,14 +127,14 @@ class TaskScores:
         self,
         name: tuple[str, Source],
         shots: int | None,
-        said: Sequence[Output],
-        said_swapped: Sequence[Output],
+        own_outputs: Sequence[Output],
+        swapped_outputs: Sequence[Output],
     ) -> SwapRow:
         """The outputs are those for the queries of `EpisodeSet.swaps`, in this order."""
         swaps = self.episodes.swaps.items()
         queries = [
             SwappedQuery(self.episodes[number], swap.shown, *outputs)
-            for (number, swap), *outputs in zip(swaps, said, said_swapped, strict=True)
+            for (number, swap), *outputs in zip(swaps, own_outputs, swapped_outputs, strict=True)
         ]
         return SwapRow(*name, shots, score_swaps(self.episodes.task, queries, self.judge))
 
@@ -142,8 +143,10 @@ class TaskScores:
         own = [condition for condition in self.conditions if condition.control is None]
         if len(own) == 1:
             return ()
-        said = {c.shots: [self.log[c, truth.key].said for truth in self._truths] for c in own}
-        return score_shots(self.episodes.task, self._truths, said)
+        predictions = {
+            c.shots: [self.log[c, truth.key].said for truth in self._truths] for c in own
+        }
+        return score_shots(self.episodes.task, self._truths, predictions)
 
     @cached_property
     def _truths(self) -> list[EvaluationEpisode]:
@@ -157,7 +160,11 @@ class TaskScores:
         features = self.model.tokenizers.features
         if features is None or self.episodes.task is not SEGMENTATION:
             return []
-        counts = [each.shots for each in self.conditions if each.control is None and each.shots]
+        counts = [
+            condition.shots
+            for condition in self.conditions
+            if condition.control is None and condition.shots
+        ]
         return [Matcher(features.codebook_KD, self.episodes, count) for count in counts]
 
     def _ceiling(self) -> list[Output]:

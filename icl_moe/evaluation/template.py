@@ -78,11 +78,11 @@ def _write_asked(
     task = episodes.task.name
     photographs = Photographs(shards, task, images)
     head = {"episodes": episodes_hash(episodes, swapped), "shots": shots}
-    asked = episodes.questions(swapped)
+    questions = episodes.questions(swapped)
     name = "swapped" if swapped else "example"
     listed = [
         {"id": number} | _write_episode(question, photographs, out, shots, name)
-        for number, question in enumerate(tqdm(asked, f"template, {task}", unit="episode"), 1)
+        for number, question in enumerate(tqdm(questions, f"template, {task}", unit="episode"), 1)
     ]
     path = predictions_file(out, episodes, swapped)
     content = head | {"image_size": episodes.image_size, "images": listed}
@@ -93,8 +93,8 @@ def _write_asked(
 def _write_episode(
     question: Question, photographs: Photographs, out: Path, shots: int, name: str
 ) -> dict[str, Any]:
-    """Write the pictures of a question, those of its examples as `name`, and return its entry. What
-    the query is asked for is not in it.
+    """Write the pictures of a question and return its entry, which does not contain the answer.
+    name: how the files of the examples' pictures are called.
     """
     truth, source = question
     where = f"{truth.task.name}/{truth.key}"

@@ -16,8 +16,8 @@ class KeyValueCache:
 
     def __init__(self, capacity: int = 256) -> None:
         self.length = 0
-        """Positions read so far, including those of the current pass once their attributes are
-        appended.
+        """The number of positions read so far, including the positions of the current pass once
+        their attributes are appended.
         """
         self._capacity = capacity
         self._attributes: torch.Tensor | None = None

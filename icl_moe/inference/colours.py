@@ -57,24 +57,24 @@ def segment_colours(
         _repainted(painted_HW3, colours, names, model.image_size, f"The mask of example {n}")
         for n, (painted_HW3, colours) in enumerate(painted, 1)
     ]
-    asked_picture = Query.load(query, model.image_size)
-    *shown, asked = model.encode(
-        [*(to_square_pixels(each, model.image_size) for each in images), asked_picture.pixels_3HW]
+    query_picture = Query.load(query, model.image_size)
+    *image_codes, query_codes = model.encode(
+        [*(to_square_pixels(image, model.image_size) for image in images), query_picture.pixels_3HW]
     )
-    codes = model.encode_painted(drawn)
+    mask_codes = model.encode_painted(drawn)
     at_once = model.decoding(decoding, sampling) != "autoregressive"
     # An example that lacks a colour says nothing of where it is: it is not asked about it.
     pairs_of: dict[frozenset[_Colour], list[PaintedPair]] = {}
-    for image, code, (_, colours) in zip(shown, codes, painted, strict=True):
+    for image, code, (_, colours) in zip(image_codes, mask_codes, painted, strict=True):
         alike = frozenset(colours if at_once else ())
         pairs_of.setdefault(alike, []).append(PaintedPair(image, code))
     requests = [
-        (Episode(SEMANTIC_SEGMENTATION, category or "", tuple(alike)), asked)
+        (Episode(SEMANTIC_SEGMENTATION, category or "", tuple(alike)), query_codes)
         for alike in pairs_of.values()
     ]
     found = model.complete(requests, sampling, progress, decoding)
     weights = [len(alike) for alike in pairs_of.values()]
-    return _in_their_colours(model, found, weights, names, asked_picture)
+    return _in_their_colours(model, found, weights, names, query_picture)
 
 
 def _load_painted(
@@ -88,7 +88,7 @@ def _load_painted(
         raise InputError(
             f"{name} is {width} x {height} pixels, but its image is {image.width} x {image.height}."
         )
-    colours = [tuple(each) for each in np.unique(painted_HW3.reshape(-1, 3), axis=0).tolist()]
+    colours = [tuple(colour) for colour in np.unique(painted_HW3.reshape(-1, 3), axis=0).tolist()]
     colours = [colour for colour in colours if any(colour)]
     if not colours:
         raise InputError(f"{name} is black: each class must be painted in a colour.")
@@ -166,11 +166,11 @@ def _in_their_colours(
 def _weighted(drawn: Sequence[DrawnClasses], weights: Sequence[int]) -> DrawnClasses:
     """The weighted mean brightness of each class, over those that have it."""
     masks: dict[str, DrawnMask] = {}
-    for name in dict.fromkeys(name for each in drawn for name in each.masks):
+    for name in dict.fromkeys(name for classes in drawn for name in classes.masks):
         of_class = [
-            (each.masks[name], weight)
-            for each, weight in zip(drawn, weights, strict=True)
-            if name in each.masks
+            (classes.masks[name], weight)
+            for classes, weight in zip(drawn, weights, strict=True)
+            if name in classes.masks
         ]
         total = sum(weight for _, weight in of_class)
         mean_HW = np.sum([mask.brightness_HW * (w / total) for mask, w in of_class], axis=0)

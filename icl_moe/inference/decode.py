@@ -150,8 +150,9 @@ def decode_batch(
             if len(rows) < len(going):
                 cache.select(torch.tensor(rows, dtype=torch.long))
                 going = [going[row] for row in rows]
-    of_request = {output.request: output for output in outputs}  # Those of a request are alike.
-    return [Written(each.tokens, each.log_probabilities) for each in of_request.values()]
+    # All outputs of one request are equal.
+    of_request = {output.request: output for output in outputs}
+    return [Written(written.tokens, written.log_probabilities) for written in of_request.values()]
 
 
 @torch.inference_mode()
@@ -169,18 +170,18 @@ def decode_at_once(
     groups of nearly equal size, and the result is the mean of the groups' probabilities, weighted
     by their sizes. read: what the decoder has read of each group of each request already, by
     `read_examples`; otherwise what the requests begin with, such as the same examples, is read
-    once. Of tasks whose output is one image or begins with one, and a decoder that was trained with
-    mask corruption.
+    once. The tasks must be those whose output is one image or begins with one, and the decoder must
+    have been trained with mask corruption.
     """
     groups = [list(in_groups(episode, together)) for episode, _ in requests]
     means: list[Any] = [0.0] * len(requests)
     for turn in range(max(map(len, groups))):
         rows = [row for row, of_row in enumerate(groups) if turn < len(of_row)]
-        asked = [(groups[row][turn], requests[row][1]) for row in rows]
+        batch = [(groups[row][turn], requests[row][1]) for row in rows]
         before = [read[row][turn] for row in rows] if read else None
-        for row, probabilities_NK in zip(rows, _pass(decoder, codec, asked, before), strict=True):
-            shown, of = len(groups[row][turn].pairs), len(requests[row][0].pairs)
-            means[row] += (shown / of if of else 1.0) * probabilities_NK
+        for row, probabilities_NK in zip(rows, _pass(decoder, codec, batch, before), strict=True):
+            examples, total = len(groups[row][turn].pairs), len(requests[row][0].pairs)
+            means[row] += (examples / total if total else 1.0) * probabilities_NK
     return torch.stack(means)
 
 
@@ -306,7 +307,7 @@ def _codes(
     device, ids = decoder.device, outputs[0].format.vocabulary.image_range
     attributes = [output.rows[-1][2] for output in outputs]
     attributes_B1 = torch.tensor(attributes)[:, None]
-    plan = RoutingPlan.of_runs([[(each, 1)] for each in attributes]).to(device)
+    plan = RoutingPlan.of_runs([[(attribute, 1)] for attribute in attributes]).to(device)
     decisions, _ = decoder.decide(plan)
     tokens_B, positions_B = (
         torch.tensor([output.rows[-1][column] for output in outputs], device=device)

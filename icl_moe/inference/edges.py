@@ -38,8 +38,9 @@ _MOST = 0.9998
 
 @dataclass(frozen=True)
 class EdgeFilter:
-    """radius: of the square windows, as a share of the image's side. epsilon: the variance of a
-    colour, from 0 to 1, below which a window counts as flat. slope, offset: of the logistic curve.
+    """The settings of the filter. radius: the radius of the square windows, as a share of the
+    image's side. epsilon: the variance of a colour, from 0 to 1, below which a window counts as
+    flat. slope, offset: the slope and offset of the logistic curve.
     """
 
     radius: float

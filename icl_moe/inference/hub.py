@@ -126,5 +126,5 @@ def _fetch(name: str) -> Path:
 
 def _reason(error: Exception) -> str:
     """The first sentence of an error of the Hub's client."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said.split('. ')[0][:200].rstrip('.')}"
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message.split('. ')[0][:200].rstrip('.')}"

@@ -346,7 +346,7 @@ class InContextModel:
         read: Sequence[Read] | None = None,
     ) -> list[Any]:
         groups = _own(read)
-        if together is None and groups and any(len(each) > 1 for each in groups):
+        if together is None and groups and any(len(group) > 1 for group in groups):
             groups = None  # It was read in groups, and now is needed in one sequence.
         outputs = decode_batch(
             self.decoder, self.codec, requests, sampling, progress, openings, together, groups
@@ -391,13 +391,14 @@ class InContextModel:
     def _expected(
         self, requests: Sequence[Request], read: Sequence[Sequence[KeyValueCache]] | None
     ) -> tuple[torch.Tensor, np.ndarray]:
-        """Of the output images of requests of one task, in one pass: how probable each code is in
-        each cell (B, N, K), and the brightness of the `Task.expected_masks` (B, C, H, W).
+        """What the model expects of the output images of requests of one task, in one pass: how
+        probable each code is in each cell (B, N, K), and the brightness of the masks (B, C, H, W),
+        see `Task.expected_masks`.
         """
         probabilities_BNK = decode_at_once(self.decoder, self.codec, requests, self._together, read)
-        shown = [episode.pairs for episode, _ in requests]
+        examples = [episode.pairs for episode, _ in requests]
         task = requests[0][0].task
-        brightness_BCHW = task.expected_masks(self, probabilities_BNK, shown)
+        brightness_BCHW = task.expected_masks(self, probabilities_BNK, examples)
         return probabilities_BNK, brightness_BCHW.cpu().numpy()
 
     def _at_once(

@@ -17,8 +17,8 @@ class Region:
     """A region of an image. box: x, y, width, height in pixels of that image. Values that a model's
     format lacks are None.
 
-    log_probability: of a region that a model wrote, the mean log-probability of its text's tokens
-    (class and box in text included) among those that could follow; None otherwise.
+    log_probability: if a model wrote the region, the mean log-probability of its text's tokens
+    (class and box in text included) among the tokens that could follow; None otherwise.
     """
 
     caption: str

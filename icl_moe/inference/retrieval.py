@@ -24,8 +24,8 @@ class Shelf:
         self._points_ED = describe(tokenizers, np.stack([pair.image for pair in pairs]))
 
     def nearest(self, image_N: np.ndarray) -> tuple:
-        """The examples whose images have the greatest cosine with a query's codes, the nearest one
-        last, beside the query; the first one of equals.
+        """The examples whose images have the greatest cosine similarity to a query's codes. The
+        nearest one comes last, next to the query. Of equally near examples the first is taken.
         """
         (point_D,) = describe(self._tokenizers, image_N[None])
         order = np.argsort(-(self._points_ED @ point_D), kind="stable")

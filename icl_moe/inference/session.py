@@ -112,7 +112,7 @@ class Session:
         progress: bool = False,
         task: Task | None = None,
     ) -> None:
-        """See `InContextModel.session`. task: of the examples, by default the one they fit."""
+        """See `InContextModel.session`. task: the examples' task; by default the task they fit."""
         _check_count("nearest", 1 if nearest is None else nearest)
         self.classes = _class_names(examples, category)
         self._model, self._nearest, self._progress = model, nearest, progress
@@ -171,7 +171,7 @@ class Session:
         """As `segment`, but a `DrawnMask` for each query, with the brightness of each pixel and the
         model's confidence. If the examples were given by class: a `DrawnClasses`.
         """
-        return self._find(lambda each: each, queries, sampling, progress, decoding, batch, windows)
+        return self._find(lambda mask: mask, queries, sampling, progress, decoding, batch, windows)
 
     def caption(
         self,
@@ -190,8 +190,8 @@ class Session:
             regions = [_region(self._model, pair, query.size) for pair in pairs]
             return dict(zip(self.classes, regions, strict=True)) if self.classes else regions[0]
 
-        asked = self._asked(CAPTIONING, sampling, None, batch)
-        return _answers(asked.each, describe, queries, progress)
+        asking = self._asked(CAPTIONING, sampling, None, batch)
+        return _answers(asking.each, describe, queries, progress)
 
     def _drawn(self, pairs: Sequence[Any], query: Query) -> DrawnMask | DrawnClasses:
         drawn = SEGMENTATION.draw(self._model, pairs)
@@ -211,23 +211,23 @@ class Session:
         windows: bool,
     ) -> Any:
         """One answer or several. read: the answer from the mask or masks of a query."""
-        asked = self._asked(SEGMENTATION, sampling, decoding, batch)
+        asking = self._asked(SEGMENTATION, sampling, decoding, batch)
 
         def from_whole(pairs: Sequence[Any], query: Query) -> Any:
             return read(self._drawn(pairs, query))
 
         def from_windows(name: str, query: Any) -> Any:
             picture = load_image(query, name)
-            (pairs_and_query,) = asked.each([(name, picture)])
+            (pairs_and_query,) = asking.each([(name, picture)])
             whole = self._drawn(*pairs_and_query)
             boxes = windows_of(found_in(whole))
             # The windows of one query are decoded together.
-            crops = asked.each((name, picture.crop(box)) for box in boxes)
-            return read(fuse(whole, boxes, [self._drawn(*each) for each in crops]))
+            crops = asking.each((name, picture.crop(box)) for box in boxes)
+            return read(fuse(whole, boxes, [self._drawn(*crop) for crop in crops]))
 
         if windows:
             return _answers(lambda named, _: named, from_windows, queries, progress)
-        return _answers(asked.each, from_whole, queries, progress)
+        return _answers(asking.each, from_whole, queries, progress)
 
     def _asked(
         self, task: Task, sampling: Sampling, decoding: "Decoding | None", batch: int
@@ -255,11 +255,11 @@ class Session:
             category = None
         model.check_request(task, count, category)
         of_class = name if self.classes else ""
-        shown = read_pairs(model, task, pairs, category, of_class, self._progress)
-        if count < len(shown):
-            shelf = Shelf(model.tokenizers, shown, count)
+        examples = read_pairs(model, task, pairs, category, of_class, self._progress)
+        if count < len(examples):
+            shelf = Shelf(model.tokenizers, examples, count)
             return _Shown(Episode(task, category or "", ()), None, shelf)
-        episode = Episode(task, category or "", shown)
+        episode = Episode(task, category or "", examples)
         return _Shown(episode, model.read_examples(episode))
 
 
@@ -284,25 +284,27 @@ class _Asked:
         for some in in_batches(queries, max(1, self.batch // len(self.shown))):
             loaded = [Query.load(query, self.model.image_size, name) for name, query in some]
             codes = self.model.encode([query.pixels_3HW for query in loaded])
-            asked = [(each, image_N) for image_N in codes for each in self.shown]
+            requested = [(examples, image_N) for image_N in codes for examples in self.shown]
             pairs: list[Any] = []
-            for part in in_batches(asked, self.batch):
+            for part in in_batches(requested, self.batch):
                 pairs += self._complete(part, progress)
             rest = iter(pairs)
             for query in loaded:
                 yield [next(rest) for _ in self.shown], query
 
-    def _complete(self, asked: Sequence[tuple[_Shown, np.ndarray]], progress: bool) -> list[Any]:
-        requests = [(each.episode_for(image_N), image_N) for each, image_N in asked]
-        read = [each.read for each, _ in asked if each.read is not None]
+    def _complete(
+        self, requested: Sequence[tuple[_Shown, np.ndarray]], progress: bool
+    ) -> list[Any]:
+        requests = [(examples.episode_for(image_N), image_N) for examples, image_N in requested]
+        read = [examples.read for examples, _ in requested if examples.read is not None]
         first = self.sampling.first + self.started
-        self.started += len(asked)
+        self.started += len(requested)
         return self.model.complete(
             requests,
             replace(self.sampling, first=first),
             progress,
             self.decoding,
-            read if len(read) == len(asked) else None,
+            read if len(read) == len(requested) else None,
         )
 
 

@@ -20,9 +20,9 @@ class StaticCodes:
     """Writes the output images of `rows` requests whose prompts have equal lengths, greedily, as
     `decode_batch` does. It holds keys and values for prompts of at most `longest` tokens.
 
-    Of tasks whose output is one image, a decoder without the link, and gates that read attributes
-    alone: everything else needs the host. As an `AttentionScope` it attends to all positions that
-    are written, over the whole of its buffers, since a graph's shapes are fixed.
+    It supports only tasks whose output is one image, decoders without the link, and gates that read
+    attributes alone: everything else needs the host. As an `AttentionScope` it attends to all
+    positions that are written, over the whole of its buffers, since a graph's shapes are fixed.
     """
 
     def __init__(
@@ -88,7 +88,9 @@ class StaticCodes:
         if self._plan is None:
             format = self._codec.format
             attributes = [episode.task.output_attributes(format, first) for episode, _ in requests]
-            self._plan = RoutingPlan.of_runs([[(each, 1)] for each in attributes]).to(device)
+            self._plan = RoutingPlan.of_runs([[(attribute, 1)] for attribute in attributes]).to(
+                device
+            )
             self._decisions, _ = self._decoder.decide(self._plan)
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ _LEAST_SIDE = 8
 
 
 def windows_of(found_HW: np.ndarray) -> list[PixelBox]:
-    """The windows in which something was found: of a grid of 3 x 3, half the image's width and
-    height each, so that neighbours overlap by half.
+    """The windows in which something was found. The windows form a grid of 3 x 3; each has half the
+    image's width and height, so that neighbours overlap by half.
     """
     height, width = found_HW.shape
     if min(height, width) < _LEAST_SIDE:

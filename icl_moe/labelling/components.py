@@ -43,7 +43,7 @@ def _touching(
 
 
 def _joined(count: int, pairs: Iterator[tuple[int, int]]) -> np.ndarray:
-    """For each of `count` runs the first one that it is joined with, directly or through others."""
+    """For each of `count` runs the first run that it is joined with, directly or through others."""
     root = list(range(count))
 
     def find(run: int) -> int:

@@ -20,8 +20,8 @@ _UNNAMED = "object"
 """The class of examples without a name."""
 
 _PHOTOGRAPHS_OF_PHONES = (".heic", ".heif")
-"""Pillow does not read them. They count as images so that they are named among those that cannot be
-read, and are not silently missing.
+"""The endings of photographs that Pillow does not read. These files count as images, so that they
+are named among the images that cannot be read and are not silently left out.
 """
 
 

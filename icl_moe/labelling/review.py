@@ -60,17 +60,17 @@ def _shown(folder: Path, classes: Sequence[str], entry: Mapping[str, Any]) -> _S
         return _Shown(entry["file"], str(error), None)
     size = [entry["height"], entry["width"]]
     image.thumbnail((_SIDE, _SIDE))
-    for each in entry["instances"]:
-        mask_HW = decode_rle({"size": size, "counts": each["counts"]})
-        image = overlaid(image, mask_HW, COLOURS[(each["category"] - 1) % len(COLOURS)])
+    for instance in entry["instances"]:
+        mask_HW = decode_rle({"size": size, "counts": instance["counts"]})
+        image = overlaid(image, mask_HW, COLOURS[(instance["category"] - 1) % len(COLOURS)])
     return _Shown(entry["file"], text, image)
 
 
 def _text(classes: Sequence[str], entry: Mapping[str, Any]) -> str:
     """Such as "cat 0.81, dog 0.64 (least of 3)"."""
     scores: dict[int, list[float]] = {}
-    for each in entry["instances"]:
-        scores.setdefault(each["category"], []).append(each["score"])
+    for instance in entry["instances"]:
+        scores.setdefault(instance["category"], []).append(instance["score"])
     found = [
         f"{classes[number - 1]} {min(of_class):.2f}"
         + (f" (least of {len(of_class)})" if len(of_class) > 1 else "")

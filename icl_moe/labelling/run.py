@@ -63,8 +63,8 @@ class Labelling:
 
 
 class Count(NamedTuple):
-    """Of a finished labelling: images that were read, instances, files that were not read, and
-    windows that were read beside the whole images.
+    """The numbers that a finished labelling reports: images that were read, instances, files that
+    were not read, and windows that were read in addition to the whole images.
     """
 
     images: int
@@ -148,7 +148,7 @@ def _label_batch(
         except InputError as error:
             note(f"skipped: {error}")
             reasons[file] = str(error)
-    # As an iterator: masks in the images' own sizes are then there one at a time.
+    # With an iterator, only one mask in an image's own size is in memory at a time.
     answers = session.draw(
         iter(queries),
         decoding=labelling.decoding,
@@ -218,7 +218,7 @@ def _write_coco(out: Path, model: InContextModel, labelling: Labelling, journal:
         instances = _write_list(
             file,
             "annotations",
-            (each for _, those in _records(journal.entries(files)) for each in those),
+            (annotation for _, those in _records(journal.entries(files)) for annotation in those),
         )
         file.write("}\n")
     return Count(images, instances, unread, windows)
@@ -251,7 +251,7 @@ def _write_list(file: TextIO, name: str, records: Iterable[dict[str, Any]]) -> i
 def _records(
     entries: Iterable[dict[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """COCO's record of each image that was read, and those of its annotations."""
+    """COCO's record of each image that was read, and the records of its annotations."""
     image_id = annotation_id = 0
     for entry in entries:
         if "unread" in entry:
@@ -260,18 +260,18 @@ def _records(
         height, width = entry["height"], entry["width"]
         image = {"id": image_id, "file_name": entry["file"], "width": width, "height": height}
         annotations = []
-        for each in entry["instances"]:
+        for instance in entry["instances"]:
             annotation_id += 1
             annotations.append(
                 {
                     "id": annotation_id,
                     "image_id": image_id,
-                    "category_id": each["category"],
-                    "segmentation": {"size": [height, width], "counts": each["counts"]},
-                    "area": each["area"],
-                    "bbox": each["bbox"],
+                    "category_id": instance["category"],
+                    "segmentation": {"size": [height, width], "counts": instance["counts"]},
+                    "area": instance["area"],
+                    "bbox": instance["bbox"],
                     "iscrowd": 0,
-                    "score": each["score"],
+                    "score": instance["score"],
                 }
             )
         yield image, annotations

@@ -279,7 +279,7 @@ class DecoderLayer(nn.Module):
         routing: RoutingPlan,
         decision: Decision | None = None,
     ) -> Tensor:
-        """decision: of the feed-forward's gate, if it decides for whole streams."""
+        """decision: the decision of the feed-forward's gate, if it decides for whole streams."""
         x_TM = x_TM + self._drop(self.attention(self.attention_norm(x_TM), attention))
         normed_TM = self.feed_forward_norm(x_TM)
         dense = isinstance(self.feed_forward, FeedForward)

@@ -74,9 +74,8 @@ class DeepSpeedFeedForward(MoE):
         self, settings: ModelSettings, layer: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1
     ) -> None:
         level = deepspeed_logger.level
-        deepspeed_logger.setLevel(
-            logging.WARNING
-        )  # Its one line for each layer on standard output only repeats the recipe.
+        # DeepSpeed's line for each layer on standard output only repeats the recipe.
+        deepspeed_logger.setLevel(logging.WARNING)
         super().__init__(
             settings.width,
             FeedForward(settings.width),
@@ -104,7 +103,7 @@ class DeepSpeedFeedForward(MoE):
         return gate if isinstance(gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
-        """decision: of `stream_gate`, if there is one."""
+        """decision: the decision of `stream_gate`, if there is one."""
         if decision is not None:
             # MoE passes this argument on unchanged to the layer within it.
             out_TM, *_ = super().forward(x_TM, (plan, decision))
@@ -193,9 +192,8 @@ class StockTokenGate(nn.Module):
         assert isinstance(gate, nn.Linear)
         self.wg = gate
         self._tp_size = tp_size
-        self._stock: list[Any] = [
-            stock
-        ]  # In a list, so that its parameters are not registered twice.
+        # The stock gate is in a list, so that its parameters are not registered twice.
+        self._stock: list[Any] = [stock]
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
         self._stock[0]._set_ep_group(ep_group)
@@ -227,7 +225,7 @@ class StockTokenGate(nn.Module):
 
 
 def _gather_tokens(x: Tensor, dim: int = 0) -> Tensor:
-    """The tensor ranks' shares, joined along `dim`; in place of DeepSpeed's own function."""
+    """The tensor ranks' shares, joined along `dim`; it replaces DeepSpeed's own function."""
     group = tensor_parallel_group()
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -41,7 +41,7 @@ class Experts(nn.ModuleList):
     """
 
     def forward(self, compute: Callable[[list[nn.Module], Tensor], Tensor], x_TM: Tensor) -> Tensor:
-        """compute(experts, x_TM)."""
+        """The result of `compute(experts, x_TM)`."""
         return compute(list(self), x_TM)
 
 
@@ -63,7 +63,7 @@ class SparseFeedForward(nn.Module):
         return self.gate if isinstance(self.gate, StreamGate) else None
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan, decision: Decision | None) -> Tensor:
-        """decision: of `stream_gate`, if there is one."""
+        """decision: the decision of `stream_gate`, if there is one."""
         if decision is not None:
             return self.experts(partial(self._mix_by_class, plan, decision), x_TM)
         experts_TK, weights_TK, self.auxiliary_loss = self.gate(x_TM, plan)

@@ -33,9 +33,9 @@ def combine(
 ) -> DecoderLoss:
     """total = scale * weighted_sum + auxiliary_weight * mean over layers of the auxiliary loss.
 
-    weighted_sum, losses_P: of `icl_moe.model.kernels.cross_entropy`. scale: 1 / (sum of weights) of
-    one batch alone; under the engine, which averages over ranks and micro-steps, (ranks x
-    micro-steps) / (sum of weights over the global batch).
+    weighted_sum, losses_P: the results of `icl_moe.model.kernels.cross_entropy`. scale: for one
+    batch alone, 1 / (sum of weights); under the engine, which averages over ranks and micro-steps,
+    (ranks x micro-steps) / (sum of weights over the global batch).
     """
     weighted_P = losses_P * weights_P
     auxiliary = torch.stack(auxiliary_losses).mean() if auxiliary_losses else losses_P.new_zeros(())

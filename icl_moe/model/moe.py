@@ -91,8 +91,8 @@ def with_gradients_together(experts: Sequence[nn.Module]) -> list[dict[str, Tens
     parameters in the same order, independently of their tokens' attribute classes.
     """
     named = [dict(expert.named_parameters()) for expert in experts]
-    passed = iter(_Together.apply(*(weight for each in named for weight in each.values())))
-    return [{name: next(passed) for name in each} for each in named]
+    passed = iter(_Together.apply(*(weight for weights in named for weight in weights.values())))
+    return [{name: next(passed) for name in weights} for weights in named]
 
 
 class _Together(torch.autograd.Function):

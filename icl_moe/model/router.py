@@ -116,7 +116,9 @@ class AttributeGate(StreamGate):
     def probabilities(
         self, classes: tuple[int, ...], noise: tuple[int, int] | None = None
     ) -> Tensor:
-        """p_CE of the attribute classes, float32; with noise if (seed, step) is given."""
+        """The probabilities p_CE of the experts for each attribute class, float32; with noise if
+        (seed, step) is given.
+        """
         device = self.wg.weight.device
         with torch.autocast(device.type, enabled=False):
             bits = _bits(classes, device)
@@ -165,9 +167,8 @@ class AttributeEmbedding(nn.Module):
         """(T, M), float32, over the whole stream of the plan."""
         device = self.embed.weight.device
         rows_CM = _embedded(_bits(plan.classes, device), self.embed, self.norm)
-        rows = torch.cat(
-            [rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])]
-        )  # The last row, index -1, is padding's.
+        # The last row, index -1, is that of padding.
+        rows = torch.cat([rows_CM, rows_CM.new_zeros(1, rows_CM.shape[1])])
         indices, lengths = np.asarray(plan.segments).T
         indices_T = torch.from_numpy(np.repeat(indices, lengths))
         return rows[indices_T.to(device, non_blocking=True)]
@@ -190,7 +191,7 @@ class TokenGate(nn.Module):
         self.experts_per_token = experts_per_token
 
     def forward(self, x_TM: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """experts_TK (int64), weights_TK (float32) and the auxiliary loss."""
+        """Returns experts_TK (int64), weights_TK (float32) and the auxiliary loss."""
         if hasattr(self, "attributes"):
             x_TM = x_TM + self.attributes(plan)
         probabilities_TE = F.linear(x_TM.float(), full_precision(self.wg.weight)).softmax(dim=-1)

@@ -48,8 +48,8 @@ def is_split(name: str) -> bool:
 def split(name: str, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
     """The part of a parameter that tensor rank `tp_rank` of `tp_size` holds; a view if possible.
 
-    The vocabulary is padded with rows of zeros to a multiple of `tp_size`. Of the fused (3M, ..)
-    projection each rank has the queries, keys and values of its own heads.
+    The vocabulary is padded with rows of zeros to a multiple of `tp_size`. Each rank holds the
+    queries, keys and values of its own heads from the fused (3M, ..) projection.
     """
     if not is_split(name):
         return whole
@@ -123,11 +123,8 @@ def vocabulary_parallel_losses(
     logits_PV = F.linear(enter(hidden_PM), embedding_VM).float()
     real = max(0, vocabulary_size - get_tensor_model_parallel_rank() * embedding_VM.shape[0])
     if real < embedding_VM.shape[0]:
-        logits_PV[
-            :, real:
-        ] = (
-            -torch.inf
-        )  # Padding is not a token: it takes no part in the softmax and gets no gradient.
+        # Padding is not a token: it takes no part in the softmax and gets no gradient.
+        logits_PV[:, real:] = -torch.inf
     losses_P: Tensor = vocab_parallel_cross_entropy(logits_PV, labels_P)
     return (losses_P * weights_P).sum(), losses_P.detach()
 
@@ -215,8 +212,8 @@ def _output_only(
 
 
 def _megatron_config() -> object:
-    """Without megatron-core's initialisation; "on the CPU" because the weights are drawn there for
-    any training device.
+    """A configuration without megatron-core's initialisation. It says "on the CPU" because the
+    weights are drawn there for any training device.
     """
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.parallel_state import get_tensor_model_parallel_world_size

@@ -40,8 +40,8 @@ class MTAdamW(torch.optim.Optimizer):
         n = Y N;   Y = b2 Y + (1 - b2) v;   N = d N + (1 - d) G^2
 
     which are AdamW's own moments of G with c and d for b1 and b2. The rest of the formula goes
-    into its learning rate and eps. Of a norm R times those before, 1 - d keeps a relative error of
-    about 1e-13 R^2: float32's own up to R = 1,000, 1e-5 at 10,000.
+    into its learning rate and eps. If the norm is R times that of earlier steps, 1 - d has a
+    relative error of about 1e-13 R^2: float32's own precision at R = 1,000, and 1e-5 at R = 10,000.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from torch.optim.adamw import adamw
 from icl_moe.devices import computes_in_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that takes singular values in 0..1 to about 1 in five iterations (Jordan et al.
-2024, "Muon: an optimizer for hidden layers in neural networks").
+"""The coefficients of the quintic that takes singular values in 0..1 to about 1 in five iterations
+(Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 """
 
 

@@ -29,9 +29,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def muon_groups(model: nn.Module, weight_decay: float, rate_ratio: float) -> list[dict[str, Any]]:
-    """The same for Muon, which moves the matrices between hidden states; gates' are not among them.
+    """The parameter groups for Muon, which updates the matrices between hidden states, except those
+    of gates.
 
-    rate_ratio: the matrices' learning rate over that of the other parameters.
+    rate_ratio: the matrices' learning rate divided by that of the other parameters.
     """
     fused: list[nn.Parameter] = []
     hidden: list[nn.Parameter] = []

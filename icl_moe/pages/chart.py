@@ -43,8 +43,8 @@ class Chart:
 
 
 class Curve(NamedTuple):
-    """A value with its interval, if there is one, at each x. is_ours: of the system that the chart
-    is about; others are drawn with dashes.
+    """A value with its interval, if there is one, at each x. is_ours: whether the curve is of the
+    system that the chart is about; other curves are drawn with dashes.
     """
 
     name: str

@@ -30,22 +30,26 @@ GPUS = {"RTX A6000": 8, "A100": 8, "H100": 8}
 """The machines for which hours are given; the paper used eight A6000."""
 
 _CAPTION = "a brown dog that lies on the green grass beside a wooden bench"
-"""As long as a region's description usually is."""
+"""A caption as long as the description of a region usually is."""
 
 _QUERIES = 2000
 _QUERIES_PER_SECOND = 2.0
 """The paper decodes 1.4 to 2.8 images a second."""
 
 _BYTES_PER_EPISODE = 14_000
-"""Of a shard: at most 2,060 tokens of two bytes, and masks, boxes and texts as JSON."""
+"""The size of an episode in a shard: at most 2,060 tokens of two bytes, and masks, boxes and texts
+as JSON.
+"""
 
 _BYTES_PER_PARAMETER = 12 * 2 + 4
-"""Weights and two moments in float32, in the two checkpoints that are kept; and the export."""
+"""The weights and two moments in float32, in the two checkpoints that are kept, and the exported
+weights.
+"""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run: tokens without padding, FLOPs of training, and bytes of its checkpoints."""
+    """The cost of one run: tokens without padding, FLOPs of training, and bytes of checkpoints."""
 
     name: str
     steps: int
@@ -54,7 +58,7 @@ class Cost:
     parameters: int
 
     def hours(self, gpu: str) -> float:
-        """On so many of a GPU as GPUS says, with the utilisation `MFU`."""
+        """The hours of training on the number of GPUs in `GPUS`, with the utilisation `MFU`."""
         peak = peak_of(gpu, "bf16")
         assert peak is not None
         return self.flops / (peak * MFU * GPUS[gpu]) / 3600
@@ -87,7 +91,7 @@ def describe_cost(rows: Sequence[Row]) -> tuple[Table, list[str]]:
     lines = [_line(cost.name, cost.steps, [cost]) for cost in costs]
     lines.append(_line("all", sum(cost.steps for cost in costs), costs))
     shards = {run.trained for run in runs}
-    episodes = sum(EPISODES[task] for each in shards for task in _tasks_of(each))
+    episodes = sum(EPISODES[task] for folder in shards for task in _tasks_of(folder))
     parameters = sum(cost.parameters for cost in costs)
     gigabytes = (episodes * _BYTES_PER_EPISODE + parameters * _BYTES_PER_PARAMETER) / 1e9
     queries = sum(map(_queries, runs))
@@ -110,8 +114,8 @@ def _tasks_of(shards: Shards) -> list[str]:
 
 def _queries(run: Run) -> int:
     """How many queries a run is asked, at most: after examples also with swapped ones."""
-    asked = sum(2 if shots else 1 for shots in run.shots)
-    return _QUERIES * len(_tasks_of(run.evaluated)) * asked
+    times_asked = sum(2 if shots else 1 for shots in run.shots)
+    return _QUERIES * len(_tasks_of(run.evaluated)) * times_asked
 
 
 def _line(name: str, steps: int, costs: Sequence[Cost]) -> list[str]:

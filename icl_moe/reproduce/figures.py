@@ -15,15 +15,15 @@ from icl_moe.reproduce.tables import (
 )
 
 Choice = Literal["spaced", "failures"]
-"""Which queries a figure shows: some that are evenly spaced, whatever their scores; or those of the
-lowest agreement of each kind of failure.
+"""Which queries a figure shows: evenly spaced ones, independently of their scores; or the queries
+of each kind of failure with the lowest agreement.
 """
 
 
 @dataclass(frozen=True)
 class Standard:
-    """Episodes of `icl-moe episodes NAME`, from a folder below --data, which needs the files `also`
-    besides those of the tables: file -> where it is published.
+    """Episodes of `icl-moe episodes NAME`, from a folder below --data. also: the files that it
+    needs in addition to those of the tables, each with the address where it is published.
     """
 
     name: str
@@ -44,8 +44,9 @@ class Elsewhere:
 class PaperFigure:
     """A figure of the paper at one scale.
 
-    rows: of a table, whose runs it is of. task: what its pictures show; None for the figure of the
-    gradients. elsewhere: the queries, by default those of the run's own evaluation.
+    rows: the rows of a table whose runs the figure shows. task: the task that its pictures show;
+    None for the figure of the gradients. elsewhere: where the queries are from; by default they are
+    those of the run's own evaluation.
     """
 
     name: str

@@ -33,7 +33,9 @@ _BETWEEN = ("between the tasks", 2, "#24292f")
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one model. rows: of its gradients.csv. at: each of its checkpoints, oldest first."""
+    """What was measured of one model. rows: the rows of its gradients.csv. at: the gradients in
+    each of its checkpoints, the oldest first.
+    """
 
     name: str
     rows: Sequence[Mapping[str, str]]

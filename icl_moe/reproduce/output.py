@@ -105,7 +105,9 @@ def _model_row(rows: list[dict[str, Any]], shots: int) -> dict[str, Any]:
 
 
 def _columns(published: PublishedTable, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Our columns: those of the published table, and flips where they were measured."""
+    """The columns of our figures: the columns of the published table, and flips if they were
+    measured.
+    """
     measured = {name for figures in rows.values() for name in figures}
     return [*published.figures, *(name for name in _FLIPS.values() if name in measured)]
 
@@ -120,15 +122,17 @@ def _table(published: PublishedTable, rows: Mapping[str, Mapping[str, float]]) -
     lines = []
     for name, figures in rows.items():
         row = published.rows[name]
-        ours = [show_figure(each, figures[each]) if each in figures else "–" for each in columns]
-        theirs = [row.cell(each) or "–" for each in published.figures]
+        ours = [
+            show_figure(figure, figures[figure]) if figure in figures else "–" for figure in columns
+        ]
+        theirs = [row.cell(figure) or "–" for figure in published.figures]
         lines.append([row.system, *ours, *theirs])
     return Table(head, lines)
 
 
 def _in_italics(table: Table, ours: int) -> Table:
-    """The table with the published columns, those from `ours` on, in italics, since Markdown has no
-    grey.
+    """The table with the published columns in italics, since Markdown has no grey. ours: the number
+    of columns before them.
     """
     lines = [
         [*line[:ours], *(f"*{cell}*" for cell in line[ours:])] for line in (table.head, *table.rows)
@@ -148,7 +152,7 @@ def write_figure(
     """Write figure.png, figure.json and figure.html into `folder`.
 
     says: what is shown, of which run. content: the numbers. tables: under their titles. rows: of
-    pictures, which the page shows in place of `picture`.
+    pictures, which the page shows instead of `picture`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{figure.title}, at {figure.scale} scale"

@@ -88,16 +88,19 @@ def open_evaluation(what: str, run: str, shards: Path, evaluation: Path, task: s
         for line in read_log(evaluation / "predictions.jsonl")
         if line.condition.task == task and line.condition.control is None
     ]
-    sets = {each.task.name: each for each in open_episodes(shard_set, metrics.get("limit"))}
+    sets = {
+        episode_set.task.name: episode_set
+        for episode_set in open_episodes(shard_set, metrics.get("limit"))
+    }
     if not lines or task not in sets:
         raise InputError(f"{evaluation} has no queries of {task}.")
     shots = min(line.condition.shots for line in lines)
-    said = {line.key: line.said for line in lines if line.condition.shots == shots}
+    predictions = {line.key: line.said for line in lines if line.condition.shots == shots}
     episodes = sets[task]
     judge = episodes.task.judge(
         list(map(episodes.__getitem__, range(len(episodes)))), shard_set.manifest.format
     )
-    queries = [_query(episodes[n], said[key], judge) for n, key in enumerate(episodes.keys)]
+    queries = [_query(episodes[n], predictions[key], judge) for n, key in enumerate(episodes.keys)]
     return Evaluated(
         what,
         run,
@@ -114,31 +117,35 @@ def write_pictures(folder: Path, figure: PaperFigure, sets: Sequence[Evaluated])
     """Write the figure's files into `folder`, with pictures of the first of the sets and numbers of
     all, and return its table.
     """
-    shown = sets[0]
-    chosen = _failing(shown) if figure.choice == "failures" else _spaced(shown)
-    rows = [(_title(query, figure.choice), _cells(query, shown)) for query in chosen]
+    evaluated = sets[0]
+    chosen = _failing(evaluated) if figure.choice == "failures" else _spaced(evaluated)
+    rows = [(_title(query, figure.choice), _cells(query, evaluated)) for query in chosen]
     table = scores_table(sets)
     tables = [("Agreement with the truth, times 100", table)]
     if figure.choice == "failures":
-        tables.append(("Kinds of failures", failures_table(shown)))
-    says = _says(figure, shown, len(chosen))
+        tables.append(("Kinds of failures", failures_table(evaluated)))
+    says = _says(figure, evaluated, len(chosen))
     keys = [query.episode.key for query in chosen]
-    content = {"runs": [shown.run], "sets": [_summary(each) for each in sets], "shown": keys}
+    content = {
+        "runs": [evaluated.run],
+        "sets": [_summary(evaluated_set) for evaluated_set in sets],
+        "shown": keys,
+    }
     picture = draw_rows(figure.title, rows)
     write_figure(folder, figure, says, content, picture, tables, rows)
-    write_whole(folder / "figure.csv", _numbers(shown, keys))
+    write_whole(folder / "figure.csv", _numbers(evaluated, keys))
     return table
 
 
 def scores_table(sets: Sequence[Evaluated]) -> Table:
     head = ["queries", "number", f"mean {sets[0].measure}", "of a copied example", "fail", "flips"]
-    return Table(head, [_scores(each) for each in sets])
+    return Table(head, [_scores(evaluated) for evaluated in sets])
 
 
-def failures_table(of: Evaluated) -> Table:
+def failures_table(evaluated: Evaluated) -> Table:
     """A line for each kind of failure, the most frequent first."""
-    kinds = Counter(query.failure for query in of.queries if query.failure)
-    total = len(of.queries)
+    kinds = Counter(query.failure for query in evaluated.queries if query.failure)
+    total = len(evaluated.queries)
     lines = [[kind, str(count), percent(count / total)] for kind, count in kinds.most_common()]
     return Table(["failure", "queries", "% of all"], lines)
 
@@ -184,42 +191,44 @@ def _draw_row(
 
 
 def _height(cells: Sequence[Cell]) -> int:
-    """Of a row without its title, with as many lines of text as its longest one has."""
+    """The height of a row without its title; each text has the lines that the longest one needs."""
     lines = max(len(wrap(cell.text, _SIDE, _LINES, 12)) if cell.text else 0 for cell in cells)
     return _SIDE + 16 * lines + 24
 
 
-def _query(episode: EvaluationEpisode, said: Output, judge: Judge) -> Query:
+def _query(episode: EvaluationEpisode, prediction: Output, judge: Judge) -> Query:
     task = episode.task
     right = task.right_outputs(episode)
     copied = task.agreement(task.true_output(episode, 0), right) if len(episode.pairs) > 1 else 0.0
-    agreement = task.agreement(said, right)
-    return Query(episode, said, agreement, copied, _FAILURES[task.name](episode, said, judge))
+    agreement = task.agreement(prediction, right)
+    return Query(
+        episode, prediction, agreement, copied, _FAILURES[task.name](episode, prediction, judge)
+    )
 
 
-def _mask_failure(episode: EvaluationEpisode, said: Output, judge: Judge) -> str | None:
+def _mask_failure(episode: EvaluationEpisode, prediction: Output, judge: Judge) -> str | None:
     task, objects = episode.task, episode.task.objects(episode)
-    if task.agreement(said, task.right_outputs(episode)) >= _FAILS:
+    if task.agreement(prediction, task.right_outputs(episode)) >= _FAILS:
         return None
-    if not decode_rle(said["mask"]).any():
+    if not decode_rle(prediction["mask"]).any():
         return "nothing is marked"
-    best = max((task.agreement(said, right) for right in objects.values()), default=0.0)
+    best = max((task.agreement(prediction, right) for right in objects.values()), default=0.0)
     if objects and best < _NOTHING:
         return "no object is marked"
-    if objects and not all(judge(said, episode.kind, objects).values()):
+    if objects and not all(judge(prediction, episode.kind, objects).values()):
         return "another object is marked"
     return "the right object is marked, but coarsely"
 
 
-def _caption_failure(episode: EvaluationEpisode, said: Output, judge: Judge) -> str | None:
+def _caption_failure(episode: EvaluationEpisode, prediction: Output, judge: Judge) -> str | None:
     objects = episode.task.objects(episode)
-    respects = judge(said, episode.kind, objects) if objects else {}
+    respects = judge(prediction, episode.kind, objects) if objects else {}
     if not respects.get("class", True):
         return "another object is described, or placed elsewhere"
     if not respects.get("style", True):
         return "the right object, in another style"
     right = episode.task.right_outputs(episode)
-    if episode.task.agreement(said, right) < _FAILS:
+    if episode.task.agreement(prediction, right) < _FAILS:
         return "the right object, described wrongly or in other words"
     return None
 
@@ -230,17 +239,17 @@ _FAILURES: Mapping[str, Callable[[EvaluationEpisode, Output, Judge], str | None]
 }
 
 
-def _spaced(of: Evaluated) -> list[Query]:
-    return [of.queries[number] for number in evenly_spaced(len(of.queries), SHOWN)]
+def _spaced(evaluated: Evaluated) -> list[Query]:
+    return [evaluated.queries[number] for number in evenly_spaced(len(evaluated.queries), SHOWN)]
 
 
-def _failing(of: Evaluated) -> list[Query]:
+def _failing(evaluated: Evaluated) -> list[Query]:
     """The queries of the lowest agreement of each kind of failure in turns, the most frequent kind
     first.
     """
-    kinds = Counter(query.failure for query in of.queries if query.failure)
+    kinds = Counter(query.failure for query in evaluated.queries if query.failure)
     of_kinds = [
-        sorted((q for q in of.queries if q.failure == kind), key=lambda q: q.agreement)
+        sorted((q for q in evaluated.queries if q.failure == kind), key=lambda q: q.agreement)
         for kind, _ in kinds.most_common()
     ]
     in_turns = filter(None, chain.from_iterable(zip_longest(*of_kinds)))
@@ -253,64 +262,66 @@ def _title(query: Query, choice: Choice) -> str:
     return " · ".join([*words, query.episode.kind.describe(), query.episode.key])
 
 
-def _cells(query: Query, of: Evaluated) -> list[Cell]:
+def _cells(query: Query, evaluated: Evaluated) -> list[Cell]:
     episode = query.episode
-    size = of.image_size
-    numbers = [*range(of.shots), -1]
-    images = [of.photographs.show(episode, n).convert("RGB").resize((size, size)) for n in numbers]
-    return episode.task.cells(episode, images, query.said, of.shots)
+    size = evaluated.image_size
+    numbers = [*range(evaluated.shots), -1]
+    images = [
+        evaluated.photographs.show(episode, n).convert("RGB").resize((size, size)) for n in numbers
+    ]
+    return episode.task.cells(episode, images, query.said, evaluated.shots)
 
 
-def _says(figure: PaperFigure, of: Evaluated, shown: int) -> str:
-    total = len(of.queries)
+def _says(figure: PaperFigure, evaluated: Evaluated, pictured: int) -> str:
+    total = len(evaluated.queries)
     if figure.choice == "failures":
-        failing = sum(query.failure is not None for query in of.queries)
+        failing = sum(query.failure is not None for query in evaluated.queries)
         how = (
-            f"{shown} of the {failing} queries, of {total}, that fail, those of the lowest "
-            f"{of.measure} of each kind of failure in turns"
+            f"{pictured} of the {failing} queries, of {total}, that fail, those of the lowest "
+            f"{evaluated.measure} of each kind of failure in turns"
         )
     else:
-        how = f"{shown} of {total} queries, evenly spaced and not chosen by their scores"
+        how = f"{pictured} of {total} queries, evenly spaced and not chosen by their scores"
     return (
-        f"{how}, after {describe_shots(of.shots)}, by the model of the run {of.run}. The queries "
-        f"are {of.what}."
+        f"{how}, after {describe_shots(evaluated.shots)}, by the model of the run {evaluated.run}. "
+        f"The queries are {evaluated.what}."
     )
 
 
-def _scores(of: Evaluated) -> list[str]:
-    count = len(of.queries)
-    swapped = next((r for r in of.scores["swapped"] if r["prediction"] == "model"), None)
+def _scores(evaluated: Evaluated) -> list[str]:
+    count = len(evaluated.queries)
+    swapped = next((r for r in evaluated.scores["swapped"] if r["prediction"] == "model"), None)
     return [
-        of.what,
+        evaluated.what,
         str(count),
-        percent(sum(query.agreement for query in of.queries) / count),
-        percent(sum(query.copy for query in of.queries) / count),
-        percent(sum(query.failure is not None for query in of.queries) / count),
+        percent(sum(query.agreement for query in evaluated.queries) / count),
+        percent(sum(query.copy for query in evaluated.queries) / count),
+        percent(sum(query.failure is not None for query in evaluated.queries) / count),
         percent(swapped["flips"]) if swapped else "–",
     ]
 
 
-def _summary(of: Evaluated) -> dict[str, Any]:
-    kinds = Counter(query.failure for query in of.queries if query.failure)
+def _summary(evaluated: Evaluated) -> dict[str, Any]:
+    kinds = Counter(query.failure for query in evaluated.queries if query.failure)
     return {
-        "what": of.what,
-        "shots": of.shots,
-        "measure": of.measure,
-        "queries": len(of.queries),
-        "mean": sum(query.agreement for query in of.queries) / len(of.queries),
-        "mean_of_copies": sum(query.copy for query in of.queries) / len(of.queries),
+        "what": evaluated.what,
+        "shots": evaluated.shots,
+        "measure": evaluated.measure,
+        "queries": len(evaluated.queries),
+        "mean": sum(query.agreement for query in evaluated.queries) / len(evaluated.queries),
+        "mean_of_copies": sum(query.copy for query in evaluated.queries) / len(evaluated.queries),
         "failures": dict(kinds.most_common()),
-        "model": next(r for r in of.scores["rows"] if r["prediction"] == "model"),
+        "model": next(r for r in evaluated.scores["rows"] if r["prediction"] == "model"),
     }
 
 
-def _numbers(of: Evaluated, shown: Sequence[str]) -> str:
+def _numbers(evaluated: Evaluated, shown_keys: Sequence[str]) -> str:
     """A line for each query."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["query", "class", "style", "agreement", "copy", "failure", "shown"])
-    for query in of.queries:
+    for query in evaluated.queries:
         key, kind = query.episode.key, query.episode.kind
         values = [f"{query.agreement:.4f}", f"{query.copy:.4f}", query.failure or ""]
-        writer.writerow([key, *kind, *values, int(key in shown)])
+        writer.writerow([key, *kind, *values, int(key in shown_keys)])
     return file.getvalue()

@@ -17,14 +17,15 @@ SCALES: tuple[Scale, ...] = ("demo", "paper")
 SEGMENTATION, CAPTIONING = "segmentation", "captioning"
 
 EPISODES = {SEGMENTATION: 280_000, CAPTIONING: 460_000}
-"""About as many as the paper's training data has: its own count of regions; and the (image, class)
-pairs of COCO's training images without those that show small objects only.
+"""About the numbers of episodes of the paper's training data: for captions its own count of
+regions; for masks the (image, class) pairs of COCO's training images, without pairs that show only
+small objects.
 """
 
 
 def _epochs(epochs: int, *tasks: str) -> str:
-    """The setting of as many steps of 512 episodes, to the nearest hundred, as so many epochs of
-    these tasks together have.
+    """The setting of the number of steps, to the nearest hundred, that this many epochs of these
+    tasks together take with 512 episodes a step.
     """
     episodes = sum(EPISODES[task] for task in tasks)
     return f"training.steps={round(epochs * episodes / 512, -2):.0f}"
@@ -32,8 +33,8 @@ def _epochs(epochs: int, *tasks: str) -> str:
 
 @dataclass(frozen=True)
 class Shards:
-    """A data recipe with overrides. name: of its folder, and unique among the shards of a scale.
-    split: of the data sets that a recipe reads from files.
+    """A data recipe with overrides. name: the name of the folder, unique among the shards of a
+    scale. split: the split of the data sets that a recipe reads from files.
     """
 
     name: str
@@ -129,9 +130,10 @@ class _Base:
         data_name: str | None = None,
         evaluated: Shards | None = None,
     ) -> Run:
-        """kind: of episodes, a key of `positions`. data, settings: what makes this run differ.
-        data_name: the folder of its shards, which runs with the same data share. evaluated: by
-        default held-out episodes that are made as those for training are.
+        """A run with these settings. kind: the kind of its episodes, a key of `positions`. data,
+        settings: the settings in which this run differs from others. data_name: the folder of its
+        shards, which runs with the same data share. evaluated: the episodes of the evaluation; by
+        default held-out episodes that are made in the same way as those for training.
         """
         folder = data_name or name
         trained = Shards(folder, self.data, self.train + data, "train")
@@ -389,17 +391,20 @@ def _table7(scale: Scale) -> PaperTable:
     plain = run("table7_plain", "none")
     category = run("table7_category", "written") if scale == "demo" else _with_category(scale)
     rows = [Row("label", (Score(label, SEGMENTATION, 0), Score(label, CAPTIONING, 0)))]
-    for name, of in (("plain", plain), ("category", category)):
+    for name, trained_run in (("plain", plain), ("category", category)):
         rows += [
-            Row(f"{name}_{shots}", (Score(of, SEGMENTATION, shots), Score(of, CAPTIONING, shots)))
-            for shots in of.shots
+            Row(
+                f"{name}_{shots}",
+                (Score(trained_run, SEGMENTATION, shots), Score(trained_run, CAPTIONING, shots)),
+            )
+            for shots in trained_run.shots
         ]
     return _table("table7", scale, rows)
 
 
 _PLAIN = ("--control", "none", "--decoding", "autoregressive")
-"""Of models that are evaluated with fewer examples than they were trained with: they have seen
-hidden masks after all examples only, so they write masks code by code.
+"""Options of the evaluation of models with fewer examples than they were trained with: in training
+they saw hidden masks only after all examples, so they write masks code by code.
 """
 
 
@@ -410,7 +415,7 @@ def _with_category(scale: Scale) -> Run:
 
 
 def _hold_out_one(base: _Base, scale: Scale, task: str) -> Shards:
-    """The same held-out episodes of one task as in the shards of both."""
+    """Held-out episodes of one task, the same as in the shards of both tasks."""
     other = {SEGMENTATION: CAPTIONING, CAPTIONING: SEGMENTATION}[task]
     return base.hold_out(f"{_both(scale)}_val_{task}", (f"{other}=null",))
 

@@ -112,18 +112,23 @@ def score_captions(
     each set, what `match` found, for the mean average precision.
     """
     keys = list(references)
-    texts = [said[key] for said in predictions for key in keys]
+    texts = [captions[key] for captions in predictions for key in keys]
     texts += [text for key in keys for text in references[key]]
-    texts += [text for of in matched or () for each in of.matches for text in each.all_texts]
+    texts += [
+        text
+        for matched_set in matched or ()
+        for found in matched_set.matches
+        for text in found.all_texts
+    ]
     tokens, tokenizer = tokenise(texts, java)
     of_text = dict(zip(texts, tokens, strict=True))
     return score_tokenised(
-        [{key: of_text[said[key]] for key in keys} for said in predictions],
+        [{key: of_text[captions[key]] for key in keys} for captions in predictions],
         {key: [of_text[text] for text in references[key]] for key in keys},
         tokenizer,
         java,
         with_intervals,
-        None if matched is None else [of.with_texts(of_text) for of in matched],
+        None if matched is None else [matched_set.with_texts(of_text) for matched_set in matched],
     )
 
 
@@ -135,7 +140,9 @@ def score_tokenised(
     with_intervals: bool = False,
     matched: Sequence[Matched] | None = None,
 ) -> list[CaptionScores]:
-    """The same for texts whose tokens are separated by spaces; `tokenizer` is recorded."""
+    """The same as `score_captions`, for texts whose tokens are separated by spaces. tokenizer: the
+    name of the tokenizer that separated them; it is recorded.
+    """
     truths = {key: list(texts) for key, texts in references.items()}
     meteors, note = _meteor(predictions, truths, java, matched)
     scores = []
@@ -165,9 +172,12 @@ def score_tokenised(
 
 
 class CaptionCounts(NamedTuple):
-    """The scores of a set that do not need Java, and what they are made of: of each of its Q texts
-    ROUGE-L, CIDEr, its length and that of the closest reference, and its correct and all n-grams of
-    1 to 4 words, (Q, 12).
+    """The scores of a set of Q texts that do not need Java, and the counts that they are computed
+    from.
+
+    columns_QS: for each text, in 12 columns, its ROUGE-L and its CIDEr, its length and that of the
+    closest reference, the numbers of its n-grams of 1 to 4 words that are correct, and the numbers
+    of all of them.
     """
 
     bleu: tuple[float, ...]
@@ -190,10 +200,10 @@ def count_captions(texts: Sequence[str], references: Sequence[Sequence[str]]) ->
     rouge, rouges = Rouge().compute_score(truths, {number: [texts[number]] for number in numbers})
     ciders = cider_d(texts, references)
     lengths = [
-        (of["testlen"], min((abs(n - of["testlen"]), n) for n in of["reflen"])[1])
-        for of in bleus.ctest
+        (counts["testlen"], min((abs(n - counts["testlen"]), n) for n in counts["reflen"])[1])
+        for counts in bleus.ctest
     ]
-    grams = [np.array([of[name] for of in bleus.ctest]) for name in ("correct", "guess")]
+    grams = [np.array([counts[name] for counts in bleus.ctest]) for name in ("correct", "guess")]
     columns_QS = np.column_stack([rouges, ciders, np.array(lengths), *grams]).astype(np.float64)
     return CaptionCounts(tuple(bleu), float(rouge), float(ciders.mean()), columns_QS)
 
@@ -219,12 +229,12 @@ def counted_scores(columns_QS: np.ndarray) -> Callable[[np.ndarray], np.ndarray]
     return scores
 
 
-def rouge_l(said: str, right: Sequence[str]) -> float:
+def rouge_l(caption: str, right: Sequence[str]) -> float:
     """ROUGE-L of one text against references, 0..1, with `tokenise_plainly`."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     texts = [tokenise_plainly(text) for text in right]
-    return float(Rouge().calc_score([tokenise_plainly(said)], texts))
+    return float(Rouge().calc_score([tokenise_plainly(caption)], texts))
 
 
 def tokenise(texts: Sequence[str], java: bool = True) -> tuple[list[str], str]:
@@ -275,7 +285,7 @@ _NOT_ASKED = "Java was not asked for"
 
 
 _Meteors = tuple[float | None, float | None]
-"""Of a set: METEOR of the corpus, and the mean average precision."""
+"""The scores of one set that need METEOR: METEOR of the corpus, and the mean average precision."""
 
 
 def _meteor(
@@ -284,7 +294,9 @@ def _meteor(
     java: bool,
     matched: Sequence[Matched] | None,
 ) -> tuple[list[_Meteors], str]:
-    """What METEOR is needed for, of each set, and ""; or None for each set, and the reason."""
+    """The scores of each set that need METEOR, and an empty text. If METEOR is not available: None
+    for each score, and the reason.
+    """
     nothing: list[_Meteors] = [(None, None)] * len(predictions)
     program, problem = find_java() if java else ("", _NOT_ASKED)
     if problem:
@@ -292,8 +304,8 @@ def _meteor(
     scores: list[_Meteors] = []
     try:
         with start_meteor(program) as meteor:
-            for place, of in enumerate(tqdm(predictions, "METEOR", unit="set", leave=False)):
-                judged = [(of[key], texts) for key, texts in references.items()]
+            for place, captions in enumerate(tqdm(predictions, "METEOR", unit="set", leave=False)):
+                judged = [(captions[key], texts) for key, texts in references.items()]
                 _, corpus = meteor.scores(judged)
                 mean_ap = None if matched is None else _mean_ap(meteor, matched[place])
                 scores.append((corpus, mean_ap))
@@ -306,5 +318,5 @@ def _mean_ap(meteor: Meteor, matched: Matched) -> float:
     judged = [(m.text, m.references) for m in matched.matches if m.needs_meteor]
     found = iter(meteor.scores(judged)[0] if judged else ())
     return mean_average_precision(
-        matched, [next(found) if each.needs_meteor else 0.0 for each in matched.matches]
+        matched, [next(found) if match.needs_meteor else 0.0 for match in matched.matches]
     )

@@ -12,7 +12,7 @@ _Terms = Counter[str]
 
 class StyleJudge:
     """Naive Bayes (multinomial, add-one, all styles equally probable) over words and pairs of
-    neighbouring words; McCallum and Nigam 1998. texts: those of each style that are known.
+    neighbouring words; McCallum and Nigam 1998. texts: the known texts of each style.
     """
 
     def __init__(self, texts: Mapping[str, Iterable[str]]) -> None:

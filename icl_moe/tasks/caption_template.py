@@ -48,8 +48,8 @@ def template(codec: SequenceCodec) -> tuple[CaptionPart, ...]:
     return _template(codec.format, codec.text)
 
 
-def write_caption(codec: SequenceCodec, said: CaptionText) -> list[int]:
-    """The tokens of a caption's text, without [BOT] and [EOC]. Raises InputError if `said` lacks a
+def write_caption(codec: SequenceCodec, caption: CaptionText) -> list[int]:
+    """The tokens of a caption's text, without [BOT] and [EOC]. Raises InputError if it lacks a
     part of the format, and TooLongError if the text does not fit.
     """
     bins = codec.format.vocabulary.bin_range
@@ -58,19 +58,19 @@ def write_caption(codec: SequenceCodec, said: CaptionText) -> list[int]:
         if part.kind == "fixed":
             tokens += part.tokens
         elif part.kind == "category":
-            if said.category is None:
+            if caption.category is None:
                 raise InputError("This caption format names the category, but none was given.")
-            tokens += _name(codec.text, said.category)
+            tokens += _name(codec.text, caption.category)
         elif part.kind == "box":
-            if said.box is None:
+            if caption.box is None:
                 raise InputError("This caption format writes the box, but none was given.")
-            tokens += [bins[i] for i in box_to_bins(said.box)]
+            tokens += [bins[i] for i in box_to_bins(caption.box)]
         else:
-            tokens += codec.text.encode(" " + said.caption)
+            tokens += codec.text.encode(" " + caption.caption)
     room = codec.format.codes_per_image
     if len(tokens) > room:
         raise TooLongError(
-            f"The caption '{said.caption}' takes {len(tokens)} tokens; there is room for {room}."
+            f"The caption '{caption.caption}' takes {len(tokens)} tokens; there is room for {room}."
         )
     return tokens
 

@@ -63,9 +63,9 @@ class CaptionPair:
     """Image codes (N,), and the content of the caption. `category` and `box` are None if the format
     lacks them.
 
-    `box_image`: codes (N,) of the box drawn as an image; box=image only. Then `box` is there only
-    where a model wrote the drawing in one pass. `log_probability`: of a caption that a model wrote,
-    the mean of its text's tokens.
+    box_image: codes (N,) of the box drawn as an image, only with box=image. `box` is then known
+    only if a model wrote the drawing in one pass. log_probability: the mean log-probability of the
+    text's tokens, if a model wrote the caption.
     """
 
     image: np.ndarray
@@ -129,8 +129,8 @@ class Captioning(Task):
             writer.marker(vocabulary.boi, "image")
             writer.drawn(pair.box_image)
         writer.marker(vocabulary.bot, "text")
-        said = CaptionText(pair.category, pair.box, pair.caption)
-        tokens = write_caption(writer.codec, said)
+        caption = CaptionText(pair.category, pair.box, pair.caption)
+        tokens = write_caption(writer.codec, caption)
         given = 0
         if writer.format.category == "given":
             given = len(given_category(writer.codec, pair.category))
@@ -153,9 +153,9 @@ class Captioning(Task):
         texts = [tokens for _, tokens in outputs if int(tokens[0]) not in vocabulary.image_range]
         if not texts or int(texts[-1][-1]) != vocabulary.eoc:
             raise InputError("A caption does not end with [EOC].")
-        said = read_caption(codec, (int(token) for token in np.concatenate(texts)[:-1]))
+        caption = read_caption(codec, (int(token) for token in np.concatenate(texts)[:-1]))
         box_image = vocabulary.to_codes(drawn[0]) if drawn else None
-        return CaptionPair(image, said.caption, said.category, said.box, box_image)
+        return CaptionPair(image, caption.caption, caption.category, caption.box, box_image)
 
     def category_of(self, pair: CaptionPair) -> str:
         return pair.category or ""
@@ -173,18 +173,20 @@ class Captioning(Task):
         box_image = None
         if codec.format.box == "image":
             box_image, tokens = vocabulary.to_codes(np.array(tokens[:n])), tokens[n + 1 :]
-        said = read_caption(codec, tokens[:-1])
-        return CaptionPair(image, said.caption, said.category, said.box, box_image)
+        caption = read_caption(codec, tokens[:-1])
+        return CaptionPair(image, caption.caption, caption.category, caption.box, box_image)
 
     def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
-        """The drawing of the box that is the darkest, compared with `_DARK`. So there is a whole
-        box also where the model is unsure of its edges.
+        """Returns the drawing of the box that is the darkest, compared with `_DARK`. So the box is
+        whole even if the model is unsure of its edges.
         """
         box = brightest_box(2 * _DARK - 1 - brightness_HW)
         return ~box_to_mask(box, len(brightness_HW))
 
     def with_image(self, pair: CaptionPair, mask_HW: np.ndarray) -> CaptionPair:
-        """The pair with the box itself, which its drawing in codes may miss by some pixels."""
+        """Returns the pair with the exact box, which the drawing in codes may miss by some
+        pixels.
+        """
         return replace(pair, box=_box_around(~mask_HW))
 
     def scored(self, pair: CaptionPair, log_probabilities: Sequence[float | None]) -> CaptionPair:
@@ -283,7 +285,7 @@ class Captioning(Task):
         quick: bool = False,
     ) -> list[CaptionScores]:
         references = {str(n): truth.meta["references"][0] for n, truth in enumerate(truths)}
-        texts = [{str(n): text for n, text in enumerate(_texts(of))} for of in sets]
+        texts = [{str(n): text for n, text in enumerate(_texts(outputs))} for outputs in sets]
         has_boxes = format.box != "none"
         matched = _matched(sets, truths) if has_boxes and not quick else None
         scores = score_captions(texts, references, not quick, not quick, matched)
@@ -311,16 +313,18 @@ class Captioning(Task):
         self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
     ) -> Statistic:
         references = [list(truth.meta["references"][0]) for truth in truths]
-        said = [text for outputs in sets for text in _texts(outputs)]
-        tokens, _ = tokenise([*said, *(text for of in references for text in of)])
+        predicted = [text for outputs in sets for text in _texts(outputs)]
+        tokens, _ = tokenise(
+            [*predicted, *(text for reference_texts in references for text in reference_texts)]
+        )
         rest = iter(tokens)
         texts = [[next(rest) for _ in outputs] for outputs in sets]
-        right = [[next(rest) for _ in of] for of in references]
+        right = [[next(rest) for _ in reference_texts] for reference_texts in references]
         counts = [count_captions(of_set, right).columns_QS for of_set in texts]
         counted = counted_scores(np.concatenate(counts))
         true = [self.true_output(truth) for truth in truths]
         means = [_of_queries(outputs, true, format) for outputs in sets]
-        of_queries = {name: [v for of in means for v in of[name]] for name in means[0]}
+        of_queries = {name: [v for values in means for v in values[name]] for name in means[0]}
         if not of_queries:
             return Statistic(COUNTED, counted)
         others = mean_statistic(of_queries)
@@ -333,14 +337,14 @@ class Captioning(Task):
         """The caption and the class that are the most frequent among all examples, with the median
         of their boxes.
         """
-        shown = [
+        examples = [
             self.true_output(truth, n) for truth in truths for n in range(len(truth.pairs) - 1)
         ]
-        if not shown:
+        if not examples:
             return []
-        boxes = [each["box"] for each in shown if each["box"] is not None]
+        boxes = [example["box"] for example in examples if example["box"] is not None]
         output = {
-            "caption": _most_frequent(each["caption"] for each in shown),
+            "caption": _most_frequent(example["caption"] for example in examples),
             "category": _most_frequent(truth.category for truth in truths),
             "box": tuple(np.median(boxes, axis=0).tolist()) if boxes else None,
         }
@@ -353,33 +357,33 @@ class Captioning(Task):
     def right_outputs(self, truth: Truth) -> list[Output]:
         return [{"caption": text} for text in truth.meta["references"][0]]
 
-    def agreement(self, said: Output, right: Sequence[Output]) -> float:
-        return rouge_l(said["caption"] or "", [output["caption"] for output in right])
+    def agreement(self, prediction: Output, right: Sequence[Output]) -> float:
+        return rouge_l(prediction["caption"] or "", [output["caption"] for output in right])
 
     def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
-        """The class: by the name that the caption writes and the box that it places, where the
-        model writes them; else by its words. The name alone could be copied off an example, the
-        box could not. The style, where queries are described in several: by the words, see
-        `StyleJudge`.
+        """Returns a judge of captions in one or two respects. The class is judged by the name that
+        the caption writes and by its box, if the model writes them, and otherwise by its words. The
+        name alone could be copied from an example, the box could not. The style is judged by the
+        words, see `StyleJudge`, if queries are described in several styles.
         """
         styles = style_judge(truths)
 
-        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
-            respects = {"class": self._is_of_class(said, shown, objects, format)}
+        def judge(prediction: Output, shown_kind: Kind, objects: Objects) -> dict[str, bool]:
+            respects = {"class": self._is_of_class(prediction, shown_kind, objects, format)}
             if len({kind.style for kind in objects}) > 1:
-                respects["style"] = styles.style(said["caption"] or "") == shown.style
+                respects["style"] = styles.style(prediction["caption"] or "") == shown_kind.style
             return respects
 
         return judge
 
     def _is_of_class(
-        self, said: Output, shown: Kind, objects: Objects, format: SequenceFormat
+        self, prediction: Output, shown_kind: Kind, objects: Objects, format: SequenceFormat
     ) -> bool:
-        if format.category == "written" and not _is_category(said, shown.category):
+        if format.category == "written" and not _is_category(prediction, shown_kind.category):
             return False
         if format.box == "none":
-            return format.category == "written" or self.agrees_most(said, shown, objects)
-        return self.agrees_most(said, shown, objects, _best_overlap)
+            return format.category == "written" or self.agrees_most(prediction, shown_kind, objects)
+        return self.agrees_most(prediction, shown_kind, objects, _best_overlap)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return boxed(image, output["box"])
@@ -414,17 +418,17 @@ def _confidence(pair: CaptionPair) -> dict[str, float]:
 
 
 def _most_frequent(texts: Iterable[str]) -> str:
-    """Of several that are as frequent, the first in the alphabet."""
+    """The most frequent text; the first in the alphabet if several are equally frequent."""
     counts = Counter(texts)
     return min(counts, key=lambda text: (-counts[text], text))
 
 
 def style_judge(truths: Iterable[Truth]) -> StyleJudge:
-    """By all texts of each style that the truths keep."""
+    """A judge of styles that knows all texts of each style that the truths keep."""
     texts: dict[str, list[str]] = {}
     for truth in truths:
         for kind, of_kind in by_kind(truth).items():
-            texts.setdefault(kind.style, []).extend(each["caption"] for each in of_kind)
+            texts.setdefault(kind.style, []).extend(output["caption"] for output in of_kind)
     return StyleJudge(texts)
 
 
@@ -432,7 +436,7 @@ _NO_BOXES = "not computed: these captions have no boxes"
 
 
 def _matched(sets: Sequence[Sequence[Output]], truths: Sequence[Truth]) -> list[Matched]:
-    """Each set's captions assigned to regions: those of an image are its queries."""
+    """The captions of each set, assigned to regions. The regions of an image are its queries."""
     images = [str(truth.meta["sources"][-1]["image"]) for truth in truths]
     regions = [
         Region(image, tuple(truth.meta["boxes"][-1]), tuple(truth.meta["references"][0]))
@@ -443,11 +447,11 @@ def _matched(sets: Sequence[Sequence[Output]], truths: Sequence[Truth]) -> list[
             [
                 Detection(
                     image,
-                    tuple(said["box"]) if said["box"] else None,
-                    said["caption"] or "",
-                    said.get("confidence", -math.inf),
+                    tuple(output["box"]) if output["box"] else None,
+                    output["caption"] or "",
+                    output.get("confidence", -math.inf),
                 )
-                for image, said in zip(images, outputs, strict=True)
+                for image, output in zip(images, outputs, strict=True)
             ],
             regions,
         )
@@ -480,7 +484,7 @@ _FIELDS = {"category": "category_accuracy", "box IoU": "box_iou"}
 def _of_queries(
     outputs: Sequence[Output], true: Sequence[Output], format: SequenceFormat
 ) -> dict[str, list[float]]:
-    """By their headings, the values of each query that captions of this format have."""
+    """The values of each query for the scores that captions of this format have, by heading."""
     values = {}
     if format.category == "written":
         values["category"] = _categories_right(outputs, true)
@@ -490,24 +494,27 @@ def _of_queries(
 
 
 def _texts(outputs: Sequence[Output]) -> list[str]:
-    return [said["caption"] or "" for said in outputs]
+    return [output["caption"] or "" for output in outputs]
 
 
 def _categories_right(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:
     pairs = zip(outputs, true, strict=True)
-    return [float(_is_category(said, t["category"])) for said, t in pairs]
+    return [float(_is_category(output, truth["category"])) for output, truth in pairs]
 
 
-def _is_category(said: Output, category: str) -> bool:
+def _is_category(output: Output, category: str) -> bool:
     """Whether an output names a category, ignoring case."""
-    return (said["category"] or "").lower() == category.lower()
+    return (output["category"] or "").lower() == category.lower()
 
 
-def _best_overlap(said: Output, right: Sequence[Output]) -> float:
-    """The best IoU of an output's box with any of those of others; 0 without a box."""
-    return max(box_iou(said["box"], tuple(o["box"])) if said["box"] else 0.0 for o in right)
+def _best_overlap(prediction: Output, right: Sequence[Output]) -> float:
+    """The best IoU of an output's box with the box of any right output; 0 without a box."""
+    return max(
+        box_iou(prediction["box"], tuple(output["box"])) if prediction["box"] else 0.0
+        for output in right
+    )
 
 
 def _box_ious(outputs: Sequence[Output], true: Sequence[Output]) -> list[float]:
-    boxes = [(said["box"], t["box"]) for said, t in zip(outputs, true, strict=True)]
+    boxes = [(output["box"], t["box"]) for output, t in zip(outputs, true, strict=True)]
     return [box_iou(box, t) if box and t else 0.0 for box, t in boxes]

@@ -12,8 +12,9 @@ ORDERS, SIGMA = 4, 6.0
 
 
 class _Counts(NamedTuple):
-    """The n-grams of one order: of each occurrence in a text, its text, the number of its n-gram,
-    and how often it occurs there. `grams`: how many different ones there are.
+    """The n-grams of one order: for each n-gram that occurs in a text, the number of the text, the
+    number of the n-gram, and how often it occurs there. grams: how many different n-grams there
+    are.
     """
 
     texts_E: np.ndarray
@@ -78,10 +79,11 @@ def _ngrams(texts: Sequence[str]) -> list[_Counts]:
 def _similarity(counts: _Counts, query_T: np.ndarray, queries: int) -> np.ndarray:
     """The clipped cosine of each reference (T,) and the candidate of its query; 0 at candidates."""
     texts_E, grams_E, times_E, grams = counts
-    place_E = query_T[texts_E] * max(grams, 1) + grams_E  # Of an n-gram in a query.
+    # Each pair of a query and an n-gram has a number of its own.
+    place_E = query_T[texts_E] * max(grams, 1) + grams_E
     is_candidate_E = texts_E < queries
-    shown = np.unique(place_E[~is_candidate_E])
-    frequency_G = np.bincount(shown % max(grams, 1), minlength=grams)
+    reference_places = np.unique(place_E[~is_candidate_E])
+    frequency_G = np.bincount(reference_places % max(grams, 1), minlength=grams)
     idf_G = np.log(float(queries)) - np.log(np.maximum(1.0, frequency_G))
     weights_E = times_E * idf_G[grams_E]
     norms_T = np.sqrt(_sums(texts_E, weights_E**2, len(query_T)))

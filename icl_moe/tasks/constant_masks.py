@@ -27,7 +27,9 @@ def fitted_disc(masks: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """
     size = len(masks[0][1])
     discs = [disc(size, radius) for radius in RADII]
-    mious = [score_masks((name, each, mask_HW) for name, mask_HW in masks).miou for each in discs]
+    mious = [
+        score_masks((name, disc_HW, mask_HW) for name, mask_HW in masks).miou for disc_HW in discs
+    ]
     return discs[int(np.argmax(mious))]
 
 
@@ -38,5 +40,8 @@ def mean_mask(masks: Sequence[np.ndarray]) -> np.ndarray:
     mean_HW = np.mean(masks, axis=0)
     levels = np.linspace(0, mean_HW.max(), 11)[:-1]
     candidates = [mean_HW > level for level in levels]
-    agreements = [np.mean([mask_iou(each, mask_HW) for mask_HW in masks]) for each in candidates]
+    agreements = [
+        np.mean([mask_iou(candidate_HW, mask_HW) for mask_HW in masks])
+        for candidate_HW in candidates
+    ]
     return candidates[int(np.argmax(agreements))]

@@ -58,12 +58,14 @@ class Match(NamedTuple):
 
     @property
     def needs_meteor(self) -> bool:
-        """Whether its text decides anything. An empty one has a METEOR of 0."""
+        """Whether the METEOR of its text matters and must be computed. An empty text has a METEOR
+        of 0.
+        """
         return self.is_first and self.overlap >= min(IOU_THRESHOLDS) and bool(self.text)
 
     @property
     def all_texts(self) -> tuple[str, ...]:
-        """Its own text and those of the region."""
+        """The text of the detection and the texts of the region."""
         return self.text, *self.references
 
 
@@ -76,14 +78,14 @@ class Matched(NamedTuple):
     regions: int
 
     def with_texts(self, texts: Mapping[str, str]) -> "Matched":
-        """The same with other texts, such as tokenised ones."""
+        """The same matches with each text replaced, for example by the tokenised text."""
         return self._replace(
             matches=tuple(
-                each._replace(
-                    text=texts[each.text],
-                    references=tuple(texts[text] for text in each.references),
+                match._replace(
+                    text=texts[match.text],
+                    references=tuple(texts[text] for text in match.references),
                 )
-                for each in self.matches
+                for match in self.matches
             )
         )
 
@@ -118,9 +120,9 @@ def mean_average_precision(matched: Matched, meteors: Sequence[float]) -> float:
     matches, regions = matched
     if not matches or not regions:
         return 0.0
-    confidences_D = np.array([each.confidence for each in matches])
+    confidences_D = np.array([match.confidence for match in matches])
     ends_P = np.flatnonzero(np.append(confidences_D[1:] != confidences_D[:-1], True))
-    overlaps_D = np.array([each.overlap if each.needs_meteor else 0.0 for each in matches])
+    overlaps_D = np.array([match.overlap if match.needs_meteor else 0.0 for match in matches])
     meteors_D = np.array(meteors, dtype=np.float64)
     found = []
     for least in IOU_THRESHOLDS:
@@ -150,8 +152,8 @@ def _best(detection: Detection, regions: Sequence[Region]) -> tuple[float, int]:
 
 
 def _merged(regions: Sequence[Region]) -> list[Region]:
-    """The regions of an image, where those that overlap are one. The box that most others overlap
-    is the first to take these.
+    """The regions of an image, with overlapping regions merged into one. The region that overlaps
+    the most others is merged with these first.
     """
     overlaps = np.array([[_iou(a.box, b.box) for b in regions] for a in regions])
     np.fill_diagonal(overlaps, 1.0)
@@ -168,7 +170,7 @@ def _merged(regions: Sequence[Region]) -> list[Region]:
 
 
 def _iou(a: Box, b: Box) -> float:
-    """The intersection over union, rounded, so that exactly a threshold reaches it, whatever its
-    last bits.
+    """The intersection over union, rounded, so that a value of exactly a threshold reaches it in
+    spite of rounding errors.
     """
     return round(box_iou(a, b), 9)

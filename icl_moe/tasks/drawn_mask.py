@@ -22,8 +22,8 @@ class DrawnMask:
     at_once: whether the mask was decoded in one pass, so that its brightness reflects the model's
     confidence.
     threshold: the least expected IoU (see `expected_iou`) at which anything is marked.
-    log_probability: of a mask that was decoded code by code, the mean over its codes.
-    windows: how many windows were read beside the whole image.
+    log_probability: the mean log-probability of the codes, if the mask was decoded code by code.
+    windows: how many windows were read in addition to the whole image.
     """
 
     brightness_HW: np.ndarray
@@ -40,9 +40,9 @@ class DrawnMask:
     @property
     def level(self) -> float:
         """The level, from black (0) to white (1), above which a pixel belongs to the mask: the
-        middle for a mask that was decoded code by code. Of a mask that was decoded in one pass, the
-        level of the greatest expected IoU; 1, so that nothing is marked, where that is less than
-        `threshold`.
+        middle for a mask that was decoded code by code. For a mask that was decoded in one pass, it
+        is the level of the greatest expected IoU; or 1, so that nothing is marked, if that IoU is
+        less than `threshold`.
         """
         if not self.at_once:
             return 0.5
@@ -122,7 +122,7 @@ class DrawnMask:
         return (0.5 + 0.5 * np.maximum(inside, outside)).astype(np.float32)
 
     def each(self, change: "Callable[[DrawnMask], DrawnMask]") -> "DrawnMask":
-        """As `DrawnClasses.each`."""
+        """The changed mask; see `DrawnClasses.each`."""
         return change(self)
 
     def resized(self, height: int, width: int) -> "DrawnMask":
@@ -150,7 +150,7 @@ class DrawnClasses:
         return tuple(self.masks)
 
     def each(self, change: Callable[[DrawnMask], DrawnMask]) -> "DrawnClasses":
-        """The same with changed masks."""
+        """The same classes, with the changed mask of each."""
         return DrawnClasses({name: change(drawn) for name, drawn in self.masks.items()})
 
     def disjoint_masks(self) -> dict[str, np.ndarray]:

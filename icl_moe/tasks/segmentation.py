@@ -54,7 +54,7 @@ class SegmentationPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the mask (N,), image codes.
 
     drawn: the pixels of a mask that was decoded in one pass, which contain more information than
-    its codes. log_probability: of a mask that was decoded code by code, see `DrawnMask`.
+    its codes. log_probability: that of a mask that was decoded code by code, see `DrawnMask`.
     """
 
     image: np.ndarray
@@ -193,9 +193,10 @@ class Segmentation(OneImageTask):
         return mask_statistic(counts, _standard([*truths] * len(sets)))
 
     def baselines(self, truths: Sequence[Truth]) -> list[Baseline]:
-        """Marking the whole image; two masks that are the same for all queries, the mean of the
-        examples' masks and the disc in the middle that fits these best, which show what the place
-        of objects alone is worth; and (an oracle) marking every annotated object of the query.
+        """The whole image; two masks that are the same for all queries, namely the mean of the
+        examples' masks and the disc in the middle that fits these best, which show how far the
+        typical place of objects alone leads; and, as an oracle, every annotated object of the
+        query.
         """
         masks = [_mask(self.true_output(truth)) for truth in truths]
         whole = [{"mask": encode_rle(np.ones_like(mask_HW))} for mask_HW in masks]
@@ -211,10 +212,13 @@ class Segmentation(OneImageTask):
             every = [
                 {
                     "mask": encode_rle(
-                        np.any([_mask(each) for entries in of.values() for each in entries], axis=0)
+                        np.any(
+                            [_mask(output) for entries in objects.values() for output in entries],
+                            axis=0,
+                        )
                     )
                 }
-                for of in map(self.objects, truths)
+                for objects in map(self.objects, truths)
             ]
             found.append(Baseline("every annotated object of the query", "every object", every))
         return found
@@ -235,8 +239,8 @@ class Segmentation(OneImageTask):
     def can_be_shown(self, outputs: Sequence[Output]) -> bool:
         return any(_mask(output).mean() >= LEAST_SHOWN for output in outputs)
 
-    def agreement(self, said: Output, right: Sequence[Output]) -> float:
-        return max(_iou(said, output) for output in right)
+    def agreement(self, prediction: Output, right: Sequence[Output]) -> float:
+        return max(_iou(prediction, output) for output in right)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         return masked(image, _mask(output))
@@ -259,16 +263,16 @@ def _ignored(truth: Truth) -> dict[str, Any]:
     return {"ignored": truth.meta["ignored"]} if "ignored" in truth.meta else {}
 
 
-def _iou(said: Output, true: Output) -> float:
+def _iou(prediction: Output, true: Output) -> float:
     """The IoU of an output's mask with a true one, in the pixels that count."""
     counted = ~decode_rle(true["ignored"]) if "ignored" in true else True
-    return mask_iou(_mask(said) & counted, _mask(true) & counted)
+    return mask_iou(_mask(prediction) & counted, _mask(true) & counted)
 
 
 def _mask_pairs(outputs: Sequence[Output], truths: Sequence[Truth]) -> Iterator[MaskPair]:
-    for truth, said in zip(truths, outputs, strict=True):
+    for truth, output in zip(truths, outputs, strict=True):
         ignored = decode_rle(truth.meta["ignored"]) if "ignored" in truth.meta else None
-        yield MaskPair(truth.category, _mask(said), decode_rle(truth.meta["masks"][-1]), ignored)
+        yield MaskPair(truth.category, _mask(output), decode_rle(truth.meta["masks"][-1]), ignored)
 
 
 def _standard(truths: Sequence[Truth]) -> Standard | None:

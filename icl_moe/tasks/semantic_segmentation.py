@@ -52,8 +52,8 @@ class PaintedPair:
     """Codes of the image (N,), see `icl_moe.sequence.Pair`, and of the painted picture (N,), image
     codes.
 
-    drawn: of a picture that was decoded in one pass, the mask of each colour that the examples
-    show, which contain more information than its codes.
+    drawn: the mask of each colour that the examples show, if the picture was decoded in one pass;
+    the masks contain more information than its codes.
     """
 
     image: np.ndarray
@@ -127,14 +127,14 @@ class SemanticSegmentation(OneImageTask):
         self,
         model: ExpectedReader,
         probabilities_BNK: torch.Tensor,
-        shown: Sequence[Sequence[PaintedPair]],
+        examples: Sequence[Sequence[PaintedPair]],
     ) -> torch.Tensor:
         """The masks of all `COLOURS`; those of colours that no example shows are black, except
         where there are no examples.
         """
         corners_C3 = np.array(list(COLOURS.values())) > 0
         brightness_BCHW = 2 * model.decode_colours(probabilities_BNK, corners_C3) - 1
-        for masks_CHW, pairs in zip(brightness_BCHW, shown, strict=True):
+        for masks_CHW, pairs in zip(brightness_BCHW, examples, strict=True):
             if not pairs:
                 continue
             painted = model.decode_painted(np.stack([pair.painted for pair in pairs]))
@@ -214,7 +214,7 @@ class SemanticSegmentation(OneImageTask):
     def _colour_masks(
         self, model: CodeReader, pairs: Sequence[PaintedPair]
     ) -> list[dict[str, np.ndarray]]:
-        """Of each pair, the mask (H, W) of each colour in its painted picture."""
+        """For each pair, the mask (H, W) of each colour in its painted picture."""
         written = [pair.painted for pair in pairs if pair.drawn is None]
         of_codes = iter(model.decode_painted(np.stack(written)) if written else ())
         return [
@@ -233,8 +233,8 @@ class SemanticSegmentation(OneImageTask):
         format: SequenceFormat,
         quick: bool = False,
     ) -> list[SegmentationScores]:
-        """As masks of single classes, one for each class of each episode; intervals are over
-        episodes, since the masks of one query are not independent.
+        """The scores of the masks of single classes, one mask for each class of each episode.
+        Intervals are over episodes, since the masks of one query are not independent.
         """
         queries = _queries(truths)
         found = [
@@ -252,8 +252,8 @@ class SemanticSegmentation(OneImageTask):
         output_E = np.array(_queries([*truths] * len(sets)))
         return Statistic(masks.names, lambda weights_BO: masks.of(weights_BO[:, output_E]))
 
-    def agreement(self, said: Output, right: Sequence[Output]) -> float:
-        return max(_mean_iou(said, output) for output in right)
+    def agreement(self, prediction: Output, right: Sequence[Output]) -> float:
+        return max(_mean_iou(prediction, output) for output in right)
 
     def show(self, image: Image.Image, output: Output) -> Image.Image:
         for name, rle in output["colours"].items():
@@ -293,10 +293,10 @@ def _class_masks(
     """(class, predicted mask, true mask) of each class of each episode. What is painted in a colour
     that the episode does not have is of no class.
     """
-    for said, truth in zip(outputs, truths, strict=True):
+    for output, truth in zip(outputs, truths, strict=True):
         for name, rle in truth.meta["class_masks"][-1].items():
             true_HW = decode_rle(rle)
-            yield name, _mask(said, truth.meta["colours"][name], true_HW.shape), true_HW
+            yield name, _mask(output, truth.meta["colours"][name], true_HW.shape), true_HW
 
 
 def _mean_iou(output: Output, truth: Output) -> float:

@@ -28,7 +28,7 @@ Output = dict[str, Any]
 
 def mean_log_probability(of_tokens: Iterable[float | None]) -> float | None:
     """The mean over the tokens that a model chose; None if it chose none."""
-    chosen = [each for each in of_tokens if each is not None]
+    chosen = [value for value in of_tokens if value is not None]
     return sum(chosen) / len(chosen) if chosen else None
 
 
@@ -236,11 +236,11 @@ class Task(ABC):
         self,
         model: ExpectedReader,
         probabilities_BNK: torch.Tensor,
-        shown: Sequence[Sequence[Any]],
+        examples: Sequence[Sequence[Any]],
     ) -> torch.Tensor:
         """The brightness (B, C, H, W), -1 to 1, that is expected in each pixel of the C masks that
-        an output image consists of, from the probability of each code in each cell. shown: the
-        pairs of the examples of each query.
+        an output image consists of, from the probability of each code in each cell.
+        examples: the pairs of the examples of each query.
         """
         return model.decode_expected(probabilities_BNK)[:, None]
 
@@ -262,18 +262,23 @@ class Task(ABC):
         return len(self.outputs(format)) > 1 and self.outputs(format)[0] == "image"
 
     def settle(self, brightness_HW: np.ndarray) -> np.ndarray:
-        """The mask, boolean (H, W), that an output begins with, of what the model expects in each
-        pixel (-1 to 1). What is written after it reads the mask.
+        """Returns the mask, boolean (H, W), that an output begins with, from the brightness that
+        the model expects in each pixel (-1 to 1). The rest of the output is written after the model
+        has read this mask.
         """
         return brightness_HW > 0
 
     def with_image(self, pair: Any, mask_HW: np.ndarray) -> Any:
-        """The query's pair, which was written after the mask that `settle` made."""
+        """Returns the query's pair, completed with what `mask_HW` tells about it: the mask that
+        `settle` returned, after which the rest of the output was written. By default the pair is
+        returned as it is.
+        """
         return pair
 
     def scored(self, pair: Any, log_probabilities: Sequence[float | None]) -> Any:
-        """The query's pair with how probable the model found it, from the log-probability of each
-        token of its output that the model chose.
+        """Returns the query's pair with how probable the model found it. log_probabilities: that of
+        each token of its output; None for tokens that the model did not choose. By default the pair
+        is returned as it is.
         """
         return pair
 
@@ -356,13 +361,13 @@ class Task(ABC):
         self, sets: Sequence[Sequence[Output]], truths: Sequence[Truth], format: SequenceFormat
     ) -> Statistic:
         """Measures of `score` as a function of how often each output counts, under the headings of
-        `Scores.measures`: of one set as there, of several as if they were one, set after set. By
-        default the mean agreement alone.
+        `Scores.measures`. Several sets count as one, which contains their outputs set after set. By
+        default there is only the mean agreement.
         """
         agreements = [
-            self.agreement(said, self.right_outputs(truth))
+            self.agreement(output, self.right_outputs(truth))
             for outputs in sets
-            for truth, said in zip(truths, outputs, strict=True)
+            for truth, output in zip(truths, outputs, strict=True)
         ]
         return mean_statistic({f"mean {self.measure}": agreements})
 
@@ -392,9 +397,9 @@ class Task(ABC):
         """The right outputs for the query."""
         return [self.true_output(truth)]
 
-    def agreement(self, said: Output, right: Sequence[Output]) -> float:
+    def agreement(self, prediction: Output, right: Sequence[Output]) -> float:
         """The highest agreement of an output with any of the right ones, 0..1."""
-        return float(said in right)
+        return float(prediction in right)
 
     def judge(self, truths: Sequence[Truth], format: SequenceFormat) -> Judge:
         """What tells whether outputs for these queries are what examples show. By default by one
@@ -402,27 +407,27 @@ class Task(ABC):
         than with what is annotated of any other.
         """
 
-        def judge(said: Output, shown: Kind, objects: Objects) -> dict[str, bool]:
-            return {"class": self.agrees_most(said, shown, objects)}
+        def judge(prediction: Output, shown_kind: Kind, objects: Objects) -> dict[str, bool]:
+            return {"class": self.agrees_most(prediction, shown_kind, objects)}
 
         return judge
 
     def agrees_most(
         self,
-        said: Output,
-        shown: Kind,
+        prediction: Output,
+        shown_kind: Kind,
         objects: Objects,
         agreement: Callable[[Output, Sequence[Output]], float] | None = None,
     ) -> bool:
         """Whether an output agrees more with what is annotated of the shown kind's class than with
-        what is annotated of any other class. A tie does not count. agreement: in place of the
-        task's.
+        what is annotated of any other class. A tie does not count. agreement: the measure of
+        agreement, by default the task's own.
         """
         agreement = agreement or self.agreement
         best = {True: 0.0, False: 0.0}
         for kind, right in objects.items():
-            same = kind.category == shown.category
-            best[same] = max(best[same], agreement(said, right))
+            same = kind.category == shown_kind.category
+            best[same] = max(best[same], agreement(prediction, right))
         return best[True] > best[False]
 
     # Pictures ----------------------------------------------------------------------------------
@@ -438,25 +443,25 @@ class Task(ABC):
         """
 
     def cells(
-        self, truth: Truth, images: Sequence[Image.Image], said: Output, shots: int
+        self, truth: Truth, images: Sequence[Image.Image], prediction: Output, shots: int
     ) -> list[Cell]:
         """A row of a gallery: `shots` examples, the query, the output and the truth.
 
-        images: those of the examples, then the query's.
+        images: the images of the examples, then the image of the query.
         """
         *examples, query = images
         right = self.right_outputs(truth)
-        closest = max(right, key=lambda each: self.agreement(said, [each]))
+        closest = max(right, key=lambda output: self.agreement(prediction, [output]))
         true = self.true_output(truth) | closest
-        shown = [
+        example_cells = [
             Cell("example", self.show(image, output), self.caption_of(output))
             for number, image in enumerate(examples[:shots])
             for output in [self.true_output(truth, number)]
         ]
         return [
-            *shown,
+            *example_cells,
             Cell("query", query),
-            Cell("prediction", self.show(query, said), self.caption_of(said, true)),
+            Cell("prediction", self.show(query, prediction), self.caption_of(prediction, true)),
             Cell(
                 "truth" if len(right) == 1 else f"truth, closest of {len(right)}",
                 self.show(query, true),

@@ -212,9 +212,8 @@ def _open_transformers(name: str) -> Backbone:
             f"model that can be loaded from a folder or the hub ({type(error).__name__}: "
             f"{first_line(error)})."
         ) from error
-    network = getattr(
-        network, "vision_model", network
-    )  # the image encoder of CLIP and similar models
+    # CLIP and similar models have their image encoder under this name.
+    network = getattr(network, "vision_model", network)
     settings: dict[str, Any] = {"output_hidden_states": True}
     if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
         settings["interpolate_pos_encoding"] = True

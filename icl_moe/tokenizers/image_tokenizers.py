@@ -23,8 +23,9 @@ Part = Literal["pictures", "masks", "painted", "features"]
 
 @dataclass(frozen=True)
 class ImageTokenizers:
-    """pictures: the VQ-GAN, for everything that the other two do not encode. masks: for masks and
-    drawn boxes. features: for input images. Each may be None.
+    """The tokenizers of a model. pictures: the VQ-GAN, which encodes everything that the other two
+    do not. masks: the tokenizer of masks and drawn boxes. features: the tokenizer of input images.
+    Each may be None.
 
     Raises InputError if no tokenizer can encode input images or masks, or if their cells differ.
     """
@@ -174,7 +175,11 @@ class ImageTokenizers:
     @property
     def code_type(self) -> np.dtype:
         """The smallest type that holds the codes of all tokenizers."""
-        sizes = [each.codebook_size for each in (self.pictures, self.features) if each is not None]
+        sizes = [
+            tokenizer.codebook_size
+            for tokenizer in (self.pictures, self.features)
+            if tokenizer is not None
+        ]
         if self.masks is not None:
             sizes.append(self.masks.painted_codes)
         return np.min_scalar_type(max(sizes) - 1)
@@ -199,10 +204,10 @@ class ImageTokenizers:
 
 def _pixels(pictures: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Pictures as pixels_B3HW in [-1, 1]; masks become white on black."""
-    levels = [each * np.uint8(255) if each.dtype == bool else each for each in pictures]
+    levels = [picture * np.uint8(255) if picture.dtype == bool else picture for picture in pictures]
     coloured = [
-        np.broadcast_to(each[..., None], (*each.shape, 3)) if each.ndim == 2 else each
-        for each in levels
+        np.broadcast_to(picture[..., None], (*picture.shape, 3)) if picture.ndim == 2 else picture
+        for picture in levels
     ]
     pixels_BHW3 = torch.from_numpy(np.stack(coloured)).to(device)
     return (pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()

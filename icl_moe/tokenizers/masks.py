@@ -52,13 +52,13 @@ class MaskTokenizer(Protocol):
         ...
 
     def decode_painted(self, codes_BN: np.ndarray) -> Tensor:
-        """Pixels_B3HW of such pictures, float32, about -1 to 1."""
+        """Pixels_B3HW of pictures that `encode_painted` encoded, float32, about -1 to 1."""
         ...
 
     def decode_colours(self, probabilities_BNK: Tensor, colours_C3: np.ndarray) -> Tensor:
-        """How probable each of these colours is in each pixel of such a picture, given the
-        probabilities of each cell's code: probabilities_BCHW, float32. colours_C3: boolean
-        channels; black is none of them.
+        """How probable each of these colours is in each pixel of a painted picture, given the
+        probabilities of each cell's code: probabilities_BCHW, float32. colours_C3: the boolean
+        channels of the colours; black is not one of them.
         """
         ...
 
@@ -201,7 +201,10 @@ class PatchTokenizer:
             lit_BNP = sum(on * cells for on, cells in zip(colour_3, cells_3BNP, strict=True))
             distances_CBNK.append(colour_3.sum() * lengths_K - 2 * lit_BNP @ patches_KP.T)
         # The black patch is the same in all colours and counts once.
-        black, rest = distances_CBNK[0][..., :1], [each[..., 1:] for each in distances_CBNK]
+        black, rest = (
+            distances_CBNK[0][..., :1],
+            [distances_BNK[..., 1:] for distances_BNK in distances_CBNK],
+        )
         return np.concatenate([black, *rest], axis=-1).argmin(axis=-1)
 
     def decode_painted(self, codes_BN: np.ndarray) -> Tensor:

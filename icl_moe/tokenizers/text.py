@@ -59,7 +59,7 @@ class TextTokenizer:
         """The ids of `text`, each below `self.size`. Nothing in the text is treated as a special
         token. Raises InputError for a lone surrogate of UTF-16, which some JSON files contain.
         """
-        if not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(
                 f"The text {text[:60]!a} contains half of a character (a lone surrogate)."
             )

@@ -96,9 +96,9 @@ class VQGANConfig:
 
 
 class VQGAN(nn.Module):
-    """An image tokenizer. New ones have random weights; `from_pretrained` loads trained ones.
+    """An image tokenizer. A new one has random weights; `from_pretrained` loads a trained one.
 
-    precision: of the arithmetic in `encode` and `decode`. With bf16 the convolutions of the
+    precision: the precision of `encode` and `decode`. With bf16 the convolutions of the
     encoder's finest level and of all of the decoder's levels run in bfloat16, and a few codes in a
     thousand differ (docs/tokenizer.md). The weights stay float32.
     """
@@ -215,9 +215,8 @@ class VQGAN(nn.Module):
             int(codes_BN.min()) < 0 or int(codes_BN.max()) >= self.config.codebook_size
         ):
             raise InputError(f"Codes must lie in 0..{self.config.codebook_size - 1}.")
-        latents_BChw = self.quantize.vectors(
-            codes_BN.unflatten(1, (rows, columns))
-        )  # channels last in memory, since the rows of the table are contiguous
+        # Channels are last in memory, since the rows of the table are contiguous.
+        latents_BChw = self.quantize.vectors(codes_BN.unflatten(1, (rows, columns)))
         return self.decoder(self.post_quant_conv(latents_BChw), self.precision).contiguous()
 
     @torch.inference_mode()
@@ -329,9 +328,8 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(
-            F.pad(x, (0, 1, 0, 1))
-        )  # padded at the right and bottom only, as published
+        # The input is padded at the right and bottom only, as in the published network.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class _Upsample(nn.Module):
@@ -410,9 +408,9 @@ class _Decoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1])
-        self.up = (
-            nn.ModuleList()
-        )  # finest level first, as the parameters are numbered; run from the last to the first
+        # The finest level comes first, as the parameters are numbered; the levels run from the last
+        # to the first.
+        self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             attention = config.image_size >> i in config.attention_sizes
             level = _Level(
@@ -439,9 +437,8 @@ def _run_level(level: nn.Module, h: Tensor, precision: Precision) -> Tensor:
 
 
 def _norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.silu(
-        norm(x), inplace=not torch.is_grad_enabled()
-    )  # the in-place version saves a feature map but has no gradient
+    # The in-place version saves a feature map but has no gradient.
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 def _initialise(module: nn.Module) -> None:

@@ -20,9 +20,10 @@ codes.
 
 @dataclass(frozen=True)
 class Codebook:
-    """vectors_KC, frequencies_K: float32, of the K codes of the tokenizer of input images. whiten:
-    whether to scale all channels of the vectors equally; not for k-means centres, whose channels
-    are principal axes, the last ones mostly noise.
+    """The codebook of input images. vectors_KC, frequencies_K: the vector and the frequency of each
+    of the tokenizer's K codes, float32. whiten: whether to scale all channels of the vectors to the
+    same variance. This is not done for k-means centres, whose channels are principal axes, the last
+    of which are mostly noise.
     """
 
     vectors_KC: Tensor

@@ -110,7 +110,7 @@ def _fits(compute: Any, batch: TokenBatch, engine: TrainingEngine) -> bool:
 
 
 def _coming_state(engine: TrainingEngine) -> list[Tensor]:
-    """As much memory as the two moments of AdamW need, if there are none yet."""
+    """Tensors that need as much memory as the two moments of AdamW, if these do not exist yet."""
     state = engine.deepspeed.basic_optimizer.state
     masters = {id(held.master): held.master for held in held_ranges(engine.deepspeed)}
     return [
@@ -137,8 +137,8 @@ def _whole_step(engine: TrainingEngine, batch: TokenBatch) -> None:
 def _advice(
     engine: TrainingEngine, recipe: TrainingRecipe, shards: ShardSet, tasks: Sequence[str]
 ) -> str:
-    """What to change. The advice is tried if this rank can compute alone; if ranks compute
-    together, half of the size is a guess.
+    """A sentence that says what to change. If this rank can compute alone, the advised size was
+    tried; if ranks compute together, half of the size is advised without a trial.
     """
     compute = partial(_gradients, engine)
     alone = engine.computes_alone

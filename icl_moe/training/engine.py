@@ -44,9 +44,9 @@ from icl_moe.training.preflight import zero_stage
 
 class TrainingEngine:
     """A new decoder on DeepSpeed. codebook: the initial embeddings for a recipe with
-    model.codebook_init; not needed if other weights follow, of `initial` or of a checkpoint.
-    initial: the model whose weights it starts with, in place of new ones. classes: those that it
-    has been trained on, besides those of the manifest, by task.
+    model.codebook_init; not needed if the weights are then loaded from `initial` or a checkpoint.
+    initial: the model whose weights it starts with, instead of new ones. classes: by task, the
+    classes that the model has been trained on, in addition to those of the manifest.
 
     deepspeed: the engine itself. norm: the global gradient norm of the last complete step
     before clipping, None if the step was skipped.
@@ -76,9 +76,8 @@ class TrainingEngine:
         )
         model = _build_model(recipe, config, place, zero_stage(engine_config), codebook, initial)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # DeepSpeed prints a line for each process group that it creates, on every rank.
+        # DeepSpeed prints a line for each process group that it creates, on every rank.
+        with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=nn.Module.to(model, place.device),
                 optimizer=self._optimizer,

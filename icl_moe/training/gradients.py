@@ -150,7 +150,7 @@ def _add_squares(ranges: list[HeldRange], squares: dict[str, Tensor]) -> None:
 
 
 def _sum_over_ranks(squares: dict[str, Tensor], engine: TrainingEngine) -> dict[str, float]:
-    """By part, in the model's order; every rank calls it."""
+    """The sums over all ranks, by part of the model, in the model's order. Every rank calls it."""
     parts = list(dict.fromkeys(part_of(name) for name, _ in engine.model.named_parameters()))
     sums = torch.stack(
         [

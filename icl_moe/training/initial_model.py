@@ -118,7 +118,7 @@ class InitialModel:
         return dict(self.config.get("classes") or {})
 
     def record(self) -> dict[str, str]:
-        """Which model it is, for the record of a run; a folder by its name alone."""
+        """What identifies the model in the record of a run; of a folder, only its name is kept."""
         name = self.folder.resolve().name if Path(self.source).exists() else self.source
         with (self.folder / "model.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,7 +35,7 @@ class ProgressMonitor:
     Modality losses are means in nats per target over the steps since the last line. tokens/s counts
     real tokens, not padding, over all the time since the last line, evaluation and saving included.
 
-    tasks: of the schedule. peak_flops: the peak FLOP/s of all devices together, None if it is
+    tasks: the schedule's tasks. peak_flops: the peak FLOP/s of all devices together, None if it is
     unknown (then there is no MFU). events: the receiver of figures, on rank 0, with [(name, value,
     samples seen)]. choices: returns the present experts of every stream. Every rank calls it at
     each line, which counts the sets of experts that have changed since the line before.
@@ -89,8 +89,8 @@ class ProgressMonitor:
     def step_done(self, step: int, task: str, norm: float | None, rate: float) -> None:
         """Count one optimizer step, the `step`-th (from 1), and print the line if it is due.
 
-        norm: of the gradient; None for a skipped step, whose losses do not count: they
-        may not be finite. Its tokens do: computing them took its time.
+        norm: the norm of the gradient; None for a skipped step. The losses of a skipped step do not
+        count, since they may not be finite. Its tokens do, since they took time to compute.
         """
         self._bar.update(1)
         row = self._tasks.index(task)

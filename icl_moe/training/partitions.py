@@ -75,8 +75,8 @@ def held_ranges(engine: Any) -> Iterator[HeldRange]:
 
 
 def ranges_to_write(engine: Any) -> list[HeldRange]:
-    """Of the ranges that this rank holds, those that it writes, so that each number is written
-    once.
+    """The ranges that this rank writes: a part of those that it holds, so that each number is
+    written once.
     """
     ranges = [r for r in held_ranges(engine) if not r.repeated]
     if engine.zero_optimization_stage():

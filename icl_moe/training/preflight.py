@@ -66,9 +66,8 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
     )
     make_schedule(recipe, shards.manifest)
     for task in shards.manifest.samples:
-        shards.target_counts(
-            task, (), recipe.training.loss_on
-        )  # Raises if the index lacks the counts.
+        # This raises if the index lacks the counts.
+        shards.target_counts(task, (), recipe.training.loss_on)
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config
@@ -117,8 +116,8 @@ def open_validation(recipe: TrainingRecipe) -> ShardSet:
 
 
 def read_engine(name: str) -> dict[str, Any]:
-    """The DeepSpeed configuration `name`: a path, or a file of ds_configs without its .json, those
-    of the current folder before the shipped ones.
+    """The DeepSpeed configuration `name`: a path, or the name of a file in ds_configs without its
+    .json. The folder ds_configs in the current folder is searched before the shipped one.
     """
     shipped = Path(str(resources.files("icl_moe"))) / "ds_configs"
     candidates = [
@@ -207,8 +206,8 @@ def _check_validation(recipe: TrainingRecipe, training: Manifest, validation: Ma
 
 
 def _check_earlier_run(recipe: TrainingRecipe, manifest: Manifest) -> None:
-    """The meaning of codes depends on their tokenizer, so a run cannot continue with those of
-    another.
+    """Raise InputError if the run began with another tokenizer. The meaning of codes depends on
+    their tokenizer, so a run cannot continue with the codes of another one.
     """
     path = Path(recipe.training.output) / "model" / "config.json"
     if not path.is_file():

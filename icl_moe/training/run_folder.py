@@ -22,9 +22,8 @@ from icl_moe.settings import to_dict
 from icl_moe.versions import installed_versions
 
 if TYPE_CHECKING:
-    from icl_moe.training.distributed import (
-        Place,
-    )  # This imports DeepSpeed, for which a refusal must not wait.
+    # This imports DeepSpeed, and a refusal must not wait for that.
+    from icl_moe.training.distributed import Place
 
 _FILE = "run.json"
 
@@ -105,8 +104,8 @@ def record_stretch(
 ) -> None:
     """Write into run.json everything that decides what is computed after step `start`.
 
-    initial_model: which model's weights the run started from; that of the earlier stretches by
-    default. Earlier stretches are kept, except those of which no step remains.
+    initial_model: the model from whose weights the run started; by default the model of the earlier
+    stretches. Earlier stretches are kept if any of their steps remains.
     """
     earlier = [known for known in _read(output) if known["from_step"] < start]
     if initial_model is None and earlier:

@@ -33,7 +33,7 @@ Gradient = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TaskGradients:
-    """Of a checkpoint after `step` steps.
+    """The gradients of the tasks in a checkpoint after `step` steps, and how far they agree.
 
     The batches of each task are `GROUPS` groups. norms: task -> part -> L2 norm of the mean
     gradient over all its batches. within: task -> part -> the mean cosine of the gradients of two

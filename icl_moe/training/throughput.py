@@ -85,9 +85,8 @@ def _expert_flops(settings: ModelSettings, batch: TokenBatch) -> int:
     experts = 1 if settings.combination == "weights" else settings.experts_per_token
     if routes_streams(settings):
         return 16 * experts * real * width**2
-    return (
-        16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts
-    )  # Stock layers do not skip padding.
+    # Stock layers do not skip padding.
+    return 16 * experts * tokens * width**2 + 2 * tokens * width * settings.experts
 
 
 def real_tokens(batch: TokenBatch) -> int:

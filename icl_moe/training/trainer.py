@@ -154,15 +154,14 @@ class Trainer:
 
 @contextmanager
 def _repeatable(wanted: bool) -> Iterator[None]:
-    """Within this context, if wanted, torch refuses operations whose result may differ when they
+    """If `wanted`, torch refuses, within this context, operations whose result may differ when they
     are run again.
     """
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if wanted:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is repeatable only with a workspace of fixed size.
+        # cuBLAS is repeatable only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Otherwise it would fill DeepSpeed's buckets, which are gigabytes, in every step.
         memory.fill_uninitialized_memory = False
@@ -192,7 +191,7 @@ class _Run:
     gradients: GradientReport = field(init=False)
 
     def go_on(self, stop: int) -> None:
-        """From the step of the state to step `stop`."""
+        """Train from the step of the state to step `stop`."""
         self._record()
         self.monitor, self.gradients = self._monitors(stop)
         with (

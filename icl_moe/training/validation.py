@@ -142,10 +142,10 @@ class Validation:
         with tolerate_unwritten():
             self.engine.deepspeed.monitor.write_events(events)
         for task, of_task in figures.items():
-            shown = "  ".join(
+            text = "  ".join(
                 f"{name.replace('_', ' ')} {value:.4g}" for name, value in of_task.items()
             )
-            tqdm.write(f"step {step}  evaluation of {task}  {shown}")
+            tqdm.write(f"step {step}  evaluation of {task}  {text}")
 
 
 class _Episodes(EpisodeSet):
@@ -187,7 +187,7 @@ def _scores(
 ) -> Figures:
     """The scores of all predictions under a condition, described in docs/evaluation.md."""
     truths = [episodes[index] for index in range(len(episodes))]
-    said = [log[condition, truth.key].said for truth in truths]
+    predictions = [log[condition, truth.key].said for truth in truths]
     # METEOR's Java program would need 2 GB and half a minute.
-    (scores,) = episodes.task.score([said], truths, model.format, quick=True)
+    (scores,) = episodes.task.score([predictions], truths, model.format, quick=True)
     return scores.figures()

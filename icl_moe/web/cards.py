@@ -29,8 +29,8 @@ THUMBNAIL = 240
 MASK_COLOUR = (0, 196, 170)
 
 UNSURE = 0.3
-"""Below this score a card says that the model is not sure of its mask: a sign to look, since the
-overlap that a model expects is not calibrated.
+"""The score below which a card says that the model is not sure of its mask. It only advises the
+user to look, since the overlap that a model expects is not calibrated.
 """
 
 
@@ -75,12 +75,12 @@ def card_of(found: Found) -> Card:
     the photograph's own size.
     """
     photo = shrunk(found.picture, SIDE)
-    shown = _jpeg_url(photo)
+    picture = _jpeg_url(photo)
     if found.region is not None:
         region = found.region
         return Card(
             found.name,
-            shown,
+            picture,
             f"{found.name}: {region.caption}",
             caption=region.caption,
             category=region.category or "",
@@ -92,7 +92,7 @@ def card_of(found: Found) -> Card:
     area = f"{share:.1%} marked" if mask_HW.any() else "nothing found"
     return Card(
         found.name,
-        shown,
+        picture,
         f"{found.name}: {area}{_where(mask_HW)}",
         mask=_layer_url(_tinted(small.mask_HW), _TINT),
         rest=_layer_url(small.mask_HW.astype(np.uint8), _VEIL),
@@ -112,8 +112,8 @@ def results_page(
     """
     return render(
         "web_results.html.j2",
-        cards=[each for each in cards if isinstance(each, Card)],
-        errors=[str(each) for each in cards if isinstance(each, InputError)],
+        cards=[card for card in cards if isinstance(card, Card)],
+        errors=[str(card) for card in cards if isinstance(card, InputError)],
         total=total,
         captions=captions,
         downloads=_downloads(kept, captions) if len(cards) == total else [],

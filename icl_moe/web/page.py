@@ -40,9 +40,9 @@ def build_page(model: InContextModel, name: str) -> gr.Blocks:
             tabs[0].build()
         else:
             with gr.Tabs():
-                for each in tabs:
-                    with gr.Tab("Captions" if each.captions else "Masks"):
-                        each.build()
+                for tab in tabs:
+                    with gr.Tab("Captions" if tab.captions else "Masks"):
+                        tab.build()
     page.queue(max_size=_QUEUE, default_concurrency_limit=1)
     return page
 
@@ -183,7 +183,7 @@ class _Tab:
     def remove_example(
         self, examples: Sequence[Example], event: gr.EventData
     ) -> tuple[tuple[Example, ...], str]:
-        fewer = tuple(each for place, each in enumerate(examples) if place != event.index)
+        fewer = tuple(example for place, example in enumerate(examples) if place != event.index)
         return fewer, cards.examples_page(fewer)
 
     def search(
@@ -198,10 +198,10 @@ class _Tab:
         total = len(paths or ())
         try:
             name = category if self.named else ""
-            for each in work.find(self.model, examples, paths, name, closer, self.captions):
-                if isinstance(each, work.Found):
-                    kept.add(each)
-                done.append(cards.card_of(each) if isinstance(each, work.Found) else each)
+            for result in work.find(self.model, examples, paths, name, closer, self.captions):
+                if isinstance(result, work.Found):
+                    kept.add(result)
+                done.append(cards.card_of(result) if isinstance(result, work.Found) else result)
                 if len(done) % work.BATCH == 0 or len(done) == total:
                     yield cards.results_page(done, kept, total, self.captions)
         except InputError as error:

@@ -248,8 +248,8 @@ def _from_data_url(url: Any, name: str) -> Image.Image:
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
-    """Raise InputError if a file's image is too large, or would run a program. What is no image
-    passes: reading it says so.
+    """Raise InputError if a file's image is too large, or if reading it would run a program. A file
+    that is not an image passes: the error is raised when it is read.
     """
     try:
         with warnings.catch_warnings():
@@ -364,13 +364,13 @@ def find(
     for start in range(0, len(queries), BATCH):
         batch = queries[start : start + BATCH]
         opened = [_open_or_error(path) for path in batch]
-        # As an iterator: masks in the photographs' own sizes are then there one at a time.
-        answers = answer(iter([each for each in opened if isinstance(each, Image.Image)]))
-        for path, each in zip(batch, opened, strict=True):
-            if isinstance(each, InputError):
-                yield each
+        # With an iterator, only one mask in a photograph's own size is in memory at a time.
+        answers = answer(iter([result for result in opened if isinstance(result, Image.Image)]))
+        for path, result in zip(batch, opened, strict=True):
+            if isinstance(result, InputError):
+                yield result
             else:
-                yield _found(_file_name(path), each, next(answers))
+                yield _found(_file_name(path), result, next(answers))
 
 
 def _found(name: str, picture: Image.Image, answer: Any) -> Found:

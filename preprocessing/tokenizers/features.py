@@ -154,8 +154,8 @@ def k_means(points_MD: Tensor, clusters: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sample:
-    """cells_MC: concatenated raw maps of some cells. colours_M3: their mean colours in [-1, 1].
-    channels: of each stride.
+    """A sample of M cells. cells_MC: the concatenated raw maps of the cells. colours_M3: their mean
+    colours in [-1, 1]. channels: the number of channels of each stride.
     """
 
     cells_MC: Tensor

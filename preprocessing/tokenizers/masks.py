@@ -26,7 +26,9 @@ _HELD_OUT = 10
 """Every tenth mask is held out for measuring; the others are for learning."""
 
 _PIXELS = 2**28
-"""Of the masks of a shard folder at most, since they are in memory: 4,096 masks of 256 pixels."""
+"""The most pixels of masks that are read from a shard folder, since they are kept in memory: those
+of 4,096 masks of 256 x 256 pixels.
+"""
 
 _IMAGES = 2000
 _LEAST_AREA = 0.01

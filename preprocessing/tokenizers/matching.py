@@ -31,9 +31,9 @@ examples.
 class Photographs:
     """A folder of annotated pictures after encoding: I pictures with R class masks.
 
-    features_IND, codes_IN: of the N cells of each picture. masks_RHW: boolean, at the tokenizer's
-    image size, each of at least 1% of its picture. image_R, category_R: each mask's picture number
-    and category id.
+    features_IND, codes_IN: the features and codes of the N cells of each picture. masks_RHW: the
+    masks, boolean, at the tokenizer's image size; each covers at least 1% of its picture. image_R,
+    category_R: the number of each mask's picture, and its category id.
     """
 
     features_IND: Tensor
@@ -196,8 +196,8 @@ def cell_scores(
 
 
 def _choices(scores_RN: Tensor, queries: Photographs) -> dict[str, float]:
-    """Of ordered pairs (a, b) of masks of one photograph: `choice`, how often a's cells score
-    higher than b's with a's examples; `flips`, how often b's also do with b's.
+    """Two shares of all ordered pairs (a, b) of masks of one photograph. choice: with a's examples,
+    a's cells score higher than b's. flips: with b's examples, b's cells also score higher.
     """
     grid = round(queries.codes_IN.shape[1] ** 0.5)
     shares_RN = cell_shares(queries.masks_RHW, grid)

@@ -80,9 +80,8 @@ class _Measures:
         self._ssim: list[float] = []
         self._iou: dict[str, list[float]] = {"small": [], "medium": [], "large": []}
         self._wrong: list[float] = []
-        self._by_class: defaultdict[int, np.ndarray] = defaultdict(
-            lambda: np.zeros(2)
-        )  # pixels of the intersection and of the union
+        # The pixels of the intersection and of the union of each class.
+        self._by_class: defaultdict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))
 
     def add_picture(self, pixels_3HW: Tensor) -> None:
         self._pictures.append(pixels_3HW)
@@ -90,8 +89,8 @@ class _Measures:
             self._measure_pictures()
 
     def add_mask(self, mask_HW: np.ndarray, category: int, area: int) -> None:
-        """area: of the whole mask in the original picture. A mask that the crop leaves empty does
-        not count.
+        """Count a mask, unless the crop leaves it empty. area: the area of the whole mask in the
+        original picture.
         """
         if mask_HW.any():
             self._masks.append(

@@ -12,7 +12,8 @@ SYNTHETIC = "synthetic"
 
 @dataclass(frozen=True)
 class TokenizerData:
-    """images: a folder of pictures, or `synthetic` for an unlimited number of drawn scenes.
+    """What a tokenizer is trained on. images: a folder of pictures, or `synthetic` for an unlimited
+    number of drawn scenes.
 
     annotations: a COCO instances file of that folder's pictures, from which masks are taken.
     mask_share: the share of training samples that are masks, white on black. smallest_crop: the
@@ -50,8 +51,8 @@ class TokenizerRecipe:
     perceptual_network: an .npz file of SqueezeNet weights for a perceptual loss; none by default.
     adversarial_from: the step from which a PatchGAN discriminator is trained as well; none by
     default. Every loss except the L1 loss has a weight.
-    precision: of the network's arithmetic; `auto` is bf16 if the device has instructions for it,
-    otherwise fp32.
+    precision: the precision of the network's arithmetic; `auto` is bf16 if the device has
+    instructions for it, otherwise fp32.
     """
 
     network: VQGANConfig = field(default_factory=VQGANConfig)

@@ -115,9 +115,8 @@ class _Run:
         self.use_K = torch.zeros(recipe.network.codebook_size, device=accelerator.device)
         if recipe.start_from is not None:
             trained.load_state_dict(_weights_to_start_from(recipe.start_from, recipe.network))
-            self.use_K.fill_(
-                recipe.revive_below
-            )  # these codes are meaningful, so none counts as dead from the start
+            # The codes have a meaning from the start, so none counts as dead.
+            self.use_K.fill_(recipe.revive_below)
         self.averaged = VQGAN(recipe.network).to(accelerator.device).eval().requires_grad_(False)
         self.averaged.load_state_dict(trained.state_dict())
         optimizer = torch.optim.AdamW(
@@ -317,10 +316,11 @@ class _Autoencoder(nn.Module):
         Without `quantised` the decoder reads the latents themselves, and both losses are zero.
         """
         latents_BChw = self.tokenizer.latents(pixels_B3HW).float()
+        # Distances in bfloat16 would choose wrong codes.
         with (
             torch.no_grad(),
             torch.autocast(latents_BChw.device.type, enabled=False),
-        ):  # distances in bfloat16 would choose wrong codes
+        ):
             codes_Bhw = self.tokenizer.quantize.nearest(latents_BChw)
         vectors_BChw = self.tokenizer.quantize.vectors(codes_Bhw)
         codebook = F.mse_loss(vectors_BChw, latents_BChw.detach())

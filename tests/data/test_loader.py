@@ -150,7 +150,7 @@ def test_what_corruption_hides_does_not_depend_on_ranks_and_readers(with_mask, s
 
 
 def test_corruption_hides_boxes_that_are_drawn_before_a_caption(tmp_path):
-    """Such codes of the query are hidden as those of masks are, and no text."""
+    """The codes of the query's drawn box are hidden like the codes of masks; no text is hidden."""
     vocabulary = Vocabulary(text_merges=1000, image_codes=64, mask=True)
     format = SequenceFormat(vocabulary, codes_per_image=64, box="image")
     write_shards(tmp_path / "drawn", format, 40, 40, examples=2)

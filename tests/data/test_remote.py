@@ -201,9 +201,8 @@ def test_the_cache_keeps_its_bound_and_what_is_open_stays_readable(folder, serve
         for task in ("segmentation", "captioning"):
             assert remote.sample(task, index).meta == local.sample(task, index).meta
             assert held(cache) <= cache.capacity
-    assert (
-        holder.sample("segmentation", 0).meta == first
-    )  # Its shard was removed from the cache long before.
+    # The shard of this sample was removed from the cache long before.
+    assert holder.sample("segmentation", 0).meta == first
     assert max(server.asked[shard.file] for shard in manifest.shards) > 1
     assert (tmp_path / "cache" / "mine").exists()
 

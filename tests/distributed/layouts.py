@@ -77,8 +77,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """losses, auxiliary, norms: of each step, over the global batch. parameters: after the last
-    step, by exported name.
+    """losses, auxiliary, norms: the value of each step, over the global batch. parameters: the
+    parameters after the last step, by exported name.
 
     choices: for each step, the experts that each attribute gate chose for each class.
     """

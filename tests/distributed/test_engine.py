@@ -8,9 +8,8 @@ from distributed.layouts import Layout, Trajectory, plain_trajectory, rank_traje
 
 FEED_FORWARDS = ("dense", "token", "attributes")
 
-ONE_RANK = [
-    Layout(world=1, micro_batch=size) for size in (1, 4)
-]  # Gradient accumulation over 4 micro-steps, and without it.
+# With gradient accumulation over 4 micro-steps, and without it.
+ONE_RANK = [Layout(world=1, micro_batch=size) for size in (1, 4)]
 TWO_RANKS = [
     *(Layout(kind, stage=stage) for kind in FEED_FORWARDS for stage in (0, 1, 2, 3)),
     *(Layout(kind, stage=stage, ep_size=2) for kind in FEED_FORWARDS[1:] for stage in (0, 1, 2)),

@@ -37,6 +37,6 @@ def toy_model_folder(tmp_path_factory, toy_shards) -> Path:
 
 @pytest.fixture(scope="session")
 def parallel_model_folder(tmp_path_factory, toy_shards) -> Path:
-    """The same model, marked as trained with mask corruption."""
+    """A copy of the toy model that is marked as trained with mask corruption."""
     folder = tmp_path_factory.mktemp("parallel_model")
     return toy_export.save_toy_model(folder, toy_shards, mask_corruption=True)

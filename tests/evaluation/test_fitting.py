@@ -54,8 +54,8 @@ def test_the_threshold_is_what_the_model_expects_of_nearly_all_training_masks(
     expected = []
     for number in (0, 2, 3, 5, 7, 8, 10):  # Seven at even distances.
         episode = episodes[number]
-        asked = Episode(episode.task, episode.category, episode.pairs[:-1])
-        (pair,) = model.complete([(asked, episode.query.image)])
+        request = Episode(episode.task, episode.category, episode.pairs[:-1])
+        (pair,) = model.complete([(request, episode.query.image)])
         assert pair.drawn.at_once
         expected.append(pair.drawn.expected_iou)
     least, second = sorted(expected)[:2]
@@ -87,12 +87,12 @@ def test_an_evaluation_writes_masks_in_one_pass_with_the_models_threshold(
     episodes = EpisodeSet(ShardSet(other_shards), model.codec, "segmentation")
     lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()[1:]
     own = [line for line in map(json.loads, lines) if line["control"] is None]
-    said = [line for line in own if line["task"] == "segmentation"]
-    assert len(said) == 2 * 5
-    for line in said:
+    segmentations = [line for line in own if line["task"] == "segmentation"]
+    assert len(segmentations) == 2 * 5
+    for line in segmentations:
         episode = episodes[int(line["key"].rpartition("-")[2])]
-        asked = Episode(episode.task, episode.category, episode.pairs[: line["shots"]])
-        (pair,) = model.complete([(asked, episode.query.image)], decoding="parallel")
+        request = Episode(episode.task, episode.category, episode.pairs[: line["shots"]])
+        (pair,) = model.complete([(request, episode.query.image)], decoding="parallel")
         assert np.mean(decode_rle(line["mask"]) == pair.drawn.mask_HW) > 0.999
     in_turn = evaluate(
         fitted_folder, other_shards, tmp_path / "turn", limit=5, decoding="autoregressive"
@@ -105,9 +105,11 @@ def test_a_model_that_was_not_trained_for_it_refuses_to_decode_in_parallel(
 ):
     command = ["evaluate", str(toy_model_folder), str(other_shards), "--out", str(tmp_path / "out")]
     assert main([*command, "--decoding", "parallel"]) == 2
-    said = capsys.readouterr().err
-    assert "icl-moe: This model cannot decode in parallel, since it was not trained for it" in said
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert (
+        "icl-moe: This model cannot decode in parallel, since it was not trained for it" in printed
+    )
+    assert "Traceback" not in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -131,7 +133,7 @@ def along_edges_folder(parallel_model_folder, tmp_path_factory) -> Path:
 
 
 def without_images(shards: Path, out: Path) -> Path:
-    """The same shards where their images are not."""
+    """A copy of the shards that has no images next to it."""
     out.mkdir()
     for file in shards.iterdir():
         if file.name != "synthetic":
@@ -162,8 +164,8 @@ def test_an_evaluation_lets_outlines_follow_the_edges_of_the_queries(
     along = said_of(tmp_path / "along")
     for number in range(5):
         episode = episodes[number]
-        asked = Episode(episode.task, episode.category, episode.pairs[:1])
-        (pair,) = model.complete([(asked, episode.query.image)])
+        request = Episode(episode.task, episode.category, episode.pairs[:1])
+        (pair,) = model.complete([(request, episode.query.image)])
         mask_HW = follow_edges(
             pair.drawn, photographs.at_model_size(episode, -1), model.edges
         ).mask_HW
@@ -183,10 +185,10 @@ def test_images_that_are_not_there_are_named_with_both_ways_out(
     command = ["evaluate", str(along_edges_folder), str(moved), "--limit", "2"]
     command += ["--out", str(tmp_path / "out")]
     assert main(command) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
         "name its folder with --images, or leave masks as the model draws them with --no-edges."
-        in said
+        in printed
     )
     assert main([*command, "--images", str(toy_shards / "synthetic/images")]) == 0
     assert main([*command[:-1], str(tmp_path / "plain"), "--no-edges"]) == 0
@@ -205,10 +207,12 @@ def test_the_edges_are_those_with_the_best_masks_of_training_episodes(
     model = InContextModel.from_pretrained(parallel_model_folder, "cpu")
     shards = ShardSet(toy_shards)
     episodes = EpisodeSet(shards, model.codec, "segmentation")
-    asked = [episodes[number] for number in (0, 3, 7, 10)]
-    true_EHW = np.stack([decode_rle(episode.meta["masks"][-1]) for episode in asked])
+    queries = [episodes[number] for number in (0, 3, 7, 10)]
+    true_EHW = np.stack([decode_rle(episode.meta["masks"][-1]) for episode in queries])
     drawn = [drawn_in_cells(mask_HW) for mask_HW in true_EHW]
-    pairs = [replace(each.query, drawn=mask) for each, mask in zip(asked, drawn, strict=True)]
+    pairs = [
+        replace(episode.query, drawn=mask) for episode, mask in zip(queries, drawn, strict=True)
+    ]
     monkeypatch.setattr(model, "complete", lambda requests: pairs)
     fitted = fit_masks(model, shards, episodes=4).edges
     assert fitted is not None
@@ -216,7 +220,7 @@ def test_the_edges_are_those_with_the_best_masks_of_training_episodes(
     best, photographs = EdgeFilter.of(fitted), Photographs(shards, "segmentation")
 
     def masks_of(edges):
-        guides = [photographs.at_model_size(episode, -1) for episode in asked]
+        guides = [photographs.at_model_size(episode, -1) for episode in queries]
         return [follow_edges(mask, guide, edges) for mask, guide in zip(drawn, guides, strict=True)]
 
     def mean_iou(masks):

@@ -50,7 +50,7 @@ def _greedy(weights: Path, prompt: str, pictures: list[Image.Image]) -> str:
 
 def test_a_query_is_asked_after_its_examples_and_answered_greedily(toy_shards, weights, tmp_path):
     shards = ShardSet(toy_shards)
-    (episodes,) = [each for each in open_episodes(shards) if each.task.name == "captioning"]
+    (episodes,) = [found for found in open_episodes(shards) if found.task.name == "captioning"]
     done = predict_baseline(
         "idefics", shards, tmp_path, 2, limit=2, weights=str(weights), device="cpu"
     )
@@ -88,12 +88,12 @@ def test_the_rows_of_captions_have_the_model(
     toy_shards, toy_model_folder, idefics3, tmp_path, no_java
 ):
     predicted, out = tmp_path / "predictions", tmp_path / "evaluation"
-    asked = ["--limit", "2", "--device", "cpu"]
+    options = ["--limit", "2", "--device", "cpu"]
     words = ["predictions", "baseline", "idefics", str(toy_shards), "--out", str(predicted)]
-    assert main([*words, *asked, "--weights", str(idefics3)]) == 0
+    assert main([*words, *options, "--weights", str(idefics3)]) == 0
     words = ["evaluate", str(toy_model_folder), str(toy_shards), "--out", str(out)]
     named = ["--predictions", f"Idefics={predicted}", "--control", "none"]
-    assert main([*words, *asked, *named]) == 0
+    assert main([*words, *options, *named]) == 0
     tasks = json.loads((out / "metrics.json").read_text())["tasks"]
     rows = {row["name"]: row for row in tasks["captioning"]["rows"]}
     row = rows["Idefics, 1 example"]
@@ -146,8 +146,8 @@ def test_a_model_that_cannot_answer_is_refused_in_a_sentence(
     words = ["predictions", "baseline", "idefics", str(toy_shards), "--shots", "2"]
     more = ["--weights", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*words, *more]) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("icl-moe")]
-    assert len(said) == 1 and re.search(message, said[0]), said
+    printed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("icl-moe")]
+    assert len(printed) == 1 and re.search(message, printed[0]), printed
     assert not (tmp_path / "out/captioning.json").exists()
 
 

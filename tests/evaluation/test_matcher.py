@@ -70,7 +70,7 @@ def test_masks_and_threshold_are_those_of_a_plain_count(episodes, shots):
     for number, episode in enumerate(every):
         image = episode.meta["sources"][0]["image"]
         for source in every[number + 1 :] + every[:number]:
-            images = [of["image"] for of in source.meta["sources"][:shots]]
+            images = [origin["image"] for origin in source.meta["sources"][:shots]]
             if source.category == episode.category and image not in images:
                 pixels_HW = scores(table_KD, episode, 0, source, shots)
                 right_HW = decode_rle(episode.meta["masks"][0])
@@ -78,8 +78,8 @@ def test_masks_and_threshold_are_those_of_a_plain_count(episodes, shots):
                 break
     assert len(curves) > 3
     threshold = THRESHOLDS[np.mean(curves, axis=0).argmax()]
-    said = Matcher(codebook_KD, numbered, shots).said(every, every)
-    for episode, output in zip(every, said, strict=True):
+    predictions = Matcher(codebook_KD, numbered, shots).said(every, every)
+    for episode, output in zip(every, predictions, strict=True):
         expected_HW = scores(table_KD, episode, -1, episode, shots) > threshold
         assert np.mean(decode_rle(output["mask"]) != expected_HW) < 1e-3
 

@@ -280,7 +280,7 @@ def test_baselines_write_whole_predictions(shards, tmp_path, name, tasks):
 
 
 def test_a_constant_baseline_is_the_same_with_swapped_examples(shards, tmp_path):
-    """So it cannot flip, and is the constant of the table of all queries."""
+    """It therefore cannot flip, and equals the constant in the table of all queries."""
     assert predict_baseline("mean_mask", shards, tmp_path) == ["segmentation"]
     system = check_predictions(tmp_path, shards)["segmentation"]
     assert system.swapped
@@ -416,7 +416,8 @@ def test_weights_that_cannot_be_loaded_are_named(shards, tmp_path):
 
 def test_two_systems_are_compared_on_the_same_queries(toy_shards, truths, copies, capsys, no_java):
     found = {
-        (each.task, each.measure): each for each in compare(copies, truths, ShardSet(toy_shards))
+        (compared.task, compared.measure): compared
+        for compared in compare(copies, truths, ShardSet(toy_shards))
     }
     bleus = [f"B@{n}" for n in range(1, 5)]
     assert set(found) == {
@@ -448,18 +449,18 @@ def test_comparisons_have_the_numbers_of_evaluations(evaluation, truths, toy_sha
         },
     }
     found = compare(evaluation, truths, ShardSet(toy_shards))
-    for each in found:
-        rows = {row["name"]: row for row in tasks[each.task]["rows"]}
-        swaps = {row["name"]: row for row in tasks[each.task]["swapped"]}
-        if each.measure == "flips":
+    for compared in found:
+        rows = {row["name"]: row for row in tasks[compared.task]["rows"]}
+        swaps = {row["name"]: row for row in tasks[compared.task]["swapped"]}
+        if compared.measure == "flips":
             expected = [swaps[n]["flips"] for n in ("1 example", "an oracle, 1 example")]
-        elif each.measure.startswith("B@"):
-            place = int(each.measure[2:]) - 1
+        elif compared.measure.startswith("B@"):
+            place = int(compared.measure[2:]) - 1
             expected = [rows[n]["bleu"][place] for n in ("1 example", "an oracle, 1 example")]
         else:
-            name = names[each.task][each.measure]
+            name = names[compared.task][compared.measure]
             expected = [rows[n][name] for n in ("1 example", "an oracle, 1 example")]
-        assert [each.a, each.b] == pytest.approx(expected), each.measure
+        assert [compared.a, compared.b] == pytest.approx(expected), compared.measure
     assert len(found) == 13
 
 
@@ -468,7 +469,10 @@ def test_evaluations_are_compared_with_their_flips(
 ):
     tasks = json.loads((evaluation / "metrics.json").read_text())["tasks"]
     masks, shards = tasks["segmentation"], ShardSet(toy_shards)
-    same = {(each.task, each.measure): each for each in compare(evaluation, evaluation, shards)}
+    same = {
+        (compared.task, compared.measure): compared
+        for compared in compare(evaluation, evaluation, shards)
+    }
     flips = same["segmentation", "flips"]
     assert flips.a == flips.b == pytest.approx(masks["swapped"][0]["flips"])
     assert (flips.test, flips.interval, flips.p) == ("sign test", None, 1.0)

@@ -61,14 +61,14 @@ def model_that(monkeypatch, episodes):
 
         def complete(_, requests, **options):
             requests_seen.extend(requests)
-            return [answer(asked, query) for asked, query in requests]
+            return [answer(request, query) for request, query in requests]
 
-        def answer(asked, query):
-            truth = known[asked.task.name, query.tobytes()]
+        def answer(request, query):
+            truth = known[request.task.name, query.tobytes()]
             classes = sorted({e["class"] for e in truth.meta["objects"]})
-            shown = marks(classes, asked.category)
-            entries = [e for e in truth.meta["objects"] if e["class"] in shown]
-            if asked.task is CAPTIONING:
+            marked = marks(classes, request.category)
+            entries = [e for e in truth.meta["objects"] if e["class"] in marked]
+            if request.task is CAPTIONING:
                 first = entries[0]
                 return CaptionPair(query, first["caption"], first["class"], tuple(first["box"]))
             mask = np.any([decode_rle(e["mask"]) for e in entries], axis=0)
@@ -144,21 +144,21 @@ def test_a_model_that_ignores_its_examples_never_flips(run, model_that):
 
 
 def test_swapped_examples_are_of_another_class_that_the_query_shows(run, model_that, episodes):
-    asked = model_that(lambda classes, shown: {shown})
+    requests_seen = model_that(lambda classes, shown: {shown})
     run(shots=(1, 2))
     for task, of_task in episodes.items():
-        for number, (shown, source) in of_task.swaps.items():
+        for number, (shown_kind, source) in of_task.swaps.items():
             episode = of_task[number]
-            assert shown.category != episode.category == of_task[number].category
-            assert source.kind == shown
-            assert shown.category in {e["class"] for e in episode.meta["objects"]}
-            images = {of["image"] for of in source.meta["sources"][:2]}
+            assert shown_kind.category != episode.category == of_task[number].category
+            assert source.kind == shown_kind
+            assert shown_kind.category in {e["class"] for e in episode.meta["objects"]}
+            images = {origin["image"] for origin in source.meta["sources"][:2]}
             assert episode.meta["sources"][-1]["image"] not in images
             requests = [
                 len(request.pairs)
-                for request, query in asked
+                for request, query in requests_seen
                 if request.task.name == task
-                and request.category == shown.category
+                and request.category == shown_kind.category
                 and np.array_equal(query, episode.query.image)
                 and request.pairs
                 and np.array_equal(request.pairs[0].image, source.pairs[0].image)
@@ -190,8 +190,8 @@ def test_shards_keep_all_that_is_annotated_in_a_query(episodes, toy_shards):
     assert several >= 3
     for episode in map(episodes["captioning"].__getitem__, range(11)):
         regions = described[ids[episode.meta["sources"][-1]["image"]]]
-        said = {e["caption"] for e in episode.meta["objects"]}
-        assert said == {region["phrase"] for region in regions}
+        captions = {e["caption"] for e in episode.meta["objects"]}
+        assert captions == {region["phrase"] for region in regions}
         own = {e["caption"] for e in episode.meta["objects"] if e["class"] == episode.category}
         assert episode.meta["captions"][-1] in own
 
@@ -206,8 +206,8 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
         truth = of_task[number]
         masks = {e["class"]: decode_rle(e["mask"]) for e in truth.meta["objects"]}
         kept = [(rng.random((64, 64)) < 0.7) & masks[rng.choice(list(masks))] for _ in range(2)]
-        said = [{"mask": encode_rle(mask)} for mask in kept]
-        queries.append(SwappedQuery(truth, swap.shown, *said))
+        predictions = [{"mask": encode_rle(mask)} for mask in kept]
+        queries.append(SwappedQuery(truth, swap.shown, *predictions))
     scores = score_swaps(SEGMENTATION, queries, SEGMENTATION.judge([], of_task._codec.format))
 
     def iou(a, b) -> float:
@@ -215,14 +215,17 @@ def test_scores_of_swapped_examples_equal_plain_loops(episodes):
         return sum(p and q for p, q in pixels) / sum(p or q for p, q in pixels)
 
     flips, agreements = [], []
-    for truth, shown, said, said_swapped in queries:
+    for truth, shown_kind, prediction, swapped_prediction in queries:
         masks = {e["class"]: decode_rle(e["mask"]) for e in truth.meta["objects"]}
         both = []
-        for output, wanted in ((said, truth.category), (said_swapped, shown.category)):
+        for output, wanted in (
+            (prediction, truth.category),
+            (swapped_prediction, shown_kind.category),
+        ):
             found = {name: iou(decode_rle(output["mask"]), mask) for name, mask in masks.items()}
             best = max(found.values())
             both.append(found[wanted] == best and list(found.values()).count(best) == 1)
-            agreements.append((found[truth.category], found[shown.category]))
+            agreements.append((found[truth.category], found[shown_kind.category]))
         flips.append(all(both))
     assert scores.flips == pytest.approx(sum(flips) / len(flips))
     own, after = np.array(agreements[::2]).mean(axis=0), np.array(agreements[1::2]).mean(axis=0)
@@ -252,9 +255,9 @@ def test_a_caption_is_right_by_all_that_it_writes(category, box, named, placed, 
         ],
     }
     format = replace(SequenceFormat(), category=category, box=box)
-    said = {"category": named, "box": objects[Kind(placed)][-1]["box"], "caption": "one star"}
+    prediction = {"category": named, "box": objects[Kind(placed)][-1]["box"], "caption": "one star"}
     judge = CAPTIONING.judge([], format)
-    assert judge(said, Kind("shown"), objects) == {"class": right}
+    assert judge(prediction, Kind("shown"), objects) == {"class": right}
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +275,8 @@ def styled(tmp_path_factory):
 def in_style(classes: str, styles: str):
     """How to answer: with a text of the `shown` or the `own` class (the query's), and style."""
 
-    def answer(truth, shown):
-        kinds = {"shown": shown, "own": truth.kind}
+    def answer(truth, shown_kind):
+        kinds = {"shown": shown_kind, "own": truth.kind}
         wanted = Kind(kinds[classes].category, kinds[styles].style)
         return CAPTIONING.objects(truth)[wanted][0]
 
@@ -308,10 +311,12 @@ def test_captions_are_asked_for_another_class_in_another_style(
 
     def complete(_, requests, **options):
         pairs = []
-        for asked, query in requests:
-            (example,) = asked.pairs
-            said = answer(*asked_for[query.tobytes(), example.image.tobytes(), example.caption])
-            pairs.append(CaptionPair(query, said["caption"], None, tuple(said["box"])))
+        for request, query in requests:
+            (example,) = request.pairs
+            prediction = answer(
+                *asked_for[query.tobytes(), example.image.tobytes(), example.caption]
+            )
+            pairs.append(CaptionPair(query, prediction["caption"], None, tuple(prediction["box"])))
         return pairs
 
     monkeypatch.setattr(InContextModel, "complete", complete)
@@ -347,16 +352,16 @@ def test_the_style_of_a_caption_is_judged_by_its_words():
         Kind("ring", "colour"): [{"caption": "blue on a grey ground", "box": other}],
     }
     entries = [
-        {"class": kind.category, "style": kind.style, **each}
+        {"class": kind.category, "style": kind.style, **output}
         for kind, of_kind in objects.items()
-        for each in of_kind
+        for output in of_kind
     ]
     format = replace(SequenceFormat(), category="none", box="text")
     judge = CAPTIONING.judge([Described({"objects": entries})], format)
 
     def judged(text: str, box: tuple[float, ...] = (0.0, 0.0, 0.5, 0.4)) -> dict[str, bool]:
-        said = {"category": None, "box": box, "caption": text}
-        return judge(said, Kind("star", "place"), objects)
+        prediction = {"category": None, "box": box, "caption": text}
+        return judge(prediction, Kind("star", "place"), objects)
 
     assert judged("the star is on the right") == {"class": True, "style": True}
     assert judged("a thing in the middle") == {"class": True, "style": True}
@@ -365,8 +370,8 @@ def test_the_style_of_a_caption_is_judged_by_its_words():
     assert judged("the star is on the left", other) == {"class": False, "style": True}
     # Where all is described in one style, there is nothing to obey.
     places = {kind: of_kind for kind, of_kind in objects.items() if kind.style == "place"}
-    said = {"category": None, "box": box, "caption": "blue"}
-    assert judge(said, Kind("star", "place"), places) == {"class": True}
+    prediction = {"category": None, "box": box, "caption": "blue"}
+    assert judge(prediction, Kind("star", "place"), places) == {"class": True}
 
 
 def test_the_styles_of_drawn_captions_can_be_told_by_their_words(styled):
@@ -413,7 +418,7 @@ def test_the_command_swaps_and_shuffles_and_shows_numbers_of_examples(
     arguments = f"evaluate {toy_model_folder} {toy_shards} --shots 1,2 --limit 6".split()
     arguments += ["--control", "swapped,shuffled", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for text in (
         "Segmentation, queries that show two classes",
         "flips",
@@ -423,7 +428,7 @@ def test_the_command_swaps_and_shuffles_and_shows_numbers_of_examples(
         "Captioning by number of examples",
         "95 % interval",
     ):
-        assert text in said, said
+        assert text in printed, printed
     assert main([*arguments, "--control", "turned"]) == 2
     assert "A control must be shuffled or swapped, not 'turned'" in capsys.readouterr().err
 

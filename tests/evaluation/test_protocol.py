@@ -123,8 +123,8 @@ def test_a_model_that_copies_its_example_is_found_out(run, tmp_path, monkeypatch
         assert results["rows"][0]["copy_rate"] == 1.0
         assert results["rows"][0]["truth_copy_rate"] < 1.0
         assert results["rows"][0]["episodes"] == 5
-        asked = {line["true_category"] for line in lines if line["task"] == task}
-        assert results["classes"]["evaluated"] == sorted(asked), "of these five queries alone"
+        classes = {line["true_category"] for line in lines if line["task"] == task}
+        assert results["classes"]["evaluated"] == sorted(classes), "of these five queries alone"
 
 
 def test_the_control_shows_examples_of_another_class_for_the_same_query(run, monkeypatch):
@@ -199,10 +199,10 @@ def test_captions_have_the_confidence_of_the_model(run, toy_shards, toy_model_fo
         request = Episode(episode.task, episode.category, episode.pairs[:1])
         (pair,) = model.complete([(request, episode.query.image)])
         assert key == episode.key and confidence == pytest.approx(pair.log_probability, abs=1e-4)
-    said = [
+    predictions = [
         {"caption": "a", "category": None, "box": None, "confidence": c} for c in found.values()
     ]
-    write_predictions(tmp_path, episodes, "ours", 1, said)
+    write_predictions(tmp_path, episodes, "ours", 1, predictions)
     system = read_predictions(tmp_path, episodes)
     assert [output["confidence"] for output in system.outputs] == list(found.values())
 
@@ -304,8 +304,8 @@ def test_scores_on_the_training_shards_are_not_passed_off_as_held_out(
     digest = ShardSet(toy_shards).fingerprint if trained_on_them else "0" * 64
     (model / "training.json").write_text(json.dumps({"shards": {"manifest_sha256": digest}}))
     evaluate(model, toy_shards, tmp_path / "out", limit=1, controls=())
-    said = capsys.readouterr()
-    assert ("warning: the model was trained on" in said.out + said.err) == trained_on_them
+    printed = capsys.readouterr()
+    assert ("warning: the model was trained on" in printed.out + printed.err) == trained_on_them
 
 
 def test_a_report_is_not_written_among_the_files_of_a_model(toy_model_folder, toy_shards):

@@ -9,7 +9,7 @@ from icl_moe.evaluation.protocol import evaluate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 A4_WIDTH = 703
-"""Of a page without its margins, in CSS pixels."""
+"""The width of an A4 page without its margins, in CSS pixels."""
 
 OUTSIDE = """[...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll") &&
     e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)"""

@@ -218,9 +218,8 @@ def test_the_decoder_reads_each_token_once_and_as_training_shows_it(format):
             )
         )
         assert oracle.read == expected[: len(oracle.read)]
-        eoc = (
-            [VOCABULARY.eoc] if episode.task is SEGMENTATION else []
-        )  # The [EOC] of a mask need not be written.
+        # The [EOC] of a mask need not be written.
+        eoc = [VOCABULARY.eoc] if episode.task is SEGMENTATION else []
         assert (output + eoc) == oracle.tokens[-len(output + eoc) :]
         assert len(oracle.read) >= len(oracle.tokens) - 2, (
             "only the last choice and what follows it need no reading"
@@ -247,9 +246,8 @@ def test_sampling_draws_allowed_tokens_in_proportion():
         device = torch.device("cpu")
 
         def next_logits(self, tokens_BL, positions_BL, attributes_BL, cache=None, links_BL2=None):
-            logits_V = torch.full(
-                (VOCABULARY.size,), 50.0
-            )  # All forbidden tokens have higher logits than all allowed ones.
+            # All forbidden tokens have higher logits than all allowed ones.
+            logits_V = torch.full((VOCABULARY.size,), 50.0)
             logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.stop] = -1e4
             logits_V[VOCABULARY.image_range.start : VOCABULARY.image_range.start + 3] = (
                 torch.tensor([0.0, 1.0, 2.0])

@@ -43,10 +43,10 @@ def folder(tmp_path_factory) -> Path:
     for number, scene in enumerate(scenes):
         scene.image.save(root / "images" / ("more" if number == 3 else "") / f"{number:02}.png")
     for number, name in ((1, "one"), (4, "two")):
-        shown = scenes[number].image, scenes[number].objects[-1].mask_HW
-        save_example(root / "by_class" / name, "shown", *shown)
+        example = scenes[number].image, scenes[number].objects[-1].mask_HW
+        save_example(root / "by_class" / name, "shown", *example)
         if name == "one":
-            save_example(root / "flat", "shown", *shown)
+            save_example(root / "flat", "shown", *example)
     return root
 
 
@@ -72,14 +72,14 @@ def test_pycocotools_opens_the_labels_and_they_are_those_of_a_session(folder, ca
         assert (image["height"], image["width"]) == drawn.mask_HW.shape
         annotations = coco.imgToAnns[number]
         assert len(annotations) == drawn.mask_HW.any()
-        for each in annotations:
-            np.testing.assert_array_equal(coco.annToMask(each), drawn.mask_HW)
+        for annotation in annotations:
+            np.testing.assert_array_equal(coco.annToMask(annotation), drawn.mask_HW)
             rows, columns = np.nonzero(drawn.mask_HW)
-            x, y, width, height = each["bbox"]
+            x, y, width, height = annotation["bbox"]
             assert (x, y) == (columns.min(), rows.min())
             assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
-            assert each["area"] == drawn.mask_HW.sum() and each["iscrowd"] == 0
-            assert each["score"] == pytest.approx(drawn.score(), abs=1e-3)
+            assert annotation["area"] == drawn.mask_HW.sum() and annotation["iscrowd"] == 0
+            assert annotation["score"] == pytest.approx(drawn.score(), abs=1e-3)
         marked += len(annotations)
     assert 0 < marked < SCENES, "there are images with an instance, and without"
     assert last == f"{folder / 'one.json'}: {marked} instances in {SCENES} images"
@@ -248,11 +248,11 @@ def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_pat
     common = ["label", "demo", "--examples", str(folder / "flat"), "--device", "cpu", "--images"]
     out, page = tmp_path / "out.json", tmp_path / "page.html"
     assert main([*common, str(images), "--out", str(out), "--review", str(page)]) == 0
-    said = capsys.readouterr().out
-    assert f"skipped: The image {images / 'moving.gif'} is animated" in said
-    assert f"skipped: The image {images / 'broken.jpg'} cannot be read" in said
-    assert f"skipped: The image {images / 'phone.HEIC'} is in the format HEIC" in said
-    assert "in 1 image; left out: 3 files that cannot be read" in said
+    printed = capsys.readouterr().out
+    assert f"skipped: The image {images / 'moving.gif'} is animated" in printed
+    assert f"skipped: The image {images / 'broken.jpg'} cannot be read" in printed
+    assert f"skipped: The image {images / 'phone.HEIC'} is in the format HEIC" in printed
+    assert "in 1 image; left out: 3 files that cannot be read" in printed
     assert [image["file_name"] for image in json.loads(out.read_text())["images"]] == ["good.png"]
     assert "good.png" in page.read_text() and "data:image/jpeg;base64," in page.read_text()
     assert "http" not in page.read_text()
@@ -292,8 +292,8 @@ def test_a_full_disk_is_named_and_nothing_that_is_finished_is_lost(folder, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     journal = folder / "full.json.journal"
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"icl-moe: Writing {journal} failed: File too large."
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed == f"icl-moe: Writing {journal} failed: File too large."
     assert run(folder, "full.json", "--batch", "2") == 0
     assert len(COCO(folder / "full.json").imgs) == SCENES
 
@@ -320,15 +320,15 @@ def test_the_page_shows_the_least_sure_first(folder):
         for number in coco.imgs
     }
     names = sorted(scores, key=lambda name: page.index(f"<b>{name}</b>"))
-    shown = [score for name in names for score in scores[name]]
-    assert len(shown) > 1 and shown == sorted(shown)
+    ordered = [score for name in names for score in scores[name]]
+    assert len(ordered) > 1 and ordered == sorted(ordered)
 
 
 def test_windows_are_a_setting_with_its_cost(folder, capsys):
     assert run(folder, "close.json", "--windows") == 0
-    said = capsys.readouterr().out.splitlines()[-1]
-    windows = int(said.split(" windows")[0].split()[-1])
-    assert windows > 0 and f"read once whole and in {windows} windows" in said
+    printed = capsys.readouterr().out.splitlines()[-1]
+    windows = int(printed.split(" windows")[0].split()[-1])
+    assert windows > 0 and f"read once whole and in {windows} windows" in printed
     assert run(folder, "whole.json") == 0
     assert (folder / "close.json").read_bytes() != (folder / "whole.json").read_bytes()
 
@@ -363,8 +363,8 @@ def test_examples_that_do_not_fit_are_refused_by_name(folder, tmp_path, capsys, 
     change(tmp_path / "examples")
     arguments = ["--examples", str(tmp_path / "examples"), "--images", str(folder / "images")]
     assert main(["label", "demo", *arguments, "--out", str(tmp_path / "out.json")]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("icl-moe: ") and message in said
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("icl-moe: ") and message in printed
     assert not (tmp_path / "out.json").exists()
 
 
@@ -396,8 +396,8 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path, capsys, options, 
     places = {name: folder / name for name in ("images", "flat", "by_class")}
     arguments = options.format(**places, out=tmp_path / "out").split()
     assert main(["label", "demo", *arguments]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("icl-moe: ") and message in said
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("icl-moe: ") and message in printed
     assert not list(tmp_path.iterdir()) and not list((folder / "images").glob("*.json*"))
 
 

@@ -131,12 +131,12 @@ def test_examples_are_read_in_groups_whose_probabilities_are_averaged(together, 
     rng = np.random.default_rng(1)
     decoder, codec = decoder_of(link=True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
     codes = rng.integers(0, VOCABULARY.image_codes, (8, CODES))
-    shown = tuple(SegmentationPair(*pair) for pair in codes[:6].reshape(3, 2, CODES))
-    many, one = (Episode(SEGMENTATION, "cat", pairs) for pairs in (shown, shown[:1]))
+    examples = tuple(SegmentationPair(*pair) for pair in codes[:6].reshape(3, 2, CODES))
+    many, one = (Episode(SEGMENTATION, "cat", pairs) for pairs in (examples, examples[:1]))
     none = Episode(SEGMENTATION, "dog", ())
     requests = [(many, codes[6]), (one, codes[7]), (none, codes[7])]
     found_BNK = decode_at_once(decoder, codec, requests, together)
-    parts = [replace(many, pairs=tuple(shown[number] for number in group)) for group in groups]
+    parts = [replace(many, pairs=tuple(examples[number] for number in group)) for group in groups]
     mean_NK = sum(len(part.pairs) / 3 * plainly(decoder, part, codes[6]) for part in parts)
     right = [mean_NK, *(plainly(decoder, episode, codes[7]) for episode in (one, none))]
     torch.testing.assert_close(found_BNK, torch.stack(right), atol=1e-5, rtol=1e-4)
@@ -148,8 +148,8 @@ def test_a_query_without_examples_may_stand_beside_one_with_several_groups():
     rng = np.random.default_rng(1)
     decoder, codec = decoder_of(link=True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
     codes = rng.integers(0, VOCABULARY.image_codes, (6, CODES))
-    shown = tuple(SegmentationPair(*pair) for pair in codes[:4].reshape(2, 2, CODES))
-    many, none = Episode(SEGMENTATION, "cat", shown), Episode(SEGMENTATION, "dog", ())
+    examples = tuple(SegmentationPair(*pair) for pair in codes[:4].reshape(2, 2, CODES))
+    many, none = Episode(SEGMENTATION, "cat", examples), Episode(SEGMENTATION, "dog", ())
     requests = [(many, codes[4]), (none, codes[5])]
     both = decode_batch(decoder, codec, requests, together=1)
     for written, request in zip(both, requests, strict=True):
@@ -163,12 +163,12 @@ def test_examples_that_all_queries_share_change_no_probability():
     rng = np.random.default_rng(1)
     decoder, codec = decoder_of(True), SequenceCodec(FORMAT, TextTokenizer(merges=1000))
     codes = rng.integers(0, VOCABULARY.image_codes, (7, CODES))
-    shown = Episode(
+    episode = Episode(
         SEGMENTATION, "cat", (SegmentationPair(*codes[:2]), SegmentationPair(*codes[2:4]))
     )
-    found_BNK = decode_at_once(decoder, codec, [(shown, image) for image in codes[4:]])
+    found_BNK = decode_at_once(decoder, codec, [(episode, image) for image in codes[4:]])
     for found_NK, image in zip(found_BNK, codes[4:], strict=True):
-        expected_NK = plainly(decoder, shown, image)
+        expected_NK = plainly(decoder, episode, image)
         torch.testing.assert_close(found_NK, expected_NK, atol=1e-5, rtol=1e-4)
 
 
@@ -221,8 +221,8 @@ def check_text(model: InContextModel, groups: list[Request], tokens: list[int]) 
 def test_a_box_is_drawn_in_one_pass_and_the_caption_is_written_after_it(drawing):
     model, shards = drawing
     episodes = EpisodeSet(shards, model.codec, "captioning")
-    asked = [episodes[number] for number in range(4)]
-    requests = [(Episode(CAPTIONING, "", e.pairs[:1]), e.query.image) for e in asked]
+    queries = [episodes[number] for number in range(4)]
+    requests = [(Episode(CAPTIONING, "", e.pairs[:1]), e.query.image) for e in queries]
     pairs = model.complete(requests)
     probabilities_BNK = decode_at_once(model.decoder, model.codec, requests)
     brightness_BHW = model.tokenizers.mask_writer.decode_expected(probabilities_BNK).numpy()
@@ -249,11 +249,11 @@ def test_more_examples_than_in_training_are_read_in_groups(drawing):
     """
     model, shards = drawing
     episodes = EpisodeSet(shards, model.codec, "captioning")
-    shown = tuple(pair for number in range(3) for pair in episodes[number].pairs[:-1])
-    query, groups = episodes[3].query.image, len(shown) // shards.manifest.examples
+    examples = tuple(pair for number in range(3) for pair in episodes[number].pairs[:-1])
+    query, groups = episodes[3].query.image, len(examples) // shards.manifest.examples
     assert groups == 3
-    parts = [Episode(CAPTIONING, "", shown[group::groups]) for group in range(groups)]
-    (pair,) = model.complete([(Episode(CAPTIONING, "", shown), query)])
+    parts = [Episode(CAPTIONING, "", examples[group::groups]) for group in range(groups)]
+    (pair,) = model.complete([(Episode(CAPTIONING, "", examples), query)])
     found_BNK = decode_at_once(model.decoder, model.codec, [(part, query) for part in parts])
     brightness_HW = model.tokenizers.mask_writer.decode_expected(found_BNK.mean(0, keepdim=True))[0]
     assert box_of(pair, model) == pytest.approx(brightest_box(1 / 3 - brightness_HW.numpy()))
@@ -261,15 +261,15 @@ def test_more_examples_than_in_training_are_read_in_groups(drawing):
     (written,) = decode_batch(
         model.decoder,
         model.codec,
-        [(Episode(CAPTIONING, "", shown), query)],
+        [(Episode(CAPTIONING, "", examples), query)],
         openings=[opening],
         together=shards.manifest.examples,
     )
     assert CAPTIONING.read_output(model.codec, query, written.tokens).caption == pair.caption
     check_text(model, [(part, query) for part in parts], written.tokens)
-    model.check_examples(len(shown), CAPTIONING)
+    model.check_examples(len(examples), CAPTIONING)
     with pytest.raises(InputError, match="more than this model can read"):
-        model.check_examples(len(shown), CAPTIONING, "autoregressive")
+        model.check_examples(len(examples), CAPTIONING, "autoregressive")
 
 
 def test_expected_pixels_are_those_of_the_mean_code_vectors(tmp_path):

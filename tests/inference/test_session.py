@@ -40,22 +40,22 @@ def example(scene):
     return scene.image, scene.objects[-1].mask_HW
 
 
-def one_request(model, shown, query):
+def one_request(model, example, query):
     """A request to complete `query` after one example, which has the model's size already."""
-    image, mask_HW = shown
-    codes = model.encode([to_square_pixels(each, 64) for each in (image, query)])
+    image, mask_HW = example
+    codes = model.encode([to_square_pixels(picture, 64) for picture in (image, query)])
     (mask_codes,) = model.encode_masks([mask_HW])
     return Episode(SEGMENTATION, "", (SegmentationPair(codes[0], mask_codes),)), codes[1]
 
 
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive", "mirrored"])
 def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
-    shown, queries = scenes[4], [scenes[number].image for number in (1, 2)]
-    session = model.session([example(shown)])
+    scene, queries = scenes[4], [scenes[number].image for number in (1, 2)]
+    session = model.session([example(scene)])
     masks = session.segment(queries, decoding=decoding, batch=2)
     for query, mask_HW in zip(queries, masks, strict=True):
         assert mask_HW.dtype == np.bool_ and mask_HW.shape == query.size[::-1]
-        alone_HW = model.segment([example(shown)], query, decoding=decoding)
+        alone_HW = model.segment([example(scene)], query, decoding=decoding)
         np.testing.assert_array_equal(mask_HW, alone_HW)
     other = model.draw_mask([example(scenes[2])], queries[0], decoding=decoding)
     own = session.draw(queries[0], decoding=decoding)
@@ -65,7 +65,7 @@ def test_a_session_equals_one_call_for_each_query(model, scenes, decoding):
 @pytest.mark.parametrize("decoding", ["parallel", "autoregressive", "mirrored"])
 @torch.inference_mode()
 def test_a_session_equals_the_whole_sequence_read_at_a_time(model, scenes, decoding):
-    """Without the keys and values that a session keeps."""
+    """The whole sequence is read without the keys and values that a session keeps."""
     query = scenes[4].image
     request = one_request(model, example(scenes[2]), query)
     (whole,) = SEGMENTATION.draw(model, model.complete([request], decoding=decoding))
@@ -77,12 +77,12 @@ def test_a_session_equals_the_whole_sequence_read_at_a_time(model, scenes, decod
 
 def test_without_edges_masks_are_as_coarse_as_the_model_draws_them(scenes):
     model = InContextModel.from_pretrained("demo", device="cpu")
-    shown, query = [example(scenes[2])], scenes[2].image
-    along = model.draw_mask(shown, query)
+    examples, query = [example(scenes[2])], scenes[2].image
+    along = model.draw_mask(examples, query)
     model.edges = None
-    (pair,) = model.complete([one_request(model, shown[0], query)])
+    (pair,) = model.complete([one_request(model, examples[0], query)])
     (as_drawn,) = SEGMENTATION.draw(model, [pair])
-    coarse = model.draw_mask(shown, query)
+    coarse = model.draw_mask(examples, query)
     np.testing.assert_allclose(coarse.brightness_HW, as_drawn.brightness_HW, atol=1e-4)
     assert np.abs(along.brightness_HW - coarse.brightness_HW).max() > 0.1
 
@@ -139,8 +139,8 @@ def test_queries_are_taken_as_they_are_needed(model, scenes):
 
 
 def test_several_classes_share_the_encoding_of_a_query(model, scenes, monkeypatch):
-    shown = {"one": [example(scenes[0])], "another": [example(scenes[1])]}
-    session = model.session(shown)
+    examples = {"one": [example(scenes[0])], "another": [example(scenes[1])]}
+    session = model.session(examples)
     encoded = []
     encode = model.encode
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_several_classes_share_the_encoding_of_a_query(model, scenes, monkeypatc
     assert session.classes == ("one", "another")
     for number, classes in enumerate(found):
         assert classes.names == ("one", "another")
-        for name, pairs in shown.items():
+        for name, pairs in examples.items():
             alone = model.session(pairs).draw(queries[number])
             np.testing.assert_array_equal(classes.masks[name].mask_HW, alone.mask_HW)
         assert classes.labels_HW.dtype == np.uint8
@@ -278,26 +278,28 @@ def test_what_cannot_be_is_refused_in_one_sentence(model, scenes, use, message):
 
 def test_a_mirrored_mask_is_the_mean_of_the_image_and_its_mirror_image(model, scenes):
     image, mask_HW = example(scenes[2])  # It has the model's size already.
-    shown, asked = model.encode([to_square_pixels(each, 64) for each in (image, scenes[4].image)])
+    example_codes, query_codes = model.encode(
+        [to_square_pixels(square, 64) for square in (image, scenes[4].image)]
+    )
     (mask,) = model.encode_masks([mask_HW])
     written_HW = model.decode_masks(mask[None])[0].numpy() > 0
     (mirrored_mask,) = model.encode_masks([np.ascontiguousarray(written_HW[:, ::-1])])
 
-    def brightness(shown_N: np.ndarray, mask_N: np.ndarray, asked_N: np.ndarray) -> np.ndarray:
-        episode = Episode(SEGMENTATION, "", (SegmentationPair(shown_N, mask_N),))
-        (pair,) = model.complete([(episode, asked_N)], decoding="parallel")
+    def brightness(example_N: np.ndarray, mask_N: np.ndarray, query_N: np.ndarray) -> np.ndarray:
+        episode = Episode(SEGMENTATION, "", (SegmentationPair(example_N, mask_N),))
+        (pair,) = model.complete([(episode, query_N)], decoding="parallel")
         return pair.drawn.brightness_HW
 
     def mirror(codes_N: np.ndarray) -> np.ndarray:
         return codes_N.reshape(8, 8)[:, ::-1].ravel()
 
-    there = brightness(shown, mask, asked)
-    back = brightness(mirror(shown), mirrored_mask, mirror(asked))[:, ::-1]
+    there = brightness(example_codes, mask, query_codes)
+    back = brightness(mirror(example_codes), mirrored_mask, mirror(query_codes))[:, ::-1]
     assert not np.allclose(there, back, atol=0.1)
-    episode = Episode(SEGMENTATION, "", (SegmentationPair(shown, mask),))
-    (pair,) = model.complete([(episode, asked)])
+    episode = Episode(SEGMENTATION, "", (SegmentationPair(example_codes, mask),))
+    (pair,) = model.complete([(episode, query_codes)])
     np.testing.assert_allclose(pair.drawn.brightness_HW, (there + back) / 2, atol=1e-5)
-    (again,) = model.complete([(episode, asked)], read=[model.read_examples(episode)])
+    (again,) = model.complete([(episode, query_codes)], read=[model.read_examples(episode)])
     np.testing.assert_allclose(again.drawn.brightness_HW, (there + back) / 2, atol=1e-5)
 
 

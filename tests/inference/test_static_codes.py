@@ -29,18 +29,19 @@ def queries(shots: int, count: int, seed: int) -> list[tuple[Episode, np.ndarray
 def test_static_buffers_write_the_same_codes_again_and_again(feed_forward):
     decoder, codec = small_decoder(FORMATS[0], feed_forward), SequenceCodec(FORMATS[0], TEXT)
     static = StaticCodes(decoder, codec, rows=3, longest=codec.format.length(3))
-    for shots, seed in (
-        (2, 0),
-        (1, 1),
-        (2, 2),
-    ):  # A shorter prompt leaves the rest of an older one.
-        asked = queries(shots, 3, seed)
-        assert static.write(asked) == [each.tokens for each in decode_batch(decoder, codec, asked)]
+    # A shorter prompt leaves the rest of an older one.
+    for shots, seed in ((2, 0), (1, 1), (2, 2)):
+        requests = queries(shots, 3, seed)
+        assert static.write(requests) == [
+            written.tokens for written in decode_batch(decoder, codec, requests)
+        ]
 
 
 def test_torch_compile_can_trace_the_step():
     decoder, codec = small_decoder(FORMATS[0]), SequenceCodec(FORMATS[0], TEXT)
     static = StaticCodes(decoder, codec, rows=2, longest=codec.format.length(3))
-    asked = queries(1, 2, 3)
+    requests = queries(1, 2, 3)
     static.run_step = torch.compile(static.step, backend="eager", fullgraph=True, dynamic=False)
-    assert static.write(asked) == [each.tokens for each in decode_batch(decoder, codec, asked)]
+    assert static.write(requests) == [
+        written.tokens for written in decode_batch(decoder, codec, requests)
+    ]

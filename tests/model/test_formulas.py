@@ -151,12 +151,12 @@ def test_gate_noise_has_the_published_spread_and_its_own_draw_for_seed_step_laye
     mean, whose variance is (E - 1) / E of the logits'.
     """
     model = trained_like({"feed_forward": "attributes", "experts": 4})
-    shown = {}
+    noises = {}
     for layer, seed, step in itertools.product((1, 2), (0, 1), range(150)):
         gate = model.layers[layer].feed_forward.gate
         noisy, clean = (gate.probabilities((5, 9), noise).log() for noise in ((seed, step), None))
-        shown[layer, seed, step] = (noisy - clean) - (noisy - clean).mean(1, keepdim=True)
-    drawn = torch.stack([rows_CE.detach() for rows_CE in shown.values()])
+        noises[layer, seed, step] = (noisy - clean) - (noisy - clean).mean(1, keepdim=True)
+    drawn = torch.stack([rows_CE.detach() for rows_CE in noises.values()])
     assert drawn.std().item() == pytest.approx(1 / 4 * math.sqrt(3 / 4), rel=0.04)
     assert drawn.mean(dim=0).abs().max() < 0.04
     assert len({tuple(row) for row in drawn.flatten(0, 1).mul(1e4).round().tolist()}) == 2 * len(

@@ -43,11 +43,12 @@ def model(monkeypatch):
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_training_step_copies_nothing_to_the_host(model, task, layout, monkeypatch):
+    # The real method asks for the distinct codes, which is a wait of its own.
     monkeypatch.setattr(
         InContextDecoder,
         "linked",
         lambda self, links_T2: self.link(self.token_embedding(links_T2[:, 0])),
-    )  # It asks for the distinct codes, a wait of its own.
+    )
     batch = make_batch(task, 3, layout).to(DEVICE)
     loss = model.train()(batch, noise=(0, 1))
     assert all(part.device.type == DEVICE for part in loss)

@@ -122,7 +122,7 @@ def write_fss(folder: Path, classes: tuple[str, ...] = ("ab_wheel", "zucchini"))
 
 def write_lvis(folder: Path) -> Path:
     """LVIS v1: twelve classes, of which two are COCO's; each image shows the classes n and n + 1.
-    Its images have an address in the place of a file's name.
+    Its images have an address instead of a file's name.
     """
     names = ["dog", "television_set", *(f"alarm_clock_({n})" for n in range(10))]
     content: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": []}

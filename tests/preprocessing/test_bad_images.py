@@ -159,10 +159,10 @@ def test_a_bad_image_is_named_before_anything_is_encoded(
     truncate(data / "images" / "8.jpg")
     monkeypatch.setattr(build_module, "quantize", None)
     assert build(tmp_path / "out", workers=workers) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert message in said
-    assert "and 1 more of 12 annotated images cannot be used" in said
-    assert said.endswith("replace it, or set bad_images=skip.")
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert message in printed
+    assert "and 1 more of 12 annotated images cannot be used" in printed
+    assert printed.endswith("replace it, or set bad_images=skip.")
 
 
 def test_bad_images_are_left_out_counted_and_listed_on_demand(data, build, tmp_path, capsys):

@@ -318,7 +318,7 @@ def _interrupt(*_, **__):
 
 
 def _replace_until(name):
-    """Renames files, and is interrupted at the one of this name."""
+    """Renames files, and is interrupted at the file of this name."""
 
     def replace(source, target, real=os.replace):
         if Path(target).name == name:
@@ -425,11 +425,11 @@ def test_where_nothing_is_left_the_sentence_says_what_would_help(
     build, coco_folder, coco_recipe, tmp_path, settings, edit, remedy
 ):
     def edit_all(content):
-        kept = [each for each in content["annotations"] if each["area"] != 10]
-        for each in kept:
-            each.update(edit)
+        kept = [annotation for annotation in content["annotations"] if annotation["area"] != 10]
+        for annotation in kept:
+            annotation.update(edit)
         if "segmentation.small_objects=false" in settings:
-            kept = [each for each in kept if each["area"] < 1000]
+            kept = [annotation for annotation in kept if annotation["area"] < 1000]
         content["annotations"] = kept
 
     coco_folder.write(edit_all)

@@ -90,9 +90,8 @@ def test_uncompressed_and_compressed_rle_give_the_mask_of_the_polygon(coco_folde
 
 
 def test_small_objects_are_left_out_on_demand(coco_folder):
-    pool = read(
-        coco_folder, small_objects=False
-    )  # cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30
+    # Cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30.
+    pool = read(coco_folder, small_objects=False)
     assert list(pool.by_class()) == ["dog"]
     assert pool.skipped["small_objects"] == 3
 
@@ -340,8 +339,8 @@ def test_a_file_whose_instances_are_all_crowds_names_the_setting_that_takes_them
     expected = read(coco_folder).regions
 
     def mark_all(content):
-        for each in content["annotations"]:
-            each["iscrowd"] = 1
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
 
     coco_folder.write(mark_all)
     with pytest.raises(InputError, match=r"all instances are crowds .*segmentation.crowds=instan"):

@@ -79,9 +79,9 @@ def test_regions_in_a_table_give_the_same_episodes(balance):
     bird = [region for region in pool.regions if region.category == "bird"]
     table = RegionTable.of([*bird, *pool.regions]).select(np.arange(len(pool.regions)) + len(bird))
     assert table == pool.regions
-    asked = {"examples": 2, "samples": 200, "seed": 1, "balance": balance}
+    options = {"examples": 2, "samples": 200, "seed": 1, "balance": balance}
     np.testing.assert_array_equal(
-        plan_episodes(replace(pool, regions=table), **asked), plan_episodes(pool, **asked)
+        plan_episodes(replace(pool, regions=table), **options), plan_episodes(pool, **options)
     )
 
 
@@ -131,10 +131,10 @@ def test_a_large_crop_is_close_around_the_largest_instance():
 
 def test_examples_and_queries_of_two_data_sets_keep_their_places():
     queries = make_pool({"cat": [1, 2], "dog": [1, 3], "emu": [4]}).regions
-    shown = make_pool({"cat": [11, 12, 13], "dog": [11], "fox": [12, 13]}).regions
+    examples = make_pool({"cat": [11, 12, 13], "dog": [11], "fox": [12, 13]}).regions
     regions = [
         *(replace(region, role="query") for region in queries),
-        *(replace(region, role="example") for region in shown),
+        *(replace(region, role="example") for region in examples),
     ]
     pool = Pool("segmentation", regions)
     pool.drop_small_classes(images=3)

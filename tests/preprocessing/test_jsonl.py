@@ -72,7 +72,7 @@ def expected(folder: CocoFolder) -> set[Any]:
 
 
 def as_files(folder: CocoFolder, lines: list[dict[str, Any]]) -> None:
-    """Mask files in place of polygons."""
+    """The records with mask files instead of polygons."""
     for number, line in enumerate(lines):
         x, y, w, h = line["box"]
         levels = np.zeros((80, 100), dtype=np.uint8)

@@ -80,7 +80,7 @@ def launched() -> list[str]:
 
 @pytest.fixture
 def arguments(tokenizer) -> list[str]:
-    """Those of `icl-moe` without --out."""
+    """The arguments of `icl-moe`, without --out."""
     settings = [*SMALL, *toy_tokenizer.recipe_settings(tokenizer)]
     return ["shards", "build", "demo", *settings, "--workers", "1"]
 

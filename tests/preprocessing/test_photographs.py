@@ -67,6 +67,6 @@ def test_the_recipes_for_photographs_make_shards_that_a_model_and_a_matcher_are_
         names[sample.category].add(sample.meta["sources"][-1]["image"])
     assert names["dog"] == {f"{number}.jpg" for number in range(1, 7)} and len(names["cat"]) >= 3
     result = json.loads((tmp_path / "report/metrics.json").read_text())["tasks"]["segmentation"]
-    said = [row["prediction"] for row in result["rows"]]
-    assert {"model", "first example", "matcher", "every object", "tokenizer"} <= set(said)
+    systems = [row["prediction"] for row in result["rows"]]
+    assert {"model", "first example", "matcher", "every object", "tokenizer"} <= set(systems)
     assert {row["prediction"] for row in result["swapped"]} >= {"model", "matcher"}

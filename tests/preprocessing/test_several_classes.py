@@ -55,11 +55,11 @@ def test_a_region_shows_the_classes_of_an_image_that_have_a_region(
     """
     coco_folder.write(_add_birds)
     pool = _read(coco_folder, classes_per_mask=3)
-    shown = [(region.image.name, region.category) for region in pool.regions]
+    pairs = [(region.image.name, region.category) for region in pool.regions]
     combinations = {"bird + cat", "bird + cat + dog", "bird + dog", "cat + dog"}
-    assert len(shown) == len(set(shown)) == 12
-    assert {name for name, _ in shown} == {"1.jpg", "2.jpg", "3.jpg"}
-    assert {category for _, category in shown} == combinations
+    assert len(pairs) == len(set(pairs)) == 12
+    assert {name for name, _ in pairs} == {"1.jpg", "2.jpg", "3.jpg"}
+    assert {category for _, category in pairs} == combinations
     for region in pool.regions:
         left, _, right, _ = region.crop
         assert right - left == 80

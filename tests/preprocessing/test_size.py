@@ -199,7 +199,7 @@ def make_regions() -> list[PoolRegion]:
 
 
 def everything(regions) -> list:
-    """Also the fields that regions are not compared by."""
+    """All fields of the regions, including those that are ignored when regions are compared."""
     return [(r, r.role, r.group, r.target, tuple(r.target.objects)) for r in regions]
 
 
@@ -209,11 +209,11 @@ def test_a_table_gives_back_its_regions_also_from_files_and_in_parts(tmp_path):
     table.save(tmp_path / "table")
     stored = RegionTable.open(tmp_path / "table")
     joined = RegionTable.concatenate([RegionTable.of(regions[:1]), RegionTable.of(regions[1:])])
-    for each in (table, stored, joined):
-        assert each == regions
-        assert everything(each) == everything(regions)
-        assert each[-1] == regions[-1] and each[1:3] == regions[1:3]
-        assert everything(each.select(np.array([3, 0]))) == everything([regions[3], regions[0]])
+    for view in (table, stored, joined):
+        assert view == regions
+        assert everything(view) == everything(regions)
+        assert view[-1] == regions[-1] and view[1:3] == regions[1:3]
+        assert everything(view.select(np.array([3, 0]))) == everything([regions[3], regions[0]])
     assert stored.digest() == table.digest() != table.select(np.array([1])).digest()
     roles = [replace(region, role="example") for region in regions]
     assert everything(table.with_role("example")) == everything(roles)

@@ -51,7 +51,7 @@ def coco(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def listed_coco(tmp_path_factory) -> tuple[Path, dict]:
-    """The same with HSNet's lists of images."""
+    """The same data set, with HSNet's lists of images."""
     data = standard_data.write_coco(tmp_path_factory.mktemp("listed_coco"))
     return data, standard_data.write_coco_lists(data)
 
@@ -270,10 +270,10 @@ def test_regions_of_classes_that_the_training_split_describes_often(
     assert file.classes == [category], "cats are described too rarely where training looks"
     queries = sorted(episode.pairs[-1].caption for episode in file.episodes)
     assert queries == sorted(f"a {category} of image {n}" for n in range(121, 131))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     of_paper = "about 460k" if name == "paper_vg" else "no figure"
-    assert f"training regions: 120 (the paper: {of_paper})" in said
-    assert "test regions: 10, queries: 10 (the paper: 2k)" in said
+    assert f"training regions: 120 (the paper: {of_paper})" in printed
+    assert "test regions: 10, queries: 10 (the paper: 2k)" in printed
 
 
 def test_descriptions_become_shards(genome, tmp_path, settings):
@@ -339,8 +339,8 @@ def test_wrong_input_is_one_sentence(name, options, message, tmp_path, capsys):
 def test_a_missing_image_of_fss1000_is_named(tmp_path, capsys):
     data = standard_data.write_fss(tmp_path / "fss")
     (data / "zucchini/7.png").unlink()
-    said = answer(capsys, "episodes", "fss1000", "--data", data, "--out", tmp_path / "out")
-    assert "has no zucchini/7.png, which is published at https://github.com/HKUSTCV" in said
+    printed = answer(capsys, "episodes", "fss1000", "--data", data, "--out", tmp_path / "out")
+    assert "has no zucchini/7.png, which is published at https://github.com/HKUSTCV" in printed
 
 
 @pytest.fixture

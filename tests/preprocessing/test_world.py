@@ -153,11 +153,11 @@ def test_captions_are_of_the_style_of_their_episode_in_varied_words(shards: Path
     texts: dict[str, set[str]] = {"place": set(), "colour": set(), "relation": set()}
     for number in range(shard_set.manifest.samples["captioning"]):
         meta = shard_set.sample("captioning", number).meta
-        said = [*meta["captions"], *meta["references"][0]]
-        assert {style_of(text) for text in said} == {meta["style"]}
+        captions = [*meta["captions"], *meta["references"][0]]
+        assert {style_of(text) for text in captions} == {meta["style"]}
         assert meta["captions"][-1] in meta["references"][0]
         assert len(meta["references"][0]) == 2
-        texts[meta["style"]].update(said)
+        texts[meta["style"]].update(captions)
     assert all(len(of_style) > 60 for of_style in texts.values())
     content = json.loads((shards / "synthetic/captions_train.json").read_text())
     styles: dict[int, set[str]] = {}

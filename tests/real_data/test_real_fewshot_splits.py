@@ -48,7 +48,7 @@ def test_a_thousand_queries_of_real_lists_are_drawn_as_hsnet_draws_them(lists):
 
 
 def test_the_rule_for_images_that_show_a_class_agrees_with_the_lists(real_data, lists):
-    """Of the images in the sample that are a part of COCO 2014's validation set."""
+    """This is compared on the images of the sample that belong to COCO 2014's validation set."""
     listed = {
         COCO_CLASSES[number]: {int(name[-16:-4]) for name in names}
         for of_fold in lists.values()
@@ -58,9 +58,9 @@ def test_the_rule_for_images_that_show_a_class_agrees_with_the_lists(real_data, 
     files = [f"annotations/instances_{part}2017.json" for part in ("train", "val")]
     images = AnnotatedImages(real_data / "coco2017_sample", files, "painted")
     assert tuple(images.classes) == COCO_CLASSES
-    shown = {path for paths in images.with_class().values() for path in paths}
+    paths_of_all = {path for paths in images.with_class().values() for path in paths}
     agrees = []
-    for path in shown:
+    for path in paths_of_all:
         if (number := int(Path(path).stem)) in known:
             masks = images.class_masks(path)
             agrees += [

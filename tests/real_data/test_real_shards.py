@@ -219,9 +219,8 @@ def test_visual_genomes_boxes_past_the_edge_are_cut(genome, tmp_path):
     objects = tmp_path / "objects.json"
     objects.write_text(json.dumps(records))
     pool = read_captioning(genome_source(genome, objects=str(objects)), AllUsable())
-    couch = next(
-        region for region in pool.regions if region.annotations == (5517289,)
-    )  # x -2, width 390, of 800 pixels
+    # Its box has x -2 and width 390, in an image of 800 pixels.
+    couch = next(region for region in pool.regions if region.annotations == (5517289,))
     assert couch.target.caption == "black tufted leather couch"
     assert couch.target.box == pytest.approx((0.0, 367 / 533, 388 / 800, 529 / 533))
 

@@ -39,14 +39,14 @@ def test_runs_and_shards_of_one_name_are_the_same():
     for scale in SCALES:
         runs = [
             run
-            for (_, of), table in MADE.items()
-            if of == scale
+            for (_, scale_of), table in MADE.items()
+            if scale_of == scale
             for row in table.rows
             for run in row.runs
         ]
-        shards = [each for run in runs for each in (run.trained, run.evaluated)]
+        shards = [folder for run in runs for folder in (run.trained, run.evaluated)]
         for made in (runs, shards):
-            assert len({each.name for each in made}) == len(set(made))
+            assert len({folder.name for folder in made}) == len(set(made))
 
 
 @pytest.mark.parametrize(("scale", "name"), RUNS)
@@ -69,7 +69,13 @@ def test_a_run_fits_its_recipes(scale, name):
 @pytest.mark.parametrize(("scale", "name"), RUNS)
 def test_a_run_is_evaluated_on_the_tasks_of_its_figures_alone(scale, name):
     run = RUNS[scale, name]
-    scores = [s for (_, of), t in MADE.items() if of == scale for row in t.rows for s in row.scores]
+    scores = [
+        s
+        for (_, scale_of), t in MADE.items()
+        if scale_of == scale
+        for row in t.rows
+        for s in row.scores
+    ]
     tasks = {score.task for score in scores if score.run == run}
     evaluated = {t for t in EPISODES if f"{t}=null" not in run.evaluated.settings}
     assert evaluated == tasks
@@ -160,11 +166,11 @@ def test_a_table_has_our_figures_beside_the_published_ones(tmp_path):
         }
     }
     table = MADE["table3", "demo"]
-    shown = write_table(tmp_path, table, {"table3_gshard": metrics})
-    assert shown.head == [
+    written = write_table(tmp_path, table, {"table3_gshard": metrics})
+    assert written.head == [
         "row", "mIoU", "CIDEr", "flips, masks", "published mIoU", "published CIDEr"
     ]  # fmt: skip
-    rows = {line[0]: line[1:] for line in shown.rows}
+    rows = {line[0]: line[1:] for line in written.rows}
     assert rows["all tasks, GShard experts"] == ["25.00", "50.0", "75.0", "40.48", "66.5"]
     assert rows["all tasks, dense"] == ["–", "–", "–", "21.74", "77.3"]
     page = (tmp_path / "table.html").read_text()

@@ -40,9 +40,9 @@ def test_a_reproduction_resumes_after_a_kill_and_does_nothing_twice(tmp_path):
 
     again = _start(out, tmp_path / "second.log")
     assert again.wait(timeout=500) == 0, (tmp_path / "second.log").read_text()
-    said = (tmp_path / "second.log").read_text()
-    assert "drawing train" not in said, "the shards were complete"
-    assert "step 1/6" not in said, "training went on where it was"
+    printed = (tmp_path / "second.log").read_text()
+    assert "drawing train" not in printed, "the shards were complete"
+    assert "step 1/6" not in printed, "training went on where it was"
     (row,) = json.loads((out / "table1/table.json").read_text())["rows"]
     assert row["published"] == {"miou": 33.54, "mae": 0.172}
     assert 0 <= row["measured"]["miou"] <= 100
@@ -50,6 +50,6 @@ def test_a_reproduction_resumes_after_a_kill_and_does_nothing_twice(tmp_path):
     before = (out / "runs/tiny/evaluation/metrics.json").stat().st_mtime_ns
     third = _start(out, tmp_path / "third.log")
     assert third.wait(timeout=100) == 0
-    said = (tmp_path / "third.log").read_text()
-    assert "runs/tiny is finished." in said and "$ icl-moe" not in said
+    printed = (tmp_path / "third.log").read_text()
+    assert "runs/tiny is finished." in printed and "$ icl-moe" not in printed
     assert (out / "runs/tiny/evaluation/metrics.json").stat().st_mtime_ns == before

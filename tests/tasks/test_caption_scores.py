@@ -129,9 +129,9 @@ def test_intervals_are_those_of_scores_of_plain_draws(no_java):
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    said = {"1": "a dog on grass", "2": "two cats asleep on a bed", "3": "a bus"}
-    (scores,) = score_tokenised([said], REFERENCES, "", with_intervals=True)
-    answers = {key: [text] for key, text in said.items()}
+    captions = {"1": "a dog on grass", "2": "two cats asleep on a bed", "3": "a bus"}
+    (scores,) = score_tokenised([captions], REFERENCES, "", with_intervals=True)
+    answers = {key: [text] for key, text in captions.items()}
     _, rouges = Rouge().compute_score(REFERENCES, answers)
     _, ciders = Cider().compute_score(REFERENCES, answers)
     rng, draws = np.random.default_rng(SEED), []
@@ -151,6 +151,6 @@ def test_intervals_are_those_of_scores_of_plain_draws(no_java):
 
 
 def test_one_text_has_the_rouge_l_that_its_set_has():
-    for said in ("two cats sleep", "a bed", ""):
-        (scores,) = score_captions([{"2": said}], {"2": REFERENCES["2"]}, java=False)
-        assert rouge_l(said, REFERENCES["2"]) == pytest.approx(scores.rouge_l)
+    for caption in ("two cats sleep", "a bed", ""):
+        (scores,) = score_captions([{"2": caption}], {"2": REFERENCES["2"]}, java=False)
+        assert rouge_l(caption, REFERENCES["2"]) == pytest.approx(scores.rouge_l)

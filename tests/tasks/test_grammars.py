@@ -80,9 +80,8 @@ def test_the_grammar_lets_through_exactly_what_the_codec_writes(format):
     box_image = np.arange(64) % 32 if format["box"] == "image" else None
     pair = CaptionPair(np.zeros(64, int), "a dog. no", "dog", (0.1, 0.2, 0.3, 0.4), box_image)
     sequence = writer.encode(Episode(CAPTIONING, "dog", (pair,)))
-    start = (
-        next(span.stop for span in sequence.spans if span.role == "input") + 1
-    )  # After the marker at the beginning of the output.
+    # The target begins after the marker at the beginning of the output.
+    start = next(span.stop for span in sequence.spans if span.role == "input") + 1
     target = sequence.tokens_L[start:].tolist()
     target = target[: target.index(VOCABULARY.eoc) + 1]
     assert walk(CAPTIONING.grammar(writer, "dog"), lambda _, tokens: target[len(tokens)]) == target

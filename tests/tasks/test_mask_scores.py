@@ -111,7 +111,7 @@ def test_sizes_are_shares_of_the_picture():
 @given(TRIPLES, MASKS)
 @settings(max_examples=25)
 def test_ignored_pixels_count_in_no_score(triples, ignored):
-    """As if pictures consisted of the other pixels alone."""
+    """Scores are the same as if pictures consisted only of the other pixels."""
     if ignored.all():
         return
     cut = [(name, predicted[~ignored], true[~ignored]) for name, predicted, true in triples]

@@ -120,7 +120,7 @@ def test_the_pairs_of_an_episode_show_the_same_classes_and_masks_are_the_annotat
 
 
 def test_colours_are_fixed_within_an_episode_and_drawn_anew_for_each(shards: Path) -> None:
-    """So a class says nothing about its colour, and all seven colours occur."""
+    """A class therefore says nothing about its colour, and all seven colours occur."""
     samples = _samples(shards)
     of_class: dict[str, set[str]] = {}
     for sample in samples:
@@ -136,8 +136,8 @@ def test_verify_reads_the_shards_and_makes_samples_anew(
     shards: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["shards", "verify", str(shards), "--samples", "6"]) == 0
-    said = capsys.readouterr().out
-    assert "semantic_segmentation: 6 samples (12 pairs) made anew" in said
+    printed = capsys.readouterr().out
+    assert "semantic_segmentation: 6 samples (12 pairs) made anew" in printed
     page = tmp_path / "preview.html"
     assert main(["shards", "preview", str(shards), f"--out={page}"]) == 0
     assert "classes as tokens" in page.read_text()
@@ -187,9 +187,9 @@ def test_evaluation_scores_each_class(
     found = compare(tmp_path / "report", tmp_path / "report", ShardSet(shards))
     (model,) = [row for row in rows.values() if row["prediction"] == "model"]
     expected = {"mIoU": model["miou"], "mean IoU": model["mean_iou"], "MAE": model["mae"]}
-    assert {each.measure: each.a for each in found} == pytest.approx(expected)
-    assert all(each.b == pytest.approx(each.a) for each in found)
-    assert all((each.queries, each.p) == (12, 1) for each in found)
+    assert {compared.measure: compared.a for compared in found} == pytest.approx(expected)
+    assert all(compared.b == pytest.approx(compared.a) for compared in found)
+    assert all((compared.queries, compared.p) == (12, 1) for compared in found)
 
 
 def test_intervals_are_over_queries_not_over_their_classes(shards: Path) -> None:
@@ -199,10 +199,10 @@ def test_intervals_are_over_queries_not_over_their_classes(shards: Path) -> None
     (found,) = SEMANTIC_SEGMENTATION.score([copies], samples, format)
     ious = [
         [
-            mask_iou(decode_rle(said["colours"][colour]), decode_rle(masks[name]))
+            mask_iou(decode_rle(output["colours"][colour]), decode_rle(masks[name]))
             for name, colour in sample.meta["colours"].items()
         ]
-        for sample, said in zip(samples, copies, strict=True)
+        for sample, output in zip(samples, copies, strict=True)
         for masks in [sample.meta["class_masks"][-1]]
     ]
     draws = np.random.default_rng(SEED)
@@ -256,7 +256,7 @@ def test_the_answer_is_in_the_colours_of_the_examples(
     found = np.asarray(Image.open(tmp_path / "out.png"))
     assert found.shape == painted.shape
     assert (found == painted).all(axis=2).mean() > 0.9
-    assert {tuple(each) for each in found.reshape(-1, 3).tolist()} == {(0, 0, 0), *colours}
+    assert {tuple(colour) for colour in found.reshape(-1, 3).tolist()} == {(0, 0, 0), *colours}
 
 
 def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
     painted = _painted((40, 60), [(200, 0, 0), (0, 0, 90)])
     found = model.segment_colours([(image, painted)] * 2, np.zeros((50, 30, 3), dtype=np.uint8))
     assert found.shape == (50, 30, 3)
-    assert {tuple(each) for each in found.reshape(-1, 3).tolist()} <= {
+    assert {tuple(colour) for colour in found.reshape(-1, 3).tolist()} <= {
         (0, 0, 0),
         (200, 0, 0),
         (0, 0, 90),
@@ -274,7 +274,7 @@ def test_a_model_paints_with_several_examples(model_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fitted(shards: Path, model_folder: Path) -> InContextModel:
-    """With edges and a threshold of this task's own episodes."""
+    """A model with edges and a threshold that are fitted to this task's own episodes."""
     model = InContextModel.from_pretrained(model_folder, "cpu")
     config = model.decoder.config
     config.mask_threshold, config.mask_edges = fit_masks(model, ShardSet(shards), episodes=7)
@@ -297,8 +297,8 @@ def eager(fitted: InContextModel) -> InContextModel:
 
 
 def _completed(model: InContextModel, episode: EvaluationEpisode) -> PaintedPair:
-    asked = Episode(episode.task, episode.category, episode.pairs[:-1])
-    (pair,) = model.complete([(asked, episode.query.image)])
+    request = Episode(episode.task, episode.category, episode.pairs[:-1])
+    (pair,) = model.complete([(request, episode.query.image)])
     return pair
 
 
@@ -306,9 +306,9 @@ def test_in_one_pass_each_colour_of_the_example_has_its_expected_mask(
     shards: Path, fitted: InContextModel
 ) -> None:
     for episode in islice(EpisodeSet(ShardSet(shards), fitted.codec, "semantic_segmentation"), 5):
-        asked = Episode(episode.task, episode.category, episode.pairs[:-1])
+        request = Episode(episode.task, episode.category, episode.pairs[:-1])
         probabilities_BNK = decode_at_once(
-            fitted.decoder, fitted.codec, [(asked, episode.query.image)]
+            fitted.decoder, fitted.codec, [(request, episode.query.image)]
         )
         pair = _completed(fitted, episode)
         assert np.array_equal(pair.painted, probabilities_BNK[0].argmax(dim=-1).numpy())
@@ -357,27 +357,27 @@ def test_outlines_of_all_colours_follow_the_edges(
         guide = photographs.at_model_size(episode, -1)
         drawn = _completed(eager, episode).drawn
         followed = drawn.each(lambda mask, guide=guide: follow_edges(mask, guide, eager.edges))
-        said = {name: decode_rle(rle) for name, rle in line["colours"].items()}
-        assert said and said.keys() == followed.disjoint_masks().keys()
+        written = {name: decode_rle(rle) for name, rle in line["colours"].items()}
+        assert written and written.keys() == followed.disjoint_masks().keys()
         for name, mask_HW in followed.disjoint_masks().items():
-            assert np.mean(said[name] == mask_HW) > 0.999
+            assert np.mean(written[name] == mask_HW) > 0.999
 
-    shown, query = (photographs.at_model_size(episodes[0], n) for n in (0, -1))
+    example_picture, query = (photographs.at_model_size(episodes[0], n) for n in (0, -1))
     masks = episodes[0].meta["class_masks"][0]
     colours = {name: COLOURS[colour] for name, colour in episodes[0].meta["colours"].items()}
     painted = np.zeros((64, 64, 3), dtype=np.uint8)
     for name, rle in masks.items():
         painted[decode_rle(rle)] = colours[name]
-    found = eager.segment_colours([(shown, painted)], query)
+    found = eager.segment_colours([(example_picture, painted)], query)
     session_query = Query.load(query, 64)
-    codes = eager.encode([to_square_pixels(each, 64) for each in (shown, query)])
+    codes = eager.encode([to_square_pixels(each, 64) for each in (example_picture, query)])
     # The colours are exchanged for those of the training in a fixed order, and back.
     exchanged = dict(zip(sorted(colours.values()), COLOURS, strict=False))
     (example,) = eager.encode_painted(
         [paint({exchanged[c]: (painted == c).all(axis=2) for c in exchanged}, (64, 64)) > 0]
     )
-    asked = Episode(SEMANTIC_SEGMENTATION, "", (PaintedPair(codes[0], example),))
-    (pair,) = eager.complete([(asked, codes[1])])
+    request = Episode(SEMANTIC_SEGMENTATION, "", (PaintedPair(codes[0], example),))
+    (pair,) = eager.complete([(request, codes[1])])
     own = pair.drawn.each(lambda mask: in_own_size(mask, session_query, eager.edges))
     expected = np.zeros_like(painted)
     for colour, name in exchanged.items():
@@ -432,7 +432,9 @@ def test_a_model_is_trained_evaluated_and_paints(
 def test_an_example_is_not_asked_about_a_colour_that_it_lacks(
     eager: InContextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the examples that show the same colours each colour has the weighted mean."""
+    """The mask of a colour is the weighted mean over the groups of examples that show the same
+    colours.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     red, blue = (255, 0, 0), (0, 0, 255)
@@ -442,7 +444,7 @@ def test_an_example_is_not_asked_about_a_colour_that_it_lacks(
     monkeypatch.setattr(eager, "edges", None)
     found = eager.segment_colours(pairs, query)
     codes = eager.encode([to_square_pixels(Image.fromarray(each), 64) for each in images])
-    (asked,) = eager.encode([query.pixels_3HW])
+    (query_codes,) = eager.encode([query.pixels_3HW])
     # The users' colours are exchanged for the first of the training's in a fixed order.
     (first, second) = list(COLOURS)[:2]
     exchanged = {blue: first, red: second}
@@ -451,7 +453,7 @@ def test_an_example_is_not_asked_about_a_colour_that_it_lacks(
         painted = paint({exchanged[c]: (mask == c).all(axis=2) for c in (red, blue)}, (64, 64))
         (code,) = eager.encode_painted([painted > 0])
         episode = Episode(SEMANTIC_SEGMENTATION, "", (PaintedPair(image, code),))
-        (pair,) = eager.complete([(episode, asked)])
+        (pair,) = eager.complete([(episode, query_codes)])
         brightness.append({n: drawn.brightness_HW for n, drawn in pair.drawn.masks.items()})
     assert [set(each) for each in brightness] == [{first, second}, {second}, {second}, {first}]
     mean = {

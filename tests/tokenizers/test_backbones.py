@@ -117,9 +117,8 @@ def test_a_pickle_of_more_than_weights_is_refused_and_not_run(
     with pytest.raises(InputError, match="hostile"):
         open_backbone(str(folder))
     assert not (tmp_path / MARK).exists()
-    torch.load(
-        "weights.pth", weights_only=False
-    )  # this file does run its code if loaded without protection
+    # The file does run its code if it is loaded without protection.
+    torch.load("weights.pth", weights_only=False)
     assert (tmp_path / MARK).exists()
 
 

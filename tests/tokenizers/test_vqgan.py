@@ -149,9 +149,8 @@ def test_bf16_draws_nearly_the_same_codes_and_pixels_and_is_the_same_tokenizer()
     rng = np.random.default_rng(0)
     pixels_B3HW = torch.stack([to_pixels(draw_scene(rng, 64).image) for _ in range(24)])
     codes_BN = exact.encode(pixels_B3HW)
-    assert (
-        0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1
-    )  # 1 would mean that nothing was computed in bfloat16
+    # 1 would mean that nothing was computed in bfloat16.
+    assert 0.98 < (fast.encode(pixels_B3HW) == codes_BN).float().mean() < 1
     assert (fast.decode(codes_BN) - exact.decode(codes_BN)).abs().mean() < 0.01
 
 
@@ -229,9 +228,8 @@ def test_a_hostile_checkpoint_is_refused_and_not_run(
     with pytest.raises(InputError, match="could run code"):
         convert_release(checkpoint, config, tmp_path / "out")
     assert not (tmp_path / MARK).exists() and not (tmp_path / "out").exists()
-    torch.load(
-        checkpoint, weights_only=False
-    )  # this file does run its code if loaded without protection
+    # The file does run its code if it is loaded without protection.
+    torch.load(checkpoint, weights_only=False)
     assert (tmp_path / MARK).exists()
 
 

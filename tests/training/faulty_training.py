@@ -64,9 +64,8 @@ def faulty_write(engine, folder, completed):
         time.sleep(3)
     written = write(engine, folder, completed)
     if kind == "kill-in-save" and completed == int(step) and os.environ["RANK"] == rank:
-        os.kill(
-            os.getpid(), signal.SIGKILL
-        )  # After the checkpoint's files are written, before it is complete.
+        # This is after the checkpoint's files are written, and before it is complete.
+        os.kill(os.getpid(), signal.SIGKILL)
     return written
 
 

@@ -26,18 +26,16 @@ def test_after_a_killed_rank_all_end_and_the_next_start_repeats_nothing_else(
         FAULT="kill:1:4",
         expect=None,
     )
-    assert (
-        time.monotonic() - started < 90
-    )  # Including the start; the launcher ends the other ranks within a second or two.
+    # This includes the start; the launcher ends the other ranks within a second or two.
+    assert time.monotonic() - started < 90
     assert "step 3/6" in printed
     assert "icl-moe: rank 0 has lost the connection to another rank and ends (" in printed
     assert "Traceback" not in printed
     train(tmp_path, "training.steps=6", "training.save_every=2")
     for name, rows in losses(undisturbed).items():
         again = losses(tmp_path)[name]
-        assert again[3:] == rows[2:], (
-            name
-        )  # Step 3 was logged before the fault; everything after the checkpoint of step 2 repeats.
+        # Step 3 was logged before the fault; everything after the checkpoint of step 2 repeats.
+        assert again[3:] == rows[2:], name
 
 
 @pytest.mark.slow
@@ -114,13 +112,13 @@ def test_a_shard_that_turns_corrupt_in_a_run_is_named_with_the_sample(
     )
     assert "step 2/60" in printed
     assert "step 60/60" not in printed
-    said = [
+    messages = [
         line
         for line in printed.splitlines()
         if line.startswith("icl-moe: ") and "cannot be read" in line
     ]
-    assert said, printed
-    for line in said:
+    assert messages, printed
+    for line in messages:
         assert re.fullmatch(
             rf"icl-moe: {copy}/(\w+)-\d{{6}}\.tar: sample \1-\d{{8}} cannot be read: {reason}\.",
             line,
@@ -170,11 +168,11 @@ def test_a_hang_ends_though_rank_0_does_not_answer(shards, tmp_path, fault, to_r
         wait_for(lambda: "the fault begins" in printed(tmp_path), lambda: printed(tmp_path))
         main.send_signal(to_rank_0)
         assert other.wait(timeout=120) == 1
-    said = (tmp_path / "rank-1.log").read_text()
-    assert "rank 1 hangs at step 2, " in said
+    messages = (tmp_path / "rank-1.log").read_text()
+    assert "rank 1 hangs at step 2, " in messages
     assert (
         ", and rank 0, which holds the store of all ranks, does not answer; no progress for 4 s"
-        in said
+        in messages
     )
 
 
@@ -186,9 +184,9 @@ def test_a_fault_that_one_rank_finds_is_said_once(shards, undisturbed, tmp_path,
     command = arguments(shards, tmp_path / "run", "training.steps=8")
     with two_ranks(tmp_path, REPOSITORY / "launch_scripts/pretrain.sh", *command) as ranks:
         codes = [process.wait() for process in ranks]
-    said = [line for line in printed(tmp_path).splitlines() if line.startswith("icl-moe: ")]
+    messages = [line for line in printed(tmp_path).splitlines() if line.startswith("icl-moe: ")]
     assert codes[rank] == 2
-    assert sum(f"The checkpoint file {damaged} cannot be read (" in line for line in said) == 1
+    assert sum(f"The checkpoint file {damaged} cannot be read (" in line for line in messages) == 1
     assert "Traceback" not in printed(tmp_path)
 
 

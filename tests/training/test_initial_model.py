@@ -169,8 +169,8 @@ def test_twenty_pictures_of_a_new_kind_teach_the_shipped_model(tmp_path, command
         loaded = InContextModel.from_pretrained(model)
         folder, ious = tmp_path / "held_out", []
         for number in range(10):
-            shown = (number + 1) % 10
-            example = (folder / f"images/{shown}.png", folder / f"masks/{shown}.png")
+            other = (number + 1) % 10
+            example = (folder / f"images/{other}.png", folder / f"masks/{other}.png")
             mask_HW = loaded.segment([example], folder / f"images/{number}.png")
             true_HW = np.asarray(Image.open(folder / f"masks/{number}.png")) > 0
             ious.append((mask_HW & true_HW).sum() / (mask_HW | true_HW).sum())

@@ -109,9 +109,8 @@ def test_an_observed_run_that_was_interrupted_goes_on_bit_for_bit(
     settings = (*PLAIN, *EVERYTHING, f"data.validation={shards}")
     rank_group(2).run(training_on_ranks.run, shards, tmp_path, (*settings, "training.stop_after=2"))
     with (tmp_path / "gradients.csv").open("a") as file:
-        file.write(
-            "3,captioning,norm,1,1\n4,segm"
-        )  # As left by a run that was killed after its last checkpoint.
+        # A run that is killed after its last checkpoint leaves the file like this.
+        file.write("3,captioning,norm,1,1\n4,segm")
     resumed = rank_group(2).run(training_on_ranks.run, shards, tmp_path, settings)
     assert [rank["state"] for rank in resumed] == [rank["state"] for rank in observed[1]]
     assert gradient_rows(tmp_path) == gradient_rows(observed[0])
@@ -169,8 +168,8 @@ def test_tensorboard_has_the_curves_the_table_and_the_pictures(observed):
                 curve(output, name), rel=1e-6
             )
         picture = Image.open(output / f"samples/step-0000000{EVALUATED}/{task}.png")
-        (shown,) = events.Images(f"eval/{task}")
-        assert (shown.width, shown.height) == picture.size
+        (event,) = events.Images(f"eval/{task}")
+        assert (event.width, event.height) == picture.size
         assert len(np.unique(np.asarray(picture))) > 10
     assert "experts/text_summary" in events.Tags()["tensors"]
 

@@ -21,7 +21,9 @@ TASKS = {4: "segmentation", 5: "captioning", 6: "segmentation", 7: "captioning"}
 NORMS = {4: 0.5, 5: 2.0, 6: 3.5, 7: 4.0}
 SECONDS = {6: 10_983.0, 7: 20.0}  # since the line before
 EXPERTS = [[(0, 1), (2, 3), (3, 0)], [(1, 0), (2, 3), (3, 1)]]
-"""Of three streams at either line: the sets of the first two are the same at both."""
+"""The experts of three streams at each of two lines: the sets of the first two streams are the same
+at both lines.
+"""
 
 
 def micro_step(step: int, rank: int, number: int) -> dict[str, float]:
@@ -81,16 +83,19 @@ def expected(steps: tuple[int, ...]) -> dict[str, float]:
     line.
     """
 
-    def total(name: str, of: list[int]) -> float:
+    def total(name: str, covered: list[int]) -> float:
         return sum(
-            micro_step(s, rank, number)[name] for s in of for rank in (0, 1) for number in (0, 1)
+            micro_step(s, rank, number)[name]
+            for s in covered
+            for rank in (0, 1)
+            for number in (0, 1)
         )
 
-    def losses(of: list[int]) -> dict[str, float]:
-        found = {"auxiliary_loss": total("auxiliary", of) / (4 * len(of))}
+    def losses(covered: list[int]) -> dict[str, float]:
+        found = {"auxiliary_loss": total("auxiliary", covered) / (4 * len(covered))}
         for modality in ("image", "text"):
-            if weight := total(f"{modality}_weight", of):
-                found[f"{modality}_loss"] = total(f"{modality}_sum", of) / weight
+            if weight := total(f"{modality}_weight", covered):
+                found[f"{modality}_loss"] = total(f"{modality}_sum", covered) / weight
         return found
 
     last, seconds, of_all = steps[-1], SECONDS[steps[-1]], list(steps)

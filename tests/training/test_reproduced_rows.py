@@ -73,7 +73,7 @@ def test_every_row_of_every_table_trains_for_a_step(scale, tmp_path, rank_group)
     if scale == "paper":
         tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
         drawn = (*DRAWN, *toy_tokenizer.recipe_settings(tokenizer))
-    runs = {name: run for (of, name), run in RUNS.items() if of == scale}
+    runs = {name: run for (scale_of, name), run in RUNS.items() if scale_of == scale}
     folders = _build_all({run.trained for run in runs.values()}, drawn, tmp_path / "shards")
     small = SMALL_STEP + (SMALL_MODEL if scale == "paper" else ())
     started = {

@@ -29,7 +29,7 @@ def run(rank_group, shards):
 
 
 def curve(output: Path, name: str) -> dict[int, float]:
-    """By step."""
+    """The values of a curve by step."""
     with (output / f"csv_monitor/train_{name}.csv").open() as file:
         return {int(at) // 4: float(value) for at, value in csv.reader(file) if at != "step"}
 
@@ -48,8 +48,8 @@ def test_a_gradient_that_is_not_finite_costs_what_a_loss_that_is_not_does(
     assert "step 2 is skipped, its loss is not finite (1 of at most 5)" in loss[0]["printed"]
     assert "step 2: the loss is not finite on rank 1 in " in loss[1]["printed"]
     assert "the loss is not finite on rank" not in loss[0]["printed"]
-    said = "step 2 is skipped, its gradient is zero or not finite (1 of at most 5)"
-    assert said in gradient[0]["printed"]
+    message = "step 2 is skipped, its gradient is zero or not finite (1 of at most 5)"
+    assert message in gradient[0]["printed"]
     assert "the loss is not finite on rank" not in gradient[0]["printed"]
 
 
@@ -71,10 +71,10 @@ def test_a_step_left_out_drops_its_own_losses_and_no_others(run, tmp_path):
     run(tmp_path / "each", "engine=demo", "training.log_every=1", fault=fault)
     run(tmp_path / "once", "engine=demo", "training.log_every=4", fault=fault)
     for name in ("image_loss", "auxiliary_loss", "segmentation_gradient_norm"):
-        each = curve(tmp_path / "each", name)
-        assert list(each) == [1, 2, 4]
+        each_step = curve(tmp_path / "each", name)
+        assert list(each_step) == [1, 2, 4]
         # All steps have equally many targets.
-        assert curve(tmp_path / "once", name) == {4: pytest.approx(sum(each.values()) / 3)}
+        assert curve(tmp_path / "once", name) == {4: pytest.approx(sum(each_step.values()) / 3)}
     assert list(curve(tmp_path / "each", "tokens_per_second")) == [1, 2, 3, 4]
 
 

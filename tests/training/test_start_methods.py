@@ -7,7 +7,9 @@ import pytest
 
 @pytest.mark.slow
 def test_the_script_trains_with_readers_that_are_not_forked(train, repository, tmp_path):
-    """Such a reader runs the script of its rank again, which must not train a second time."""
+    """A reader that is not forked runs the script of its rank again, which must not train a second
+    time.
+    """
     (tmp_path / "sitecustomize.py").write_text(
         "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
     )

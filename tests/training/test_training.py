@@ -202,9 +202,9 @@ def test_what_cannot_work_is_refused_in_one_sentence(capsys, shards, tmp_path, s
         *settings,
     ]
     assert main(["train", "demo", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert len(said.strip().splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -253,10 +253,10 @@ def test_a_run_does_not_go_on_with_other_samples_in_silence(
 ):
     before = (whole_run / "run.json").read_text()
     assert main(goes_on(shards, whole_run, *settings)) == 2
-    said = capsys.readouterr().err
-    assert f"training.output: {whole_run} holds another run ({difference});" in said
-    assert "training.accept_changes=true to continue anyway" in said
-    assert len(said.strip().splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert f"training.output: {whole_run} holds another run ({difference});" in printed
+    assert "training.accept_changes=true to continue anyway" in printed
+    assert len(printed.strip().splitlines()) == 1
     assert (whole_run / "run.json").read_text() == before
 
 
@@ -288,8 +288,8 @@ def test_a_run_goes_on_with_other_shards_only_where_that_is_asked_for(
 
     assert train_on(shards, "training.steps=1") == "well"
     assert main(goes_on(other, output)) == 2
-    said = capsys.readouterr().err
-    assert "the sha256 of the shards' manifest is " in said
+    printed = capsys.readouterr().err
+    assert "the sha256 of the shards' manifest is " in printed
     changed = (*quick, "training.accept_changes=true", "training.seed=7")
     assert train_on(other, "training.steps=2", *changed) == "well"
     assert train_on(other, "training.steps=3", *changed) == "well"
@@ -327,7 +327,7 @@ metadata.Distribution.from_name = classmethod(hide)
 
 @pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(shards, tmp_path):
-    """Of two runs that start together, one is refused. The other, without its package's metadata,
+    """One of two runs that start together is refused. The other, without its package's metadata,
     trains, and saves and ends at a signal.
     """
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_METADATA)
@@ -343,9 +343,9 @@ def test_two_runs_do_not_share_a_folder(shards, tmp_path):
         wait_for(lambda: any("step 1/500" in run.log for run in both), lambda: second.log)
         first, second = both if "step 1/500" in first.log else reversed(both)
         assert second.wait_for_end() == 2
-        said = second.log.splitlines()[-1]
-        assert said.startswith(f"icl-moe: training.output: process {first.leader.pid} on ")
-        assert said.endswith(
+        printed = second.log.splitlines()[-1]
+        assert printed.startswith(f"icl-moe: training.output: process {first.leader.pid} on ")
+        assert printed.endswith(
             f"is writing to {output}; wait until it has ended, or choose another folder."
         )
         first.signal(signal.SIGTERM)

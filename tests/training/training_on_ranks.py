@@ -66,7 +66,7 @@ def run(
     fault: called before each micro-step of training.
     """
     recipe = load(shards, output, *settings)
-    printed, said, ended, engines, deterministic = io.StringIO(), io.StringIO(), "well", [], set()
+    printed, errors, ended, engines, deterministic = io.StringIO(), io.StringIO(), "well", [], set()
     build, forward = trainer.TrainingEngine.__init__, InContextDecoder.forward
     backward = trainer.TrainingEngine.backward
 
@@ -91,7 +91,7 @@ def run(
         mock.patch.object(InContextDecoder, "forward", limited),
         _heeding_signals(),
         contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(said),
+        contextlib.redirect_stderr(errors),
     ):
         try:
             trainer.Trainer(recipe, open_checked(recipe, place.world)).fit_on(place)
@@ -103,7 +103,7 @@ def run(
     engines[0].deepspeed.destroy()
     return {
         "printed": printed.getvalue(),
-        "said": said.getvalue(),
+        "said": errors.getvalue(),
         "ended": ended,
         "state": digest,
         "deterministic": str(deterministic),

@@ -9,5 +9,5 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "icl_moe.web.page", raising=False)
     assert main(["web", "demo", "--port", "0"]) == 2
-    said = capsys.readouterr().err
-    assert "pip install 'icl-moe[web]'" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "pip install 'icl-moe[web]'" in printed and printed.count("\n") == 1

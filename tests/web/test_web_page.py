@@ -101,8 +101,8 @@ def test_gradios_client_gets_the_masks_of_segment(page, demo, scenes):
 def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
     folder, masks = scenes
     tab = browser.new_page(viewport={"width": 1010, "height": 900})
-    asked, failed = [], []
-    tab.on("request", lambda request: asked.append(request.url))
+    addresses, failed = [], []
+    tab.on("request", lambda request: addresses.append(request.url))
     tab.on("pageerror", lambda error: failed.append(str(error)))
     tab.goto(page)
     find = tab.get_by_role("button", name="Find it in all of them")
@@ -155,7 +155,7 @@ def test_from_a_click_to_a_mask_in_a_browser(page, browser, demo, scenes):
     assert tab.locator(".icl-sure").first.is_visible()
     assert not tab.locator(".icl-mask").first.is_visible()
     assert not failed
-    assert all(each.startswith((page, "data:", "blob:")) for each in asked)
+    assert all(address.startswith((page, "data:", "blob:")) for address in addresses)
     tab.close()
 
 
@@ -289,5 +289,5 @@ def wait_for_health(address: str) -> None:
 )
 def test_what_cannot_be_served_is_said_in_one_sentence(arguments, told, capsys):
     assert main(["web", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert told in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert told in printed and printed.count("\n") == 1

@@ -149,15 +149,15 @@ def test_masks_are_those_of_segment_and_a_bad_photograph_is_left_out_by_name(
     bad = [str(tmp_path / "huge.png"), str(tmp_path / "moving.gif"), str(tmp_path / "gone.png")]
     paths = [bad[0], *(str(folder / f"{n}.png") for n in range(1, 5)), *bad[1:]]
     results = list(work.find(demo, (example,), paths))
-    errors = [str(each) for each in results if isinstance(each, InputError)]
+    errors = [str(result) for result in results if isinstance(result, InputError)]
     assert "huge.png has 100 million pixels" in errors[0]
     assert "moving.gif is animated" in errors[1] and "gone.png does not exist" in errors[2]
-    found = [each for each in results if isinstance(each, work.Found)]
-    assert [each.name for each in found] == [f"{n}.png" for n in range(1, 5)]
+    found = [result for result in results if isinstance(result, work.Found)]
+    assert [result.name for result in found] == [f"{n}.png" for n in range(1, 5)]
     ious = []
-    for each, truth in zip(found, masks[1:], strict=True):
-        single = demo.segment([example.pair], folder / each.name)
-        assert np.mean(each.drawn.mask_HW == single) > 0.999
+    for result, truth in zip(found, masks[1:], strict=True):
+        single = demo.segment([example.pair], folder / result.name)
+        assert np.mean(result.drawn.mask_HW == single) > 0.999
         ious.append((single & truth).sum() / (single | truth).sum())
     assert max(ious) > 0.5
 
@@ -181,14 +181,14 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     paths = [str(folder / "1.png"), str(twin)]
     kept = work.Kept("gear")
     found = list(work.find(demo, (example,), paths))
-    for each in found:
-        kept.add(each)
+    for result in found:
+        kept.add(result)
     archive = zipfile.ZipFile(io.BytesIO(kept.masks_zip()))
     assert archive.namelist() == ["1_mask.png", "1_mask_2.png"]
-    for name, each in zip(archive.namelist(), found, strict=True):
+    for name, result in zip(archive.namelist(), found, strict=True):
         levels = np.asarray(Image.open(io.BytesIO(archive.read(name))))
         assert set(np.unique(levels)) <= {0, 255}
-        assert ((levels == 255) == each.drawn.mask_HW).all()
+        assert ((levels == 255) == result.drawn.mask_HW).all()
     (tmp_path / "instances.json").write_text(json.dumps(kept.coco()))
     coco = COCO(tmp_path / "instances.json")
     assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1.png"]

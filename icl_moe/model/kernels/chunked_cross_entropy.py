@@ -15,8 +15,8 @@ gradient, and each target V logits.
 ROWS = 64
 """Targets whose softmax is computed at a time, in float32: few enough for a processor's cache."""
 GPU_CHUNK = 4096
-"""On a GPU both: fewer would leave its time to launching kernels. With 50,000 ids a chunk takes 1.2
-GB in bfloat16.
+"""The value of both `CHUNK` and `ROWS` on a GPU: with fewer targets, most of its time would go into
+launching kernels. With 50,000 ids a chunk takes 1.2 GB in bfloat16.
 """
 
 

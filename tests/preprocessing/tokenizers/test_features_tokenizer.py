@@ -163,8 +163,8 @@ def test_codes_are_shown_in_the_mean_colour_of_their_cells(tokenizer, pixels_B3H
     assert drawn.shape == (8, 3, 64, 64) and drawn.abs().max() <= 1.0
     cells = torch.nn.functional.avg_pool2d(pixels_B3HW, 8)
     of_codes, of_all = (
-        (cells - shown).square().mean()
-        for shown in (drawn[:, :, ::8, ::8], cells.mean(dim=(0, 2, 3), keepdim=True))
+        (cells - picture).square().mean()
+        for picture in (drawn[:, :, ::8, ::8], cells.mean(dim=(0, 2, 3), keepdim=True))
     )
     assert of_codes < 0.7 * of_all
     first = drawn[:, :, ::8, ::8].flatten(2)

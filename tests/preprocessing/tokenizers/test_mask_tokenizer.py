@@ -94,7 +94,7 @@ def test_a_model_reads_and_writes_its_masks_with_them(folders, tmp_path, monkeyp
 
 
 def test_of_many_episodes_evenly_spaced_ones_are_learned_from(folders, monkeypatch):
-    """Of the numbers 0, 2, 4, 7, ..., 24 every tenth, beginning with the first, is held out."""
+    """Every tenth of the numbers 0, 2, 4, 7, ..., 24 is held out, beginning with the first."""
     monkeypatch.setattr(learning, "_PIXELS", 12 * 64**2)
     read = []
 

@@ -140,9 +140,8 @@ def test_two_devices_train_as_one_does(
     train_tokenizer(SHARED, tmp_path / "one")
     two, one = _rows(tmp_path / "two"), _rows(tmp_path / "one")
     assert [row["step"] for row in two] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
-    for a, b in zip(
-        two[:8], one[:8], strict=True
-    ):  # then the discriminator joins, whose batch norms use a device's share
+    # After these steps the discriminator joins, whose batch norms use a device's share.
+    for a, b in zip(two[:8], one[:8], strict=True):
         assert a == pytest.approx(b, rel=1e-3)
 
 
@@ -186,9 +185,8 @@ def test_a_training_can_start_from_a_tokenizer(trained: Path, tmp_path: Path) ->
         learning_rate=1e-4,
     )
     train_tokenizer(recipe, tmp_path / "on")
-    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(
-        _rows(trained)[-1]["psnr"], abs=0.5
-    )  # from scratch it would be 10 dB less
+    # From scratch it would be 10 dB less.
+    assert _rows(tmp_path / "on")[0]["psnr"] == pytest.approx(_rows(trained)[-1]["psnr"], abs=0.5)
     other = dataclasses.replace(RECIPE, start_from="demo")
     with pytest.raises(
         InputError,
@@ -372,8 +370,8 @@ def test_a_perfect_tokenizer_measures_as_perfect_and_a_black_one_does_not(
 
 
 def test_classes_count_alike_and_their_masks_by_their_pixels(trained: Path) -> None:
-    """Two classes: of the first, a large mask is reproduced and a small one missed; of the second,
-    half of one mask is reproduced.
+    """There are two classes: a large mask of the first is reproduced and a small one missed; half
+    of one mask of the second is reproduced.
     """
     found = measures._Measures(VQGAN.from_pretrained(trained), batch_size=8)
     masks = np.zeros((3, 32, 32), dtype=bool)
