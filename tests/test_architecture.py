@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"messages"},
+    {"launcher", "messages"},
     {
         "attributes",
         "auto_classes",
