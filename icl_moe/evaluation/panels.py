@@ -321,8 +321,13 @@ def main_measures(result: TaskResult) -> list[str]:
 
 
 def model_name(metrics: Metrics) -> str:
-    """The name of the model's folder, unless that says nothing."""
-    return "the model" if metrics.model_folder == "model" else metrics.model_folder
+    """What the model is called in its rows."""
+    return name_of_folder(metrics.model_folder)
+
+
+def name_of_folder(folder: str) -> str:
+    """What the model of a folder of this name is called: so, unless that says nothing."""
+    return "the model" if folder == "model" else folder
 
 
 def shown_shots(metrics: Metrics) -> int:

@@ -91,6 +91,18 @@ def test_other_systems_are_rows_beside_the_model(evaluation):
     assert "SANSA, generalist" in page and "Published figures, of other queries" in page
 
 
+@pytest.mark.parametrize(("folder", "name"), [("mine", "mine"), ("model", "the model")])
+def test_a_system_with_the_name_of_the_model_is_refused(
+    toy_model_folder, toy_shards, copies, tmp_path, capsys, folder, name
+):
+    shutil.copytree(toy_model_folder, tmp_path / folder)
+    words = ["evaluate", str(tmp_path / folder), str(toy_shards), "--out", str(tmp_path / "out")]
+    assert main([*words, "--predictions", f"{name}={copies}"]) == 2
+    message = f"the rows of the model are named {name}; give the other system another name."
+    assert capsys.readouterr().err.endswith(f"icl-moe: --predictions: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
 def _damage(change):
     """Change the masks' file of predictions as a function says."""
 
