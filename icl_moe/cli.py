@@ -16,14 +16,15 @@ from typing import TextIO
 
 from icl_moe import __version__
 from icl_moe.commands import data, evaluation, inference, tokenizer, training
-from icl_moe.errors import InputError, RankError, UnsavedError
+from icl_moe.errors import InputError, RankError, StoppedError, UnsavedError
 from icl_moe.messages import is_main, say, say_on_main
 from icl_moe.signals import before_the_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 if it succeeded; 2, with one sentence on standard
-    error, if the input is wrong; 1, with one sentence, if a result could not be saved.
+    error, if the input is wrong; 1, with one sentence, if a result could not be saved; 128 + the
+    number of a signal that stopped a sequence of stages, with one sentence.
     """
     _prepare_streams()
     done = False
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnsavedError as error:
         say_on_main(str(error))
         return 1
+    except StoppedError as error:
+        say(str(error))
+        return 128 + error.number
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept.")
         return 130

@@ -13,7 +13,7 @@ class InputError(ValueError):
 
     The message is one sentence that names the file, key or line and says what would be right. The
     command line prints it alone and exits with code 2. Every other exception but `UnsavedError`
-    keeps its traceback.
+    and `StoppedError` keeps its traceback.
     """
 
 
@@ -33,6 +33,17 @@ class UnsavedError(Exception):
     The message is one sentence that says what is lost. The command line prints it alone and exits
     with code 1. All ranks raise it together.
     """
+
+
+class StoppedError(Exception):
+    """A signal asked a sequence of stages to stop, and its stage has ended. number: of the signal.
+
+    The message is one sentence. The command line prints it alone and exits with 128 + `number`.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

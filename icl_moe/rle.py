@@ -1,7 +1,7 @@
 """COCO's run-length encoding (RLE) of masks, as pycocotools has it, with the checks that it lacks.
 
-An RLE is {"size": [height, width], "counts": ...}; its counts are text or bytes in COCO's
-compressed form: alternating runs of 0 and 1, column by column.
+An RLE is {"size": [height, width], "counts": ...}; its counts are alternating runs of 0 and 1,
+column by column: text or bytes in COCO's compressed form, or in its uncompressed form a list.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
 
 
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
@@ -30,18 +30,32 @@ def count_runs(mask_HW: np.ndarray) -> np.ndarray:
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     """The boolean mask (H, W) of an RLE.
 
-    Raises InputError if the run lengths do not cover H x W pixels exactly; pycocotools would return
-    uninitialised memory.
+    Raises InputError if the counts are no run lengths, or if these do not cover H x W pixels
+    exactly; pycocotools would return uninitialised memory.
     """
     height, width = rle["size"]
     try:
-        runs = run_lengths(rle["counts"])
-        covered = sum(runs)
-    except (IndexError, TypeError, ValueError):
-        covered = -1
-    if covered != height * width:
-        raise InputError(f"run lengths do not cover the {height} x {width} pixels of their mask.")
+        runs = _runs(rle["counts"])
+    except (IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"counts must be run lengths, COCO's compressed text or a list of whole numbers, not "
+            f"{shown(rle['counts'])}."
+        ) from error
+    if (covered := sum(runs)) != height * width:
+        raise InputError(
+            f"run lengths do not cover the {height} x {width} pixels of their mask: they are of "
+            f"{covered} pixels."
+        )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _runs(counts: Any) -> list[int]:
+    """Run lengths in either form; raises as `run_lengths` does."""
+    if not isinstance(counts, list):
+        return run_lengths(counts)
+    if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in counts):
+        raise ValueError("not run lengths")
+    return counts
 
 
 def _compress(runs: np.ndarray) -> str:

@@ -195,12 +195,25 @@ def listening() -> Iterator[None]:
 
 def end_with_parent() -> None:
     """Have this process, a child of multiprocessing, killed when its parent dies in any way."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _signal_at_parents_death(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     # It may have died before. Siblings that were forked hold the pipe that `is_alive` looks at.
     forked = isinstance(multiprocessing.current_process(), multiprocessing.context.ForkProcess)
     if parent is not None and (os.getppid() != parent.pid if forked else not parent.is_alive()):
         os._exit(1)
+
+
+def signal_at_death_of(parent: int, number: signal.Signals) -> None:
+    """Have this process, a child of the process `parent`, receive a signal when that dies in any
+    way.
+    """
+    _signal_at_parents_death(number)
+    if os.getppid() != parent:  # It has died before.
+        os.kill(os.getpid(), number)
+
+
+def _signal_at_parents_death(number: signal.Signals) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def obey_parent_alone() -> None:

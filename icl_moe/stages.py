@@ -6,13 +6,16 @@ of them can be run again at any time.
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, StoppedError
 from icl_moe.launcher import free_port
 
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -37,18 +40,77 @@ class Command:
         return shlex.join(self.shown)
 
     def run(self) -> None:
-        """Print the command and run it. Raises InputError, which names it, if it fails."""
+        """Print the command and run it in a process group of its own, which is killed if this
+        process is. Raises InputError, which names the command, if it fails; StoppedError when it
+        has ended after a signal asked this process to stop.
+        """
         print(f"$ {self}", flush=True)
-        port = ("--master_port", str(free_port())) if self.launched else ()
         module, *arguments = self.program
-        words = [sys.executable, "-m", module, *port, *arguments]
-        environment = {**self.environment, **os.environ}
-        code = subprocess.run(words, env=environment, check=False).returncode
+        words = [sys.executable, "-m", module, *arguments]
+        if self.launched:
+            # As in launch_scripts/pretrain.sh, only the ranks handle signals: a launcher would end
+            # before them, or kill those that take long to save.
+            words[3:3] = ["--master_port", str(free_port())]
+            words = [sys.executable, "-m", "icl_moe.signals", *words]
+        code, received = _run_to_its_end(words, {**self.environment, **os.environ})
+        if received:
+            raise StoppedError(
+                received,
+                f"{signal.Signals(received).name}: stopped during `{self}`; the same command as "
+                "before resumes from there.",
+            )
         if code:
             raise InputError(
                 f"`{self}` ended with exit code {code}. Once its cause is mended, the same command "
                 "as before resumes from there."
             )
+
+
+def _run_to_its_end(words: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int]:
+    """The exit code of a command, and the first signal that asked this process to stop meanwhile,
+    or 0. Each was passed on to all processes of the command. What suspends this process, such as
+    Ctrl-Z, suspends these too.
+    """
+    received: list[int] = []
+    group: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None = None) -> None:
+        received.append(number)
+        # A stage would not end in its own way at SIGHUP, which tells that the terminal has gone.
+        asks = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        for leader in group:
+            os.killpg(leader, asks)
+
+    def suspend(number: int, _: FrameType | None) -> None:
+        for leader in group:
+            os.killpg(leader, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for leader in group:
+            os.killpg(leader, signal.SIGCONT)
+
+    handlers = {**dict.fromkeys(_ASKING, pass_on), signal.SIGTSTP: suspend}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # No other can set handlers.
+        before = {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if signal.getsignal(number) != signal.SIG_IGN  # As nohup has it.
+        }
+    try:
+        guarded = [sys.executable, "-m", "icl_moe.guard", str(os.getpid()), *words]
+        command = subprocess.Popen(guarded, env=environment, process_group=0)
+        group.append(command.pid)
+        for number in received[:1]:  # It came before there was a group.
+            pass_on(number)
+        code = command.wait()
+        group.clear()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, next(iter(received), 0)
+
+
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def verb(*arguments: str | Path, environment: Mapping[str, str] = ON_CPU) -> Command:

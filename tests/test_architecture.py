@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"messages"},
+    {"launcher", "messages"},
     {
         "attributes",
         "auto_classes",
@@ -23,7 +23,7 @@ FLOORS = [
         "tables",
         "versions",
     },
-    {"boxes", "devices", "files", "hear_signals", "inputs", "locks"},
+    {"boxes", "devices", "files", "guard", "hear_signals", "inputs", "locks"},
     {"images", "outputs", "processes", "rle", "settings", "vocabulary"},
     {"arguments", "pictures", "tokenizers"},
     {"pages", "sequence"},

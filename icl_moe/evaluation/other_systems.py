@@ -11,8 +11,9 @@ segmentation    {"image_id": KEY, "segmentation": {"size": [H, W], "counts": TEX
 captioning      {"image_id": KEY, "caption": TEXT, "category": TEXT, "box": [x1, y1, x2, y2],
                  "score": NUMBER}
 
-A mask has the image size of the shards. The category, the box (fractions of the image) and the
-score (how sure the system is, for the mean average precision) may be left out.
+A mask has the image size of the shards; its counts are text, or a list of run lengths. The
+category, the box (fractions of the image) and the score (how sure the system is, for the mean
+average precision) may be left out; a mask may have a category and a score too.
 """
 
 import hashlib
@@ -21,15 +22,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from icl_moe.boxes import Box
 from icl_moe.data.shards import ShardSet
-from icl_moe.errors import InputError, shown
+from icl_moe.errors import InputError, nearest, shown
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.files import write_whole
 from icl_moe.inputs import read_json
-from icl_moe.rle import decode_rle
+from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks.task import Output
 from icl_moe.tokenizers.text import TextTokenizer
@@ -129,11 +130,16 @@ def read_predictions(
         if swapped.is_file():
             raise InputError(f"{swapped} needs {own.name}, the predictions without swapping.")
         return None
-    system = _read_file(own, episodes, False, name or folder.name)
-    system = replace(system, name=name or system.name)
+    found = _read_file(own, episodes, False)
+    system = replace(found, name=name or found.name or folder.name)
     if not swapped.is_file():
         return system
-    other = _read_file(swapped, episodes, True, folder.name)
+    other = _read_file(swapped, episodes, True)
+    if other.name and found.name and other.name != found.name:
+        raise InputError(
+            f"{swapped} is of the system {shown(other.name)} and {own.name} of "
+            f"{shown(found.name)}; both must be of one."
+        )
     if other.shots != system.shots:
         raise InputError(
             f"{swapped} is of {other.shots} example(s) and {own.name} of {system.shots}; both must "
@@ -142,8 +148,8 @@ def read_predictions(
     return replace(system, swapped=other.outputs)
 
 
-def _read_file(path: Path, episodes: EpisodeSet, swapped: bool, name: str) -> OtherSystem:
-    """The predictions of one file. name: the system's name, if the file does not say it."""
+def _read_file(path: Path, episodes: EpisodeSet, swapped: bool) -> OtherSystem:
+    """The predictions of one file; the system's name is empty if the file does not say."""
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("results"), list):
         raise InputError(
@@ -158,21 +164,25 @@ def _read_file(path: Path, episodes: EpisodeSet, swapped: bool, name: str) -> Ot
             f"{len(questions)} episodes{what} that are evaluated have {expected!r}."
         )
     shots = content.get("shots")
-    if not isinstance(shots, int) or not swapped <= shots <= episodes.examples:
+    if not _is_whole(shots) or not swapped <= shots <= episodes.examples:
         raise InputError(
             f"{path}: shots must be a whole number from {int(swapped)} to {episodes.examples}, not "
             f"{shown(shots)}."
         )
+    system = content.get("system", "")
+    if not isinstance(system, str):
+        raise InputError(f"{path}: system must be text, the system's name, not {shown(system)}.")
     found = _by_key(path, [question.truth.key for question in questions], content["results"])
     record = _RECORDS[episodes.task.name]
     outputs = []
     for truth, source in questions:
         try:
+            _check_keys(found[truth.key], record.keys)
             outputs.append(record.read(found[truth.key], episodes.image_size))
             _check_class(found[truth.key], source.category)
         except InputError as error:
             raise InputError(f"{path}: {truth.key}: {error}") from error
-    return OtherSystem(str(content.get("system") or name), shots, outputs)
+    return OtherSystem(system, shots, outputs)
 
 
 def check_predictions(
@@ -218,7 +228,7 @@ def _by_key(path: Path, keys: list[str], results: list[Any]) -> dict[str, dict[s
         if not isinstance(result, dict) or "image_id" not in result:
             raise InputError(f"{path}: result {number} must be a record with an image_id.")
         key = result["image_id"]
-        if isinstance(key, int) and 1 <= key <= len(keys):
+        if _is_whole(key) and 1 <= key <= len(keys):
             key = keys[key - 1]
         if not isinstance(key, str) or key not in known:
             raise InputError(
@@ -237,6 +247,21 @@ def _by_key(path: Path, keys: list[str], results: list[Any]) -> dict[str, dict[s
     return found
 
 
+def _is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is a whole number, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_keys(result: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """A key that nothing reads may be meant to say something, as COCO's category_id does."""
+    for key in result:
+        if key not in keys:
+            raise InputError(
+                f"{shown(key)} is not a key of a result{nearest(key, keys)}; the keys are "
+                f"{', '.join(keys)}."
+            )
+
+
 def _check_class(result: Mapping[str, Any], category: str) -> None:
     """A mask's class, which need not be given, is that of its examples; a caption may name any."""
     if "segmentation" in result and result.get("category", category) != category:
@@ -247,10 +272,12 @@ def _check_class(result: Mapping[str, Any], category: str) -> None:
 
 @dataclass(frozen=True)
 class _Record:
-    """How a task's output is stored in a result. read: the output, from a result and the image
+    """How a task's output is stored in a result. keys: those that a result may have. read: the
+    output, from a result and the image
     size.
     """
 
+    keys: tuple[str, ...]
     write: Callable[[Output], dict[str, Any]]
     read: Callable[[Mapping[str, Any], int], Output]
 
@@ -261,8 +288,10 @@ def _read_mask(result: Mapping[str, Any], size: int) -> Output:
         raise InputError("segmentation must be run lengths, a record with size and counts.")
     if rle["size"] != [size, size]:
         raise InputError(f"the mask has the size {shown(rle['size'])}; it must be {[size, size]}.")
-    decode_rle(rle)
-    return {"mask": {"size": rle["size"], "counts": rle["counts"]}}
+    mask = {"size": [size, size], "counts": rle["counts"]}
+    mask_HW = decode_rle(mask)
+    _read_score(result)
+    return {"mask": encode_rle(mask_HW) if isinstance(rle["counts"], list) else mask}
 
 
 def _read_caption(result: Mapping[str, Any], size: int) -> Output:
@@ -272,12 +301,20 @@ def _read_caption(result: Mapping[str, Any], size: int) -> Output:
     if not isinstance(category, str | None):
         raise InputError(f"category must be text, not {shown(category)}.")
     output = {"caption": caption, "category": category, "box": _read_box(box)}
+    score = _read_score(result)
+    return output if score is None else output | {"confidence": score}
+
+
+def _read_score(result: Mapping[str, Any]) -> float | None:
     score = result.get("score")
     if score is None:
-        return output
-    if not isinstance(score, int | float) or not math.isfinite(score):
-        raise InputError(f"score must be a number, not {shown(score)}.")
-    return output | {"confidence": float(score)}
+        return None
+    try:
+        if (_is_whole(score) or isinstance(score, float)) and math.isfinite(score):
+            return float(score)
+    except OverflowError:  # A whole number that is too large for a float.
+        pass
+    raise InputError(f"score must be a number, not {shown(score)}.")
 
 
 def _read_box(box: Any) -> Box | None:
@@ -286,7 +323,7 @@ def _read_box(box: Any) -> Box | None:
     is_box = (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(side, int | float) and 0 <= side <= 1 for side in box)
+        and all((_is_whole(side) or isinstance(side, float)) and 0 <= side <= 1 for side in box)
     )
     if not is_box or box[0] > box[2] or box[1] > box[3]:
         raise InputError(
@@ -303,6 +340,12 @@ def _write_caption(output: Output) -> dict[str, Any]:
 
 
 _RECORDS = {
-    "segmentation": _Record(lambda output: {"segmentation": output["mask"]}, _read_mask),
-    "captioning": _Record(_write_caption, _read_caption),
+    "segmentation": _Record(
+        ("image_id", "segmentation", "category", "score"),
+        lambda output: {"segmentation": output["mask"]},
+        _read_mask,
+    ),
+    "captioning": _Record(
+        ("image_id", "caption", "category", "box", "score"), _write_caption, _read_caption
+    ),
 }

@@ -166,20 +166,36 @@ def swapped_panel(metrics: Metrics, task: str, notes: str) -> Panel:
         for row in swapped
     ]
     return _panel(
-        f"{describe_task(task)}: {swapped[0].scores.queries} queries that show two classes, asked "
-        "with examples of either.",
+        f"{describe_task(task)}: {asked_for_two(result)}, asked with examples of either.",
         rows,
         list(columns),
         notes,
     )
 
 
+def asked_for_two(result: TaskResult) -> str:
+    """Which queries swapped examples were shown with, such as "90 queries that show two
+    classes".
+    """
+    scores = result.swapped[0].scores
+    if scores.of_another_class == scores.queries:
+        return f"{scores.queries} queries that show two classes"
+    return (
+        f"{scores.queries} queries that are described in several ways, of which "
+        f"{scores.of_another_class} show two classes"
+    )
+
+
 def respects_panel(metrics: Metrics, task: str) -> Panel | None:
-    """The queries of `swapped_panel`, scored separately in each respect in which a model can follow
-    its examples, such as class and style; None if there is only one respect.
+    """The queries whose own and swapped examples differ in a respect, scored separately in each
+    respect, such as class and style; None if there is only one respect.
     """
     swapped = metrics.tasks[task].swapped
-    names = dict.fromkeys(name for row in swapped for name in row.scores.respects)
+    names = {
+        name: f"{name} ({scores.queries} queries)"
+        for row in swapped
+        for name, scores in row.scores.respects.items()
+    }
     if not names:
         return None
     fields = {"right, own": "right", "right, swapped": "right_swapped", _FLIPS: "flips"}
@@ -188,7 +204,7 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
             _name(metrics, row),
             row.prediction,
             {
-                (name, heading): _measure(scores, field)
+                (names[name], heading): _measure(scores, field)
                 for name, scores in row.scores.respects.items()
                 for heading, field in fields.items()
             },
@@ -196,9 +212,10 @@ def respects_panel(metrics: Metrics, task: str) -> Panel | None:
         for row in swapped
     ]
     return _panel(
-        f"{describe_task(task)}: the same queries, in what respect the examples are obeyed.",
+        f"{describe_task(task)}: in what respect the examples are obeyed, over the queries whose "
+        "own and swapped examples differ in it.",
         rows,
-        [(name, heading) for name in names for heading in fields],
+        [(name, heading) for name in names.values() for heading in fields],
     )
 
 
@@ -306,8 +323,13 @@ def main_measures(result: TaskResult) -> list[str]:
 
 
 def model_name(metrics: Metrics) -> str:
-    """The name of the model's folder, unless that says nothing."""
-    return "the model" if metrics.model_folder == "model" else metrics.model_folder
+    """What the model is called in its rows."""
+    return name_of_folder(metrics.model_folder)
+
+
+def name_of_folder(folder: str) -> str:
+    """What the model of a folder of this name is called: so, unless that says nothing."""
+    return "the model" if folder == "model" else folder
 
 
 def shown_shots(metrics: Metrics) -> int:

@@ -5,7 +5,7 @@ examples.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,9 @@ class SwappedQuery(NamedTuple):
 
 @dataclass(frozen=True)
 class RespectScores:
-    """How often an output is what the examples show in one respect, over the queries whose kinds
-    differ in it; as in `SwapScores`.
+    """How often an output is what the examples show in one respect, over the queries whose own and
+    swapped examples differ in it; as in `SwapScores`. Over others, what does not depend on the
+    examples could be right after both.
     """
 
     queries: int
@@ -40,13 +41,15 @@ class RespectScores:
 
 @dataclass(frozen=True)
 class SwapScores:
-    """Shares and means over the queries that show something else too: another class, and where they
-    are described in several styles, in another style.
+    """Shares and means over the queries that show something else too: another class, where they are
+    described in several styles in another style, and for want of that one of the two alone.
 
     own_with_own: agreement of what is said after the right examples with what is annotated of the
     query's own kind; own_with_other: with the other kind. swapped_with_shown, swapped_with_own: of
     what is said after the swapped examples, with the kind that they show and with the query's own.
-    Agreement is the task's (IoU of masks, ROUGE-L of captions).
+    Agreement is the task's (IoU of masks, ROUGE-L of captions). These four are means over the
+    queries whose swapped examples are of another class, `of_another_class` in number; None where
+    there are none.
     right, right_swapped: how often an output is what the examples show in every respect
     (`Task.judge`), after the right and after the swapped examples. flips: how often both.
     intervals: 95 % intervals over queries, by score. respects: the same shares in each respect
@@ -54,13 +57,14 @@ class SwapScores:
     """
 
     queries: int
-    own_with_own: float
-    own_with_other: float
-    swapped_with_shown: float
-    swapped_with_own: float
+    own_with_own: float | None
+    own_with_other: float | None
+    swapped_with_shown: float | None
+    swapped_with_own: float | None
     right: float
     right_swapped: float
     flips: float
+    of_another_class: int
     intervals: dict[str, Interval] = field(default_factory=dict)
     respects: dict[str, RespectScores] = field(default_factory=dict)
 
@@ -69,11 +73,28 @@ def score_swaps(task: Task, queries: Sequence[SwappedQuery], judge: Judge) -> Sw
     """Scores of at least one query. judge: see `Task.judge`."""
     followed = [_follow(task, query, judge) for query in queries]
     every = [(all(own.values()), all(swapped.values())) for own, swapped in followed]
-    agreements = zip(*(_agreements(task, query) for query in queries), strict=True)
-    means, intervals = _means(dict(zip(_AGREEMENTS, agreements, strict=True)) | _shares(every))
+    shares, intervals = _means(_shares(every))
+    others = [query for query in queries if "class" not in _shared(query)]
+    agreements: dict[str, Any] = dict.fromkeys(_AGREEMENTS)
+    if others:
+        values = zip(*(_agreements(task, query) for query in others), strict=True)
+        means, of_means = _means(dict(zip(_AGREEMENTS, values, strict=True)))
+        agreements, intervals = means, of_means | intervals
     return SwapScores(
-        len(queries), **means, intervals=intervals, respects=_score_respects(followed)
+        len(queries),
+        **agreements,
+        **shares,
+        of_another_class=len(others),
+        intervals=intervals,
+        respects=_score_respects(queries, followed),
     )
+
+
+def _shared(query: SwappedQuery) -> set[str]:
+    """The respects in which a query's own and its swapped examples are the same."""
+    own, shown = kind_of(query.truth.meta), query.shown
+    same = {"class": own.category == shown.category, "style": own.style == shown.style}
+    return {name for name, is_same in same.items() if is_same}
 
 
 _AGREEMENTS = ("own_with_own", "own_with_other", "swapped_with_shown", "swapped_with_own")
@@ -104,14 +125,23 @@ def _follow(task: Task, query: SwappedQuery, judge: Judge) -> _Followed:
     )
 
 
-def _score_respects(followed: Sequence[_Followed]) -> dict[str, RespectScores]:
-    """The scores of each respect; empty if the queries are judged in one respect only."""
+def _score_respects(
+    queries: Sequence[SwappedQuery], followed: Sequence[_Followed]
+) -> dict[str, RespectScores]:
+    """The scores of each respect, over the queries whose examples differ in it; empty if the
+    queries are judged in one respect only.
+    """
     names = dict.fromkeys(name for own, _ in followed for name in own)
     found = {}
     for name in names if len(names) > 1 else ():
-        pairs = [(own[name], swapped[name]) for own, swapped in followed if name in own]
-        means, intervals = _means(_shares(pairs))
-        found[name] = RespectScores(len(pairs), **means, intervals=intervals)
+        pairs = [
+            (own[name], swapped[name])
+            for query, (own, swapped) in zip(queries, followed, strict=True)
+            if name in own and name not in _shared(query)
+        ]
+        if pairs:
+            means, intervals = _means(_shares(pairs))
+            found[name] = RespectScores(len(pairs), **means, intervals=intervals)
     return found
 
 

@@ -19,6 +19,7 @@ from icl_moe.evaluation.episodes import EpisodeSet, check_same_kind
 from icl_moe.evaluation.gallery import Images, draw_gallery, draw_proof
 from icl_moe.evaluation.held_out import held_out_loss
 from icl_moe.evaluation.other_systems import OtherSystem, no_predictions, read_predictions
+from icl_moe.evaluation.panels import name_of_folder
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import Condition, Control, PredictionLog, predict
 from icl_moe.evaluation.report import Section, write_report
@@ -79,8 +80,8 @@ def evaluate(
     all but the first return None.
 
     Raises InputError if the model and the shards do not match, if they do not support the requested
-    numbers of examples or swapped examples, if predictions are not of exactly these episodes, if
-    the images are not there, or if `out` cannot be written.
+    numbers of examples or swapped examples, if predictions are not of exactly these episodes or are
+    named as the model, if the images are not there, or if `out` cannot be written.
     """
     out, shots = output_folder(out), list(shots)
     if (out / "model.safetensors").exists():
@@ -95,6 +96,12 @@ def evaluate(
         model.edges = None
     decoding = model.decoding(decoding)
     _check(model, shards, shots, decoding)
+    folder_name = Path(model_dir).resolve().name
+    if predictions and (taken := name_of_folder(folder_name)) in predictions:
+        raise InputError(
+            f"--predictions: the rows of the model are named {taken}; give the other system "
+            "another name."
+        )
     sets = [EpisodeSet(shards, model.codec, task, limit) for task in shards.manifest.samples]
     if controls is not None and "swapped" in controls:
         _check_swaps(shards, sets)
@@ -121,7 +128,7 @@ def evaluate(
         run.predict(log)
         if not process.is_main_process:
             return None
-        return run.report(log, out, Path(model_dir).resolve().name, sections, _machine(process))
+        return run.report(log, out, folder_name, sections, _machine(process))
 
 
 def _photographs(

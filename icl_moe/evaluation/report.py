@@ -7,6 +7,7 @@ from typing import Any
 
 from icl_moe.bootstrap import DRAWS
 from icl_moe.evaluation.panels import (
+    asked_for_two,
     group_panels,
     main_measures,
     model_name,
@@ -180,9 +181,9 @@ def _definitions(metrics: Metrics) -> list[tuple[str, str]]:
 
 
 _DEFINITIONS = {
-    "flips": "The share of the queries that show two classes for which the model is right after "
-    "examples of the one and also after examples of the other. What does not depend on its "
-    "examples never flips.",
+    "flips": "The share of the queries that show two classes, or are described in two styles, for "
+    "which the model is right after examples of the one and also after examples of the other. What "
+    "does not depend on its examples never flips.",
     "95 % interval": f"Percentile bootstrap over the queries, {DRAWS} draws. The examples and "
     "the training are held fixed: what another seed of the training would give is not in it.",
 }
@@ -247,7 +248,7 @@ def summary(metrics: Metrics) -> str:
     tables: dict[str, Table] = {}
     for name, result in metrics.tasks.items():
         if result.swapped:
-            tables[f"{name}, queries that show two classes"] = swapped_table(result)
+            tables[f"{name}, {asked_for_two(result)}"] = swapped_table(result)
         respects = respects_table(result)
         if respects:
             tables[f"{name}, what of the examples is obeyed"] = respects
@@ -289,8 +290,8 @@ def swapped_table(result: TaskResult) -> Table:
 
 
 def respects_table(result: TaskResult) -> Table | None:
-    """The queries with swapped examples, scored separately in each respect in which a model can
-    follow its examples, such as class and style; None if there is only one respect.
+    """The queries whose own and swapped examples differ in a respect, scored separately in each
+    respect, such as class and style; None if there is only one respect.
     """
     columns = {"right": "right, own", "right_swapped": "right, swapped", "flips": "flips"}
     lines = []
@@ -369,8 +370,16 @@ def _swapped_note(result: TaskResult, is_told: bool) -> str:
     """
     if not result.swapped:
         return result.swapped_note
+    begin = "Each query shows its own class and another"
+    scores = result.swapped[0].scores
+    if scores.of_another_class < scores.queries:
+        begin = (
+            "Each query shows its own class and another, or is described in another style alone "
+            f"({scores.queries - scores.of_another_class} queries, which do not count in the "
+            f"columns of {result.measure})"
+        )
     note = (
-        "Each query shows its own class and another; it is asked with examples of the one, then "
+        f"{begin}; it is asked with examples of the one, then "
         f"of the other. {result.measure} is a mean over queries, times 100. Right: the output "
         "agrees more with the annotation of the class that the examples show than with that of "
         "any other class of the query (a caption must name that class and place its box there, if "
@@ -385,8 +394,9 @@ def _swapped_note(result: TaskResult, is_told: bool) -> str:
     if not respects_table(result):
         return note
     return (
-        f"{note} Here the swapped examples are also of another style, and right means right in "
-        "every respect. Style: of all texts about these queries, those of the examples' style make "
+        f"{note} Here examples have styles too: the swapped ones are of another class and another "
+        "style wherever a query has both, and right means right in every respect. Style: of all "
+        "texts about these queries, those of the examples' style make "
         "the caption's words and pairs of words the most probable (naive Bayes); copying an "
         "example keeps its style."
     )

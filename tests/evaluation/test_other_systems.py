@@ -27,6 +27,7 @@ from icl_moe.evaluation.other_systems import (
 )
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.evaluation.template import write_template
+from icl_moe.rle import run_lengths
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,18 @@ def test_other_systems_are_rows_beside_the_model(evaluation):
     assert "SANSA, generalist" in page and "Published figures, of other queries" in page
 
 
+@pytest.mark.parametrize(("folder", "name"), [("mine", "mine"), ("model", "the model")])
+def test_a_system_with_the_name_of_the_model_is_refused(
+    toy_model_folder, toy_shards, copies, tmp_path, capsys, folder, name
+):
+    shutil.copytree(toy_model_folder, tmp_path / folder)
+    words = ["evaluate", str(tmp_path / folder), str(toy_shards), "--out", str(tmp_path / "out")]
+    assert main([*words, "--predictions", f"{name}={copies}"]) == 2
+    message = f"the rows of the model are named {name}; give the other system another name."
+    assert capsys.readouterr().err.endswith(f"icl-moe: --predictions: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
 def _damage(change):
     """Change the masks' file of predictions as a function says."""
 
@@ -139,7 +152,45 @@ DAMAGES = {
     ),
     "half a mask": (
         _result(4, segmentation={"size": [64, 64], "counts": "PP1"}),
-        r"segmentation-00000004: run lengths do not cover the 64 x 64 pixels",
+        r"segmentation-00000004: run lengths do not cover the 64 x 64 .*: they are of 1024 pixels",
+    ),
+    "garbage for a mask": (
+        _result(4, segmentation={"size": [64, 64], "counts": "no mask"}),
+        r"segmentation-00000004: counts must be run lengths, COCO's compressed text or a list of "
+        "whole numbers, not 'no mask'",
+    ),
+    "runs that are too long": (
+        _result(4, segmentation={"size": [64, 64], "counts": [4000, 97]}),
+        r"do not cover the 64 x 64 pixels of their mask: they are of 4097 pixels\.",
+    ),
+    "runs that are no numbers": (
+        _result(4, segmentation={"size": [64, 64], "counts": [4095, True]}),
+        r"counts must be run lengths, .*, not \[4095, True\]\.",
+    ),
+    "a negative run": (
+        _result(4, segmentation={"size": [64, 64], "counts": [4097, -1]}),
+        r"counts must be run lengths, .*, not \[4097, -1\]\.",
+    ),
+    "true in place of a number": (
+        _result(0, image_id=True),
+        "result 1 is of the episode True, which is not among the 11 that are evaluated",
+    ),
+    "true in place of examples": (
+        _damage(lambda content: content.update(shots=True)),
+        "shots must be a whole number from 0 to 2, not True",
+    ),
+    "no score": (
+        _result(4, score=float("nan")),
+        "segmentation-00000004: score must be a number, not nan",
+    ),
+    "a class by COCO's number": (
+        _result(4, category_id=18),
+        "segmentation-00000004: 'category_id' is not a key of a result .did you mean 'category'"
+        ".*; the keys are image_id, segmentation, category, score",
+    ),
+    "a name that is no text": (
+        _damage(lambda content: content.update(system=3)),
+        "system must be text, the system's name, not 3",
     ),
     "another class": (
         _result(4, category="zebra"),
@@ -188,6 +239,10 @@ def test_predictions_that_are_not_whole_are_refused_in_a_sentence(
         ({"box": [0.5, 0.1, 0.2, 0.4]}, "box must be x1, y1, x2, y2 in fractions of the image"),
         ({"box": [10, 10, 40, 40]}, "box must be x1, y1, x2, y2 in fractions of the image"),
         ({"score": "high"}, "score must be a number, not 'high'"),
+        ({"score": True}, "score must be a number, not True"),
+        ({"score": 10**400}, "score must be a number, not 1000"),
+        ({"box": [False, 0.1, True, 0.4]}, "box must be x1, y1, x2, y2 in fractions of the image"),
+        ({"bbox": [0.1, 0.1, 0.2, 0.4]}, "'bbox' is not a key of a result .did you mean 'box'"),
     ],
 )
 def test_captions_that_cannot_be_scored_are_refused(shards, truths, tmp_path, values, message):
@@ -203,6 +258,20 @@ def test_numbers_of_the_template_serve_as_keys(shards, truths, tmp_path):
     for number, result in enumerate(content["results"], 1):
         result["image_id"] = number
     content["results"].reverse()
+    (tmp_path / "segmentation.json").write_text(json.dumps(content))
+    found, expected = (
+        check_predictions(folder, shards)["segmentation"] for folder in (tmp_path, truths)
+    )
+    assert found.outputs == expected.outputs
+
+
+def test_masks_may_be_plain_lists_of_run_lengths(shards, truths, tmp_path):
+    """COCO's uncompressed form: they count as the masks that they are."""
+    content = json.loads((truths / "segmentation.json").read_text())
+    for result in content["results"]:
+        rle = result["segmentation"]
+        rle["counts"] = run_lengths(rle["counts"])
+        result["score"] = 0.5
     (tmp_path / "segmentation.json").write_text(json.dumps(content))
     found, expected = (
         check_predictions(folder, shards)["segmentation"] for folder in (tmp_path, truths)
@@ -306,6 +375,11 @@ SWAPPED_DAMAGES = {
     "other shots": (
         lambda folder: _edit(folder / _SWAPPED, shots=2),
         r"segmentation_swapped\.json is of 2 example\(s\) and segmentation\.json of 1",
+    ),
+    "another system": (
+        lambda folder: _edit(folder / _SWAPPED, system="another"),
+        r"segmentation_swapped\.json is of the system 'another' and segmentation\.json of 'the "
+        "truth'; both must be of one",
     ),
     "no examples": (
         lambda folder: _edit(folder / _SWAPPED, shots=0),

@@ -13,7 +13,7 @@ import toy_tokenizer
 from icl_moe.cli import main
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet
+from icl_moe.evaluation.episodes import EpisodeSet, Swap
 from icl_moe.evaluation.proof import SwappedQuery, score_shots, score_swaps
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.images import crop_and_resize_mask
@@ -336,6 +336,76 @@ def test_captions_are_asked_for_another_class_in_another_style(
     assert "style place" in page and "right means right in every respect" in page
 
 
+def test_a_query_counts_in_the_respects_in_which_its_examples_differ(
+    styled, tmp_path, no_java, monkeypatch
+):
+    """Where the other examples are of the same class in another style, what is always said of the
+    query's own class would be of the right class after both.
+    """
+    model, shards = styled
+    usual = EpisodeSet._swap
+
+    def swap(self, index):
+        episode = self[index]
+        if index % 2:
+            return usual(self, index)
+        styles = [
+            kind
+            for kind in sorted(self.task.objects(episode))
+            if kind.category == episode.category and kind != episode.kind
+        ]
+        sources = ((kind, self._source(episode, kind)) for kind in styles)
+        return next((Swap(kind, source) for kind, source in sources if source), None)
+
+    monkeypatch.setattr(EpisodeSet, "_swap", swap)
+    episodes = EpisodeSet(
+        ShardSet(shards), InContextModel.from_pretrained(model).codec, "captioning"
+    )
+    own = {e.query.image.tobytes(): e for e in map(episodes.__getitem__, range(len(episodes)))}
+
+    def complete(_, requests, **options):
+        said = [(q, CAPTIONING.true_output(own[q.tobytes()])) for _, q in requests]
+        return [CaptionPair(q, each["caption"], None, tuple(each["box"])) for q, each in said]
+
+    monkeypatch.setattr(InContextModel, "complete", complete)
+    row = swapped(evaluate(model, shards, tmp_path / "out").to_json(), "captioning")
+    kinds = [(episodes[number].kind, swap.shown) for number, swap in episodes.swaps.items()]
+    other_class = sum(own.category != shown.category for own, shown in kinds)
+    other_style = sum(own.style != shown.style for own, shown in kinds)
+    assert row["queries"] == len(kinds) > other_class >= 3
+    assert row["of_another_class"] == row["respects"]["class"]["queries"] == other_class
+    assert row["respects"]["style"]["queries"] == other_style
+    assert row["respects"]["class"]["flips"] == row["respects"]["style"]["flips"] == 0
+    assert row["flips"] == 0
+    assert row["own_with_own"] > row["own_with_other"] > 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"class ({other_class} queries)" in page and f"style ({other_style} queries)" in page
+    assert f"of which {other_class} show two classes, asked with examples of either" in page
+
+
+def test_agreement_with_another_class_is_not_measured_without_one():
+    kinds = [Kind("star", style) for style in ("place", "colour")]
+    texts = ["the star is on the left", "red on a grey ground"]
+    box = (0.0, 0.0, 0.4, 0.4)
+    truth = Described(
+        {
+            "class": "star",
+            "style": "place",
+            "objects": [
+                {"class": "star", "style": kind.style, "caption": text, "box": box}
+                for kind, text in zip(kinds, texts, strict=True)
+            ],
+        }
+    )
+    format = replace(SequenceFormat(), category="none", box="text")
+    said = [{"category": None, "box": box, "caption": text} for text in texts]
+    query = SwappedQuery(truth, kinds[1], *said)
+    scores = score_swaps(CAPTIONING, [query], CAPTIONING.judge([truth], format))
+    assert (scores.queries, scores.of_another_class, scores.flips) == (1, 0, 1)
+    assert scores.own_with_other is scores.swapped_with_own is None
+    assert set(scores.respects) == {"style"}
+
+
 @dataclass
 class Described:
     """A truth that keeps nothing but what is described."""
@@ -420,7 +490,7 @@ def test_the_command_swaps_and_shuffles_and_shows_numbers_of_examples(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     for text in (
-        "Segmentation, queries that show two classes",
+        "queries that show two classes",
         "flips",
         "2 examples of another class",
         "every annotated object of the query",
