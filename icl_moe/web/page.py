@@ -30,7 +30,7 @@ _QUEUE = 20
 
 def build_page(model: InContextModel, name: str) -> gr.Blocks:
     """The page for a model. name: what the page calls it."""
-    with gr.Blocks(
+    with _Page(
         title=f"{name} · icl-moe", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
     ) as page:
         gr.HTML(_head(model, name))
@@ -54,6 +54,24 @@ def appearance() -> dict[str, Any]:
         primary_hue="teal", secondary_hue="teal", font=font, font_mono=("ui-monospace", "monospace")
     )
     return {"theme": theme, "css": _asset("page.css")}
+
+
+class _Page(gr.Blocks):
+    """A page that takes no file but those that were uploaded to it.
+
+    A browser sends the path of its upload, and other programs can send any path. Gradio's own check
+    is off unless Gradio launches the server itself, and what it lets through it copies at once to
+    the folder of uploads. So the paths are checked here, where the inputs of all events arrive.
+    """
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: Sequence[Any], *others: Any, **named: Any
+    ) -> list[Any]:
+        try:
+            checked = work.only_uploaded(inputs, self.GRADIO_CACHE)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return await super().preprocess_data(block_fn, checked, *others, **named)
 
 
 class _Tab:

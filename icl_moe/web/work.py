@@ -134,6 +134,29 @@ class Kept:
 # --- From the browser ---
 
 
+def only_uploaded(value: Any, folder: str | os.PathLike[str]) -> Any:
+    """What a browser sent as the value of an input, with all files in it, however deep, reduced to
+    their resolved paths: whatever else is said of a file, such as a URL, has no effect.
+
+    folder: where uploaded files are stored. Raises InputError for a file that is not in it once
+    links and ".." are resolved, and for a URL in the place of a file.
+    """
+    if isinstance(value, list | tuple):
+        return [only_uploaded(each, folder) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if not value.keys() & {"path", "url"}:
+        return {key: only_uploaded(each, folder) for key, each in value.items()}
+    try:
+        place = Path(value["path"]).resolve()
+        is_uploaded = place.is_relative_to(Path(folder).resolve()) and not place.is_dir()
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError):  # no path, or none that is one
+        is_uploaded = False
+    if not is_uploaded:
+        raise InputError("A file was not uploaded to this page: choose it again.")
+    return {"path": str(place), "meta": {"_type": "gradio.FileData"}}
+
+
 def marked_example(marked: str | None, caption: str | None = None, category: str = "") -> Example:
     """The example that the page's marker wrote, as JSON: the file's name, the picture and its mask
     as data URLs, and the box that was drawn last, in pixels of the picture.

@@ -116,6 +116,48 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
         assert str(tmp_path) not in sentence and str(folder) not in sentence
 
 
+def test_only_uploaded_files_are_taken_wherever_they_are_in_an_input(tmp_path, monkeypatch):
+    uploads, outside = tmp_path / "uploads", tmp_path / "outside.png"
+    (uploads / "some").mkdir(parents=True)
+    uploaded = uploads / "some" / "in.png"
+    for path in (uploaded, outside):
+        path.touch()
+    (uploads / "some" / "out.png").symlink_to(outside)
+    (uploads / "round.png").symlink_to(uploads / "round.png")
+    taken = {"path": str(uploaded), "meta": {"_type": "gradio.FileData"}}
+    monkeypatch.chdir(uploads / "some")
+
+    def file(path, **others):
+        return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **others}
+
+    for path in (uploaded, "in.png", uploads / "some" / ".." / "some" / "in.png"):
+        sent = file(path, url="http://127.0.0.1/x", orig_name="in.png", is_stream=True)
+        inputs = ["text", None, [sent], {"background": sent, "layers": [[sent]]}]
+        expected = ["text", None, [taken], {"background": taken, "layers": [[taken]]}]
+        assert work.only_uploaded(inputs, uploads) == expected
+    monkeypatch.chdir(tmp_path)
+    for wrong in (
+        file(outside),
+        file(outside.name),
+        file(uploads / ".." / outside.name),
+        file(uploads / "some" / "out.png"),
+        file(uploads / "round.png"),
+        file(uploads),
+        file(f"{uploads}-other/in.png"),
+        file(""),
+        file("in\0.png"),
+        file("\ud800"),
+        file("http://127.0.0.1/x.png"),
+        file(f"file://{uploaded}"),
+        {"path": str(outside)},
+        {"path": [str(uploaded)]},
+        {"url": "http://127.0.0.1/x.png", "meta": {"_type": "gradio.FileData"}},
+    ):
+        for value in (wrong, [wrong], [[taken, wrong]], {"layers": [taken], "composite": wrong}):
+            with pytest.raises(InputError, match="not uploaded to this page"):
+                work.only_uploaded([None, value], uploads)
+
+
 def test_an_uploaded_example_and_a_marked_one_are_not_confused(scenes, tmp_path):
     folder, masks = scenes
     image, mask = str(folder / "0.png"), str(tmp_path / "mask.png")
