@@ -93,9 +93,10 @@ class _Tab:
                 self.shown = gr.HTML(cards.examples_page(()), js_on_load=_REMOVE)
             with gr.Column(min_width=320):
                 gr.HTML(_step(2, "Add the photographs to search"))
+                # Files of any type: one that is no image is named when it is read, where Gradio
+                # would refuse the whole request.
                 self.queries = gr.File(
                     file_count="multiple",
-                    file_types=["image"],
                     height=220,
                     label=f"Photographs, at most {work.MOST_PHOTOGRAPHS}",
                 )
@@ -124,14 +125,8 @@ class _Tab:
             with gr.Tab("Mark it here"):
                 self.marker = self._marker("all")
             with gr.Tab("Upload a mask"):
-                self.photograph = gr.File(
-                    file_types=["image"], height=160, label="The photograph of the example"
-                )
-                self.mask = gr.File(
-                    file_types=["image"],
-                    height=160,
-                    label="Its mask: white on black, of the same size",
-                )
+                self.photograph = gr.File(height=160, label="The photograph of the example")
+                self.mask = gr.File(height=160, label="Its mask: white on black, of the same size")
 
     def _category(self) -> gr.Textbox:
         return gr.Textbox(

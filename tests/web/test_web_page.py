@@ -432,3 +432,28 @@ def test_what_cannot_be_served_is_said_in_one_sentence(arguments, told, capsys, 
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1
     assert os.environ["GRADIO_TEMP_DIR"] == "of another page"
+
+
+def test_files_that_are_no_images_are_named_and_the_others_are_done(page, scenes, tmp_path, capfd):
+    folder, masks = scenes
+    (tmp_path / "notes.txt").write_text("a note")
+    (tmp_path / "list.pdf").write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
+    (tmp_path / "nothing").touch()
+    Image.fromarray(masks[0]).save(tmp_path / "mask.png")
+    visitor = Visitor(page)
+    image, mask, *wrong = (
+        sent_file(visitor.upload(path))
+        for path in (
+            folder / "0.png",
+            *(tmp_path / name for name in ("mask.png", "notes.txt", "list.pdf", "nothing")),
+        )
+    )
+    for pair in ([wrong[0], mask], [image, wrong[0]]):
+        answer = visitor.by_queue("add_mask_example", [None, "", *pair])
+        assert "notes.txt cannot be read; it is damaged or not an image" in answer
+    visitor.by_queue("add_mask_example", [None, "", image, mask])
+    answer = visitor.by_queue("find_masks", [None, [wrong[0], image, *wrong[1:]], "", False])
+    assert "1 photograph done, 3 left out." in answer and "0_mask.png" in answer
+    for name in ("notes.txt", "list.pdf", "nothing"):
+        assert f"The image {name} " in answer
+    assert "Traceback" not in capfd.readouterr().err
