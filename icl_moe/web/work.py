@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from icl_moe.errors import InputError
 from icl_moe.images import box_of_mask, load_image, load_mask
+from icl_moe.inference.examples import squared_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.region import Region
 from icl_moe.rle import encode_rle
@@ -342,8 +343,10 @@ def with_example(
     model: InContextModel, examples: Sequence[Example], example: Example
 ) -> tuple[Example, ...]:
     """The examples and one more; a model that reads a single one gets the new one instead. Raises
-    InputError if the model reads no more.
+    InputError if the model reads no more, or if the example's mask is too small for it.
     """
+    if example.mask_HW is not None:
+        squared_mask(example.mask_HW, model.image_size, f"The mask of {example.name}")
     most = capacity(model)
     if most == 1:
         return (example,)

@@ -281,6 +281,21 @@ def test_examples_are_as_many_as_the_model_reads(demo, both_tasks, example, monk
     assert kept is example
 
 
+def test_a_mask_that_the_search_would_refuse_is_refused_when_it_is_added(demo, scenes):
+    folder, masks = scenes
+    path, dot = folder / "0.png", np.zeros_like(masks[0])
+    dot[80, 80] = True
+    with pytest.raises(InputError) as of_search:
+        demo.session([(path, dot)])
+    with pytest.raises(InputError) as of_adding:
+        work.with_example(demo, (), work.marked_example(marked(path, dot)))
+    assert "is so small that nothing of it remains" in str(of_adding.value)
+    assert str(of_adding.value) == str(of_search.value).replace("example 1", "scene.png")
+    dot[78:83, 78:83] = True
+    assert len(work.with_example(demo, (), work.marked_example(marked(path, dot)))) == 1
+    demo.session([(path, dot)])
+
+
 @pytest.mark.parametrize(
     ("paths", "told"), [(None, "no photographs"), ([], "no photographs"), (["x.png"] * 51, "50")]
 )
