@@ -5,6 +5,7 @@ nothing from other hosts, and leaves no files behind.
 """
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -124,6 +125,7 @@ def make_server(page: Any, listener: socket.socket) -> Any:
     import fastapi
     import gradio as gr
     import uvicorn
+    from starlette.routing import Mount
 
     from icl_moe.web.page import appearance
 
@@ -147,11 +149,19 @@ def make_server(page: Any, listener: socket.socket) -> Any:
     )
     page.has_launched = True  # Otherwise Gradio does not check where the files of an input lie.
     app.add_middleware(_Guard)
-    return uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
-        )
+    gradio_app: Any = next(route.app for route in app.routes if isinstance(route, Mount))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
     )
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """As uvicorn's, but open pages are no reason to wait, and what is cut off no error."""
+            gradio_app.stop_event.set()
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
+
+    return Server(config)
 
 
 Messages = Callable[[], Awaitable[dict[str, Any]]]

@@ -390,10 +390,15 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_ends_the_command_and_its_files(tmp_path, interruptible):
+def test_ctrl_c_ends_the_command_and_its_files_without_a_word(tmp_path, interruptible):
     command = [sys.executable, "-m", "icl_moe", "web", "demo", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with (
+        (tmp_path / "errors").open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
         assert process.stdout is not None
         line = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
@@ -402,8 +407,13 @@ def test_ctrl_c_ends_the_command_and_its_files(tmp_path, interruptible):
         wait_for_health(address[0])
         assert list(tmp_path.glob("icl-moe-web-*"))
         assert main(["web", "demo", "--port", str(port)]) == 2
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        said_before = (tmp_path / "errors").read_text()
+        with httpx.stream("GET", f"{address[0]}gradio_api/heartbeat/open") as open_page:
+            assert next(open_page.iter_lines()) == "data: ALIVE"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        assert process.stdout.read() == ""
+    assert (tmp_path / "errors").read_text() == said_before
     assert not list(tmp_path.glob("icl-moe-web-*"))
 
 
