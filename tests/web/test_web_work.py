@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -319,6 +321,28 @@ def test_names_and_captions_cannot_write_html(demo, scenes, example):
     )
     assert "<img src=x" not in page and "&lt;img src=x" in page
     assert "<img src=x" not in cards.message(evil) + cards.examples_page((example,), evil)
+
+
+def test_the_number_below_a_picture_is_named_for_what_it_is(demo, scenes, example):
+    folder, _ = scenes
+    path = folder / "1.png"
+    drawn = demo.draw_mask([example.pair], path)
+    empty = replace(drawn, brightness_HW=np.full_like(drawn.brightness_HW, -1))
+    by_code = replace(drawn, at_once=False, log_probability=np.log(0.25))
+    unknown = replace(by_code, log_probability=None)
+    assert drawn.mask_HW.any() and by_code.mask_HW.any() and not empty.mask_HW.any()
+    for each, said in (
+        (drawn, f"marked · expected overlap {100 * drawn.score():.0f}%"),
+        (empty, "nothing found"),
+        (replace(by_code, brightness_HW=empty.brightness_HW), "nothing found"),
+        (by_code, "marked · confidence 25%, look twice"),
+        (unknown, "marked"),
+    ):
+        card = cards.card_of(work.Found("1.png", work.open_photograph(path), each))
+        page = cards.results_page([card], work.Kept(), 1)
+        caption = page.partition("<figcaption>")[2].partition("<a ")[0]
+        text = " ".join(re.sub("<[^>]*>", "", caption).split())
+        assert text.removeprefix("1.png ").removeprefix(f"{each.mask_HW.mean():.1%} ") == said
 
 
 def test_a_large_photograph_is_shown_small_and_its_mask_has_its_size(demo, example, tmp_path):
