@@ -85,17 +85,18 @@ class Kept:
     regions: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, found: Found) -> None:
+        # Readers take the name for the image, so that each may be there once.
+        records = self.images if found.region is None else self.regions
+        file_name = _free_name(found.name, [each["file_name"] for each in records])
         if found.region is not None:
-            self.regions.append({"file_name": found.name, **asdict(found.region)})
+            self.regions.append({"file_name": file_name, **asdict(found.region)})
             return
         assert found.drawn is not None
         mask_HW = found.drawn.mask_HW
-        self.masks[_free_name(f"{Path(found.name).stem}_mask.png", self.masks)] = png(mask_HW)
+        self.masks[_free_name(f"{Path(file_name).stem}_mask.png", self.masks)] = png(mask_HW)
         height, width = mask_HW.shape
         number = len(self.images) + 1
-        self.images.append(
-            {"id": number, "file_name": found.name, "width": width, "height": height}
-        )
+        self.images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         if mask_HW.any():
             left, top, right, bottom = box_of_mask(mask_HW)
             self.annotations.append(
@@ -423,7 +424,7 @@ def png(mask_HW: np.ndarray) -> bytes:
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:
-    """`name`, or with a number if a photograph of another folder had the same name."""
+    """`name`, or with a number if a photograph of another folder has taken it."""
     number, free = 2, name
     while free in taken:
         free = f"{Path(name).stem}_{number}{Path(name).suffix}"

@@ -228,14 +228,14 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     for each in found:
         kept.add(each)
     archive = zipfile.ZipFile(io.BytesIO(kept.masks_zip()))
-    assert archive.namelist() == ["1_mask.png", "1_mask_2.png"]
+    assert archive.namelist() == ["1_mask.png", "1_2_mask.png"]
     for name, each in zip(archive.namelist(), found, strict=True):
         levels = np.asarray(Image.open(io.BytesIO(archive.read(name))))
         assert set(np.unique(levels)) <= {0, 255}
         assert ((levels == 255) == each.drawn.mask_HW).all()
     (tmp_path / "instances.json").write_text(json.dumps(kept.coco()))
     coco = COCO(tmp_path / "instances.json")
-    assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1.png"]
+    assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1_2.png"]
     assert coco.cats[1]["name"] == "gear"
     assert coco.dataset["licenses"] == []
     for annotation in coco.dataset["annotations"]:
@@ -246,6 +246,21 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
         x, y, width, height = annotation["bbox"]
         assert (x, y) == (columns.min(), rows.min())
         assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
+
+
+def test_photographs_of_equal_names_are_told_apart_in_all_downloads(demo, scenes, example):
+    folder, _ = scenes
+    picture = work.open_photograph(folder / "1.png")
+    drawn = demo.draw_mask([example.pair], picture)
+    kept = work.Kept()
+    for name in ("x.jpg", "x.jpg", "x.png", "x_2.jpg", "x.jpg"):
+        kept.add(work.Found(name, picture, drawn))
+        kept.add(work.Found(name, picture, region=Region("a thing")))
+    names = ["x.jpg", "x_2.jpg", "x.png", "x_2_2.jpg", "x_3.jpg"]
+    assert [each["file_name"] for each in kept.coco()["images"]] == names
+    assert [each["file_name"] for each in kept.regions] == names
+    masks = ["x_mask.png", "x_2_mask.png", "x_mask_2.png", "x_2_2_mask.png", "x_3_mask.png"]
+    assert list(kept.masks) == masks
 
 
 def test_captions_come_with_the_box_in_the_photograph(both_tasks, scenes):
