@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -279,5 +280,8 @@ def _counted(count: int, noun: str) -> str:
 def _web(options: argparse.Namespace) -> int:
     from icl_moe.web.serve import serve
 
-    serve(options.model, options.host, options.port, options.device, options.dtype)
+    try:
+        serve(options.model, options.host, options.port, options.device, options.dtype)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # Without a word: it is how the command ends.
     return 0

@@ -105,21 +105,26 @@ def _codes(model: "InContextModel", examples: Sequence[_Example]) -> list[np.nda
 def _segmentation_pairs(
     model: "InContextModel", examples: Sequence[_Example], _: str | None
 ) -> Iterator[SegmentationPair]:
-    masks = [_squared_mask(example, model.image_size) for example in examples]
+    masks = [_mask_of(example, model.image_size) for example in examples]
     codes = zip(_codes(model, examples), model.encode_masks(masks), strict=True)
     return (SegmentationPair(image, mask) for image, mask in codes)
 
 
-def _squared_mask(example: _Example, size: int) -> np.ndarray:
-    """An example's mask at the model's image size, boolean (size, size)."""
+def _mask_of(example: _Example, size: int) -> np.ndarray:
     mask, what = example.output, f"The mask of {example.name}"
     mask_HW = load_mask(mask, example.picture.size, what)
-    square_HW = crop_and_resize_mask(mask_HW, (0, 0, *example.picture.size), size)
+    return squared_mask(mask_HW, size, str(mask) if isinstance(mask, str | os.PathLike) else what)
+
+
+def squared_mask(mask_HW: np.ndarray, size: int, name: str) -> np.ndarray:
+    """An example's mask at the model's image size, boolean (size, size). name: of the mask, for
+    messages. Raises InputError if nothing of it remains.
+    """
+    square_HW = crop_and_resize_mask(mask_HW, (0, 0, *mask_HW.shape[::-1]), size)
     if not square_HW.any():
         raise InputError(
-            f"{mask if isinstance(mask, str | os.PathLike) else what} is so small that nothing "
-            f"of it remains at the model's {size} x {size} pixels; crop image and mask closer to "
-            "the object."
+            f"{name} is so small that nothing of it remains at the model's {size} x {size} pixels; "
+            "crop image and mask closer to the object."
         )
     return square_HW
 

@@ -49,7 +49,9 @@ _CONFIDENCE_COLOURS = _confidence_colours()
 
 @dataclass(frozen=True)
 class Card:
-    """What the template shows of one photograph. Pictures are data URLs."""
+    """What the template shows of one photograph. Pictures are data URLs. sure: the score of a mask,
+    and sure_of: what it is, in words.
+    """
 
     name: str
     photo: str
@@ -59,6 +61,7 @@ class Card:
     confidence: str = ""
     area: str = ""
     sure: float | None = None
+    sure_of: str = ""
     caption: str = ""
     category: str = ""
     box: tuple[float, float, float, float] | None = None
@@ -98,7 +101,9 @@ def card_of(found: Found) -> Card:
         rest=_layer_url(small.mask_HW.astype(np.uint8), _VEIL),
         confidence=_confidence_url(found.drawn, *photo.size),
         area=area,
-        sure=found.drawn.score(),
+        # Where nothing is marked, the score is another quantity, of one pixel.
+        sure=found.drawn.score() if mask_HW.any() else None,
+        sure_of="expected overlap" if found.drawn.at_once else "confidence",
         download=_url(png(mask_HW), "image/png"),
         download_name=f"{Path(found.name).stem}_mask.png",
     )

@@ -30,7 +30,7 @@ _QUEUE = 20
 
 def build_page(model: InContextModel, name: str) -> gr.Blocks:
     """The page for a model. name: what the page calls it."""
-    with gr.Blocks(
+    with _Page(
         title=f"{name} · icl-moe", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)
     ) as page:
         gr.HTML(_head(model, name))
@@ -56,6 +56,24 @@ def appearance() -> dict[str, Any]:
     return {"theme": theme, "css": _asset("page.css")}
 
 
+class _Page(gr.Blocks):
+    """A page that takes no file but those that were uploaded to it.
+
+    A browser sends the path of its upload, and other programs can send any path. Gradio's own check
+    is off unless Gradio launches the server itself, and what it lets through it copies at once to
+    the folder of uploads. So the paths are checked here, where the inputs of all events arrive.
+    """
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: Sequence[Any], *others: Any, **named: Any
+    ) -> list[Any]:
+        try:
+            checked = work.only_uploaded(inputs, self.GRADIO_CACHE)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return await super().preprocess_data(block_fn, checked, *others, **named)
+
+
 class _Tab:
     """Examples, photographs and results of one task: masks, or captions."""
 
@@ -75,9 +93,10 @@ class _Tab:
                 self.shown = gr.HTML(cards.examples_page(()), js_on_load=_REMOVE)
             with gr.Column(min_width=320):
                 gr.HTML(_step(2, "Add the photographs to search"))
+                # Files of any type: one that is no image is named when it is read, where Gradio
+                # would refuse the whole request.
                 self.queries = gr.File(
                     file_count="multiple",
-                    file_types=["image"],
                     height=220,
                     label=f"Photographs, at most {work.MOST_PHOTOGRAPHS}",
                 )
@@ -106,14 +125,8 @@ class _Tab:
             with gr.Tab("Mark it here"):
                 self.marker = self._marker("all")
             with gr.Tab("Upload a mask"):
-                self.photograph = gr.File(
-                    file_types=["image"], height=160, label="The photograph of the example"
-                )
-                self.mask = gr.File(
-                    file_types=["image"],
-                    height=160,
-                    label="Its mask: white on black, of the same size",
-                )
+                self.photograph = gr.File(height=160, label="The photograph of the example")
+                self.mask = gr.File(height=160, label="Its mask: white on black, of the same size")
 
     def _category(self) -> gr.Textbox:
         return gr.Textbox(

@@ -5,7 +5,9 @@ nothing from other hosts, and leaves no files behind.
 """
 
 import contextlib
+import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -83,18 +85,27 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
+_UPLOADS = "GRADIO_TEMP_DIR"
+"""The environment variable that tells Gradio where to store uploaded files. It reads it again with
+every request.
+"""
+
+
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
     """A folder for uploaded files, which is removed at the end, also after SIGTERM."""
-    before = signal.signal(signal.SIGTERM, _end)
+    before, folder_before = signal.signal(signal.SIGTERM, _end), os.environ.get(_UPLOADS)
     try:
         with tempfile.TemporaryDirectory(
             prefix="icl-moe-web-", ignore_cleanup_errors=True
         ) as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder
+            os.environ[_UPLOADS] = folder
             yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        os.environ.pop(_UPLOADS, None)
+        if folder_before is not None:
+            os.environ[_UPLOADS] = folder_before
 
 
 def _end(number: int, frame: Any) -> None:
@@ -114,6 +125,7 @@ def make_server(page: Any, listener: socket.socket) -> Any:
     import fastapi
     import gradio as gr
     import uvicorn
+    from starlette.routing import Mount
 
     from icl_moe.web.page import appearance
 
@@ -135,12 +147,21 @@ def make_server(page: Any, listener: socket.socket) -> Any:
         mcp_server=False,
         **appearance(),
     )
+    page.has_launched = True  # Otherwise Gradio does not check where the files of an input lie.
     app.add_middleware(_Guard)
-    return uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
-        )
+    gradio_app: Any = next(route.app for route in app.routes if isinstance(route, Mount))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
     )
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """As uvicorn's, but open pages are no reason to wait, and what is cut off no error."""
+            gradio_app.stop_event.set()
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
+
+    return Server(config)
 
 
 Messages = Callable[[], Awaitable[dict[str, Any]]]
@@ -148,7 +169,9 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class _Guard:
-    """Refuses requests that are too large, and tells browsers to load nothing from elsewhere."""
+    """Refuses requests that are too large or ask for files of other hosts, and tells browsers to
+    load nothing from elsewhere.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -160,7 +183,12 @@ class _Guard:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         if b"transfer-encoding" in headers or not length.isdigit() or _is_too_much(int(length)):
-            await _refuse(send)
+            await _refuse(
+                send, 413, f"A request must say its length, of at most {MOST_AT_ONCE} megabytes."
+            )
+            return
+        if _FETCHED.search(scope["path"]):
+            await _refuse(send, 403, "The page fetches nothing from other hosts.")
             return
 
         async def send_with_policy(message: dict[str, Any]) -> None:
@@ -180,11 +208,14 @@ def _is_too_much(length: int) -> bool:
     return length > MOST_AT_ONCE * 1e6
 
 
-async def _refuse(send: Send) -> None:
-    """Answer that a request is too large, or of unknown length. The server holds its sender to the
+_FETCHED = re.compile(r"/file[=/]+https?:", re.IGNORECASE)
+"""A path at which Gradio would fetch a file from another host and pass it on."""
+
+
+async def _refuse(send: Send, status: int, text: str) -> None:
+    """Answer with one sentence without reading the request. The server holds its sender to the
     length it gave.
     """
-    text = f"A request must say its length, of at most {MOST_AT_ONCE} megabytes."
-    start = {"type": "http.response.start", "status": 413}
+    start = {"type": "http.response.start", "status": status}
     await send({**start, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
     await send({"type": "http.response.body", "body": text.encode()})

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from icl_moe.errors import InputError
 from icl_moe.images import box_of_mask, load_image, load_mask
+from icl_moe.inference.examples import squared_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.region import Region
 from icl_moe.rle import encode_rle
@@ -84,17 +85,18 @@ class Kept:
     regions: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, found: Found) -> None:
+        # Readers take the name for the image, so that each may be there once.
+        records = self.images if found.region is None else self.regions
+        file_name = _free_name(found.name, [each["file_name"] for each in records])
         if found.region is not None:
-            self.regions.append({"file_name": found.name, **asdict(found.region)})
+            self.regions.append({"file_name": file_name, **asdict(found.region)})
             return
         assert found.drawn is not None
         mask_HW = found.drawn.mask_HW
-        self.masks[_free_name(f"{Path(found.name).stem}_mask.png", self.masks)] = png(mask_HW)
+        self.masks[_free_name(f"{Path(file_name).stem}_mask.png", self.masks)] = png(mask_HW)
         height, width = mask_HW.shape
         number = len(self.images) + 1
-        self.images.append(
-            {"id": number, "file_name": found.name, "width": width, "height": height}
-        )
+        self.images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         if mask_HW.any():
             left, top, right, bottom = box_of_mask(mask_HW)
             self.annotations.append(
@@ -132,6 +134,29 @@ class Kept:
 
 
 # --- From the browser ---
+
+
+def only_uploaded(value: Any, folder: str | os.PathLike[str]) -> Any:
+    """What a browser sent as the value of an input, with all files in it, however deep, reduced to
+    their resolved paths: whatever else is said of a file, such as a URL, has no effect.
+
+    folder: where uploaded files are stored. Raises InputError for a file that is not in it once
+    links and ".." are resolved, and for a URL in the place of a file.
+    """
+    if isinstance(value, list | tuple):
+        return [only_uploaded(each, folder) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if not value.keys() & {"path", "url"}:
+        return {key: only_uploaded(each, folder) for key, each in value.items()}
+    try:
+        place = Path(value["path"]).resolve()
+        is_uploaded = place.is_relative_to(Path(folder).resolve()) and not place.is_dir()
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError):  # no path, or none that is one
+        is_uploaded = False
+    if not is_uploaded:
+        raise InputError("A file was not uploaded to this page: choose it again.")
+    return {"path": str(place), "meta": {"_type": "gradio.FileData"}}
 
 
 def marked_example(marked: str | None, caption: str | None = None, category: str = "") -> Example:
@@ -319,8 +344,10 @@ def with_example(
     model: InContextModel, examples: Sequence[Example], example: Example
 ) -> tuple[Example, ...]:
     """The examples and one more; a model that reads a single one gets the new one instead. Raises
-    InputError if the model reads no more.
+    InputError if the model reads no more, or if the example's mask is too small for it.
     """
+    if example.mask_HW is not None:
+        squared_mask(example.mask_HW, model.image_size, f"The mask of {example.name}")
     most = capacity(model)
     if most == 1:
         return (example,)
@@ -397,7 +424,7 @@ def png(mask_HW: np.ndarray) -> bytes:
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:
-    """`name`, or with a number if a photograph of another folder had the same name."""
+    """`name`, or with a number if a photograph of another folder has taken it."""
     number, free = 2, name
     while free in taken:
         free = f"{Path(name).stem}_{number}{Path(name).suffix}"

@@ -3,10 +3,12 @@ mask.
 """
 
 import contextlib
+import http.server
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="Gradio, the extra `web`, is not installed")
 
+import httpx
 from web.test_web_work import marked
 
 from icl_moe.cli import main
@@ -241,6 +244,142 @@ def test_files_of_the_server_cannot_be_fetched(page, scenes):
             urllib.request.urlopen(f"{page}gradio_api/file={path}", timeout=10)
 
 
+@pytest.mark.parametrize("route", ["file=", "file/", "file=/"])
+def test_the_server_fetches_no_files_of_other_hosts(page, route):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{page}gradio_api/{route}https://icl-moe.invalid/x", timeout=10)
+    assert refused.value.code == 403
+    assert refused.value.read() == b"The page fetches nothing from other hosts."
+
+
+class Visitor:
+    """Speaks to a page as any program can: requests with JSON, of which nothing is checked here."""
+
+    def __init__(self, page: str) -> None:
+        self.client = httpx.Client(base_url=page, timeout=60)
+        self.session = secrets.token_hex(8)
+        events = self.client.get("config").json()["dependencies"]
+        self.numbers = {event["api_name"]: event["id"] for event in events}
+
+    def upload(self, path: Path) -> str:
+        """The path that the server gave to a file."""
+        files = {"files": (path.name, path.read_bytes())}
+        return self.client.post("gradio_api/upload", files=files).json()[0]
+
+    def by_queue(self, name: str, data: list) -> str:
+        body = {"data": data, "fn_index": self.numbers[name], "session_hash": self.session}
+        self.client.post("gradio_api/queue/join", json=body).raise_for_status()
+        return self.client.get(f"gradio_api/queue/data?session_hash={self.session}").text
+
+    def by_call(self, name: str, data: list) -> str:
+        body = {"data": data, "session_hash": self.session}
+        event = self.client.post(f"gradio_api/call/{name}", json=body).json()["event_id"]
+        return self.client.get(f"gradio_api/call/{name}/{event}").text
+
+    def by_run(self, name: str, data: list) -> str:
+        body = {"data": data, "session_hash": self.session}
+        return self.client.post(f"gradio_api/run/{name}", json=body).text
+
+    def by_predict(self, name: str, data: list) -> str:
+        body = {"data": data, "fn_index": self.numbers[name], "session_hash": self.session}
+        return self.client.post("gradio_api/run/predict", json=body).text
+
+
+ROUTES = ("by_queue", "by_call", "by_run", "by_predict")
+
+NOT_UPLOADED = "A file was not uploaded to this page: choose it again."
+
+
+def sent_file(path, **others) -> dict:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **others}
+
+
+@pytest.fixture
+def other_server():
+    """The address of a server on this machine, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/secret.png", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_files_that_were_not_uploaded_are_not_read(
+    page, scenes, tmp_path, monkeypatch, other_server, route, capfd
+):
+    folder, masks = scenes
+    url, asked = other_server
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "secret.png"
+    shutil.copy(folder / "1.png", secret)
+    Image.fromarray(masks[0]).save(tmp_path / "mask.png")
+    visitor = Visitor(page)
+    ask = getattr(visitor, route)
+    image, mask = visitor.upload(folder / "0.png"), visitor.upload(tmp_path / "mask.png")
+    ask("add_mask_example", [None, marked(folder / "0.png", masks[0]), None, None])
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    link = Path(image).with_name("link.png")
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    up = "../" * len(Path(image).parts)
+    for file in (
+        sent_file(secret),
+        sent_file("secret.png"),
+        sent_file("secret.png", is_stream=True),
+        sent_file(f"{Path(image).parent}/{up}{secret}"),
+        sent_file(link),
+        sent_file(url),
+        sent_file(url, url=url),
+        sent_file("", url=url),
+        {"url": url, "meta": {"_type": "gradio.FileData"}},
+    ):
+        for name, data in (
+            ("find_masks", [None, [sent_file(image), file], "", False]),
+            ("find_masks", [None, {"background": file, "layers": [file]}, "", False]),
+            ("find_masks", [None, [sent_file(image)], [[file]], False]),
+            ("add_mask_example", [None, "", file, sent_file(mask)]),
+            ("add_mask_example", [None, "", sent_file(image), file]),
+        ):
+            answer = ask(name, data)
+            assert NOT_UPLOADED in answer, (name, file)
+            assert "base64" not in answer and "secret" not in answer
+    assert not asked
+    assert not list(uploads.rglob("secret.png")), "nothing is copied to the uploads, either"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_files_that_were_uploaded_are_read_and_nothing_else_that_is_said_of_them(
+    page, scenes, tmp_path, other_server, route
+):
+    folder, masks = scenes
+    url, asked = other_server
+    Image.fromarray(masks[0]).save(tmp_path / "mask.png")
+    visitor = Visitor(page)
+    ask = getattr(visitor, route)
+    image, mask = (
+        sent_file(visitor.upload(path), url=url, orig_name="x.png", size=9, mime_type="image/png")
+        for path in (folder / "0.png", tmp_path / "mask.png")
+    )
+    assert "data:image/jpeg;base64" in ask("add_mask_example", [None, "", image, mask])
+    answer = ask("find_masks", [None, [image], "", False])
+    assert "0_mask.png" in answer and "data:image/png;base64" in answer
+    assert not asked
+
+
 @pytest.fixture
 def interruptible():
     """Programs that are started can be interrupted, also if these tests run in the background of a
@@ -251,10 +390,15 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_ends_the_command_and_its_files(tmp_path, interruptible):
+def test_ctrl_c_ends_the_command_and_its_files_without_a_word(tmp_path, interruptible):
     command = [sys.executable, "-m", "icl_moe", "web", "demo", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with (
+        (tmp_path / "errors").open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
         assert process.stdout is not None
         line = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
@@ -263,8 +407,13 @@ def test_ctrl_c_ends_the_command_and_its_files(tmp_path, interruptible):
         wait_for_health(address[0])
         assert list(tmp_path.glob("icl-moe-web-*"))
         assert main(["web", "demo", "--port", str(port)]) == 2
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        said_before = (tmp_path / "errors").read_text()
+        with httpx.stream("GET", f"{address[0]}gradio_api/heartbeat/open") as open_page:
+            assert next(open_page.iter_lines()) == "data: ALIVE"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        assert process.stdout.read() == ""
+    assert (tmp_path / "errors").read_text() == said_before
     assert not list(tmp_path.glob("icl-moe-web-*"))
 
 
@@ -287,7 +436,34 @@ def wait_for_health(address: str) -> None:
         (["no/such/model", "--port", "0"], "no/such/model"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_sentence(arguments, told, capsys):
+def test_what_cannot_be_served_is_said_in_one_sentence(arguments, told, capsys, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "of another page")
     assert main(["web", *arguments]) == 2
     printed = capsys.readouterr().err
     assert told in printed and printed.count("\n") == 1
+    assert os.environ["GRADIO_TEMP_DIR"] == "of another page"
+
+
+def test_files_that_are_no_images_are_named_and_the_others_are_done(page, scenes, tmp_path, capfd):
+    folder, masks = scenes
+    (tmp_path / "notes.txt").write_text("a note")
+    (tmp_path / "list.pdf").write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
+    (tmp_path / "nothing").touch()
+    Image.fromarray(masks[0]).save(tmp_path / "mask.png")
+    visitor = Visitor(page)
+    image, mask, *wrong = (
+        sent_file(visitor.upload(path))
+        for path in (
+            folder / "0.png",
+            *(tmp_path / name for name in ("mask.png", "notes.txt", "list.pdf", "nothing")),
+        )
+    )
+    for pair in ([wrong[0], mask], [image, wrong[0]]):
+        answer = visitor.by_queue("add_mask_example", [None, "", *pair])
+        assert "notes.txt cannot be read; it is damaged or not an image" in answer
+    visitor.by_queue("add_mask_example", [None, "", image, mask])
+    answer = visitor.by_queue("find_masks", [None, [wrong[0], image, *wrong[1:]], "", False])
+    assert "1 photograph done, 3 left out." in answer and "0_mask.png" in answer
+    for name in ("notes.txt", "list.pdf", "nothing"):
+        assert f"The image {name} " in answer
+    assert "Traceback" not in capfd.readouterr().err

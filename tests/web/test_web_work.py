@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,6 +118,48 @@ def test_what_is_wrong_with_an_example_is_said_in_one_sentence_without_folders(s
         assert str(tmp_path) not in sentence and str(folder) not in sentence
 
 
+def test_only_uploaded_files_are_taken_wherever_they_are_in_an_input(tmp_path, monkeypatch):
+    uploads, outside = tmp_path / "uploads", tmp_path / "outside.png"
+    (uploads / "some").mkdir(parents=True)
+    uploaded = uploads / "some" / "in.png"
+    for path in (uploaded, outside):
+        path.touch()
+    (uploads / "some" / "out.png").symlink_to(outside)
+    (uploads / "round.png").symlink_to(uploads / "round.png")
+    taken = {"path": str(uploaded), "meta": {"_type": "gradio.FileData"}}
+    monkeypatch.chdir(uploads / "some")
+
+    def file(path, **others):
+        return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **others}
+
+    for path in (uploaded, "in.png", uploads / "some" / ".." / "some" / "in.png"):
+        sent = file(path, url="http://127.0.0.1/x", orig_name="in.png", is_stream=True)
+        inputs = ["text", None, [sent], {"background": sent, "layers": [[sent]]}]
+        expected = ["text", None, [taken], {"background": taken, "layers": [[taken]]}]
+        assert work.only_uploaded(inputs, uploads) == expected
+    monkeypatch.chdir(tmp_path)
+    for wrong in (
+        file(outside),
+        file(outside.name),
+        file(uploads / ".." / outside.name),
+        file(uploads / "some" / "out.png"),
+        file(uploads / "round.png"),
+        file(uploads),
+        file(f"{uploads}-other/in.png"),
+        file(""),
+        file("in\0.png"),
+        file("\ud800"),
+        file("http://127.0.0.1/x.png"),
+        file(f"file://{uploaded}"),
+        {"path": str(outside)},
+        {"path": [str(uploaded)]},
+        {"url": "http://127.0.0.1/x.png", "meta": {"_type": "gradio.FileData"}},
+    ):
+        for value in (wrong, [wrong], [[taken, wrong]], {"layers": [taken], "composite": wrong}):
+            with pytest.raises(InputError, match="not uploaded to this page"):
+                work.only_uploaded([None, value], uploads)
+
+
 def test_an_uploaded_example_and_a_marked_one_are_not_confused(scenes, tmp_path):
     folder, masks = scenes
     image, mask = str(folder / "0.png"), str(tmp_path / "mask.png")
@@ -184,14 +228,14 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
     for result in found:
         kept.add(result)
     archive = zipfile.ZipFile(io.BytesIO(kept.masks_zip()))
-    assert archive.namelist() == ["1_mask.png", "1_mask_2.png"]
+    assert archive.namelist() == ["1_mask.png", "1_2_mask.png"]
     for name, result in zip(archive.namelist(), found, strict=True):
         levels = np.asarray(Image.open(io.BytesIO(archive.read(name))))
         assert set(np.unique(levels)) <= {0, 255}
         assert ((levels == 255) == result.drawn.mask_HW).all()
     (tmp_path / "instances.json").write_text(json.dumps(kept.coco()))
     coco = COCO(tmp_path / "instances.json")
-    assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1.png"]
+    assert [each["file_name"] for each in coco.dataset["images"]] == ["1.png", "1_2.png"]
     assert coco.cats[1]["name"] == "gear"
     assert coco.dataset["licenses"] == []
     for annotation in coco.dataset["annotations"]:
@@ -202,6 +246,21 @@ def test_downloads_are_the_masks_and_a_coco_file_that_pycocotools_opens(
         x, y, width, height = annotation["bbox"]
         assert (x, y) == (columns.min(), rows.min())
         assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
+
+
+def test_photographs_of_equal_names_are_told_apart_in_all_downloads(demo, scenes, example):
+    folder, _ = scenes
+    picture = work.open_photograph(folder / "1.png")
+    drawn = demo.draw_mask([example.pair], picture)
+    kept = work.Kept()
+    for name in ("x.jpg", "x.jpg", "x.png", "x_2.jpg", "x.jpg"):
+        kept.add(work.Found(name, picture, drawn))
+        kept.add(work.Found(name, picture, region=Region("a thing")))
+    names = ["x.jpg", "x_2.jpg", "x.png", "x_2_2.jpg", "x_3.jpg"]
+    assert [each["file_name"] for each in kept.coco()["images"]] == names
+    assert [each["file_name"] for each in kept.regions] == names
+    masks = ["x_mask.png", "x_2_mask.png", "x_mask_2.png", "x_2_2_mask.png", "x_3_mask.png"]
+    assert list(kept.masks) == masks
 
 
 def test_captions_come_with_the_box_in_the_photograph(both_tasks, scenes):
@@ -239,6 +298,21 @@ def test_examples_are_as_many_as_the_model_reads(demo, both_tasks, example, monk
     assert kept is example
 
 
+def test_a_mask_that_the_search_would_refuse_is_refused_when_it_is_added(demo, scenes):
+    folder, masks = scenes
+    path, dot = folder / "0.png", np.zeros_like(masks[0])
+    dot[80, 80] = True
+    with pytest.raises(InputError) as of_search:
+        demo.session([(path, dot)])
+    with pytest.raises(InputError) as of_adding:
+        work.with_example(demo, (), work.marked_example(marked(path, dot)))
+    assert "is so small that nothing of it remains" in str(of_adding.value)
+    assert str(of_adding.value) == str(of_search.value).replace("example 1", "scene.png")
+    dot[78:83, 78:83] = True
+    assert len(work.with_example(demo, (), work.marked_example(marked(path, dot)))) == 1
+    demo.session([(path, dot)])
+
+
 @pytest.mark.parametrize(
     ("paths", "told"), [(None, "no photographs"), ([], "no photographs"), (["x.png"] * 51, "50")]
 )
@@ -262,6 +336,28 @@ def test_names_and_captions_cannot_write_html(demo, scenes, example):
     )
     assert "<img src=x" not in page and "&lt;img src=x" in page
     assert "<img src=x" not in cards.message(evil) + cards.examples_page((example,), evil)
+
+
+def test_the_number_below_a_picture_is_named_for_what_it_is(demo, scenes, example):
+    folder, _ = scenes
+    path = folder / "1.png"
+    drawn = demo.draw_mask([example.pair], path)
+    empty = replace(drawn, brightness_HW=np.full_like(drawn.brightness_HW, -1))
+    by_code = replace(drawn, at_once=False, log_probability=np.log(0.25))
+    unknown = replace(by_code, log_probability=None)
+    assert drawn.mask_HW.any() and by_code.mask_HW.any() and not empty.mask_HW.any()
+    for each, said in (
+        (drawn, f"marked · expected overlap {100 * drawn.score():.0f}%"),
+        (empty, "nothing found"),
+        (replace(by_code, brightness_HW=empty.brightness_HW), "nothing found"),
+        (by_code, "marked · confidence 25%, look twice"),
+        (unknown, "marked"),
+    ):
+        card = cards.card_of(work.Found("1.png", work.open_photograph(path), each))
+        page = cards.results_page([card], work.Kept(), 1)
+        caption = page.partition("<figcaption>")[2].partition("<a ")[0]
+        text = " ".join(re.sub("<[^>]*>", "", caption).split())
+        assert text.removeprefix("1.png ").removeprefix(f"{each.mask_HW.mean():.1%} ") == said
 
 
 def test_a_large_photograph_is_shown_small_and_its_mask_has_its_size(demo, example, tmp_path):
