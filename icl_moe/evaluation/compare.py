@@ -69,10 +69,16 @@ def compare(
     the episodes of `shards`.
 
     shots: of evaluations with several numbers of examples, the one to compare; by default the
-    largest. limit: only so many episodes of each task, which predictions must be of, and
-    evaluations must have; by default those of the evaluations, or all. Raises InputError if they
-    are not of the same queries of these shards.
+    largest. Predictions are of one number, which the table says. limit: only so many episodes of
+    each task, which predictions must be of, and evaluations must have; by default those of the
+    evaluations, or all. Raises InputError if they are not of the same queries of these shards, or
+    if `shots` has nothing to choose from.
     """
+    if shots is not None and not any((folder / _PREDICTIONS).is_file() for folder in (a, b)):
+        raise InputError(
+            "--shots chooses among the numbers of examples of an evaluation; the predictions in "
+            f"{a} and {b} are of one number each."
+        )
     limit = limit or _common_limit(a, b, shards)
     sets = open_episodes(shards, limit, every_task=True)
     systems = [_open(folder, shards, sets, shots) for folder in (a, b)]

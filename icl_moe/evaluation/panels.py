@@ -88,6 +88,7 @@ def systems_panel(metrics: Metrics) -> Panel:
         sorted(rows, key=lambda row: _rank(row.source)),
         columns,
         f"{_HOW_TO_READ} Definitions are at the end.",
+        told=told_of(metrics),
     )
 
 
@@ -138,6 +139,7 @@ def shots_panel(metrics: Metrics) -> Panel | None:
             else set()
             for column in columns
         },
+        told=told_of(metrics),
     )
     return panel
 
@@ -246,6 +248,7 @@ def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
         rows,
         shown,
         notes,
+        told=told_of(metrics),
     )
 
 
@@ -318,6 +321,18 @@ def main_measures(result: TaskResult) -> list[str]:
     computed = [n for n in measures[0] if any(m[n].value is not None for m in measures)]
     of_papers = {*FIGURES.values(), "FB-IoU"}
     return [name for name in computed if name.split(" ")[-1] in of_papers] or computed
+
+
+def told_of(metrics: Metrics) -> dict[str, str]:
+    """The headings of a benchmark's own scores, with how many of its queries they are of, if these
+    are not all.
+    """
+    standard, limit = metrics.standard, metrics.limit
+    if standard is None or limit is None or limit >= standard["episodes"]:
+        return {}
+    of = f"(the first {limit:,} of its {standard['episodes']:,} queries)"
+    names = (f"{standard['name']} {score}" for score in ("mIoU", "FB-IoU"))
+    return {name: f"{name} {of}" for name in names}
 
 
 def model_name(metrics: Metrics) -> str:
@@ -405,8 +420,12 @@ def _panel(
     notes: str = "",
     is_best: Mapping[_Column, set[int]] | None = None,
     has_arrows: bool = True,
+    told: Mapping[str, str] | None = None,
 ) -> Panel:
-    """is_best: of each column the places of the rows in bold, in place of `best_of`."""
+    """is_best: of each column the places of the rows in bold, in place of `best_of`. told: headings
+    with what is to be told beside them.
+    """
+    told = told or {}
     if is_best is None:
         is_best = {column: best_of(rows, column) for column in columns}
     lines = []
@@ -425,7 +444,10 @@ def _panel(
         for column, measure in row.measures.items()
         if has_arrows
     }
-    headings = [f"{heading}{arrows.get((group, heading), '')}" for group, heading in columns]
+    headings = [
+        f"{told.get(heading, heading)}{arrows.get((group, heading), '')}"
+        for group, heading in columns
+    ]
     return Panel(caption, (Group("", 1), *groups), ("", *headings), tuple(lines), notes)
 
 
