@@ -13,7 +13,7 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from icl_moe.errors import InputError, shown
-from icl_moe.inputs import check_is_file
+from icl_moe.inputs import check_inside, check_is_file
 from icl_moe.rle import decode_rle
 from preprocessing.coco import CheckedCOCO, instance_rle, load_instances
 from preprocessing.episode_file import EpisodeFile, FixedPair, Masks
@@ -213,6 +213,7 @@ class MaskFiles:
         """The levels of a mask, (H, W): the numbers of a palette's colours, or shades of grey."""
         assert pair.mask is not None, "the file has been checked"
         file = self._folder / pair.mask
+        check_inside(self._folder, file)
         check_is_file(file)
         try:
             with Image.open(file) as image:

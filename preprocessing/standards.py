@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from icl_moe.errors import InputError
-from icl_moe.inputs import check_is_file, read_json
+from icl_moe.inputs import check_inside, check_is_file, read_json
 from preprocessing import visual_genome
 from preprocessing.classes import COCO_CLASSES, ClassFinder
 from preprocessing.coco import SMALL_AREA
@@ -98,8 +98,9 @@ class Made:
 
 
 def make_episodes(request: Request) -> Made:
-    """The episodes of a benchmark. Raises InputError if the name, the fold or the data are
-    wrong.
+    """The episodes of a benchmark. Raises InputError if the name, the fold or the data are wrong,
+    or if a link leads from an image or a mask out of the data set's folder, since shards are not
+    built of such files.
     """
     if request.name not in STANDARDS:
         raise InputError(
@@ -107,7 +108,12 @@ def make_episodes(request: Request) -> Made:
         )
     if not request.data.is_dir():
         raise InputError(f"{request.data} is not a folder; --data must be the data set's.")
-    return STANDARDS[request.name](request)
+    made = STANDARDS[request.name](request)
+    pairs = {pair for episode in made.file.episodes for pair in episode.pairs}
+    files = {name for pair in pairs for name in (pair.image, pair.mask) if name is not None}
+    for name in sorted(files):
+        check_inside(request.data, request.data / name)
+    return made
 
 
 # COCO-20i ---------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def add_compare(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shots",
         type=take.whole_number(0),
-        help="number of examples to compare, of evaluations (default: the largest)",
+        help="number of examples to compare, of evaluations (default: the largest); predictions "
+        "have one number, which the table says",
     )
     take.add_limit(parser)
     parser.add_argument("--out", metavar="FILE.json", help="also write the figures")

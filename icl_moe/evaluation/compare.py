@@ -70,11 +70,17 @@ def compare(
     the episodes of `shards`.
 
     shots: the number of examples to compare, if an evaluation has several; by default the largest.
+    Predictions have one number, which the table says.
     limit: how many episodes of each task to compare. Predictions must be for exactly these
     episodes, and evaluations must contain them; by default they are the episodes of the
     evaluations, or all. Raises InputError if the folders are not for the same queries of these
-    shards.
+    shards, or if `shots` has nothing to choose from.
     """
+    if shots is not None and not any((folder / _PREDICTIONS).is_file() for folder in (a, b)):
+        raise InputError(
+            "--shots chooses among the numbers of examples of an evaluation; the predictions in "
+            f"{a} and {b} are of one number each."
+        )
     limit = limit or _common_limit(a, b, shards)
     sets = open_episodes(shards, limit, every_task=True)
     systems = [_open(folder, shards, sets, shots) for folder in (a, b)]

@@ -104,7 +104,8 @@ class EpisodeSet:
         self.examples = shards.manifest.examples
         self.image_size = shards.manifest.image_size
         self._shards, self._codec = shards, codec
-        self._count = min(shards.count(task), limit or shards.count(task))
+        self._total = shards.count(task)
+        self._count = min(self._total, limit or self._total)
 
     def __len__(self) -> int:
         return self._count
@@ -119,6 +120,15 @@ class EpisodeSet:
         sample = self._shards.sample(self.task.name, index)
         pairs = self._codec.decode(sample.sequence, self.task).pairs
         return EvaluationEpisode(sample.key, self.task, sample.category, pairs, sample.meta)
+
+    @property
+    def total(self) -> int:
+        """How many episodes the shards have, beyond the limit too."""
+        return self._total
+
+    def first(self, count: int) -> "EpisodeSet":
+        """The first `count` episodes of the same shards."""
+        return EpisodeSet(self._shards, self._codec, self.task.name, count)
 
     @property
     def keys(self) -> list[str]:
@@ -191,7 +201,7 @@ class EpisodeSet:
     def by_kind(self) -> dict[Kind, list[int]]:
         """Kind -> the numbers of its episodes in the whole folder, beyond the limit too."""
         numbers: dict[Kind, list[int]] = {}
-        for index in range(self._shards.count(self.task.name)):
+        for index in range(self._total):
             sample = self._shards.sample(self.task.name, index)
             numbers.setdefault(kind_of(sample.meta), []).append(index)
         return numbers

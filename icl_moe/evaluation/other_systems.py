@@ -161,7 +161,8 @@ def _read_file(path: Path, episodes: EpisodeSet, swapped: bool) -> OtherSystem:
         what = " with swapped examples" if swapped else ""
         raise InputError(
             f"{path} is of other episodes: it has the hash {shown(content.get('episodes'))}, the "
-            f"{len(questions)} episodes{what} that are evaluated have {expected!r}."
+            f"{len(questions)} episodes{what} that are evaluated have {expected!r}"
+            f"{_advice(content, episodes, swapped)}."
         )
     shots = content.get("shots")
     if not _is_whole(shots) or not swapped <= shots <= episodes.examples:
@@ -183,6 +184,20 @@ def _read_file(path: Path, episodes: EpisodeSet, swapped: bool) -> OtherSystem:
         except InputError as error:
             raise InputError(f"{path}: {truth.key}: {error}") from error
     return OtherSystem(system, shots, outputs)
+
+
+def _advice(content: Mapping[str, Any], episodes: EpisodeSet, swapped: bool) -> str:
+    """The end of a sentence about predictions of other episodes: that they are of more or fewer of
+    the same, if so; else that those here are not all, if so.
+    """
+    count, every = len(content["results"]), episodes.total
+    may_be_first = not swapped and 0 < count <= every and count != len(episodes)
+    if may_be_first and content.get("episodes") == episodes_hash(episodes.first(count)):
+        rest = "leave out --limit" if count == every else f"give --limit {count}"
+        return f"; its {count} are the first of the same shards, so {rest}"
+    if len(episodes) < every:
+        return f", which are the first of {every} (--limit {len(episodes)})"
+    return ""
 
 
 def check_predictions(

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from icl_moe.bootstrap import Interval
-from icl_moe.evaluation.predictions import describe_task
+from icl_moe.evaluation.predictions import describe_shots, describe_task
 from icl_moe.evaluation.proof import RespectScores, SwapScores
 from icl_moe.evaluation.published import FIGURES
 from icl_moe.evaluation.results import Metrics, Row, Source, SwapRow, TaskResult
@@ -84,10 +84,11 @@ def systems_panel(metrics: Metrics) -> Panel:
                 found[place][group, _FLIPS] = _measure(swap.scores, "flips")
     rows = [_Row(name, source, measures) for (source, name), measures in found.items()]
     return _panel(
-        f"Systems on the same queries, the model after {_examples(shots)}.",
+        f"Systems on the same queries, the model after {describe_shots(shots)}.",
         sorted(rows, key=lambda row: _rank(row.source)),
         columns,
         f"{_HOW_TO_READ} Definitions are at the end.",
+        told=told_of(metrics),
     )
 
 
@@ -124,7 +125,7 @@ def shots_panel(metrics: Metrics) -> Panel | None:
         for score in result.by_shots:
             if score.gain is not None:
                 found[score.shots][group, gain] = Measure(score.gain, score.gain_interval)
-    rows = [_Row(_examples(shots), "", measures) for shots, measures in found.items()]
+    rows = [_Row(describe_shots(shots), "", measures) for shots, measures in found.items()]
     panel = _panel(
         f"{model_name(metrics).capitalize()} by number of examples, on the same queries.",
         rows,
@@ -138,6 +139,7 @@ def shots_panel(metrics: Metrics) -> Panel | None:
             else set()
             for column in columns
         },
+        told=told_of(metrics),
     )
     return panel
 
@@ -246,6 +248,7 @@ def scores_panel(metrics: Metrics, task: str, notes: str) -> Panel:
         rows,
         shown_columns,
         notes,
+        told=told_of(metrics),
     )
 
 
@@ -322,6 +325,18 @@ def main_measures(result: TaskResult) -> list[str]:
     return [name for name in computed if name.split(" ")[-1] in of_papers] or computed
 
 
+def told_of(metrics: Metrics) -> dict[str, str]:
+    """The headings of a benchmark's own scores, with how many of its queries they are of, if these
+    are not all.
+    """
+    standard, limit = metrics.standard, metrics.limit
+    if standard is None or limit is None or limit >= standard["episodes"]:
+        return {}
+    of = f"(the first {limit:,} of its {standard['episodes']:,} queries)"
+    names = (f"{standard['name']} {score}" for score in ("mIoU", "FB-IoU"))
+    return {name: f"{name} {of}" for name in names}
+
+
 def model_name(metrics: Metrics) -> str:
     """What the model is called in its rows."""
     return name_of_folder(metrics.model_folder)
@@ -354,10 +369,6 @@ def _name(metrics: Metrics, row: Row | SwapRow) -> str:
     if row.prediction == "model":
         return f"{model_name(metrics)}, {row.name}"
     return _SHORT.get(row.prediction, row.name.removeprefix("the "))
-
-
-def _examples(shots: int) -> str:
-    return f"{shots} example{'' if shots == 1 else 's'}"
 
 
 def _queries(task: str, result: TaskResult) -> str:
@@ -407,10 +418,12 @@ def _panel(
     notes: str = "",
     is_best: Mapping[_Column, set[int]] | None = None,
     has_arrows: bool = True,
+    told: Mapping[str, str] | None = None,
 ) -> Panel:
     """A panel of these rows and columns. is_best: for each column the places of the rows in bold;
-    by default `best_of`.
+    by default `best_of`. told: what stands below a heading, by the heading.
     """
+    told = told or {}
     if is_best is None:
         is_best = {column: best_of(rows, column) for column in columns}
     lines = []
@@ -429,7 +442,10 @@ def _panel(
         for column, measure in row.measures.items()
         if has_arrows
     }
-    headings = [f"{heading}{arrows.get((group, heading), '')}" for group, heading in columns]
+    headings = [
+        f"{told.get(heading, heading)}{arrows.get((group, heading), '')}"
+        for group, heading in columns
+    ]
     return Panel(caption, (Group("", 1), *groups), ("", *headings), tuple(lines), notes)
 
 

@@ -17,6 +17,7 @@ from icl_moe.evaluation.panels import (
     speed_panel,
     swapped_panel,
     systems_panel,
+    told_of,
 )
 from icl_moe.evaluation.predictions import describe_task
 from icl_moe.evaluation.published import beside
@@ -207,7 +208,8 @@ def shots_charts(metrics: Metrics) -> list[Chart]:
                 curves["copy of the first example"] = {
                     shots: row.scores.measures()[heading] for shots in own if shots
                 }
-        charts.append(_chart(f"{describe_task(task)}: {heading}", curves, metrics))
+        shown = told_of(metrics).get(heading, heading)
+        charts.append(_chart(f"{describe_task(task)}: {shown}", curves, metrics))
         flips: dict[str, dict[int, Measure]] = {}
         for swap in result.swapped:
             if swap.shots is not None and swap.prediction != "first example":
@@ -252,18 +254,18 @@ def summary(metrics: Metrics) -> str:
         respects = respects_table(result)
         if respects:
             tables[f"{name}, what of the examples is obeyed"] = respects
-        tables[name] = scores_table(result)
+        tables[name] = scores_table(result, told_of(metrics))
         if result.by_shots:
             tables[f"{name} by number of examples"] = shots_table(result)
     tables["held-out loss"] = held_out_table(metrics)
     return "\n\n".join(f"{describe_task(name)}\n{as_text(table)}" for name, table in tables.items())
 
 
-def scores_table(result: TaskResult) -> Table:
+def scores_table(result: TaskResult, told: Mapping[str, str]) -> Table:
     """A task's rows. Shares, BLEU, ROUGE-L, METEOR and CIDEr are multiplied by 100, as in papers;
-    MAE is not.
+    MAE is not. told: see `told_of`.
     """
-    columns = list(result.rows[0].scores.measures())
+    columns = [told.get(name, name) for name in result.rows[0].scores.measures()]
     head = ["prediction", *columns, "copies", "episodes", "queries/s", "s a query"]
     return Table(head, [line for row in result.rows for line in _lines(row)])
 

@@ -565,7 +565,16 @@ def test_fewer_queries_are_compared_with_a_limit(evaluation, shards, tmp_path, n
     predict_baseline("copy", shards, tmp_path / "copy", limit=5)
     words = ["compare", str(evaluation), str(tmp_path / "copy"), shards.location]
     assert main(words) == 2
-    assert "is of other episodes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is of other episodes" in said
+    assert said.endswith("; its 5 are the first of the same shards, so give --limit 5.\n")
+    own = [str(tmp_path / "copy"), shards.location]
+    assert main(["predictions", "check", *own, "--limit", "7"]) == 2
+    assert capsys.readouterr().err.endswith("so give --limit 5.\n")
+    _edit(tmp_path / "copy/segmentation.json", episodes="0123456789abcdef")
+    assert main(["predictions", "check", *own, "--limit", "7"]) == 2
+    assert capsys.readouterr().err.endswith(", which are the first of 11 (--limit 7).\n")
+    predict_baseline("copy", shards, tmp_path / "copy", limit=5)
     assert main([*words, "--limit", "5", "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert {each["queries"] for each in found if each["measure"] != "flips"} == {5}
@@ -578,6 +587,23 @@ def test_fewer_queries_are_compared_with_a_limit(evaluation, shards, tmp_path, n
     message = "is of all episodes of each task and .* of the first 7; compare them on .*--limit 7"
     with pytest.raises(InputError, match=message):
         compare(evaluation, tmp_path / "some", shards)
+
+
+def test_predictions_of_all_episodes_are_not_read_with_a_limit(shards, copies, capsys):
+    assert main(["predictions", "check", str(copies), shards.location, "--limit", "5"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "; its 11 are the first of the same shards, so leave out --limit.\n"
+    )
+
+
+def test_there_are_no_numbers_of_examples_to_choose_from_in_predictions(
+    evaluation, shards, copies, truths, capsys, no_java
+):
+    words = ["compare", str(copies), str(truths), shards.location, "--shots", "1"]
+    assert main(words) == 2
+    message = r"--shots chooses among the numbers of examples of an evaluation; the predictions in"
+    assert message in capsys.readouterr().err
+    assert compare(evaluation, truths, shards, shots=1), "the evaluation's"
 
 
 def test_a_comparison_says_how_many_examples_each_was_shown(

@@ -50,12 +50,15 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.texts, self.open, self.images = [], [], []
+        self.captions, self.headings = [], []
         self.feed(text)
         assert self.open == [], self.open
 
     def handle_starttag(self, tag, attributes):
         if tag == "img":
             self.images.append(dict(attributes)["src"])
+        if tag == "th":
+            self.headings.append(dict(attributes))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -65,6 +68,10 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+        if self.open[-1:] == ["caption"]:
+            self.captions.append(data)
+        if self.open[-1:] == ["th"]:
+            self.headings[-1]["text"] = data
 
 
 @pytest.fixture
@@ -111,6 +118,33 @@ def test_the_page_shows_scores_notes_sections_and_pictures_as_text(page):
     assert "2 classes, of which 1 were seen in training: cat." in everything
     assert "mIoU The mean over classes of the intersection over union" in everything
     assert "does not record which ones it was trained on" in everything
+
+
+def test_every_table_says_what_it_is_and_every_heading_of_what(page, tmp_path):
+    text = (tmp_path / "report.html").read_text()
+    assert len(page.captions) == text.count("<table") >= 6
+    assert {"Held-out loss", "Training"} < set(page.captions)
+    named = [heading for heading in page.headings if "text" in heading]
+    assert {heading.get("scope") for heading in named} == {"col", "colgroup", "row"}
+    assert "task" in {each["text"] for each in named if each["scope"] == "col"}
+    assert "<3>" in {each["text"] for each in named if each["scope"] == "row"}
+
+
+def test_a_benchmark_of_which_a_part_was_evaluated_says_so_beside_its_score(tmp_path):
+    scores = replace(MASKS, standard="coco20i", standard_miou=0.5, standard_fb_iou=0.6)
+    result = replace(
+        METRICS.tasks["segmentation"], rows=(Row("1 example", "model", scores, ASKED),)
+    )
+    standard = {"name": "coco20i", "episodes": 4000, "sha256": "", "protocol": "", "score": ""}
+    every = replace(METRICS, tasks={"segmentation": result}, standard=standard)
+    part, told = replace(every, limit=400), "coco20i mIoU (the first 400 of its 4,000 queries)"
+    for metrics in (part, every):
+        write_report(tmp_path / "report.html", metrics, [])
+        page = (tmp_path / "report.html").read_text()
+        assert "coco20i mIoU" in page and page.count(told) == (2 if metrics is part else 0)
+        assert (told in summary(metrics)) == (metrics is part)
+    assert told.replace("mIoU", "FB-IoU") in summary(part)
+    assert told not in summary(replace(part, limit=4000))
 
 
 @pytest.mark.parametrize(

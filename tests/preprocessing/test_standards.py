@@ -3,6 +3,7 @@ sets in the true formats; kept in a file that shows any change; and the way from
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import toy_tokenizer
 from icl_moe.baselines import predict_baseline
 from icl_moe.cli import main
 from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
 from icl_moe.evaluation.compare import compare
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.rle import decode_rle
@@ -398,6 +400,28 @@ def test_samples_of_fixed_episodes_are_compared_while_their_files_are_there(
     file.unlink()
     (line,) = compare_with_sources(out, 2, workers=0)
     assert f"episodes: {file} does not exist" in line
+
+
+@pytest.mark.parametrize("part", ["JPEGImages", "SegmentationClassAug/2007_000003.png"])
+def test_episodes_are_not_made_of_links_that_shards_are_not_built_of(
+    voc, tmp_path, monkeypatch, settings, capsys, part
+):
+    """Images and masks; the folder of all of them may be a link."""
+    monkeypatch.setattr(standards, "QUERIES", 6)
+    (tmp_path / "voc").symlink_to(voc)
+    make("pascal5i", tmp_path / "voc", tmp_path / "out")
+    data = tmp_path / "data"
+    shutil.copytree(voc, data)
+    (data / part).rename(tmp_path / "elsewhere")
+    (data / part).symlink_to(tmp_path / "elsewhere")
+    words = ["episodes", "pascal5i", "--data", str(data), "--out", str(tmp_path / "none")]
+    assert main(words) == 2
+    message = f"is a link that leads out of the folder {data}; put the file itself there."
+    said = capsys.readouterr().err
+    assert said.startswith(f"icl-moe: {data / part}") and said.endswith(f"{message}\n")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(InputError, match="leads out of the folder"):
+        build(tmp_path / "out/pascal5i.jsonl", data, tmp_path / "shards", settings)
 
 
 def test_a_fold_out_of_range_in_a_file_is_refused(voc, tmp_path, monkeypatch):
