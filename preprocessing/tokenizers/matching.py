@@ -45,6 +45,12 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.masks_RHW)
 
+    def masks_of_images(self) -> list[np.ndarray]:
+        """The numbers of each picture's masks."""
+        order_R = np.argsort(self.image_R, kind="stable")
+        starts = np.flatnonzero(np.diff(self.image_R[order_R], prepend=-1))
+        return np.split(order_R, starts[1:])
+
 
 def read_photographs(tokenizer: FeaturesTokenizer, images: Path, annotations: Path) -> Photographs:
     """Encode the pictures of a folder whose COCO instances file is `annotations`.
@@ -201,12 +207,16 @@ def _choices(scores_RN: Tensor, queries: Photographs) -> dict[str, float]:
     """
     grid = round(queries.codes_IN.shape[1] ** 0.5)
     shares_RN = cell_shares(queries.masks_RHW, grid)
-    mean_RR = scores_RN @ (shares_RN / shares_RN.sum(dim=1, keepdim=True)).T
+    shares_RN /= shares_RN.sum(dim=1, keepdim=True)
     right: dict[tuple[int, int], bool] = {}
-    for image in np.unique(queries.image_R):
-        masks = np.flatnonzero(queries.image_R == image).tolist()
+    for masks_M in queries.masks_of_images():
+        mean_MM = scores_RN[masks_M] @ shares_RN[masks_M].T
+        wins_MM = (mean_MM.diagonal()[:, None] > mean_MM).tolist()
         right |= {
-            (a, b): bool(mean_RR[a, a] > mean_RR[a, b]) for a in masks for b in masks if a != b
+            (int(a), int(b)): wins_MM[i][j]
+            for i, a in enumerate(masks_M)
+            for j, b in enumerate(masks_M)
+            if i != j
         }
     if not right:
         return {"pairs": 0}
@@ -220,13 +230,15 @@ def _choices(scores_RN: Tensor, queries: Photographs) -> dict[str, float]:
 
 def _plain_answers(queries: Photographs, examples: Photographs, seed: int) -> dict[str, float]:
     """Mean IoU of answers that ignore the features; see `evaluate_matcher`."""
-    (copied, whole, objects) = ([], [], [])
-    for number, numbers in enumerate(draw_examples(queries, examples, 1, seed)):
-        mask_HW = queries.masks_RHW[number]
-        same = queries.masks_RHW[queries.image_R == queries.image_R[number]]
-        copied.append(_iou(examples.masks_RHW[numbers[0]], mask_HW) if len(numbers) else 0.0)
-        whole.append(float(mask_HW.float().mean()))
-        objects.append(_iou(same.any(dim=0), mask_HW))
+    copied, whole, objects = [], [], []
+    drawn = draw_examples(queries, examples, 1, seed)
+    for masks_M in queries.masks_of_images():
+        any_HW = queries.masks_RHW[masks_M].any(dim=0)
+        for number in masks_M:
+            mask_HW, numbers = queries.masks_RHW[number], drawn[number]
+            copied.append(_iou(examples.masks_RHW[numbers[0]], mask_HW) if len(numbers) else 0.0)
+            whole.append(float(mask_HW.float().mean()))
+            objects.append(_iou(any_HW, mask_HW))
     return {
         "copy": float(np.mean(copied)),
         "whole": float(np.mean(whole)),
