@@ -107,6 +107,7 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
         help="COCO instances file of these images: report how much of the features' matching "
         "score the codes retain",
     )
+    take.add_device(parser)
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
     parser.set_defaults(run=_tokenizer_features)
 
@@ -159,13 +160,15 @@ def _match_photographs(options: argparse.Namespace) -> dict[str, Any]:
             f"{options.tokenizer} is a features tokenizer, which is measured by matching: set "
             "--annotations for the images, and --examples IMAGES ANNOTATIONS."
         )
+    from icl_moe.devices import find_device
     from icl_moe.tokenizers.features import FeaturesTokenizer
     from preprocessing.tokenizers.matching import evaluate_matcher, read_photographs
 
     tokenizer = FeaturesTokenizer.from_pretrained(options.tokenizer)
+    tokenizer.to(find_device(options.device))
     queries = read_photographs(tokenizer, options.images, options.annotations)
     examples = read_photographs(tokenizer, *options.examples)
-    return evaluate_matcher(tokenizer, queries, examples, shots)
+    return evaluate_matcher(tokenizer.cpu(), queries, examples, shots)
 
 
 def _tokenizer_features(options: argparse.Namespace) -> int:
@@ -190,7 +193,7 @@ def _tokenizer_features(options: argparse.Namespace) -> int:
     )
     with writing(out):
         report = make_features_tokenizer(
-            options.images, config, options.seed, out, options.annotations
+            options.images, config, options.seed, out, options.annotations, options.device
         )
     _print_values(report)
     return 0

@@ -122,6 +122,10 @@ class FeaturesTokenizer(nn.Module):
         return dict(self.named_buffers(recurse=False))
 
     @property
+    def device(self) -> torch.device:
+        return self.mean_C.device
+
+    @property
     def downsampling(self) -> int:
         return self.config.downsampling
 

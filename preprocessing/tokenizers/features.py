@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import load_image, to_square_pixels
@@ -38,7 +39,12 @@ _ROUNDS = 30
 
 
 def make_features_tokenizer(
-    images: Path, config: FeaturesConfig, seed: int, out: Path, annotations: Path | None = None
+    images: Path,
+    config: FeaturesConfig,
+    seed: int,
+    out: Path,
+    annotations: Path | None = None,
+    device: Device | None = None,
 ) -> dict[str, Any]:
     """Make a tokenizer from the pictures in `images` and write it into `out`. Returns its report,
     which is also written there.
@@ -48,20 +54,22 @@ def make_features_tokenizer(
     input, seed and machine give equal tables. Raises InputError for a folder without pictures, a
     missing backbone, and fewer cells or channels than codes or dimensions require.
     """
-    tokenizer = fit_features_tokenizer(images, config, seed)
+    tokenizer = fit_features_tokenizer(images, config, seed, find_device(device))
     tokenizer.save_pretrained(out)
     report = {"tokenizer": tokenizer.fingerprint, **_describe_use(tokenizer, images)}
     if annotations is not None:
         photographs = read_photographs(tokenizer, images, annotations)
-        report |= evaluate_matcher(tokenizer, photographs, photographs)
+        report |= evaluate_matcher(tokenizer.cpu(), photographs, photographs)
     write_whole(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return report
 
 
-def fit_features_tokenizer(images: Path, config: FeaturesConfig, seed: int) -> FeaturesTokenizer:
-    """The tokenizer of `make_features_tokenizer`."""
+def fit_features_tokenizer(
+    images: Path, config: FeaturesConfig, seed: int, device: torch.device | str = "cpu"
+) -> FeaturesTokenizer:
+    """The tokenizer of `make_features_tokenizer`, on the device on which its backbone computes."""
     files = image_files(images)
-    backbone = open_backbone(config.backbone, config.weights)
+    backbone = open_backbone(config.backbone, config.weights).to(device)
     sample = _sample_cells(files, config, backbone, seed)
     cells_MC = sample.cells_MC
     if len(cells_MC) < config.codebook_size:
@@ -86,7 +94,7 @@ def fit_features_tokenizer(images: Path, config: FeaturesConfig, seed: int) -> F
     tokenizer.colours_K3.copy_(
         _mean_colours(tokenizer.codes_of(features_MD[None])[0], sample, config)
     )
-    return tokenizer
+    return tokenizer.to(device)
 
 
 def _mean_colours(codes_M: Tensor, sample: "_Sample", config: FeaturesConfig) -> Tensor:
@@ -103,9 +111,9 @@ def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
     use_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     cosine, files = 0.0, image_files(images)
     for pixels_B3HW in picture_batches(files, tokenizer.config.image_size, "encoding"):
-        features_BND = tokenizer.features(pixels_B3HW)
+        features_BND = tokenizer.features(pixels_B3HW.to(tokenizer.device))
         codes_BN = tokenizer.codes_of(features_BND)
-        use_K += torch.bincount(codes_BN.flatten(), minlength=len(use_K))
+        use_K += torch.bincount(codes_BN.flatten(), minlength=len(use_K)).cpu()
         cosine += float(F.cosine_similarity(features_BND, tokenizer.vectors(codes_BN), -1).sum())
     return {
         "pictures": len(files),
@@ -166,16 +174,17 @@ class _Sample:
 def _sample_cells(
     files: list[Path], config: FeaturesConfig, backbone: Backbone, seed: int
 ) -> _Sample:
+    device = backbone.mean_311.device
     rng = np.random.default_rng(seed)
     per_image = max(1, min(config.codes_per_image, CELLS // len(files)))
     cells: list[Tensor] = []
     colours: list[Tensor] = []
     channels: tuple[int, ...] = ()
     for pixels_B3HW in picture_batches(files, config.image_size, "reading images"):
-        maps = grid_maps(backbone, config.strides, config.downsampling, pixels_B3HW)
+        maps = grid_maps(backbone, config.strides, config.downsampling, pixels_B3HW.to(device))
         channels = tuple(map_BNC.shape[-1] for map_BNC in maps)
         colours_BN3 = F.avg_pool2d(pixels_B3HW, config.downsampling).flatten(2).transpose(1, 2)
-        for cells_NC, colours_N3 in zip(torch.cat(maps, dim=-1), colours_BN3, strict=True):
+        for cells_NC, colours_N3 in zip(torch.cat(maps, dim=-1).cpu(), colours_BN3, strict=True):
             chosen = torch.from_numpy(np.sort(rng.permutation(len(cells_NC))[:per_image]))
             cells.append(cells_NC[chosen])
             colours.append(colours_N3[chosen])

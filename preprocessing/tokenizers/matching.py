@@ -63,8 +63,10 @@ def read_photographs(tokenizer: FeaturesTokenizer, images: Path, annotations: Pa
     files = [file for file in image_files(images) if truth.has(file.name)]
     for number, file in enumerate(tqdm(files, desc="reading", unit="image", disable=None)):
         picture = load_image(file)
-        features.append(tokenizer.features(to_square_pixels(picture, size)[None]))
-        codes.append(tokenizer.codes_of(features[-1]))
+        pixels_13HW = to_square_pixels(picture, size)[None].to(tokenizer.device)
+        features_1ND = tokenizer.features(pixels_13HW)
+        features.append(features_1ND.cpu())
+        codes.append(tokenizer.codes_of(features_1ND).cpu())
         for kind, mask_HW in truth.of(file.name, picture.size).items():
             if mask_HW.mean() >= LEAST_AREA:
                 whole = (0, 0, picture.width, picture.height)
