@@ -22,6 +22,9 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 """The endings of images and masks in a folder; other files are ignored."""
 
+MASK_SUFFIXES = ("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt")
+"""What the name of a mask may add to that of its image."""
+
 PixelBox = tuple[int, int, int, int]
 """left, top, right, bottom in whole pixels, right and bottom exclusive."""
 

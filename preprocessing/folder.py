@@ -21,6 +21,7 @@ from tqdm import tqdm
 from icl_moe.errors import InputError, shown
 from icl_moe.images import (
     IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
     EmptyMaskError,
     SeveralLevelsError,
     load_colours,
@@ -36,7 +37,6 @@ from preprocessing.pool import Pool
 from preprocessing.recipe import SegmentationSource
 from preprocessing.workers import ordered_map
 
-_MASK_SUFFIXES = ("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt")
 _CHUNK = 16
 
 _Level = tuple[int, ...]
@@ -171,7 +171,7 @@ def _match(name: str, by_stem: dict[str, str], has_class: bool, only: str) -> _M
 def _suffix_of(name: str) -> str:
     """The suffix that marks a file as a mask; empty if it has none."""
     stem = _stem(name)
-    return next((suffix for suffix in _MASK_SUFFIXES if stem.endswith(suffix)), "")
+    return next((suffix for suffix in MASK_SUFFIXES if stem.endswith(suffix)), "")
 
 
 def _stem(name: str) -> str:

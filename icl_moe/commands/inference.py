@@ -56,8 +56,8 @@ def add_label(verbs: argparse._SubParsersAction) -> None:
         "--examples",
         type=take.path,
         metavar="DIR",
-        help="DIR/images and DIR/masks with files of equal names, or DIR/CLASS/images and "
-        "DIR/CLASS/masks for each class",
+        help="DIR/images and DIR/masks with files of equal names; for several classes "
+        "DIR/masks/CLASS, or DIR/CLASS/images and DIR/CLASS/masks",
     )
     parser.add_argument(
         "--images", type=take.path, required=True, metavar="DIR", help="the images to label"

@@ -119,7 +119,7 @@ class Session:
         if isinstance(examples, Mapping):
             self._pairs = {name: list_pairs(each) for name, each in examples.items()}
             empty = [name for name, pairs in self._pairs.items() if not pairs]
-            if empty and not model.format.class_prompt:
+            if 0 < len(empty) < len(self._pairs) and not model.format.class_prompt:
                 raise InputError(
                     f"The class '{empty[0]}' has no examples; this model needs at least one of "
                     "each class."

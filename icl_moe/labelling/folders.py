@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from icl_moe.errors import InputError
+from icl_moe.images import MASK_SUFFIXES
 from icl_moe.messages import note
 from icl_moe.outputs import output_file
 
@@ -64,40 +65,54 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def find_examples(folder: Path, category: str | None = None) -> ExampleFiles:
-    """The examples in FOLDER/images and FOLDER/masks, whose files have equal names but for the
-    ending; or those in FOLDER/CLASS/images and FOLDER/CLASS/masks of each class.
+    """The examples in FOLDER/images and FOLDER/masks, whose files have equal names except for the
+    ending (and a suffix of the mask such as `_mask`). Of several classes, they are in
+    FOLDER/CLASS/images and FOLDER/CLASS/masks of each class, or the masks in FOLDER/masks/CLASS.
 
-    category: the name of the class, if there is one only. Raises InputError if an image lacks its
+    category: the name of the class, if there is only one. Raises InputError if an image lacks its
     mask, or a mask its image, and if there are no examples.
     """
     _check_folder(folder)
-    classes = sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".") and path.name not in _PARTS
-    )
-    if are_of_one_class(folder):
+    classes = [path for path in _folders_in(folder) if path.name not in _PARTS]
+    if are_of_one_class(folder) or _class_masks(folder):
         if named := [path.name for path in classes if are_of_one_class(path)]:
             raise InputError(
-                f"{folder} has the folders images and masks, of one class, and also a folder with "
-                f"these two for the class {named[0]}; keep one of the two forms."
+                f"{folder} has the folders images and masks, and also a folder with these two for "
+                f"the class {named[0]}; keep one of the two forms."
             )
-        return {category or _UNNAMED: _pairs(folder)}
-    if not classes:
+    elif not classes:
         raise InputError(
             f"{folder} holds no examples: it must have the folders images and masks, or a folder "
             "for each class that has these two."
         )
+    if are_of_one_class(folder):
+        return {category or _UNNAMED: _pairs(folder / "images", folder / "masks")}
     if category is not None:
         raise InputError(
             f"{folder} has a folder for each class, which names it: leave --category out."
         )
-    return {path.name: _pairs(path) for path in classes}
+    if of_classes := _class_masks(folder):
+        return _pairs_by_class(folder / "images", of_classes)
+    return {path.name: _pairs(path / "images", path / "masks") for path in classes}
 
 
 def are_of_one_class(folder: Path) -> bool:
-    """Whether a folder of examples has no folder for each class, so that nothing names theirs."""
-    return any((folder / part).is_dir() for part in _PARTS)
+    """Whether a folder of examples has no folder for each class, so that nothing names their
+    class.
+    """
+    return any((folder / part).is_dir() for part in _PARTS) and not _class_masks(folder)
+
+
+def _class_masks(folder: Path) -> list[Path]:
+    """The folders of masks for each class in FOLDER/masks."""
+    masks = folder / "masks"
+    return _folders_in(masks) if masks.is_dir() else []
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def label_output(path: str, suffix: str, images: Path, overwrite: bool) -> Path:
@@ -129,26 +144,72 @@ def digest_of(examples: ExampleFiles) -> str:
     return digest.hexdigest()[:16]
 
 
-def _pairs(folder: Path) -> list[tuple[Path, Path]]:
-    for part in _PARTS:
-        if not (folder / part).is_dir():
+def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """The pairs of two folders whose files belong together one by one."""
+    found = _images_in(images, masks)
+    of_images = _masks_of(found, images, masks)
+    if alone := sorted(found.keys() - of_images.keys()):
+        raise InputError(
+            f"The image {found[alone[0]]} has no mask: {masks} must hold a file of the same name "
+            f"but for the ending, such as {alone[0]}.png."
+        )
+    return [(found[stem], of_images[stem]) for stem in sorted(found)]
+
+
+def _pairs_by_class(images: Path, of_classes: Sequence[Path]) -> ExampleFiles:
+    """The pairs of a folder of images and a folder of masks for each class; an image may show
+    several classes.
+    """
+    masks = of_classes[0].parent
+    found = _images_in(images, masks)
+    if loose := sorted(_by_stem(masks).values()):
+        raise InputError(
+            f"{masks} has folders for classes, such as {of_classes[0].name}, but {loose[0].name} "
+            "is in none of them."
+        )
+    pairs, alone = {}, set(found)
+    for folder in of_classes:
+        of_images = _masks_of(found, images, folder)
+        if not of_images:
+            raise InputError(f"{folder} holds no masks, such as .png files.")
+        pairs[folder.name] = [(found[stem], of_images[stem]) for stem in sorted(of_images)]
+        alone -= of_images.keys()
+    if alone:
+        raise InputError(f"The image {found[min(alone)]} has no mask in any folder of {masks}.")
+    return pairs
+
+
+def _images_in(images: Path, masks: Path) -> dict[str, Path]:
+    """The images of examples by their stems. Raises InputError if there are none."""
+    for part in (images, masks):
+        if not part.is_dir():
             raise InputError(
-                f"{folder} lacks the folder {part}: examples are files of equal names in images "
-                "and masks."
+                f"{part.parent} lacks the folder {part.name}: examples are files of equal names in "
+                "images and masks."
             )
-    images, masks = (_by_stem(folder / part) for part in _PARTS)
-    for has, lacks, what, other in (
-        (images, masks, "image", "mask"),
-        (masks, images, "mask", "image"),
-    ):
-        if alone := sorted(has.keys() - lacks.keys()):
+    found = _by_stem(images)
+    if not found and not _by_stem(masks):
+        raise InputError(f"{images} holds no images, such as .jpg or .png files.")
+    return found
+
+
+def _masks_of(found: Mapping[str, Path], images: Path, masks: Path) -> dict[str, Path]:
+    """The masks in a folder by the stems of their images. Raises InputError for a mask without an
+    image, and for two masks of one.
+    """
+    of_images: dict[str, Path] = {}
+    for stem, mask in _by_stem(masks).items():
+        suffix = next((suffix for suffix in MASK_SUFFIXES if stem.endswith(suffix)), "")
+        of_image = stem if stem in found else stem.removesuffix(suffix)
+        if of_image not in found:
             raise InputError(
-                f"The {what} {has[alone[0]]} has no {other}: {folder / (other + 's')} must hold a "
-                f"file of the same name but for the ending, such as {alone[0]}.png."
+                f"The mask {mask} has no image: {images} must hold a file of the same name but for "
+                f"the ending, such as {stem}.png."
             )
-    if not images:
-        raise InputError(f"{folder / 'images'} holds no images, such as .jpg or .png files.")
-    return [(images[stem], masks[stem]) for stem in sorted(images)]
+        if other := of_images.get(of_image):
+            raise InputError(f"{other} and {mask} are both masks of {found[of_image]}; keep one.")
+        of_images[of_image] = mask
+    return of_images
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -18,7 +18,9 @@ from pycocotools.coco import COCO
 
 from icl_moe import InContextModel
 from icl_moe.cli import main
+from icl_moe.errors import InputError
 from icl_moe.labelling.components import components
+from icl_moe.labelling.folders import find_examples
 from icl_moe.labelling.journal import Journal
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.drawn_mask import DrawnClasses, DrawnMask
@@ -215,6 +217,45 @@ def test_what_another_class_leaves_of_a_mask_has_a_low_score():
     assert weak.score(left_HW) == pytest.approx(10 * 0.7 / (10 + 90 * 0.7))
     assert strong.score(whole_HW) == pytest.approx(strong.score())
     assert weak.score(np.zeros((20, 20), bool)) == pytest.approx(1 - weak.score())
+
+
+def save_pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 255).save(folder / name)
+
+
+def test_examples_may_lie_as_data_sets_do(tmp_path):
+    """Masks in a folder for each class beside one folder of images, as `shards build` reads them,
+    with or without a suffix.
+    """
+    save_pictures(tmp_path, "images/1.jpg", "images/2.jpg", "masks/cat/1.png", "masks/dog/1.png")
+    save_pictures(tmp_path, "masks/dog/2_mask.png")
+    names = {
+        category: [(image.name, mask.name) for image, mask in pairs]
+        for category, pairs in find_examples(tmp_path).items()
+    }
+    assert names == {
+        "cat": [("1.jpg", "1.png")],
+        "dog": [("1.jpg", "1.png"), ("2.jpg", "2_mask.png")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["masks/cat/1.png", "masks/2.png"], "has folders for classes, such as cat, but 2.png is"),
+        (["masks/cat/1.png", "images/2.png"], "images/2.png has no mask in any folder of"),
+        (["masks/cat/2.png"], "masks/cat/2.png has no image"),
+        (["masks/cat/1.png", "masks/dog/1.txt.png"], "masks/dog/1.txt.png has no image"),
+        (["masks/1.png", "masks/1_mask.png"], "1.png and .*1_mask.png are both masks of"),
+        (["masks/1.png", "cat/images/1.png", "cat/masks/1.png"], "keep one of the two forms"),
+    ],
+)
+def test_examples_in_two_forms_are_refused(tmp_path, names, message):
+    save_pictures(tmp_path, "images/1.png", *names)
+    with pytest.raises(InputError, match=message):
+        find_examples(tmp_path)
 
 
 def test_links_are_followed_and_what_is_left_out_is_said(folder, tmp_path, capsys):
