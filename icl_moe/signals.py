@@ -205,7 +205,7 @@ def end_with_parent() -> None:
 
 def signal_at_death_of(parent: int, number: signal.Signals) -> None:
     """Have this process, a child of the process `parent`, receive a signal when that dies in any
-    way.
+    way; on Linux alone.
     """
     _signal_at_parents_death(number)
     if os.getppid() != parent:  # It has died before.
@@ -213,7 +213,8 @@ def signal_at_death_of(parent: int, number: signal.Signals) -> None:
 
 
 def _signal_at_parents_death(number: signal.Signals) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def obey_parent_alone() -> None:

@@ -4,6 +4,7 @@ Every stage resumes where it was stopped, and does nothing where it is done alre
 of them can be run again at any time.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -79,14 +80,14 @@ def _run_to_its_end(words: Sequence[str], environment: Mapping[str, str]) -> tup
         # A stage would not end in its own way at SIGHUP, which tells that the terminal has gone.
         asks = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         for leader in group:
-            os.killpg(leader, asks)
+            _signal_group(leader, asks)
 
     def suspend(number: int, _: FrameType | None) -> None:
         for leader in group:
-            os.killpg(leader, signal.SIGSTOP)
+            _signal_group(leader, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         for leader in group:
-            os.killpg(leader, signal.SIGCONT)
+            _signal_group(leader, signal.SIGCONT)
 
     handlers = {**dict.fromkeys(_ASKING, pass_on), signal.SIGTSTP: suspend}
     before = {}
@@ -103,11 +104,19 @@ def _run_to_its_end(words: Sequence[str], environment: Mapping[str, str]) -> tup
         for number in received[:1]:  # It came before there was a group.
             pass_on(number)
         code = command.wait()
+        if code < 0:  # The guard was killed, so nobody else ends its group.
+            _signal_group(command.pid, signal.SIGKILL)
         group.clear()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code, next(iter(received), 0)
+
+
+def _signal_group(leader: int, number: int) -> None:
+    """Send a signal to a process group that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, number)
 
 
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -312,19 +312,27 @@ def _of_object(file: Path) -> np.ndarray:
 
 
 def _level_of(file: Path, mask_HW: np.ndarray) -> _Level | None:
-    """The commonest level or colour of the pixels that a mask marks. None where it is not exact or
-    does not matter: in lossy formats and transparent pictures, and for empty masks.
+    """The commonest level or colour of the pixels that a mask marks, of a palette the colour. None
+    where it is not exact or does not matter: in lossy formats and transparent pictures, and for
+    empty masks. Of a large mask only some pixels are checked.
     """
     with Image.open(file) as opened:
-        is_plain = opened.mode in ("1", "L", "P", "I", "I;16", "RGB")
-        if opened.format in ("JPEG", "WEBP") or not is_plain or "transparency" in opened.info:
-            return None
-    levels_HW = load_labels(file)
+        has_palette, is_plain = opened.mode == "P", opened.mode in ("1", "L", "I", "I;16", "RGB")
+        is_lossy = opened.format in ("JPEG", "WEBP") or "transparency" in opened.info
+    if is_lossy or not (has_palette or is_plain):
+        return None
+    levels_HW = load_colours(file) if has_palette else load_labels(file)
     if not mask_HW.any() or levels_HW.shape[:2] != mask_HW.shape:
         return None
-    marked_NC = levels_HW[mask_HW].reshape(int(mask_HW.sum()), -1)
-    found, counts = np.unique(marked_NC, axis=0, return_counts=True)
-    level: _Level = tuple(found[counts.argmax()].tolist())
+    marked_N = levels_HW[mask_HW][:: max(1, mask_HW.size // 1_000_000)]
+    if marked_N.ndim == 2:
+        marked_N = _codes(marked_N)
+    found, counts = np.unique(marked_N, return_counts=True)
+    code = int(found[counts.argmax()])
+    level: _Level = (code,)
+    if levels_HW.ndim == 3:
+        colour = (code >> 16, code >> 8 & 255, code & 255)
+        level = colour[:1] if len(set(colour)) == 1 else colour
     is_white = level == (65535,) or all(240 <= each <= 255 for each in level)
     return (255,) if is_white else level
 

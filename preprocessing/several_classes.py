@@ -81,7 +81,7 @@ def _combinations(
 ) -> Iterator[PoolRegion]:
     """The regions of several classes of one image."""
     of_class = {region.category: region for region in regions}
-    taken, small = set[frozenset[str]](), set[frozenset[str]]()
+    taken, small, has_more = set[frozenset[str]](), set[frozenset[str]](), False
     for region in regions:
         counts = {name: rle for name, rle in region.target.objects if name in of_class}
         masks = {name: _decoded(rle, work.image_size) for name, rle in counts.items()}
@@ -99,8 +99,8 @@ def _combinations(
             if region.category not in names or frozenset(names) in taken:
                 continue
             if len(taken) == MOST_COMBINATIONS:
-                skipped["images_with_more_combinations"] += 1
-                return
+                has_more = True
+                break
             visible = _visible({name: masks[name] for name in names})
             if not all(_is_seen(mask_HW, work.least_scale) for mask_HW in visible.values()):
                 small.add(frozenset(names))
@@ -120,6 +120,7 @@ def _combinations(
                 group="",
             )
     skipped["combinations_of_small_scale"] += len(small - taken)
+    skipped["images_with_more_combinations"] += has_more
 
 
 def _is_seen(mask_HW: np.ndarray, least_scale: float) -> bool:

@@ -591,5 +591,15 @@ def test_what_is_not_transparent_of_a_cut_out_object_is_its_mask(tmp_path: Path)
     grey = Image.fromarray(np.where(mask_HW, 255, 0).astype(np.uint8))
     black_on_transparent = Image.merge("LA", [Image.new("L", grey.size), grey])
     np.testing.assert_array_equal(load_mask(black_on_transparent, (60, 40)), mask_HW)
+    monochrome = np.repeat(photograph[..., :1], 3, axis=2)
+    for picture in (cut_out(monochrome, mask_HW), cut_out(monochrome, mask_HW).convert("LA")):
+        np.testing.assert_array_equal(load_mask(picture, (60, 40)), mask_HW)
+    # A drawn mask with coloured fringes, in a picture with a transparent border.
+    fringed = white * mask_HW[..., None]
+    fringed[5:30, 10] = rng.integers(100, 256, (25, 3))
+    inner_HW = np.zeros_like(mask_HW)
+    inner_HW[2:38, 2:58] = True
+    found_HW = load_mask(cut_out(fringed, inner_HW), (60, 40))
+    assert np.mean(found_HW != mask_HW) < 0.02
     opaque = Image.fromarray(white * mask_HW[..., None]).convert("RGBA")
     np.testing.assert_array_equal(load_mask(opaque, (60, 40)), mask_HW)

@@ -132,6 +132,17 @@ def test_a_stage_is_suspended_and_goes_on_with_its_command(start, tmp_path):
     assert (tmp_path / "saved-SIGTERM").is_file()
 
 
+def test_no_process_outlives_a_killed_guard(start, tmp_path):
+    command = start()
+    (guard,) = psutil.Process(command.pid).children()
+    guard.kill()
+    assert command.wait(timeout=30) == 2
+    deadline = time.monotonic() + 30
+    while _live(tmp_path):
+        assert time.monotonic() < deadline, "the stage runs on"
+        time.sleep(0.02)
+
+
 def test_a_command_without_a_terminal_does_not_stop_when_that_goes(start, tmp_path):
     command = start(False, "nohup")
     command.send_signal(signal.SIGHUP)

@@ -227,11 +227,12 @@ def _label(options: argparse.Namespace) -> int:
         find_images,
         label_output,
     )
+    from icl_moe.labelling.journal import journal_of
 
-    out = label_output(options.out, ".json", options.images, options.overwrite)
-    review = options.review and label_output(
-        options.review, ".html", options.images, options.overwrite
-    )
+    # An unfinished run may have written its outputs already, but not have removed its journal.
+    may_exist = options.overwrite or journal_of(Path(options.out)).exists()
+    out = label_output(options.out, ".json", options.images, may_exist)
+    review = options.review and label_output(options.review, ".html", options.images, may_exist)
     if options.examples is None and options.category is None:
         raise InputError(
             "There is nothing to go by: set --examples, or --category for a model with a class "

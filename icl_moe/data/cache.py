@@ -125,29 +125,28 @@ class FileCache:
 
     def _make_room(self, size: int, but: Path) -> bool:
         """Remove files, the least recently used first, until `size` more bytes fit; returns whether
-        they do. `but` is the file to be downloaded. Raises InputError if they can never fit.
+        they do. `but` is the file to be downloaded. Raises InputError if they can never fit, since
+        this process keeps the rest of the room.
         """
         files = sorted(
             (_last_use(path), path, _room(path))
             for path in self.folder.rglob("*")
             if path.is_file() and path not in (but, self._lock_file)
         )
-        excess = sum(room for _, _, room in files) + size - self.capacity
-        kept = 0
-        for _, path, room in files:
-            if excess <= 0:
-                break
-            if not _is_in_use(path):
-                path.unlink(missing_ok=True)
-                excess -= room
-            elif path.suffix != _PARTIAL:
-                kept += room
+        kept = sum(room for _, path, room in files if path in _kept)
         if kept + size > self.capacity:
             raise InputError(
                 f"data.cache_gigabytes: the cache {self.folder} may hold {self.capacity} bytes, of "
                 f"which {kept} are in use, but {but.name.removesuffix(f'.{size}{_PARTIAL}')} takes "
                 f"{size} more."
             )
+        excess = sum(room for _, _, room in files) + size - self.capacity
+        for _, path, room in files:
+            if excess <= 0:
+                break
+            if not _is_in_use(path):
+                path.unlink(missing_ok=True)
+                excess -= room
         return excess <= 0
 
     @property
@@ -183,14 +182,20 @@ def _is_in_use(path: Path) -> bool:
     """Whether a process holds a lock on a file: it downloads or keeps it. Locks end with their
     process, however it ends.
     """
+    if path in _kept:
+        return True
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Where locks of flock are made from those of fcntl, as on NFS, an exclusive one needs a
+        # file that is open for writing.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        return False  # A file system without locks.
     finally:
         os.close(descriptor)
     return False

@@ -288,8 +288,7 @@ def _check_class(result: Mapping[str, Any], category: str) -> None:
 @dataclass(frozen=True)
 class _Record:
     """How a task's output is stored in a result. keys: those that a result may have. read: the
-    output, from a result and the image
-    size.
+    output, from a result and the image size.
     """
 
     keys: tuple[str, ...]

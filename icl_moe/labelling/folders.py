@@ -50,18 +50,24 @@ def find_images(folder: Path, examples: ExampleFiles) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those within it that are not hidden. Links to folders are
-    followed, each folder once.
+    """The files in a folder and in those within it that are not hidden, and the links that lead
+    nowhere. Links to folders are followed, each folder once; one that cannot be read is named.
     """
+
+    def tell(error: OSError) -> None:
+        note(f"skipped: the folder {error.filename} cannot be read ({error.strerror})")
+
     seen = set[str]()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=tell, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in files if not name.startswith("."))
+        for path in (Path(place, name) for name in files if not name.startswith(".")):
+            if path.is_file() or not path.exists():
+                yield path
 
 
 def find_examples(folder: Path, category: str | None = None) -> ExampleFiles:
@@ -115,16 +121,16 @@ def _folders_in(folder: Path) -> list[Path]:
     )
 
 
-def label_output(path: str, suffix: str, images: Path, overwrite: bool) -> Path:
+def label_output(path: str, suffix: str, images: Path, may_exist: bool) -> Path:
     """The file to write, as `output_file` approves it. Raises InputError also if it lies among the
-    images, and if it exists and is not to be overwritten.
+    images, and if it exists although it must not.
     """
     file = output_file(path, [suffix])
     if file.exists() and not file.is_file():
         raise InputError(f"{file} is not a file; it must be one, since it is written in pieces.")
     if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(images)):
         raise InputError(f"{file} lies in the folder of images, {images}; choose another place.")
-    if file.exists() and not overwrite:
+    if file.exists() and not may_exist:
         raise InputError(
             f"{file} exists, and may have been corrected by hand; --overwrite replaces it."
         )

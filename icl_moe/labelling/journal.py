@@ -137,5 +137,10 @@ class Journal:
             )
 
 
+def journal_of(out: Path) -> Path:
+    """Where the journal of a run with this output is."""
+    return out.with_name(f"{out.name}.journal")
+
+
 def _line(content: Any) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode() + b"\n"

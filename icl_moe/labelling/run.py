@@ -21,7 +21,7 @@ from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.inference.session import Query, Session
 from icl_moe.labelling.components import components
 from icl_moe.labelling.folders import ExampleFiles, digest_of
-from icl_moe.labelling.journal import Journal
+from icl_moe.labelling.journal import Journal, journal_of
 from icl_moe.labelling.review import write_review
 from icl_moe.messages import note
 from icl_moe.outputs import writing
@@ -85,7 +85,7 @@ def label(
     """
     session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with writing(out):
-        journal = Journal(out.with_name(f"{out.name}.journal"), _settings(model, labelling))
+        journal = Journal(journal_of(out), _settings(model, labelling))
     try:
         with writing(journal.path):
             _label_rest(model.image_size, session, labelling, journal)
@@ -163,16 +163,20 @@ def _label_batch(
 
 
 def _describe(drawn: DrawnClasses, labelling: Labelling) -> dict[str, Any]:
-    """The entry of an image. sure: the least score of a class's mask, or of the lack of one."""
+    """The entry of an image. sure: the least score of what is kept of a class's mask, or of the
+    lack of one.
+    """
     instances, scores = [], []
     for number, (of_class, mask_HW) in enumerate(drawn.disjoint(), 1):
-        scores.append(_rounded(of_class.score(mask_HW)))
-        if not mask_HW.any():
-            continue
+        kept_HW = np.zeros_like(mask_HW)
         for part_HW in components(mask_HW) if labelling.split else [mask_HW]:
+            if not part_HW.any() or part_HW.mean() < labelling.least_area:
+                continue
             score = _rounded(of_class.score_of_part(part_HW, mask_HW))
-            if part_HW.mean() >= labelling.least_area and score >= labelling.least_score:
+            if score >= labelling.least_score:
+                kept_HW |= part_HW
                 instances.append({"category": number, "score": score, **_outline(part_HW)})
+        scores.append(_rounded(of_class.score(kept_HW)))
     height, width = mask_HW.shape
     return {
         "width": width,

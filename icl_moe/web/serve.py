@@ -169,8 +169,8 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class _Guard:
-    """Refuses requests that are too large or ask for files of other hosts, and tells browsers to
-    load nothing from elsewhere.
+    """Refuses requests that are too large, that ask for files of other hosts, or that are for parts
+    of Gradio which the page does not use; and tells browsers to load nothing from elsewhere.
     """
 
     def __init__(self, app: Any) -> None:
@@ -189,6 +189,9 @@ class _Guard:
             return
         if _FETCHED.search(scope["path"]):
             await _refuse(send, 403, "The page fetches nothing from other hosts.")
+            return
+        if _UNUSED.match(scope["path"]):
+            await _refuse(send, 404, "The page has nothing at this address.")
             return
 
         async def send_with_policy(message: dict[str, Any]) -> None:
@@ -210,6 +213,14 @@ def _is_too_much(length: int) -> bool:
 
 _FETCHED = re.compile(r"/file[=/]+https?:", re.IGNORECASE)
 """A path at which Gradio would fetch a file from another host and pass it on."""
+
+_UNUSED = re.compile(
+    r"(/gradio_api)?/+(process_recording|deep_link|component_server|custom_component|proxy=|dev/|"
+    r"(undo-)?vibe-|monitoring|profiling)"
+)
+"""Paths of Gradio's tools for developers, recordings and links. Some of them store what they are
+sent, and leave it there; a recording would be given to ffmpeg, which opens files that it names.
+"""
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:

@@ -141,7 +141,7 @@ def only_uploaded(value: Any, folder: str | os.PathLike[str]) -> Any:
     their resolved paths: whatever else is said of a file, such as a URL, has no effect.
 
     folder: where uploaded files are stored. Raises InputError for a file that is not in it once
-    links and ".." are resolved, and for a URL in the place of a file.
+    links and ".." are resolved, and for a URL instead of a path.
     """
     if isinstance(value, list | tuple):
         return [only_uploaded(each, folder) for each in value]

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from icl_moe import InContextModel
 from icl_moe.cli import main
 from icl_moe.errors import InputError
+from icl_moe.labelling import run as labelling_run
 from icl_moe.labelling.components import components
 from icl_moe.labelling.folders import find_examples
 from icl_moe.labelling.journal import Journal
@@ -169,6 +170,20 @@ def test_a_killed_run_goes_on_with_other_images_and_another_batch(folder, tmp_pa
     assert files == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
 
 
+def test_a_run_that_ended_between_its_outputs_goes_on(folder, tmp_path, monkeypatch):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling_run, "_write_coco", interrupted)
+        assert run(folder, out, "--review", str(page)) == 130
+    assert page.exists() and not out.exists()
+    assert run(folder, out, "--review", str(page)) == 0
+    assert len(COCO(out).imgs) == SCENES
+    assert run(folder, out, "--review", str(page)) == 2
+
+
 def test_an_output_that_exists_is_replaced_only_if_asked(folder, tmp_path, capsys):
     out = tmp_path / "corrected.json"
     out.write_text("corrected by hand")
@@ -202,6 +217,16 @@ def test_small_and_unsure_instances_are_left_out(folder, tmp_path):
     assert found["large"] == [each for each in found["all"] if each[0] >= 0.02]
     assert found["sure"] == [each for each in found["all"] if each[1] >= 0.8]
     assert 0 < len(found["large"]) < len(found["all"]) > len(found["sure"]) > 0
+
+
+def test_what_is_too_small_does_not_count_as_sure():
+    """The page for review shows an image as sure of nothing, not of the speck that is left out."""
+    brightness_HW = np.full((50, 50), -1.0, np.float32)
+    brightness_HW[20, 20] = 0.9
+    drawn = DrawnClasses({"object": DrawnMask(brightness_HW, at_once=True)})
+    labelling = labelling_run.Labelling({}, Path(), [], least_area=0.001)
+    entry = labelling_run._describe(drawn, labelling)
+    assert entry["instances"] == [] and entry["sure"] < 0.1
 
 
 def test_what_another_class_leaves_of_a_mask_has_a_low_score():

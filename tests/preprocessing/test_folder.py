@@ -279,6 +279,23 @@ def test_a_names_file_in_no_known_form_ends_in_a_sentence(tmp_path, name, text, 
         read_labels(file)
 
 
+def test_palettes_in_another_order_are_of_the_same_colour(tmp_path):
+    folders = [tmp_path / part for part in ("images", "masks")]
+    for folder in folders:
+        folder.mkdir()
+    for name, bright in (("a", 1), ("b", 0)):
+        Image.new("RGB", (32, 32), "grey").save(folders[0] / f"{name}.png")
+        marked = np.full((32, 32), 1 - bright, dtype=np.uint8)
+        marked[8:20, 8:20] = bright
+        picture = Image.fromarray(marked, mode="L").convert("P")
+        picture.putdata(marked.ravel().tolist())
+        picture.putpalette([0, 0, 0, 255, 255, 255] if bright else [255, 255, 255, 0, 0, 0])
+        picture.save(folders[1] / f"{name}.png")
+    source = SegmentationSource(source="folder", images=str(folders[0]), masks=str(folders[1]))
+    records, _ = load_folder(source, workers=0)
+    assert len(records.anns) == 2
+
+
 @pytest.mark.parametrize(
     ("levels", "shown"),
     [((1, 2), "level 1, but b.png with 2"), (((255, 0, 0), (0, 255, 0)), r"\(255, 0, 0\), but")],

@@ -417,6 +417,24 @@ def test_ctrl_c_ends_the_command_and_its_files_without_a_word(tmp_path, interrup
     assert not list(tmp_path.glob("icl-moe-web-*"))
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "process_recording",
+        "gradio_api/process_recording",
+        "gradio_api/component_server",
+        "gradio_api/deep_link?session_hash=x",
+        "gradio_api/monitoring/summary",
+        "gradio_api/proxy=https://icl-moe.invalid/x",
+        "gradio_api/dev/reload",
+    ],
+)
+def test_parts_of_gradio_that_the_page_does_not_use_are_closed(page, path):
+    """A recording, for one, would be given to ffmpeg, which opens the files that it names."""
+    answer = httpx.post(page + path, files={"files": ("a.m3u8", b"#EXTM3U\n/etc/passwd")})
+    assert answer.status_code == 404 and answer.text == "The page has nothing at this address."
+
+
 def wait_for_health(address: str) -> None:
     until = time.monotonic() + 60
     while True:
