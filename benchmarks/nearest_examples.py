@@ -27,6 +27,7 @@ from icl_moe.inference.retrieval import Shelf
 from icl_moe.inference.session import Query, in_own_size
 from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION
+from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.mask_scores import mask_iou
 from icl_moe.tasks.segmentation import LEAST_SHOWN, SegmentationPair
 
@@ -127,20 +128,30 @@ def ious(
     examples: list[tuple[SegmentationPair, ...]],
 ) -> np.ndarray:
     """The IoU of each query, at its own size, after its examples."""
+    masks = drawn_masks(model, [photograph for photograph, _ in queries], examples)
+    return np.array(
+        [
+            mask_iou(drawn.mask_HW, photograph.masks[number])
+            for drawn, (photograph, number) in zip(masks, queries, strict=True)
+        ]
+    )
+
+
+def drawn_masks(
+    model: InContextModel,
+    queries: list[Photograph],
+    examples: list[tuple[SegmentationPair, ...]],
+) -> Iterator[DrawnMask]:
+    """What the model draws for each query, at its own size, after its examples."""
     questions = list(zip(queries, examples, strict=True))
-    found = []
     for some in in_batches(tqdm(questions, "segmenting"), BATCH):
         requests = [
-            (Episode(SEGMENTATION, "", pairs), photograph.codes_N)
-            for (photograph, _), pairs in some
+            (Episode(SEGMENTATION, "", pairs), photograph.codes_N) for photograph, pairs in some
         ]
         drawn = SEGMENTATION.draw(model, model.complete(requests))
-        for ((photograph, number), _), mask in zip(some, drawn, strict=True):
-            true_HW = photograph.masks[number]
+        for (photograph, _), mask in zip(some, drawn, strict=True):
             query = Query.load(photograph.file, model.image_size)
-            mask_HW = in_own_size(mask, query, model.edges).mask_HW
-            found.append(mask_iou(mask_HW, true_HW))
-    return np.array(found)
+            yield in_own_size(mask, query, model.edges)
 
 
 if __name__ == "__main__":
