@@ -36,7 +36,12 @@ time.sleep(60)
 """
 
 _COMMAND = """
-import sys
+import signal, sys
+
+if sys.argv[3] == "asked":  # As in a terminal, even if what runs the tests ignores these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 from icl_moe.cli import main
 from icl_moe.commands import training
 from icl_moe.stages import Command
@@ -58,7 +63,11 @@ def start(tmp_path) -> Iterator:
     def start(launched: bool = False, *before: str) -> subprocess.Popen:
         path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
         command = subprocess.Popen(
-            [*before, sys.executable, "-c", _COMMAND, str(tmp_path), str(launched)],
+            [
+                *before,
+                *(sys.executable, "-c", _COMMAND, str(tmp_path), str(launched)),
+                "before" if before else "asked",
+            ],
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,

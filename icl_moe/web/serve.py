@@ -125,7 +125,7 @@ def make_server(page: Any, listener: socket.socket) -> Any:
     import fastapi
     import gradio as gr
     import uvicorn
-    from starlette.routing import Mount
+    from fastapi.routing import Mount
 
     from icl_moe.web.page import appearance
 
