@@ -223,16 +223,18 @@ def _caption(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     from icl_moe.labelling.folders import (
         are_of_one_class,
+        check_new,
         find_examples,
         find_images,
         label_output,
     )
     from icl_moe.labelling.journal import journal_of
 
+    out = label_output(options.out, ".json", options.images)
+    review = options.review and label_output(options.review, ".html", options.images)
     # An unfinished run may have written its outputs already, but not have removed its journal.
-    may_exist = options.overwrite or journal_of(Path(options.out)).exists()
-    out = label_output(options.out, ".json", options.images, may_exist)
-    review = options.review and label_output(options.review, ".html", options.images, may_exist)
+    if not options.overwrite and not journal_of(out).exists():
+        check_new(out, *([review] if review else ()))
     if options.examples is None and options.category is None:
         raise InputError(
             "There is nothing to go by: set --examples, or --category for a model with a class "

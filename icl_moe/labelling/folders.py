@@ -121,20 +121,25 @@ def _folders_in(folder: Path) -> list[Path]:
     )
 
 
-def label_output(path: str, suffix: str, images: Path, may_exist: bool) -> Path:
+def label_output(path: str, suffix: str, images: Path) -> Path:
     """The file to write, as `output_file` approves it. Raises InputError also if it lies among the
-    images, and if it exists although it must not.
+    images.
     """
     file = output_file(path, [suffix])
     if file.exists() and not file.is_file():
         raise InputError(f"{file} is not a file; it must be one, since it is written in pieces.")
     if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(images)):
         raise InputError(f"{file} lies in the folder of images, {images}; choose another place.")
-    if file.exists() and not may_exist:
-        raise InputError(
-            f"{file} exists, and may have been corrected by hand; --overwrite replaces it."
-        )
     return file
+
+
+def check_new(*files: Path) -> None:
+    """Raise InputError for a file that exists, and may have been corrected by hand."""
+    for file in files:
+        if file.exists():
+            raise InputError(
+                f"{file} exists, and may have been corrected by hand; --overwrite replaces it."
+            )
 
 
 def digest_of(examples: ExampleFiles) -> str:
