@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,6 +143,16 @@ def load_colours(path: str | os.PathLike[str]) -> np.ndarray:
     `load_image` does.
     """
     return np.asarray(load_image(path, "The mask"))
+
+
+def colour_codes(colours: np.ndarray) -> np.ndarray:
+    """Colours of 8 bits (..., 3) as one whole number each, int32 (...): 0xRRGGBB."""
+    return colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+
+
+def colours_of(codes: np.ndarray) -> np.ndarray:
+    """The inverse of `colour_codes`."""
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1)
 
 
 def middle_square(size: tuple[int, int]) -> PixelBox:
@@ -383,7 +394,7 @@ def _opacity_of_cut_out(image: Image.Image) -> np.ndarray | None:
     if visible_HW.all() or not visible_HW.any():
         return None
     visible_N3 = rgba_HW4[visible_HW][:: max(1, visible_HW.size // 4_000_000), :3]
-    codes_N = visible_N3.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    codes_N = colour_codes(visible_N3)
     counts_K = np.sort(np.unique(codes_N, return_counts=True)[1])
     is_photograph = counts_K[-2:].sum() < _LEAST_SHARE_DRAWN * len(codes_N)
     return opacity_HW if is_photograph or not codes_N.any() else None
@@ -410,11 +421,11 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
     """
     codes_HW = levels_HWC[..., 0]
     if levels_HWC.shape[2] == 3:
-        codes_HW = levels_HWC.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+        codes_HW = colour_codes(levels_HWC)
     flat_HW = _is_flat(codes_HW)
     rest_HW = flat_HW & ~mask_HW
-    dark = _commonest(codes_HW[rest_HW if rest_HW.any() else ~mask_HW])
-    bright = _commonest(codes_HW[mask_HW])
+    dark = commonest(codes_HW[rest_HW if rest_HW.any() else ~mask_HW])
+    bright = commonest(codes_HW[mask_HW])
     third = np.unique(codes_HW[flat_HW & (codes_HW != dark) & (codes_HW != bright)])
     if not len(third):
         return None
@@ -422,7 +433,7 @@ def _third_levels(levels_HWC: np.ndarray, mask_HW: np.ndarray, format: str | Non
     def colours(codes: np.ndarray) -> np.ndarray:
         if levels_HWC.shape[2] == 1:
             return codes.astype(np.float64)[:, None]
-        return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.float64)
+        return colours_of(codes).astype(np.float64)
 
     ends_2C = colours(np.array([dark, bright]))
     away_K = np.abs(colours(third)[:, None] - ends_2C).max(axis=2).min(axis=1)
@@ -466,6 +477,7 @@ def _is_flat(codes_HW: np.ndarray) -> np.ndarray:
     return flat_HW
 
 
-def _commonest(codes: np.ndarray) -> np.generic:
+def commonest(codes: np.ndarray) -> Any:
+    """The value that occurs most often, the least one in a tie; of at least one value."""
     values, counts = np.unique(codes, return_counts=True)
     return values[counts.argmax()]

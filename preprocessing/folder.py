@@ -24,6 +24,9 @@ from icl_moe.images import (
     MASK_SUFFIXES,
     EmptyMaskError,
     SeveralLevelsError,
+    colour_codes,
+    colours_of,
+    commonest,
     load_colours,
     load_labels,
     load_mask,
@@ -325,14 +328,11 @@ def _level_of(file: Path, mask_HW: np.ndarray) -> _Level | None:
     if not mask_HW.any() or levels_HW.shape[:2] != mask_HW.shape:
         return None
     marked_N = levels_HW[mask_HW][:: max(1, mask_HW.size // 1_000_000)]
-    if marked_N.ndim == 2:
-        marked_N = _codes(marked_N)
-    found, counts = np.unique(marked_N, return_counts=True)
-    code = int(found[counts.argmax()])
-    level: _Level = (code,)
-    if levels_HW.ndim == 3:
-        colour = (code >> 16, code >> 8 & 255, code & 255)
-        level = colour[:1] if len(set(colour)) == 1 else colour
+    if marked_N.ndim == 1:
+        level: _Level = (int(commonest(marked_N)),)
+    else:
+        level = _colour(int(commonest(colour_codes(marked_N))))
+        level = level[:1] if len(set(level)) == 1 else level
     is_white = level == (65535,) or all(240 <= each <= 255 for each in level)
     return (255,) if is_white else level
 
@@ -367,12 +367,13 @@ def _of_ids(file: Path, table: LabelTable) -> dict[str, np.ndarray]:
 
 def _of_colours(file: Path, table: LabelTable) -> dict[str, np.ndarray]:
     """Class -> mask (H, W) of a mask that holds colours. Black is the background unless named."""
-    codes_HW = _codes(load_colours(file))
-    known = {0: None, **{_code(colour): name for colour, name in table.colours.items()}}
+    codes_HW = colour_codes(load_colours(file))
+    codes = colour_codes(np.array(list(table.colours))).tolist()
+    known = {0: None, **dict(zip(codes, table.colours.values(), strict=True))}
     present = np.unique(codes_HW).tolist()
     unknown = [code for code in present if code not in known]
     if unknown:
-        colour = (unknown[0] >> 16, unknown[0] >> 8 & 255, unknown[0] & 255)
+        colour = _colour(unknown[0])
         raise InputError(
             f"The mask {file} has the colour {colour}, which {table.file} does not name"
             f"{_lossy(file, len(unknown))}."
@@ -384,12 +385,8 @@ def _of_colours(file: Path, table: LabelTable) -> dict[str, np.ndarray]:
     return masks
 
 
-def _codes(colours_HW3: np.ndarray) -> np.ndarray:
-    return colours_HW3.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
-
-
-def _code(colour: tuple[int, int, int]) -> int:
-    return colour[0] << 16 | colour[1] << 8 | colour[2]
+def _colour(code: int) -> tuple[int, ...]:
+    return tuple(colours_of(np.array(code)).tolist())
 
 
 def _lossy(file: Path, unknown: int) -> str:
