@@ -214,7 +214,6 @@ def collate(
     targets = np.flatnonzero(weights_T > 0)
     real_T = np.concatenate([sequence.attributes() for sequence in sequences]) != PADDING
     labels = tokens_T[targets]
-    is_image = _within(labels, vocabulary.image_range) | _within(labels, vocabulary.input_range)
     total = float(weights_T.sum())
     return TokenBatch(
         tokens_T=torch.from_numpy(
@@ -232,12 +231,8 @@ def collate(
         predictors_P=torch.from_numpy(targets - 1),
         labels_P=torch.from_numpy(labels.astype(np.int64)),
         weights_P=torch.from_numpy(weights_T[targets]),
-        visual_P=torch.from_numpy(is_image),
+        visual_P=torch.from_numpy(vocabulary.are_codes(labels)),
         loss_scale=1.0 / max(total, 1.0) if loss_scale is None else loss_scale,
         task=task,
         sources=tuple(sources),
     )
-
-
-def _within(values: np.ndarray, ids: range) -> np.ndarray:
-    return (values >= ids.start) & (values < ids.stop)

@@ -266,6 +266,11 @@ class TrainingRecipe:
             raise InputError(
                 "training.evaluate_every needs data.validation, a folder of shards to evaluate on."
             )
+        if self.training.input_loss_weight and self.vocabulary.feature_stages > 1:
+            raise InputError(
+                "training.input_loss_weight must be 0 with vocabulary.feature_stages above 1: the "
+                "model reads combined codes, but cannot write them."
+            )
         if self.training.mask_corruption and not self.vocabulary.mask:
             raise InputError(
                 "training.mask_corruption needs vocabulary.mask=true, for codes that are hidden."

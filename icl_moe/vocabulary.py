@@ -3,13 +3,16 @@ ranges of token ids.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
 
 from icl_moe.errors import InputError
-from icl_moe.ranges import Natural, Range
+from icl_moe.ranges import Count, Natural, Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GPT2_MERGES = 50_000
 GPT2_SIZE = 50_257
@@ -31,6 +34,8 @@ SPECIALS = (
 TAGS = ("<c_st>", "<c_ed>", "<b_st>", "<b_ed>")
 MASK = "[MASK]"
 
+_Codes = TypeVar("_Codes", np.ndarray, "Tensor")
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -42,8 +47,14 @@ class Vocabulary:
     contains <|endoftext|>, 50257 in all. `tags`: whether it contains the four tags and the 1001 box
     bins (52295 ids with them, 51290 without, at full size). `mask`: whether it contains [MASK],
     which replaces a hidden code. `features`: the number of codes of the features tokenizer for
-    input images; 0 if they are image codes. The latter two come last, so that no other id depends
-    on them.
+    input images, of each of its stages; 0 if they are image codes. The latter two come last, so
+    that no other id depends on them.
+
+    `feature_stages`: how many codes together describe a cell of an input image, each what the
+    codes before it leave over (see `icl_moe.tokenizers.features`). They share one token, so that
+    the sequences do not become longer: a token stands for one of features ** feature_stages
+    combinations, but an embedding has only features x feature_stages rows, and the vector of a
+    token is the sum of its stages' rows.
     """
 
     text_merges: Annotated[int, Range(0, GPT2_MERGES)] = GPT2_MERGES
@@ -51,10 +62,18 @@ class Vocabulary:
     tags: bool = True
     mask: bool = False
     features: Natural = 0
+    feature_stages: Count = 1
 
     def __post_init__(self) -> None:
         if self.features == 1:
             raise InputError("vocabulary.features must be 0, or at least 2, not 1.")
+        if self.feature_stages > 1 and not self.features:
+            raise InputError("vocabulary.feature_stages needs vocabulary.features.")
+        if self.feature_range.stop > 1 << 32:
+            raise InputError(
+                f"vocabulary.feature_stages: {self.features} codes in {self.feature_stages} stages "
+                "make more combinations than 32 bits can hold; choose fewer."
+            )
 
     @cached_property
     def text_size(self) -> int:
@@ -62,12 +81,20 @@ class Vocabulary:
 
     @cached_property
     def size(self) -> int:
-        return self._feature_start + self.features
+        """The number of rows of an embedding, and of the logits. It is the number of ids, unless
+        features codes have several stages.
+        """
+        return self._feature_start + self.features * self.feature_stages
+
+    @cached_property
+    def ids(self) -> int:
+        """The number of token ids."""
+        return self._feature_start + len(self.feature_range)
 
     @cached_property
     def token_dtype(self) -> np.dtype:
         """The type in which token ids are stored: uint16 for up to 65,536 ids, otherwise uint32."""
-        return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+        return np.dtype(np.uint16 if self.ids <= 1 << 16 else np.uint32)
 
     @cached_property
     def boi(self) -> int:
@@ -114,12 +141,35 @@ class Vocabulary:
 
     @cached_property
     def feature_range(self) -> range:
-        return range(self._feature_start, self._feature_start + self.features)
+        combinations = self.features**self.feature_stages if self.features else 0
+        return range(self._feature_start, self._feature_start + combinations)
 
     @cached_property
     def input_range(self) -> range:
         """The ids of input images: features codes if there are any, otherwise image codes."""
         return self.feature_range if self.features else self.image_range
+
+    def are_codes(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each token (any shape) is an image code or a features code."""
+        return _within(tokens, self.image_range) | _within(tokens, self.feature_range)
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        """The rows of an embedding (any number, flat, int64) whose sums are the vectors of tokens
+        (any shape): one row of each token, but one of each stage of a features code.
+        """
+        tokens = np.asarray(tokens, dtype=np.int64)
+        is_feature = _within(tokens, self.feature_range)
+        codes = tokens[is_feature] - self._feature_start
+        stages = split_stages(codes, self.features, self.feature_stages) if self.features else []
+        return np.concatenate(
+            [
+                tokens[~is_feature],
+                *(
+                    self._feature_start + stage * self.features + part
+                    for stage, part in enumerate(stages)
+                ),
+            ]
+        )
 
     @cached_property
     def text_range(self) -> range:
@@ -165,12 +215,15 @@ class Vocabulary:
         if self.mask and token == self._mask_start:
             return MASK
         if token in self.feature_range:
-            return f"<feature_{token - self._feature_start}>"
+            codes = split_stages(
+                np.array(token - self._feature_start), self.features, self.feature_stages
+            )
+            return f"<feature_{'_'.join(map(str, codes))}>"
         named = (*SPECIALS, *(TAGS if self.tags else ()))
         index = token - self._special_start
         if 0 <= index < len(named):
             return named[index]
-        raise InputError(f"The token id {token} is outside this vocabulary of {self.size}.")
+        raise InputError(f"The token id {token} is outside this vocabulary of {self.ids}.")
 
     @property
     def _special_start(self) -> int:
@@ -195,6 +248,24 @@ class Vocabulary:
         if not self.tags:
             raise InputError("Category tags and box bins need vocabulary.tags=true.")
         return self._tag_start + TAGS.index(name)
+
+
+def split_stages(codes: _Codes, features: int, stages: int) -> list[_Codes]:
+    """The code of each of the stages, 0..features-1, that combined codes (any shape,
+    0..features**stages-1) stand for, the first stage first; see `join_stages`.
+    """
+    return [codes // features ** (stages - 1 - stage) % features for stage in range(stages)]
+
+
+def join_stages(parts: list[_Codes], features: int) -> _Codes:
+    """The combined code of the codes of each stage: their digits in a number of base `features`,
+    the first stage first.
+    """
+    return reduce(lambda joined, part: joined * features + part, parts)
+
+
+def _within(values: np.ndarray, ids: range) -> np.ndarray:
+    return (values >= ids.start) & (values < ids.stop)
 
 
 def _to_tokens(codes: np.ndarray, ids: range, what: str) -> np.ndarray:

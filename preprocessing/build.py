@@ -370,12 +370,10 @@ def _open_tokenizers(recipe: DataRecipe) -> ImageTokenizers:
             f"masks, more than vocabulary.image_codes ({vocabulary.image_codes}); set it higher, "
             "or, beside a VQ-GAN, set mask_tokenizer=null."
         )
-    if features is not None and vocabulary.features != features.codebook_size:
-        raise InputError(
-            f"vocabulary.features is {vocabulary.features}, but the features tokenizer "
-            f"{recipe.features_tokenizer} has {features.codebook_size} codes; set it to that."
-        )
-    return ImageTokenizers(pictures, masks, features)
+    tokenizers = ImageTokenizers(pictures, masks, features)
+    if reason := tokenizers.features_unlike(vocabulary):
+        raise InputError(f"{recipe.features_tokenizer}: {reason}; set it to that.")
+    return tokenizers
 
 
 def _format(recipe: DataRecipe, tokenizers: ImageTokenizers) -> SequenceFormat:

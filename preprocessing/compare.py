@@ -312,7 +312,7 @@ def _compare_tokens(
         raise InputError("its spans are not those of the sources; a text or a box differs.")
     vocabulary = codec.format.vocabulary
     then_L, now_L = sequence.tokens_L.astype(np.int64), again.tokens_L.astype(np.int64)
-    pictured_L = np.isin(now_L, [*vocabulary.image_range, *vocabulary.feature_range])
+    pictured_L = vocabulary.are_codes(now_L)
     for span in sequence.spans:
         part = slice(span.start, span.stop)
         coded, equal = pictured_L[part], then_L[part] == now_L[part]

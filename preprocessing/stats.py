@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.vocabulary import Vocabulary
 
 LOOKED_AT = 2000
 """Samples of a task that are read for the figures that the index does not hold, evenly spaced."""
@@ -54,12 +55,12 @@ class ShardFigures:
     def _read(self, task: str) -> TaskFigures:
         count, vocabulary = self.manifest.samples[task], self.manifest.format.vocabulary
         figures = TaskFigures(self.shards.lengths(task), self.manifest.classes[task])
-        kinds = {"image codes": vocabulary.image_range, "features codes": vocabulary.feature_range}
+        kinds = {"image codes": vocabulary.image_range, **_features_rows(vocabulary)}
         seen = np.zeros(vocabulary.size, dtype=np.int64)
         numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist()
         for number in tqdm(numbers, desc=f"reading {task}", unit="sample"):
             sample = self.shards.sample(task, number)
-            seen += np.bincount(sample.sequence.tokens_L, minlength=vocabulary.size)
+            seen += np.bincount(vocabulary.rows(sample.sequence.tokens_L), minlength=len(seen))
             figures.areas += sample.meta["scale"]
             figures.images |= {source["image"] for source in sample.meta["sources"]}
             if group := sample.meta.get("group"):
@@ -97,6 +98,19 @@ def shard_stats(location: str | Path, against: Sequence[str | Path] = ()) -> str
         lines += ["", f"images of {task} that cannot be used:"]
         lines += [f"  {name}: {why}" for name, why in images.items()]
     return "\n".join(lines)
+
+
+def _features_rows(vocabulary: Vocabulary) -> dict[str, range]:
+    """The rows of an embedding that belong to the features codes of each stage, by their name."""
+    first, size = vocabulary.feature_range.start, vocabulary.features
+    if vocabulary.feature_stages == 1:
+        return {"features codes": vocabulary.feature_range}
+    return {
+        f"features codes, stage {stage + 1}": range(
+            first + stage * size, first + (stage + 1) * size
+        )
+        for stage in range(vocabulary.feature_stages)
+    }
 
 
 def area_counts(areas: Sequence[float]) -> tuple[list[int], list[str]]:

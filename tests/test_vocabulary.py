@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from icl_moe.errors import InputError
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import load_recipe
-from icl_moe.vocabulary import BIN_COUNT, GPT2_MERGES, SPECIALS, TAGS, Vocabulary
+from icl_moe.vocabulary import (
+    BIN_COUNT,
+    GPT2_MERGES,
+    SPECIALS,
+    TAGS,
+    Vocabulary,
+    join_stages,
+    split_stages,
+)
 
 vocabularies = st.builds(
     Vocabulary,
@@ -49,7 +57,7 @@ def test_ids_of_the_full_vocabulary_stand_where_the_contract_says() -> None:
 def test_every_id_belongs_to_one_part_and_has_its_own_name(vocabulary: Vocabulary) -> None:
     parts = len(vocabulary.text_range) + len(vocabulary.image_range) + len(SPECIALS)
     parts += len(TAGS) + BIN_COUNT if vocabulary.tags else 0
-    assert vocabulary.size == parts + vocabulary.mask + vocabulary.features
+    assert vocabulary.size == vocabulary.ids == parts + vocabulary.mask + vocabulary.features
     start = vocabulary.image_range.stop
     names = [vocabulary.name(token) for token in range(start, vocabulary.size)]
     assert len(set(names)) == len(names)
@@ -169,3 +177,34 @@ def test_impossible_sizes_are_refused_by_name(settings: dict[str, int], key: str
             "demo",
             [f"vocabulary.{name}={value}" for name, value in settings.items()],
         )
+
+
+@given(st.integers(2, 40), st.integers(1, 5), st.data())
+def test_the_stages_of_features_codes_share_one_token(
+    features: int, stages: int, data: st.DataObject
+) -> None:
+    vocabulary = Vocabulary(0, 16, False, features=features, feature_stages=stages)
+    parts = data.draw(st.lists(st.integers(0, features - 1), min_size=stages, max_size=stages))
+    code = int(join_stages([np.array(part) for part in parts], features))
+    assert [int(part) for part in split_stages(np.array(code), features, stages)] == parts
+    (token,) = vocabulary.from_input_codes(np.array([code]))
+    assert token < vocabulary.ids and np.iinfo(vocabulary.token_dtype).max >= token
+    assert vocabulary.name(int(token)) == f"<feature_{'_'.join(map(str, parts))}>"
+    first = vocabulary.feature_range.start
+    rows = [first + stage * features + part for stage, part in enumerate(parts)]
+    assert sorted(vocabulary.rows(np.array([token, 3]))) == [3, *rows]
+    assert vocabulary.size == first + stages * features > max(rows)
+    with pytest.raises(InputError, match=f"{vocabulary.ids} is outside"):
+        vocabulary.name(vocabulary.ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature_stages": 2}, r"feature_stages needs vocabulary\.features"),
+        ({"features": 1024, "feature_stages": 4}, "1024 codes in 4 stages make more combinations"),
+    ],
+)
+def test_stages_that_no_token_can_hold_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Vocabulary(**settings)

@@ -61,6 +61,10 @@ def make_toy_features(folder: Path, **settings: object) -> FeaturesTokenizer:
     return fit_features_tokenizer(pictures, toy_config(backbone, **settings), seed=0)
 
 
-def recipe_settings(folder: Path) -> list[str]:
+def recipe_settings(folder: Path, stages: int = 1) -> list[str]:
     """The settings with which a data recipe uses the tokenizer in `folder` for input images."""
-    return [f"features_tokenizer={folder}", f"vocabulary.features={CODES}"]
+    return [f"features_tokenizer={folder}", *vocabulary_settings(stages)]
+
+
+def vocabulary_settings(stages: int = 1) -> list[str]:
+    return [f"vocabulary.features={CODES}", f"vocabulary.feature_stages={stages}"]

@@ -93,7 +93,7 @@ def _outputs(
             )
         folder = shards.fetch("features_tokenizer")
         features = FeaturesTokenizer.from_pretrained(str(folder))
-        return Matcher(features.codebook_KD, episodes, shots).said(truths, sources)
+        return Matcher(features, episodes, shots).said(truths, sources)
     # What does not depend on the examples is the same with swapped ones.
     every = [episodes[number] for number in range(len(episodes))]
     found = {baseline.prediction: baseline.outputs for baseline in episodes.task.baselines(every)}

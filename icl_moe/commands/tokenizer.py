@@ -1,6 +1,7 @@
 """`icl-moe tokenizer`: training, making, measuring and converting image tokenizers."""
 
 import argparse
+from functools import partial
 from typing import Any
 
 from icl_moe import arguments as take
@@ -77,6 +78,18 @@ def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_tokenizer_convert)
 
 
+_OF_FIRST_STAGE = (
+    "backbone",
+    "weights",
+    "strides",
+    "codes",
+    "dimensions",
+    "image_size",
+    "downsampling",
+)
+"""The options that describe the first stage of a features tokenizer."""
+
+
 def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser(
         "features", help="make a tokenizer that reads images by a frozen backbone's features"
@@ -90,10 +103,16 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--weights", metavar="FILE", help="a file with the backbone's weights")
     parser.add_argument(
+        "--refine",
+        metavar="TOKENIZER",
+        help="add stages to this features tokenizer, whose other settings are kept",
+    )
+    parser.add_argument(
         "--strides", default="16,32", help="maps of the backbone to combine (default 16,32)"
     )
     for option, least, default, text in (
-        ("--codes", 2, 1024, "codes"),
+        ("--codes", 2, 1024, "codes of each stage"),
+        ("--stages", 1, 1, "codes that together describe a cell"),
         ("--dimensions", 1, 64, "number of principal components"),
         ("--seed", 0, 0, "of k-means"),
     ):
@@ -109,7 +128,7 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     )
     take.add_device(parser)
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
-    parser.set_defaults(run=_tokenizer_features)
+    parser.set_defaults(run=partial(_tokenizer_features, parser))
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
@@ -171,7 +190,7 @@ def _match_photographs(options: argparse.Namespace) -> dict[str, Any]:
     return evaluate_matcher(tokenizer.cpu(), queries, examples, shots)
 
 
-def _tokenizer_features(options: argparse.Namespace) -> int:
+def _tokenizer_features(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     strides = tuple(take.whole_numbers("--strides", options.strides))
 
     from icl_moe.outputs import output_folder, writing
@@ -181,6 +200,8 @@ def _tokenizer_features(options: argparse.Namespace) -> int:
 
     out = output_folder(options.out)
     check_free(out)
+    if options.refine is not None:
+        _check_refinement(parser, options)
     config = FeaturesConfig(
         backbone=options.backbone,
         weights=options.weights,
@@ -190,13 +211,28 @@ def _tokenizer_features(options: argparse.Namespace) -> int:
         downsampling=options.downsampling,
         codebook_size=options.codes,
         dimensions=options.dimensions,
+        stages=options.stages,
     )
     with writing(out):
         report = make_features_tokenizer(
-            options.images, config, options.seed, out, options.annotations, options.device
+            options.images,
+            config,
+            options.seed,
+            out,
+            options.annotations,
+            options.device,
+            options.refine,
         )
     _print_values(report)
     return 0
+
+
+def _check_refinement(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Raise InputError for settings that are those of the tokenizer to refine."""
+    for name in _OF_FIRST_STAGE:
+        if getattr(options, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is kept from the tokenizer to --refine; leave it out.")
 
 
 def _print_values(values: dict[str, Any], prefix: str = "") -> None:

@@ -448,9 +448,9 @@ def _check_tokens(tokens_L: np.ndarray, manifest: Manifest) -> None:
             f"its tokens are {tokens_L.dtype} {tokens_L.shape}; {vocabulary.token_dtype} "
             f"({length},) are expected"
         )
-    if int(tokens_L.max()) >= vocabulary.size:
+    if int(tokens_L.max()) >= vocabulary.ids:
         raise InputError(
-            f"it has the token {int(tokens_L.max())}; the vocabulary has {vocabulary.size}"
+            f"it has the token {int(tokens_L.max())}; the vocabulary has {vocabulary.ids}"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, evenly_spaced
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.task import Output
+from icl_moe.tokenizers.features import FeaturesTokenizer
 
 THRESHOLDS = np.round(np.arange(-1.0, 1.0, 0.01), 2)
 """The candidate thresholds on the score of a pixel of the object."""
@@ -60,17 +61,17 @@ def iou_above(scores_RP: Tensor, masks_RP: Tensor, edges_T: Tensor) -> np.ndarra
 
 
 class Matcher:
-    """Predicts the masks of segmentation queries from their first `shots` examples. codebook_KD:
-    the vector of each image code.
+    """Predicts the masks of segmentation queries from their first `shots` examples. features: the
+    tokenizer of their input images.
 
     The threshold is the one with the highest mean IoU when examples act as queries: the first
     example of up to 256 episodes, each with the examples of another episode of its class. So no
     query's mask is used, except in shards whose queries are also examples of other episodes.
     """
 
-    def __init__(self, codebook_KD: Tensor, episodes: EpisodeSet, shots: int) -> None:
+    def __init__(self, features: FeaturesTokenizer, episodes: EpisodeSet, shots: int) -> None:
         self.shots = shots
-        self._codebook_KD = codebook_KD.float().cpu()
+        self._features = features
         self._threshold = self._fit(episodes)
 
     def said(
@@ -93,7 +94,8 @@ class Matcher:
         return score_pixels(scores_N[None], masks_EHW.shape[-1])[0]
 
     def _vectors(self, codes: np.ndarray) -> Tensor:
-        return self._codebook_KD[torch.from_numpy(np.asarray(codes, dtype=np.int64))]
+        codes_N = torch.from_numpy(np.asarray(codes, dtype=np.int64))
+        return self._features.vectors(codes_N.to(self._features.device)).float().cpu()
 
     def _fit(self, episodes: EpisodeSet) -> float:
         edges_T = torch.from_numpy(THRESHOLDS).float()

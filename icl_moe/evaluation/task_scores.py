@@ -165,7 +165,7 @@ class TaskScores:
             for condition in self.conditions
             if condition.control is None and condition.shots
         ]
-        return [Matcher(features.codebook_KD, self.episodes, count) for count in counts]
+        return [Matcher(features, self.episodes, count) for count in counts]
 
     def _ceiling(self) -> list[Output]:
         everything = self._all("tokenizer's ceiling")

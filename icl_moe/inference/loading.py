@@ -183,12 +183,8 @@ def check_tokenizers(config: Any, format: SequenceFormat, tokenizers: ImageToken
             f"The image tokenizer does not encode the model's images of {config.image_size} pixels "
             f"as {format.codes_per_image} codes."
         )
-    codes = tokenizers.features.codebook_size if tokenizers.features else 0
-    if codes != format.vocabulary.features:
-        raise InputError(
-            f"The features tokenizer has {codes} codes, but the model's vocabulary has "
-            f"{format.vocabulary.features}."
-        )
+    if reason := tokenizers.features_unlike(format.vocabulary):
+        raise InputError(f"The model does not fit its features tokenizer: {reason}.")
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -36,15 +36,17 @@ class Shelf:
 def describe(tokenizers: ImageTokenizers, codes_BN: np.ndarray) -> np.ndarray:
     """A point of length 1 for each image, float32 (B, D), from its codes.
 
-    With a features tokenizer: the mean of its cells' centroids. Otherwise the square roots of the
-    shares of its codes, whose cosine is Bhattacharyya's coefficient of two histograms.
+    With a features tokenizer: the mean of the features that its cells' codes represent. Otherwise
+    the square roots of the shares of its codes, whose cosine is Bhattacharyya's coefficient of two
+    histograms.
     """
-    codes = torch.as_tensor(codes_BN).cpu()
-    if tokenizers.features is not None:
-        vectors_KD = tokenizers.input_vectors_KC.cpu()
+    codes = torch.as_tensor(codes_BN)
+    if (features := tokenizers.features) is not None:
         # A few images at a time: the vectors of their cells take much more memory than their means.
-        points_BD = torch.cat([vectors_KD[some].mean(dim=1) for some in codes.split(_TOGETHER)])
+        parts = codes.to(features.device).split(_TOGETHER)
+        points_BD = torch.cat([features.vectors(some).float().mean(dim=1) for some in parts]).cpu()
     else:
-        size = len(tokenizers.input_vectors_KC)
-        points_BD = torch.stack([each.bincount(minlength=size) for each in codes]).float().sqrt()
+        size = tokenizers.codebook_size
+        counts = [each.bincount(minlength=size) for each in codes.cpu()]
+        points_BD = torch.stack(counts).float().sqrt()
     return torch.nn.functional.normalize(points_BD, dim=1).numpy()

@@ -75,7 +75,11 @@ class DecoderConfig(PretrainedConfig):
 
     @property
     def vocabulary_size(self) -> int:
-        return _vocabulary(self.vocabulary).size
+        return self.token_vocabulary.size
+
+    @property
+    def token_vocabulary(self) -> Vocabulary:
+        return _vocabulary(self.vocabulary)
 
     @property
     def sequence_format(self) -> SequenceFormat:

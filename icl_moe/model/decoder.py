@@ -28,6 +28,7 @@ from icl_moe.model.router import GATE, decide
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import NO_LINK, SequenceFormat
+from icl_moe.vocabulary import split_stages
 
 
 class InContextDecoder(PreTrainedModel):
@@ -57,8 +58,8 @@ class InContextDecoder(PreTrainedModel):
         self.gradient_checkpointing = False
         # Tensor-parallel training replaces this, for a vocabulary that is spread over ranks.
         self.target_losses = cross_entropy
-        self._vocabulary_size = config.vocabulary_size
-        self.token_embedding = nn.Embedding(self._vocabulary_size, settings.width)
+        self._vocabulary = config.token_vocabulary
+        self.token_embedding = nn.Embedding(self._vocabulary.size, settings.width)
         self.position_embedding = nn.Embedding(settings.positions, settings.width)
         if settings.link:
             self.link = Linear(settings.width, settings.width, bias=False)
@@ -140,8 +141,28 @@ class InContextDecoder(PreTrainedModel):
         """What the first layer reads (T, M); `linked_TM` is what `linked` adds in a model with the
         link.
         """
-        x_TM = self.token_embedding(tokens_T) + self.position_embedding(positions_T)
+        x_TM = self.embed_tokens(tokens_T) + self.position_embedding(positions_T)
         return x_TM if linked_TM is None else x_TM + linked_TM
+
+    def embed_tokens(self, tokens_T: Tensor) -> Tensor:
+        """The vectors E[token] (T, M); that of a features code of several stages is the sum of its
+        stages' rows, see `Vocabulary`.
+        """
+        vocabulary = self._vocabulary
+        if vocabulary.feature_stages == 1:
+            embedded_TM: Tensor = self.token_embedding(tokens_T)
+            return embedded_TM
+        first = vocabulary.feature_range.start
+        is_feature_T = tokens_T >= first
+        codes = split_stages(tokens_T - first, vocabulary.features, vocabulary.feature_stages)
+        rows_ST = first + torch.stack(
+            [stage * vocabulary.features + part_T for stage, part_T in enumerate(codes)]
+        )
+        # Another token has one row, its own.
+        rows_ST = torch.where(is_feature_T, rows_ST, tokens_T)
+        counts_ST1 = torch.ones_like(rows_ST, dtype=self.token_embedding.weight.dtype)[..., None]
+        counts_ST1[1:] = is_feature_T[:, None]
+        return (self.token_embedding(rows_ST) * counts_ST1).sum(dim=0)
 
     def run(
         self,
@@ -174,7 +195,7 @@ class InContextDecoder(PreTrainedModel):
         parameters.
         """
         codes_U, rows_T2 = links_T2.unique(return_inverse=True)
-        table_UM = self.link(self.token_embedding(codes_U.clamp(min=0)))
+        table_UM = self.link(self.embed_tokens(codes_U.clamp(min=0)))
         table_UM = table_UM * (codes_U != NO_LINK).unsqueeze(1)
         return F.embedding(rows_T2, table_UM).sum(dim=1)
 
@@ -245,7 +266,7 @@ class InContextDecoder(PreTrainedModel):
         given.
         """
         weight_VM = self.token_embedding.weight
-        assert weight_VM.shape[0] == self._vocabulary_size, (
+        assert weight_VM.shape[0] == self._vocabulary.size, (
             "a tensor rank has logits of a part of the vocabulary"
         )
         return F.linear(
@@ -335,14 +356,19 @@ def start_from_codebook(
     first: int,
     seed: int,
     whiten: bool = True,
+    first_stage: int | None = None,
 ) -> None:
     """Set the embeddings of a tokenizer's K codes, the ids from `first` on, to z R, each row then
     to norm 1.
 
     z: the codes' vectors, less their mean and, to whiten them, over their standard deviation by
     channel, both weighted by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed.
-    So codes that look alike get similar embeddings.
+    So codes that look alike get similar embeddings. The codes of further stages of a features
+    tokenizer, vectors_KC after those of the first one, get z R times the mean factor by which the
+    first stage's rows came to norm 1; `first_stage` is how many codes that has (all by default).
     """
+    vectors_KC, further_KC = vectors_KC[:first_stage], vectors_KC[len(vectors_KC[:first_stage]) :]
+    frequencies_K = frequencies_K[:first_stage]
     shares_K1 = (frequencies_K / frequencies_K.sum()).unsqueeze(1)
     centred_KC = vectors_KC - (shares_K1 * vectors_KC).sum(dim=0)
     if whiten:
@@ -350,8 +376,29 @@ def start_from_codebook(
         centred_KC = centred_KC / deviation_C.clamp(min=1e-12)
     weight_VM = model.token_embedding.weight
     map_CM = _normal(seed, "codebook", (vectors_KC.shape[1], weight_VM.shape[1]))
-    rows_KM = F.normalize(centred_KC @ map_CM, dim=1)
+    projected_KM = centred_KC @ map_CM
+    rows_KM = F.normalize(projected_KM, dim=1)
+    factor = (shares_K1 / projected_KM.norm(dim=1, keepdim=True).clamp(min=1e-12)).sum()
+    rows_KM = torch.cat([rows_KM, further_KC @ map_CM * factor])
     weight_VM[first : first + len(rows_KM)] = rows_KM
+
+
+@torch.no_grad()
+def extend_codebook(model: InContextDecoder, vectors_KC: Tensor, first: int, known: int) -> None:
+    """Set the embeddings of the codes of a features tokenizer's further stages, in a model that has
+    learned those of its first `known` codes, the ids from `first` on, to z W.
+
+    z: the codes' vectors. W: the map of least squares from the vectors of the known codes to their
+    embeddings, both less their means. So a cell starts with about the embedding that the model
+    would have learned for a code that is just like the cell.
+    """
+    weight_VM = model.token_embedding.weight
+    rows_KM = weight_VM[first : first + known]
+    known_KC = vectors_KC[:known]
+    map_CM = torch.linalg.lstsq(
+        known_KC - known_KC.mean(dim=0), rows_KM - rows_KM.mean(dim=0)
+    ).solution
+    weight_VM[first + known : first + len(vectors_KC)] = vectors_KC[known:] @ map_CM
 
 
 def _normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:

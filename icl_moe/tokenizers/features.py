@@ -3,12 +3,15 @@ input images; outputs need the VQ-GAN or a mask tokenizer.
 
 A cell's features combine several strides: each stride's map is resized to the grid, standardised by
 channel and normalised to length 1; the concatenation is projected by PCA and normalised again. Its
-code is the nearest of K centroids. A saved tokenizer is a folder of config.json and
-model.safetensors, which identifies its backbone by fingerprint and does not contain the backbone's
-weights.
+code is the nearest of K centroids. With several stages, the next stage's code is the nearest of K
+centroids to what is left, the features less the centroids of the stages before (residual vector
+quantisation; Juang and Gray 1982, "Multiple stage vector quantization for speech coding"). All of a
+cell's codes are combined into one number (`icl_moe.vocabulary.join_stages`). A saved tokenizer is a
+folder of config.json and model.safetensors, which identifies its backbone by fingerprint and does
+not contain the backbone's weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +34,7 @@ from icl_moe.tokenizers.folder import (
     save_folder,
     weights_fingerprint,
 )
+from icl_moe.vocabulary import join_stages, split_stages
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class FeaturesConfig:
     """The configuration of a features tokenizer.
 
     backbone, weights: see `open_backbone`. strides: the feature maps to combine, by stride in
-    pixels of the image. channels: the number of channels of each of these maps.
-    image_size: the side of its images. downsampling: side in pixels of the square that one code
-    represents. codebook_size: the number of codes. dimensions: the number of principal components.
+    pixels of the image. channels: the number of channels of each of these maps. image_size: the
+    side of its images. downsampling: side in pixels of the square that one code represents.
+    codebook_size: the number of codes of each stage. dimensions: the number of principal
+    components. stages: how many codes describe a cell.
     """
 
     backbone: str = "efficientnet_lite0"
@@ -51,6 +56,7 @@ class FeaturesConfig:
     downsampling: Count = 16
     codebook_size: Annotated[int, Range(2)] = 1024
     dimensions: Count = 64
+    stages: Count = 1
 
     def __post_init__(self) -> None:
         if self.image_size % self.downsampling:
@@ -62,6 +68,16 @@ class FeaturesConfig:
             raise InputError("strides must name at least one stride, each once.")
         if len(self.channels) != len(self.strides):
             raise InputError("channels must be a number for each of the strides.")
+        if self.codes > 1 << 32:
+            raise InputError(
+                f"{self.codebook_size} codes in {self.stages} stages make more combinations than "
+                "32 bits can hold; choose fewer."
+            )
+
+    @property
+    def codes(self) -> int:
+        """The number of combinations of the stages' codes."""
+        return self.codebook_size**self.stages
 
     @property
     def codes_per_image(self) -> int:
@@ -72,8 +88,9 @@ class FeaturesTokenizer(nn.Module):
     """An image tokenizer that only encodes: its codes cannot be decoded.
 
     Its tables, besides the backbone: mean_C and deviation_C of the joined channels C, centre_C and
-    projection_CD of the PCA, the centroids codebook_KD, of length 1 or a little less, and
-    colours_K3, the mean colour of each code's cells in [-1, 1], with which codes are displayed.
+    projection_CD of the PCA, the centroids codebook_KD of each stage, one below the other (those
+    of the first stage have a length of 1 or a little less), and colours_K3, the mean colour of the
+    cells of each code of the first stage in [-1, 1], with which codes are displayed.
     """
 
     mean_C: Tensor
@@ -130,8 +147,8 @@ class FeaturesTokenizer(nn.Module):
         return self.config.downsampling
 
     @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
+    def codes(self) -> int:
+        return self.config.codes
 
     @property
     def fingerprint(self) -> str:
@@ -149,8 +166,14 @@ class FeaturesTokenizer(nn.Module):
         return self.codes_of(self.features(pixels_B3HW))
 
     def codes_of(self, features_BND: Tensor) -> Tensor:
-        """The codes_BN of features: the indices of their nearest centroids."""
-        return nearest(features_BND, self.codebook_KD)
+        """The codes_BN of features: in each stage, the index of the centroid that is nearest to
+        what the stages before leave over.
+        """
+        left_BND, parts = features_BND, []
+        for centroids_KD in self.codebook_KD.split(self.config.codebook_size):
+            parts.append(nearest(left_BND, centroids_KD))
+            left_BND = left_BND - centroids_KD[parts[-1]]
+        return join_stages(parts, self.config.codebook_size)
 
     @torch.inference_mode()
     def features(self, pixels_B3HW: Tensor) -> Tensor:
@@ -158,8 +181,13 @@ class FeaturesTokenizer(nn.Module):
         return self.project(self.join(self.cells(pixels_B3HW)))
 
     def vectors(self, codes_BN: Tensor) -> Tensor:
-        """The features (B, N, D) that codes represent: their centroids."""
-        return self.codebook_KD[codes_BN]
+        """The features (B, N, D) that codes represent: the sum of their stages' centroids."""
+        parts = split_stages(codes_BN, self.config.codebook_size, self.config.stages)
+        stages = self.codebook_KD.split(self.config.codebook_size)
+        return sum(
+            (centroids_KD[part_BN] for centroids_KD, part_BN in zip(stages, parts, strict=True)),
+            start=torch.zeros((), device=self.device),
+        )
 
     def cells(self, pixels_B3HW: Tensor) -> Tensor:
         """The backbone's raw maps on the grid, (B, N, C)."""
@@ -182,11 +210,12 @@ class FeaturesTokenizer(nn.Module):
         return F.normalize((joined_BNC - self.centre_C) @ self.projection_CD, dim=-1)
 
     def show(self, codes_BN: Tensor) -> Tensor:
-        """A picture (B, 3, H, W) in [-1, 1] for display: each cell in the mean colour of its
-        code.
+        """A picture (B, 3, H, W) in [-1, 1] for display: each cell in the mean colour of its first
+        stage's code.
         """
         side = round(codes_BN.shape[1] ** 0.5)
-        cells_B3hw = self.colours_K3[codes_BN].transpose(1, 2).unflatten(2, (side, side))
+        first_BN = split_stages(codes_BN, self.config.codebook_size, self.config.stages)[0]
+        cells_B3hw = self.colours_K3[first_BN].transpose(1, 2).unflatten(2, (side, side))
         return F.interpolate(cells_B3hw, scale_factor=float(self.downsampling), mode="nearest")
 
 
@@ -224,7 +253,7 @@ def _empty_tables(config: FeaturesConfig) -> dict[str, Tensor]:
         "deviation_C": torch.ones(channels),
         "centre_C": torch.zeros(channels),
         "projection_CD": torch.zeros(channels, config.dimensions),
-        "codebook_KD": torch.zeros(config.codebook_size, config.dimensions),
+        "codebook_KD": torch.zeros(config.stages * config.codebook_size, config.dimensions),
         "colours_K3": torch.zeros(config.codebook_size, 3),
     }
 
@@ -232,6 +261,8 @@ def _empty_tables(config: FeaturesConfig) -> dict[str, Tensor]:
 def _fingerprint(config: FeaturesConfig, backbone: Any, tables: dict[str, Tensor]) -> str:
     settings = to_dict(config)
     del settings["backbone"], settings["weights"]
+    if config.stages == 1:
+        del settings["stages"]  # As before there were stages.
     return weights_fingerprint({**settings, "backbone_fingerprint": backbone}, tables)
 
 
@@ -242,6 +273,18 @@ def read_centroids(source: str | Path) -> Tensor:
     Raises InputError if files are missing, damaged or inconsistent.
     """
     return _Stored.read(source).tables["codebook_KD"].float()
+
+
+def refines(source: str | Path, coarser: str | Path) -> bool:
+    """Whether the first stages of the tokenizer `source` are those of the tokenizer `coarser`.
+
+    Raises InputError if files are missing, damaged or inconsistent.
+    """
+    ours, theirs = _Stored.read(source), _Stored.read(coarser)
+    stages, rows = theirs.config.stages, len(theirs.tables["codebook_KD"])
+    tables = {**ours.tables, "codebook_KD": ours.tables["codebook_KD"][:rows]}
+    cut = _fingerprint(replace(ours.config, stages=stages), ours.backbone_fingerprint, tables)
+    return cut == _fingerprint(theirs.config, theirs.backbone_fingerprint, theirs.tables)
 
 
 @torch.inference_mode()

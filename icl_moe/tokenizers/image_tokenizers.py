@@ -17,6 +17,7 @@ from icl_moe.errors import InputError
 from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
 from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.vocabulary import Vocabulary
 
 Part = Literal["pictures", "masks", "painted", "features"]
 
@@ -70,6 +71,25 @@ class ImageTokenizers:
             "mask_tokenizer": self.masks.fingerprint if self.masks else None,
             "features_tokenizer": self.features.fingerprint if self.features else None,
         }
+
+    def features_unlike(self, vocabulary: Vocabulary) -> str | None:
+        """How a vocabulary's features codes differ from those of the features tokenizer; None if
+        they do not.
+        """
+        config = self.features.config if self.features else None
+        for key, ours, count in (
+            ("features", vocabulary.features, config.codebook_size if config else 0),
+            ("feature_stages", vocabulary.feature_stages, config.stages if config else 1),
+        ):
+            if ours != count:
+                what = "codes" if key == "features" else "stages"
+                return f"vocabulary.{key} is {ours}, but the features tokenizer has {count} {what}"
+        return None
+
+    @property
+    def codebook_size(self) -> int:
+        """The number of codes of the VQ-GAN."""
+        return self._pictures.codebook_size
 
     @property
     def downsampling(self) -> int:
@@ -130,13 +150,6 @@ class ImageTokenizers:
         inside_BHW = (self.mask_writer.decode(codes_BN) > 0).cpu().numpy()
         return self.mask_writer.encode(np.ascontiguousarray(inside_BHW[..., ::-1]))
 
-    @property
-    def input_vectors_KC(self) -> Tensor:
-        """The code vectors of the tokenizer of input images, float32."""
-        if self.features is not None:
-            return self.features.codebook_KD.float()
-        return self._pictures.codebook_KC
-
     def decode(self, codes_BN: Tensor) -> Tensor:
         """The pixels of image codes, (B, 3, H, W), float32 in [-1, 1] or a little beyond."""
         return self._pictures.decode(codes_BN).float()
@@ -175,14 +188,12 @@ class ImageTokenizers:
     @property
     def code_type(self) -> np.dtype:
         """The smallest type that holds the codes of all tokenizers."""
-        sizes = [
-            tokenizer.codebook_size
-            for tokenizer in (self.pictures, self.features)
-            if tokenizer is not None
+        counts = [
+            self.pictures.codebook_size if self.pictures else 0,
+            self.features.codes if self.features else 0,
+            self.masks.painted_codes if self.masks else 0,
         ]
-        if self.masks is not None:
-            sizes.append(self.masks.painted_codes)
-        return np.min_scalar_type(max(sizes) - 1)
+        return np.min_scalar_type(max(counts) - 1)
 
     def part_for(self, picture: np.ndarray, is_input: bool) -> Part:
         """The tokenizer that encodes a picture, drawn as for `encode`."""

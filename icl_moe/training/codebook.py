@@ -21,13 +21,15 @@ codes.
 @dataclass(frozen=True)
 class Codebook:
     """The codebook of input images. vectors_KC, frequencies_K: the vector and the frequency of each
-    of the tokenizer's K codes, float32. whiten: whether to scale all channels of the vectors to the
+    of the tokenizer's K codes, float32; of a features tokenizer of several stages, of each code of
+    each stage. whiten: whether to scale all channels of the vectors to the
     same variance. This is not done for k-means centres, whose channels are principal axes, the last
-    of which are mostly noise.
+    of which are mostly noise. first_stage: how many of the codes are of the first stage.
     """
 
     vectors_KC: Tensor
     frequencies_K: Tensor
+    first_stage: int
     whiten: bool = True
 
 
@@ -38,17 +40,20 @@ def read_codebook(shards: ShardSet) -> Codebook:
     """
     folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
     vocabulary = shards.manifest.format.vocabulary
-    counts_K = np.ones(len(vocabulary.input_range), dtype=np.int64)
+    first = vocabulary.input_range.start
+    size = vocabulary.features * vocabulary.feature_stages or vocabulary.image_codes
+    counts_K = np.ones(size, dtype=np.int64)
     for task, count in shards.manifest.samples.items():
         numbers = np.linspace(0, count - 1, min(count, _SAMPLES)).round().astype(int)
         for number in numbers.tolist():
             sequence = shards.sample(task, number).sequence
             for span in sequence.spans:
                 if span.role == "input":
-                    codes = vocabulary.to_input_codes(sequence.tokens_L[span.start : span.stop])
-                    counts_K += np.bincount(codes, minlength=len(counts_K))
+                    rows = vocabulary.rows(sequence.tokens_L[span.start : span.stop])
+                    counts_K += np.bincount(rows - first, minlength=size)
     frequencies_K = torch.from_numpy(counts_K).float()
     if "features_tokenizer" in folders:
-        return Codebook(read_centroids(folders["features_tokenizer"]), frequencies_K, whiten=False)
+        vectors_KC = read_centroids(folders["features_tokenizer"])
+        return Codebook(vectors_KC, frequencies_K, vocabulary.features, whiten=False)
     tokenizer = VQGAN.from_pretrained(folders["image_tokenizer"])
-    return Codebook(tokenizer.codebook_KC, frequencies_K)
+    return Codebook(tokenizer.codebook_KC, frequencies_K, size)

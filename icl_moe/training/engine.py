@@ -25,7 +25,12 @@ from icl_moe.deepspeed_internals import (
     set_model_parallel_unit,
 )
 from icl_moe.model.config import DecoderConfig
-from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
+from icl_moe.model.decoder import (
+    InContextDecoder,
+    extend_codebook,
+    initialise,
+    start_from_codebook,
+)
 from icl_moe.model.deepspeed_moe import exported_name, first_expert, sparse_layer_factory
 from icl_moe.model.feed_forward import Experts, SparseFeedForward
 from icl_moe.model.loss import DecoderLoss
@@ -44,7 +49,8 @@ from icl_moe.training.preflight import zero_stage
 
 class TrainingEngine:
     """A new decoder on DeepSpeed. codebook: the initial embeddings for a recipe with
-    model.codebook_init; not needed if the weights are then loaded from `initial` or a checkpoint.
+    model.codebook_init, or of the codes that `initial` lacks; not needed if the weights are then
+    loaded from a checkpoint.
     initial: the model whose weights it starts with, instead of new ones. classes: by task, the
     classes that the model has been trained on, in addition to those of the manifest.
 
@@ -214,8 +220,8 @@ def _build_model(
         exported_name, first_expert=first_expert(place.rank, ep_size, recipe.model.experts)
     )
     initialise(model, recipe.training.seed, name)
-    if recipe.model.codebook_init and codebook is not None:
-        first = recipe.vocabulary.input_range.start
+    first = recipe.vocabulary.input_range.start
+    if recipe.model.codebook_init and codebook is not None and initial is None:
         start_from_codebook(
             model,
             codebook.vectors_KC,
@@ -223,9 +229,14 @@ def _build_model(
             first,
             recipe.training.seed,
             codebook.whiten,
+            codebook.first_stage,
         )
     if initial is not None:
         initial.load_into(model, name)
+        if initial.is_refined_by(recipe.vocabulary):
+            assert codebook is not None, "the new codes start from their tokenizer's centroids"
+            known = initial.vocabulary.size - first
+            extend_codebook(model, codebook.vectors_KC, first, known)
     if tp_size > 1:
         spread(model)
         gradient_norm.mark_parts(model)

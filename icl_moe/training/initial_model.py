@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from icl_moe.data.shards import TOKENIZER_FOLDERS, Manifest
+from icl_moe.data.shards import TOKENIZER_FOLDERS, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.inference.hub import check_files, find_model
 from icl_moe.inputs import read_json
 from icl_moe.recipe import ModelSettings, TrainingRecipe
 from icl_moe.settings import from_dict, to_dict
+from icl_moe.tokenizers.features import refines
 from icl_moe.vocabulary import Vocabulary
 
 _KEY = "training.init_from"
@@ -31,7 +33,9 @@ _FREE = (
 )
 """Settings of a model in which a run may differ from the model that it starts from."""
 
-_POSITIONS = "position_embedding.weight"
+_POSITIONS, _EMBEDDING = "position_embedding.weight", "token_embedding.weight"
+
+_FEATURES = "features_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,56 @@ class InitialModel:
             raise InputError(f"{_KEY}: {folder} is not an exported model.")
         return cls(source, folder, config)
 
-    def check(self, recipe: TrainingRecipe, manifest: Manifest) -> None:
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return from_dict(Vocabulary, self.config.get("vocabulary") or {}, self._origin)
+
+    @property
+    def _origin(self) -> str:
+        return f"{_KEY}: {self.folder / 'config.json'}"
+
+    def is_refined_by(self, vocabulary: Vocabulary) -> bool:
+        """Whether a vocabulary is the model's with more stages of features codes."""
+        stages = self.vocabulary.feature_stages
+        more = vocabulary.features and stages < vocabulary.feature_stages
+        return bool(more) and self.vocabulary == replace(vocabulary, feature_stages=stages)
+
+    def check(self, recipe: TrainingRecipe, shards: ShardSet) -> None:
         """Raise InputError, naming the difference, if the recipe's model or the codes of the shards
-        are not those of this model. The number of positions may differ.
+        are not those of this model. The number of positions may differ, and the shards' features
+        tokenizer may have more stages.
         """
-        origin = f"{_KEY}: {self.folder / 'config.json'}"
-        model = to_dict(from_dict(ModelSettings, dict(self.config["model"]), origin))
+        manifest = shards.manifest
+        model = to_dict(from_dict(ModelSettings, dict(self.config["model"]), self._origin))
         for name, ours in to_dict(recipe.model).items():
             if name not in _FREE:
                 self._compare(f"model.{name}", model[name], "the recipe's", ours)
-        vocabulary = from_dict(Vocabulary, self.config.get("vocabulary") or {}, origin)
-        self._compare("vocabulary", to_dict(vocabulary), "the recipe's", to_dict(recipe.vocabulary))
+        is_refined = self.is_refined_by(recipe.vocabulary)
+        if is_refined:
+            self._check_refinement(shards)
+        else:
+            ours = to_dict(recipe.vocabulary)
+            self._compare("vocabulary", to_dict(self.vocabulary), "the recipe's", ours)
         known = self.config.get("format") or {}
         for name, ours in to_dict(manifest.format).items():
             if name in known and name != "vocabulary":
                 self._compare(f"format.{name}", known[name], "that of the shards", ours)
         for name in ("image_size", *TOKENIZER_FOLDERS):
-            if name in self.config:
+            if name in self.config and not (is_refined and name == _FEATURES):
                 ours = getattr(manifest, name)
                 self._compare(name, self.config[name], "that of the shards", ours)
+
+    def _check_refinement(self, shards: ShardSet) -> None:
+        try:
+            equal = refines(shards.fetch(_FEATURES), self.folder / _FEATURES)
+        except InputError as error:
+            raise InputError(f"{_KEY}: {error}") from error
+        if not equal:
+            raise InputError(
+                f"{_KEY}: the features tokenizer of the shards has more stages than that of "
+                f"{self.source}, but does not begin with its codes; make it with icl-moe tokenizer "
+                "features --refine."
+            )
 
     def _compare(self, what: str, theirs: Any, whose: str, ours: Any) -> None:
         if theirs != ours:
@@ -89,8 +124,8 @@ class InitialModel:
         """Set the parameters of this rank's part of a new model, before it is spread over tensor
         ranks. exported_name: a parameter's name in the model's file.
 
-        Positions that this model lacks keep their new embeddings. Raises InputError if the file is
-        damaged or does not hold the tensors of its configuration.
+        Positions and features codes that this model lacks keep their new embeddings. Raises
+        InputError if the file is damaged or does not hold the tensors of its configuration.
         """
         file = self.folder / "model.safetensors"
         try:
@@ -103,6 +138,8 @@ class InitialModel:
                     if value is not None and name == _POSITIONS:
                         rows = min(rows, len(value))
                         value = value[:rows]
+                    elif name == _EMBEDDING:
+                        rows = min(rows, self.vocabulary.size)
                     if value is None or value.shape != parameter[:rows].shape:
                         raise InputError(
                             f"{_KEY}: {file} does not fit its config.json: it lacks {name} of "

@@ -55,7 +55,7 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
     check_same_run(recipe, shards)
     initial = open_initial_model(recipe)
     if initial is not None:
-        initial.check(recipe, shards.manifest)
+        initial.check(recipe, shards)
     engine_config = read_engine(recipe.engine)
     _check_layout(recipe, world, zero_stage(engine_config))
     _check_reduction(recipe, engine_config)

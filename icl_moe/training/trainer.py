@@ -122,8 +122,10 @@ class Trainer:
             self.recipe.parallel.tp_size,
         )
         initial = open_initial_model(self.recipe)
-        is_new = initial is None and not saved_steps(output)
-        is_from_codebook = self.recipe.model.codebook_init and is_new
+        if initial is None:
+            is_from_codebook = self.recipe.model.codebook_init and not saved_steps(output)
+        else:
+            is_from_codebook = initial.is_refined_by(self.recipe.vocabulary)
         engine = TrainingEngine(
             self.recipe,
             self.shards.manifest,

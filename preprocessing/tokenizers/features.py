@@ -23,6 +23,7 @@ from icl_moe.tokenizers.features import (
     grid_maps,
     nearest,
 )
+from icl_moe.vocabulary import split_stages
 from preprocessing.tokenizers.matching import evaluate_matcher, read_photographs
 from preprocessing.tokenizers.measures import perplexity
 from preprocessing.tokenizers.samples import image_files
@@ -45,16 +46,23 @@ def make_features_tokenizer(
     out: Path,
     annotations: Path | None = None,
     device: Device | None = None,
+    refine: str | Path | None = None,
 ) -> dict[str, Any]:
     """Make a tokenizer from the pictures in `images` and write it into `out`. Returns its report,
     which is also written there.
 
     config.channels is determined here. annotations: the pictures' COCO instances file, with which
-    the report includes the scores of the training-free matcher with features and with codes. Equal
-    input, seed and machine give equal tables. Raises InputError for a folder without pictures, a
-    missing backbone, and fewer cells or channels than codes or dimensions require.
+    the report includes the scores of the training-free matcher with features and with codes.
+    refine: a tokenizer to which the further stages of config.stages are added; then nothing else of
+    `config` counts. Equal input, seed and machine give equal tables. Raises InputError for a folder
+    without pictures, a missing backbone, and fewer cells or channels than codes or dimensions
+    require.
     """
-    tokenizer = fit_features_tokenizer(images, config, seed, find_device(device))
+    place = find_device(device)
+    if refine is None:
+        tokenizer = fit_features_tokenizer(images, config, seed, place)
+    else:
+        tokenizer = refine_features_tokenizer(images, refine, config.stages, seed, place)
     tokenizer.save_pretrained(out)
     report = {"tokenizer": tokenizer.fingerprint, **_describe_use(tokenizer, images)}
     if annotations is not None:
@@ -72,11 +80,7 @@ def fit_features_tokenizer(
     backbone = open_backbone(config.backbone, config.weights).to(device)
     sample = _sample_cells(files, config, backbone, seed)
     cells_MC = sample.cells_MC
-    if len(cells_MC) < config.codebook_size:
-        raise InputError(
-            f"{images} has {len(cells_MC)} cells, fewer than {config.codebook_size} codes; provide "
-            "more images or choose fewer codes."
-        )
+    _check_cells(images, sample, config)
     if cells_MC.shape[1] < config.dimensions:
         raise InputError(
             f"The backbone's maps of these strides have {cells_MC.shape[1]} channels, fewer than "
@@ -90,11 +94,53 @@ def fit_features_tokenizer(
     tokenizer.centre_C.copy_(centre_C)
     tokenizer.projection_CD.copy_(projection_CD)
     features_MD = tokenizer.project(joined_MC)
-    tokenizer.codebook_KD.copy_(k_means(features_MD, config.codebook_size, seed))
-    tokenizer.colours_K3.copy_(
-        _mean_colours(tokenizer.codes_of(features_MD[None])[0], sample, config)
-    )
+    _fit_stages(tokenizer, features_MD, 0, seed)
+    first_M = nearest(features_MD[None], tokenizer.codebook_KD[: config.codebook_size])[0]
+    tokenizer.colours_K3.copy_(_mean_colours(first_M, sample, config))
     return tokenizer.to(device)
+
+
+def refine_features_tokenizer(
+    images: Path,
+    source: str | Path,
+    stages: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> FeaturesTokenizer:
+    """The tokenizer `source` with further stages, `stages` in all, fitted to the pictures in
+    `images`. Raises InputError if it has as many already, or if the pictures do not suffice.
+    """
+    coarser = FeaturesTokenizer.from_pretrained(source)
+    known = coarser.config.stages
+    if stages <= known:
+        raise InputError(
+            f"{source} has {known} stage{'s' if known > 1 else ''} already; set --stages higher."
+        )
+    tokenizer = FeaturesTokenizer(replace(coarser.config, stages=stages), coarser.backbone)
+    for name, table in coarser.tables().items():
+        tokenizer.tables()[name][: len(table)] = table
+    sample = _sample_cells(image_files(images), tokenizer.config, coarser.backbone.to(device), seed)
+    _check_cells(images, sample, tokenizer.config)
+    features_MD = tokenizer.project(tokenizer.join(sample.cells_MC))
+    _fit_stages(tokenizer, features_MD, known, seed)
+    return tokenizer.to(device)
+
+
+def _check_cells(images: Path, sample: "_Sample", config: FeaturesConfig) -> None:
+    if len(sample.cells_MC) < config.codebook_size:
+        raise InputError(
+            f"{images} has {len(sample.cells_MC)} cells, fewer than {config.codebook_size} codes; "
+            "provide more images or choose fewer codes."
+        )
+
+
+def _fit_stages(tokenizer: FeaturesTokenizer, features_MD: Tensor, known: int, seed: int) -> None:
+    """Set the centroids of all stages after the first `known` ones."""
+    left_MD, size = features_MD, tokenizer.config.codebook_size
+    for stage, centroids_KD in enumerate(tokenizer.codebook_KD.split(size)):
+        if stage >= known:
+            centroids_KD.copy_(k_means(left_MD, size, seed + stage))
+        left_MD = left_MD - centroids_KD[nearest(left_MD[None], centroids_KD)[0]]
 
 
 def _mean_colours(codes_M: Tensor, sample: "_Sample", config: FeaturesConfig) -> Tensor:
@@ -106,21 +152,25 @@ def _mean_colours(codes_M: Tensor, sample: "_Sample", config: FeaturesConfig) ->
 
 def _describe_use(tokenizer: FeaturesTokenizer, images: Path) -> dict[str, Any]:
     """The use of the codes on a folder of pictures: the numbers of pictures and cells, the share of
-    codes that occur, their perplexity, and the mean cosine similarity of cells and their centroids.
+    codes that occur, the perplexity of each stage's, and the mean cosine similarity of cells'
+    features and those that their codes represent.
     """
-    use_K = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
+    config = tokenizer.config
+    use_SK = torch.zeros(config.stages, config.codebook_size, dtype=torch.int64)
     cosine, files = 0.0, image_files(images)
-    for pixels_B3HW in picture_batches(files, tokenizer.config.image_size, "encoding"):
+    for pixels_B3HW in picture_batches(files, config.image_size, "encoding"):
         features_BND = tokenizer.features(pixels_B3HW.to(tokenizer.device))
         codes_BN = tokenizer.codes_of(features_BND)
-        use_K += torch.bincount(codes_BN.flatten(), minlength=len(use_K)).cpu()
+        parts = split_stages(codes_BN.flatten(), config.codebook_size, config.stages)
+        for use_K, part_M in zip(use_SK, parts, strict=True):
+            use_K += torch.bincount(part_M, minlength=len(use_K)).cpu()
         cosine += float(F.cosine_similarity(features_BND, tokenizer.vectors(codes_BN), -1).sum())
     return {
         "pictures": len(files),
-        "cells": int(use_K.sum()),
-        "codes_used": float((use_K > 0).double().mean()),
-        "perplexity": float(perplexity(use_K)),
-        "cosine_to_centroid": cosine / int(use_K.sum()),
+        "cells": int(use_SK[0].sum()),
+        "codes_used": float((use_SK > 0).double().mean()),
+        "perplexity": [float(perplexity(use_K)) for use_K in use_SK],
+        "cosine_to_centroid": cosine / int(use_SK[0].sum()),
     }
 
 

@@ -63,8 +63,8 @@ def scores(table_KD: np.ndarray, episode, pair: int, source, shots: int) -> np.n
 @pytest.mark.parametrize("shots", [1, 2])
 def test_masks_and_threshold_are_those_of_a_plain_count(episodes, shots):
     model, numbered = episodes
-    codebook_KD = model.tokenizers.features.codebook_KD
-    table_KD = codebook_KD.double().numpy()
+    features = model.tokenizers.features
+    table_KD = features.codebook_KD.double().numpy()
     every = [numbered[number] for number in range(len(numbered))]
     curves = []
     for number, episode in enumerate(every):
@@ -78,7 +78,7 @@ def test_masks_and_threshold_are_those_of_a_plain_count(episodes, shots):
                 break
     assert len(curves) > 3
     threshold = THRESHOLDS[np.mean(curves, axis=0).argmax()]
-    predictions = Matcher(codebook_KD, numbered, shots).said(every, every)
+    predictions = Matcher(features, numbered, shots).said(every, every)
     for episode, output in zip(every, predictions, strict=True):
         expected_HW = scores(table_KD, episode, -1, episode, shots) > threshold
         assert np.mean(decode_rle(output["mask"]) != expected_HW) < 1e-3

@@ -206,7 +206,8 @@ class Watched(torch.Tensor):
 def test_many_examples_are_described_in_the_memory_of_a_few():
     rng = np.random.default_rng(0)
     vectors_KC = torch.from_numpy(rng.random((8, 5), dtype=np.float32)).as_subclass(Watched)
-    tokenizers = SimpleNamespace(features=object(), input_vectors_KC=vectors_KC)
+    features = SimpleNamespace(device="cpu", vectors=lambda codes: vectors_KC[codes])
+    tokenizers = SimpleNamespace(features=features)
     codes_BN = rng.integers(0, 8, (500, 64))
     points_BD = describe(tokenizers, codes_BN)
     assert Watched.largest <= 16 * 64 * 5

@@ -2,6 +2,8 @@
 computed token by token.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,18 @@ from icl_moe.attributes import attribute_bits
 from icl_moe.batch import RoutingPlan, collate
 from icl_moe.model.attention import EpisodeAttention
 from icl_moe.model.config import DecoderConfig
-from icl_moe.model.decoder import InContextDecoder, initialise, start_from_codebook
+from icl_moe.model.decoder import (
+    InContextDecoder,
+    extend_codebook,
+    initialise,
+    start_from_codebook,
+)
 from icl_moe.model.deepspeed_moe import exported_name, sparse_layer_factory
 from icl_moe.model.feed_forward import SparseFeedForward
 from icl_moe.model.router import TokenGate, decide
 from icl_moe.recipe import ModelSettings, TrainingRecipe
-from icl_moe.settings import load_recipe
+from icl_moe.sequence import NO_LINK
+from icl_moe.settings import load_recipe, to_dict
 
 
 def build(config, **options: object) -> InContextDecoder:
@@ -449,6 +457,85 @@ def test_the_link_equals_its_formula_token_by_token_in_loss_and_gradients():
     )
     found = model.forward_logits(*arguments, links_BL2=batch.links_T2[None])[0]
     torch.testing.assert_close(found[batch.predictors_P], logits_PV, atol=1e-4, rtol=1e-4)
+
+
+def test_a_features_code_of_several_stages_is_the_sum_of_its_rows():
+    """In embeddings, links and gradients, against plain additions, token by token."""
+    vocabulary = replace(VOCABULARY, features=7, feature_stages=3)
+    config = make_config(link=True, initialisation="fan_in")
+    config.vocabulary = to_dict(vocabulary)
+    model = build(config)
+    first = vocabulary.feature_range.start
+    E, P, W = (
+        model.token_embedding.weight,
+        model.position_embedding.weight,
+        model.link.weight,
+    )
+    assert len(E) == first + 21
+    # (A token, its rows): the first and the last codes, one between them, and other tokens.
+    rows_of = {
+        first: [first, first + 7, first + 14],
+        first + 342: [first + 6, first + 13, first + 20],
+        first + 5 * 49 + 2 * 7 + 3: [first + 5, first + 9, first + 17],
+        0: [0],
+        first - 1: [first - 1],
+    }
+    tokens, links = list(rows_of), [first + 262, NO_LINK, first, first + 262, NO_LINK]
+    rows_of[first + 262] = [first + 5, first + 9, first + 17]
+    links_T2 = torch.tensor([links, links[::-1]]).T
+    found = model.embed(torch.tensor(tokens), torch.arange(5), model.linked(links_T2))
+    expected = []
+    for place, token in enumerate(tokens):
+        x_M = P[place] + sum(E[row] for row in rows_of[token])
+        for link in links_T2[place].tolist():
+            if link != NO_LINK:
+                x_M = x_M + W @ sum(E[row] for row in rows_of[link])
+        expected.append(x_M)
+    torch.testing.assert_close(found, torch.stack(expected))
+    gradients = (
+        torch.autograd.grad(value.square().sum(), (E, P, W))
+        for value in (found, torch.stack(expected))
+    )
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_codes_of_further_stages_start_in_the_scale_of_the_first():
+    """So the vector of a cell starts in the direction of the features that its codes represent."""
+    generator = torch.Generator().manual_seed(1)
+    vectors = F.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    vectors = torch.cat([vectors, 0.3 * torch.randn(12, 8, generator=generator)])
+    frequencies, first = torch.rand(24, generator=generator), VOCABULARY.image_range.start
+    model, plain = build(make_config()), build(make_config())
+    start_from_codebook(model, vectors, frequencies, first, 0, False, 12)
+    start_from_codebook(plain, vectors[:12], frequencies[:12], first, 0, False)
+    found = model.token_embedding.weight.detach()[first : first + 24]
+    torch.testing.assert_close(found[:12], plain.token_embedding.weight.detach()[first:][:12])
+    share = frequencies[:12] / frequencies[:12].sum()
+    centred = vectors[:12] - share @ vectors[:12]
+    # The map that gave the first rows, whose lengths were then changed.
+    directions = torch.linalg.lstsq(vectors[12:].double(), found[12:].double()).solution.float()
+    torch.testing.assert_close(
+        found[:12], F.normalize(centred @ directions, dim=1), atol=1e-4, rtol=1e-3
+    )
+    scale = (share * found[:12].norm(dim=1) / (centred @ directions).norm(dim=1)).sum()
+    assert scale.item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_codes_that_a_model_lacks_start_where_it_has_learned_that_such_features_are():
+    generator = torch.Generator().manual_seed(1)
+    vectors, first = torch.randn(24, 5, generator=generator), VOCABULARY.image_range.start
+    map_CM = torch.randn(5, 32, generator=generator)
+    model = build(make_config())
+    before = model.token_embedding.weight.detach().clone()
+    with torch.no_grad():
+        model.token_embedding.weight[first : first + 16] = vectors[:16] @ map_CM + 3.0
+    known = model.token_embedding.weight.detach().clone()
+    extend_codebook(model, vectors, first, 16)
+    now = model.token_embedding.weight.detach()
+    torch.testing.assert_close(now[first + 16 :][:8], vectors[16:] @ map_CM, atol=1e-4, rtol=1e-4)
+    assert torch.equal(now[: first + 16], known[: first + 16])
+    assert torch.equal(now[first + 24 :], before[first + 24 :])
 
 
 @pytest.mark.parametrize("task", ["segmentation", "captioning"])

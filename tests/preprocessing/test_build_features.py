@@ -37,21 +37,26 @@ from preprocessing.verify import open_codec, verify_shards
 Build = Callable[..., Manifest]
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids="{} stages".format)
+def stages(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory, stages) -> Path:
     folder = tmp_path_factory.mktemp("two")
     toy_tokenizer.save_toy_tokenizer(folder / "vqgan")
-    toy_features.make_toy_features(folder).save_pretrained(folder / "reader")
+    toy_features.make_toy_features(folder, stages=stages).save_pretrained(folder / "reader")
     return folder
 
 
 @pytest.fixture(scope="module")
-def build(place) -> Build:
+def build(place, stages) -> Build:
     def build(out: Path, *settings: str, workers: int = 0) -> Manifest:
         overrides = [
             *("synthetic.images=30", "samples=6", "examples=1", "caption.box=image"),
             *toy_tokenizer.recipe_settings(place / "vqgan"),
-            *toy_features.recipe_settings(place / "reader"),
+            *toy_features.recipe_settings(place / "reader", stages),
             *settings,
         ]
         recipe = load_recipe(DataRecipe, "demo", overrides, package="preprocessing")
@@ -119,7 +124,8 @@ def test_such_shards_verify_are_built_anew_byte_by_byte_and_can_be_looked_at(
 
 
 def test_without_the_key_nothing_of_it_is_there(build, tmp_path):
-    manifest = build(tmp_path / "plain", "features_tokenizer=null", "vocabulary.features=0")
+    plain = ("features_tokenizer=null", "vocabulary.features=0", "vocabulary.feature_stages=1")
+    manifest = build(tmp_path / "plain", *plain)
     assert manifest.features_tokenizer is None
     assert not (tmp_path / "plain" / "features_tokenizer").exists()
     assert "features" not in {info.file.split("_")[0] for info in manifest.files}
@@ -130,9 +136,16 @@ def test_without_the_key_nothing_of_it_is_there(build, tmp_path):
     [
         (
             ["vocabulary.features=7"],
-            r"vocabulary.features is 7, but the features tokenizer .* has 24 codes",
+            "reader: vocabulary.features is 7, but the features tokenizer has 24 codes; set it to",
         ),
-        (["features_tokenizer=null"], "the recipe names no features_tokenizer; set it to 0"),
+        (
+            ["vocabulary.feature_stages=3"],
+            "vocabulary.feature_stages is 3, but the features tokenizer has [12] stages; set it",
+        ),
+        (
+            ["features_tokenizer=null", "vocabulary.feature_stages=1"],
+            "the recipe names no features_tokenizer; set it to 0",
+        ),
         (["features_tokenizer=nowhere"], "There is no tokenizer folder nowhere"),
         (["tokenizer=null"], "tokenizer may be null only where mask_tokenizer and"),
     ],

@@ -15,10 +15,15 @@ from icl_moe.cli import main
 from icl_moe.errors import InputError
 from icl_moe.images import load_image, to_square_pixels
 from icl_moe.tokenizers.backbones import open_backbone
-from icl_moe.tokenizers.features import FeaturesTokenizer, read_centroids
+from icl_moe.tokenizers.features import FeaturesTokenizer, read_centroids, refines
 from icl_moe.tokenizers.folder import load_weights
 from preprocessing import synthetic
-from preprocessing.tokenizers.features import fit_features_tokenizer, k_means, principal_axes
+from preprocessing.tokenizers.features import (
+    fit_features_tokenizer,
+    k_means,
+    principal_axes,
+    refine_features_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +212,57 @@ def test_centroids_are_read_without_the_backbone(tokenizer, tmp_path):
     save_file({**weights, "mean_C": weights["mean_C"] + 1}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="are not those of the fingerprint"):
         read_centroids(tmp_path)
+
+
+def test_each_stage_codes_what_the_stages_before_leave_over(
+    tokenizer, place, pixels_B3HW, tmp_path
+):
+    """By plain loops over cells; more stages come closer to the features."""
+    refined = refine_features_tokenizer(place / "pictures", place / "tokenizer", 3, seed=0)
+    features_MD = refined.features(pixels_B3HW).flatten(0, 1).double().numpy()
+    stages = refined.codebook_KD.double().numpy().reshape(3, toy_features.CODES, -1)
+    codes_BN = refined.encode(pixels_B3HW)
+    left_of_stage = np.zeros(3)
+    for feature_D, code in zip(features_MD, codes_BN.flatten().tolist(), strict=True):
+        left_D, sum_D = feature_D, np.zeros_like(feature_D)
+        for stage, centroids_KD in enumerate(stages):
+            digit = code // toy_features.CODES ** (2 - stage) % toy_features.CODES
+            distances_K = np.linalg.norm(left_D - centroids_KD, axis=1)
+            assert distances_K[digit] < distances_K.min() + 1e-4
+            left_D = left_D - centroids_KD[digit]
+            sum_D += centroids_KD[digit]
+            left_of_stage[stage] += np.linalg.norm(left_D)
+        vector_D = refined.vectors(torch.tensor([[code]]))[0, 0]
+        np.testing.assert_allclose(vector_D, sum_D, atol=1e-6)
+    assert (np.diff(left_of_stage) < 0).all()
+    assert int(codes_BN.max()) < refined.codes == toy_features.CODES**3
+
+    # The first stage is the tokenizer that it was made from, and is displayed in its colours.
+    plain_BN = codes_BN // toy_features.CODES**2
+    assert torch.equal(plain_BN, tokenizer.encode(pixels_B3HW))
+    assert torch.equal(refined.show(codes_BN), tokenizer.show(plain_BN))
+    refined.save_pretrained(tmp_path / "refined")
+    assert (
+        FeaturesTokenizer.from_pretrained(tmp_path / "refined").fingerprint == refined.fingerprint
+    )
+    assert refines(tmp_path / "refined", place / "tokenizer")
+    assert not refines(place / "tokenizer", tmp_path / "refined")
+    at_once = toy_features.toy_config(place / "backbone", stages=3)
+    at_once = fit_features_tokenizer(place / "pictures", at_once, seed=0)
+    assert at_once.fingerprint == refined.fingerprint
+
+
+def test_a_tokenizer_is_refined_by_the_command(place, tokenizer, tmp_path, capsys):
+    command = ["tokenizer", "features", place / "pictures", "--refine", place / "tokenizer"]
+    command = [str(part) for part in (*command, "--out", tmp_path / "made")]
+    for more, message in (
+        ((), "tokenizer has 1 stage already; set --stages higher"),
+        (("--stages", "2", "--codes", "32"), "--codes is kept from the tokenizer to --refine"),
+        (("--stages", "9"), "24 codes in 9 stages make more combinations than 32 bits can hold"),
+    ):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--stages", "2"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert refines(tmp_path / "made", place / "tokenizer")
+    assert len(json.loads((tmp_path / "made" / "report.json").read_text())["perplexity"]) == 2
