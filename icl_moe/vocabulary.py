@@ -69,10 +69,10 @@ class Vocabulary:
             raise InputError("vocabulary.features must be 0, or at least 2, not 1.")
         if self.feature_stages > 1 and not self.features:
             raise InputError("vocabulary.feature_stages needs vocabulary.features.")
-        if self.feature_range.stop > 1 << 32:
+        if self.ids > 1 << 63:
             raise InputError(
                 f"vocabulary.feature_stages: {self.features} codes in {self.feature_stages} stages "
-                "make more combinations than 32 bits can hold; choose fewer."
+                "make more combinations than 63 bits can hold; choose fewer."
             )
 
     @cached_property
@@ -89,12 +89,14 @@ class Vocabulary:
     @cached_property
     def ids(self) -> int:
         """The number of token ids."""
-        return self._feature_start + len(self.feature_range)
+        return self.feature_range.stop
 
     @cached_property
     def token_dtype(self) -> np.dtype:
-        """The type in which token ids are stored: uint16 for up to 65,536 ids, otherwise uint32."""
-        return np.dtype(np.uint16 if self.ids <= 1 << 16 else np.uint32)
+        """The type in which token ids are stored: uint16 for up to 65,536 ids, uint32 for up to
+        2**32, otherwise int64.
+        """
+        return np.promote_types(np.uint16, smallest_type(self.ids))
 
     @cached_property
     def boi(self) -> int:
@@ -248,6 +250,12 @@ class Vocabulary:
         if not self.tags:
             raise InputError("Category tags and box bins need vocabulary.tags=true.")
         return self._tag_start + TAGS.index(name)
+
+
+def smallest_type(count: int) -> np.dtype:
+    """The smallest type that holds 0..count-1, and of which torch has all operations."""
+    smallest = np.min_scalar_type(count - 1)
+    return np.dtype(np.int64) if smallest == np.uint64 else smallest
 
 
 def split_stages(codes: _Codes, features: int, stages: int) -> list[_Codes]:

@@ -68,10 +68,10 @@ class FeaturesConfig:
             raise InputError("strides must name at least one stride, each once.")
         if len(self.channels) != len(self.strides):
             raise InputError("channels must be a number for each of the strides.")
-        if self.codes > 1 << 32:
+        if self.codes > 1 << 62:
             raise InputError(
                 f"{self.codebook_size} codes in {self.stages} stages make more combinations than "
-                "32 bits can hold; choose fewer."
+                "62 bits can hold; choose fewer."
             )
 
     @property

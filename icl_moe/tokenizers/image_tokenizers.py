@@ -17,7 +17,7 @@ from icl_moe.errors import InputError
 from icl_moe.tokenizers.features import FeaturesTokenizer
 from icl_moe.tokenizers.masks import MaskTokenizer, PatchTokenizer, PictureMasks
 from icl_moe.tokenizers.vqgan import VQGAN
-from icl_moe.vocabulary import Vocabulary
+from icl_moe.vocabulary import Vocabulary, smallest_type
 
 Part = Literal["pictures", "masks", "painted", "features"]
 
@@ -193,7 +193,7 @@ class ImageTokenizers:
             self.features.codes if self.features else 0,
             self.masks.painted_codes if self.masks else 0,
         ]
-        return np.min_scalar_type(max(counts) - 1)
+        return smallest_type(max(counts))
 
     def part_for(self, picture: np.ndarray, is_input: bool) -> Part:
         """The tokenizer that encodes a picture, drawn as for `encode`."""

@@ -24,6 +24,7 @@ def settings(coco_folder, tmp_path) -> list[str]:
     command = ["tokenizer", "features", coco_folder.images, "--backbone", backbone, "--out", reader]
     command += ["--strides", "8,16", "--image-size", 64, "--downsampling", 8]
     command += ["--codes", toy_features.CODES, "--dimensions", toy_features.DIMENSIONS]
+    command += ["--stages", 2]
     run(*command)
     command = ["tokenizer", "masks", coco_folder.file, "--image-size", 64, "--cell", 8]
     run(*command, "--codes", 4, "--out", masks)
@@ -31,7 +32,7 @@ def settings(coco_folder, tmp_path) -> list[str]:
     assert (tokenizer.codes, tokenizer.side) == (4, 8)
     return [
         *(f"features_tokenizer={reader}", f"mask_tokenizer={masks}", "image_size=64"),
-        *("vocabulary.image_codes=4", f"vocabulary.features={toy_features.CODES}"),
+        *("vocabulary.image_codes=4", *toy_features.vocabulary_settings(stages=2)),
     ]
 
 

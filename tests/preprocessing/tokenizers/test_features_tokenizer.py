@@ -258,7 +258,7 @@ def test_a_tokenizer_is_refined_by_the_command(place, tokenizer, tmp_path, capsy
     for more, message in (
         ((), "tokenizer has 1 stage already; set --stages higher"),
         (("--stages", "2", "--codes", "32"), "--codes is kept from the tokenizer to --refine"),
-        (("--stages", "9"), "24 codes in 9 stages make more combinations than 32 bits can hold"),
+        (("--stages", "14"), "24 codes in 14 stages make more combinations than 62 bits can hold"),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
