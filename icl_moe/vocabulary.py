@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import numpy as np
 
 from icl_moe.errors import InputError
-from icl_moe.ranges import Count, Natural, Range
+from icl_moe.ranges import Natural, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,11 @@ TAGS = ("<c_st>", "<c_ed>", "<b_st>", "<b_ed>")
 MASK = "[MASK]"
 
 _Codes = TypeVar("_Codes", np.ndarray, "Tensor")
+
+MOST_STAGES = 62
+"""The most stages of features codes: a token holds as many stages of two codes each."""
+
+Stages = Annotated[int, Range(1, MOST_STAGES)]
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,14 @@ class Vocabulary:
     tags: bool = True
     mask: bool = False
     features: Natural = 0
-    feature_stages: Count = 1
+    feature_stages: Stages = 1
 
     def __post_init__(self) -> None:
         if self.features == 1:
             raise InputError("vocabulary.features must be 0, or at least 2, not 1.")
         if self.feature_stages > 1 and not self.features:
             raise InputError("vocabulary.feature_stages needs vocabulary.features.")
-        if self.ids > 1 << 63:
-            raise InputError(
-                f"vocabulary.feature_stages: {self.features} codes in {self.feature_stages} stages "
-                "make more combinations than 63 bits can hold; choose fewer."
-            )
+        check_stages(self.features, self.feature_stages)
 
     @cached_property
     def text_size(self) -> int:
@@ -162,16 +163,8 @@ class Vocabulary:
         tokens = np.asarray(tokens, dtype=np.int64)
         is_feature = _within(tokens, self.feature_range)
         codes = tokens[is_feature] - self._feature_start
-        stages = split_stages(codes, self.features, self.feature_stages) if self.features else []
-        return np.concatenate(
-            [
-                tokens[~is_feature],
-                *(
-                    self._feature_start + stage * self.features + part
-                    for stage, part in enumerate(stages)
-                ),
-            ]
-        )
+        rows = stage_rows(codes, max(self.features, 1), self.feature_stages)
+        return np.concatenate([tokens[~is_feature], *(self._feature_start + row for row in rows)])
 
     @cached_property
     def text_range(self) -> range:
@@ -253,7 +246,9 @@ class Vocabulary:
 
 
 def smallest_type(count: int) -> np.dtype:
-    """The smallest type that holds 0..count-1, and of which torch has all operations."""
+    """The smallest type that holds 0..count-1, but never uint64, with which NumPy and torch do not
+    mix other integers.
+    """
     smallest = np.min_scalar_type(count - 1)
     return np.dtype(np.int64) if smallest == np.uint64 else smallest
 
@@ -263,6 +258,23 @@ def split_stages(codes: _Codes, features: int, stages: int) -> list[_Codes]:
     0..features**stages-1) stand for, the first stage first; see `join_stages`.
     """
     return [codes // features ** (stages - 1 - stage) % features for stage in range(stages)]
+
+
+def stage_rows(codes: _Codes, features: int, stages: int) -> list[_Codes]:
+    """For combined codes (any shape) the rows of each stage's code in a table that has `features`
+    rows for each stage, one stage below the other.
+    """
+    parts = split_stages(codes, features, stages)
+    return [stage * features + part for stage, part in enumerate(parts)]
+
+
+def check_stages(features: int, stages: int) -> None:
+    """Raise InputError if a token could not hold all combinations of the stages' codes."""
+    if features**stages > 1 << 62:
+        raise InputError(
+            f"{features} codes in {stages} stages make more combinations than 62 bits can hold; "
+            "choose fewer."
+        )
 
 
 def join_stages(parts: list[_Codes], features: int) -> _Codes:

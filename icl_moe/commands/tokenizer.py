@@ -1,12 +1,12 @@
 """`icl-moe tokenizer`: training, making, measuring and converting image tokenizers."""
 
 import argparse
-from functools import partial
 from typing import Any
 
 from icl_moe import arguments as take
 from icl_moe.errors import InputError
-from icl_moe.ranges import LARGEST_SIDE
+from icl_moe.ranges import LARGEST_INTEGER, LARGEST_SIDE
+from icl_moe.vocabulary import MOST_STAGES
 
 
 def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
@@ -78,16 +78,16 @@ def add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_tokenizer_convert)
 
 
-_OF_FIRST_STAGE = (
-    "backbone",
-    "weights",
-    "strides",
-    "codes",
-    "dimensions",
-    "image_size",
-    "downsampling",
-)
-"""The options that describe the first stage of a features tokenizer."""
+_FIRST_STAGE: dict[str, Any] = {
+    "backbone": "efficientnet_lite0",
+    "weights": None,
+    "strides": "16,32",
+    "codes": 1024,
+    "dimensions": 64,
+    "image_size": 256,
+    "downsampling": 16,
+}
+"""The defaults of the options that describe the first stage of a features tokenizer."""
 
 
 def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
@@ -97,29 +97,35 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     parser.add_argument("images", type=take.path, help="folder of images")
     parser.add_argument(
         "--backbone",
-        default="efficientnet_lite0",
         help="efficientnet_lite0, colours, timm/NAME, or a transformers folder or hub id "
-        "(default %(default)s)",
+        f"(default {_FIRST_STAGE['backbone']})",
     )
     parser.add_argument("--weights", metavar="FILE", help="a file with the backbone's weights")
     parser.add_argument(
+        "--strides",
+        help=f"maps of the backbone to combine (default {_FIRST_STAGE['strides']})",
+    )
+    side = "pixels along a side of"
+    for name, least, text, most in (
+        ("codes", 2, "codes of each stage", LARGEST_INTEGER),
+        ("dimensions", 1, "number of principal components", LARGEST_INTEGER),
+        ("image_size", 1, f"{side} the images", LARGEST_SIDE),
+        ("downsampling", 1, f"{side} a cell", LARGEST_SIDE),
+    ):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=take.whole_number(least, most),
+            metavar="N",
+            help=f"{text} (default {_FIRST_STAGE[name]})",
+        )
+    parser.add_argument(
         "--refine",
         metavar="TOKENIZER",
-        help="add stages to this features tokenizer, whose other settings are kept",
+        help="add stages to this features tokenizer, whose settings above are kept",
     )
-    parser.add_argument(
-        "--strides", default="16,32", help="maps of the backbone to combine (default 16,32)"
-    )
-    for option, least, default, text in (
-        ("--codes", 2, 1024, "codes of each stage"),
-        ("--stages", 1, 1, "codes that together describe a cell"),
-        ("--dimensions", 1, 64, "number of principal components"),
-        ("--seed", 0, 0, "of k-means"),
-    ):
-        take.add_whole_number(parser, option, least, default, text)
-    side = "pixels along a side of"
-    take.add_whole_number(parser, "--image-size", 1, 256, f"{side} the images", LARGEST_SIDE)
-    take.add_whole_number(parser, "--downsampling", 1, 16, f"{side} a cell", LARGEST_SIDE)
+    stages = "codes that together describe a cell"
+    take.add_whole_number(parser, "--stages", 1, 1, stages, MOST_STAGES)
+    take.add_whole_number(parser, "--seed", 0, 0, "of k-means")
     parser.add_argument(
         "--annotations",
         type=take.path,
@@ -128,7 +134,7 @@ def _add_tokenizer_features(actions: argparse._SubParsersAction) -> None:
     )
     take.add_device(parser)
     parser.add_argument("--out", type=take.folder, required=True, help="folder for the tokenizer")
-    parser.set_defaults(run=partial(_tokenizer_features, parser))
+    parser.set_defaults(run=_tokenizer_features)
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
@@ -190,49 +196,45 @@ def _match_photographs(options: argparse.Namespace) -> dict[str, Any]:
     return evaluate_matcher(tokenizer.cpu(), queries, examples, shots)
 
 
-def _tokenizer_features(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    strides = tuple(take.whole_numbers("--strides", options.strides))
+def _tokenizer_features(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in _FIRST_STAGE}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and options.refine is not None:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise InputError(f"{option} is kept from the tokenizer to --refine; leave it out.")
+    settings = {**_FIRST_STAGE, **given}
+    strides = tuple(take.whole_numbers("--strides", settings.pop("strides")))
 
+    from icl_moe.devices import find_device
     from icl_moe.outputs import output_folder, writing
     from icl_moe.tokenizers.features import FeaturesConfig
     from icl_moe.tokenizers.folder import check_free
-    from preprocessing.tokenizers.features import make_features_tokenizer
+    from preprocessing.tokenizers.features import (
+        fit_features_tokenizer,
+        refine_features_tokenizer,
+        save_with_report,
+    )
 
     out = output_folder(options.out)
     check_free(out)
+    images, device = options.images, find_device(options.device)
     if options.refine is not None:
-        _check_refinement(parser, options)
-    config = FeaturesConfig(
-        backbone=options.backbone,
-        weights=options.weights,
-        strides=strides,
-        channels=(1,) * len(strides),
-        image_size=options.image_size,
-        downsampling=options.downsampling,
-        codebook_size=options.codes,
-        dimensions=options.dimensions,
-        stages=options.stages,
-    )
-    with writing(out):
-        report = make_features_tokenizer(
-            options.images,
-            config,
-            options.seed,
-            out,
-            options.annotations,
-            options.device,
-            options.refine,
+        tokenizer = refine_features_tokenizer(
+            images, options.refine, options.stages, options.seed, device
         )
+    else:
+        config = FeaturesConfig(
+            strides=strides,
+            channels=(1,) * len(strides),
+            codebook_size=settings.pop("codes"),
+            stages=options.stages,
+            **settings,
+        )
+        tokenizer = fit_features_tokenizer(images, config, options.seed, device)
+    with writing(out):
+        report = save_with_report(tokenizer, images, out, options.annotations)
     _print_values(report)
     return 0
-
-
-def _check_refinement(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Raise InputError for settings that are those of the tokenizer to refine."""
-    for name in _OF_FIRST_STAGE:
-        if getattr(options, name) != parser.get_default(name):
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} is kept from the tokenizer to --refine; leave it out.")
 
 
 def _print_values(values: dict[str, Any], prefix: str = "") -> None:
@@ -241,8 +243,9 @@ def _print_values(values: dict[str, Any], prefix: str = "") -> None:
         if isinstance(value, dict):
             _print_values(value, f"{prefix}{name}.")
         else:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            print(f"{prefix + name:32} {shown}")
+            parts = value if isinstance(value, list) else [value]
+            shown = [f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts]
+            print(f"{prefix + name:32} {', '.join(shown)}")
 
 
 def _tokenizer_masks(options: argparse.Namespace) -> int:

@@ -448,10 +448,9 @@ def _check_tokens(tokens_L: np.ndarray, manifest: Manifest) -> None:
             f"its tokens are {tokens_L.dtype} {tokens_L.shape}; {vocabulary.token_dtype} "
             f"({length},) are expected"
         )
-    if int(tokens_L.max()) >= vocabulary.ids:
-        raise InputError(
-            f"it has the token {int(tokens_L.max())}; the vocabulary has {vocabulary.ids}"
-        )
+    for token in (int(tokens_L.min()), int(tokens_L.max())):
+        if not 0 <= token < vocabulary.ids:
+            raise InputError(f"it has the token {token}; the vocabulary has {vocabulary.ids}")
 
 
 @lru_cache(maxsize=1024)  # All episodes of segmentation have the same spans.

@@ -184,7 +184,7 @@ def check_tokenizers(config: Any, format: SequenceFormat, tokenizers: ImageToken
             f"as {format.codes_per_image} codes."
         )
     if reason := tokenizers.features_unlike(format.vocabulary):
-        raise InputError(f"The model does not fit its features tokenizer: {reason}.")
+        raise InputError(f"config.json: {reason}.")
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -46,7 +46,7 @@ def describe(tokenizers: ImageTokenizers, codes_BN: np.ndarray) -> np.ndarray:
         parts = codes.to(features.device).split(_TOGETHER)
         points_BD = torch.cat([features.vectors(some).float().mean(dim=1) for some in parts]).cpu()
     else:
-        size = tokenizers.codebook_size
+        size = tokenizers.picture_codes
         counts = [each.bincount(minlength=size) for each in codes.cpu()]
         points_BD = torch.stack(counts).float().sqrt()
     return torch.nn.functional.normalize(points_BD, dim=1).numpy()

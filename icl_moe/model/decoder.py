@@ -28,7 +28,7 @@ from icl_moe.model.router import GATE, decide
 from icl_moe.recipe import ModelSettings
 from icl_moe.seeds import stable_seed
 from icl_moe.sequence import NO_LINK, SequenceFormat
-from icl_moe.vocabulary import split_stages
+from icl_moe.vocabulary import stage_rows
 
 
 class InContextDecoder(PreTrainedModel):
@@ -154,15 +154,12 @@ class InContextDecoder(PreTrainedModel):
             return embedded_TM
         first = vocabulary.feature_range.start
         is_feature_T = tokens_T >= first
-        codes = split_stages(tokens_T - first, vocabulary.features, vocabulary.feature_stages)
-        rows_ST = first + torch.stack(
-            [stage * vocabulary.features + part_T for stage, part_T in enumerate(codes)]
-        )
+        rows = stage_rows(tokens_T - first, vocabulary.features, vocabulary.feature_stages)
         # Another token has one row, its own.
-        rows_ST = torch.where(is_feature_T, rows_ST, tokens_T)
-        counts_ST1 = torch.ones_like(rows_ST, dtype=self.token_embedding.weight.dtype)[..., None]
-        counts_ST1[1:] = is_feature_T[:, None]
-        return (self.token_embedding(rows_ST) * counts_ST1).sum(dim=0)
+        rows_ST = torch.where(is_feature_T, first + torch.stack(rows), tokens_T)
+        is_used_ST1 = is_feature_T[:, None].repeat(len(rows), 1, 1)
+        is_used_ST1[0] = True
+        return (self.token_embedding(rows_ST) * is_used_ST1).sum(dim=0)
 
     def run(
         self,
@@ -356,19 +353,18 @@ def start_from_codebook(
     first: int,
     seed: int,
     whiten: bool = True,
-    first_stage: int | None = None,
+    stages: int = 1,
 ) -> None:
     """Set the embeddings of a tokenizer's K codes, the ids from `first` on, to z R, each row then
     to norm 1.
 
     z: the codes' vectors, less their mean and, to whiten them, over their standard deviation by
     channel, both weighted by the codes' frequencies; R: a map C x M drawn from N(0, 1) by the seed.
-    So codes that look alike get similar embeddings. The codes of further stages of a features
-    tokenizer, vectors_KC after those of the first one, get z R times the mean factor by which the
-    first stage's rows came to norm 1; `first_stage` is how many codes that has (all by default).
+    So codes that look alike get similar embeddings. Of a features tokenizer of several `stages`,
+    whose vectors follow each other, this is of the K codes of the first; those of the others get
+    z R times the mean factor by which the first stage's rows came to norm 1.
     """
-    vectors_KC, further_KC = vectors_KC[:first_stage], vectors_KC[len(vectors_KC[:first_stage]) :]
-    frequencies_K = frequencies_K[:first_stage]
+    vectors_KC, *further = vectors_KC.chunk(stages)
     shares_K1 = (frequencies_K / frequencies_K.sum()).unsqueeze(1)
     centred_KC = vectors_KC - (shares_K1 * vectors_KC).sum(dim=0)
     if whiten:
@@ -379,26 +375,29 @@ def start_from_codebook(
     projected_KM = centred_KC @ map_CM
     rows_KM = F.normalize(projected_KM, dim=1)
     factor = (shares_K1 / projected_KM.norm(dim=1, keepdim=True).clamp(min=1e-12)).sum()
-    rows_KM = torch.cat([rows_KM, further_KC @ map_CM * factor])
+    rows_KM = torch.cat([rows_KM, *(stage_KC @ map_CM * factor for stage_KC in further)])
     weight_VM[first : first + len(rows_KM)] = rows_KM
 
 
 @torch.no_grad()
-def extend_codebook(model: InContextDecoder, vectors_KC: Tensor, first: int, known: int) -> None:
+def extend_codebook(model: InContextDecoder, vectors_SKC: Tensor, first: int, known: int) -> None:
     """Set the embeddings of the codes of a features tokenizer's further stages, in a model that has
-    learned those of its first `known` codes, the ids from `first` on, to z W.
+    learned those of its first `known` stages, to z W. first: the first id of the codes.
 
-    z: the codes' vectors. W: the map of least squares from the vectors of the known codes to their
-    embeddings, both less their means. So a cell starts with about the embedding that the model
-    would have learned for a code that is just like the cell.
+    vectors_SKC: the vectors z of the K codes of each stage. W: the map of least squares from the
+    vectors of the known codes to their embeddings, both less their means over a stage. So a cell
+    starts with about the embedding that the model would have learned for a code that is just like
+    the cell.
     """
     weight_VM = model.token_embedding.weight
-    rows_KM = weight_VM[first : first + known]
-    known_KC = vectors_KC[:known]
-    map_CM = torch.linalg.lstsq(
-        known_KC - known_KC.mean(dim=0), rows_KM - rows_KM.mean(dim=0)
-    ).solution
-    weight_VM[first + known : first + len(vectors_KC)] = vectors_KC[known:] @ map_CM
+    stages, codes, _ = vectors_SKC.shape
+    rows_SKM = weight_VM[first : first + stages * codes].unflatten(0, (stages, codes))
+    centred_KC, centred_KM = (
+        (stages_SKX[:known] - stages_SKX[:known].mean(dim=1, keepdim=True)).flatten(0, 1)
+        for stages_SKX in (vectors_SKC, rows_SKM)
+    )
+    map_CM = torch.linalg.lstsq(centred_KC, centred_KM).solution
+    rows_SKM[known:] = vectors_SKC[known:] @ map_CM
 
 
 def _normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:

@@ -5,8 +5,8 @@ spread over tensor ranks.
 the whole from the parts of all tensor ranks. Both use the name that a parameter has in an exported
 model (`icl_moe.model.deepspeed_moe.exported_name`), and are plain functions of tensors.
 
-The vocabulary embedding is split by rows, which are ids, attention by heads, and dense
-feed-forwards by hidden units. Everything else, including experts, is whole on every tensor rank.
+The vocabulary embedding is split by rows, attention by heads, and dense feed-forwards by hidden
+units. Everything else, including experts, is whole on every tensor rank.
 
 megatron-core is imported only if there is more than one tensor rank: inference and training on one
 device do not need it.

@@ -34,7 +34,7 @@ from icl_moe.tokenizers.folder import (
     save_folder,
     weights_fingerprint,
 )
-from icl_moe.vocabulary import join_stages, split_stages
+from icl_moe.vocabulary import Stages, check_stages, join_stages, split_stages, stage_rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FeaturesConfig:
     downsampling: Count = 16
     codebook_size: Annotated[int, Range(2)] = 1024
     dimensions: Count = 64
-    stages: Count = 1
+    stages: Stages = 1
 
     def __post_init__(self) -> None:
         if self.image_size % self.downsampling:
@@ -68,11 +68,7 @@ class FeaturesConfig:
             raise InputError("strides must name at least one stride, each once.")
         if len(self.channels) != len(self.strides):
             raise InputError("channels must be a number for each of the strides.")
-        if self.codes > 1 << 62:
-            raise InputError(
-                f"{self.codebook_size} codes in {self.stages} stages make more combinations than "
-                "62 bits can hold; choose fewer."
-            )
+        check_stages(self.codebook_size, self.stages)
 
     @property
     def codes(self) -> int:
@@ -182,12 +178,8 @@ class FeaturesTokenizer(nn.Module):
 
     def vectors(self, codes_BN: Tensor) -> Tensor:
         """The features (B, N, D) that codes represent: the sum of their stages' centroids."""
-        parts = split_stages(codes_BN, self.config.codebook_size, self.config.stages)
-        stages = self.codebook_KD.split(self.config.codebook_size)
-        return sum(
-            (centroids_KD[part_BN] for centroids_KD, part_BN in zip(stages, parts, strict=True)),
-            start=torch.zeros((), device=self.device),
-        )
+        rows = stage_rows(codes_BN, self.config.codebook_size, self.config.stages)
+        return self.codebook_KD[torch.stack(rows)].sum(dim=0)
 
     def cells(self, pixels_B3HW: Tensor) -> Tensor:
         """The backbone's raw maps on the grid, (B, N, C)."""
@@ -275,16 +267,15 @@ def read_centroids(source: str | Path) -> Tensor:
     return _Stored.read(source).tables["codebook_KD"].float()
 
 
-def refines(source: str | Path, coarser: str | Path) -> bool:
-    """Whether the first stages of the tokenizer `source` are those of the tokenizer `coarser`.
+def fingerprint_of_first_stages(source: str | Path, stages: int) -> str:
+    """The fingerprint of the tokenizer that has only the first `stages` of those of `source`.
 
     Raises InputError if files are missing, damaged or inconsistent.
     """
-    ours, theirs = _Stored.read(source), _Stored.read(coarser)
-    stages, rows = theirs.config.stages, len(theirs.tables["codebook_KD"])
-    tables = {**ours.tables, "codebook_KD": ours.tables["codebook_KD"][:rows]}
-    cut = _fingerprint(replace(ours.config, stages=stages), ours.backbone_fingerprint, tables)
-    return cut == _fingerprint(theirs.config, theirs.backbone_fingerprint, theirs.tables)
+    stored = _Stored.read(source)
+    rows = stages * stored.config.codebook_size
+    tables = {**stored.tables, "codebook_KD": stored.tables["codebook_KD"][:rows].contiguous()}
+    return _fingerprint(replace(stored.config, stages=stages), stored.backbone_fingerprint, tables)
 
 
 @torch.inference_mode()

@@ -77,17 +77,16 @@ class ImageTokenizers:
         they do not.
         """
         config = self.features.config if self.features else None
-        for key, ours, count in (
+        for key, ours, theirs in (
             ("features", vocabulary.features, config.codebook_size if config else 0),
             ("feature_stages", vocabulary.feature_stages, config.stages if config else 1),
         ):
-            if ours != count:
-                what = "codes" if key == "features" else "stages"
-                return f"vocabulary.{key} is {ours}, but the features tokenizer has {count} {what}"
+            if ours != theirs:
+                return f"vocabulary.{key} is {ours}, and that of the features tokenizer is {theirs}"
         return None
 
     @property
-    def codebook_size(self) -> int:
+    def picture_codes(self) -> int:
         """The number of codes of the VQ-GAN."""
         return self._pictures.codebook_size
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from icl_moe.data.shards import ShardSet
 from icl_moe.tokenizers.features import read_centroids
 from icl_moe.tokenizers.vqgan import VQGAN
+from icl_moe.vocabulary import split_stages
 
 _SAMPLES = 256
 """The number of evenly spaced episodes per task in which codes are counted: tens of thousands of
@@ -20,17 +21,17 @@ codes.
 
 @dataclass(frozen=True)
 class Codebook:
-    """The codebook of input images. vectors_KC, frequencies_K: the vector and the frequency of each
-    of the tokenizer's K codes, float32; of a features tokenizer of several stages, of each code of
-    each stage. whiten: whether to scale all channels of the vectors to the
+    """The codebook of input images. vectors_KC: the vectors of the tokenizer's codes, float32; of a
+    features tokenizer, those of its stages one below the other. frequencies_K: how often each code
+    of the first stage occurs. whiten: whether to scale all channels of the vectors to the
     same variance. This is not done for k-means centres, whose channels are principal axes, the last
-    of which are mostly noise. first_stage: how many of the codes are of the first stage.
+    of which are mostly noise. stages: the number of stages.
     """
 
     vectors_KC: Tensor
     frequencies_K: Tensor
-    first_stage: int
     whiten: bool = True
+    stages: int = 1
 
 
 def read_codebook(shards: ShardSet) -> Codebook:
@@ -40,8 +41,7 @@ def read_codebook(shards: ShardSet) -> Codebook:
     """
     folders = {name: shards.fetch(name) for name in shards.manifest.tokenizer_folders}
     vocabulary = shards.manifest.format.vocabulary
-    first = vocabulary.input_range.start
-    size = vocabulary.features * vocabulary.feature_stages or vocabulary.image_codes
+    size, stages = vocabulary.features or vocabulary.image_codes, vocabulary.feature_stages
     counts_K = np.ones(size, dtype=np.int64)
     for task, count in shards.manifest.samples.items():
         numbers = np.linspace(0, count - 1, min(count, _SAMPLES)).round().astype(int)
@@ -49,11 +49,12 @@ def read_codebook(shards: ShardSet) -> Codebook:
             sequence = shards.sample(task, number).sequence
             for span in sequence.spans:
                 if span.role == "input":
-                    rows = vocabulary.rows(sequence.tokens_L[span.start : span.stop])
-                    counts_K += np.bincount(rows - first, minlength=size)
+                    codes = vocabulary.to_input_codes(sequence.tokens_L[span.start : span.stop])
+                    first_stage = split_stages(codes, size, stages)[0]
+                    counts_K += np.bincount(first_stage, minlength=size)
     frequencies_K = torch.from_numpy(counts_K).float()
     if "features_tokenizer" in folders:
         vectors_KC = read_centroids(folders["features_tokenizer"])
-        return Codebook(vectors_KC, frequencies_K, vocabulary.features, whiten=False)
+        return Codebook(vectors_KC, frequencies_K, whiten=False, stages=stages)
     tokenizer = VQGAN.from_pretrained(folders["image_tokenizer"])
-    return Codebook(tokenizer.codebook_KC, frequencies_K, size)
+    return Codebook(tokenizer.codebook_KC, frequencies_K)

@@ -229,14 +229,14 @@ def _build_model(
             first,
             recipe.training.seed,
             codebook.whiten,
-            codebook.first_stage,
+            codebook.stages,
         )
     if initial is not None:
         initial.load_into(model, name)
         if initial.is_refined_by(recipe.vocabulary):
             assert codebook is not None, "the new codes start from their tokenizer's centroids"
-            known = initial.vocabulary.size - first
-            extend_codebook(model, codebook.vectors_KC, first, known)
+            vectors_SKC = codebook.vectors_KC.unflatten(0, (codebook.stages, -1))
+            extend_codebook(model, vectors_SKC, first, initial.vocabulary.feature_stages)
     if tp_size > 1:
         spread(model)
         gradient_norm.mark_parts(model)

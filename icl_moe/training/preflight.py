@@ -176,9 +176,9 @@ def _check_shards(recipe: TrainingRecipe, manifest: Manifest) -> None:
     theirs, ours = manifest.format.vocabulary, recipe.vocabulary
     if theirs != ours:
         raise InputError(
-            f"data.shards: {recipe.data.shards} was built for a vocabulary of {theirs.size} ids "
+            f"data.shards: {recipe.data.shards} was built for a vocabulary of {theirs.ids} ids "
             f"({to_dict(theirs)}), "
-            f"the recipe's has {ours.size} ({to_dict(ours)}); make them equal."
+            f"the recipe's has {ours.ids} ({to_dict(ours)}); make them equal."
         )
     needed = manifest.format.length(manifest.examples + 1)
     if needed > recipe.model.positions:

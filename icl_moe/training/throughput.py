@@ -48,8 +48,9 @@ name is "NVIDIA H100 80GB HBM3".
 def training_flops(settings: ModelSettings, vocabulary_size: int, batch: TokenBatch) -> int:
     """Floating-point operations of the matrix products of a forward and backward pass over a batch.
 
-    With T tokens, R of them without padding, P targets, episodes of L tokens, width M, V ids, k
-    experts per token and two operations per multiplication and addition, a forward pass takes
+    With T tokens, R of them without padding, P targets, episodes of L tokens, width M, V rows of
+    the vocabulary, k experts per token and two operations per multiplication and addition, a
+    forward pass takes
 
         attention, per layer             8 T M^2 + sum over episodes of 2 L (L + 1) M
         dense feed-forward, per layer   16 T M^2

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
 from icl_moe.images import load_image, to_square_pixels
@@ -39,30 +38,13 @@ _BATCH = 16
 _ROUNDS = 30
 
 
-def make_features_tokenizer(
-    images: Path,
-    config: FeaturesConfig,
-    seed: int,
-    out: Path,
-    annotations: Path | None = None,
-    device: Device | None = None,
-    refine: str | Path | None = None,
+def save_with_report(
+    tokenizer: FeaturesTokenizer, images: Path, out: Path, annotations: Path | None = None
 ) -> dict[str, Any]:
-    """Make a tokenizer from the pictures in `images` and write it into `out`. Returns its report,
-    which is also written there.
-
-    config.channels is determined here. annotations: the pictures' COCO instances file, with which
-    the report includes the scores of the training-free matcher with features and with codes.
-    refine: a tokenizer to which the further stages of config.stages are added; then nothing else of
-    `config` counts. Equal input, seed and machine give equal tables. Raises InputError for a folder
-    without pictures, a missing backbone, and fewer cells or channels than codes or dimensions
-    require.
+    """Write a tokenizer into `out`, with a report of its use on the pictures in `images`, which is
+    also returned. annotations: the pictures' COCO instances file, with which the report includes
+    the scores of the training-free matcher with features and with codes.
     """
-    place = find_device(device)
-    if refine is None:
-        tokenizer = fit_features_tokenizer(images, config, seed, place)
-    else:
-        tokenizer = refine_features_tokenizer(images, refine, config.stages, seed, place)
     tokenizer.save_pretrained(out)
     report = {"tokenizer": tokenizer.fingerprint, **_describe_use(tokenizer, images)}
     if annotations is not None:
@@ -75,7 +57,12 @@ def make_features_tokenizer(
 def fit_features_tokenizer(
     images: Path, config: FeaturesConfig, seed: int, device: torch.device | str = "cpu"
 ) -> FeaturesTokenizer:
-    """The tokenizer of `make_features_tokenizer`, on the device on which its backbone computes."""
+    """A tokenizer made from the pictures in `images`, on the device on which its backbone computes.
+
+    config.channels is determined here. Equal input, seed and machine give equal tables. Raises
+    InputError for a folder without pictures, a missing backbone, and fewer cells or channels than
+    codes or dimensions require.
+    """
     files = image_files(images)
     backbone = open_backbone(config.backbone, config.weights).to(device)
     sample = _sample_cells(files, config, backbone, seed)

@@ -507,7 +507,7 @@ def test_codes_of_further_stages_start_in_the_scale_of_the_first():
     vectors = torch.cat([vectors, 0.3 * torch.randn(12, 8, generator=generator)])
     frequencies, first = torch.rand(24, generator=generator), VOCABULARY.image_range.start
     model, plain = build(make_config()), build(make_config())
-    start_from_codebook(model, vectors, frequencies, first, 0, False, 12)
+    start_from_codebook(model, vectors, frequencies[:12], first, 0, False, 2)
     start_from_codebook(plain, vectors[:12], frequencies[:12], first, 0, False)
     found = model.token_embedding.weight.detach()[first : first + 24]
     torch.testing.assert_close(found[:12], plain.token_embedding.weight.detach()[first:][:12])
@@ -522,19 +522,24 @@ def test_codes_of_further_stages_start_in_the_scale_of_the_first():
     assert scale.item() == pytest.approx(1.0, abs=1e-3)
 
 
-def test_codes_that_a_model_lacks_start_where_it_has_learned_that_such_features_are():
+@pytest.mark.parametrize("known", [1, 2])
+def test_codes_that_a_model_lacks_start_where_it_has_learned_that_such_features_are(known):
+    """Also where the embeddings of its stages have different means."""
     generator = torch.Generator().manual_seed(1)
-    vectors, first = torch.randn(24, 5, generator=generator), VOCABULARY.image_range.start
+    vectors, first = torch.randn(3, 8, 5, generator=generator), VOCABULARY.image_range.start
     map_CM = torch.randn(5, 32, generator=generator)
     model = build(make_config())
     before = model.token_embedding.weight.detach().clone()
     with torch.no_grad():
-        model.token_embedding.weight[first : first + 16] = vectors[:16] @ map_CM + 3.0
-    known = model.token_embedding.weight.detach().clone()
-    extend_codebook(model, vectors, first, 16)
-    now = model.token_embedding.weight.detach()
-    torch.testing.assert_close(now[first + 16 :][:8], vectors[16:] @ map_CM, atol=1e-4, rtol=1e-4)
-    assert torch.equal(now[: first + 16], known[: first + 16])
+        for stage in range(known):
+            rows = slice(first + 8 * stage, first + 8 * (stage + 1))
+            model.token_embedding.weight[rows] = vectors[stage] @ map_CM + 3.0 * (1 - stage)
+    learned = model.token_embedding.weight.detach().clone()
+    extend_codebook(model, vectors, first, known)
+    now, start = model.token_embedding.weight.detach(), first + 8 * known
+    expected = (vectors[known:] @ map_CM).flatten(0, 1)
+    torch.testing.assert_close(now[start : first + 24], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(now[:start], learned[:start])
     assert torch.equal(now[first + 24 :], before[first + 24 :])
 
 

@@ -136,11 +136,11 @@ def test_without_the_key_nothing_of_it_is_there(build, tmp_path):
     [
         (
             ["vocabulary.features=7"],
-            "reader: vocabulary.features is 7, but the features tokenizer has 24 codes; set it to",
+            r"vocabulary.features is 7, and that of the features tokenizer is 24; set it to that",
         ),
         (
             ["vocabulary.feature_stages=3"],
-            "vocabulary.feature_stages is 3, but the features tokenizer has [12] stages; set it",
+            "vocabulary.feature_stages is 3, and that of the features tokenizer is [12]; set it",
         ),
         (
             ["features_tokenizer=null", "vocabulary.feature_stages=1"],

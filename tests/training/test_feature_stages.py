@@ -82,20 +82,17 @@ def test_codes_of_all_stages_start_from_their_centroids(train, shards):
     found = InContextDecoder.from_pretrained(train(2, *STILL))
     codebook = read_codebook(ShardSet(shards[2]))
     assert torch.equal(codebook.vectors_KC, read_centroids(shards[2] / "features_tokenizer"))
-    assert codebook.first_stage == CODES and len(codebook.frequencies_K) == 2 * CODES
+    assert codebook.stages == 2 and len(codebook.frequencies_K) == CODES
     first = found.sequence_format.vocabulary.feature_range.start
-    counted = np.ones(2 * CODES)
+    counted = np.ones(CODES)
     for index in range(8):
         sequence = ShardSet(shards[2]).sample("segmentation", index).sequence
         codes = sequence.tokens_L[sequence.tokens_L >= first].astype(np.int64) - first
         np.add.at(counted, codes // CODES, 1)
-        np.add.at(counted, CODES + codes % CODES, 1)
     assert codebook.frequencies_K.tolist() == counted.tolist()
     expected = InContextDecoder(found.config)
     initialise(expected, seed=0)
-    start_from_codebook(
-        expected, codebook.vectors_KC, codebook.frequencies_K, first, 0, False, CODES
-    )
+    start_from_codebook(expected, codebook.vectors_KC, codebook.frequencies_K, first, 0, False, 2)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), parameter, msg=name)
 
@@ -138,21 +135,17 @@ def test_a_model_goes_on_with_a_refined_tokenizer(train, shards, coarse, tmp_pat
 
 
 def test_a_tokenizer_that_is_no_refinement_is_refused(shards, coarse, tmp_path):
-    other, lacking = (
-        Path(shutil.copytree(coarse, tmp_path / name)) for name in ("other", "lacking")
-    )
-    for model in (other, lacking):
-        shutil.rmtree(model / "features_tokenizer")
-    toy_features.make_toy_features(tmp_path, dimensions=5).save_pretrained(
-        other / "features_tokenizer"
-    )
-    for start, message in (
-        (other, "does not begin with its codes; make it with icl-moe tokenizer features --refine"),
-        (lacking, "features_tokenizer"),
+    other = Path(shutil.copytree(coarse, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["features_tokenizer"] = toy_features.make_toy_features(
+        tmp_path, dimensions=5
+    ).fingerprint
+    (other / "config.json").write_text(json.dumps(config))
+    settings = (*PARTS, *toy_features.vocabulary_settings(2), f"training.init_from={other}")
+    with pytest.raises(
+        InputError, match=r"training\.init_from: .*but does not begin with its codes; make it with"
     ):
-        settings = (*PARTS, *toy_features.vocabulary_settings(2), f"training.init_from={start}")
-        with pytest.raises(InputError, match=f"training.init_from: .*{message}"):
-            open_checked(load(shards[2], tmp_path / "run", *settings), world=1)
+        open_checked(load(shards[2], tmp_path / "run", *settings), world=1)
 
 
 def test_a_model_cannot_be_trained_to_write_combined_codes():

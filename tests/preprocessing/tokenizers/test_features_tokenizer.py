@@ -15,7 +15,11 @@ from icl_moe.cli import main
 from icl_moe.errors import InputError
 from icl_moe.images import load_image, to_square_pixels
 from icl_moe.tokenizers.backbones import open_backbone
-from icl_moe.tokenizers.features import FeaturesTokenizer, read_centroids, refines
+from icl_moe.tokenizers.features import (
+    FeaturesTokenizer,
+    fingerprint_of_first_stages,
+    read_centroids,
+)
 from icl_moe.tokenizers.folder import load_weights
 from preprocessing import synthetic
 from preprocessing.tokenizers.features import (
@@ -245,8 +249,8 @@ def test_each_stage_codes_what_the_stages_before_leave_over(
     assert (
         FeaturesTokenizer.from_pretrained(tmp_path / "refined").fingerprint == refined.fingerprint
     )
-    assert refines(tmp_path / "refined", place / "tokenizer")
-    assert not refines(place / "tokenizer", tmp_path / "refined")
+    assert fingerprint_of_first_stages(tmp_path / "refined", 1) == tokenizer.fingerprint
+    assert fingerprint_of_first_stages(tmp_path / "refined", 2) != tokenizer.fingerprint
     at_once = toy_features.toy_config(place / "backbone", stages=3)
     at_once = fit_features_tokenizer(place / "pictures", at_once, seed=0)
     assert at_once.fingerprint == refined.fingerprint
@@ -258,11 +262,15 @@ def test_a_tokenizer_is_refined_by_the_command(place, tokenizer, tmp_path, capsy
     for more, message in (
         ((), "tokenizer has 1 stage already; set --stages higher"),
         (("--stages", "2", "--codes", "32"), "--codes is kept from the tokenizer to --refine"),
-        (("--stages", "14"), "24 codes in 14 stages make more combinations than 62 bits can hold"),
+        (("--stages", "2", "--codes", "1024"), "--codes is kept from the tokenizer to --refine"),
+        (
+            ("--stages", "14"),
+            ": 24 codes in 14 stages make more combinations than 62 bits can hold",
+        ),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
     assert main([*command, "--stages", "2"]) == 0
     assert "perplexity" in capsys.readouterr().out
-    assert refines(tmp_path / "made", place / "tokenizer")
+    assert fingerprint_of_first_stages(tmp_path / "made", 1) == tokenizer.fingerprint
     assert len(json.loads((tmp_path / "made" / "report.json").read_text())["perplexity"]) == 2
