@@ -13,7 +13,12 @@ import toy_features
 
 from icl_moe.cli import main
 from icl_moe.data.shards import ShardSet
+from icl_moe.inference.hub import find_model
+from icl_moe.model.config import DecoderConfig
+from icl_moe.recipe import TrainingRecipe
+from icl_moe.settings import load_recipe
 from icl_moe.tokenizers.masks import PatchTokenizer
+from preprocessing.recipe import DataRecipe
 
 
 @pytest.fixture
@@ -71,3 +76,13 @@ def test_the_recipes_for_photographs_make_shards_that_a_model_and_a_matcher_are_
     systems = [row["prediction"] for row in result["rows"]]
     assert {"model", "first example", "matcher", "every object", "tokenizer"} <= set(systems)
     assert {row["prediction"] for row in result["swapped"]} >= {"model", "matcher"}
+
+
+def test_the_recipes_for_photographs_describe_the_shipped_model():
+    """So its users can build shards that it reads, and train it further."""
+    config = DecoderConfig.from_pretrained(find_model("photographs"))
+    for name in ("modern_coco", "modern_coco_val", "own_photographs"):
+        recipe = load_recipe(DataRecipe, name, package="preprocessing")
+        assert recipe.vocabulary == config.token_vocabulary, name
+    recipe = load_recipe(TrainingRecipe, "modern_coco")
+    assert (recipe.vocabulary, recipe.model) == (config.token_vocabulary, config.settings)
