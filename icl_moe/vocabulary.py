@@ -272,8 +272,8 @@ def check_stages(features: int, stages: int) -> None:
     """Raise InputError if a token could not hold all combinations of the stages' codes."""
     if features**stages > 1 << 62:
         raise InputError(
-            f"{features} codes in {stages} stages make more combinations than 62 bits can hold; "
-            "choose fewer."
+            f"{features} features codes in {stages} stages make more combinations than 62 bits can "
+            "hold; choose fewer."
         )
 
 

@@ -202,7 +202,10 @@ def test_the_stages_of_features_codes_share_one_token(
     ("settings", "message"),
     [
         ({"feature_stages": 2}, r"feature_stages needs vocabulary\.features"),
-        ({"features": 1024, "feature_stages": 7}, "1024 codes in 7 stages make more combinations"),
+        (
+            {"features": 1024, "feature_stages": 7},
+            "1024 features codes in 7 stages make more combinations",
+        ),
     ],
 )
 def test_stages_that_no_token_can_hold_are_refused(settings: dict, message: str) -> None:
