@@ -144,8 +144,8 @@ class Vocabulary:
 
     @cached_property
     def feature_range(self) -> range:
-        combinations = self.features**self.feature_stages if self.features else 0
-        return range(self._feature_start, self._feature_start + combinations)
+        start = self._feature_start
+        return range(start, start + self.features**self.feature_stages)
 
     @cached_property
     def input_range(self) -> range:

@@ -102,14 +102,12 @@ def shard_stats(location: str | Path, against: Sequence[str | Path] = ()) -> str
 
 def _features_rows(vocabulary: Vocabulary) -> dict[str, range]:
     """The rows of an embedding that belong to the features codes of each stage, by their name."""
-    first, size = vocabulary.feature_range.start, vocabulary.features
     if vocabulary.feature_stages == 1:
         return {"features codes": vocabulary.feature_range}
+    starts = range(vocabulary.feature_range.start, vocabulary.size, vocabulary.features)
     return {
-        f"features codes, stage {stage + 1}": range(
-            first + stage * size, first + (stage + 1) * size
-        )
-        for stage in range(vocabulary.feature_stages)
+        f"features codes, stage {stage}": range(start, start + vocabulary.features)
+        for stage, start in enumerate(starts, 1)
     }
 
 
