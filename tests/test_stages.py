@@ -26,8 +26,16 @@ def stop(number, _):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+context = multiprocessing.get_context("fork")
+at_work = context.Event()
+
+def work():
+    at_work.set()
+    time.sleep(60)
+
+worker = context.Process(target=work, daemon=True)
 worker.start()
+at_work.wait()  # Until then, a signal's SystemExit may be lost in what Python does after a fork.
 pid = multiprocessing.current_process().pid
 (folder / "unfinished").write_text(f"{pid} {worker.pid}")
 (folder / "unfinished").rename(folder / "processes")
