@@ -26,6 +26,7 @@ from icl_moe.images import PixelBox, crop_and_resize_mask
 from icl_moe.inputs import check_is_file, read_json
 from icl_moe.rle import decode_rle, run_lengths
 from icl_moe.tasks.segmentation import MaskTarget
+from preprocessing.absent import with_absent
 from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
 from preprocessing.json_stream import NotPlainError, object_members
@@ -90,7 +91,11 @@ def read_instances(
     for reason in ("empty_masks", "masks_of_small_scale"):
         counts = [part.left_out[reason] for part in parts]
         pool.skipped[reason] += int(np.concatenate(counts or [np.zeros(0)])[is_usable].sum())
-    pool.regions = table.select(is_usable[table.image_numbers()])
+    table = table.select(is_usable[table.image_numbers()])
+    if source.absent:
+        shown = {name: cutter.classes(image_id) for name, image_id in ids.items()}
+        table = with_absent(table, shown, source.absent, image_size)
+    pool.regions = table
     pool.count_classes_without_a_region(source.classes)
     return pool
 
@@ -353,6 +358,11 @@ class _Cutter:
                 f"{self.coco.file}: all instances are crowds (iscrowd=1), which make no region; "
                 "set segmentation.crowds=instances to treat each as an instance."
             )
+
+    def classes(self, image_id: Any) -> set[str]:
+        """Every class that is annotated in an image, even if it makes no region."""
+        annotations = self.coco.imgToAnns.get(image_id, ())
+        return {self.names[annotation["category_id"]] for annotation in annotations}
 
     def of_class(self, image_id: Any, skipped: Counter[str]) -> dict[str, list[dict[str, Any]]]:
         """Class -> its annotations in an image; empty if none is wanted."""

@@ -71,7 +71,13 @@ def read_segmentation(
     pool = album.pool
     pool.same_instance = source.composed.same_instance
     pool.skipped += compositions.skipped
-    regions = [_with_provenance(made, region) for region in compositions.regions]
+    of_image = {record["file_name"]: made.imgToAnns[number] for number, record in made.imgs.items()}
+    regions = [
+        _absent_from(of_image[region.image.name], region)
+        if region.is_absent
+        else _with_provenance(made, region)
+        for region in compositions.regions
+    ]
     if source.composed.photographs:
         of_images = coco.read_instances(album.coco, source, image_size, album, workers)
         pool.skipped += of_images.skipped
@@ -93,8 +99,15 @@ def _with_provenance(made: coco.CheckedCOCO, region: PoolRegion) -> PoolRegion:
     )
 
 
+def _absent_from(annotations: list[dict[str, Any]], region: PoolRegion) -> PoolRegion:
+    """A region whose class a composition lacks, with the provenance of all that it shows."""
+    return replace(
+        region, provenance=tuple(annotation["provenance"] for annotation in annotations)
+    )
+
+
 def _of_photograph(album: "Album", region: PoolRegion) -> PoolRegion:
-    if len(region.annotations) > 1:
+    if len(region.annotations) != 1:
         return region
     (number,) = region.annotations
     return replace(region, instance=(album.coco.anns[number]["image_id"], number))

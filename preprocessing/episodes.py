@@ -33,8 +33,8 @@ def plan_episodes(
     With a `balance` above 0 queries are drawn instead, each independently of the others: a class in
     proportion to the number of its queries^(1 - balance), and one of its queries uniformly.
 
-    In a share `pool.same_instance` of the episodes all regions show the same object, each in
-    another image. If the next query's object does not appear in enough images, a random region
+    In a share `pool.same_instance` of the episodes whose query shows its class, all regions show
+    the same object, each in another image. If the next query's object does not appear in enough images, a random region
     whose object does takes its place. Raises InputError if there is no such region.
     """
     plan = _Plan(pool, examples, seed, balance)
@@ -88,7 +88,7 @@ class _Plan:
         rng = np.random.default_rng([self.seed, self.task, 1, index])
         if self.instances is not None:
             choice = np.random.default_rng([self.seed, self.task, 2, index])
-            if choice.random() < self.same_instance:
+            if choice.random() < self.same_instance and query not in self.instances.absent:
                 query = self.instances.query(choice, query)
                 members = self.instances.members(query)
                 return *_draw(rng, members, self.instances.images, query, self.examples), query
@@ -120,12 +120,13 @@ class _Balanced:
 
 class _Instances:
     """The regions whose object appears, as the only one of its class, in enough images for an
-    episode. `images`: the image number of each region.
+    episode. `images`: the image number of each region. `absent`: the regions without an object.
     """
 
     def __init__(self, pool: Pool, examples: int) -> None:
         self._of_region = [region.instance for region in pool.regions]
         self.images = _number(str(region.image.path) for region in pool.regions)
+        self.absent = {n for n, region in enumerate(pool.regions) if region.is_absent}
         found: dict[tuple[Any, Any], list[int]] = {}
         for number, instance in enumerate(self._of_region):
             if instance is not None:

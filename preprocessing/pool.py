@@ -77,6 +77,11 @@ class PoolRegion:
         return self.origin or self.image.name
 
     @property
+    def is_absent(self) -> bool:
+        """Whether the image lacks the class, see preprocessing/absent.py."""
+        return self.scale == 0 and not self.annotations
+
+    @property
     def kind(self) -> tuple[str, str]:
         """Class and style, which all regions of an episode share."""
         return self.category, self.style

@@ -86,6 +86,9 @@ class SegmentationSource(_Source):
     least_scale: leave out masks that cover less than this share of what the pair shows.
     crowds: annotations with iscrowd=1 `join` the mask of their class, or count as `instances`, for
     files of tools that mark all masks so.
+    absent: the share of queries that lack the class of their examples, so that their mask is empty.
+    The source's annotations must name every class that an image shows (source=coco, folder,
+    composed, synthetic).
     """
 
     source: Literal["coco", "lvis", "folder", "jsonl", "composed", "synthetic"] = "coco"
@@ -101,6 +104,7 @@ class SegmentationSource(_Source):
     object_scale: ObjectScale = "any"
     least_scale: Share = 0.0
     crowds: Literal["join", "instances"] = "join"
+    absent: Annotated[float, Range(0, 0.9)] = 0.0
     classes_per_mask: Annotated[int, Range(1, 7)] = 1  # There are seven colours.
     composed: ComposedImages = ComposedImages()
 
@@ -309,6 +313,15 @@ class DataRecipe:
                 raise InputError(
                     "segmentation.examples_images and segmentation.examples_annotations go "
                     "together, with segmentation.source=coco."
+                )
+            if segmentation.absent and segmentation.source in ("lvis", "jsonl"):
+                raise InputError(
+                    f"segmentation.absent must be 0 where segmentation.source={segmentation.source}"
+                    ": its records do not name every class that an image shows."
+                )
+            if segmentation.absent and segmentation.classes_per_mask > 1:
+                raise InputError(
+                    "segmentation.absent must be 0 where segmentation.classes_per_mask is above 1."
                 )
             if segmentation.marks != "class" and segmentation.source == "folder":
                 raise InputError(

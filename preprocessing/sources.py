@@ -137,7 +137,12 @@ def _read_coco(source: SegmentationSource, reading: Reading) -> Pool:
     pool = coco.read_segmentation(source, reading.image_size, reading.usable, reading.workers)
     if source.examples_annotations is None:
         return pool
-    others = replace(source, images=source.examples_images, annotations=source.examples_annotations)
+    others = replace(
+        source,
+        images=source.examples_images,
+        annotations=source.examples_annotations,
+        absent=0.0,  # An example shows its class.
+    )
     other_pool = coco.read_segmentation(others, reading.image_size, reading.usable, reading.workers)
     queries, examples = (RegionTable.of(part.regions) for part in (pool, other_pool))
     pool.regions = RegionTable.concatenate(

@@ -87,7 +87,7 @@ class MaskFit(NamedTuple):
 
 def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES) -> MaskFit:
     """Fit both on the queries of `episodes` evenly spaced training episodes, each with all its
-    examples.
+    examples. Queries that lack what the examples show are left out.
 
     threshold: its `value` is the quantile `missed` of the expected IoU (see `DrawnMask`). edges:
     the fields of the `EdgeFilter` with the greatest mean IoU, each with the logistic curve of the
@@ -116,7 +116,9 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
             ]
         )
         for episode, pair in zip(batch, pairs, strict=True):
-            masks += _masks_of(episode, pair)
+            masks += (mask for mask in _masks_of(episode, pair) if mask.mask_HW.any())
+    if not masks:
+        raise InputError(f"{shards.location} has no query that shows what its examples show.")
     fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
     value = float(np.quantile([mask.drawn.expected_iou for mask in masks], _MISSED))
     threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}

@@ -9,9 +9,10 @@ import numpy as np
 from icl_moe.bootstrap import Interval, Statistic, intervals
 from icl_moe.tasks.task import GroupScore, Measure
 
-SIZES = {"under 3 %": 0.03, "3 to 20 %": 0.2, "over 20 %": 1.0}
+SIZES = {"absent": 0.0, "under 3 %": 0.03, "3 to 20 %": 0.2, "over 20 %": 1.0}
 """The sizes of objects, by the largest share of the picture's pixels that the true mask may mark.
-COCO's border between medium and large, 96 x 96 pixels, is 3 % of a picture of 640 x 480.
+COCO's border between medium and large, 96 x 96 pixels, is 3 % of a picture of 640 x 480. The mean
+IoU of absent objects is the share of their queries in which nothing is marked.
 """
 
 
@@ -374,6 +375,8 @@ def _mean_of_known(values_BN: np.ndarray) -> np.ndarray:
 
 def _size(mask_HW: np.ndarray) -> str:
     share = float(mask_HW.mean())
+    if share == 0:
+        return "absent"
     return next(name for name, most in SIZES.items() if share < most or most == 1.0)
 
 

@@ -108,6 +108,14 @@ def test_sizes_are_shares_of_the_picture():
     assert scores.size_iou == {"under 3 %": 0.0, "3 to 20 %": 0.5, "over 20 %": 0.5}
 
 
+def test_absent_objects_are_a_size_of_their_own_whose_score_is_the_share_left_unmarked():
+    nothing, something = np.zeros((10, 10), bool), np.eye(10, dtype=bool)
+    pairs = [(nothing, nothing), (something, nothing), (nothing, nothing), (something, something)]
+    scores = score_masks(("cat", predicted, true) for predicted, true in pairs)
+    assert scores.size_episodes == {"absent": 3, "3 to 20 %": 1}
+    assert scores.size_iou == {"absent": pytest.approx(2 / 3), "3 to 20 %": 1.0}
+
+
 @given(TRIPLES, MASKS)
 @settings(max_examples=25)
 def test_ignored_pixels_count_in_no_score(triples, ignored):

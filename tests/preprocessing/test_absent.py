@@ -1,0 +1,148 @@
+"""Queries that lack the class of their examples: which images they ask about, and that builds,
+checks, fits and scores treat them as what they are.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_tokenizer
+from conftest import CocoFolder
+from test_composed import NAMES, OBJECTS, write_flat_data_set
+
+from icl_moe.data.shards import ShardSet
+from icl_moe.errors import InputError
+from icl_moe.rle import decode_rle
+from icl_moe.settings import load_recipe
+from preprocessing.build import build_shards
+from preprocessing.compare import compare_with_sources
+from preprocessing.image_check import ImageCheck
+from preprocessing.pool import Pool
+from preprocessing.recipe import DataRecipe, SegmentationSource
+from preprocessing.sources import Reading, read_pools
+from preprocessing.stats import shard_stats
+from preprocessing.verify import verify_shards
+
+
+def _read(folder: Path, images: Path, file: Path, workers: int = 0, **settings: Any) -> Pool:
+    source = SegmentationSource(images=str(images), annotations=str(file), **settings)
+    recipe = DataRecipe(tokenizer="demo", segmentation=source)
+    check = ImageCheck("stop", "stop", folder / "work", 0)
+    (pool,) = read_pools(recipe, Reading(80, check, workers, folder / "out"))
+    return pool
+
+
+def _of_coco(folder: CocoFolder, **settings: Any) -> Pool:
+    return _read(folder.folder, folder.images, folder.file, **settings)
+
+
+def test_an_image_is_asked_for_a_class_that_is_nowhere_in_it(coco_folder: CocoFolder) -> None:
+    """Only images 5 and 6 lack a cat: image 4 has a crowd of cats, which makes no region."""
+    pool = _of_coco(coco_folder, absent=0.5)
+    absent = [region for region in pool.regions if region.is_absent]
+    assert {(region.image.name, region.category) for region in absent} == {
+        ("5.jpg", "cat"),
+        ("6.jpg", "cat"),
+    }
+    assert len(absent) == 2, "an image is asked for a class at most once"
+    for region in absent:
+        shown = next(r for r in pool.regions if r.image == region.image and not r.is_absent)
+        counts = {"size": [80, 80], "counts": region.target.counts}
+        assert not decode_rle(counts).any() and region.scale == 0 and region.annotations == ()
+        assert region.target.objects == shown.target.objects != ()
+        assert (region.crop, region.role) == (shown.crop, "query")
+
+
+def test_a_share_of_each_classs_queries_lack_it(tmp_path: Path) -> None:
+    write_flat_data_set(tmp_path)
+    pool = _read(tmp_path, tmp_path / "images", tmp_path / "instances.json", absent=0.3)
+    shown = {f"{place}.png": {NAMES[n] for n in classes} for place, classes in enumerate(OBJECTS)}
+    queries = Counter((region.category, region.is_absent) for region in pool.regions)
+    assert sum(count for (_, absent), count in queries.items() if absent) == round(13 * 0.3 / 0.7)
+    for region in pool.regions:
+        assert (region.category in shown[region.image.name]) != region.is_absent
+
+
+def test_the_regions_of_absent_classes_do_not_depend_on_the_workers(
+    coco_folder: CocoFolder,
+) -> None:
+    one, other = (_of_coco(coco_folder, absent=0.2, workers=workers) for workers in (0, 3))
+    assert list(one.regions) == list(other.regions)
+    assert list(_of_coco(coco_folder).regions) == [r for r in one.regions if not r.is_absent]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "lvis"}, r"absent must be 0 where segmentation\.source=lvis"),
+        ({"source": "jsonl"}, r"absent must be 0 where segmentation\.source=jsonl"),
+        ({"classes_per_mask": 2}, r"absent must be 0 where segmentation\.classes_per_mask"),
+    ],
+)
+def test_sources_that_do_not_tell_what_is_absent_are_refused(
+    coco_folder: CocoFolder, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        _of_coco(coco_folder, absent=0.1, **settings)
+
+
+def test_images_that_all_show_every_class_are_refused(coco_folder: CocoFolder) -> None:
+    with pytest.raises(InputError, match="each image shows every class"):
+        _of_coco(coco_folder, absent=0.3, classes=("dog",))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compositions, half of whose episodes are of one object where the query shows its class."""
+    folder = tmp_path_factory.mktemp("absent")
+    write_flat_data_set(folder)
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    settings = [
+        *toy_tokenizer.recipe_settings(tokenizer),
+        "segmentation.source=composed",
+        f"segmentation.images={folder}/images",
+        f"segmentation.annotations={folder}/instances.json",
+        "segmentation.composed.images=40",
+        "segmentation.composed.same_instance=0.5",
+        "segmentation.absent=0.25",
+        "captioning=null",
+        "image_size=64",
+        "samples=200",
+        "examples=1",
+    ]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, folder / "shards", workers=0)
+    return folder / "shards"
+
+
+def test_built_queries_lack_what_their_examples_show(built: Path) -> None:
+    shards = ShardSet(str(built))
+    file = json.loads((built / "composed/instances.json").read_text())
+    name_of = {record["id"]: record["file_name"] for record in file["images"]}
+    shown: dict[str, set[str]] = {name: set() for name in name_of.values()}
+    for annotation in file["annotations"]:
+        shown[name_of[annotation["image_id"]]].add(NAMES[annotation["category_id"]])
+    absent = 0
+    for number in range(200):
+        meta = shards.sample("segmentation", number).meta
+        masks = [decode_rle(mask) for mask in meta["masks"]]
+        assert masks[0].any(), "an example shows its class"
+        if masks[-1].any():
+            continue
+        absent += 1
+        query = meta["sources"][-1]
+        assert meta["class"] not in {entry["class"] for entry in meta["objects"]}
+        assert query["annotations"] == [] and meta["scale"][-1] == 0
+        if "provenance" in query:
+            assert query["provenance"], "it tells where the composition comes from"
+            assert meta["class"] not in shown[query["image"]]
+    assert 35 <= absent <= 65
+
+
+def test_builds_with_absent_classes_are_verified_and_described(built: Path) -> None:
+    verify_shards(built)
+    (compared,) = compare_with_sources(built, 60, workers=0)
+    assert "segmentation: 60 samples (120 pairs) made anew from the sources" in compared
+    assert "segmentation" in shard_stats(built)
