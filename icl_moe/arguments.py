@@ -171,6 +171,15 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shifts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shifts",
+        action="store_true",
+        help="read each image four times, moved by half a cell of the model's grid, and average "
+        "the masks; takes four times as long",
+    )
+
+
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoding",

@@ -17,6 +17,11 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask_HW.shape), "counts": _compress(count_runs(mask_HW))}
 
 
+def encode_counts(mask_HW: np.ndarray) -> bytes:
+    """The counts of `encode_rle`."""
+    return _compress(count_runs(mask_HW)).encode("ascii")
+
+
 def count_runs(mask_HW: np.ndarray) -> np.ndarray:
     """The lengths (int64) of alternating runs of 0 and 1, column by column, as COCO's uncompressed
     form has them: the first run is one of 0, even if it is empty.

@@ -8,10 +8,11 @@ since its outline is coarse, and is never the instance that a `large` crop surro
 
 import contextlib
 import io
+import itertools
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,7 +27,7 @@ from icl_moe.images import PixelBox, crop_and_resize_mask
 from icl_moe.inputs import check_is_file, read_json
 from icl_moe.rle import decode_rle, run_lengths
 from icl_moe.tasks.segmentation import MaskTarget
-from preprocessing.absent import with_absent
+from preprocessing.absent import NO_CLASS, with_absent
 from preprocessing.crops import PixelRect, square_crop
 from preprocessing.image_check import UsableImages
 from preprocessing.json_stream import NotPlainError, object_members
@@ -93,7 +94,7 @@ def read_instances(
         pool.skipped[reason] += int(np.concatenate(counts or [np.zeros(0)])[is_usable].sum())
     table = table.select(is_usable[table.image_numbers()])
     if source.absent:
-        shown = {name: cutter.classes(image_id) for name, image_id in ids.items()}
+        shown = {name: set(cutter.annotated(image_id)) for name, image_id in ids.items()}
         table = with_absent(table, shown, source.absent, image_size)
     pool.regions = table
     pool.count_classes_without_a_region(source.classes)
@@ -359,19 +360,30 @@ class _Cutter:
                 "set segmentation.crowds=instances to treat each as an instance."
             )
 
-    def classes(self, image_id: Any) -> set[str]:
-        """Every class that is annotated in an image, even if it makes no region."""
-        annotations = self.coco.imgToAnns.get(image_id, ())
-        return {self.names[annotation["category_id"]] for annotation in annotations}
-
-    def of_class(self, image_id: Any, skipped: Counter[str]) -> dict[str, list[dict[str, Any]]]:
-        """Class -> its annotations in an image; empty if none is wanted."""
+    def annotated(self, image_id: Any) -> dict[str, list[dict[str, Any]]]:
+        """Class -> its annotations in an image, whether it is wanted or not."""
         found: dict[str, list[dict[str, Any]]] = {}
         for annotation in self.coco.imgToAnns.get(image_id, ()):
             found.setdefault(self.names[annotation["category_id"]], []).append(annotation)
+        return found
+
+    def of_class(self, image_id: Any, skipped: Counter[str]) -> dict[str, list[dict[str, Any]]]:
+        """Class -> its annotations in an image; empty if none is wanted."""
+        found = self.annotated(image_id)
         for name in self.unsure.get(image_id, ()):
             skipped["masks_not_exhaustive"] += found.pop(name, None) is not None
         return {} if self.wanted.isdisjoint(found) else found
+
+    def without_region(self, image_id: Any, image: ImageFile) -> PoolRegion:
+        """An image of which no region is made, as one of no class; see `with_absent`."""
+        beside = _OfImage(self.coco.file, image, SegmentationSource(crowds="instances"), Counter())
+        masks = itertools.starmap(beside.of_class, self.annotated(image_id).items())
+        seen = {mask.category: mask.rle for mask in masks if mask is not None}
+        whole = (0, 0, image.width, image.height)
+        crop = square_crop("any", whole, whole, image.width, image.height, self.image_size)
+        cut = _cutting(seen, self.image_size)(crop)
+        target = MaskTarget(b"", tuple((name, _counts(cut_HW)) for name, cut_HW in cut.items()))
+        return PoolRegion(image, NO_CLASS, (), crop, 0.0, target, origin=unaugmented(image.name))
 
 
 @dataclass
@@ -396,19 +408,21 @@ def _cut_images(cutter: _Cutter, image_ids: list[Any]) -> _Cut:
     try:
         for image_id in image_ids:
             of_class = cutter.of_class(image_id, cut.skipped)
-            if not of_class:
+            if not (of_class or source.absent):
                 continue
             image = coco_image(cutter.coco, source.path("images"), image_id)
             cut.names.append((image_id, image.name))
             masks = _masks_of_image(
                 cutter.coco.file, image, source, cut.skipped, of_class, cutter.wanted
             )
-            if not masks:
+            if not (masks or source.absent):
                 continue
             writer.add_image(image)
-            regions = _cut_masks(cutter.image_size, source.object_scale, masks)
+            regions = _cut_masks(cutter.image_size, source.object_scale, masks) if masks else []
             seen = [region for region in regions if region is not None]
             large = [region for region in seen if region.scale >= source.least_scale]
+            if source.absent and not large and not image.is_too_large:
+                large = [cutter.without_region(image_id, image)]
             for region in large:
                 writer.add(region)
             empty.append(regions.count(None))
@@ -585,18 +599,11 @@ def _cut_masks(
     image = masks[0].image
     if image.is_too_large:
         return []
-    # pycocotools has made these run lengths, so they need no check.
-    whole = {name: rle_tools.decode(rle).view(bool) for name, rle in masks[0].seen.items()}
-    around = {name: _bounds(rle) for name, rle in masks[0].seen.items()}
+    cut_out = _cutting(masks[0].seen, image_size)
     regions: list[PoolRegion | None] = []
     for mask in masks:
         crop = square_crop(scale, mask.objects, mask.largest, image.width, image.height, image_size)
-        cut = {
-            name: cut_HW
-            for name, mask_HW in whole.items()
-            if _overlap(around[name], crop)
-            and (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
-        }
+        cut = cut_out(crop)
         if mask.category not in cut:
             regions.append(None)
             continue
@@ -613,6 +620,27 @@ def _cut_masks(
             )
         )
     return regions
+
+
+def _cutting(
+    seen: dict[str, dict[str, Any]], image_size: int
+) -> Callable[[PixelBox], dict[str, np.ndarray]]:
+    """Cuts the masks of an image's classes: those of which a pixel remains in a crop, at
+    image_size.
+    """
+    # pycocotools has made these run lengths, so they need no check.
+    whole = {name: rle_tools.decode(rle).view(bool) for name, rle in seen.items()}
+    around = {name: _bounds(rle) for name, rle in seen.items()}
+
+    def cut(crop: PixelBox) -> dict[str, np.ndarray]:
+        return {
+            name: cut_HW
+            for name, mask_HW in whole.items()
+            if _overlap(around[name], crop)
+            and (cut_HW := crop_and_resize_mask(mask_HW, crop, image_size)).any()
+        }
+
+    return cut
 
 
 def _bounds(rle: dict[str, Any]) -> PixelBox:

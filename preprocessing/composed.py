@@ -101,9 +101,7 @@ def _with_provenance(made: coco.CheckedCOCO, region: PoolRegion) -> PoolRegion:
 
 def _absent_from(annotations: list[dict[str, Any]], region: PoolRegion) -> PoolRegion:
     """A region whose class a composition lacks, with the provenance of all that it shows."""
-    return replace(
-        region, provenance=tuple(annotation["provenance"] for annotation in annotations)
-    )
+    return replace(region, provenance=tuple(annotation["provenance"] for annotation in annotations))
 
 
 def _of_photograph(album: "Album", region: PoolRegion) -> PoolRegion:

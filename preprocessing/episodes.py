@@ -34,8 +34,9 @@ def plan_episodes(
     proportion to the number of its queries^(1 - balance), and one of its queries uniformly.
 
     In a share `pool.same_instance` of the episodes whose query shows its class, all regions show
-    the same object, each in another image. If the next query's object does not appear in enough images, a random region
-    whose object does takes its place. Raises InputError if there is no such region.
+    the same object, each in another image. If the next query's object does not appear in enough
+    images, a random region whose object does takes its place. Raises InputError if there is no such
+    region.
     """
     plan = _Plan(pool, examples, seed, balance)
     count = len(plan.queries) if samples is None else samples

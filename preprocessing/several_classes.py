@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.rle import decode_rle, encode_counts
 from icl_moe.tasks import SEMANTIC_SEGMENTATION
 from icl_moe.tasks.semantic_segmentation import COLOURS, ClassesTarget
 from preprocessing.pool import Pool, PoolRegion
@@ -113,7 +113,7 @@ def _combinations(
                 annotations=tuple(number for part in parts for number in part.annotations),
                 scale=sum(float(mask_HW.mean()) for mask_HW in visible.values()),
                 target=ClassesTarget(
-                    tuple((name, _encoded(visible[name])) for name in sorted(names))
+                    tuple((name, encode_counts(visible[name])) for name in sorted(names))
                 ),
                 instance=None,
                 provenance=tuple(origin for part in parts for origin in part.provenance),
@@ -166,7 +166,3 @@ def paint_episodes(pool: Pool, episodes: np.ndarray, seed: int) -> tuple[Pool, n
 
 def _decoded(counts: bytes, image_size: int) -> np.ndarray:
     return decode_rle({"size": [image_size, image_size], "counts": counts})
-
-
-def _encoded(mask_HW: np.ndarray) -> bytes:
-    return encode_rle(mask_HW)["counts"].encode("ascii")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from icl_moe.errors import InputError
 from icl_moe.images import crop_and_resize_mask
-from icl_moe.rle import encode_rle
+from icl_moe.rle import encode_counts
 from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing.caption_regions import caption_region, with_objects
 from preprocessing.episode_file import EpisodeFile, FixedPair
@@ -96,21 +96,17 @@ def _region(cutter: _Cutter, pair: FixedPair, category: str) -> PoolRegion:
 
     cut = {name: resized(mask) for name, mask in cutter.source.masks(pair, category).items()}
     ignored_HW = cutter.source.ignored(pair)
-    ignored = b"" if ignored_HW is None else _counts(resized(ignored_HW) & ~cut[category])
+    ignored = b"" if ignored_HW is None else encode_counts(resized(ignored_HW) & ~cut[category])
     # The region's own mask may have no pixel left at this size; the episode is asked all the same.
-    objects = tuple((name, _counts(mask)) for name, mask in cut.items() if mask.any())
+    objects = tuple((name, encode_counts(mask)) for name, mask in cut.items() if mask.any())
     return PoolRegion(
         image_file(cutter.folder, pair.image, pair.width, pair.height, pair.image),
         category,
         pair.annotations,
         crop,
         float(cut[category].mean()),
-        MaskTarget(_counts(cut[category]), objects, ignored),
+        MaskTarget(encode_counts(cut[category]), objects, ignored),
     )
-
-
-def _counts(mask_HW: np.ndarray) -> bytes:
-    return str(encode_rle(mask_HW)["counts"]).encode("ascii")
 
 
 def _described_regions(folder: Path, pairs: Sequence[Shown]) -> list[PoolRegion]:

@@ -45,6 +45,7 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
         metavar="NAME=FOLDER",
         help="also score the predictions of another system; may be repeated",
     )
+    take.add_shifts(parser)
     take.add_decoding(parser)
     take.add_images(parser)
     take.add_place(parser)
@@ -132,6 +133,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             predictions=predictions,
             images=options.images,
             edges=options.edges,
+            shifts=options.shifts,
         )
     if metrics is not None:
         print(f"{summary(metrics)}\n\nThe report: {options.out / 'report.html'}")

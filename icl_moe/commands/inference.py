@@ -36,6 +36,7 @@ def add_segment(verbs: argparse._SubParsersAction) -> None:
         help="the masks show several classes, each in a colour; so does the answer",
     )
     take.add_windows(parser)
+    take.add_shifts(parser)
     take.add_decoding(parser)
     take.add_place(parser)
     parser.set_defaults(run=_segment)
@@ -106,6 +107,7 @@ def add_label(verbs: argparse._SubParsersAction) -> None:
         help="images read and decoded together (default 8)",
     )
     take.add_windows(parser)
+    take.add_shifts(parser)
     take.add_decoding(parser)
     take.add_place(parser)
     parser.set_defaults(run=_label)
@@ -138,8 +140,8 @@ def _segment(options: argparse.Namespace) -> int:
     endings = tuple(_PICTURE_FORMATS)
     out = output_file(options.out, endings, inputs)
     sure = options.confidence and output_file(options.confidence, endings, [*inputs, out])
-    if options.colours and (sure or options.windows):
-        raise InputError("--colours goes with neither --confidence nor --windows.")
+    if options.colours and (sure or options.windows or options.shifts):
+        raise InputError("--colours goes with none of --confidence, --windows and --shifts.")
 
     model = _load_for_masks(options)
     if options.colours:
@@ -156,6 +158,7 @@ def _segment(options: argparse.Namespace) -> int:
         progress=True,
         decoding=options.decoding,
         windows=options.windows,
+        shifts=options.shifts,
     )
     _write_levels(out, drawn.mask_HW)
     if sure and drawn.confidence_HW is not None:
@@ -263,6 +266,7 @@ def _label(options: argparse.Namespace) -> int:
         options.least_area / 100,
         options.least_score,
         options.windows,
+        options.shifts,
         options.decoding,
         options.batch,
     )

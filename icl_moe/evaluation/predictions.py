@@ -17,8 +17,11 @@ from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.files import write_whole
+from icl_moe.images import to_pixels
+from icl_moe.inference.decode import Request
 from icl_moe.inference.edges import EdgeFilter, follow_edges
 from icl_moe.inference.model import Decoding, InContextModel
+from icl_moe.inference.shifts import READINGS, fused_views, shifted_views
 from icl_moe.sequence import Episode
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.task import Output
@@ -208,11 +211,13 @@ def predict(
     batch_size: int,
     decoding: Decoding | None = None,
     photographs: Photographs | None = None,
+    shifts: bool = False,
 ) -> None:
     """Complete every episode that can be asked under a condition, greedily, in batches of fixed
     composition, and log new predictions. If there are n processes, each completes every n-th batch.
     decoding: see `InContextModel.complete`. photographs: the photographs of the queries, if the
-    outlines of masks are to follow their edges. Raises InputError if a photograph is missing.
+    outlines of masks are to follow their edges, or if queries are read in shifted views (`shifts`,
+    see inference/shifts.py). Raises InputError if a photograph is missing.
     """
     selected = list(episodes.swaps if condition.control == "swapped" else range(len(episodes)))
     keys = episodes.keys
@@ -230,7 +235,8 @@ def predict(
             if is_mine and not all((condition, keys[number]) in log for number in numbers):
                 batch = [episodes[number] for number in numbers]
                 sources = [_source(episodes, number, condition) for number in numbers]
-                log.add(_complete(model, condition, batch, sources, decoding, photographs))
+                how = (decoding, photographs, shifts)
+                log.add(_complete(model, condition, batch, sources, *how))
             bar.update(len(numbers))
 
 
@@ -250,6 +256,7 @@ def _complete(
     sources: Sequence[EvaluationEpisode],
     decoding: Decoding | None,
     photographs: Photographs | None,
+    shifts: bool,
 ) -> list[Prediction]:
     started = time.perf_counter()
     task = batch[0].task
@@ -264,12 +271,15 @@ def _complete(
         (Episode(task, name, pairs), episode.query.image)
         for name, episode, pairs in zip(given, batch, examples, strict=True)
     ]
-    outputs = model.complete(requests, decoding=decoding)
-    if photographs is not None and model.edges is not None:
-        guides = [photographs.at_model_size(episode, -1) for episode in batch]
+    shown = photographs and [photographs.at_model_size(episode, -1) for episode in batch]
+    if shown and shifts:
+        outputs = _complete_shifted(model, requests, shown, decoding)
+    else:
+        outputs = model.complete(requests, decoding=decoding)
+    if shown and model.edges is not None:
         outputs = [
             replace(output, drawn=output.drawn.each(_following(guide, model.edges)))
-            for output, guide in zip(outputs, guides, strict=True)
+            for output, guide in zip(outputs, shown, strict=True)
         ]
     predicted = task.said(model, outputs)
     seconds = round((time.perf_counter() - started) / len(batch), 4)
@@ -288,6 +298,29 @@ def _complete(
             batch, sources, examples, outputs, predicted, strict=True
         )
     ]
+
+
+def _complete_shifted(
+    model: InContextModel,
+    requests: Sequence[Request],
+    pictures: Sequence[Image.Image],
+    decoding: Decoding | None,
+) -> list[Any]:
+    """The pairs of requests whose queries are read in shifted views, the first of which the shards
+    hold; as many sequences at a time as without.
+    """
+    cells = model.format.codes_per_image
+    moved = [
+        codes_N
+        for picture in pictures
+        for codes_N in model.encode(shifted_views(to_pixels(picture), cells)[1:])
+    ]
+    by_view = [model.complete(requests, decoding=decoding)]
+    for view in range(READINGS - 1):
+        codes = moved[view :: READINGS - 1]
+        asked = [(episode, codes_N) for (episode, _), codes_N in zip(requests, codes, strict=True)]
+        by_view.append(model.complete(asked, decoding=decoding))
+    return [fused_views(pairs) for pairs in zip(*by_view, strict=True)]
 
 
 def _following(guide: Image.Image, edges: EdgeFilter) -> Callable[[DrawnMask], DrawnMask]:

@@ -28,12 +28,13 @@ from icl_moe.evaluation.task_scores import TaskScores
 from icl_moe.files import write_whole
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.inference.model_card import TRAINING
+from icl_moe.inference.shifts import check_shifts
 from icl_moe.inputs import read_json
 from icl_moe.messages import note
 from icl_moe.outputs import output_folder, writing
 from icl_moe.pictures import Gallery
 from icl_moe.processes import join_processes
-from icl_moe.tasks import SEMANTIC_SEGMENTATION, TASKS
+from icl_moe.tasks import SEGMENTATION, SEMANTIC_SEGMENTATION, TASKS
 from icl_moe.versions import installed_versions
 
 _NO_SWAPS = (
@@ -59,6 +60,7 @@ def evaluate(
     predictions: Mapping[str, Path] | None = None,
     images: Path | None = None,
     edges: bool = True,
+    shifts: bool = False,
 ) -> Metrics | None:
     """Evaluate an exported model on the first `limit` episodes of each task of a shard folder, at a
     path or a URL (all by default).
@@ -69,8 +71,9 @@ def evaluate(
     decoded, see `InContextModel.complete`. device, dtype: see `InContextModel.from_pretrained`.
     predictions: other systems' predictions for the same episodes, name of the row -> folder (see
     other_systems.py). edges: whether the outlines of masks follow the edges of images, if the model
-    has `edges`. images: the folder of these images; by default the folder that the shards were
-    built from.
+    has `edges`. shifts: whether the queries of segmentation are read in shifted views (see
+    icl_moe/inference/shifts.py). images: the folder of these images; by default the folder that the
+    shards were built from.
 
     Writes metrics.json, speed.json, predictions.jsonl and report.html into `out`;
     docs/evaluation.md describes them. After an interruption, the same call resumes after the last
@@ -95,6 +98,8 @@ def evaluate(
     if not edges:
         model.edges = None
     decoding = model.decoding(decoding)
+    if shifts:
+        _check_shifts(shards, decoding)
     _check(model, shards, shots, decoding)
     folder_name = Path(model_dir).resolve().name
     if predictions and (taken := name_of_folder(folder_name)) in predictions:
@@ -119,8 +124,9 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         decoding=decoding,
+        shifts=shifts,
         others=_other_systems(sets, predictions or {}),
-        photographs=_photographs(model, shards, sets, decoding, images),
+        photographs=_photographs(model, shards, sets, decoding, images, shifts),
     )
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -137,23 +143,25 @@ def _photographs(
     sets: Sequence[EpisodeSet],
     decoding: Decoding,
     images: Path | None,
+    shifts: bool,
 ) -> dict[str, Photographs]:
-    """Task -> the photographs whose edges the outlines of its masks follow. Raises InputError if
-    that of the first query is not there.
+    """Task -> the photographs of its queries, where they are needed: the outlines of masks follow
+    their edges, or they are read in shifted views. Raises InputError if that of the first query is
+    not there.
     """
-    if model.edges is None or decoding == "autoregressive":
+    if decoding == "autoregressive":
         return {}
     found = {}
     for episodes in sets:
-        if episodes.task.outlines and len(episodes):
+        shifted = shifts and episodes.task is SEGMENTATION
+        if (shifted or (model.edges and episodes.task.outlines)) and len(episodes):
             found[episodes.task.name] = Photographs(shards, episodes.task.name, images)
             try:
                 found[episodes.task.name].at_model_size(episodes[0], -1)
             except InputError as error:
-                raise InputError(
-                    f"{str(error).removesuffix('.')}, or leave masks as the model draws them with "
-                    "--no-edges."
-                ) from error
+                other = "leave masks as the model draws them with --no-edges"
+                advice = "leave out --shifts" if shifted else other
+                raise InputError(f"{str(error).removesuffix('.')}, or {advice}.") from error
     return found
 
 
@@ -185,6 +193,7 @@ class _Evaluation:
     limit: int | None
     batch_size: int
     decoding: Decoding
+    shifts: bool
     others: Mapping[str, Sequence[OtherSystem]]
     photographs: Mapping[str, Photographs]
 
@@ -197,7 +206,7 @@ class _Evaluation:
             "limit": self.limit,
             "batch_size": self.batch_size,
             "dtype": str(self.model.decoder.dtype).removeprefix("torch."),
-            **_written_how(self.model, self.decoding),
+            **_written_how(self.model, self.decoding, self.shifts),
         }
 
     def predict(self, log: PredictionLog) -> None:
@@ -206,7 +215,9 @@ class _Evaluation:
         for episodes in self.sets:
             of_task = self.photographs.get(episodes.task.name)
             for condition in self.conditions[episodes.task.name]:
-                predict(self.model, episodes, condition, log, batch_size, self.decoding, of_task)
+                shifts = self.shifts and episodes.task is SEGMENTATION
+                how = (batch_size, self.decoding, of_task, shifts)
+                predict(self.model, episodes, condition, log, *how)
         log.gather()
 
     def report(
@@ -275,6 +286,12 @@ def _machine(process: PartialState) -> str:
         threads = torch.get_num_threads()
         what = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({platform.machine()})"
     return what if process.num_processes == 1 else f"{process.num_processes} processes, each {what}"
+
+
+def _check_shifts(shards: ShardSet, decoding: Decoding) -> None:
+    check_shifts(decoding)
+    if not shards.count(SEGMENTATION.name):
+        raise InputError(f"Shifted readings are for segmentation; {shards.location} has none.")
 
 
 def _check_numbers(shots: Sequence[int], limit: int | None, batch_size: int) -> None:
@@ -348,17 +365,17 @@ def _trained_on(model: InContextModel) -> str | None:
     return shards.get("manifest_sha256") if isinstance(shards, dict) else None
 
 
-def _written_how(model: InContextModel, decoding: Decoding) -> dict[str, Any]:
+def _written_how(model: InContextModel, decoding: Decoding, shifts: bool) -> dict[str, Any]:
     """How the outputs were written, for metrics.json. greedy: every token is the most probable one.
     parallel and mirrored: masks are decoded in one pass; these also have the threshold of the
     expected IoU, below which nothing is marked, and the settings with which outlines follow the
-    edges of images, if they do.
+    edges of images, if they do. "shifted" after these: queries were read in shifted views.
     """
     if decoding == "autoregressive":
         return {"decoding": "greedy"}
     config = model.decoder.config
     return {
-        "decoding": decoding,
+        "decoding": f"{decoding}, shifted" if shifts else decoding,
         "mask_threshold": config.mask_threshold,
         "mask_edges": config.mask_edges if model.edges else None,
     }

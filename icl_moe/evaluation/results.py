@@ -118,11 +118,12 @@ class TaskResult:
 @dataclass(frozen=True)
 class Metrics:
     """An evaluation. model, shards: fingerprints. limit: episodes of each task, None for all.
-    decoding: `greedy`, or how masks were decoded in one pass, `parallel` or `mirrored`;
-    mask_threshold, mask_edges: what was fitted for these (icl_moe/evaluation/fitting.py); edges are
-    None if outlines do not follow the edges of images. standard: if the episodes are those of a
-    benchmark, the header of their file: how they were drawn, the definition of the benchmark's own
-    score, and the sha256. machine: the machine that computed, in words; it is in speed.json.
+    decoding: `greedy`, or how masks were decoded in one pass, `parallel` or `mirrored`, or one of
+    these and ", shifted" (icl_moe/inference/shifts.py). mask_threshold, mask_edges: what was fitted
+    for these (icl_moe/evaluation/fitting.py); edges are None if outlines do not follow the edges of
+    images. standard: if the episodes are those of a benchmark, the header of their file: how they
+    were drawn, the definition of the benchmark's own score, and the sha256. machine: the machine
+    that computed, in words; it is in speed.json.
     """
 
     model: str

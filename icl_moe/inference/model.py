@@ -172,16 +172,17 @@ class InContextModel:
         progress: bool = False,
         decoding: Decoding | None = None,
         windows: bool = False,
+        shifts: bool = False,
     ) -> np.ndarray:
         """The mask of what the examples' masks show, boolean (H, W), in the query's size.
 
         examples: (image, mask) pairs; a mask has its image's size and two levels, the brighter one
         on the object (see `load_mask`). category: the class's name, needed if the model's format
-        has a class prompt. decoding: see `complete`. windows: see `Session.segment`. Raises
+        has a class prompt. decoding: see `complete`. windows, shifts: see `Session.segment`. Raises
         InputError for input that cannot be read or does not fit the model.
         """
-        drawn = self.draw_mask(examples, query, category, sampling, progress, decoding, windows)
-        return drawn.mask_HW
+        how = (sampling, progress, decoding, windows, shifts)
+        return self.draw_mask(examples, query, category, *how).mask_HW
 
     def draw_mask(
         self,
@@ -192,13 +193,14 @@ class InContextModel:
         progress: bool = False,
         decoding: Decoding | None = None,
         windows: bool = False,
+        shifts: bool = False,
     ) -> DrawnMask:
         """As `segment`, but also returns the brightness of each pixel and the model's
         confidence.
         """
         picture = load_image(query, "The query")
         session = Session(self, list_pairs(examples, "mask"), category, task=SEGMENTATION)
-        return session.draw(picture, sampling, progress, decoding, windows=windows)
+        return session.draw(picture, sampling, progress, decoding, windows=windows, shifts=shifts)
 
     def caption(
         self,

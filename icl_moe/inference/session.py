@@ -24,6 +24,7 @@ from icl_moe.inference.examples import (
 )
 from icl_moe.inference.region import Region
 from icl_moe.inference.retrieval import Shelf
+from icl_moe.inference.shifts import READINGS, check_shifts, fused_views, shifted_views
 from icl_moe.inference.windows import found_in, fuse, windows_of
 from icl_moe.sequence import Episode
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
@@ -141,6 +142,7 @@ class Session:
         decoding: "Decoding | None" = None,
         batch: int = 8,
         windows: bool = False,
+        shifts: bool = False,
     ) -> Any:
         """The mask of each query, boolean (H, W), in the query's size. If the examples were given
         by class: its label map, see `DrawnClasses.labels_HW`.
@@ -150,14 +152,15 @@ class Session:
         queries: see `Queries`. decoding: see `InContextModel.complete`. batch: how many sequences
         are decoded together, one for each query and class. windows: what is found in an image is
         read again in windows of half its size, up to nine of them (icl_moe/inference/windows.py);
-        `DrawnMask.windows` tells how many. Raises InputError for a query that is no image, and for
-        what the model does not support.
+        `DrawnMask.windows` tells how many. shifts: each image (and window) is read four times,
+        moved by half a cell, and the masks are averaged (icl_moe/inference/shifts.py). Raises
+        InputError for a query that is no image, and for what the model does not support.
         """
 
         def mark(drawn: DrawnMask | DrawnClasses) -> np.ndarray:
             return drawn.labels_HW if isinstance(drawn, DrawnClasses) else drawn.mask_HW
 
-        return self._find(mark, queries, sampling, progress, decoding, batch, windows)
+        return self._find(mark, queries, sampling, progress, decoding, batch, windows, shifts)
 
     def draw(
         self,
@@ -167,11 +170,13 @@ class Session:
         decoding: "Decoding | None" = None,
         batch: int = 8,
         windows: bool = False,
+        shifts: bool = False,
     ) -> Any:
         """As `segment`, but a `DrawnMask` for each query, with the brightness of each pixel and the
         model's confidence. If the examples were given by class: a `DrawnClasses`.
         """
-        return self._find(lambda mask: mask, queries, sampling, progress, decoding, batch, windows)
+        every = (sampling, progress, decoding, batch, windows, shifts)
+        return self._find(lambda mask: mask, queries, *every)
 
     def caption(
         self,
@@ -209,9 +214,13 @@ class Session:
         decoding: "Decoding | None",
         batch: int,
         windows: bool,
+        shifts: bool,
     ) -> Any:
         """One answer or several. read: the answer from the mask or masks of a query."""
         asking = self._asked(SEGMENTATION, sampling, decoding, batch)
+        if shifts:
+            check_shifts(self._model.decoding(decoding, sampling))
+            asking = replace(asking, shifts=True)
 
         def from_whole(pairs: Sequence[Any], query: Query) -> Any:
             return read(self._drawn(pairs, query))
@@ -267,6 +276,7 @@ class Session:
 class _Asked:
     """How queries are asked about what is shown of each class.
 
+    shifts: whether each query is read in several `shifted_views`.
     started: how many sequences were decoded so far; the next one draws as number `started`.
     """
 
@@ -275,28 +285,44 @@ class _Asked:
     sampling: Sampling
     decoding: "Decoding | None"
     batch: int
+    shifts: bool = False
     started: int = 0
 
     def each(
         self, queries: Iterable[Named], progress: bool = False
     ) -> Iterator[tuple[list[Any], Query]]:
         """The completed pair of each class of each query in turn, and the query."""
-        for some in in_batches(queries, max(1, self.batch // len(self.shown))):
+        readings = READINGS if self.shifts else 1
+        for some in in_batches(queries, max(1, self.batch // (len(self.shown) * readings))):
             loaded = [Query.load(query, self.model.image_size, name) for name, query in some]
-            codes = self.model.encode([query.pixels_3HW for query in loaded])
-            requested = [(examples, image_N) for image_N in codes for examples in self.shown]
+            views = [view for query in loaded for view in self._views(query)]
+            requested = [
+                (examples, episode, image_N)
+                for of_query in in_batches(self.model.encode(views), readings)
+                for examples in self.shown
+                for episode in [examples.episode_for(of_query[0])]
+                for image_N in of_query
+            ]
             pairs: list[Any] = []
             for part in in_batches(requested, self.batch):
                 pairs += self._complete(part, progress)
-            rest = iter(pairs)
+            answers = iter(
+                fused_views(views) if self.shifts else views[0]
+                for views in in_batches(pairs, readings)
+            )
             for query in loaded:
-                yield [next(rest) for _ in self.shown], query
+                yield [next(answers) for _ in self.shown], query
+
+    def _views(self, query: Query) -> list[torch.Tensor]:
+        if not self.shifts:
+            return [query.pixels_3HW]
+        return shifted_views(query.pixels_3HW, self.model.format.codes_per_image)
 
     def _complete(
-        self, requested: Sequence[tuple[_Shown, np.ndarray]], progress: bool
+        self, requested: Sequence[tuple[_Shown, Episode, np.ndarray]], progress: bool
     ) -> list[Any]:
-        requests = [(examples.episode_for(image_N), image_N) for examples, image_N in requested]
-        read = [examples.read for examples, _ in requested if examples.read is not None]
+        requests = [(episode, image_N) for _, episode, image_N in requested]
+        read = [examples.read for examples, _, _ in requested if examples.read is not None]
         first = self.sampling.first + self.started
         self.started += len(requested)
         return self.model.complete(

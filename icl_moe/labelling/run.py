@@ -42,8 +42,8 @@ class Labelling:
     files: the images to label, as paths below the folder. nearest: see `InContextModel.session`.
     split: whether each connected part of a mask is an instance of its own. least_area: the least
     share of an image that an instance covers; smaller ones are left out, as are those whose score
-    is below least_score. windows: see `Session.segment`. batch: how many images are read together,
-    and how many sequences decoded.
+    is below least_score. windows, shifts: see `Session.segment`. batch: how many images are read
+    together, and how many sequences decoded.
     """
 
     examples: ExampleFiles
@@ -54,6 +54,7 @@ class Labelling:
     least_area: float = LEAST_AREA
     least_score: float = 0.0
     windows: bool = False
+    shifts: bool = False
     decoding: Decoding | None = None
     batch: int = 8
 
@@ -118,6 +119,7 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
         "least area": labelling.least_area,
         "least score": labelling.least_score,
         "windows": labelling.windows,
+        "shifts": labelling.shifts,
         "examples": digest_of(labelling.examples),
     }
 
@@ -154,6 +156,7 @@ def _label_batch(
         decoding=labelling.decoding,
         batch=labelling.batch,
         windows=labelling.windows,
+        shifts=labelling.shifts,
     )
     for file in files:
         if file in reasons:

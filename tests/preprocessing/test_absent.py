@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toy_tokenizer
-from conftest import CocoFolder
+from conftest import CocoFolder, write_image
+from PIL import Image
 from test_composed import NAMES, OBJECTS, write_flat_data_set
 
 from icl_moe.data.shards import ShardSet
@@ -56,19 +58,53 @@ def test_an_image_is_asked_for_a_class_that_is_nowhere_in_it(coco_folder: CocoFo
 
 
 def test_a_share_of_each_classs_queries_lack_it(tmp_path: Path) -> None:
+    """Red is in eight of ten images, so at most two lack it."""
     write_flat_data_set(tmp_path)
-    pool = _read(tmp_path, tmp_path / "images", tmp_path / "instances.json", absent=0.3)
+    pool = _read(tmp_path, tmp_path / "images", tmp_path / "instances.json", absent=0.5)
     shown = {f"{place}.png": {NAMES[n] for n in classes} for place, classes in enumerate(OBJECTS)}
-    queries = Counter((region.category, region.is_absent) for region in pool.regions)
-    assert sum(count for (_, absent), count in queries.items() if absent) == round(13 * 0.3 / 0.7)
     for region in pool.regions:
         assert (region.category in shown[region.image.name]) != region.is_absent
+    queries = Counter((region.category, region.is_absent) for region in pool.regions)
+    with_red = sum("red" in names for names in shown.values())
+    assert queries["red", True] == 10 - with_red
+    for name in ("green", "blue", "yellow"):
+        assert queries[name, True] == queries[name, False] > 0
+
+
+def test_images_without_a_region_are_asked_about(coco_folder: CocoFolder) -> None:
+    """With cats alone, images 4 to 6 have no region; 4 has a crowd of cats, 5 and 6 a dog."""
+    pool = _of_coco(coco_folder, absent=0.4, classes=("cat",))
+    assert {region.category for region in pool.regions} == {"cat"}
+    absent = [region for region in pool.regions if region.is_absent]
+    assert sorted(region.image.name for region in absent) == ["5.jpg", "6.jpg"]
+    for region in absent:
+        (seen,) = region.target.objects
+        assert seen[0] == "dog" and region.crop == (10, 0, 90, 80)
+
+
+def test_black_masks_of_a_folder_are_images_that_lack_the_class(tmp_path: Path) -> None:
+    for number in range(8):
+        write_image(tmp_path / f"images/{number}.png", number)
+        mask_HW = np.zeros((80, 100), dtype=bool)
+        mask_HW[10:40, 20:60] = number < 5
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask_HW).save(tmp_path / f"masks/{number}.png")
+    source = SegmentationSource(
+        "folder", images=str(tmp_path / "images"), masks=str(tmp_path / "masks"), absent=0.3
+    )
+    check = ImageCheck("stop", "stop", tmp_path / "work", 0)
+    recipe = DataRecipe(tokenizer="demo", segmentation=source)
+    (pool,) = read_pools(recipe, Reading(80, check, 0, tmp_path / "out"))
+    absent = {region.image.name for region in pool.regions if region.is_absent}
+    assert len(absent) == 2 and absent < {"5.png", "6.png", "7.png"}
+    pool.drop_small_classes(images=2)
+    assert len(pool.regions) == 5 + 2
 
 
 def test_the_regions_of_absent_classes_do_not_depend_on_the_workers(
     coco_folder: CocoFolder,
 ) -> None:
-    one, other = (_of_coco(coco_folder, absent=0.2, workers=workers) for workers in (0, 3))
+    one, other = (_of_coco(coco_folder, absent=0.4, workers=workers) for workers in (0, 3))
     assert list(one.regions) == list(other.regions)
     assert list(_of_coco(coco_folder).regions) == [r for r in one.regions if not r.is_absent]
 
