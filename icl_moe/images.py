@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from icl_moe.boxes import Box
 from icl_moe.errors import InputError
@@ -42,6 +42,30 @@ def load_image(image: ImageLike, what: str = "The image") -> Image.Image:
     name = f"The image {image}" if isinstance(image, str | os.PathLike) else what
     with _reading(image, name):
         return _to_rgb(_open(image, name), name)
+
+
+def load_recorded(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:
+    """The image of a file as annotations of a picture of `size` (width, height) assume it: as in
+    `load_image`; or as it is stored, if an EXIF tag turns it but the record has the size of the
+    stored picture. It may have another size, too. Raises InputError as `load_image` does.
+    """
+    image = load_image(path)
+    if image.size != size and image.size == size[::-1]:
+        with Image.open(path) as stored:
+            undo = UNTURNED.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
+        image = image if undo is None else image.transpose(undo)
+    return image
+
+
+UNTURNED = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> the transposition that undoes it, for orientations that exchange width and
+height (JEITA CP-3451, tag 0x0112).
+"""
 
 
 def load_painted(mask: ImageLike, what: str = "The mask") -> np.ndarray:

@@ -30,15 +30,16 @@ def with_absent(
     present: the name of each image -> every class that it shows. share: below 1. Raises InputError
     if no image lacks a class.
     """
-    names = region_keys(regions).names
-    categories = region_keys(regions).categories
-    own = regions.select(np.array([names[number] != NO_CLASS for number in categories], dtype=bool))
-    counts = np.bincount(categories, minlength=len(names))
-    _, first_of_image = np.unique(regions.image_numbers(), return_index=True)
-    images = [regions.images()[number].name for number in np.unique(regions.image_numbers())]
+    keys = region_keys(regions)
+    has_class = np.array([name != NO_CLASS for name in keys.names], dtype=bool)
+    own = regions.select(has_class[keys.categories])
+    counts = np.bincount(keys.categories, minlength=len(keys.names))
+    numbers, first_of_image = np.unique(regions.image_numbers(), return_index=True)
+    known = regions.images()
+    images = [known[number].name for number in numbers.tolist()]
     nothing = encode_counts(np.zeros((image_size, image_size), dtype=bool))
     found: list[PoolRegion] = []
-    for name, count in sorted(zip(names, counts.tolist(), strict=False)):
+    for name, count in sorted(zip(keys.names, counts.tolist(), strict=True)):
         if name == NO_CLASS or not count:
             continue
         lacking = [place for place, image in enumerate(images) if name not in present[image]]

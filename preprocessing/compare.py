@@ -234,7 +234,7 @@ class _Comparer:
         found = Comparison()
         for index in tqdm(chosen, desc=f"comparing {task}", unit="sample"):
             sample = self.shards.sample(task, index)
-            if any(source["image"] in self.missing for source in sample.meta["sources"]):
+            if self._lacks_images(sample, regions):
                 found.without_images += 1
                 continue
             try:
@@ -245,6 +245,16 @@ class _Comparer:
                     f"sources: {error}"
                 ) from error
         return found
+
+    def _lacks_images(self, sample: Sample, regions: Regions) -> bool:
+        """Whether images are missing that it shows; or, since the images that are asked for absent
+        classes are drawn from all of them, any that could make another draw of its query.
+        """
+        *_, query = sources = sample.meta["sources"]
+        redrawn = not query["annotations"] and _key_of(sample, query) not in regions
+        return any(source["image"] in self.missing for source in sources) or (
+            redrawn and bool(self.missing)
+        )
 
     def _compare_sample(self, sample: Sample, regions: Regions, found: Comparison) -> None:
         task, pairs = TASKS[sample.task], []

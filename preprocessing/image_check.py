@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from icl_moe.errors import InputError
 from icl_moe.files import write_whole
-from icl_moe.images import load_image
+from icl_moe.images import load_recorded
 from icl_moe.inputs import check_inside, read_json
 from preprocessing.pool import ImageFile, Pool
 from preprocessing.workers import ordered_map
@@ -145,17 +145,6 @@ class ImageError(InputError):
         self.reason = reason
 
 
-UNTURNED = {
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-"""EXIF orientation -> the transposition that undoes it, for orientations that exchange width and
-height (JEITA CP-3451, tag 0x0112).
-"""
-
-
 def open_image(file: ImageFile) -> Image.Image:
     """The picture of a record, 8-bit RGB, with the width and height that its annotations assume.
 
@@ -164,14 +153,10 @@ def open_image(file: ImageFile) -> Image.Image:
     picture cannot be read or its size differs from the record.
     """
     try:
-        image, size = load_image(file.path), (file.width, file.height)
+        image = load_recorded(file.path, (file.width, file.height))
     except InputError as error:
         raise ImageError(str(error), _kind_of_fault(file.path)) from error
-    if image.size != size and image.size == size[::-1]:
-        with Image.open(file.path) as stored:
-            undo = UNTURNED.get(stored.getexif().get(ExifTags.Base.Orientation, 1))
-        image = image if undo is None else image.transpose(undo)
-    if image.size != size:
+    if image.size != (file.width, file.height):
         raise ImageError(
             f"The image {file.path} has {image.width} x {image.height} pixels, but its record says "
             f"{file.width} x {file.height}.",
@@ -181,7 +166,7 @@ def open_image(file: ImageFile) -> Image.Image:
 
 
 def _kind_of_fault(path: Path) -> str:
-    """The kind of fault of an image that `load_image` refuses."""
+    """The kind of fault of an image that `load_recorded` refuses."""
     try:
         with Image.open(path) as image:
             if getattr(image, "is_animated", False) and image.format != "MPO":

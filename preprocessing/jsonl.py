@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from icl_moe.boxes import Box, normalise_box
 from icl_moe.errors import InputError, shown
-from icl_moe.images import EmptyMaskError, load_mask
+from icl_moe.images import UNTURNED, EmptyMaskError, load_mask
 from icl_moe.inputs import (
     JSONDecoder,
     check_inside,
@@ -50,7 +50,7 @@ from preprocessing.coco import (
     instance_rle,
     read_instances,
 )
-from preprocessing.image_check import UNTURNED, UsableImages
+from preprocessing.image_check import UsableImages
 from preprocessing.pool import ImageFile, Pool, PoolRegion
 from preprocessing.recipe import CaptioningSource, SegmentationSource
 from preprocessing.records import image_file, read_rect

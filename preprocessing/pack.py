@@ -148,6 +148,7 @@ def _sample(packer: Packer, task: str, index: int) -> tuple[str, TokenSequence, 
         "sources": [
             {
                 "image": region.image.name,
+                "size": [region.image.width, region.image.height],
                 "annotations": region.annotations,
                 "crop": region.crop,
                 **({"provenance": region.provenance} if region.provenance else {}),

@@ -19,6 +19,7 @@ from icl_moe.pages import render
 from icl_moe.pictures import Cell
 from icl_moe.sequence import SequenceCodec
 from icl_moe.tasks import TASKS
+from icl_moe.tasks.task import lacks_class
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from preprocessing.verify import open_codec
 
@@ -102,10 +103,9 @@ def _episode(
             photograph = photographs.at_model_size(truth, number)
             shown_here = task.show(photograph, task.true_output(truth, number))
             cells = [Cell("source", shown_here), *cells]
-        lines = [
-            *([words] if words else []),
-            f"{source['image']}, object {scale:.1%} of the picture",
-        ]
+        absent = "the class is absent" if lacks_class(meta, number) else ""
+        size = absent or f"object {scale:.1%} of the picture"
+        lines = [*([words] if words else []), f"{source['image']}, {size}"]
         rows.append({"cells": cells, "words": "\n".join(lines)})
     style = str(meta.get("style", ""))
     return {"category": sample.category, "key": sample.key, "style": style, "pairs": rows}

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
+from icl_moe.tasks.task import lacks_class
 from icl_moe.vocabulary import Vocabulary
 
 LOOKED_AT = 2000
@@ -24,14 +25,15 @@ AREAS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0)
 @dataclass
 class TaskFigures:
     """The figures of a task. lengths: tokens without padding, of every sample. The rest is of
-    `read` samples: areas of the objects of all pairs as shares of the crop, how often each code
-    occurs, by the kind of code, and the names of the images.
+    `read` samples: areas of the objects of all pairs as shares of the crop, how many queries lack
+    the class, how often each code occurs, by the kind of code, and the names of the images.
     """
 
     lengths: np.ndarray
     classes: dict[str, int]
     read: int = 0
     areas: list[float] = field(default_factory=list)
+    absent: int = 0
     codes: dict[str, np.ndarray] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
     groups: Counter[str] = field(default_factory=Counter)
@@ -61,7 +63,10 @@ class ShardFigures:
         for number in tqdm(numbers, desc=f"reading {task}", unit="sample"):
             sample = self.shards.sample(task, number)
             seen += np.bincount(vocabulary.rows(sample.sequence.tokens_L), minlength=len(seen))
-            figures.areas += sample.meta["scale"]
+            shown = sample.meta["scale"]
+            is_absent = lacks_class(sample.meta)
+            figures.absent += is_absent
+            figures.areas += shown[:-1] if is_absent else shown
             figures.images |= {source["image"] for source in sample.meta["sources"]}
             if group := sample.meta.get("group"):
                 figures.groups[group] += 1
@@ -86,6 +91,8 @@ def shard_stats(location: str | Path, against: Sequence[str | Path] = ()) -> str
         lines += [
             f"  {bounds:<24}{count:>10}" for bounds, count in zip(shares, counts, strict=True)
         ]
+        if of_task.absent:
+            lines += ["", f"{of_task.absent} of {of_task.read} queries of {task} lack the class"]
         for kind, used in of_task.codes.items():
             lines += ["", f"{kind} of {task}, in {of_task.read} samples: {code_use(used)}"]
     for other in others:

@@ -231,9 +231,11 @@ _TEST = "permutation"
 
 
 def _flips(episodes: EpisodeSet, shards: ShardSet, systems: Sequence[_System]) -> list[Compared]:
-    """Nothing where one of the systems was not asked with swapped examples."""
+    """Nothing where one of the systems was not asked with swapped examples, or none of these
+    queries has any.
+    """
     task = episodes.task
-    if not all(task.name in system.swapped for system in systems):
+    if not episodes.swaps or not all(task.name in system.swapped for system in systems):
         return []
     truths = [episodes[number] for number in episodes.swaps]
     every = [episodes[index] for index in range(len(episodes))]

@@ -157,7 +157,8 @@ class EpisodeSet:
     @cached_property
     def keep_objects(self) -> bool:
         """Whether the shards record what else the queries show."""
-        return any("objects" in self[index].meta for index in range(len(self)))
+        samples = (self._shards.sample(self.task.name, index) for index in range(len(self)))
+        return any("objects" in sample.meta for sample in samples)
 
     @cached_property
     def swaps(self) -> dict[int, Swap]:

@@ -119,7 +119,8 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
             masks += (mask for mask in _masks_of(episode, pair) if mask.mask_HW.any())
     if not masks:
         raise InputError(f"{shards.location} has no query that shows what its examples show.")
-    fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
+    used = {mask.episode.key for mask in masks}
+    fitted_on = {"episodes": len(used), "shards": shards.fingerprint[:16]}
     value = float(np.quantile([mask.drawn.expected_iou for mask in masks], _MISSED))
     threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}
     edges = _fit_edges(masks, Photographs(shards, task.name))

@@ -16,7 +16,7 @@ from icl_moe.images import to_image
 from icl_moe.inference.model import InContextModel
 from icl_moe.pictures import Cell, Gallery
 from icl_moe.tables import percent
-from icl_moe.tasks.task import Judge
+from icl_moe.tasks.task import Judge, lacks_class
 
 EACH_SHOWN = 3
 """How many of the best, the middle and the worst outputs are shown."""
@@ -55,20 +55,24 @@ class Images:
 def draw_gallery(
     images: Images, episodes: EpisodeSet, condition: Condition, log: PredictionLog
 ) -> Gallery:
-    """Draw the queries with the best, the middle and the worst agreement with the truth."""
-    task, agreements = episodes.task, []
+    """Draw the queries with the best, the middle and the worst agreement with the truth, of those
+    that show their class if there are any.
+    """
+    task, agreements, absent = episodes.task, dict[int, float](), dict[int, float]()
     for number in range(len(episodes)):
         episode = episodes[number]
         prediction = log[condition, episode.key].said
-        agreements.append(task.agreement(prediction, task.right_outputs(episode)))
-    ranked = sorted(range(len(episodes)), key=lambda number: (-agreements[number], number))
+        among = absent if lacks_class(episode.meta) else agreements
+        among[number] = task.agreement(prediction, task.right_outputs(episode))
+    agreements = agreements or absent
+    ranked = sorted(agreements, key=lambda number: (-agreements[number], number))
     found = {
         ranked[place]: f"{words}: {task.measure} {percent(agreements[ranked[place]])} · "
-        for place, words in _places(len(episodes))
+        for place, words in _places(len(ranked))
     }
     title = (
         f"{describe_task(task.name)}, {condition.describe()}: the best, the middle and the worst "
-        f"of {len(episodes)} queries by {task.measure}. "
+        f"of {len(ranked)} queries by {task.measure}. "
     )
     rows = _rows(images, episodes, condition, log, found)
     return Gallery(title + images.note, rows)

@@ -7,7 +7,7 @@ from PIL import Image
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
-from icl_moe.images import crop_and_resize, load_image
+from icl_moe.images import crop_and_resize, load_image, load_recorded
 from icl_moe.inputs import check_inside, is_inside
 
 _SECTIONS = {"semantic_segmentation": "segmentation"}
@@ -39,11 +39,16 @@ class Photographs:
                 "--images."
             )
         check_inside(folder, file)
-        image, (_, _, right, bottom) = load_image(file), source["crop"]
-        if right > image.width or bottom > image.height:
+        size = source.get("size")  # Shards of earlier versions lack it.
+        image = load_image(file) if size is None else load_recorded(file, (size[0], size[1]))
+        _, _, right, bottom = source["crop"]
+        fits = right <= image.width and bottom <= image.height
+        if not fits or (size is not None and image.size != tuple(size)):
+            crop = f"too few for the crop {source['crop']}"
+            expected = f"not {size[0]} x {size[1]}" if size else crop
             raise InputError(
                 f"{file} is not the image that {episode.key} was made from: it has "
-                f"{image.width} x {image.height} pixels, too few for the crop {source['crop']}."
+                f"{image.width} x {image.height} pixels, {expected}."
             )
         return image.crop(source["crop"])
 

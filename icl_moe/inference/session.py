@@ -70,7 +70,8 @@ Examples = Iterable[tuple[Any, Any]] | Mapping[str, Iterable[tuple[Any, Any]]]
 
 Queries = ImageLike | Query | Iterable[ImageLike | Query]
 """One image, or several. The results of several are a list if they are a list or a tuple, and
-otherwise an iterator, which reads no more images at a time than one batch.
+otherwise an iterator, which reads no more images at a time than one batch. Windows need the images
+themselves, not a `Query` of each.
 """
 
 Named = tuple[str, ImageLike | Query]
@@ -226,6 +227,8 @@ class Session:
             return read(self._drawn(pairs, query))
 
         def from_windows(name: str, query: Any) -> Any:
+            if isinstance(query, Query):
+                raise InputError("Windows are cut out of the image itself: give that, not a Query.")
             picture = load_image(query, name)
             (pairs_and_query,) = asking.each([(name, picture)])
             whole = self._drawn(*pairs_and_query)

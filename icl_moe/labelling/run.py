@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from icl_moe import __version__
 from icl_moe.errors import InputError
 from icl_moe.files import partial_of
-from icl_moe.images import box_of_mask
+from icl_moe.images import box_of_mask, load_image
 from icl_moe.inference.examples import in_batches
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.inference.session import Query, Session
@@ -132,37 +133,40 @@ def _label_rest(side: int, session: Session, labelling: Labelling, journal: Jour
     first = len(labelling.files) - len(rest)
     with tqdm(total=len(labelling.files), initial=first, desc="labelling", unit="image") as bar:
         for files in in_batches(rest, labelling.batch):
-            journal.add(list(_label_batch(side, session, labelling, files)))
+            journal.add(_label_batch(side, session, labelling, files))
             bar.update(len(files))
 
 
 def _label_batch(
     side: int, session: Session, labelling: Labelling, files: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    queries: list[Query | Path] = []
-    reasons: dict[str, str] = {}
-    for file in files:
-        path = labelling.folder / file
-        try:
-            query = Query.load(path, side)
-            # Windows are cut out of the image itself, which is then read once more in its turn.
-            queries.append(path if labelling.windows else query)
-        except InputError as error:
-            note(f"skipped: {error}")
-            reasons[file] = str(error)
+) -> list[dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    read: list[str] = []
+
+    def readable() -> Iterator[Query | Image.Image]:
+        for file in files:
+            path = labelling.folder / file
+            try:
+                # Windows are cut out of the image itself.
+                image = load_image(path) if labelling.windows else Query.load(path, side)
+            except InputError as error:
+                note(f"skipped: {error}")
+                entries[file] = {"unread": str(error)}
+                continue
+            read.append(file)
+            yield image
+
     # With an iterator, only one mask in an image's own size is in memory at a time.
     answers = session.draw(
-        iter(queries),
+        readable(),
         decoding=labelling.decoding,
         batch=labelling.batch,
         windows=labelling.windows,
         shifts=labelling.shifts,
     )
-    for file in files:
-        if file in reasons:
-            yield {"file": file, "unread": reasons[file]}
-        else:
-            yield {"file": file, **_describe(next(answers), labelling)}
+    for number, drawn in enumerate(answers):
+        entries[read[number]] = _describe(drawn, labelling)
+    return [{"file": file, **entries[file]} for file in files]
 
 
 def _describe(drawn: DrawnClasses, labelling: Labelling) -> dict[str, Any]:

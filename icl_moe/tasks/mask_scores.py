@@ -9,10 +9,13 @@ import numpy as np
 from icl_moe.bootstrap import Interval, Statistic, intervals
 from icl_moe.tasks.task import GroupScore, Measure
 
-SIZES = {"absent": 0.0, "under 3 %": 0.03, "3 to 20 %": 0.2, "over 20 %": 1.0}
+NOTHING = "nothing to mark"
+
+SIZES = {NOTHING: 0.0, "under 3 %": 0.03, "3 to 20 %": 0.2, "over 20 %": 1.0}
 """The sizes of objects, by the largest share of the picture's pixels that the true mask may mark.
-COCO's border between medium and large, 96 x 96 pixels, is 3 % of a picture of 640 x 480. The mean
-IoU of absent objects is the share of their queries in which nothing is marked.
+COCO's border between medium and large, 96 x 96 pixels, is 3 % of a picture of 640 x 480. `NOTHING`:
+the true mask is empty, as that of an absent object; its mean IoU is the share of such queries in
+which nothing is marked.
 """
 
 
@@ -223,16 +226,16 @@ def score_masks(
     of_classes, of_sizes = _by_group(counts, of_groups(once)[0].tolist())
     ranges: dict[str, Interval] = {}
     class_ranges, size_ranges = dict(ranges), dict(ranges)
+    of_class = dict(zip(counts.classes, np.bincount(counts.class_E).tolist(), strict=True))
     if with_intervals:
         ranges = dict(zip(fields, _over_queries(statistic.of, query_E), strict=True))
         class_ranges, size_ranges = _by_group(counts, _over_queries(of_groups, query_E))
-        of_class = dict(zip(counts.classes, np.bincount(counts.class_E).tolist(), strict=True))
         class_ranges = {name: each for name, each in class_ranges.items() if of_class[name] > 1}
     return SegmentationScores(
         once.size,
         **values,
         class_iou=of_classes,
-        class_episodes=dict(zip(counts.classes, np.bincount(counts.class_E).tolist(), strict=True)),
+        class_episodes=of_class,
         intervals=ranges,
         class_intervals=class_ranges,
         size_iou=of_sizes,
@@ -280,14 +283,19 @@ _Scores = Callable[[np.ndarray], np.ndarray]
 
 
 def _class_ious(counts: MaskCounts) -> _Scores:
-    """IoU_c of each class; NaN where no query of it is drawn."""
+    """IoU_c of each class; NaN where no query of it is drawn, or only queries without any true or
+    marked pixel, which tell nothing of it: the IoU of those would be 1. If a class has no others,
+    its IoU is 1.
+    """
     groups = _Groups(counts.class_E)
+    is_empty_1C = groups.sums(counts.either_E[None]) == 0
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
         both_BC, either_BC = (
             groups.sums(weights_BE * of_E) for of_E in (counts.both_E, counts.either_E)
         )
-        return np.where(groups.sums(weights_BE) > 0, _ratios(both_BC, either_BC), np.nan)
+        is_known_BC = (either_BC > 0) | (is_empty_1C & (groups.sums(weights_BE) > 0))
+        return np.where(is_known_BC, _ratios(both_BC, either_BC), np.nan)
 
     return scores
 
@@ -354,15 +362,16 @@ def _fold_fields(counts: MaskCounts, standard: Standard) -> dict[str, Any]:
 
 
 def _mean_of_classes(ious_BC: np.ndarray, shares_BC: np.ndarray) -> np.ndarray:
-    """The mean (B,) over classes, each of which weighs as much as the share of its queries that was
-    drawn; NaN where nothing was.
+    """The mean (B,) over the classes whose IoU is known, each of which weighs as much as the share
+    of its queries that was drawn; NaN where nothing was.
 
     Of all queries once this is the plain mean. In bootstrap draws it keeps the spread of classes
     with few queries: a class of one query is drawn 0, 1, 2 ... times. If it counted once in every
     draw that has it, draws would be like ones without replacement, and intervals too narrow, by a
     quarter where every class has one query.
     """
-    weighed_B = np.where(shares_BC > 0, shares_BC * np.nan_to_num(ious_BC), 0.0).sum(axis=1)
+    shares_BC = np.where(np.isnan(ious_BC), 0.0, shares_BC)
+    weighed_B = np.where(shares_BC > 0, shares_BC * ious_BC, 0.0).sum(axis=1)
     drawn_B = shares_BC.sum(axis=1)
     return np.where(drawn_B > 0, weighed_B / np.where(drawn_B > 0, drawn_B, 1), np.nan)
 
@@ -376,7 +385,7 @@ def _mean_of_known(values_BN: np.ndarray) -> np.ndarray:
 def _size(mask_HW: np.ndarray) -> str:
     share = float(mask_HW.mean())
     if share == 0:
-        return "absent"
+        return NOTHING
     return next(name for name, most in SIZES.items() if share < most or most == 1.0)
 
 

@@ -501,6 +501,13 @@ def kind_of(meta: Mapping[str, Any]) -> Kind:
     return Kind(meta["class"], str(meta.get("style", "")))
 
 
+def lacks_class(meta: Mapping[str, Any], pair: int = -1) -> bool:
+    """Whether the image of a pair lacks the class of its episode, by its KEY.json, as
+    `segmentation.absent` of a data recipe has it.
+    """
+    return meta["scale"][pair] == 0 and not meta["sources"][pair]["annotations"]
+
+
 def by_kind(truth: Truth) -> dict[Kind, list[dict[str, Any]]]:
     """The records under `objects` of a KEY.json, kind by kind."""
     found: dict[Kind, list[dict[str, Any]]] = {}

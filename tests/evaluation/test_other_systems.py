@@ -19,6 +19,7 @@ from icl_moe.cli import main
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.evaluation.compare import Compared, compare, comparison_table, sign_test
+from icl_moe.evaluation.episodes import EpisodeSet
 from icl_moe.evaluation.other_systems import (
     check_predictions,
     episodes_hash,
@@ -560,7 +561,9 @@ def test_evaluations_are_compared_with_their_flips(
         compare(tmp_path, truths, shards)
 
 
-def test_fewer_queries_are_compared_with_a_limit(evaluation, shards, tmp_path, no_java, capsys):
+def test_fewer_queries_are_compared_with_a_limit(
+    evaluation, shards, tmp_path, no_java, capsys, monkeypatch
+):
     """Predictions that were made of some episodes alone, and evaluations that have more."""
     predict_baseline("copy", shards, tmp_path / "copy", limit=5)
     words = ["compare", str(evaluation), str(tmp_path / "copy"), shards.location]
@@ -578,6 +581,9 @@ def test_fewer_queries_are_compared_with_a_limit(evaluation, shards, tmp_path, n
     assert main([*words, "--limit", "5", "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert {each["queries"] for each in found if each["measure"] != "flips"} == {5}
+    monkeypatch.setattr(EpisodeSet, "_swap", lambda self, index: None)
+    without = compare(evaluation, evaluation, shards, limit=5)
+    assert without and "flips" not in {compared.measure for compared in without}
     header, *lines = (evaluation / "predictions.jsonl").read_text().splitlines()
     for name, limit in (("some", 7), ("more", 1000)):
         (tmp_path / name).mkdir()

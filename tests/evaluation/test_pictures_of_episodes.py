@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image, ImageColor
+from PIL import ExifTags, Image, ImageColor
 
 from icl_moe.errors import InputError
 from icl_moe.evaluation.photographs import Photographs
@@ -88,3 +88,21 @@ def test_a_picture_too_small_for_its_crop_is_refused(shown, tmp_path):
     recipe = {"segmentation": {"images": str(tmp_path / "queries")}}
     with pytest.raises(InputError, match=r"has 8 x 8 pixels, too few for the crop \[0, 0, 9, 8\]"):
         shown(recipe, "segmentation", {"crop": [0, 0, 9, 8]})
+
+
+def test_a_picture_is_turned_as_its_record_assumes(shown, tmp_path):
+    """Annotations may be of the picture as stored or as it is shown; its size tells which."""
+    stored = Image.new("RGB", (8, 6), COLOURS["queries"])
+    stored.paste(COLOURS["examples"], (0, 0, 4, 6))  # The left half.
+    turned = stored.getexif()
+    turned[ExifTags.Base.Orientation] = 6  # To be turned by 90 degrees.
+    stored.save(tmp_path / "queries/2.png", exif=turned)
+    recipe = {"segmentation": {"images": str(tmp_path / "queries")}}
+    two = {"image": "2.png", "crop": [0, 0, 5, 5]}
+    at_4_4 = {(8, 6): "red", (6, 8): "red"}
+    for size in at_4_4:
+        assert shown(recipe, "segmentation", two | {"size": [*size]}) == [at_4_4[size]]
+    left = two | {"crop": [0, 0, 8, 6], "size": [8, 6]}
+    assert shown(recipe, "segmentation", left) == ["red"]
+    with pytest.raises(InputError, match="has 6 x 8 pixels, not 9 x 9"):
+        shown(recipe, "segmentation", two | {"size": [9, 9]})

@@ -302,7 +302,8 @@ def test_links_are_followed_and_what_is_left_out_is_said(folder, tmp_path, capsy
     assert len(names) == SCENES and "linked/more/03.png" in names
 
 
-def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--windows"]])
+def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_path, capsys, more):
     images = tmp_path / "images"
     images.mkdir()
     Image.open(folder / "images/00.png").save(images / "good.png")
@@ -311,14 +312,15 @@ def test_files_that_are_no_images_are_named_counted_and_left_out(folder, tmp_pat
     (images / "notes.txt").write_text("not for us")
     colours = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
     colours[0].save(images / "moving.gif", save_all=True, append_images=colours[1:])
-    common = ["label", "demo", "--examples", str(folder / "flat"), "--device", "cpu", "--images"]
+    common = ["label", "demo", "--examples", str(folder / "flat"), "--device", "cpu", *more]
+    common += ["--images"]
     out, page = tmp_path / "out.json", tmp_path / "page.html"
     assert main([*common, str(images), "--out", str(out), "--review", str(page)]) == 0
     printed = capsys.readouterr().out
     assert f"skipped: The image {images / 'moving.gif'} is animated" in printed
     assert f"skipped: The image {images / 'broken.jpg'} cannot be read" in printed
     assert f"skipped: The image {images / 'phone.HEIC'} is in the format HEIC" in printed
-    assert "in 1 image; left out: 3 files that cannot be read" in printed
+    assert "in 1 image" in printed and "left out: 3 files that cannot be read" in printed
     assert [image["file_name"] for image in json.loads(out.read_text())["images"]] == ["good.png"]
     assert "good.png" in page.read_text() and "data:image/jpeg;base64," in page.read_text()
     assert "http" not in page.read_text()

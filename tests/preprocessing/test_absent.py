@@ -18,6 +18,8 @@ from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle
 from icl_moe.settings import load_recipe
+from icl_moe.tasks.task import lacks_class
+from preprocessing import preview
 from preprocessing.build import build_shards
 from preprocessing.compare import compare_with_sources
 from preprocessing.image_check import ImageCheck
@@ -177,8 +179,44 @@ def test_built_queries_lack_what_their_examples_show(built: Path) -> None:
     assert 35 <= absent <= 65
 
 
-def test_builds_with_absent_classes_are_verified_and_described(built: Path) -> None:
+def test_builds_with_absent_classes_are_verified_and_described(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verify_shards(built)
     (compared,) = compare_with_sources(built, 60, workers=0)
     assert "segmentation: 60 samples (120 pairs) made anew from the sources" in compared
-    assert "segmentation" in shard_stats(built)
+    told = shard_stats(built)
+    absent = sum(
+        lacks_class(ShardSet(str(built)).sample("segmentation", number).meta)
+        for number in range(200)
+    )
+    assert absent and f"{absent} of 200 queries of segmentation lack the class" in told
+    monkeypatch.setattr(preview, "SAMPLES_PER_TASK", 40)
+    preview.write_preview(built, built.parent / "page.html", "cpu")
+    page = (built.parent / "page.html").read_text()
+    assert "the class is absent" in page and "object 0.0% of the picture" not in page
+
+
+def test_where_images_are_gone_redrawn_queries_count_as_without_images(tmp_path: Path) -> None:
+    """Which images are asked for an absent class depends on which there are."""
+    write_flat_data_set(tmp_path)
+    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
+    settings = [
+        *toy_tokenizer.recipe_settings(tokenizer),
+        "segmentation.source=coco",
+        f"segmentation.images={tmp_path}/images",
+        f"segmentation.annotations={tmp_path}/instances.json",
+        "segmentation.absent=0.3",
+        "captioning=null",
+        "image_size=64",
+        "samples=60",
+        "examples=1",
+    ]
+    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    build_shards(recipe, tmp_path / "shards", workers=0)
+    (every,) = compare_with_sources(tmp_path / "shards", 60, workers=0)
+    assert "60 samples" in every
+    for name in ("8.png", "9.png"):
+        (tmp_path / "images" / name).unlink()
+        (line,) = compare_with_sources(tmp_path / "shards", 60, workers=0)
+        assert "others lack their images" in line

@@ -108,12 +108,30 @@ def test_sizes_are_shares_of_the_picture():
     assert scores.size_iou == {"under 3 %": 0.0, "3 to 20 %": 0.5, "over 20 %": 0.5}
 
 
+def test_queries_without_a_pixel_do_not_move_the_intervals():
+    """150 classes of one query with an IoU of 1/4, each beside some absent ones that are right."""
+    true, predicted, nothing = np.eye(4, dtype=bool), np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    predicted[0, 0] = True
+    for absent in (0, 1, 2):
+        pairs = [
+            (f"c{number}", *masks)
+            for number in range(150)
+            for masks in [(predicted, true), *[(nothing, nothing)] * absent]
+        ]
+        scores = score_masks(pairs, with_intervals=True)
+        assert scores.miou == 0.25 and scores.intervals["miou"] == (0.25, 0.25)
+        for low, high in scores.class_intervals.values():
+            assert (low, high) == (0.25, 0.25)
+    (empty,) = [score_masks([("cat", nothing, nothing)] * 2, with_intervals=True)]
+    assert empty.miou == 1.0 and empty.intervals["miou"] == (1.0, 1.0)
+
+
 def test_absent_objects_are_a_size_of_their_own_whose_score_is_the_share_left_unmarked():
     nothing, something = np.zeros((10, 10), bool), np.eye(10, dtype=bool)
     pairs = [(nothing, nothing), (something, nothing), (nothing, nothing), (something, something)]
     scores = score_masks(("cat", predicted, true) for predicted, true in pairs)
-    assert scores.size_episodes == {"absent": 3, "3 to 20 %": 1}
-    assert scores.size_iou == {"absent": pytest.approx(2 / 3), "3 to 20 %": 1.0}
+    assert scores.size_episodes == {"nothing to mark": 3, "3 to 20 %": 1}
+    assert scores.size_iou == {"nothing to mark": pytest.approx(2 / 3), "3 to 20 %": 1.0}
 
 
 @given(TRIPLES, MASKS)
