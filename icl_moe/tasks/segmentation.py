@@ -6,6 +6,7 @@ The mask is an image, white on black, and its codes are the output: those of the
 of a separate mask tokenizer.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -208,17 +209,11 @@ class Segmentation(OneImageTask):
                 ("a disc in the middle, whatever the query", "centred disc", fitted_disc(shown)),
             ):
                 found.append(Baseline(name, kind, [{"mask": encode_rle(mask_HW)}] * len(truths)))
-        if all(self.objects(truth) for truth in truths):
+        if all("objects" in truth.meta for truth in truths):
             every = [
-                {
-                    "mask": encode_rle(
-                        np.any(
-                            [_mask(output) for entries in objects.values() for output in entries],
-                            axis=0,
-                        )
-                    )
-                }
-                for objects in map(self.objects, truths)
+                {"mask": encode_rle(np.any([empty_HW, *map(_mask, objects)], axis=0))}
+                for truth, empty_HW in zip(truths, map(np.zeros_like, masks), strict=True)
+                for objects in [itertools.chain.from_iterable(self.objects(truth).values())]
             ]
             found.append(Baseline("every annotated object of the query", "every object", every))
         return found
