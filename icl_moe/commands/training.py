@@ -27,6 +27,14 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
         help="training shards for fitting, for a model that decodes masks in one pass, how sure of "
         "a mask it must be to mark anything, and how outlines follow the edges of images",
     )
+    parser.add_argument(
+        "--mean-with",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="average the weights with those of this model, which was trained from the same "
+        "weights: a folder, a shipped name or a Hub id; may be repeated",
+    )
     take.add_device(parser)
     parser.set_defaults(run=_export)
 
@@ -106,8 +114,16 @@ def _export(options: argparse.Namespace) -> int:
     from icl_moe.training.checkpoint import export
 
     with writing(options.out):
-        step = export(options.checkpoint, options.out, options.threshold_from, options.device)
-    print(f"{options.out}: the model after {step} steps")
+        step = export(
+            options.checkpoint,
+            options.out,
+            options.threshold_from,
+            options.device,
+            options.mean_with,
+        )
+    others = len(options.mean_with)
+    mean = f", in the mean with {others} other model{'' if others == 1 else 's'}" if others else ""
+    print(f"{options.out}: the model after {step} steps{mean}")
     return 0
 
 

@@ -67,6 +67,10 @@ def model_card(
     if started := training.get("initial_model"):
         name, digest = started["name"], started["weights_sha256"]
         facts["started from the weights of"] = f"{name} (sha256 {digest[:16]}...)"
+    if others := training.get("mean_with"):
+        facts["weights averaged with those of"] = "; ".join(
+            f"{other['name']} (sha256 {other['weights_sha256'][:16]}...)" for other in others
+        )
     for task, names in (config.get("classes") or {}).items():
         facts[f"classes in training, {task}"] = len(names)
     facts |= training["versions"]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
 from icl_moe.training import training_state
+from icl_moe.training.mean_weights import OtherModel, joined_classes, mean_weights
 from icl_moe.training.run_folder import how_it_was_trained, saved_steps
 
 _TAG = "step-{:08d}"
@@ -125,6 +126,7 @@ def export(
     out: Path,
     threshold_from: str | None = None,
     device: Device | None = None,
+    mean_with: Sequence[str] = (),
 ) -> int:
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
@@ -133,8 +135,10 @@ def export(
     hold an earlier export, which is replaced. Weights keep the precision of the training.
     threshold_from: training shards on which the threshold of masks that are written in one pass,
     and how their outlines follow the edges of images, are fitted, on `device` (by default a GPU
-    where there is one). Raises InputError where there is no checkpoint, or one that cannot be read,
-    where there is no such device, and where `out` cannot be written or holds anything else.
+    where there is one). mean_with: exported models whose weights are averaged with those of the
+    checkpoint, see mean_weights.py. Raises InputError where there is no checkpoint, or one that
+    cannot be read, where there is no such device, where a model does not fit the checkpoint, and
+    where `out` cannot be written or holds anything else.
     """
     out, place = output_folder(out).resolve(), find_device(device)
     _check_free(out)
@@ -149,6 +153,13 @@ def export(
     config = DecoderConfig.from_pretrained(run / "model")
     weights, step = training_state.read_weights(folder, config)
     trained = how_it_was_trained(run, step)
+    if others := [OtherModel(source) for source in mean_with]:
+        for other in others:
+            other.check(config)
+        weights = mean_weights(weights, (other.weights for other in others))
+        config.classes = joined_classes([config.classes or {}, *(o.classes for o in others)])
+        if trained is not None:
+            trained["mean_with"] = [other.record() for other in others]
     with torch.device("meta"):
         model = InContextDecoder(config)
     model.load_state_dict(weights, assign=True)
