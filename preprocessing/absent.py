@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from icl_moe.errors import InputError
 from icl_moe.rle import encode_counts
 from icl_moe.tasks.segmentation import MaskTarget
 from preprocessing.pool import PoolRegion, region_keys
@@ -20,15 +19,16 @@ NO_CLASS = ""
 
 def with_absent(
     regions: RegionTable, present: Mapping[str, Set[str]], share: float, image_size: int
-) -> RegionTable:
+) -> tuple[RegionTable, int]:
     """The regions of a source without those of `NO_CLASS`, and so many regions of absent classes
-    that these are `share` of each class's queries, or fewer where fewer images lack the class.
+    that these are `share` of each class's queries, or fewer where fewer images lack the class; and
+    their number. Numbers that are not whole are rounded at random, so that classes of few regions
+    have their share together.
 
     Such a region shows what the first region of its image shows, has no annotation, and may only be
     a query. The images are drawn at random, class by class.
 
-    present: the name of each image -> every class that it shows. share: below 1. Raises InputError
-    if no image lacks a class.
+    present: the name of each image -> every class that it shows. share: below 1.
     """
     keys = region_keys(regions)
     has_class = np.array([name != NO_CLASS for name in keys.names], dtype=bool)
@@ -44,7 +44,8 @@ def with_absent(
             continue
         lacking = [place for place, image in enumerate(images) if name not in present[image]]
         rng = np.random.default_rng([zlib.crc32(b"absent"), zlib.crc32(name.encode())])
-        for place in rng.permutation(lacking)[: round(count * share / (1 - share))].tolist():
+        wanted = int(count * share / (1 - share) + rng.random())
+        for place in rng.permutation(lacking)[:wanted].tolist():
             region = regions[int(first_of_image[place])]
             found.append(
                 replace(
@@ -56,9 +57,4 @@ def with_absent(
                     role="query",
                 )
             )
-    if len(own) and not found:
-        raise InputError(
-            "segmentation.absent asks for images that lack a class, but each image shows every "
-            "class; set it to 0."
-        )
-    return RegionTable.concatenate([own, RegionTable.of(found)])
+    return RegionTable.concatenate([own, RegionTable.of(found)]), len(found)

@@ -95,7 +95,7 @@ def read_instances(
     table = table.select(is_usable[table.image_numbers()])
     if source.absent:
         shown = {name: set(cutter.annotated(image_id)) for name, image_id in ids.items()}
-        table = with_absent(table, shown, source.absent, image_size)
+        table, pool.absent = with_absent(table, shown, source.absent, image_size)
     pool.regions = table
     pool.count_classes_without_a_region(source.classes)
     return pool
@@ -421,10 +421,10 @@ def _cut_images(cutter: _Cutter, image_ids: list[Any]) -> _Cut:
             regions = _cut_masks(cutter.image_size, source.object_scale, masks) if masks else []
             seen = [region for region in regions if region is not None]
             large = [region for region in seen if region.scale >= source.least_scale]
-            if source.absent and not large and not image.is_too_large:
-                large = [cutter.without_region(image_id, image)]
             for region in large:
                 writer.add(region)
+            if source.absent and not large and not image.is_too_large:
+                writer.add(cutter.without_region(image_id, image))
             empty.append(regions.count(None))
             small.append(len(seen) - len(large))
     except InputError as found:

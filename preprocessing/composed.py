@@ -71,6 +71,7 @@ def read_segmentation(
     pool = album.pool
     pool.same_instance = source.composed.same_instance
     pool.skipped += compositions.skipped
+    pool.absent = compositions.absent
     of_image = {record["file_name"]: made.imgToAnns[number] for number, record in made.imgs.items()}
     regions = [
         _absent_from(of_image[region.image.name], region)
@@ -81,6 +82,7 @@ def read_segmentation(
     if source.composed.photographs:
         of_images = coco.read_instances(album.coco, source, image_size, album, workers)
         pool.skipped += of_images.skipped
+        pool.absent += of_images.absent
         regions += [_of_photograph(album, region) for region in of_images.regions]
     pool.regions = regions
     return pool

@@ -84,7 +84,7 @@ def load_folder(source: SegmentationSource, workers: int) -> tuple[CheckedCOCO, 
                 _check_size(masks, mask, sizes.setdefault(mask.image, size), size)
                 if level is not None:
                     _check_level(masks, mask, level, levels.setdefault(mask.category, {}))
-                skipped["masks_that_mark_nothing"] += not of_class
+                skipped["masks_that_mark_nothing"] += not (of_class or source.absent)
                 for category, rle in of_class.items():
                     content["annotations"].append(
                         {

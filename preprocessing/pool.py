@@ -145,7 +145,8 @@ def groups_of(values: np.ndarray) -> dict[int, np.ndarray]:
 class Pool:
     """The regions of one task in the order of their source. skipped: reason -> how many things were
     left out. bad_images: name -> why the image could not be used. same_instance: the share of
-    episodes whose regions all show one object in several images.
+    episodes whose regions all show one object in several images. absent: how many regions were made
+    of classes that their image lacks.
     """
 
     task: str
@@ -153,6 +154,7 @@ class Pool:
     skipped: Counter[str] = field(default_factory=Counter)
     bad_images: dict[str, str] = field(default_factory=dict)
     same_instance: float = 0.0
+    absent: int = 0
 
     def by_class(self) -> dict[str, list[int]]:
         """Class -> numbers of its regions, with classes in alphabetical order."""

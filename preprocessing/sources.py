@@ -95,6 +95,11 @@ def read_pools(recipe: DataRecipe, reading: Reading) -> Iterator[Pool]:
     if recipe.segmentation is not None:
         source = recipe.segmentation
         pool = _SOURCES["segmentation"][source.source].read(source, reading)
+        if source.absent and len(pool.regions) and not pool.absent:
+            raise InputError(
+                f"segmentation.absent={source.absent:g} makes no query: each image shows every "
+                "class, or this is too small a share of so few regions. Set it to 0, or higher."
+            )
         if source.classes_per_mask > 1:
             pool = combine_classes(
                 pool,

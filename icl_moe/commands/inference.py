@@ -163,8 +163,7 @@ def _segment(options: argparse.Namespace) -> int:
     _write_levels(out, drawn.mask_HW)
     if sure and drawn.confidence_HW is not None:
         _write_levels(sure, 2 * drawn.confidence_HW - 1)
-    cost = f", read once whole and in {_counted(drawn.windows, 'window')}"
-    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{cost if options.windows else ''}")
+    print(f"{out}: {drawn.mask_HW.mean():.1%} of the image{_cost(options, drawn.windows)}")
     return 0
 
 
@@ -272,12 +271,18 @@ def _label(options: argparse.Namespace) -> int:
     )
     count = label(model, labelling, out, review)
     left_out = f"; left out: {_counted(count.unread, 'file')} that cannot be read"
-    cost = f", read once whole and in {_counted(count.windows, 'window')}"
     print(
         f"{out}: {_counted(count.instances, 'instance')} in {_counted(count.images, 'image')}"
-        f"{cost if options.windows else ''}{left_out if count.unread else ''}"
+        f"{_cost(options, count.windows)}{left_out if count.unread else ''}"
     )
     return 0
+
+
+def _cost(options: argparse.Namespace, windows: int) -> str:
+    """What was read in addition, for the line that a command ends with."""
+    read = f", read once whole and in {_counted(windows, 'window')}" if options.windows else ""
+    shifts = f"{',' if read else ', read'} four times, shifted" if options.shifts else ""
+    return read + shifts
 
 
 def _counted(count: int, noun: str) -> str:

@@ -29,6 +29,7 @@ from icl_moe.sequence import Episode
 from icl_moe.tasks import SEGMENTATION, SEMANTIC_SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.mask_scores import mask_iou
+from icl_moe.tasks.task import lacks_class
 
 EPISODES = 256
 """How many training episodes are used; more hardly change the fit."""
@@ -87,7 +88,7 @@ class MaskFit(NamedTuple):
 
 def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES) -> MaskFit:
     """Fit both on the queries of `episodes` evenly spaced training episodes, each with all its
-    examples. Queries that lack what the examples show are left out.
+    examples. In the place of a query that lacks the class, the next one that shows it is taken.
 
     threshold: its `value` is the quantile `missed` of the expected IoU (see `DrawnMask`). edges:
     the fields of the `EdgeFilter` with the greatest mean IoU, each with the logistic curve of the
@@ -105,7 +106,7 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
     check_same_kind(model, shards)
     model.decoding("parallel")
     numbered = EpisodeSet(shards, model.codec, task.name)
-    numbers = evenly_spaced(len(numbered), episodes)
+    numbers = _showing(shards, task.name, evenly_spaced(len(numbered), episodes))
     masks: list[_Asked] = []
     for start in tqdm(range(0, len(numbers), _BATCH), desc="fitting the threshold", unit="batch"):
         batch = [numbered[number] for number in numbers[start : start + _BATCH]]
@@ -116,15 +117,27 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
             ]
         )
         for episode, pair in zip(batch, pairs, strict=True):
-            masks += (mask for mask in _masks_of(episode, pair) if mask.mask_HW.any())
-    if not masks:
-        raise InputError(f"{shards.location} has no query that shows what its examples show.")
-    used = {mask.episode.key for mask in masks}
-    fitted_on = {"episodes": len(used), "shards": shards.fingerprint[:16]}
+            masks += _masks_of(episode, pair)
+    fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
     value = float(np.quantile([mask.drawn.expected_iou for mask in masks], _MISSED))
     threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}
     edges = _fit_edges(masks, Photographs(shards, task.name))
     return MaskFit(threshold, edges and {**edges, **fitted_on})
+
+
+def _showing(shards: ShardSet, task: str, numbers: Sequence[int]) -> list[int]:
+    """The episodes with these numbers; instead of one whose query lacks the class, the next one
+    that is not taken yet. Raises InputError if no query shows its class.
+    """
+    count, found = shards.count(task), dict[int, None]()
+    for number in numbers:
+        for other in (step % count for step in range(number, number + count)):
+            if other not in found and not lacks_class(shards.sample(task, other).meta):
+                found[other] = None
+                break
+    if not found:
+        raise InputError(f"{shards.location} has no query that shows what its examples show.")
+    return list(found)
 
 
 def _fit_edges(masks: Sequence[_Asked], photographs: Photographs) -> dict[str, float] | None:

@@ -159,9 +159,10 @@ def _photographs(
             try:
                 found[episodes.task.name].at_model_size(episodes[0], -1)
             except InputError as error:
-                other = "leave masks as the model draws them with --no-edges"
-                advice = "leave out --shifts" if shifted else other
-                raise InputError(f"{str(error).removesuffix('.')}, or {advice}.") from error
+                plain = "leave masks as the model draws them with --no-edges"
+                advice = [*["leave out --shifts"] * shifted, *[plain] * (model.edges is not None)]
+                reason = str(error).removesuffix(".")
+                raise InputError(f"{reason}, or {' and '.join(advice)}.") from error
     return found
 
 

@@ -1,8 +1,8 @@
 """Shifted readings of a query: it is read four times, moved by half a cell, and the masks are
 averaged.
 
-A model decides cell by cell. In a shifted image the borders of the cells lie elsewhere, so the mean
-has finer outlines than each mask, and errors of single readings weigh less.
+A model decides cell by cell. In a shifted image the borders of the cells lie elsewhere, and errors
+of single readings weigh less in the mean.
 """
 
 import math

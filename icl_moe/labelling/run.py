@@ -20,6 +20,7 @@ from icl_moe.images import box_of_mask, load_image
 from icl_moe.inference.examples import in_batches
 from icl_moe.inference.model import Decoding, InContextModel
 from icl_moe.inference.session import Query, Session
+from icl_moe.inference.shifts import check_shifts
 from icl_moe.labelling.components import components
 from icl_moe.labelling.folders import ExampleFiles, digest_of
 from icl_moe.labelling.journal import Journal, journal_of
@@ -106,14 +107,19 @@ def label(
 
 
 def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
-    """Everything on which the entry of an image depends."""
+    """Everything on which the entry of an image depends. Raises InputError if the model does not
+    support it.
+    """
+    decoding = model.decoding(labelling.decoding)
+    if labelling.shifts:
+        check_shifts(decoding)
     return {
         "version": __version__,
         "model": model.fingerprint,
         "classes": list(labelling.classes),
         "dtype": str(model.decoder.dtype),
         "device": model.decoder.device.type,
-        "decoding": model.decoding(labelling.decoding),
+        "decoding": decoding,
         "edges": model.edges is not None,
         "nearest": labelling.nearest,
         "split": labelling.split,

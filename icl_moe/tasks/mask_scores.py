@@ -41,9 +41,9 @@ class MaskPair(NamedTuple):
 class SegmentationScores:
     """Scores of a set of episodes, all in 0..1.
 
-    miou: the mean over classes of IoU_c = sum over episodes e of class c of |P_e and T_e| / the
-        same sum of |P_e or T_e|, the foreground mIoU of few-shot segmentation (Shaban et al. 2017,
-        "One-Shot Learning for Semantic Segmentation").
+    miou: the mean over the classes that have something to mark of IoU_c = sum over episodes e of
+        class c of |P_e and T_e| / the same sum of |P_e or T_e|, the foreground mIoU of few-shot
+        segmentation (Shaban et al. 2017, "One-Shot Learning for Semantic Segmentation").
     mean_iou: the mean over episodes of |P_e and T_e| / |P_e or T_e|; 1 if both are empty.
     mae: the mean over episodes of the mean over pixels of |P_e - T_e|, the mean absolute error of
         salient object detection (Perazzi et al. 2012), here of binary masks.
@@ -155,6 +155,16 @@ class MaskCounts:
         return _ratios(self.both_E, self.either_E)
 
     @property
+    def has_object_C(self) -> np.ndarray:
+        """Whether a class is in the mean over classes: all of whose queries some has something to
+        mark, or every class if none has.
+        """
+        has_object_E = np.array([size != NOTHING for size in self.size_E])
+        found_C = np.zeros(len(self.classes), dtype=bool)
+        np.logical_or.at(found_C, self.class_E, has_object_E)
+        return found_C if found_C.any() else ~found_C
+
+    @property
     def sizes(self) -> list[str]:
         """The names in `SIZES` that occur among the masks."""
         return [name for name in SIZES if name in self.size_E]
@@ -186,14 +196,14 @@ def mask_statistic(counts: MaskCounts, standard: Standard | None = None) -> Stat
     that the masks are of.
     """
     class_ious, ious_E = _class_ious(counts), counts.ious_E
-    classes = _Groups(counts.class_E)
+    classes, counted_C = _Groups(counts.class_E), counts.has_object_C
     errors_E = counts.wrong_E / np.maximum(counts.counted_E, 1)
     of_standard = _standard_scores(counts, standard) if standard else None
 
     def scores(weights_BE: np.ndarray) -> np.ndarray:
         means_B2 = weights_BE @ np.stack([ious_E, errors_E], axis=1)
         means_B2 /= weights_BE.sum(axis=1, keepdims=True)
-        miou_B = _mean_of_classes(class_ious(weights_BE), classes.shares(weights_BE))
+        miou_B = _mean_of_classes(class_ious(weights_BE), classes.shares(weights_BE) * counted_C)
         own = [of_standard(weights_BE)[:, :2]] if of_standard else []
         return np.column_stack([*own, miou_B, means_B2])
 

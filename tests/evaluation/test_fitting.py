@@ -18,7 +18,7 @@ from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.protocol import evaluate
 from icl_moe.inference.edges import EdgeFilter, follow_edges
 from icl_moe.inference.model import InContextModel
-from icl_moe.rle import decode_rle, encode_rle
+from icl_moe.rle import decode_rle
 from icl_moe.sequence import Episode
 from icl_moe.tasks.drawn_mask import DrawnMask
 from icl_moe.tasks.mask_scores import mask_iou
@@ -66,37 +66,35 @@ def test_the_threshold_is_what_the_model_expects_of_nearly_all_training_masks(
     assert fitted["value"] == pytest.approx(least + 0.12 * (second - least), abs=1e-4)
 
 
-def test_queries_that_lack_the_object_are_left_out_of_the_fit(
+def test_the_fit_takes_the_next_query_that_shows_the_object(
     parallel_model_folder, toy_shards, monkeypatch
 ):
     model = InContextModel.from_pretrained(parallel_model_folder, "cpu")
     shards = ShardSet(toy_shards)
-    every = EpisodeSet(shards, model.codec, "segmentation")
-    true = [decode_rle(every[number].meta["masks"][-1]) for number in range(len(every))]
-    emptied = {"size": list(true[0].shape), "counts": encode_rle(true[0] & False)["counts"]}
-    read = EpisodeSet.__getitem__
+    episodes = EpisodeSet(shards, model.codec, "segmentation")
+    images = [episodes[number].query.image for number in range(len(episodes))]
+    read, complete, asked = ShardSet.sample, model.complete, []
 
-    def with_an_empty_one(self, number):
-        episode = read(self, number)
-        masks = episode.meta["masks"]
-        meta = {**episode.meta, "masks": [*masks[:-1], emptied]} if number == 3 else episode.meta
-        return replace(episode, meta=meta)
+    def sample(self, task, index):
+        """As they are, but the queries of episodes 3 and 4 lack their class."""
+        found = read(self, task, index)
+        if index not in (3, 4):
+            return found
+        *examples, query = found.meta["sources"]
+        scale = [*found.meta["scale"][:-1], 0]
+        sources = [*examples, {**query, "annotations": []}]
+        meta = {**found.meta, "scale": scale, "sources": sources}
+        return replace(found, json=json.dumps(meta).encode())
 
-    monkeypatch.setattr(EpisodeSet, "__getitem__", with_an_empty_one)
-    asked = iter(range(len(every)))
+    def recorded(requests):
+        asked.extend(image for _, image in requests)
+        return complete(requests)
 
-    def complete(requests):
-        """A mask of whose pixels the model is unsure, except for that of episode 3: hardly any."""
-        levels = [0.02 if next(asked) == 3 else 0.6 for _ in requests]
-        drawn = [
-            DrawnMask(np.full(true[0].shape, 2 * level - 1, np.float32), at_once=True)
-            for level in levels
-        ]
-        return [replace(every[0].query, drawn=mask) for mask in drawn]
-
-    monkeypatch.setattr(model, "complete", complete)
-    fitted = fit_masks(model, shards, episodes=len(every)).threshold
-    assert fitted["value"] == pytest.approx(0.6, abs=1e-3)
+    monkeypatch.setattr(ShardSet, "sample", sample)
+    monkeypatch.setattr(model, "complete", recorded)
+    fitted = fit_masks(model, shards, episodes=4)
+    assert fitted.threshold["episodes"] == 4
+    np.testing.assert_array_equal(asked, [images[number] for number in (0, 5, 7, 10)])
 
 
 def test_a_model_is_not_evaluated_on_what_its_threshold_was_fitted_on(

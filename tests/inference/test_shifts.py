@@ -180,3 +180,6 @@ def test_a_folder_is_labelled_with_shifts(scenes: list[Any], tmp_path: Path) -> 
         for name in ("plain", "shifted")
     )
     assert plain and shifted and plain != shifted
+    out = ["--out", str(tmp_path / "shifted.json"), "--overwrite", "--shifts"]
+    assert main(["label", "demo", *where, *out, "--decoding", "autoregressive"]) == 2
+    assert not list(tmp_path.glob("*journal*")), "a refused call leaves nothing to go on from"

@@ -24,7 +24,7 @@ from preprocessing.build import build_shards
 from preprocessing.compare import compare_with_sources
 from preprocessing.image_check import ImageCheck
 from preprocessing.pool import Pool
-from preprocessing.recipe import DataRecipe, SegmentationSource
+from preprocessing.recipe import ComposedImages, DataRecipe, SegmentationSource
 from preprocessing.sources import Reading, read_pools
 from preprocessing.stats import shard_stats
 from preprocessing.verify import verify_shards
@@ -111,6 +111,43 @@ def test_the_regions_of_absent_classes_do_not_depend_on_the_workers(
     assert list(_of_coco(coco_folder).regions) == [r for r in one.regions if not r.is_absent]
 
 
+def test_what_is_left_out_is_counted_as_without_absent_classes(coco_folder: CocoFolder) -> None:
+    for settings in ({}, {"least_scale": 0.05}, {"classes": ("cat",)}):
+        without, with_them = (
+            _of_coco(coco_folder, absent=share, **settings).skipped for share in (0.0, 0.5)
+        )
+        assert +without == +with_them and min(with_them.values()) >= 0
+
+
+def test_a_share_that_makes_no_query_is_refused(coco_folder: CocoFolder) -> None:
+    with pytest.raises(InputError, match=r"absent=1e-06 makes no query"):
+        _of_coco(coco_folder, absent=1e-6)
+
+
+def test_compositions_of_one_class_have_absent_queries_from_photographs_without_it(
+    tmp_path: Path,
+) -> None:
+    for number in range(8):
+        write_image(tmp_path / f"images/{number}.png", number)
+        mask_HW = np.zeros((80, 100), dtype=bool)
+        mask_HW[10:40, 20:60] = number < 5
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask_HW).save(tmp_path / f"masks/{number}.png")
+    source = SegmentationSource(
+        "composed",
+        images=str(tmp_path / "images"),
+        masks=str(tmp_path / "masks"),
+        absent=0.4,
+        composed=ComposedImages(images=10),
+    )
+    check = ImageCheck("stop", "stop", tmp_path / "work", 0)
+    recipe = DataRecipe(tokenizer="demo", segmentation=source)
+    (pool,) = read_pools(recipe, Reading(64, check, 0, tmp_path / "out"))
+    absent = [region.image.name for region in pool.regions if region.is_absent]
+    assert {"5.png", "6.png", "7.png"} >= set(absent) and pool.absent == len(absent) > 0
+    assert not pool.skipped["masks_that_mark_nothing"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -176,7 +213,7 @@ def test_built_queries_lack_what_their_examples_show(built: Path) -> None:
         if "provenance" in query:
             assert query["provenance"], "it tells where the composition comes from"
             assert meta["class"] not in shown[query["image"]]
-    assert 35 <= absent <= 65
+    assert 25 <= absent <= 65
 
 
 def test_builds_with_absent_classes_are_verified_and_described(

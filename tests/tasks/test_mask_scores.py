@@ -126,6 +126,14 @@ def test_queries_without_a_pixel_do_not_move_the_intervals():
     assert empty.miou == 1.0 and empty.intervals["miou"] == (1.0, 1.0)
 
 
+def test_a_class_of_absent_queries_alone_is_not_in_the_mean():
+    true, nothing = np.eye(4, dtype=bool), np.zeros((4, 4), bool)
+    pairs = [("cat", nothing, true), ("dog", nothing, nothing), ("owl", true, nothing)]
+    scores = score_masks(pairs, with_intervals=True)
+    assert scores.miou == 0.0 and scores.intervals["miou"] == (0.0, 0.0)
+    assert scores.class_iou == {"cat": 0.0, "dog": 1.0, "owl": 0.0}
+
+
 def test_absent_objects_are_a_size_of_their_own_whose_score_is_the_share_left_unmarked():
     nothing, something = np.zeros((10, 10), bool), np.eye(10, dtype=bool)
     pairs = [(nothing, nothing), (something, nothing), (nothing, nothing), (something, something)]
