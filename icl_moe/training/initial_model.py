@@ -153,8 +153,15 @@ class InitialModel:
         return dict(self.config.get("classes") or {})
 
     def record(self) -> dict[str, str]:
-        """What identifies the model in the record of a run; of a folder, only its name is kept."""
-        name = self.folder.resolve().name if Path(self.source).exists() else self.source
-        with (self.folder / "model.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": name, "weights_sha256": digest}
+        """What identifies the model in the record of a run."""
+        return identity_of(self.source, self.folder)
+
+
+def identity_of(source: str, folder: Path) -> dict[str, str]:
+    """What identifies the exported model `source`, which is in `folder`, in a record; of a source
+    that is a folder, only its name is kept.
+    """
+    name = folder.resolve().name if Path(source).exists() else source
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": name, "weights_sha256": digest}

@@ -5,9 +5,7 @@ cost of one (Wortsman et al. 2022, "Model soups: averaging weights of multiple f
 improves accuracy without increasing inference time").
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from icl_moe.errors import InputError
 from icl_moe.inference.hub import check_files, find_model
 from icl_moe.inference.loading import load_decoder
 from icl_moe.model.config import DecoderConfig
+from icl_moe.training.initial_model import identity_of
 
 _FREE = ("dropout", "attention_dropout", "initialisation", "codebook_init", "gate_noise")
 """Settings of a model that only its training reads."""
@@ -61,11 +60,8 @@ class OtherModel:
         return self._decoder.config.classes or {}
 
     def record(self) -> dict[str, str]:
-        """What identifies the model in the record of the mean; of a folder, only its name."""
-        name = self.folder.resolve().name if Path(self._source).exists() else self._source
-        with (self.folder / "model.safetensors").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": name, "weights_sha256": digest}
+        """What identifies the model in the record of the mean."""
+        return identity_of(self._source, self.folder)
 
 
 @torch.no_grad()

@@ -30,16 +30,27 @@ from preprocessing.stats import shard_stats
 from preprocessing.verify import verify_shards
 
 
-def _read(folder: Path, images: Path, file: Path, workers: int = 0, **settings: Any) -> Pool:
-    source = SegmentationSource(images=str(images), annotations=str(file), **settings)
-    recipe = DataRecipe(tokenizer="demo", segmentation=source)
+def _read(folder: Path, workers: int = 0, **settings: Any) -> Pool:
+    recipe = DataRecipe(tokenizer="demo", segmentation=SegmentationSource(**settings))
     check = ImageCheck("stop", "stop", folder / "work", 0)
     (pool,) = read_pools(recipe, Reading(80, check, workers, folder / "out"))
     return pool
 
 
+def _of_folder(folder: Path, **settings: Any) -> Pool:
+    """Of eight photographs and their masks, the last three of which are black."""
+    for number in range(8):
+        write_image(folder / f"images/{number}.png", number)
+        mask_HW = np.zeros((80, 100), dtype=bool)
+        mask_HW[10:40, 20:60] = number < 5
+        (folder / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask_HW).save(folder / f"masks/{number}.png")
+    return _read(folder, images=str(folder / "images"), masks=str(folder / "masks"), **settings)
+
+
 def _of_coco(folder: CocoFolder, **settings: Any) -> Pool:
-    return _read(folder.folder, folder.images, folder.file, **settings)
+    files = {"images": str(folder.images), "annotations": str(folder.file)}
+    return _read(folder.folder, **files, **settings)
 
 
 def test_an_image_is_asked_for_a_class_that_is_nowhere_in_it(coco_folder: CocoFolder) -> None:
@@ -62,7 +73,8 @@ def test_an_image_is_asked_for_a_class_that_is_nowhere_in_it(coco_folder: CocoFo
 def test_a_share_of_each_classs_queries_lack_it(tmp_path: Path) -> None:
     """Red is in eight of ten images, so at most two lack it."""
     write_flat_data_set(tmp_path)
-    pool = _read(tmp_path, tmp_path / "images", tmp_path / "instances.json", absent=0.5)
+    files = {"images": str(tmp_path / "images"), "annotations": str(tmp_path / "instances.json")}
+    pool = _read(tmp_path, **files, absent=0.5)
     shown = {f"{place}.png": {NAMES[n] for n in classes} for place, classes in enumerate(OBJECTS)}
     for region in pool.regions:
         assert (region.category in shown[region.image.name]) != region.is_absent
@@ -85,18 +97,7 @@ def test_images_without_a_region_are_asked_about(coco_folder: CocoFolder) -> Non
 
 
 def test_black_masks_of_a_folder_are_images_that_lack_the_class(tmp_path: Path) -> None:
-    for number in range(8):
-        write_image(tmp_path / f"images/{number}.png", number)
-        mask_HW = np.zeros((80, 100), dtype=bool)
-        mask_HW[10:40, 20:60] = number < 5
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        Image.fromarray(mask_HW).save(tmp_path / f"masks/{number}.png")
-    source = SegmentationSource(
-        "folder", images=str(tmp_path / "images"), masks=str(tmp_path / "masks"), absent=0.3
-    )
-    check = ImageCheck("stop", "stop", tmp_path / "work", 0)
-    recipe = DataRecipe(tokenizer="demo", segmentation=source)
-    (pool,) = read_pools(recipe, Reading(80, check, 0, tmp_path / "out"))
+    pool = _of_folder(tmp_path, source="folder", absent=0.3)
     absent = {region.image.name for region in pool.regions if region.is_absent}
     assert len(absent) == 2 and absent < {"5.png", "6.png", "7.png"}
     pool.drop_small_classes(images=2)
@@ -127,22 +128,8 @@ def test_a_share_that_makes_no_query_is_refused(coco_folder: CocoFolder) -> None
 def test_compositions_of_one_class_have_absent_queries_from_photographs_without_it(
     tmp_path: Path,
 ) -> None:
-    for number in range(8):
-        write_image(tmp_path / f"images/{number}.png", number)
-        mask_HW = np.zeros((80, 100), dtype=bool)
-        mask_HW[10:40, 20:60] = number < 5
-        (tmp_path / "masks").mkdir(exist_ok=True)
-        Image.fromarray(mask_HW).save(tmp_path / f"masks/{number}.png")
-    source = SegmentationSource(
-        "composed",
-        images=str(tmp_path / "images"),
-        masks=str(tmp_path / "masks"),
-        absent=0.4,
-        composed=ComposedImages(images=10),
-    )
-    check = ImageCheck("stop", "stop", tmp_path / "work", 0)
-    recipe = DataRecipe(tokenizer="demo", segmentation=source)
-    (pool,) = read_pools(recipe, Reading(64, check, 0, tmp_path / "out"))
+    composed = ComposedImages(images=10)
+    pool = _of_folder(tmp_path, source="composed", absent=0.4, composed=composed)
     absent = [region.image.name for region in pool.regions if region.is_absent]
     assert {"5.png", "6.png", "7.png"} >= set(absent) and pool.absent == len(absent) > 0
     assert not pool.skipped["masks_that_mark_nothing"]
@@ -172,22 +159,29 @@ def test_images_that_all_show_every_class_are_refused(coco_folder: CocoFolder) -
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compositions, half of whose episodes are of one object where the query shows its class."""
     folder = tmp_path_factory.mktemp("absent")
-    write_flat_data_set(folder)
-    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
-    settings = [
-        *toy_tokenizer.recipe_settings(tokenizer),
+    return _build(
+        folder,
         "segmentation.source=composed",
-        f"segmentation.images={folder}/images",
-        f"segmentation.annotations={folder}/instances.json",
         "segmentation.composed.images=40",
         "segmentation.composed.same_instance=0.5",
         "segmentation.absent=0.25",
+        "samples=200",
+    )
+
+
+def _build(folder: Path, *settings: str) -> Path:
+    """Shards of the flat data set, which is written into the folder, with one example."""
+    write_flat_data_set(folder)
+    tokenizer = toy_tokenizer.save_toy_tokenizer(folder / "tokenizer")
+    common = [
+        *toy_tokenizer.recipe_settings(tokenizer),
+        f"segmentation.images={folder}/images",
+        f"segmentation.annotations={folder}/instances.json",
         "captioning=null",
         "image_size=64",
-        "samples=200",
         "examples=1",
     ]
-    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
+    recipe = load_recipe(DataRecipe, "demo", [*common, *settings], package="preprocessing")
     build_shards(recipe, folder / "shards", workers=0)
     return folder / "shards"
 
@@ -236,24 +230,10 @@ def test_builds_with_absent_classes_are_verified_and_described(
 
 def test_where_images_are_gone_redrawn_queries_count_as_without_images(tmp_path: Path) -> None:
     """Which images are asked for an absent class depends on which there are."""
-    write_flat_data_set(tmp_path)
-    tokenizer = toy_tokenizer.save_toy_tokenizer(tmp_path / "tokenizer")
-    settings = [
-        *toy_tokenizer.recipe_settings(tokenizer),
-        "segmentation.source=coco",
-        f"segmentation.images={tmp_path}/images",
-        f"segmentation.annotations={tmp_path}/instances.json",
-        "segmentation.absent=0.3",
-        "captioning=null",
-        "image_size=64",
-        "samples=60",
-        "examples=1",
-    ]
-    recipe = load_recipe(DataRecipe, "demo", settings, package="preprocessing")
-    build_shards(recipe, tmp_path / "shards", workers=0)
-    (every,) = compare_with_sources(tmp_path / "shards", 60, workers=0)
+    shards = _build(tmp_path, "segmentation.source=coco", "segmentation.absent=0.3", "samples=60")
+    (every,) = compare_with_sources(shards, 60, workers=0)
     assert "60 samples" in every
     for name in ("8.png", "9.png"):
         (tmp_path / "images" / name).unlink()
-        (line,) = compare_with_sources(tmp_path / "shards", 60, workers=0)
+        (line,) = compare_with_sources(shards, 60, workers=0)
         assert "others lack their images" in line
