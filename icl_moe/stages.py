@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,10 @@ def _run_to_its_end(words: Sequence[str], environment: Mapping[str, str]) -> tup
         group.append(command.pid)
         for number in received[:1]:  # It came before there was a group.
             pass_on(number)
-        code = command.wait()
+        # Not one long wait, which only a signal to this very thread interrupts: the kernel gives a
+        # signal to any other thread, such as a worker of BLAS, while this one is being continued.
+        while (code := command.poll()) is None:
+            time.sleep(_LOOK)
         if code < 0:  # The guard was killed, so nobody else ends its group.
             _signal_group(command.pid, signal.SIGKILL)
         group.clear()
@@ -118,6 +122,9 @@ def _signal_group(leader: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, number)
 
+
+_LOOK = 0.05
+"""Seconds between two looks at whether a command has ended, and at signals."""
 
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -44,11 +44,14 @@ time.sleep(60)
 """
 
 _COMMAND = """
-import signal, sys
+import signal, sys, threading, time
 
-if sys.argv[3] == "asked":  # As in a terminal, even if what runs the tests ignores these.
+if sys.argv[3] != "before":  # As in a terminal, even if what runs the tests ignores these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if sys.argv[3] == "threads":  # The kernel gives signals to the other thread.
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 from icl_moe.cli import main
 from icl_moe.commands import training
@@ -68,13 +71,12 @@ def start(tmp_path) -> Iterator:
     (tmp_path / "fake_stage.py").write_text(_STAGE)
     started = []
 
-    def start(launched: bool = False, *before: str) -> subprocess.Popen:
+    def start(launched: bool = False, *before: str, signals: str = "asked") -> subprocess.Popen:
         path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
         command = subprocess.Popen(
             [
                 *before,
-                *(sys.executable, "-c", _COMMAND, str(tmp_path), str(launched)),
-                "before" if before else "asked",
+                *(sys.executable, "-c", _COMMAND, str(tmp_path), str(launched), signals),
             ],
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
@@ -123,6 +125,13 @@ def test_a_stage_saves_before_the_command_that_was_asked_to_stop_ends(
     assert (tmp_path / "blocked").read_text() == str(launched), "a launcher hears no signals"
 
 
+def test_a_signal_that_another_thread_receives_reaches_the_stage(start, tmp_path):
+    command = start(signals="threads")
+    command.terminate()
+    assert command.wait(timeout=30) == 128 + signal.SIGTERM
+    assert (tmp_path / "saved-SIGTERM").is_file()
+
+
 def test_no_process_of_a_stage_outlives_a_command_that_is_killed(start, tmp_path):
     command = start()
     assert len(_live(tmp_path)) == 2
@@ -161,7 +170,7 @@ def test_no_process_outlives_a_killed_guard(start, tmp_path):
 
 
 def test_a_command_without_a_terminal_does_not_stop_when_that_goes(start, tmp_path):
-    command = start(False, "nohup")
+    command = start(False, "nohup", signals="before")
     command.send_signal(signal.SIGHUP)
     time.sleep(1)
     assert command.poll() is None and len(_live(tmp_path)) == 2

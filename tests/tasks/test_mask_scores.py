@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -18,7 +18,10 @@ TRIPLES = st.lists(
 
 
 def by_loops(triples) -> tuple[float, float, float]:
-    """mIoU, mean IoU and MAE, pixel by pixel."""
+    """mIoU, mean IoU and MAE, pixel by pixel. The mIoU is over the classes that have something to
+    mark, or over all where none has.
+    """
+    marked = [name for name, _, true in triples if any(true.flat)]
     total = {name: [0, 0] for name, _, _ in triples}
     ious, errors = [], []
     for name, predicted, true in triples:
@@ -31,11 +34,20 @@ def by_loops(triples) -> tuple[float, float, float]:
         total[name][1] += either
         ious.append(both / either if either else 1.0)
         errors.append(wrong / predicted.size)
-    classes = [both / either if either else 1.0 for both, either in total.values()]
+    classes = [
+        both / either if either else 1.0
+        for name, (both, either) in total.items()
+        if name in marked or not marked
+    ]
     return sum(classes) / len(classes), sum(ious) / len(ious), sum(errors) / len(errors)
 
 
+NOTHING, SOMETHING = np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)
+
+
 @given(TRIPLES)
+@example([("cat", NOTHING, SOMETHING), ("dog", NOTHING, NOTHING), ("bus", SOMETHING, NOTHING)])
+@example([("cat", NOTHING, NOTHING), ("dog", SOMETHING, NOTHING)])
 @settings(max_examples=60)
 def test_scores_equal_plain_loops(triples):
     scores = score_masks(triples)
