@@ -307,7 +307,7 @@ def _complete_shifted(
     decoding: Decoding | None,
 ) -> list[Any]:
     """The pairs of requests whose queries are read in shifted views, the first of which the shards
-    hold; as many sequences at a time as without.
+    hold; as many sequences at a time as without. The examples are read once for all views.
     """
     cells = model.format.codes_per_image
     moved = [
@@ -315,11 +315,12 @@ def _complete_shifted(
         for picture in pictures
         for codes_N in model.encode(shifted_views(to_pixels(picture), cells)[1:])
     ]
-    by_view = [model.complete(requests, decoding=decoding)]
+    read = [model.read_examples(episode) for episode, _ in requests]
+    by_view = [model.complete(requests, decoding=decoding, read=read)]
     for view in range(READINGS - 1):
         codes = moved[view :: READINGS - 1]
         asked = [(episode, codes_N) for (episode, _), codes_N in zip(requests, codes, strict=True)]
-        by_view.append(model.complete(asked, decoding=decoding))
+        by_view.append(model.complete(asked, decoding=decoding, read=read))
     return [fused_views(pairs) for pairs in zip(*by_view, strict=True)]
 
 
