@@ -30,8 +30,8 @@ test: $(STAMP)  ## The tests, without the slow ones
 	$(PYTEST) -m "not slow and ranks" $(ARGS) || [ $$? = 5 ]
 
 test-all: $(STAMP)  ## All tests
-	$(PYTEST) -n 2 --dist loadfile -m "not ranks" $(ARGS) || [ $$? = 5 ]
-	$(PYTEST) -m "ranks" $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -n 2 --dist loadfile --hypothesis-profile=new -m "not ranks" $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) --hypothesis-profile=new -m "ranks" $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP)  ## Check format, lint and types
 	$(BIN)/ruff format --check .
