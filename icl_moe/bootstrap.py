@@ -47,11 +47,13 @@ def mean_intervals(*values: Sequence[float] | np.ndarray) -> list[Interval]:
 
 class Statistic(NamedTuple):
     """Scores of a list of outputs as a function of how often each of them counts. names: the names
-    of the S scores. of: the function, from weights (B, outputs) to scores (B, S).
+    of the S scores. of: the function, from weights (B, outputs) to scores (B, S). plain: the names
+    of those that are printed as they are; the others are shares, which are printed times 100.
     """
 
     names: tuple[str, ...]
     of: Callable[[np.ndarray], np.ndarray]
+    plain: tuple[str, ...] = ()
 
 
 def mean_statistic(values: Mapping[str, Sequence[float] | np.ndarray]) -> Statistic:

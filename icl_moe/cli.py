@@ -23,8 +23,9 @@ from icl_moe.signals import before_the_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 if it succeeded; 2, with one sentence on standard
-    error, if the input is wrong; 1, with one sentence, if a result could not be saved; 128 + the
-    number of a signal that stopped a sequence of stages, with one sentence.
+    error, if the input is wrong or the operating system refuses a file; 1, with one sentence, if a
+    run ends with steps that are in no checkpoint; 128 + the number of a signal that stopped a
+    sequence of stages, with one sentence.
     """
     _prepare_streams()
     done = False

@@ -1,7 +1,8 @@
-"""The device and the precision of a single process. Torch is imported only when it is needed, so
-that the command line can read the names without waiting for it.
+"""The device, the precision and the processors of a single process. Torch is imported only when it
+is needed, so that the command line can read the names without waiting for it.
 """
 
+import os
 from typing import TYPE_CHECKING, Union
 
 from icl_moe.errors import InputError
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
 Device = Union[str, "torch.device"]
 DTYPES = ("float32", "bfloat16")
 """The available precisions, by torch's names."""
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    # Only Linux tells which of the machine's processors these are.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_device() -> "torch.device":

@@ -20,8 +20,13 @@ from icl_moe.inputs import other_kind_of
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """A file, a Pillow image, or an array."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""The endings of images and masks in a folder; other files are ignored."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".avif", ".heic", ".heif", ".jp2", ".pbm", ".pgm", ".ppm", ".tga"),
+)
+"""The endings of images and masks in a folder, in lower case; other files are left out. HEIC cannot
+be read, but whoever has such photographs is told so.
+"""
 
 MASK_SUFFIXES = ("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt")
 """What the name of a mask may add to that of its image."""
@@ -300,6 +305,9 @@ def _open(image: ImageLike, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
+    if image.format == "EPS":
+        # Pillow would start Ghostscript with it, whatever the name of the file is.
+        raise InputError(f"{name} is PostScript, which is not taken: use a JPEG or PNG file.")
     # The MPO files of cameras hold a second view but are still images; Pillow opens the first view.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise InputError(f"{name} is animated or has several pages; it must be a still image.")

@@ -1,5 +1,5 @@
-"""The processes that share the work of the stages without DeepSpeed (building shards, training a
-tokenizer).
+"""The processes that share the work of a stage without DeepSpeed: building shards, training a
+tokenizer, or evaluating.
 
 Separate from training/distributed.py because those stages must not wait for the import of
 DeepSpeed.

@@ -1,5 +1,6 @@
 """The training recipe, for `icl-moe train`, section by section; `load_recipe` reads one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -115,6 +116,10 @@ class ModelSettings:
         return () if self.feed_forward == "dense" else tuple(sorted(set(self.layers_with_experts)))
 
 
+TRAINING_ONLY = ("dropout", "attention_dropout", "initialisation", "codebook_init", "gate_noise")
+"""The settings of a model that only its training reads."""
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW; MT-AdamW for unmixed batches of several tasks; or Muon, which moves the matrices, with
@@ -223,6 +228,11 @@ class TrainingSettings:
                 f"training.global_batch ({self.global_batch}) must be a multiple of "
                 f"training.micro_batch ({self.micro_batch})."
             )
+
+    def tasks_of(self, samples: Mapping[str, int]) -> list[str]:
+        """The tasks that a run trains on, of shards with these numbers of samples of each task."""
+        drawn = samples if self.task_weights is None else self.task_weights
+        return [task for task, count in samples.items() if count and task in drawn]
 
 
 def _check_weights(key: str, weights: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ An RLE is {"size": [height, width], "counts": ...}; its counts are alternating r
 column by column: text or bytes in COCO's compressed form, or in its uncompressed form a list.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,16 @@ from icl_moe.errors import InputError, shown
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
     """The RLE of a boolean mask, with counts as text, equal to that of pycocotools."""
     return {"size": list(mask_HW.shape), "counts": _compress(count_runs(mask_HW))}
+
+
+def coco_annotation(
+    rle: Mapping[str, Any], box: Sequence[int], area: int, score: float | None, **ids: int
+) -> dict[str, Any]:
+    """The record of a mask in a file of COCO's instances. box: left, top, width, height in pixels.
+    area: of the mask, in pixels. ids: `id`, `image_id` and `category_id`.
+    """
+    found = {"segmentation": dict(rle), "area": area, "bbox": list(box), "iscrowd": 0}
+    return {**ids, **found, **({} if score is None else {"score": round(score, 4)})}
 
 
 def encode_counts(mask_HW: np.ndarray) -> bytes:

@@ -20,13 +20,13 @@ NO_CLASS = ""
 def with_absent(
     regions: RegionTable, present: Mapping[str, Set[str]], share: float, image_size: int
 ) -> tuple[RegionTable, int]:
-    """The regions of a source without those of `NO_CLASS`, and so many regions of absent classes
-    that these are `share` of each class's queries, or fewer where fewer images lack the class; and
-    their number. Numbers that are not whole are rounded at random, so that classes of few regions
-    have their share together.
+    """The regions of a source, with regions of absent classes after them, and how many these are.
+    Regions of `NO_CLASS` are left out.
 
-    Such a region shows what the first region of its image shows, has no annotation, and may only be
-    a query. The images are drawn at random, class by class.
+    Absent classes are a `share` of each class's queries, or fewer where fewer images lack the
+    class. Numbers that are not whole are rounded at random, so that classes of few regions have
+    their share together. Such a region shows what the first region of its image shows, has no
+    annotation, and may only be a query. The images are drawn at random, class by class.
 
     present: the name of each image -> every class that it shows. share: below 1.
     """

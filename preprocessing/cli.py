@@ -1,9 +1,9 @@
 """The verbs of `icl-moe shards`: build, verify, stats, preview."""
 
 import argparse
-import os
 
 from icl_moe import arguments as take
+from icl_moe.devices import processors
 from icl_moe.messages import say
 
 
@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build.add_argument(
         "--workers",
         type=take.whole_number(0),
-        default=len(os.sched_getaffinity(0)),
+        default=processors(),
         metavar="N",
         help="worker processes, which all processes of a machine share under accelerate launch; 0 "
         "works in this process (default: %(default)s)",
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             "samples are complete and correct."
         )
         if args.samples:
-            workers = len(os.sched_getaffinity(0))
+            workers = processors()
             for line in compare_with_sources(args.folder, args.samples, workers, args.device):
                 print(line)
     elif args.shards_verb == "stats":

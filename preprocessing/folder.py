@@ -146,13 +146,14 @@ def _matched(
     if not any(mask.image in known for mask in found.values()):
         raise InputError(
             f"No mask in {masks} has the name of an image in {images}, except for the ending; "
-            + (f"the first mask is {files[0]}." if files else f"there is no mask ({_ENDINGS}).")
+            + (
+                f"the first mask is {files[0]}."
+                if files
+                else "there is no mask, such as a .png file."
+            )
         )
     skipped["images_without_a_mask"] += len(known - {mask.image for mask in found.values()})
     return sorted(found.values(), key=lambda mask: (mask.image, mask.category))
-
-
-_ENDINGS = ", ".join(IMAGE_SUFFIXES)
 
 
 def _match(name: str, by_stem: dict[str, str], has_class: bool, only: str) -> _Mask:

@@ -172,7 +172,8 @@ def _kind_of_fault(path: Path) -> str:
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 return "animated"
             try:
-                image.load()
+                if image.format != "EPS":  # That would start a program.
+                    image.load()
             except Exception:  # Pillow's readers raise many kinds.
                 return "truncated"
     except Image.DecompressionBombError:

@@ -156,12 +156,6 @@ class Pool:
     same_instance: float = 0.0
     absent: int = 0
 
-    def by_class(self) -> dict[str, list[int]]:
-        """Class -> numbers of its regions, with classes in alphabetical order."""
-        keys = region_keys(self.regions)
-        found = {keys.names[n]: group.tolist() for n, group in groups_of(keys.categories).items()}
-        return dict(sorted(found.items()))
-
     def by_kind(self) -> dict[tuple[str, str], list[int]]:
         """Class and style -> numbers of the regions that examples can be drawn from."""
         keys = region_keys(self.regions)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_moe.data.shards import Manifest, Sample, ShardSet
+from icl_moe.data.shards import Manifest, Sample, ShardSet, evenly_spaced
 from icl_moe.devices import Device, find_device
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import EvaluationEpisode
@@ -38,8 +38,7 @@ def write_preview(location: str | Path, out: Path, device: Device | None = None)
     reader = _CodeReader(shards, place)
     tasks = []
     for task, count in shards.manifest.samples.items():
-        places = np.linspace(0, count - 1, SAMPLES_PER_TASK)
-        numbers = np.unique(places.astype(int)).tolist()
+        numbers = evenly_spaced(count, SAMPLES_PER_TASK)
         photographs = Photographs(shards, task)
         episodes = [
             _episode(shards.sample(task, number), codec, reader, photographs)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.errors import InputError
 from icl_moe.tasks.task import lacks_class
 from icl_moe.vocabulary import Vocabulary
@@ -59,7 +59,7 @@ class ShardFigures:
         figures = TaskFigures(self.shards.lengths(task), self.manifest.classes[task])
         kinds = {"image codes": vocabulary.image_range, **_features_rows(vocabulary)}
         seen = np.zeros(vocabulary.size, dtype=np.int64)
-        numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist()
+        numbers = evenly_spaced(count, LOOKED_AT)
         for number in tqdm(numbers, desc=f"reading {task}", unit="sample"):
             sample = self.shards.sample(task, number)
             seen += np.bincount(vocabulary.rows(sample.sequence.tokens_L), minlength=len(seen))

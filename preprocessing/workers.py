@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from operator import length_hint
 from typing import Any, TypeVar
 
+from icl_moe.devices import processors
 from icl_moe.errors import InputError
 from icl_moe.signals import end_with_parent
 
@@ -64,7 +64,7 @@ def most_workers() -> int:
     """How many processes this machine can use: more than its processors, since some wait for disks
     while others compute.
     """
-    return 4 * len(os.sched_getaffinity(0))
+    return 4 * processors()
 
 
 @contextlib.contextmanager

@@ -166,3 +166,23 @@ def test_what_may_not_be_read_is_named(tmp_path):
         f"icl-moe: The file {instances} cannot be read: Permission denied.",
         f"icl-moe: {images / '1.png'} cannot be read: Permission denied.",
     ]
+
+
+_ELSEWHERE = """
+import os, signal, sys
+
+os.__dict__.pop("sched_getaffinity", None)
+for name in ("SIGHUP", "SIGTSTP", "SIGCONT", "SIGSTOP", "SIGKILL", "pthread_sigmask"):
+    signal.__dict__.pop(name, None)
+sys.modules["fcntl"] = None
+from icl_moe.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["segment", "caption", "label", "evaluate", "web", "shards build"])
+def test_every_verb_parses_its_arguments_where_python_lacks_what_linux_alone_has(verb):
+    words = [sys.executable, "-c", _ELSEWHERE, *verb.split(), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: icl-moe {verb}" in done.stdout

@@ -28,6 +28,12 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
         "a mask it must be to mark anything, and how outlines follow the edges of images",
     )
     parser.add_argument(
+        "--images",
+        type=take.path,
+        metavar="DIR",
+        help="the images of these shards (default: where they were when the shards were built)",
+    )
+    parser.add_argument(
         "--mean-with",
         action="append",
         default=[],
@@ -120,6 +126,7 @@ def _export(options: argparse.Namespace) -> int:
             options.threshold_from,
             options.device,
             options.mean_with,
+            options.images,
         )
     others = len(options.mean_with)
     mean = f", in the mean with {others} other model{'' if others == 1 else 's'}" if others else ""

@@ -236,6 +236,11 @@ class ShardSet:
         self._first_row = {task: self._check_index(task) for task in self.manifest.samples}
         self._npy_header = _npy_header(self.manifest)
 
+    @property
+    def short_fingerprint(self) -> str:
+        """What identifies the shards in records of models and evaluations: 16 of its digits."""
+        return self.fingerprint[:16]
+
     def count(self, task: str) -> int:
         """How many samples of `task` there are; 0 for a task that the folder does not hold."""
         return self.manifest.samples.get(task, 0)
@@ -418,6 +423,12 @@ class ShardSet:
 def sample_key(task: str, index: int) -> str:
     """The KEY of sample `index` of `task` in its tar."""
     return f"{task}-{index:08d}"
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, with the first and the last among them."""
+    places = np.linspace(0, count - 1, min(most, count))
+    return [int(number) for number in np.unique(places.round().astype(int))]
 
 
 def index_file(task: str) -> str:

@@ -35,7 +35,7 @@ class Compared:
     """One measure of two systems A and B on the same queries. shots_a, shots_b: how many examples
     each system was shown. difference: B - A. p: the two-sided p of the hypothesis that there is no
     difference. test: the test that gave p. interval: the 95 % interval of the difference; None for
-    a test that has none.
+    a test that has none. is_share: whether the measure is printed times 100.
     """
 
     task: str
@@ -49,6 +49,7 @@ class Compared:
     interval: Interval | None
     p: float
     test: str
+    is_share: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def comparison_table(found: Sequence[Compared]) -> Table:
 
 def _line(compared: Compared) -> list[str]:
     def formatted(value: float) -> str:
-        return Measure(value, is_share=compared.measure not in _PLAIN).text
+        return Measure(value, is_share=compared.is_share).text
 
     def signed(value: float) -> str:
         text = formatted(abs(value))
@@ -117,10 +118,6 @@ def _line(compared: Compared) -> list[str]:
 
 _LEAST_P = 0.0001
 """The least p that is printed as a number."""
-
-
-_PLAIN = ("MAE",)
-"""The measures that are not printed times 100."""
 
 
 def _common_limit(a: Path, b: Path, shards: ShardSet) -> int | None:
@@ -170,7 +167,7 @@ def _open(folder: Path, shards: ShardSet, sets: Sequence[EpisodeSet], shots: int
 
 
 def _open_evaluation(folder: Path, shards: ShardSet, shots: int | None) -> _System:
-    if _header(folder).get("shards") != shards.fingerprint[:16]:
+    if _header(folder).get("shards") != shards.short_fingerprint:
         raise InputError(
             f"{folder} is an evaluation on other shards than {shards.location}: their manifests "
             "differ."
@@ -221,6 +218,7 @@ def _compare_task(
             found.interval,
             found.p,
             _TEST,
+            is_share=name not in statistic.plain,
         )
         for name, found in zip(statistic.names, differences(statistic, len(truths)), strict=True)
     ]

@@ -4,8 +4,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from icl_moe.data.shards import ShardSet, sample_key
 from icl_moe.errors import InputError
 from icl_moe.seeds import stable_seed
@@ -86,12 +84,6 @@ class Question(NamedTuple):
 
     truth: EvaluationEpisode
     source: EvaluationEpisode
-
-
-def evenly_spaced(count: int, shown: int) -> list[int]:
-    """At most `shown` of the numbers below `count`, with the first and the last among them."""
-    places = np.linspace(0, count - 1, shown)
-    return [int(number) for number in np.unique(places.round().astype(int))]
 
 
 class EpisodeSet:

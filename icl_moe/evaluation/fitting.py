@@ -5,6 +5,7 @@ expected IoU at which anything is marked, and how outlines follow the edges of i
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.errors import InputError
 from icl_moe.evaluation.episodes import (
     EpisodeSet,
     EvaluationEpisode,
     check_same_kind,
-    evenly_spaced,
 )
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.inference.edges import EdgeFilter, follow_edges, log_odds
@@ -86,14 +86,20 @@ class MaskFit(NamedTuple):
     edges: dict[str, Any] | None
 
 
-def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES) -> MaskFit:
+def fit_masks(
+    model: InContextModel,
+    shards: ShardSet,
+    episodes: int = EPISODES,
+    images: Path | None = None,
+) -> MaskFit:
     """Fit both on the queries of `episodes` evenly spaced training episodes, each with all its
     examples. In the place of a query that lacks the class, the next one that shows it is taken.
 
     threshold: its `value` is the quantile `missed` of the expected IoU (see `DrawnMask`). edges:
     the fields of the `EdgeFilter` with the greatest mean IoU, each with the logistic curve of the
     greatest likelihood, and this `mean_iou` beside the `mean_iou_as_drawn`; None if no filter
-    raises it, or the images are not at hand. Both name the number of episodes and the fingerprint
+    raises it, or the images are not at hand: in the folder `images`, by default the one that the
+    shards were built from. Both name the number of episodes and the fingerprint
     of the shards.
 
     Raises InputError if the shards hold no segmentation or do not match the model, or the model was
@@ -118,10 +124,10 @@ def fit_masks(model: InContextModel, shards: ShardSet, episodes: int = EPISODES)
         )
         for episode, pair in zip(batch, pairs, strict=True):
             masks += _masks_of(episode, pair)
-    fitted_on = {"episodes": len(numbers), "shards": shards.fingerprint[:16]}
+    fitted_on = {"episodes": len(numbers), "shards": shards.short_fingerprint}
     value = float(np.quantile([mask.drawn.expected_iou for mask in masks], _MISSED))
     threshold = {"value": round(value, 4), "missed": _MISSED, **fitted_on}
-    edges = _fit_edges(masks, Photographs(shards, task.name))
+    edges = _fit_edges(masks, Photographs(shards, task.name, images))
     return MaskFit(threshold, edges and {**edges, **fitted_on})
 
 

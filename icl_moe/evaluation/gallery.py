@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap, evenly_spaced
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, Swap
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import Condition, PredictionLog, describe_task
 from icl_moe.evaluation.proof import SwappedQuery, flips

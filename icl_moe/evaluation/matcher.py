@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, evenly_spaced
+from icl_moe.data.shards import evenly_spaced
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode
 from icl_moe.rle import decode_rle, encode_rle
 from icl_moe.tasks.task import Output
 from icl_moe.tokenizers.features import FeaturesTokenizer

@@ -96,8 +96,8 @@ class Prediction:
 
 
 class PredictionLog:
-    """predictions.jsonl of the folder `out`, under a temporary name until `finish`. Each of several
-    processes that share the work has a temporary file of its own.
+    """predictions.jsonl of the folder `out`, under a temporary name until it is complete. Each of
+    several processes that share the work has a temporary file of its own.
 
     process: this one among these; None if it works alone, whatever others do.
     header: everything that the predictions depend on. Earlier lines are reused only if their header

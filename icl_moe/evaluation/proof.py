@@ -28,8 +28,9 @@ class SwappedQuery(NamedTuple):
 @dataclass(frozen=True)
 class RespectScores:
     """How often an output is what the examples show in one respect, over the queries whose own and
-    swapped examples differ in it; as in `SwapScores`. Over others, what does not depend on the
-    examples could be right after both.
+    swapped examples differ in it; as in `SwapScores`. The other queries are left out: if both
+    examples are in one style, an output in this style is right after both, whether the model reads
+    the examples or not.
     """
 
     queries: int
@@ -41,8 +42,10 @@ class RespectScores:
 
 @dataclass(frozen=True)
 class SwapScores:
-    """Shares and means over the queries that show something else too: another class, where they are
-    described in several styles in another style, and for want of that one of the two alone.
+    """Shares and means over the queries that show something else too, for which the swapped
+    examples ask: another class, in another style where queries are described in several styles. A
+    query that shows no such thing is asked for another class in its own style, or for its own class
+    in another style.
 
     own_with_own: agreement of what is said after the right examples with what is annotated of the
     query's own kind; own_with_other: with the other kind. swapped_with_shown, swapped_with_own: of

@@ -203,7 +203,7 @@ class _Evaluation:
         """All that the predictions depend on."""
         return {
             "model": self.model.fingerprint,
-            "shards": self.shards.fingerprint[:16],
+            "shards": self.shards.short_fingerprint,
             "limit": self.limit,
             "batch_size": self.batch_size,
             "dtype": str(self.model.decoder.dtype).removeprefix("torch."),
@@ -335,7 +335,7 @@ def _check(
 ) -> None:
     manifest = shards.manifest
     fitted = model.decoder.config.mask_threshold
-    if fitted is not None and fitted["shards"] == shards.fingerprint[:16]:
+    if fitted is not None and fitted["shards"] == shards.short_fingerprint:
         raise InputError(
             f"The threshold of this model's masks was fitted on {shards.location}: evaluate it on "
             "others."

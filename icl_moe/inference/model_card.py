@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
@@ -15,8 +15,9 @@ _LIMITS = """\
 The model stretches images of any shape to {size} x {size} pixels. In training it saw up to
 {examples} example(s) per episode. It accepts more: where it writes a mask in one pass, it reads
 more in groups of that size and averages the results; elsewhere they must fit into its positions,
-and the quality may drop. Check its output on pictures that differ from its training data. Its
-captions can be wrong, as any generated text can."""
+and the quality may drop. Check its output on pictures that differ from its training data.{more}"""
+
+_OF_CAPTIONS = "\nIts captions can be wrong, as any generated text can."
 
 _USE = """\
 ```python
@@ -26,20 +27,40 @@ model = InContextModel.from_pretrained("PATH OR HUB ID OF THIS MODEL")
 {call}
 ```"""
 
-_CALLS = {
-    "segmentation": (
-        'mask = model.segment(examples=[("image.jpg", "mask.png")], query="another.jpg")'
+
+class _About(NamedTuple):
+    """What a card says about a task. name: in the title. pair: the form of its examples. tag: for
+    the Hub. call: how a model is used for it.
+    """
+
+    name: str
+    pair: str
+    tag: str
+    call: str
+
+
+_ABOUT = {
+    "segmentation": _About(
+        "segmentation",
+        "(image, mask)",
+        "segmentation",
+        'mask = model.segment(examples=[("image.jpg", "mask.png")], query="another.jpg")',
     ),
-    "captioning": (
-        'region = model.caption(examples=[("image.jpg", "region.json")], query="another.jpg")'
+    "captioning": _About(
+        "region captioning",
+        "(image, region caption)",
+        "captioning",
+        'region = model.caption(examples=[("image.jpg", "region.json")], query="another.jpg")',
     ),
-    "semantic_segmentation": (
+    "semantic_segmentation": _About(
+        "segmentation of several classes",
+        "(image, painted mask)",
+        "segmentation",
         "painted = model.segment_colours(\n"
         '    examples=[("image.jpg", "painted.png")], query="another.jpg"\n'
-        ")"
+        ")",
     ),
 }
-"""How a model is used for each task."""
 
 
 def model_card(
@@ -50,13 +71,16 @@ def model_card(
     config: the content of its config.json. training: the content of its training.json. metrics:
     metrics.json of an evaluation of it, if there is one.
     """
+    recipe = training["recipe"]
+    trained = list(config.get("classes") or ["segmentation"])
+    told = [_ABOUT[task] for task in _ABOUT if task in trained]
+    tags = dict.fromkeys(about.tag for about in told)
+    marks = trained != ["captioning"]
     data = ModelCardData(
         library_name="icl-moe",
-        pipeline_tag="image-segmentation",
-        tags=["in-context learning", "mixture of experts", "segmentation", "captioning"],
+        pipeline_tag="image-segmentation" if marks else "image-to-text",
+        tags=["in-context learning", "mixture of experts", *tags],
     )
-    recipe = training["recipe"]
-    trained = config.get("classes") or ["segmentation"]
     facts = {
         "optimizer steps": training["steps"],
         "episodes per step": recipe["training"]["global_batch"],
@@ -76,18 +100,22 @@ def model_card(
     facts |= training["versions"]
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        "# An in-context model for segmentation and region captioning",
-        "Given examples, (image, mask) or (image, region caption), the model writes the output "
+        f"# An in-context model for {' and '.join(about.name for about in told)}",
+        f"Given examples, {' or '.join(about.pair for about in told)}, the model writes the output "
         "for a new image in the same form.",
         "## Use",
-        _USE.format(call="\n".join(_CALLS[task] for task in trained if task in _CALLS)),
+        _USE.format(call="\n".join(about.call for about in told)),
         "## Training",
         as_markdown(Table(("", ""), [(name, str(value)) for name, value in facts.items()])),
         f"The complete recipe is in {TRAINING}.",
         "## Scores",
         _scores(metrics),
         "## Limits",
-        _LIMITS.format(size=config["image_size"], examples=config["examples"]),
+        _LIMITS.format(
+            size=config["image_size"],
+            examples=config["examples"],
+            more=_OF_CAPTIONS if "captioning" in trained else "",
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

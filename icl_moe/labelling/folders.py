@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from icl_moe.errors import InputError
-from icl_moe.images import MASK_SUFFIXES
+from icl_moe.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from icl_moe.messages import note
 from icl_moe.outputs import output_file
 
@@ -20,30 +18,25 @@ _PARTS = ("images", "masks")
 _UNNAMED = "object"
 """The class of examples without a name."""
 
-_PHOTOGRAPHS_OF_PHONES = (".heic", ".heif")
-"""The endings of photographs that Pillow does not read. These files count as images, so that they
-are named among the images that cannot be read and are not silently left out.
-"""
-
 
 def find_images(folder: Path, examples: ExampleFiles) -> list[str]:
     """The images in a folder and in those within it, links included, as sorted paths below it with
     /.
 
-    Hidden ones and the masks of the examples are left out; files that no image is called like are
-    too, and counted in a note. Raises InputError if there are no images.
+    Hidden files and the masks of the examples are left out. Files whose ending is not an image's
+    are left out too, and counted in a note. Raises InputError if there are no images.
     """
     _check_folder(folder)
     masks = {os.path.realpath(mask) for pairs in examples.values() for _, mask in pairs}
     names, others = [], Counter[str]()
     for path in _walk(folder):
-        if not _is_called_like_an_image(path):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             others[path.suffix.lower() or "no ending"] += 1
         elif os.path.realpath(path) not in masks:
             names.append(path.relative_to(folder).as_posix())
     if others:
         named = ", ".join(f"{count} of {ending}" for ending, count in sorted(others.items()))
-        note(f"{folder}: files that are not called like images are left out ({named})")
+        note(f"{folder}: files without the ending of an image are left out ({named})")
     if not names:
         raise InputError(f"{folder} holds no images, such as .jpg or .png files.")
     return sorted(names)
@@ -226,7 +219,11 @@ def _masks_of(found: Mapping[str, Path], images: Path, masks: Path) -> dict[str,
 def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not _is_called_like_an_image(path) or not path.is_file():
+        if (
+            path.name.startswith(".")
+            or path.suffix.lower() not in IMAGE_SUFFIXES
+            or not path.is_file()
+        ):
             continue
         if path.stem in found:
             raise InputError(
@@ -235,11 +232,6 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             )
         found[path.stem] = path
     return found
-
-
-def _is_called_like_an_image(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return suffix in Image.registered_extensions() or suffix in _PHOTOGRAPHS_OF_PHONES
 
 
 def _check_folder(folder: Path) -> None:

@@ -27,27 +27,14 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        self._lock()
         self._line_of: dict[str, int] = {}
         """Where in the file the line with a file's entry begins."""
-        size, others = 0, []
-        for line in self._lines():
-            if size == 0:
-                others = self._differences(line, settings)
-            else:
-                self._note(json.loads(line), size)
-            size += len(line)
-        if not size:
-            self._check_beginning(settings)
-        if others and self._line_of:
-            raise InputError(
-                f"{path} was begun with other settings (different: {', '.join(others)}); repeat "
-                "the command as it was, or delete the file to begin anew."
-            )
-        self._size = size if self._line_of else 0
-        self._file.truncate(self._size)
-        if not self._line_of:
-            self._append(dict(settings))
+        try:
+            self._lock()
+            self._open(settings)
+        except InputError:
+            self.close()  # The lock, too, ends with it.
+            raise
 
     def __contains__(self, file: str) -> bool:
         """Whether the journal has the entry of a file."""
@@ -78,6 +65,27 @@ class Journal:
         # Closing tries again to write what the system has just refused, which was reported.
         with contextlib.suppress(OSError):
             self._file.close()
+
+    def _open(self, settings: Mapping[str, Any]) -> None:
+        """Read what the file holds, and begin it if it is new."""
+        size, others = 0, []
+        for line in self._lines():
+            if size == 0:
+                others = self._differences(line, settings)
+            else:
+                self._note(json.loads(line), size)
+            size += len(line)
+        if not size:
+            self._check_beginning(settings)
+        if others and self._line_of:
+            raise InputError(
+                f"{self.path} was begun with other settings (different: {', '.join(others)}); "
+                "repeat the command as it was, or delete the file to begin anew."
+            )
+        self._size = size if self._line_of else 0
+        self._file.truncate(self._size)
+        if not self._line_of:
+            self._append(dict(settings))
 
     def _append(self, content: Any) -> None:
         line = _line(content)

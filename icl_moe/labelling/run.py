@@ -27,7 +27,7 @@ from icl_moe.labelling.journal import Journal, journal_of
 from icl_moe.labelling.review import write_review
 from icl_moe.messages import note
 from icl_moe.outputs import writing
-from icl_moe.rle import encode_rle
+from icl_moe.rle import coco_annotation, encode_rle
 from icl_moe.tasks.drawn_mask import DrawnClasses
 
 LEAST_AREA = 0.0005
@@ -280,15 +280,14 @@ def _records(
         for instance in entry["instances"]:
             annotation_id += 1
             annotations.append(
-                {
-                    "id": annotation_id,
-                    "image_id": image_id,
-                    "category_id": instance["category"],
-                    "segmentation": {"size": [height, width], "counts": instance["counts"]},
-                    "area": instance["area"],
-                    "bbox": instance["bbox"],
-                    "iscrowd": 0,
-                    "score": instance["score"],
-                }
+                coco_annotation(
+                    {"size": [height, width], "counts": instance["counts"]},
+                    instance["bbox"],
+                    instance["area"],
+                    instance["score"],
+                    id=annotation_id,
+                    image_id=image_id,
+                    category_id=instance["category"],
+                )
             )
         yield image, annotations

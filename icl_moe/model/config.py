@@ -1,5 +1,6 @@
 """The decoder's configuration, as transformers saves and loads it."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -88,6 +89,15 @@ class DecoderConfig(PretrainedConfig):
         """
         values = {**(self.format or {}), "vocabulary": self.vocabulary or {}}
         return from_dict(SequenceFormat, values, origin="config.json")
+
+
+def joined_classes(of_each: Iterable[Mapping[str, Iterable[str]]]) -> dict[str, list[str]]:
+    """The classes, by task, of several models or data sets together; in alphabetical order."""
+    found: dict[str, set[str]] = {}
+    for of_task in of_each:
+        for task, names in of_task.items():
+            found.setdefault(task, set()).update(names)
+    return {task: sorted(names) for task, names in found.items()}
 
 
 def _vocabulary(values: dict[str, Any] | None) -> Vocabulary:

@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from icl_moe.canvas import PALE, Canvas, wrap
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import EvaluationEpisode, evenly_spaced
+from icl_moe.evaluation.episodes import EvaluationEpisode
 from icl_moe.evaluation.other_systems import open_episodes
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.evaluation.predictions import describe_shots, read_log
@@ -78,7 +78,7 @@ def open_evaluation(what: str, run: str, shards: Path, evaluation: Path, task: s
     """
     metrics = read_json(evaluation / "metrics.json")
     shard_set = ShardSet(shards)
-    if metrics.get("shards") != shard_set.fingerprint[:16]:
+    if metrics.get("shards") != shard_set.short_fingerprint:
         raise InputError(
             f"{evaluation} is an evaluation on other shards than those in {shards}; delete it to "
             "evaluate again."

@@ -208,7 +208,7 @@ def mask_statistic(counts: MaskCounts, standard: Standard | None = None) -> Stat
         return np.column_stack([*own, miou_B, means_B2])
 
     names = (f"{standard.name} mIoU", f"{standard.name} FB-IoU") if standard else ()
-    return Statistic((*names, "mIoU", "mean IoU", "MAE"), scores)
+    return Statistic((*names, "mIoU", "mean IoU", "MAE"), scores, plain=("MAE",))
 
 
 _FIELDS = ("miou", "mean_iou", "mae")

@@ -250,7 +250,7 @@ class SemanticSegmentation(OneImageTask):
             count_masks(pair for outputs in sets for pair in _class_masks(outputs, truths))
         )
         output_E = np.array(_queries([*truths] * len(sets)))
-        return Statistic(masks.names, lambda weights_BO: masks.of(weights_BO[:, output_E]))
+        return masks._replace(of=lambda weights_BO: masks.of(weights_BO[:, output_E]))
 
     def agreement(self, prediction: Output, right: Sequence[Output]) -> float:
         return max(_mean_iou(prediction, output) for output in right)

@@ -27,11 +27,11 @@ from icl_moe.inference.model import InContextModel
 from icl_moe.inference.model_card import CARD, TRAINING, model_card
 from icl_moe.inputs import read_json
 from icl_moe.messages import say
-from icl_moe.model.config import DecoderConfig
+from icl_moe.model.config import DecoderConfig, joined_classes
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.outputs import output_folder
 from icl_moe.training import training_state
-from icl_moe.training.mean_weights import OtherModel, joined_classes, mean_weights
+from icl_moe.training.mean_weights import OtherModel, mean_weights
 from icl_moe.training.run_folder import how_it_was_trained, saved_steps
 
 _TAG = "step-{:08d}"
@@ -127,6 +127,7 @@ def export(
     threshold_from: str | None = None,
     device: Device | None = None,
     mean_with: Sequence[str] = (),
+    images: Path | None = None,
 ) -> int:
     """Write the model of a checkpoint as one folder for `from_pretrained`; returns the number of
     completed steps.
@@ -135,7 +136,8 @@ def export(
     hold an earlier export, which is replaced. Weights keep the precision of the training.
     threshold_from: training shards on which the threshold of masks that are written in one pass,
     and how their outlines follow the edges of images, are fitted, on `device` (by default a GPU
-    where there is one). mean_with: exported models whose weights are averaged with those of the
+    where there is one). images: the folder of their images, by default the one that they were
+    built from. mean_with: exported models whose weights are averaged with those of the
     checkpoint, see mean_weights.py. Raises InputError where there is no checkpoint, or one that
     cannot be read, where there is no such device, where a model does not fit the checkpoint, and
     where `out` cannot be written or holds anything else.
@@ -172,8 +174,9 @@ def export(
             write_whole(temporary / TRAINING, json.dumps(trained, indent=2) + "\n")
             write_whole(temporary / CARD, model_card(config.to_dict(), trained))
         if threshold_from is not None:
+            fitted = InContextModel.from_pretrained(temporary, place)
             config.mask_threshold, config.mask_edges = fit_masks(
-                InContextModel.from_pretrained(temporary, place), ShardSet(threshold_from)
+                fitted, ShardSet(threshold_from), images=images
             )
             config.save_pretrained(temporary)
     return step

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.tokenizers.features import read_centroids
 from icl_moe.tokenizers.vqgan import VQGAN
 from icl_moe.vocabulary import split_stages
@@ -44,8 +44,7 @@ def read_codebook(shards: ShardSet) -> Codebook:
     size, stages = vocabulary.features or vocabulary.image_codes, vocabulary.feature_stages
     counts_K = np.ones(size, dtype=np.int64)
     for task, count in shards.manifest.samples.items():
-        numbers = np.linspace(0, count - 1, min(count, _SAMPLES)).round().astype(int)
-        for number in numbers.tolist():
+        for number in evenly_spaced(count, _SAMPLES):
             sequence = shards.sample(task, number).sequence
             for span in sequence.spans:
                 if span.role == "input":

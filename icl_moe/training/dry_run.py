@@ -54,7 +54,7 @@ def dry_run(
 
 def _pools(recipe: TrainingRecipe, shards: ShardSet) -> dict[str, list[str]]:
     """The tasks whose samples share a batch, by the name of such a batch."""
-    tasks = [task for task, count in shards.manifest.samples.items() if count]
+    tasks = recipe.training.tasks_of(shards.manifest.samples)
     return (
         {MIXED: tasks} if recipe.training.sampling == "mixed" else {task: [task] for task in tasks}
     )

@@ -7,7 +7,7 @@ their own.
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from icl_moe.deepspeed_internals import (
     set_counters,
     set_model_parallel_unit,
 )
-from icl_moe.model.config import DecoderConfig
+from icl_moe.model.config import DecoderConfig, joined_classes
 from icl_moe.model.decoder import (
     InContextDecoder,
     extend_codebook,
@@ -75,10 +75,13 @@ class TrainingEngine:
         tp_size = recipe.parallel.tp_size
         unit = ModelParallelUnit(tp_size) if tp_size > 1 else None
         set_model_parallel_unit(unit)
+        trained = recipe.training.tasks_of(manifest.samples)
         config = DecoderConfig.from_recipe(
             recipe,
             **manifest.of_model,
-            classes=_joined(manifest.classes, classes or {}),
+            classes=joined_classes(
+                [{task: manifest.classes[task] for task in trained}, classes or {}]
+            ),
         )
         model = _build_model(recipe, config, place, zero_stage(engine_config), codebook, initial)
         self._optimizer = _build_optimizer(recipe, model, lambda: self.norm)
@@ -245,14 +248,6 @@ def _build_model(
         # would wait for each other forever.
         set_z3_leaf_modules(model, [Experts])
     return model
-
-
-def _joined(
-    classes: Mapping[str, Iterable[str]], others: Mapping[str, Iterable[str]]
-) -> dict[str, list[str]]:
-    """The classes of both, by task."""
-    tasks = [*classes, *(task for task in others if task not in classes)]
-    return {task: sorted({*classes.get(task, ()), *others.get(task, ())}) for task in tasks}
 
 
 def _build_optimizer(recipe: TrainingRecipe, model: nn.Module, norm: Any) -> torch.optim.Optimizer:

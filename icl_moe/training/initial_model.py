@@ -15,22 +15,14 @@ from icl_moe.data.shards import TOKENIZER_FOLDERS, ShardSet
 from icl_moe.errors import InputError
 from icl_moe.inference.hub import check_files, find_model
 from icl_moe.inputs import read_json
-from icl_moe.recipe import ModelSettings, TrainingRecipe
+from icl_moe.recipe import TRAINING_ONLY, ModelSettings, TrainingRecipe
 from icl_moe.settings import from_dict, to_dict
 from icl_moe.tokenizers.features import fingerprint_of_first_stages
 from icl_moe.vocabulary import Vocabulary
 
 _KEY = "training.init_from"
 
-_FREE = (
-    "positions",
-    "dropout",
-    "attention_dropout",
-    "initialisation",
-    "codebook_init",
-    "gate_noise",
-    "experts_per_token",
-)
+_FREE = (*TRAINING_ONLY, "positions", "experts_per_token")
 """Settings of a model in which a run may differ from the model that it starts from."""
 
 _POSITIONS, _EMBEDDING = "position_embedding.weight", "token_embedding.weight"

@@ -16,10 +16,8 @@ from icl_moe.errors import InputError
 from icl_moe.inference.hub import check_files, find_model
 from icl_moe.inference.loading import load_decoder
 from icl_moe.model.config import DecoderConfig
+from icl_moe.recipe import TRAINING_ONLY
 from icl_moe.training.initial_model import identity_of
-
-_FREE = ("dropout", "attention_dropout", "initialisation", "codebook_init", "gate_noise")
-"""Settings of a model that only its training reads."""
 
 
 class OtherModel:
@@ -78,17 +76,12 @@ def mean_weights(
     }
 
 
-def joined_classes(of_models: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
-    """The classes of several models, by task, in alphabetical order."""
-    found: dict[str, set[str]] = {}
-    for of_task in of_models:
-        for task, names in of_task.items():
-            found.setdefault(task, set()).update(names)
-    return {task: sorted(names) for task, names in found.items()}
-
-
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal, by its name as in a recipe."""
-    model = {f"model.{name}": value for name, value in config["model"].items() if name not in _FREE}
+    model = {
+        f"model.{name}": value
+        for name, value in config["model"].items()
+        if name not in TRAINING_ONLY
+    }
     names = ("vocabulary", "format", "image_size", "mask_corruption", *TOKENIZER_FOLDERS)
     return model | {name: config[name] for name in names if name in config}

@@ -4,7 +4,6 @@ reports errors at once.
 
 import difflib
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from icl_moe.data.location import make_cache
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import TOKENIZER_FOLDERS, Manifest, ShardSet
+from icl_moe.devices import processors
 from icl_moe.errors import InputError, shown
 from icl_moe.inputs import read_json
 from icl_moe.outputs import output_folder
@@ -71,11 +71,6 @@ def open_checked(recipe: TrainingRecipe, world: int) -> tuple[ShardSet, dict[str
     _check_readers(recipe)
     _check_engine_values(recipe.engine, engine_config)
     return shards, engine_config
-
-
-def check(recipe: TrainingRecipe, world: int) -> None:
-    """Raise InputError if the recipe could not run on `world` ranks (see `open_checked`)."""
-    open_checked(recipe, world)
 
 
 def _check_output(output: str) -> None:
@@ -270,11 +265,11 @@ def _check_reduction(recipe: TrainingRecipe, engine_config: dict[str, Any]) -> N
 
 
 def _check_readers(recipe: TrainingRecipe) -> None:
-    processors = len(os.sched_getaffinity(0))
-    most = _READERS_A_PROCESSOR * processors
+    usable = processors()
+    most = _READERS_A_PROCESSOR * usable
     if recipe.data.workers > most:
         raise InputError(
-            f"data.workers must be at most {most} on this machine of {processors} processors, not "
+            f"data.workers must be at most {most} on this machine of {usable} processors, not "
             f"{recipe.data.workers}."
         )
 

@@ -37,6 +37,10 @@ takes.
 """
 
 
+_PATHS = {"data": ("shards", "validation", "cache"), "training": ("output", "init_from")}
+"""The settings of a recipe that name places on a machine, by section."""
+
+
 def saved_steps(output: Path) -> int:
     """The steps of the newest checkpoint in a run's folder, 0 if there is none."""
     names = (file.parent.name.removeprefix("step-") for file in output.glob(_CHECKPOINTS))
@@ -136,9 +140,12 @@ def how_it_was_trained(output: Path, steps: int) -> dict[str, Any] | None:
     if not stretches:
         return None
     last = stretches[-1]
-    last["recipe"]["training"].pop("output", None)
-    last["recipe"]["training"].pop("init_from", None)
-    last["recipe"]["data"].pop("shards", None)
+    recipe = last["recipe"]
+    for section, names in _PATHS.items():
+        for name in names:
+            recipe[section].pop(name, None)
+    if isinstance(recipe.get("engine"), str):  # Its content is in the record.
+        recipe["engine"] = Path(recipe["engine"]).name
     last["shards"].pop("folder", None)
     return {"steps": steps, "stretches": len(stretches), **last}
 
@@ -164,20 +171,17 @@ def _read(output: Path) -> list[dict[str, Any]]:
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--match=",
-    ]
+    """The commit of this code, with a + if files differ from it; None outside a checkout, such as
+    in a virtual environment that lies in another project's.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--abbrev=40", "--dirty=+", "--match=")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -88,7 +88,7 @@ class Validation:
         folder = Path(self.recipe.training.output) / "samples" / f"step-{step:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        log = PredictionLog(folder, {"step": step, "shards": self.shards.fingerprint[:16]})
+        log = PredictionLog(folder, {"step": step, "shards": self.shards.short_fingerprint})
         self._model.tokenizers.to(self.place.device)
         for task in figures:
             episodes = _Episodes(

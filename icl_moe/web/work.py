@@ -25,7 +25,7 @@ from icl_moe.images import box_of_mask, load_image, load_mask
 from icl_moe.inference.examples import squared_mask
 from icl_moe.inference.model import InContextModel
 from icl_moe.inference.region import Region
-from icl_moe.rle import encode_rle
+from icl_moe.rle import coco_annotation, encode_rle
 from icl_moe.tasks import CAPTIONING, SEGMENTATION
 from icl_moe.tasks.drawn_mask import DrawnMask
 
@@ -100,16 +100,15 @@ class Kept:
         if mask_HW.any():
             left, top, right, bottom = box_of_mask(mask_HW)
             self.annotations.append(
-                {
-                    "id": len(self.annotations) + 1,
-                    "image_id": number,
-                    "category_id": 1,
-                    "segmentation": encode_rle(mask_HW),
-                    "area": int(mask_HW.sum()),
-                    "bbox": [left, top, right - left, bottom - top],
-                    "iscrowd": 0,
-                    **({} if (score := found.drawn.score()) is None else {"score": score}),
-                }
+                coco_annotation(
+                    encode_rle(mask_HW),
+                    (left, top, right - left, bottom - top),
+                    int(mask_HW.sum()),
+                    found.drawn.score(),
+                    id=len(self.annotations) + 1,
+                    image_id=number,
+                    category_id=1,
+                )
             )
 
     def masks_zip(self) -> bytes:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_moe.data.shards import ShardSet
+from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import evenly_spaced
 from icl_moe.images import crop_and_resize_mask
 from icl_moe.rle import decode_rle
 from icl_moe.tasks import SEGMENTATION

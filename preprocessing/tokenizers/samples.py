@@ -99,7 +99,7 @@ def image_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder} is not a folder; it must be one of images.")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise InputError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        raise InputError(f"{folder} holds no images, such as .jpg or .png files.")
     return files
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_run import SETTINGS
+from small_run import REPOSITORY, SETTINGS
 
 from icl_moe.cli import main
 from icl_moe.inference.model import InContextModel
@@ -79,6 +79,27 @@ def test_the_record_names_the_model_and_the_run_goes_on_without_it(begin, model,
     )
     classes = json.loads((tmp_path / "out/config.json").read_text())["classes"]
     assert "a class of its own" in classes["segmentation"] and len(classes["segmentation"]) > 1
+
+
+def test_a_model_claims_no_task_that_it_was_not_trained_on_and_no_place_on_this_machine(
+    shards, tmp_path, command
+):
+    engine = shutil.copy(REPOSITORY / "ds_configs/zero0_fp32.json", tmp_path / "mine.json")
+    arguments = (
+        *("train", "demo", *SETTINGS, f"data.shards={shards}", f"data.cache={tmp_path}"),
+        *(f"training.output={tmp_path / 'run'}", "training.task_weights={segmentation: 1}"),
+        *("optimizer.name=adamw", "training.steps=1", f"engine={engine}"),
+    )
+    done = command(sys.executable, "-m", "icl_moe", *arguments)
+    assert done.returncode == 0, done.stdout
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert {"segmentation"} == set(
+        json.loads((tmp_path / "out/config.json").read_text())["classes"]
+    )
+    card = (tmp_path / "out/README.md").read_text()
+    assert "# An in-context model for segmentation\n" in card and "caption" not in card
+    record = (tmp_path / "out/training.json").read_text()
+    assert str(tmp_path) not in record and json.loads(record)["recipe"]["engine"] == "mine.json"
 
 
 @pytest.mark.parametrize(
