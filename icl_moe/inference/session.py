@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from icl_moe.boxes import Box
@@ -56,10 +56,7 @@ class Query:
         if isinstance(image, Query):
             return image
         picture = load_image(image, name)
-        guide = (
-            ImageOps.contain(picture, (_GUIDE, _GUIDE)) if max(picture.size) > _GUIDE else picture
-        )
-        return cls(to_square_pixels(picture, side), picture.size, guide)
+        return cls(to_square_pixels(picture, side), picture.size, _reduced(picture))
 
 
 Size = tuple[int, int]
@@ -355,6 +352,13 @@ def _answers(
     bar = tqdm(prepare(named, False), "images", total, disable=not progress, unit="", leave=False)
     answers = (read(*prepared) for prepared in bar)
     return list(answers) if isinstance(queries, list | tuple) else answers
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    """The picture with at most `_GUIDE` pixels a side, and at least one."""
+    scale = min(1.0, _GUIDE / max(picture.size))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height)) if scale < 1 else picture
 
 
 def in_own_size(drawn: DrawnMask, query: Query, edges: EdgeFilter | None) -> DrawnMask:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -82,8 +83,8 @@ def label(
     """Label all images and write `out`, a COCO instances file, and `review`, a page of overlays.
 
     Until `out` is written there is a journal beside it: a run that was killed goes on from it, and
-    its output is equal to that of a run that was not. Images may come and go meanwhile. Files that
-    cannot be read are named and left out. Raises InputError for examples that do not fit the model,
+    its output is equal to that of a run that was not. Images may come, go and change meanwhile.
+    Files that cannot be read are named and left out. Raises InputError for examples that do not fit the model,
     if no image can be read, and if the journal was begun with other settings.
     """
     session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
@@ -133,12 +134,20 @@ def _settings(model: InContextModel, labelling: Labelling) -> dict[str, Any]:
 
 def _label_rest(side: int, session: Session, labelling: Labelling, journal: Journal) -> None:
     """Label the images that the journal lacks, batch by batch. A journal holds whole batches, so
-    that those of a run that goes on are the ones that it would have had.
+    that those of a run that goes on are the ones that it would have had. Images that could not be
+    read, or were changed since, come first.
     """
+    known = [file for file in labelling.files if file in journal]
+    again = [
+        entry["file"]
+        for entry in journal.entries(known)
+        if "unread" in entry or entry.get("state") != _state(labelling.folder / entry["file"])
+    ]
     rest = [file for file in labelling.files if file not in journal]
-    first = len(labelling.files) - len(rest)
+    first = len(known) - len(again)
+    batches = chain(in_batches(again, labelling.batch), in_batches(rest, labelling.batch))
     with tqdm(total=len(labelling.files), initial=first, desc="labelling", unit="image") as bar:
-        for files in in_batches(rest, labelling.batch):
+        for files in batches:
             journal.add(_label_batch(side, session, labelling, files))
             bar.update(len(files))
 
@@ -146,6 +155,7 @@ def _label_rest(side: int, session: Session, labelling: Labelling, journal: Jour
 def _label_batch(
     side: int, session: Session, labelling: Labelling, files: Sequence[str]
 ) -> list[dict[str, Any]]:
+    states = {file: _state(labelling.folder / file) for file in files}
     entries: dict[str, dict[str, Any]] = {}
     read: list[str] = []
 
@@ -172,7 +182,18 @@ def _label_batch(
     )
     for number, drawn in enumerate(answers):
         entries[read[number]] = _describe(drawn, labelling)
-    return [{"file": file, **entries[file]} for file in files]
+    return [{"file": file, "state": states[file], **entries[file]} for file in files]
+
+
+def _state(path: Path) -> list[int] | None:
+    """What changes if a file is written anew: its size, and the time of the last change in
+    nanoseconds. None if there is no such file.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _describe(drawn: DrawnClasses, labelling: Labelling) -> dict[str, Any]:

@@ -141,10 +141,16 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder, repository, cap
     assert not journal.exists()
 
 
-def test_a_killed_run_goes_on_with_other_images_and_another_batch(folder, tmp_path, monkeypatch):
-    """What is finished is kept; images that are gone are left out, and new ones are labelled."""
+def test_a_killed_run_goes_on_with_other_images_and_another_batch(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """What is finished is kept; images that are gone are left out, and new ones, those that were
+    changed, and those that could not be read are labelled.
+    """
     images = tmp_path / "images"
     shutil.copytree(folder / "images", images)
+    (images / "02.png").write_bytes(b"no image yet")
+    (images / "04.png").write_bytes(b"no image ever")
     arguments = ["label", "demo", "--examples", folder / "flat", "--images", images]
     arguments += ["--out", tmp_path / "out.json", "--device", "cpu", "--batch"]
     whole = Journal.add
@@ -159,15 +165,23 @@ def test_a_killed_run_goes_on_with_other_images_and_another_batch(folder, tmp_pa
     monkeypatch.setattr(Journal, "add", whole)
     (images / "00.png").unlink()
     shutil.copy(folder / "images/01.png", images / "00a.png")
+    shutil.copy(folder / "images/02.png", images / "02.png")
+    Image.new("RGB", (40, 30)).save(images / "more/03.png")  # Sorted last: not labelled yet.
+    Image.new("RGB", (50, 20)).save(images / "05.png")
+    capsys.readouterr()
     labelled = []
     monkeypatch.setattr(
         Journal, "add", lambda journal, new: (labelled.extend(new), whole(journal, new))
     )
     assert main([*map(str, arguments), "3"]) == 0
-    assert {"00a.png", "11.png"} < {entry["file"] for entry in labelled}
-    assert not {"01.png", "05.png"} & {entry["file"] for entry in labelled}
-    files = [image["file_name"] for image in COCO(tmp_path / "out.json").imgs.values()]
-    assert files == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    assert {"00a.png", "02.png", "04.png", "05.png", "11.png"} < {e["file"] for e in labelled}
+    assert "01.png" not in {entry["file"] for entry in labelled}
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 1 and f"skipped: The image {images / '04.png'}" in said
+    found = {image["file_name"]: image for image in COCO(tmp_path / "out.json").imgs.values()}
+    there = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    assert list(found) == [name for name in there if name != "04.png"]
+    assert (found["05.png"]["width"], found["05.png"]["height"]) == (50, 20)
 
 
 def test_a_run_that_ended_between_its_outputs_goes_on(folder, tmp_path, monkeypatch):
