@@ -69,12 +69,14 @@ def find_device(name: Device | None) -> "torch.device":
     return device
 
 
-def find_dtype(name: str | None) -> "torch.dtype | None":
-    """The precision of that name; None stays None. Raises InputError for another name."""
+def find_dtype(name: "str | torch.dtype | None") -> "torch.dtype | None":
+    """The precision of that name, or itself; None stays None. Raises InputError for another."""
     import torch
 
     if name is None:
         return None
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise InputError(f"A dtype must be {' or '.join(DTYPES)}, not {name!s:.60}.")
     return getattr(torch, name)

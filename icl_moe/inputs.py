@@ -143,8 +143,10 @@ def json_encoding(start: bytes) -> str:
     return json.detect_encoding(start[:4])
 
 
-def json_error(path: Path, error: Exception) -> InputError:
-    """The message to the user for a ValueError or RecursionError of the JSON decoder."""
+def json_error(path: Path | str, error: Exception) -> InputError:
+    """The message to the user for a ValueError or RecursionError of the JSON decoder. path: the
+    file, or a line of it.
+    """
     if isinstance(error, json.JSONDecodeError):
         return InputError(
             f"{path}, line {error.lineno}, column {error.colno} is not valid JSON: {error.msg}."

@@ -30,6 +30,7 @@ from icl_moe.devices import Device
 from icl_moe.errors import InputError
 from icl_moe.inputs import read_json
 from icl_moe.locks import LOCK_FILE, locked
+from icl_moe.messages import note
 from icl_moe.outputs import output_folder
 from icl_moe.processes import join_processes, share_of
 from icl_moe.sequence import SequenceCodec, SequenceFormat
@@ -89,6 +90,11 @@ def build_shards(
     fingerprints = {**tokenizers.fingerprints, "text_tokenizer": codec.text.fingerprint}
     folder = _WorkFolder(out, recipe, fingerprints)
     if folder.is_complete() and not folder.work.exists():
+        if process.is_main_process:
+            note(
+                f"{out} is complete, so nothing was built; if the sources have changed since, give "
+                "--out another folder."
+            )
         return ShardSet(out).manifest
     with locked(out, "--out") if process.is_main_process else contextlib.nullcontext():
         return _build(process, folder, recipe, tokenizers, codec, workers, fixed, codes_cache)

@@ -109,7 +109,7 @@ class Lines:
     classes: dict[str, int] = field(default_factory=dict)
 
     def where(self, record: dict[str, Any]) -> str:
-        return f"{self.file}: annotation {record['id']}"
+        return f"{self.file}, line {record['id']}"
 
 
 def read_lines(file: Path, images: Path) -> Lines:
@@ -123,6 +123,11 @@ def read_lines(file: Path, images: Path) -> Lines:
         caption, style = values.get("caption"), values.get("style")
         if not isinstance(caption, str | None) or not isinstance(style, str | None):
             raise InputError(f"{where}: caption and style must be text.")
+        mask = values.get("mask")
+        if not isinstance(mask, str | list | dict | None):
+            raise InputError(
+                f"{where} has the mask {shown(mask)}; it must be a file, polygons or run lengths."
+            )
         image = _image(lines, images, values, where)
         lines.records.append(
             {
@@ -132,7 +137,7 @@ def read_lines(file: Path, images: Path) -> Lines:
                 "caption": caption,
                 "style": (style or "").strip(),
                 "bbox": values.get("box"),
-                "segmentation": values.get("mask"),
+                "segmentation": mask,
             }
         )
     if not lines.records:
@@ -169,7 +174,7 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             f"{file}, line {number} is not valid JSON: {error.msg}; each line must hold one object."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise json_error(file, error) from error
+        raise json_error(f"{file}, line {number}", error) from error
 
 
 class _OnImage(NamedTuple):
@@ -231,6 +236,8 @@ def _with_masks(
                     f"the folder of masks {masks}."
                 )
             check_inside(masks, masks / mask)
+            if not (masks / mask).is_file():
+                raise InputError(f"{lines.where(record)}: the mask {masks / mask} does not exist.")
             image = lines.images[record["image_id"]]
             work.append((masks / mask, (image.width, image.height)))
         elif isinstance(mask, list) and mask and not isinstance(mask[0], list):
@@ -300,7 +307,7 @@ def _box(
     coco: CheckedCOCO, record: dict[str, Any], image: ImageFile, skipped: Counter[str]
 ) -> Box | None:
     """The box of a line, or that of its mask. Raises InputError if it has neither."""
-    where, values = f"{coco.file}: annotation {record['id']}", record["bbox"]
+    where, values = f"{coco.file}, line {record['id']}", record["bbox"]
     if values is None and record["segmentation"] is not None:
         rle = instance_rle(coco, image, record)
         if rle is None or not rle_tools.area(rle):

@@ -106,6 +106,7 @@ _LINES = {
     "#, name": re.compile(r"#(?P<hex>[0-9a-fA-F]{6})\s*[:,\s]\s*(?P<name>\S.*)"),
     "id, name": re.compile(r"(?P<id>\d{1,9})\s*[:,]\s*(?P<name>\S.*)"),
 }
+_NEARLY_A_COLOUR = re.compile(r".*\S\s*[:,]\s*#?[\d\s,]+")
 _HEADER = re.compile(r"\s*(name|class|label|id|pixel value)\w*\s*,.*", re.IGNORECASE)
 
 
@@ -118,6 +119,12 @@ def _lines(file: Path) -> Iterable[_Entry]:
         matches = [form.fullmatch(line) for line in lines]
         if lines and all(matches):
             return [_of_match(file, match) for match in matches if match]
+    for line in lines:
+        if _NEARLY_A_COLOUR.fullmatch(line):
+            raise InputError(
+                f"{file}: the line {shown(line)} is neither a name, nor an id and a name, nor a "
+                "name with a colour of three levels; see docs/own_data.md."
+            )
     return [(None, line) for line in lines]
 
 

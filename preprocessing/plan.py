@@ -364,7 +364,7 @@ _REMEDIES = {
     "combinations_of_small_scale": "set segmentation.least_scale lower",
     "crowds_alone": "set segmentation.crowds=instances to take crowds (iscrowd=1) as instances",
     "empty_boxes": "correct the boxes",
-    "empty_masks": "correct the outlines",
+    "empty_masks": "give the objects outlines, polygons or masks and not boxes alone",
     "images_without_a_mask": "give the images masks of their names",
     "lines_without_a_caption": "give the lines captions",
     "lines_without_a_mask": "give the lines masks",

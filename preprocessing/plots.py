@@ -1,6 +1,7 @@
 """The figures of `icl-moe shards stats` as PNG plots, drawn with Pillow."""
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def write_plots(location: str | Path, out: Path, against: Sequence[str | Path] =
             [Bar(name, (count,)) for name, count in zip(bounds, counts, strict=True)],
         )
         for kind, used in of_task.codes.items():
-            plots[f"{task}_{kind.replace(' ', '_')}"] = draw_ranks(
+            plots["_".join([task, *re.findall(r"\w+", kind)])] = draw_ranks(
                 f"{task}: {kind}, {code_use(used)}", used
             )
     for number, other in enumerate(map(ShardFigures, against)):

@@ -159,7 +159,7 @@ def _overview(figures: ShardFigures) -> list[str]:
     lines = [
         f"{shards.location}: {len(manifest.shards)} shards, {size:.1f} MB, {manifest.image_size} "
         f"px, {manifest.examples} examples, "
-        f"{manifest.format.vocabulary.ids} token ids, "
+        f"a vocabulary of {manifest.format.vocabulary.size}, "
         f"{manifest.format.length(manifest.examples + 1)} positions",
         "",
         f"{'task':<14}{'samples':>10}{'classes':>9}{'shards':>8}   length without padding: min / "

@@ -186,3 +186,16 @@ def test_every_verb_parses_its_arguments_where_python_lacks_what_linux_alone_has
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"usage: icl-moe {verb}" in done.stdout
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(capsys):
+    words = ["--example", "a", "b", "--query", "c", "--out", "d.png"]
+    assert main(["segment", "a\x1b[31m\x9bmodel", *words]) == 2
+    assert "\\x1b[31m\\x9bmodel" in (said := capsys.readouterr().err) and "\x1b" not in said
+
+
+def test_two_outputs_are_two_files(tmp_path, capsys):
+    out = str(tmp_path / "out.png")
+    words = ["segment", "demo", "--example", "a.png", "b.png", "--query", "c.png", "--out", out]
+    assert main([*words, "--confidence", out]) == 2
+    assert "--out and --confidence are one file" in capsys.readouterr().err

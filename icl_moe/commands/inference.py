@@ -139,7 +139,9 @@ def _segment(options: argparse.Namespace) -> int:
     inputs = [options.query, *(path for example in options.example for path in example)]
     endings = tuple(_PICTURE_FORMATS)
     out = output_file(options.out, endings, inputs)
-    sure = options.confidence and output_file(options.confidence, endings, [*inputs, out])
+    sure = options.confidence and output_file(options.confidence, endings, inputs)
+    if sure and sure.resolve() == out.resolve():
+        raise InputError("--out and --confidence are one file; choose another name for one.")
     if options.colours and (sure or options.windows or options.shifts):
         raise InputError("--colours goes with none of --confidence, --windows and --shifts.")
 
@@ -237,6 +239,8 @@ def _label(options: argparse.Namespace) -> int:
     # An unfinished run may have written its outputs already, but not have removed its journal.
     if not options.overwrite and not journal_of(out).exists():
         check_new(out, *([review] if review else ()))
+    if options.category is not None and not options.category.strip():
+        raise InputError("--category is blank; it must be the name of a class.")
     if options.examples is None and options.category is None:
         raise InputError(
             "There is nothing to go by: set --examples, or --category for a model with a class "

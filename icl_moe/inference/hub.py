@@ -29,6 +29,8 @@ def find_model(source: str | Path) -> Path:
     """
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"A model is a folder or a name, not {type(source).__name__}.")
+    if not str(source):
+        raise InputError("The name of the model is empty; it must be a folder or a name.")
     name, shipped = str(source), shipped_folders("models", "config.json")
     folder = Path(source)
     if name in shipped and (isinstance(source, str) or not folder.exists()):

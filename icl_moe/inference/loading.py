@@ -1,13 +1,16 @@
 """Loading an exported model's decoder: what its files must hold, and that they belong together."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.utils import logging
 
 from icl_moe.errors import InputError
 from icl_moe.inference.edges import EdgeFilter
@@ -26,9 +29,10 @@ def load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:
     try:
         config = _read_config(config_file)
         _check_weights(weights_file, config)
-        return InContextDecoder.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=dtype or "auto"
-        )
+        with _without_bars():
+            return InContextDecoder.from_pretrained(
+                folder, config=config, local_files_only=True, dtype=dtype or "auto"
+            )
     except InputError as error:
         # The readers of parts of the configuration do not know its folder.
         reason = str(error)
@@ -44,6 +48,18 @@ def load_decoder(folder: Path, dtype: torch.dtype | None) -> InContextDecoder:
             f"The model in {folder} cannot be read: config.json or model.safetensors is damaged or "
             f"they disagree ({type(error).__name__}: {reason[:200]})."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within this context transformers shows no progress, of which a small model needs none."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_weights(file: Path, config: DecoderConfig) -> None:

@@ -312,6 +312,8 @@ class InContextModel:
         """
         if asked not in (None, *get_args(Decoding)):
             raise InputError(f"decoding must be {' or '.join(get_args(Decoding))}, not {asked!r}.")
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, not {sampling!r:.60}.")
         trained = self.decoder.config.mask_corruption
         at_once = asked in ("parallel", "mirrored")
         if at_once and not trained:

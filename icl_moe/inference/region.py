@@ -42,6 +42,11 @@ class Region:
             raise InputError(f"The region {path} cannot be read ({error.strerror}).") from error
         except InputError as error:
             raise InputError(f"The region {path} is ambiguous: {error}") from error
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"The region {path}, line {error.lineno}, column {error.colno} is not valid JSON: "
+                f"{error.msg}."
+            ) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"The region {path} is not valid JSON.") from error
         if not isinstance(values, dict) or not {"caption"} <= values.keys() <= _KEYS:

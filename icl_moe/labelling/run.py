@@ -84,8 +84,8 @@ def label(
 
     Until `out` is written there is a journal beside it: a run that was killed goes on from it, and
     its output is equal to that of a run that was not. Images may come, go and change meanwhile.
-    Files that cannot be read are named and left out. Raises InputError for examples that do not fit the model,
-    if no image can be read, and if the journal was begun with other settings.
+    Files that cannot be read are named and left out. Raises InputError for examples that do not fit
+    the model, if no image can be read, and if the journal was begun with other settings.
     """
     session = Session(model, labelling.examples, nearest=labelling.nearest, progress=True)
     with writing(out):

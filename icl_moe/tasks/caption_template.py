@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from icl_moe.boxes import Box, bins_to_box, box_to_bins
-from icl_moe.errors import InputError
+from icl_moe.errors import InputError, shown
 from icl_moe.sequence import SequenceCodec, SequenceFormat, TooLongError
 from icl_moe.tasks.grammar import Allowed, Grammar, forced
 from icl_moe.tokenizers.text import TextTokenizer
@@ -70,7 +70,8 @@ def write_caption(codec: SequenceCodec, caption: CaptionText) -> list[int]:
     room = codec.format.codes_per_image
     if len(tokens) > room:
         raise TooLongError(
-            f"The caption '{caption.caption}' takes {len(tokens)} tokens; there is room for {room}."
+            f"The caption {shown(caption.caption)} takes {len(tokens)} tokens; there is room for "
+            f"{room}."
         )
     return tokens
 

@@ -140,7 +140,7 @@ def make_server(page: Any, listener: socket.socket) -> Any:
         server_port=port,
         footer_links=[],
         run_history=False,
-        max_file_size=f"{MEGABYTES}mb",
+        max_file_size=int(MEGABYTES * 1e6),
         show_error=False,
         ssr_mode=False,
         pwa=False,

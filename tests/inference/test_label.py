@@ -455,6 +455,7 @@ def test_examples_that_do_not_fit_are_refused_by_name(folder, tmp_path, capsys, 
     [
         ("--images {images} --out {out}.json", "There is nothing to go by: set --examples, or"),
         ("--images {images} --category cat --out {out}.json", "needs at least one example"),
+        ("--examples {flat} --images {images} --category= --out {out}.json", "--category is blank"),
         ("--examples {flat} --images {images} --out {images}/labels.json", "lies in the folder of"),
         (
             "--examples {flat} --images {images} --out {out}.json --review {images}/page.html",

@@ -545,7 +545,9 @@ def test_a_device_or_precision_that_is_not_there_is_refused(exported, options, m
 
 
 def test_a_decoder_computes_in_the_precision_that_is_asked_for(exported):
-    model = InContextModel.from_pretrained(exported, device="cpu", dtype="bfloat16")
+    for same in ("bfloat16", torch.bfloat16):
+        model = InContextModel.from_pretrained(exported, device="cpu", dtype=same)
+        assert model.decoder.dtype is torch.bfloat16
     kinds = {name: weight.dtype for name, weight in model.decoder.named_parameters()}
     assert kinds["token_embedding.weight"] == torch.bfloat16
     assert all(kind == torch.float32 for name, kind in kinds.items() if ".gate." in name)

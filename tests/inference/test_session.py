@@ -95,6 +95,14 @@ def test_the_edges_of_a_large_image_are_followed_at_a_bounded_size(model, scenes
     assert drawn.mask_HW.shape == (1300, 2600)
 
 
+@pytest.mark.parametrize("options", [{}, {"windows": True}, {"shifts": True}])
+def test_an_image_of_one_line_has_a_mask_of_one_line(model, scenes, options):
+    line = np.zeros((1, 2400, 3), np.uint8)
+    assert Query.load(line, model.image_size).guide.size == (1024, 1)
+    found_HW = model.segment([example(scenes[2])], line, **options)
+    assert found_HW.shape == (1, 2400)
+
+
 def test_a_mask_comes_with_the_models_confidence(model, scenes):
     session = model.session([example(scenes[0])])
     query = scenes[4].image
@@ -265,6 +273,7 @@ def cut(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
         (lambda m, e: m.session({"cat": [e]}, category="cat"), "leave category out"),
         (lambda m, e: m.session([e], nearest=0), "nearest must be a whole number of at least 1"),
         (lambda m, e: m.session([e]).segment(e[0], batch=0), "batch must be a whole number"),
+        (lambda m, e: m.session([e]).segment(e[0], "x"), "sampling must be a Sampling, not 'x'"),
         (lambda m, e: m.session([e]).segment(7), "The query must be a path, .* not int"),
         (lambda m, e: m.session([e]).segment([e[0], b"x"]), "Query 2 must be a path"),
         (lambda m, e: m.session([e]).caption(e[0]), "have masks; captioning needs regions"),

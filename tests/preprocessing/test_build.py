@@ -221,9 +221,10 @@ def test_two_builds_do_not_share_a_folder_and_a_killed_one_does_not_keep_it(
     assert not (out / LOCK_FILE).exists()
 
 
-def test_a_finished_build_is_left_alone(build, demo):
+def test_a_finished_build_is_left_alone_and_says_so(build, demo, capsys):
     before = {path: path.stat().st_mtime_ns for path in demo.iterdir()}
     assert build(demo).samples == {"segmentation": 25, "captioning": 25}
+    assert f"{demo} is complete, so nothing was built; if the" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in demo.iterdir()} == before
 
 
@@ -413,7 +414,11 @@ def test_texts_without_room_are_left_out_and_counted(build, coco_folder, coco_re
     ("settings", "edit", "remedy"),
     [
         (["captioning=null"], {"iscrowd": 1}, "set segmentation.crowds=instances"),
-        (["captioning=null"], {"segmentation": []}, r"\(left out: .*\); correct the outlines"),
+        (
+            ["captioning=null"],
+            {"segmentation": []},
+            r"\(left out: .*\); give the objects outlines, polygons or masks",
+        ),
         (["captioning=null", "segmentation.small_objects=false"], {}, "small_objects=true"),
         (["captioning=null", "examples=6"], {}, "provide more data or set examples lower"),
         (["segmentation=null"], {"bbox": [50, 50, -9, -9]}, "correct the boxes"),

@@ -261,6 +261,8 @@ def test_what_the_names_file_lacks_is_named(folder, text, levels, message):
         ("a.txt", "", "has an empty name"),
         ("a.txt", "background\n", "names no class but background"),
         ("a.txt", "1: cat\n1: dog\n", "names the id 1 twice"),
+        ("a.txt", "cat: 1,2\ndog: 1, 2, 3\n", "the line 'cat: 1,2' is neither a name, nor an id"),
+        ("a.txt", "cat: 3\n", "the line 'cat: 3' is neither a name"),
         ("a.json", "{", "is not valid JSON"),
         ("a.json", "7", "must hold a list of names"),
         ("a.json", "[7]", "has the entry 7; it must be a name"),

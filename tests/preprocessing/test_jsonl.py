@@ -166,10 +166,10 @@ def test_images_that_do_not_exist_are_missing(coco_folder):
         ({"class": " "}, r"line 3 has the class ' '; it must be text"),
         ({"class": None}, r"line 3 has the class None"),
         ({"caption": 7}, r"line 3: caption and style must be text"),
-        ({"mask": "../0.png"}, r"annotation 3 has the mask '../0.png'; it must be a path inside"),
-        ({"mask": "none.png"}, r"none.png does not exist"),
+        ({"mask": "../0.png"}, r"line 3 has the mask '../0.png'; it must be a path inside"),
+        ({"mask": "none.png"}, r"line 3: the mask .*none.png does not exist"),
         ({"mask": [1, 2, 3, 4, 5, "6"]}, r"annotation 3 has a segmentation that is not lists"),
-        ({"mask": 5}, r"annotation 3 has no segmentation"),
+        ({"mask": 5}, r"line 3 has the mask 5; it must be a file, polygons or run lengths"),
         ({"width": -1, "height": 80}, r"line 3 has the size -1 x 80"),
         ({"width": 10**400, "height": 80}, r"line 3 has the size"),
         ({"width": float("nan"), "height": 80}, r"line 3 has the size nan x 80"),
@@ -188,7 +188,7 @@ def test_a_wrong_line_is_named_in_a_sentence(coco_folder, edit, message):
     [
         ("{", r"lines.jsonl, line 3 is not valid JSON: .*each line must hold one object"),
         ("[1]", r"lines.jsonl, line 3 is not an object"),
-        ('{"image": "1.jpg", "image": "2.jpg"}', "the key 'image' occurs twice"),
+        ('{"image": "1.jpg", "image": "2.jpg"}', "line 3 contradicts itself: the key 'image'"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -203,5 +203,5 @@ def test_a_line_that_is_no_object_ends_in_a_sentence(coco_folder, line, message)
 )
 def test_a_caption_needs_a_place(coco_folder, box, message):
     line = {**lines_of(coco_folder)[0], "box": box, "mask": None}
-    with pytest.raises(InputError, match=f"annotation 1 .*{message}"):
+    with pytest.raises(InputError, match=f"line 1 .*{message}"):
         captions(coco_folder, [line])
