@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools import mask as rle_tools
+from small_builds import regions_of_classes
 
 from icl_moe.errors import InputError
 from icl_moe.rle import decode_rle, encode_rle
@@ -32,7 +33,7 @@ def mask_of(region) -> np.ndarray:
 
 def test_a_region_is_an_image_and_a_class_with_the_union_of_its_instances(coco_folder):
     pool = read(coco_folder)
-    assert {name: len(numbers) for name, numbers in pool.by_class().items()} == {"cat": 3, "dog": 6}
+    assert regions_of_classes(pool) == {"cat": 3, "dog": 6}
     cat = next(region for region in pool.regions if region.category == "cat")
     assert cat.annotations == (2, 3)
     # The crop is the largest square, 80 x 80, centred on x = 75 and moved into the image: x from 20
@@ -92,7 +93,7 @@ def test_uncompressed_and_compressed_rle_give_the_mask_of_the_polygon(coco_folde
 def test_small_objects_are_left_out_on_demand(coco_folder):
     # Cats have 20 x 20 and 10 x 10 pixels, dogs 40 x 30.
     pool = read(coco_folder, small_objects=False)
-    assert list(pool.by_class()) == ["dog"]
+    assert list(regions_of_classes(pool)) == ["dog"]
     assert pool.skipped["small_objects"] == 3
 
 
@@ -109,7 +110,7 @@ def test_a_mask_may_mark_the_largest_instance_alone(coco_folder):
 
 
 def test_classes_can_be_chosen(coco_folder):
-    assert list(read(coco_folder, classes=("cat",)).by_class()) == ["cat"]
+    assert list(regions_of_classes(read(coco_folder, classes=("cat",)))) == ["cat"]
     with pytest.raises(InputError, match=r"segmentation.classes names 'horse'"):
         read(coco_folder, classes=("horse",))
 
@@ -122,7 +123,7 @@ def test_a_mask_that_vanishes_at_the_image_size_makes_no_region(coco_folder):
     )
     pool = read(coco_folder)
     assert pool.skipped["empty_masks"] == 1
-    assert len(pool.by_class()["dog"]) == 5
+    assert regions_of_classes(pool)["dog"] == 5
 
 
 def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(coco_folder):
@@ -135,7 +136,7 @@ def test_missing_images_stop_with_their_count_or_are_skipped_and_counted(coco_fo
         read(coco_folder)
     pool = read(coco_folder, missing_images="skip")
     assert pool.skipped["missing_images"] == 2
-    assert {name: len(numbers) for name, numbers in pool.by_class().items()} == {"cat": 2, "dog": 4}
+    assert regions_of_classes(pool) == {"cat": 2, "dog": 4}
 
 
 def annotation(**values):
@@ -303,7 +304,7 @@ def test_a_mask_of_which_an_instance_has_no_outline_is_left_out_and_counted(coco
     cat = next(a for a in coco_folder.content["annotations"] if a["category_id"] == 17)
     coco_folder.write(lambda content: cat.update(segmentation=outline))
     pool = read(coco_folder)
-    assert len(pool.by_class()["cat"]) == 2
+    assert regions_of_classes(pool)["cat"] == 2
     assert {reason: count for reason, count in pool.skipped.items() if count} == {
         "masks_lacking_an_instance": 1,
         "crowds_alone": 1,
@@ -347,7 +348,7 @@ def test_a_file_whose_instances_are_all_crowds_names_the_setting_that_takes_them
         read(coco_folder)
     pool = read(coco_folder, crowds="instances")
     assert [region for region in pool.regions if region.annotations != (11,)] == expected
-    assert len(pool.by_class()["cat"]) == 4, "the crowd of image 4 now counts as an instance"
+    assert regions_of_classes(pool)["cat"] == 4, "the crowd of image 4 now counts as an instance"
     assert pool.skipped["crowds_alone"] == 0
 
 
@@ -447,7 +448,7 @@ def test_a_file_that_is_no_coco_file_is_named(coco_folder, content, message):
 
 def test_half_a_character_in_a_name_is_replaced(coco_folder):
     coco_folder.write(category(name="c\ud83dat"))
-    assert "c\ufffdat" in read(coco_folder).by_class()
+    assert "c\ufffdat" in regions_of_classes(read(coco_folder))
 
 
 def test_a_file_that_is_missing_or_no_json_is_named_in_a_sentence(coco_folder):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from small_builds import regions_of_classes
 
 from icl_moe.errors import InputError
 from preprocessing.classes import COCO_CLASSES, ClassFinder
@@ -147,7 +148,7 @@ def test_a_box_without_an_area_in_the_image_makes_no_region(coco_folder, bbox):
 
 
 def test_classes_are_those_of_the_instances_file(coco_folder):
-    assert set(read(coco_folder, classes=("cat",)).by_class()) == {"cat"}
+    assert set(regions_of_classes(read(coco_folder, classes=("cat",)))) == {"cat"}
     with pytest.raises(InputError, match=r"captioning.classes names 'cta', which is not among the"):
         read(coco_folder, classes=("cat", "cta"))
 

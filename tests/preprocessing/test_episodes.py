@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_builds import regions_of_classes
 
 from icl_moe.tasks.semantic_segmentation import ClassesTarget
 from preprocessing.crops import square_crop
@@ -88,7 +89,7 @@ def test_regions_in_a_table_give_the_same_episodes(balance):
 def test_classes_seen_in_too_few_images_are_left_out_and_counted():
     pool = make_pool({"cat": [1, 1, 1, 2], "dog": [1, 2, 3]})
     pool.drop_small_classes(images=3)
-    assert list(pool.by_class()) == ["dog"]
+    assert list(regions_of_classes(pool)) == ["dog"]
     assert pool.skipped["classes_with_too_few_images"] == 1
 
 
@@ -138,7 +139,7 @@ def test_examples_and_queries_of_two_data_sets_keep_their_places():
     ]
     pool = Pool("segmentation", regions)
     pool.drop_small_classes(images=3)
-    assert set(pool.by_class()) == {"cat"}
+    assert set(regions_of_classes(pool)) == {"cat"}
     assert pool.skipped["classes_with_too_few_images"] == 3
     episodes = plan_episodes(pool, examples=2, samples=None, seed=0)
     assert sorted(pool.regions[row[-1]].image.name for row in episodes) == ["1.jpg", "2.jpg"]

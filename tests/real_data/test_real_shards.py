@@ -13,6 +13,7 @@ import pytest
 import toy_tokenizer
 import yaml
 from pycocotools.coco import COCO
+from small_builds import regions_of_classes
 
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import InputError
@@ -69,7 +70,7 @@ def test_coco_gives_a_region_for_each_image_and_class(coco, split, images, annot
         if not record["iscrowd"]
     }
     assert len(pool.regions) == regions == len(seen) - pool.skipped["empty_masks"]
-    assert sorted(pool.by_class()) == sorted(COCO_CLASSES)
+    assert sorted(regions_of_classes(pool)) == sorted(COCO_CLASSES)
 
 
 def test_a_mask_of_the_whole_image_is_the_union_that_pycocotools_draws(coco):
@@ -202,7 +203,9 @@ def test_visual_genomes_regions_get_the_classes_of_objects(genome):
     assert red_shirt.category == "person"
     # The paper's rule: classes with more than 100 descriptions.
     assert set(
-        read_captioning(genome_source(genome, min_descriptions=100), AllUsable()).by_class()
+        regions_of_classes(
+            read_captioning(genome_source(genome, min_descriptions=100), AllUsable())
+        )
     ) == {
         "person",
         "chair",

@@ -433,7 +433,7 @@ def test_wrong_recipes_and_files_are_refused(tmp_path: Path, pictures: Path, tra
         load_recipe(
             TokenizerRecipe, "tokenizer_demo", ["step=5"], package="preprocessing.tokenizers"
         )
-    with pytest.raises(InputError, match=r"holds no images \(\.jpg, "):
+    with pytest.raises(InputError, match=r"holds no images, such as \.jpg"):
         evaluate_tokenizer(trained, tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         evaluate_tokenizer(trained, pictures / "images", tmp_path / "none.json")
