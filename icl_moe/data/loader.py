@@ -5,7 +5,7 @@ import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,6 +14,7 @@ from icl_moe.data.corruption import hide_query_mask
 from icl_moe.data.schedule import RankSlice, Schedule
 from icl_moe.data.shards import ShardSet
 from icl_moe.errors import SampleError
+from icl_moe.recipe import TrainingRecipe
 from icl_moe.sequence import InputLoss, LossOn
 from icl_moe.signals import STOPPING, obey_parent_alone
 
@@ -47,6 +48,23 @@ class MicroBatches(Dataset[TokenBatch]):
         self._mask_corruption = mask_corruption
         self._input_loss = input_loss
         self._listed: tuple[int, _GlobalBatch] | None = None
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: TrainingRecipe, shards: ShardSet, schedule: Schedule, part: RankSlice
+    ) -> Self:
+        """The micro-batches of a run of this recipe."""
+        training = recipe.training
+        return cls(
+            shards,
+            schedule,
+            part,
+            recipe.data.layout,
+            training.input_loss_weight,
+            training.loss_on,
+            training.mask_corruption,
+            training.input_loss,
+        )
 
     def __getitem__(self, index: int) -> TokenBatch:
         step, micro_step = divmod(index, self._part.micro_steps)

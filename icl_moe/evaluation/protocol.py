@@ -153,7 +153,7 @@ def _photographs(
         return {}
     found = {}
     for episodes in sets:
-        shifted = shifts and episodes.task is SEGMENTATION
+        shifted = shifts and _can_shift(episodes)
         if (shifted or (model.edges and episodes.task.outlines)) and len(episodes):
             found[episodes.task.name] = Photographs(shards, episodes.task.name, images)
             try:
@@ -216,7 +216,7 @@ class _Evaluation:
         for episodes in self.sets:
             of_task = self.photographs.get(episodes.task.name)
             for condition in self.conditions[episodes.task.name]:
-                shifts = self.shifts and episodes.task is SEGMENTATION
+                shifts = self.shifts and _can_shift(episodes)
                 how = (batch_size, self.decoding, of_task, shifts)
                 predict(self.model, episodes, condition, log, *how)
         log.gather()
@@ -287,6 +287,11 @@ def _machine(process: PartialState) -> str:
         threads = torch.get_num_threads()
         what = f"{threads} thread{'' if threads == 1 else 's'} of a CPU ({platform.machine()})"
     return what if process.num_processes == 1 else f"{process.num_processes} processes, each {what}"
+
+
+def _can_shift(episodes: EpisodeSet) -> bool:
+    """Whether the queries can be read in shifted views."""
+    return episodes.task is SEGMENTATION
 
 
 def _check_shifts(shards: ShardSet, decoding: Decoding) -> None:

@@ -93,16 +93,7 @@ def _groups(
     """The mean gradient of each group of a task's next batches, which are dealt out in turns."""
     training = recipe.training
     part = RankSlice.of(0, 1, training.global_batch, training.micro_batch)
-    dataset = MicroBatches(
-        shards,
-        schedule,
-        part,
-        recipe.data.layout,
-        training.input_loss_weight,
-        training.loss_on,
-        training.mask_corruption,
-        training.input_loss,
-    )
+    dataset = MicroBatches.of_recipe(recipe, shards, schedule, part)
     steps = list(islice((t for t in count(start) if schedule.task(t) == task), batches))
     return [
         _gradient(decoder, _micro_batches(dataset, steps[group::GROUPS], part.micro_steps, task))

@@ -289,16 +289,7 @@ class _Run:
         return progress, gradients
 
     def _batches(self, stop: int) -> Generator[TokenBatch, None, None]:
-        dataset = MicroBatches(
-            self.shards,
-            self.schedule,
-            self.part,
-            self.recipe.data.layout,
-            self.recipe.training.input_loss_weight,
-            self.recipe.training.loss_on,
-            self.recipe.training.mask_corruption,
-            self.recipe.training.input_loss,
-        )
+        dataset = MicroBatches.of_recipe(self.recipe, self.shards, self.schedule, self.part)
         workers = self.recipe.data.workers
         return micro_batches(dataset, self.part.micro_steps, self.state.step, stop, workers)
 
