@@ -31,6 +31,7 @@ from icl_moe.files import write_whole
 from icl_moe.ranges import ImageSide, Natural
 from icl_moe.sequence import LossOn, Role, SequenceFormat, Span, TokenSequence
 from icl_moe.settings import from_dict, to_dict
+from icl_moe.tokenizers import IMAGE_TOKENIZERS
 
 SCHEMA_VERSION = 2
 
@@ -87,7 +88,7 @@ class ShardInfo(FileInfo):
     samples: Natural
 
 
-TOKENIZER_FOLDERS = ("image_tokenizer", "mask_tokenizer", "features_tokenizer", "text_tokenizer")
+TOKENIZER_FOLDERS = (*IMAGE_TOKENIZERS, "text_tokenizer")
 """Folders beside the shards; under the same name a manifest has the fingerprint of each that
 exists.
 """

@@ -18,6 +18,7 @@ from icl_moe.inputs import other_kind_of
 from icl_moe.model.config import DecoderConfig
 from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import SequenceFormat
+from icl_moe.tokenizers import IMAGE_TOKENIZERS
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 
 
@@ -83,9 +84,6 @@ def _check_weights(file: Path, config: DecoderConfig) -> None:
             raise InputError(f"{file} does not fit its config.json: {kind}, such as {min(names)}.")
 
 
-TOKENIZERS = ("image_tokenizer", "mask_tokenizer", "features_tokenizer")
-"""The folders of the tokenizers that a model may have."""
-
 _SECTIONS = {
     "model": (
         "layers",
@@ -122,7 +120,10 @@ def _read_config(config_file: Path) -> DecoderConfig:
                 raise InputError(f"config.json lacks the key '{section}.{key}'.")
     for key, is_right, right in (
         ("image_size", _is_count(values.get("image_size")), "a whole number above 0"),
-        *((name, _is_fingerprint(values, name), "a fingerprint, or null") for name in TOKENIZERS),
+        *(
+            (name, _is_fingerprint(values, name), "a fingerprint, or null")
+            for name in IMAGE_TOKENIZERS
+        ),
         ("classes", _are_names(values.get("classes")), "lists of names by task, or null"),
         (
             "mask_corruption",

@@ -27,7 +27,6 @@ from icl_moe.inference.edges import EdgeFilter
 from icl_moe.inference.examples import list_pairs
 from icl_moe.inference.hub import check_files, find_model, push_model
 from icl_moe.inference.loading import (
-    TOKENIZERS,
     check_tokenizers,
     fingerprint_of,
     load_decoder,
@@ -38,6 +37,7 @@ from icl_moe.model.decoder import InContextDecoder
 from icl_moe.sequence import Episode, SequenceCodec
 from icl_moe.tasks import CAPTIONING, SEGMENTATION, Task
 from icl_moe.tasks.drawn_mask import DrawnMask
+from icl_moe.tokenizers import IMAGE_TOKENIZERS
 from icl_moe.tokenizers.image_tokenizers import ImageTokenizers
 from icl_moe.tokenizers.text import TextTokenizer
 
@@ -108,7 +108,7 @@ class InContextModel:
         folder = find_model(source)
         check_files(folder, ("config.json", "model.safetensors", "text_tokenizer"))
         decoder = load_decoder(folder, precision)
-        check_files(folder, [name for name in TOKENIZERS if getattr(decoder.config, name)])
+        check_files(folder, [name for name in IMAGE_TOKENIZERS if getattr(decoder.config, name)])
         text = TextTokenizer(
             decoder.sequence_format.vocabulary.text_merges, source=str(folder / "text_tokenizer")
         )

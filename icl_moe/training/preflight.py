@@ -17,6 +17,7 @@ from icl_moe.inputs import read_json
 from icl_moe.outputs import output_folder
 from icl_moe.recipe import TrainingRecipe
 from icl_moe.settings import to_dict
+from icl_moe.tokenizers import IMAGE_TOKENIZERS
 from icl_moe.training.initial_model import InitialModel
 from icl_moe.training.run_folder import check_same_run, saved_steps
 
@@ -123,11 +124,9 @@ def read_engine(name: str) -> dict[str, Any]:
     if path is None:
         raise InputError(f"engine: there is no file {name} and no ds_configs/{name}.json.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"engine: {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"engine: {path} is not valid JSON ({error}).") from error
+        config = read_json(path)
+    except InputError as error:
+        raise InputError(f"engine: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"engine: {path} must hold keys and values, not {shown(config)}.")
     for key in config:
@@ -208,7 +207,7 @@ def _check_earlier_run(recipe: TrainingRecipe, manifest: Manifest) -> None:
     if not path.is_file():
         return
     config = read_json(path)
-    for key in ("image_tokenizer", "mask_tokenizer", "features_tokenizer"):
+    for key in IMAGE_TOKENIZERS:
         theirs, ours = config.get(key), getattr(manifest, key)
         if theirs != ours:
             raise InputError(
