@@ -94,15 +94,15 @@ class InContextModel:
         cls,
         source: str | Path,
         device: Device | None = None,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> "InContextModel":
         """Load a model onto `device` (by default a GPU if there is one).
 
         source: the folder that `icl-moe export` wrote, the name of a shipped model, or a model of
-        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. dtype: float32 or bfloat16, for the
-        decoder's weights; by default that of the file. Gates stay float32. Raises InputError if the
-        model or device does not exist, or if a file is missing, damaged or inconsistent with the
-        others.
+        the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION. dtype: float32 or bfloat16, as text
+        or as torch's, for the decoder's weights; by default that of the file. Gates stay float32.
+        Raises InputError if the model or device does not exist, or if a file is missing, damaged or
+        inconsistent with the others.
         """
         place, precision = find_device(device), find_dtype(dtype)
         folder = find_model(source)

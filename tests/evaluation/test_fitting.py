@@ -276,4 +276,8 @@ def test_edges_are_not_fitted_without_images(parallel_model_folder, toy_shards, 
     model = InContextModel.from_pretrained(parallel_model_folder, "cpu")
     threshold, edges = fit_masks(model, ShardSet(moved), episodes=4)
     assert edges is None and threshold["episodes"] == 4
-    assert "The outlines of masks will not follow the edges of images:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The outlines of masks will not follow the edges of images:" in said
+    assert "name its folder with --images." in said
+    fit_masks(model, ShardSet(moved), episodes=4, images=toy_shards / "synthetic/images")
+    assert "will not follow" not in capsys.readouterr().out
