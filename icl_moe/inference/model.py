@@ -181,8 +181,10 @@ class InContextModel:
         has a class prompt. decoding: see `complete`. windows, shifts: see `Session.segment`. Raises
         InputError for input that cannot be read or does not fit the model.
         """
-        how = (sampling, progress, decoding, windows, shifts)
-        return self.draw_mask(examples, query, category, *how).mask_HW
+        drawn = self.draw_mask(
+            examples, query, category, sampling, progress, decoding, windows, shifts
+        )
+        return drawn.mask_HW
 
     def draw_mask(
         self,

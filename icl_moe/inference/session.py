@@ -71,6 +71,18 @@ otherwise an iterator, which reads no more images at a time than one batch. Wind
 themselves, not a `Query` of each.
 """
 
+
+@dataclass(frozen=True)
+class Way:
+    """How queries are asked; see `Session.segment`."""
+
+    sampling: Sampling = GREEDY
+    decoding: "Decoding | None" = None
+    batch: int = 8
+    windows: bool = False
+    shifts: bool = False
+
+
 Named = tuple[str, ImageLike | Query]
 """The name of a query in messages, if it is not a file, and the query."""
 
@@ -158,7 +170,8 @@ class Session:
         def mark(drawn: DrawnMask | DrawnClasses) -> np.ndarray:
             return drawn.labels_HW if isinstance(drawn, DrawnClasses) else drawn.mask_HW
 
-        return self._find(mark, queries, sampling, progress, decoding, batch, windows, shifts)
+        way = Way(sampling, decoding, batch, windows, shifts)
+        return self._find(mark, queries, way, progress)
 
     def draw(
         self,
@@ -173,8 +186,8 @@ class Session:
         """As `segment`, but a `DrawnMask` for each query, with the brightness of each pixel and the
         model's confidence. If the examples were given by class: a `DrawnClasses`.
         """
-        every = (sampling, progress, decoding, batch, windows, shifts)
-        return self._find(lambda mask: mask, queries, *every)
+        way = Way(sampling, decoding, batch, windows, shifts)
+        return self._find(lambda mask: mask, queries, way, progress)
 
     def caption(
         self,
@@ -193,7 +206,7 @@ class Session:
             regions = [_region(self._model, pair, query.size) for pair in pairs]
             return dict(zip(self.classes, regions, strict=True)) if self.classes else regions[0]
 
-        asking = self._asked(CAPTIONING, sampling, None, batch)
+        asking = self._asked(CAPTIONING, Way(sampling, batch=batch))
         return _answers(asking.each, describe, queries, progress)
 
     def _drawn(self, pairs: Sequence[Any], query: Query) -> DrawnMask | DrawnClasses:
@@ -207,18 +220,11 @@ class Session:
         self,
         read: Callable[[DrawnMask | DrawnClasses], Any],
         queries: Queries,
-        sampling: Sampling,
+        way: Way,
         progress: bool,
-        decoding: "Decoding | None",
-        batch: int,
-        windows: bool,
-        shifts: bool,
     ) -> Any:
         """One answer or several. read: the answer from the mask or masks of a query."""
-        asking = self._asked(SEGMENTATION, sampling, decoding, batch)
-        if shifts:
-            check_shifts(self._model.decoding(decoding, sampling))
-            asking = replace(asking, shifts=True)
+        asking = self._asked(SEGMENTATION, way)
 
         def from_whole(pairs: Sequence[Any], query: Query) -> Any:
             return read(self._drawn(pairs, query))
@@ -234,16 +240,16 @@ class Session:
             crops = asking.each((name, picture.crop(box)) for box in boxes)
             return read(fuse(whole, boxes, [self._drawn(*crop) for crop in crops]))
 
-        if windows:
+        if way.windows:
             return _answers(lambda named, _: named, from_windows, queries, progress)
         return _answers(asking.each, from_whole, queries, progress)
 
-    def _asked(
-        self, task: Task, sampling: Sampling, decoding: "Decoding | None", batch: int
-    ) -> "_Asked":
-        _check_count("batch", batch)
-        self._model.decoding(decoding, sampling)
-        return _Asked(self._model, self._show(task), sampling, decoding, batch)
+    def _asked(self, task: Task, way: Way) -> "_Asked":
+        _check_count("batch", way.batch)
+        decoding = self._model.decoding(way.decoding, way.sampling)
+        if way.shifts:
+            check_shifts(decoding)
+        return _Asked(self._model, self._show(task), way)
 
     def _show(self, task: Task) -> list[_Shown]:
         """The examples of each class for a task, read when they are needed for the first time."""
@@ -274,26 +280,22 @@ class Session:
 
 @dataclass
 class _Asked:
-    """How queries are asked about what is shown of each class.
+    """Queries that are asked about what is shown of each class.
 
-    shifts: whether each query is read in several `shifted_views`.
     started: how many sequences were decoded so far; the next one draws as number `started`.
     """
 
     model: "InContextModel"
     shown: Sequence[_Shown]
-    sampling: Sampling
-    decoding: "Decoding | None"
-    batch: int
-    shifts: bool = False
+    way: Way
     started: int = 0
 
     def each(
         self, queries: Iterable[Named], progress: bool = False
     ) -> Iterator[tuple[list[Any], Query]]:
         """The completed pair of each class of each query in turn, and the query."""
-        readings = READINGS if self.shifts else 1
-        for some in in_batches(queries, max(1, self.batch // (len(self.shown) * readings))):
+        readings = READINGS if self.way.shifts else 1
+        for some in in_batches(queries, max(1, self.way.batch // (len(self.shown) * readings))):
             loaded = [Query.load(query, self.model.image_size, name) for name, query in some]
             views = [view for query in loaded for view in self._views(query)]
             requested = [
@@ -304,17 +306,17 @@ class _Asked:
                 for image_N in of_query
             ]
             pairs: list[Any] = []
-            for part in in_batches(requested, self.batch):
+            for part in in_batches(requested, self.way.batch):
                 pairs += self._complete(part, progress)
             answers = iter(
-                fused_views(views) if self.shifts else views[0]
+                fused_views(views) if self.way.shifts else views[0]
                 for views in in_batches(pairs, readings)
             )
             for query in loaded:
                 yield [next(answers) for _ in self.shown], query
 
     def _views(self, query: Query) -> list[torch.Tensor]:
-        if not self.shifts:
+        if not self.way.shifts:
             return [query.pixels_3HW]
         return shifted_views(query.pixels_3HW, self.model.format.codes_per_image)
 
@@ -323,13 +325,13 @@ class _Asked:
     ) -> list[Any]:
         requests = [(episode, image_N) for _, episode, image_N in requested]
         read = [examples.read for examples, _, _ in requested if examples.read is not None]
-        first = self.sampling.first + self.started
+        first = self.way.sampling.first + self.started
         self.started += len(requested)
         return self.model.complete(
             requests,
-            replace(self.sampling, first=first),
+            replace(self.way.sampling, first=first),
             progress,
-            self.decoding,
+            self.way.decoding,
             read if len(read) == len(requested) else None,
         )
 
