@@ -236,8 +236,11 @@ def _with_masks(
                     f"the folder of masks {masks}."
                 )
             check_inside(masks, masks / mask)
-            if not (masks / mask).is_file():
-                raise InputError(f"{lines.where(record)}: the mask {masks / mask} does not exist.")
+            try:
+                check_is_file(masks / mask)
+            except InputError as error:
+                where = lines.where(record)
+                raise InputError(f"{where} has a mask that cannot be read: {error}") from error
             image = lines.images[record["image_id"]]
             work.append((masks / mask, (image.width, image.height)))
         elif isinstance(mask, list) and mask and not isinstance(mask[0], list):
