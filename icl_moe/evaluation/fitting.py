@@ -15,11 +15,7 @@ from tqdm import tqdm
 
 from icl_moe.data.shards import ShardSet, evenly_spaced
 from icl_moe.errors import InputError
-from icl_moe.evaluation.episodes import (
-    EpisodeSet,
-    EvaluationEpisode,
-    check_same_kind,
-)
+from icl_moe.evaluation.episodes import EpisodeSet, EvaluationEpisode, check_same_kind
 from icl_moe.evaluation.photographs import Photographs
 from icl_moe.inference.edges import EdgeFilter, follow_edges, log_odds
 from icl_moe.inference.model import InContextModel
@@ -99,8 +95,7 @@ def fit_masks(
     the fields of the `EdgeFilter` with the greatest mean IoU, each with the logistic curve of the
     greatest likelihood, and this `mean_iou` beside the `mean_iou_as_drawn`; None if no filter
     raises it, or the images are not at hand: in the folder `images`, by default the one that the
-    shards were built from. Both name the number of episodes and the fingerprint
-    of the shards.
+    shards were built from. Both name the number of episodes and the fingerprint of the shards.
 
     Raises InputError if the shards hold no segmentation or do not match the model, or the model was
     not trained to decode masks in one pass.

@@ -10,6 +10,7 @@ from typing import Any
 
 from icl_moe.boxes import Box, normalise_box
 from icl_moe.errors import InputError
+from icl_moe.inputs import json_error
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ class Region:
         except InputError as error:
             raise InputError(f"The region {path} is ambiguous: {error}") from error
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"The region {path}, line {error.lineno}, column {error.colno} is not valid JSON: "
-                f"{error.msg}."
-            ) from error
+            raise json_error(f"The region {path}", error) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"The region {path} is not valid JSON.") from error
         if not isinstance(values, dict) or not {"caption"} <= values.keys() <= _KEYS:

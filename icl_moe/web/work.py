@@ -267,29 +267,26 @@ def _from_data_url(url: Any, name: str) -> Image.Image:
         raise InputError(f"{name} has more than {MEGAPIXELS} million pixels.") from error
     except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
         raise InputError(f"What the page sent of {name} is not an image.") from error
-    _check_header(image, name)
+    _check_size(image, name)
     return image
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
-    """Raise InputError if a file's image is too large, or if reading it would run a program. A file
-    that is not an image passes: the error is raised when it is read.
+    """Raise InputError if a file's image is too large. A file that is not an image passes: the
+    error is raised when it is read.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                _check_header(image, _file_name(path))
+                _check_size(image, _file_name(path))
     except InputError:
         raise
     except Exception:  # Damaged files raise many kinds of exceptions in Pillow.
         return
 
 
-def _check_header(image: Image.Image, name: str) -> None:
-    if image.format == "EPS":
-        # Pillow would start Ghostscript with it, whatever the name of the file is.
-        raise InputError(f"{name} is PostScript, which is not taken here: use a JPEG or PNG file.")
+def _check_size(image: Image.Image, name: str) -> None:
     millions = image.width * image.height / 1e6
     if millions > MEGAPIXELS:
         raise InputError(
